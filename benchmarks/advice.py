@@ -29,8 +29,8 @@ from benchmarks.quality import add, rows_in
 from benchmarks.quality_text import documents, pieces
 from mptk import advise, prune, recover
 from mptk.io import data, models
-from mptk.protocols.advice import STANDARD_ERRORS, Advice, Point, Range
-from mptk.reading import made
+from mptk.protocols import STANDARD_ERRORS, Advice, Point, Range
+from mptk.reading import make_typed
 
 SHARE = 10
 """One piece of text in this number is held out."""
@@ -91,7 +91,7 @@ class Study:
         loaded = models.load(folder)
         model, found = loaded.model.eval(), {}
         for name, file in self.held_out.items():
-            windows = data.evaluation_windows(loaded.tokenizer, str(file), self.length, self.windows)
+            windows = data.load_evaluation_windows(loaded.tokenizer, str(file), self.length, self.windows)
             outputs = (model(ids[None], use_cache=False).logits[0].float() for ids in windows)
             losses = [F.cross_entropy(out[:-1], ids[1:]) for out, ids in zip(outputs, windows, strict=True)]
             found[name] = [round(float(loss), 5) for loss in losses]
@@ -164,7 +164,7 @@ class Compared:
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]]) -> Compared:
         row = next(r for r in rows if r["kind"] == "advice")
-        advice: Advice = made(Advice, row["advice"])
+        advice: Advice = make_typed(Advice, row["advice"])
         dense = next(r for r in rows if r["kind"] == "dense")["losses"]
         texts = {Path(text).stem: text for text in advice.texts}
 
@@ -196,8 +196,10 @@ class Compared:
             for name, text in self.texts.items():
                 own, run = point.texts[text], self.change(sparsity, steps, name)
                 error = STANDARD_ERRORS * own.error
-                said = self.advice.after(point, text) if steps else Range(own.change - error, own.change + error)
-                trained = ", trained" if steps and self.advice.trained(point) is not None else ""
+                said = (
+                    self.advice.estimate_after(point, text) if steps else Range(own.change - error, own.change + error)
+                )
+                trained = ", trained" if steps and self.advice.find_trained(point) is not None else ""
                 over, under = said.least > run.most, said.most < run.least
                 yield (
                     f"| {point.sparsity:.1%} | {name} | {_shown(said)}{trained} | {_shown(run)} "

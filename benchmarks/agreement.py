@@ -24,7 +24,7 @@ import typer
 from benchmarks.common import result_header, write_result
 from mptk.io import data
 from mptk.ort.decoder import Ids, LogitsArray, OrtDecoder
-from mptk.ort.generation import TextGenerator, generate
+from mptk.ort.generation import TextGenerator, generate_tokens
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx import block_weights
 
@@ -53,13 +53,15 @@ def variant(block: int, level: int) -> Iterator[None]:
 
 def written(decoder: OrtDecoder, prompts: list[list[int]]) -> Ids:
     """The prompts with the tokens that follow greedily, [prompts, PROMPT + NEW]."""
-    steps = [[token for token in tokens if token is not None] for tokens in generate(decoder, prompts, limit=NEW)]
+    steps = [
+        [token for token in tokens if token is not None] for tokens in generate_tokens(decoder, prompts, limit=NEW)
+    ]
     return np.concatenate([np.array(prompts), np.array(steps).T], axis=1)
 
 
 def logits_of(decoder: OrtDecoder, texts: Ids) -> LogitsArray:
     """Logits of the positions whose next token was written, [texts, NEW, vocabulary]."""
-    rows = [decoder.logits(text[None])[0, PROMPT - 1 : -1] for text in texts]
+    rows = [decoder.compute_logits(text[None])[0, PROMPT - 1 : -1] for text in texts]
     return np.stack(rows)
 
 
@@ -97,7 +99,7 @@ def main(
     """``quick``: two prompts and blocks of 128."""
     variants, prompts = (dict(list(VARIANTS.items())[2:3]), 2) if quick else (VARIANTS, prompts)
     generator = TextGenerator(folder / "onnx" / "model.onnx")
-    windows = data.evaluation_windows(generator.tokenizer, data_file, PROMPT, prompts)
+    windows = data.load_evaluation_windows(generator.tokenizer, data_file, PROMPT, prompts)
     float_graph = OrtDecoder(folder / "onnx", threads=1)
     texts = written(float_graph, windows.tolist())
     expected = logits_of(float_graph, texts)

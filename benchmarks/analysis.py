@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from benchmarks.common import result_header, write_result
-from mptk.ir.families import Analysis
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
+from mptk.ir import Analysis
+from passes.analysis.group import analyze_program
+from passes.frontend.trace import trace_to_program
 
 ROUNDS = 5
 
@@ -87,9 +87,9 @@ def measure_shape(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     start = time.perf_counter()
-    program = trace(model)
+    program = trace_to_program(model)
     traced = time.perf_counter()
-    analysis = analyze(program)
+    analysis = analyze_program(program)
     analysed = time.perf_counter()
     return {
         "shape": name,
@@ -121,7 +121,7 @@ def compare(name: str, layers: int) -> dict[str, Any]:
     model = SMALL[name](layers).eval()
     ids = torch.randint(97, (2, 7))
     start = time.perf_counter()
-    program = trace(model, (ids,))
+    program = trace_to_program(model, (ids,))
     row: dict[str, Any] = {"model": name, "layers": layers, "export_s": round(time.perf_counter() - start, 3)}
 
     def groups_of_torch_pruning() -> int:
@@ -133,7 +133,7 @@ def compare(name: str, layers: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"mptk": [], "torch_pruning": []}
     try:
         for _ in range(ROUNDS):
-            for side, work in (("mptk", lambda: analyze(program)), ("torch_pruning", groups_of_torch_pruning)):
+            for side, work in (("mptk", lambda: analyze_program(program)), ("torch_pruning", groups_of_torch_pruning)):
                 start = time.perf_counter()
                 result = work()
                 times[side].append(time.perf_counter() - start)
@@ -145,7 +145,7 @@ def compare(name: str, layers: int) -> dict[str, Any]:
     medians = {side: statistics.median(values) for side, values in times.items()}
     row |= {f"{side}_s": round(value, 4) for side, value in medians.items()}
     row["ratio"] = round(medians["torch_pruning"] / medians["mptk"], 1)
-    return row | {"torch_pruning_families": judge(model, ids, analyze(program))}
+    return row | {"torch_pruning_families": judge(model, ids, analyze_program(program))}
 
 
 def judge(model: Any, ids: torch.Tensor, analysis: Analysis) -> dict[str, str]:

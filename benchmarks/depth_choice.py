@@ -20,19 +20,16 @@ from torch import Tensor
 
 from benchmarks.quality import MODEL, add, rows_in
 from mptk.io import data, models
-from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir import Analysis, FamilyPlan, Plan, Samples, make_token_samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import Calibration
-from mptk.methods.criteria.fisher import tempered
+from mptk.methods.criteria.fisher import combine_curvature
 from mptk.methods.criteria.greedy import GREEDY
 from mptk.methods.maskprune.solver import Solver
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
+from passes.analysis.group import analyze_program
+from passes.frontend.trace import trace_to_program
 from passes.transforms.insert_masks import InsertedMasks, find_mask_sites
 from passes.transforms.masked_reference import mask
 
@@ -42,20 +39,22 @@ def loss(analysis: Analysis, gone: list[int], samples: Samples) -> float:
     (depth,) = analysis.depths
     kept = tuple(unit for unit in range(depth.size) if unit not in gone)
     plan = Plan({depth.name: FamilyPlan(len(kept), depth.size, {depth.stack.module: (kept,)})})
-    batches = samples.batches(256)
-    outputs = EXECUTOR.outputs([mask(analysis, resolve_plan(analysis, plan))], [batch.tensors for batch in batches])
-    total = sum(float(CAUSAL_LM.loss(next(outputs), batch)) for batch in batches)
-    return total / CAUSAL_LM.predicted(samples)
+    batches = samples.make_batches(256)
+    outputs = EXECUTOR.run_programs(
+        [mask(analysis, resolve_plan(analysis, plan))], [batch.tensors for batch in batches]
+    )
+    total = sum(float(CAUSAL_LM.compute_loss(next(outputs), batch)) for batch in batches)
+    return total / CAUSAL_LM.count_predictions(samples)
 
 
 def observed(analysis: Analysis, model: Any, samples: Samples) -> Solver:
     """MaskPrune's solver after its saliency: F and d of each block."""
     (depth,) = analysis.depths
     solver = Solver({depth.name: (1, 1, depth.size)}, lambda widths: 1.0, 0.5, 1, blocks={depth.name: []})
-    masks = InsertedMasks(model, find_mask_sites(analysis, model, [depth.name]), solver.applied, solver.watch)
+    masks = InsertedMasks(model, find_mask_sites(analysis, model, [depth.name]), solver.get_mask, solver.watch)
     for part in samples.split(2):
         output = model(**part.inputs, use_cache=False).logits
-        (CAUSAL_LM.sensitivity(output, part) / CAUSAL_LM.predicted(part)).backward()
+        (CAUSAL_LM.compute_sensitivity(output, part) / CAUSAL_LM.count_predictions(part)).backward()
         solver.observe(len(part) * part.positions)
         solver.clear()
     masks.enabled = False
@@ -64,19 +63,21 @@ def observed(analysis: Analysis, model: Any, samples: Samples) -> Solver:
 
 def scores(by: str, analysis: Analysis, model: Any, windows: Tensor, removed: int) -> Tensor:
     """A score for each block; the lowest go."""
-    samples, (depth,) = next_tokens(windows), analysis.depths
+    samples, (depth,) = make_token_samples(windows), analysis.depths
     if by == "influence":
-        return criteria.score(analysis, by, windows, families=[depth.name])[depth.name].flatten()
+        return criteria.score_units(analysis, by, windows, families=[depth.name])[depth.name].flatten()
     if by == "greedy":
-        given = Calibration(analysis, [depth], samples, removals={depth.name: removed})
-        return criteria.measured(GREEDY, given)[0][depth.name].flatten()
+        given = Calibration(analysis, [depth.tie()], samples, removals={depth.name: removed})
+        return criteria.measure_and_score(GREEDY, given)[0][depth.name].flatten()
     if by == "alone":
-        return torch.tensor([loss(analysis, [unit], samples.batches(1024)[0]) for unit in range(depth.size)])
+        return torch.tensor([loss(analysis, [unit], samples.make_batches(1024)[0]) for unit in range(depth.size)])
     solver = observed(analysis, model, samples)
     if by == "tempered":
-        prior = criteria.score(analysis, "influence", windows, families=[depth.name])[depth.name]
-        return (0.5 * tempered(solver.curvature(depth.name), prior) + solver.beyond(depth.name)).flatten()
-    return solver.saliency(depth.name).flatten()
+        prior = criteria.score_units(analysis, "influence", windows, families=[depth.name])[depth.name]
+        return (
+            0.5 * combine_curvature(solver.compute_curvature(depth.name), prior) + solver.compute_beyond(depth.name)
+        ).flatten()
+    return solver.compute_saliency(depth.name).flatten()
 
 
 def main(
@@ -89,10 +90,12 @@ def main(
 ) -> None:
     loaded = models.load(MODEL)
     model = loaded.model.eval().requires_grad_(False)
-    analysis = analyze(trace(model, dynamic=True))
-    given = data.evaluation_windows(loaded.tokenizer, calibration, 256, 8)
+    analysis = analyze_program(trace_to_program(model, dynamic=True))
+    given = data.load_evaluation_windows(loaded.tokenizer, calibration, 256, 8)
     texts = dict(each.split("=", 1) for each in text)
-    held = {n: next_tokens(data.evaluation_windows(loaded.tokenizer, f, 256, windows)) for n, f in texts.items()}
+    held = {
+        n: make_token_samples(data.load_evaluation_windows(loaded.tokenizer, f, 256, windows)) for n, f in texts.items()
+    }
     for each in by.split(","):
         if any((row["by"], row["removed"], row["windows"]) == (each, removed, windows) for row in rows_in(json_file)):
             continue

@@ -17,21 +17,17 @@ import typer
 
 from benchmarks.quality import MODEL, add, rows_in
 from mptk import rewrite
-from mptk.cli.parse import parse_width
+from mptk.cli.options import parse_width
 from mptk.cost.model import CostModel
 from mptk.io import data, models
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir import Analysis, Plan, Program, Samples, make_token_samples, resolve_plan
 from mptk.methods import criteria
-from mptk.methods.criteria.gradients import summed_losses
+from mptk.methods.criteria.observe import sum_losses
 from mptk.methods.reconstruct import gather_products
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
+from passes.analysis.group import analyze_program
+from passes.frontend.trace import trace_to_program
 from passes.transforms.insert_masks import find_mask_sites
 
 
@@ -39,8 +35,8 @@ def losses(program: Program, texts: dict[str, Samples]) -> dict[str, float]:
     """Nats a token on each text."""
     found = {}
     for name, samples in texts.items():
-        total = float(summed_losses(CAUSAL_LM, EXECUTOR, [program], samples.batches(512)))
-        found[name] = round(total / CAUSAL_LM.predicted(samples), 3)
+        total = float(sum_losses(CAUSAL_LM, EXECUTOR, [program], samples.make_batches(512)))
+        found[name] = round(total / CAUSAL_LM.count_predictions(samples), 3)
     return found
 
 
@@ -58,24 +54,26 @@ def main(
 ) -> None:
     loaded = models.load(MODEL)
     model = loaded.model.eval().requires_grad_(False)
-    analysis = analyze(trace(model, dynamic=True))
-    given = data.evaluation_windows(loaded.tokenizer, calibration, 256, samples)
+    analysis = analyze_program(trace_to_program(model, dynamic=True))
+    given = data.load_evaluation_windows(loaded.tokenizer, calibration, 256, samples)
     paths = dict(each.split("=", 1) for each in text)
-    held = {n: next_tokens(data.evaluation_windows(loaded.tokenizer, f, 512, windows)) for n, f in paths.items()}
+    held = {
+        n: make_token_samples(data.load_evaluation_windows(loaded.tokenizer, f, 512, windows)) for n, f in paths.items()
+    }
     done = [row["widths"] for row in rows_in(json_file) if (row["samples"], row["windows"]) == (samples, windows)]
     every = [dict(parse_width(each) for each in one.split(",") if one) for one in ["", *cuts]]
-    scores = criteria.score(analysis, "wanda", given, families=["ffn", "layers"])
-    plans = [(widths, criteria.select(analysis, scores, widths)) for widths in every if widths not in done]
+    scores = criteria.score_units(analysis, "wanda", given, families=["ffn", "layers"])
+    plans = [(widths, criteria.select_units(analysis, scores, widths)) for widths in every if widths not in done]
     sites, resolved = find_mask_sites(analysis, model, ["ffn"]), [resolve_plan(analysis, plan) for _, plan in plans]
-    products = gather_products(analysis, sites, resolved, next_tokens(given))
+    products = gather_products(analysis, sites, resolved, make_token_samples(given))
     for (widths, plan), each in zip(plans, resolved, strict=True):
         row = {"samples": samples, "windows": windows, "widths": widths}
-        row["removed"] = round(CostModel(analysis).sparsity(widths), 3)
+        row["removed"] = round(CostModel(analysis).compute_sparsity(widths), 3)
         if "layers" in widths:
             kept = plan.families["layers"].keep["model.layers"][0]
             row["blocks"] = [unit for unit in range(analysis.family("layers").size) if unit not in kept]
         if widths:
-            row["fitted"] = losses(cut(analysis.with_weights(dict(products.fitted(each))), plan), held)
+            row["fitted"] = losses(cut(analysis.with_weights(dict(products.fit_layers(each))), plan), held)
         if widths.keys() <= {"layers"}:
             row["loss"] = losses(cut(analysis, plan), held)
         print(row, flush=True)

@@ -32,8 +32,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks.common import result_header, write_result
 from benchmarks.engine_layers import code_of
 from mptk import FamilyPlan, Plan, prune
-from mptk.io import models
-from mptk.io.modeling_nemotron_nas import WIDTH_STEP
+from mptk.io import WIDTH_STEP, models
 from mptk.ort.decoder import OrtDecoder
 
 MODEL, TOKENS = "smollm2-135m", 32
@@ -151,7 +150,7 @@ def main(
         report = json.loads((made / "report.json").read_text())
         config = AutoConfig.from_pretrained(made)
         ids = torch.randint(config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-        expected = OrtDecoder(made).torch_logits(ids)[0]
+        expected = OrtDecoder(made).compute_torch_logits(ids)[0]
         runs: dict[str, tuple[str, Callable[[Path, Tensor], Tensor]]] = {
             "transformers": (_version("transformers"), in_transformers)
         }

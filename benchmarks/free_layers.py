@@ -19,8 +19,7 @@ import typer
 
 from benchmarks.quality import MODEL, add, rows_in
 from mptk import prune
-from mptk.io import data, models
-from mptk.io.evaluation import perplexity
+from mptk.io import data, measure_perplexity, models
 
 
 def measured(module: Any, texts: dict[str, str], windows: list[int]) -> dict[str, float]:
@@ -28,10 +27,10 @@ def measured(module: Any, texts: dict[str, str], windows: list[int]) -> dict[str
     tokenizer = models.load(MODEL).tokenizer
     found = {}
     for name, text in texts.items():
-        held_out = data.evaluation_windows(tokenizer, text, 512, max(windows))
+        held_out = data.load_evaluation_windows(tokenizer, text, 512, max(windows))
         for count in windows:
             with torch.no_grad():
-                value = perplexity(lambda ids: module(ids), held_out[:count], data=name).value
+                value = measure_perplexity(lambda ids: module(ids), held_out[:count], data=name).value
             found[f"{name}, {count}"] = round(value, 3)
     return found
 

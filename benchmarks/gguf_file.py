@@ -10,7 +10,7 @@ import gguf
 from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from mptk.targets.gguf.architectures import paired
+from mptk.targets.gguf.architectures import permute_pairs
 
 BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""
@@ -42,7 +42,7 @@ def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerBase, path: Pat
         if weight == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if ".q_proj." in weight or ".k_proj." in weight:
-            tensor = paired(tensor, config.head_dim)
+            tensor = permute_pairs(tensor, config.head_dim)
         kind = stored(weight) if tensor.ndim == 2 and tensor.shape[-1] % BLOCK == 0 else Kind.F32
         writer.add_tensor(
             names.get_name(weight, try_suffixes=(".weight", ".bias")),

@@ -28,7 +28,7 @@ import typer
 
 from benchmarks.common import result_header, write_result
 from benchmarks.scale import Bench, Row, measured, rows_in
-from mptk.cli.parse import parse_size
+from mptk.cli.options import parse_size
 
 PACKAGED = "smollm2-135m"
 JOBS = ("wanda", "taylor", "masks", "recovery", "proof")
@@ -61,7 +61,7 @@ class Stages:
     def __init__(self, device: str) -> None:
         import torch
 
-        from mptk.protocols.execution import find_device
+        from mptk.protocols import find_device
 
         there = find_device(device)
         self.module = None if there.type == "cpu" else torch.get_device_module(there)
@@ -92,7 +92,7 @@ class Stages:
 def do(job: Job) -> None:
     """Run a job here, and write its stages."""
     from mptk import Settings, prune, recover
-    from mptk.config.learning import Learning
+    from mptk.config import Learning
     from mptk.proof.verification import verify
 
     say = Stages(job.device)

@@ -23,10 +23,10 @@ from benchmarks.onnx import MODEL, export, resized
 from mptk.api import compiler as api
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, Measure
-from mptk.cost.operator_times import Operator, time_once, typical_ms
+from mptk.cost.operator_times import Operator, measure_typical_ms, time_once
 from mptk.io import models
 from mptk.ort.decoder import OrtDecoder
-from mptk.ort.steps import Case, decoder_step
+from mptk.ort.steps import Case, bind_decoder_step
 from passes.targets import legalize
 
 FAMILIES = ("kv_groups", "q_heads", "ffn")
@@ -56,7 +56,7 @@ def narrowed(model: PreTrainedModel, shape: Mapping[str, int]) -> PreTrainedMode
 def predictors(model: PreTrainedModel, measure: Measure) -> dict[str, Latency]:
     """Each phase's prediction."""
     analysis = api.analyze(model)
-    ladders = {name: legalize.aligned(analysis.family(name)) for name in FAMILIES}
+    ladders = {name: legalize.list_aligned_widths(analysis.family(name)) for name in FAMILIES}
     return {phase: Latency(analysis, ladders, phase, measure) for phase in OBJECTIVES}
 
 
@@ -74,7 +74,9 @@ def operators_of(model: PreTrainedModel) -> list[Operator]:
 
 def time_graph(decoder: OrtDecoder, phase: str, threads: int) -> float:
     tokens, past = OBJECTIVES[phase]
-    return typical_ms(decoder_step(decoder, Case(phase, max(tokens, past), 1, threads)), threads, seconds=1.0)
+    return measure_typical_ms(
+        bind_decoder_step(decoder, Case(phase, max(tokens, past), 1, threads)), threads, seconds=1.0
+    )
 
 
 def main(

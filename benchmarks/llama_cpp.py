@@ -26,7 +26,7 @@ from benchmarks.gguf_file import write_gguf
 from benchmarks.onnx import MODEL, NARROW, SHAPES, export, resized
 from mptk.io import models
 from mptk.ort.decoder import OrtDecoder
-from mptk.ort.steps import Case, decoder_step
+from mptk.ort.steps import Case, bind_decoder_step
 from passes.pipelines import quantize_onnx
 
 TOKEN = 1000
@@ -76,7 +76,7 @@ def llama_rows(
         for length in lengths:
             for phase in ("prefill", "decode"):
                 case = Case(phase, length, 1, count)
-                rows.append(about | _beside(decoder_step(decoder, case), other, case, rounds))
+                rows.append(about | _beside(bind_decoder_step(decoder, case), other, case, rounds))
     return rows
 
 

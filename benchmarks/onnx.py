@@ -28,9 +28,9 @@ from benchmarks.common import result_header, write_result
 from benchmarks.onnx_rivals import LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
 from mptk.io import models
 from mptk.ort.bench import Bench, bench_graphs
-from mptk.report.markdown import rendered
-from mptk.report.page.charts import plot_bench
-from mptk.report.sections import bench_view
+from mptk.report.page.charts import write_bench_plot
+from mptk.report.sections import build_bench_view
+from mptk.report.view import render_markdown
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 
@@ -132,17 +132,17 @@ def main(
         beside += caller_rows(quantised, models.load_tokenizer(MODEL), lengths[0], rounds)
         beside += torch_rows(dense, graphs["dense"], lengths, counts, rounds)
         rows = rows_of(result) + beside
-        print(rendered(bench_view(result)))
+        print(render_markdown(build_bench_view(result)))
         for row in beside:
             print(row, flush=True)
         if long:
             few = {name: graphs[name] for name in ("dense", NARROW, "dense, int8", f"{NARROW}, int8")}
             for batch, many in ((1, (2048,)), (8, (128, 512))):
                 more = bench_graphs(few, lengths=many, batches=(batch,), threads=counts[:1], rounds=3)
-                print(rendered(bench_view(more)))
+                print(render_markdown(build_bench_view(more)))
                 rows += rows_of(more)
     if plot is not None:
-        plot_bench(result, plot)
+        write_bench_plot(result, plot)
     if json_file is not None:
         peaks = {count: asdict(found) for count, found in result.peaks.items()}
         sizes = [{"graph": g.name, "bytes": g.bytes, "memory": g.memory} for g in result.graphs]

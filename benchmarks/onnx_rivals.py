@@ -20,10 +20,10 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mptk.ort.bench import alternate, bench_graphs
+from mptk.ort.bench import bench_graphs, time_alternately
 from mptk.ort.decoder import OrtDecoder
-from mptk.ort.generation import generate
-from mptk.ort.steps import Case, decoder_step
+from mptk.ort.generation import generate_tokens
+from mptk.ort.steps import Case, bind_decoder_step
 
 GENAI = {"fp32": "prune_lm_head=true", "int8": "prune_lm_head=true block_size=128"}
 LEFT_OUT = {
@@ -97,7 +97,7 @@ def _beside(decoder: OrtDecoder, model: PreTrainedModel, row: dict[str, Any], ro
         ours = lambda: decoder.decode(ids[:, :1].numpy(), cached)  # noqa: E731
         theirs = torch_step(model, ids)
     try:
-        times = alternate([ours, theirs], rounds)
+        times = time_alternately([ours, theirs], rounds)
     except (TorchDynamoException, InductorError) as error:
         return {"ms": None, "ratio": None, "reason": str(error).strip().split("\n")[0]}
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
@@ -127,7 +127,7 @@ def caller_rows(
     rows = []
     for name, file in graphs:
         decoder = OrtDecoder(file, threads=1)
-        step = decoder_step(decoder, Case("decode", length + NEW_TOKENS // 2, 1, 1))
+        step = bind_decoder_step(decoder, Case("decode", length + NEW_TOKENS // 2, 1, 1))
         loops, bare = [], []
         for _ in range(rounds + 1):
             loops.append(_loop(decoder, tokenizer, length))
@@ -144,7 +144,7 @@ def caller_rows(
 def _loop(decoder: OrtDecoder, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
     """Seconds that ``NEW_TOKENS`` tokens take after the first."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    steps = generate(decoder, [[1000] * length], limit=NEW_TOKENS + 1)
+    steps = generate_tokens(decoder, [[1000] * length], limit=NEW_TOKENS + 1)
     with redirect_stdout(io.StringIO()):
         next(steps)
         start = time.perf_counter()

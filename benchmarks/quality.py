@@ -38,15 +38,14 @@ from filelock import FileLock
 from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
-from mptk.chain.amounts import in_time
-from mptk.chain.estimate import estimator
-from mptk.cli.parse import parse_width
-from mptk.config.learning import Learning, Training
-from mptk.cost.estimate import this_machine
-from mptk.io import data, models
-from mptk.io.evaluation import perplexity, zero_shot
-from mptk.protocols.report import Report
-from mptk.trust import trust_by_caller
+from mptk.cli.options import parse_width
+from mptk.config import Learning, Training
+from mptk.cost.estimate import measure_machine
+from mptk.io import data, measure_perplexity, models, zero_shot
+from mptk.protocols import Report
+from mptk.run.estimate import read_estimator
+from mptk.run.minutes import complete_settings
+from mptk.trust import NO_CODE, trust_by_caller
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"
@@ -94,7 +93,7 @@ def settings(
         compute_dtype=trains["compute"],
         resume=True,
     )
-    return replace(in_time(found, estimator(model)), eval_windows=1, onnx=False)
+    return replace(complete_settings(found, read_estimator(model, NO_CODE))[0], eval_windows=1, onnx=False)
 
 
 def steps_of(tokens: int, batch: int) -> int:
@@ -107,9 +106,9 @@ def measure(folder: str, texts: dict[str, str], windows: int, tasks: dict[str, A
     loaded = models.load(folder)
     found: dict[str, Any] = {}
     for name, text in texts.items():
-        held_out = data.evaluation_windows(loaded.tokenizer, text, 512, windows)
+        held_out = data.load_evaluation_windows(loaded.tokenizer, text, 512, windows)
         with torch.no_grad():
-            measured = perplexity(lambda ids: loaded.model(ids, use_cache=False).logits, held_out, data=name)
+            measured = measure_perplexity(lambda ids: loaded.model(ids, use_cache=False).logits, held_out, data=name)
         found[name] = round(measured.value, 3)
         found["protocol"] = measured.protocol.partition(": ")[2]
     if tasks["tasks"]:
@@ -149,7 +148,7 @@ def row_of(
         "tokens": steps * batch * chosen.length,
         "samples": chosen.windows,
         "allowed": chosen.minutes,
-        "gflops": round(this_machine().flops / 1e9),
+        "gflops": round(measure_machine().flops / 1e9),
         "compute": chosen.compute_dtype,
         "batch": batch,
         **{name: report.recovery.get(name) for name in ("rank", "lr")},

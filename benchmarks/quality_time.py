@@ -15,9 +15,10 @@ import typer
 
 from benchmarks.quality import MODEL, rows_in
 from mptk import Settings
-from mptk.chain.estimate import estimator
-from mptk.config.learning import Learning, Training
-from mptk.cost.estimate import this_machine
+from mptk.config import Learning, Training
+from mptk.cost.estimate import measure_machine
+from mptk.run.estimate import read_estimator
+from mptk.trust import NO_CODE
 
 SAMPLES = 96
 """Calibration windows of a row that names none."""
@@ -43,11 +44,11 @@ def settings_of(row: dict[str, Any]) -> Settings:
 def main(
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality_all_weights.json"),
 ) -> None:
-    print(f"minutes at {this_machine().flops / 1e9:.0f} GFLOP/s in a matrix product")
+    print(f"minutes at {measure_machine().flops / 1e9:.0f} GFLOP/s in a matrix product")
     print("| model | removed | minutes | tokens | windows | method | seed | widths | WikiText-2 | C4 |")
     print("|---|---:|---:|---:|---:|---|---:|---|---:|---:|")
     rows = [row for row in rows_in(json_file) if row["method"] != "dense"]
-    needs = {model: estimator(model) for model in {row.get("model", MODEL) for row in rows}}
+    needs = {model: read_estimator(model, NO_CODE).estimate for model in {row.get("model", MODEL) for row in rows}}
     times = [sum(needs[row.get("model", MODEL)](settings_of(row)).seconds.values()) / 60 for row in rows]
     for minutes, row in sorted(zip(times, rows, strict=True), key=lambda pair: (pair[1]["sparsity"], pair[0])):
         widths = ", ".join(f"{name} {width}" for name, width in row["widths"].items())

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 import mptk
 from benchmarks.zoo_plans import plan_of_widths
-from mptk.distributed.processes import blocks
+from mptk.distributed.processes import find_module_blocks
 from mptk.files import write_json
-from mptk.io.checkpoint import save_tokenizer
+from mptk.io import save_tokenizer
 
 WORDS = (
     "quick",
@@ -73,7 +73,7 @@ def skeleton(config: LlamaConfig) -> PreTrainedModel:
 def shape_of(model: PreTrainedModel) -> dict[str, int]:
     """Parameters, bytes in bf16, and bytes in float32 of the largest block and the largest tensor."""
     sizes = [p.numel() for p in model.parameters()]
-    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks(model))
+    largest = max(sum(p.numel() for p in block.parameters()) for block in find_module_blocks(model))
     return {
         "parameters": sum(sizes),
         "bytes": 2 * sum(sizes),

@@ -21,9 +21,9 @@ from benchmarks.common import result_header, write_result
 from benchmarks.quality import MODEL, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import prune, shapes
-from mptk.api.advice import SHAPES_FILE
-from mptk.protocols.shapes import Shape, Shapes
-from mptk.reading import damaged, read_as
+from mptk.protocols import Shape, Shapes
+from mptk.reading import make_damage_error, read_as
+from mptk.run.advise import SHAPES_FILE
 
 
 def row_of(place: int, shape: Shape, found: Shapes) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def main(
     effort = {"search_shapes": candidates, "search_tokens": search_tokens}
     if not (ranking := work / f"shapes{search_batch}" / SHAPES_FILE).is_file():
         shapes(model, ranking.parent, resume=True, batch=search_batch, **how, **effort)
-    found = read_as(Shapes, ranking, damaged(ranking, "remove it"))
+    found = read_as(Shapes, ranking, make_damage_error(ranking, "remove it"))
     run = {"model": model, "method": method, "sparsity": sparsity, "tokens": steps * batch * 256}
     asked = run | effort | {"search_batch": search_batch}
     rows = []

@@ -31,8 +31,8 @@ from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import FEATURES, FIRST_PLAIN_TOKEN, IMAGE_TOKENS, LABELS, STAGED_IMAGE, VOCAB
 from benchmarks.tiny_weights import calibrate, randomise, revived
 from benchmarks.tiny_wrappers import PAIRED, PICTURED, wrapper_of
-from mptk.tasks.dual_encoder import gives
-from mptk.tasks.inputs.captioned import Captioned, ended
+from mptk.tasks.dual_encoder import has_embeddings
+from mptk.tasks.inputs.captioned import Captioned, put_end_token
 from mptk.tasks.inputs.image_text import with_images
 
 MAPPINGS: dict[str, dict[str, Any]] = {
@@ -218,9 +218,9 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         return with_images(
             model, torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, SEQ), generator=generator), generator
         )
-    if mapping == PAIRED and gives(type(model)):
+    if mapping == PAIRED and has_embeddings(type(model)):
         ids = torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, SEQ), generator=generator)
-        return Captioned().example(model) | {"input_ids": ended(model, ids)}
+        return Captioned().make_example(model) | {"input_ids": put_end_token(model, ids)}
     accepted = inspect.signature(model.forward).parameters
     config: Any = model.config
     rows = BATCH * getattr(config, "num_codebooks", 1)

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mptk.ir.samples import Samples, joined
-from mptk.tasks.dual_encoder import gives
-from mptk.tasks.dual_encoder_form import EMBEDS
+from mptk.ir import Samples, join_outputs
+from mptk.tasks.dual_encoder import EMBEDS, has_embeddings
 from mptk.tasks.image_text import ImageText
 
 PICTURED, PAIRED = "image-text-to-text", "zero-shot-image-classification"
@@ -53,13 +52,13 @@ class Joined(Logits):
     def forward(self, *tensors: Tensor) -> Tensor:
         """Tensors in the order of `names`."""
         out = self.model(**dict(zip(self.names, tensors, strict=True)))
-        return joined([out[name] for name in self.outputs])
+        return join_outputs([out[name] for name in self.outputs])
 
 
 def wrapper_of(mapping: str, model: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
     """The wrapper of a model of `mapping`; its tensors are in the order of `inputs`."""
     names = tuple(inputs)
-    if mapping == PAIRED and gives(type(model)):
+    if mapping == PAIRED and has_embeddings(type(model)):
         return Joined(model, names, EMBEDS)
     if mapping in FOUND:
         with torch.no_grad():
@@ -67,4 +66,8 @@ def wrapper_of(mapping: str, model: nn.Module, inputs: Mapping[str, Tensor]) -> 
         return next(
             (Joined(model, names, each) for each in FOUND[mapping] if {*each} <= {*given}), Logits(model, names)
         )
-    return ImageText().wrapped(model, Samples(inputs))(model, names) if mapping == PICTURED else Logits(model, names)
+    return (
+        ImageText().choose_wrapper(model, Samples(inputs))(model, names)
+        if mapping == PICTURED
+        else Logits(model, names)
+    )

@@ -27,19 +27,15 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import passes.frontend.trace
 from benchmarks.common import result_header, write_result
-from mptk.chain.prepare import legalise
-from mptk.config.learning import Learning, Training
-from mptk.config.settings import Settings
+from mptk.config import Learning, Settings, Training
 from mptk.io import models
-from mptk.ir.passes import Log
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
+from mptk.ir import Log, make_token_samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.progress import silent
-from mptk.protocols.chain import Prepared
-from mptk.protocols.conversion import Analysed
-from mptk.protocols.run_folder import RunFolder
+from mptk.progress import show_nothing
+from mptk.protocols import Analysed, DenseModel, Opened, Prepared, RunFolder
+from mptk.run.prepare import resolve_widths
+from mptk.run.run import Run
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.pipelines import cut_program
@@ -88,15 +84,17 @@ def settings(teacher: str) -> Settings:
 def prepared(teacher: str) -> Prepared:
     """The model as `prune` prepares it for MaskPrune at 30 %."""
     loaded = models.load(MODEL)
-    analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
-    return legalise(MODEL, settings(teacher), Analysed(loaded, CAUSAL_LM, analysis), silent)
+    analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
+    asked = settings(teacher)
+    run = Run(log=Log(), progress=show_nothing, source=MODEL, out=Path("out"), settings=asked)
+    return resolve_widths(run, asked, DenseModel(Opened(loaded, CAUSAL_LM), Analysed(loaded, CAUSAL_LM, analysis)))
 
 
 def learner(run: Prepared) -> Learner:
     learning = run.mask_learning
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
-    samples = next_tokens(windows())
-    return Learner(start_training(learning, folder), run, samples, learning, folder, silent)
+    samples = make_token_samples(windows())
+    return Learner(start_training(learning, folder), run, samples, learning, folder, show_nothing)
 
 
 def masks(teacher: str) -> Step:
@@ -110,15 +108,15 @@ def recovery(teacher: str) -> Step:
     """A step of recovery, after a cut of 30 %."""
     run = prepared(teacher)
     analysis = run.analysis
-    scores = criteria.score(analysis, "magnitude", families=run.families)
+    scores = criteria.score_units(analysis, "magnitude", families=run.families)
     ffn = min(run.candidates, key=lambda c: c.widths["ffn"])
     widths = {n: w for n, w in ffn.widths.items() if w < analysis.family(n).size}
-    plan = criteria.select(analysis, scores, widths)
+    plan = criteria.select_units(analysis, scores, widths)
     cut = cut_program(analysis, resolve_plan(analysis, plan), Log()).program
     assert run.legal.stock is not None
-    stock = run.legal.stock.config(widths)
+    stock = run.legal.stock.build_config(widths)
     small = stock.build(cut.state_dict(), shared=True)
-    return counted(learner(run).recovery(small, 10_000))
+    return counted(learner(run).make_recovery(small, 10_000))
 
 
 def counted(loop: Any) -> Step:

@@ -18,9 +18,9 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import result_header, write_result
-from mptk.conversions.vocabulary.convert import Tokens
+from mptk.conversions.vocabulary import Tokens
 from mptk.io import models
-from mptk.ir.plan import Plan
+from mptk.ir import Plan
 
 PIECE, PROMPT, PROMPTS, NEW = 1_000, 80, 8, 24
 Runner = tuple[PreTrainedModel, PreTrainedTokenizerBase]

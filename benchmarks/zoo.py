@@ -38,13 +38,11 @@ from benchmarks.zoo_plans import random_plan
 from benchmarks.zoo_stock import depth_acceptance, stock_acceptance
 from mptk import rewrite
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import resolve_plan
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
+from mptk.ir import Analysis, Plan, resolve_plan
+from passes.analysis.group import analyze_program
+from passes.frontend.trace import trace_to_program
 from passes.transforms.masked_reference import mask
-from passes.transforms.retype import Retype
+from passes.transforms.weight_types import Retype
 
 Run = Callable[[str, str], dict[str, Any]]
 """Makes the row of a mapping and a type."""
@@ -153,9 +151,9 @@ def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
     row["stage"] = "forward"
     calibrate(tiny)
     try:
-        program = trace(tiny.wrapper, tiny.inputs)
+        program = trace_to_program(tiny.wrapper, tiny.inputs)
         row["stage"] = "trace"
-        analysis = analyze(program)
+        analysis = analyze_program(program)
         row["stage"] = "analysis"
     except Exception as error:
         return {**row, "reason": describe(error)}

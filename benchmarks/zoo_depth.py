@@ -33,9 +33,9 @@ from benchmarks.zoo import (
 )
 from benchmarks.zoo_plans import random_plan
 from benchmarks.zoo_stock import depth_acceptance
-from passes.analysis.blocks import why_none
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
+from passes.analysis.blocks import explain_no_stack
+from passes.analysis.group import analyze_program
+from passes.frontend.trace import trace_to_program
 
 STAGES = ("none", "analysed", "found", "proven", "held")
 QUICK = 16
@@ -61,12 +61,12 @@ def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
     try:
         tiny = tiny_model(mapping, model_type, seed)
         calibrate(tiny)
-        program = trace(tiny.wrapper, tiny.inputs)
-        analysis = analyze(program)
+        program = trace_to_program(tiny.wrapper, tiny.inputs)
+        analysis = analyze_program(program)
     except Exception as error:
         return {**row, "reason": describe(error)}
     if not analysis.depths:
-        return {**row, "stage": "analysed", "reason": why_none(program, analysis.facts)}
+        return {**row, "stage": "analysed", "reason": explain_no_stack(program, analysis.facts)}
     rng, row["depths"] = random.Random(seed), {}
     with torch.no_grad():
         dense = program(*tiny.inputs)

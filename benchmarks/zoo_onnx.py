@@ -27,14 +27,16 @@ from benchmarks.tiny_models import model_types, tiny_model
 from benchmarks.tiny_roles import FIRST_PLAIN_TOKEN, VOCAB
 from benchmarks.zoo import Jobs, RowsFile, Types, describe, difference, saved_rows, sweep
 from benchmarks.zoo_plans import draw, legal_width
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, Log, Plan, Program, resolve_plan
 from mptk.ort.decoder import OrtDecoder
-from passes.analysis.group import analyze
-from passes.frontend.trace_decoder import CacheLayerShape, DecoderStep, cache_shapes, first_positions, trace_decoder
+from passes.analysis.group import analyze_program
+from passes.frontend.trace_decoder import (
+    CacheLayerShape,
+    DecoderStep,
+    cache_shapes,
+    list_first_positions,
+    trace_decoder,
+)
 from passes.pipelines import cut_program, emit_onnx
 
 MAPPING = "causal-lm"
@@ -70,7 +72,7 @@ def _stages(mapping: str, model_type: str, folder: Path) -> Iterator[dict[str, A
     steps = list(decoding_steps(getattr(model.config.get_text_config(), "vocab_size", VOCAB)))
     yield {"layers": layers, **_against_model(model, program, steps, shapes)}
     yield {"stage": "trace"}
-    analysis = analyze(program)
+    analysis = analyze_program(program)
     yield {"stage": "analyse", "families": len(analysis.families)}
     cut = cut_program(analysis, resolve_plan(analysis, random_widths(analysis)), Log()).program
     yield {"stage": "cut"}
@@ -78,7 +80,7 @@ def _stages(mapping: str, model_type: str, folder: Path) -> Iterator[dict[str, A
     yield {"stage": "emit", "folded": folded(file)}
     found = in_runtime(OrtDecoder(file, threads=1), steps)
     yield {"stage": "run"}
-    past = [n.meta["val"].shape for n in cut.placeholders() if n.name in cut.user_inputs][3:]
+    past = [n.meta["val"].shape for n in cut.list_placeholders() if n.name in cut.user_inputs][3:]
     cut_shapes = [CacheLayerShape(k[1], k[3], v[3], torch.float32) for k, v in zip(past[::2], past[1::2], strict=True)]
     wrong = largest_difference(found, in_torch(cut, steps, cut_shapes), steps)
     yield {"difference": float(f"{wrong:.1e}")}
@@ -124,7 +126,7 @@ def in_torch(run: Run, steps: list[Step], shapes: list[CacheLayerShape]) -> list
 
 def in_runtime(decoder: OrtDecoder, steps: list[Step]) -> list[Tensor]:
     """The same in ONNX Runtime."""
-    cache, outputs = decoder.empty(2), []
+    cache, outputs = decoder.make_empty(2), []
     for index, (ids, mask) in enumerate(steps):
         if index == 0:
             logits, cache = decoder.prefill(ids.numpy(), mask.numpy())
@@ -160,7 +162,7 @@ def _against_model(model: Any, program: Program, steps: list[Step], shapes: list
     if padded <= TOLERANCE:
         return {"padding": True}
     step = DecoderStep(model)
-    for first in first_positions(step):
+    for first in list_first_positions(step):
         step.first_position = first
         whole, padded = differences(step)
         if whole <= TOLERANCE and padded <= TOLERANCE:

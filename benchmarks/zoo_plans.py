@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from mptk.ir.families import Analysis, Depth, Family
-from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir import Analysis, Depth, Family, FamilyPlan, Plan
 
 
 def random_plan(families: Sequence[Family], rng: random.Random, fraction: float = 0.6) -> Plan:

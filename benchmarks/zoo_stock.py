@@ -15,18 +15,14 @@ from benchmarks.tiny_models import Tiny
 from benchmarks.tiny_wrappers import Logits
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
 from mptk.errors import MptkError
-from mptk.ir.axes import leaves
-from mptk.ir.families import Analysis, Depth, Family
-from mptk.ir.passes import Log
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, Depth, Family, FamilyPlan, Log, Plan, list_axes, resolve_plan
 from passes.pipelines import cut_program
 from passes.targets.choose_blocks import choose_blocks
-from passes.targets.derived import derived_families
+from passes.targets.derived import find_derived_families
 from passes.targets.legalize import cut_shapes
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.learn import Stock
-from passes.transforms.fold_norms import epsilons
+from passes.transforms.fold_norms import find_epsilons
 from passes.verify import TOLERANCE
 
 PREFIX = "model."
@@ -50,7 +46,7 @@ def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
         name = family.name
         partners = min((g for g in stock.together if name in g and not g & derived.keys()), key=len, default={name})
         cuts = _thinned(list(_cuts(family, [analysis.family(n) for n in sorted(partners)])))
-        answers = [] if name in derived else [(cut, stock.accepts(cut)) for cut in cuts]
+        answers = [] if name in derived else [(cut, stock.check_widths(cut)) for cut in cuts]
         accepted = [cut for cut, refusal in answers if refusal is None]
         refusals = [refusal for _, refusal in answers if refusal is not None]
         if name in derived:
@@ -103,7 +99,7 @@ def _reload_all(
     together = {name: width for cut in cuts.values() for name, width in cut.items()}
     agree = all(together[name] == width for cut in cuts.values() for name, width in cut.items())
     every = plan_of_widths(analysis, together, random.Random(0)) if agree else Plan({})
-    if len(cuts) > 1 and agree and stock.accepts(together) is None and not _reload(analysis, tiny, stock, every):
+    if len(cuts) > 1 and agree and stock.check_widths(together) is None and not _reload(analysis, tiny, stock, every):
         yield from ((name, "") for name in cuts)
     else:
         for name, cut in cuts.items():
@@ -126,7 +122,7 @@ def _line(refusal: Refusal) -> str:
 
 def _discover(analysis: Analysis, tiny: Tiny) -> Stock:
     own = {g.axis for f in analysis.families for g in f.groups}
-    others = {a.size for dims in analysis.weights.values() for d in dims for a in leaves(d) if a not in own}
+    others = {a.size for dims in analysis.weights.values() for d in dims for a in list_axes(d) if a not in own}
 
     def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         return {n.removeprefix(PREFIX): shape for n, shape in cut_shapes(analysis, widths).items()}
@@ -135,8 +131,10 @@ def _discover(analysis: Analysis, tiny: Tiny) -> Stock:
         Logits(model, tiny.wrapper.names)(*(tensor.to("meta") for tensor in tiny.inputs))  # type: ignore[arg-type]
 
     families = {f.name: f.size for f in analysis.families}
-    norms = {f.name: {n.removeprefix(PREFIX): e for n, e in epsilons(analysis, f).items()} for f in analysis.families}
-    derived = derived_families(analysis)
+    norms = {
+        f.name: {n.removeprefix(PREFIX): e for n, e in find_epsilons(analysis, f).items()} for f in analysis.families
+    }
+    derived = find_derived_families(analysis)
     return Stock(tiny.model, families, sorted(others), shapes, derived=derived, norms=norms, forward=forward)  # type: ignore[arg-type]
 
 
@@ -153,7 +151,7 @@ def _reload(
     """Cut to a plan, load the weights into the stock class, compare logits; why they differ, or ""."""
     try:
         folded = cut_program(analysis, resolve_plan(analysis, plan), Log())
-        program, found = folded.program, stock.config(plan.widths, scalars=folded.epsilons, kept=kept)
+        program, found = folded.program, stock.build_config(plan.widths, scalars=folded.epsilons, kept=kept)
         if isinstance(found, Refusal):
             return _line(found)
         attention = tiny.model.config._attn_implementation  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ import typer
 
 from mptk.cli.main import app
 from mptk.config.cases import READING
-from mptk.config.setting import Declared, taken
+from mptk.config.setting import Declared, find_settings
 from mptk.config.settings import Settings
 from mptk.ir.consumers import CONSUMERS, LIMITS
 
@@ -34,7 +34,7 @@ def written(page: str) -> str:
 def runs() -> Iterator[str]:
     """The options of ``prune``, ``recover``, ``shapes`` and ``advise`` that are settings, panel by panel."""
     yield from _head("option", "default", "meaning")
-    options = taken(Settings, "prune").items()
+    options = find_settings(Settings, "prune").items()
     for panel in dict.fromkeys(each.setting.panel for _, each in options):
         yield _row(f"**{panel}**", "", "")
         for name, each in options:
@@ -62,7 +62,7 @@ def commands() -> Iterator[str]:
     """The options of each command that are no settings of a run."""
     yield from _head("command", "options")
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
-        settings = set(map(_flag, taken(Settings, name))) if name in READING else set()
+        settings = set(map(_flag, find_settings(Settings, name))) if name in READING else set()
         flags = [flag for option in command.params for flag in option.opts[:1] if flag.startswith("--")]
         if own := [f"`{flag}`" for flag in flags if flag not in EVERYWHERE | settings]:
             yield _row(name, ", ".join(own))

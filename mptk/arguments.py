@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mptk.errors import MptkError, find_removed, removed_meanwhile
+from mptk.errors import MptkError, find_removed, make_removed_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
 IN_WORDS: dict[object, str] = {
     bool: "True or False",
     int: "a whole number",
@@ -29,25 +30,27 @@ IN_WORDS: dict[object, str] = {
     types.NoneType: "None",
     None: "None",
 }
+"""A type → how a message names it."""
 
 
 class Turn:
-    """Held by the public call that runs; a call of another thread waits, and calls within a call go on.
+    """A lock that each public call holds: calls of other threads wait, calls inside the call do not.
 
-    A trace of torch, a model that transformers loads and a default type are one state of the process: two calls at once
+    torch's tracer, transformers' loader and torch's default dtype are state of the whole process. Two calls at once
     fail in torch.export, and leave transformers unable to load anything.
     """
 
     def __init__(self) -> None:
         self._renew()
-        os.register_at_fork(after_in_child=self._renew)  # the thread that held it is not in the child
+        # The thread that holds the lock does not exist in a forked child, so nobody would release it there.
+        os.register_at_fork(after_in_child=self._renew)
 
     def _renew(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # reentrant: public functions call each other
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """Wait for the turn, and hold it within."""
+    def take(self) -> Iterator[None]:
+        """Hold the lock within a ``with`` block."""
         with self._lock:
             yield
 
@@ -55,67 +58,80 @@ class Turn:
 TURN = Turn()
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def guard_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function: it raises MptkError if an argument is not of its annotated type, and takes its turn."""
-    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments
-        kinds = {name: signature.parameters[name].kind for name in given}
-        check_arguments(function, {n: v for n, v in given.items() if kinds[n] is not inspect.Parameter.VAR_KEYWORD})
-        with TURN.taken():
-            try:
-                return function(*args, **kwargs)
-            except OSError as error:
-                raise _shorten_error(error) or error from error.__cause__
+        with guard_call(function, args, kwargs):
+            return function(*args, **kwargs)
 
     return call
 
 
+@contextlib.contextmanager
+def guard_call(function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[None]:
+    """Check the arguments of a call, and hold the turn for it.
+
+    Raises:
+        MptkError: an argument is not of its annotated type; or a file's name is too long, or a temporary file was
+            removed during the call.
+    """
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    _, parameters = _read_annotations(function)
+    several = inspect.Parameter.VAR_KEYWORD  # they are checked when they become ``Settings``
+    check_arguments(function, {name: v for name, v in given.items() if parameters[name].kind is not several})
+    with TURN.take():
+        try:
+            yield
+        except OSError as error:  # the two kinds that any call may meet, wherever it writes
+            raise _shorten_error(error) or error from error.__cause__
+
+
 def _shorten_error(error: OSError) -> MptkError | None:
-    """The message for a name that is too long, or a temporary folder that somebody removed; None for other errors."""
+    """The message for a name that is too long, or a removed temporary folder; None for other errors."""
     if error.filename is None:
         return None
     if error.errno == errno.ENAMETOOLONG:
         return MptkError(f"{error.filename}: the name is too long; give a shorter one")
     gone = find_removed(error) if error.errno == errno.ENOENT else None
-    return None if gone is None else removed_meanwhile(gone)
+    return None if gone is None else make_removed_error(gone)
 
 
 def check_arguments(function: Callable[..., object], given: Mapping[str, object]) -> None:
     """Check arguments by name against the annotations of ``function``; raises MptkError for the first wrong one."""
-    hints, several = _annotated(function)
+    hints, several = _read_annotations(function)
     for name in filter(hints.__contains__, given):
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
         hint = Sequence[hints[name]] if many else hints[name]  # type: ignore[valid-type]
-        if (wrong := _wrong(given[name], hint, name)) is not None:
+        if (wrong := _find_fault(given[name], hint, name)) is not None:
             raise MptkError(wrong)
 
 
 @functools.cache
-def _annotated(function: Callable[..., object]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
-    """The types and the parameters of a function."""
+def _read_annotations(function: Callable[..., object]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
     return get_type_hints(function), inspect.signature(function).parameters
 
 
-def _wrong(value: object, hint: object, name: str) -> str | None:
-    """What is wrong with an argument and what to give instead; None if it is of its type."""
+def _find_fault(value: object, hint: object, name: str) -> str | None:
+    """What is wrong with an argument, and what to give instead; None if it has its type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return None
     if origin in (Union, types.UnionType):
-        each = [_wrong(value, one, name) for one in arguments]
+        # If one member of the union fits but for an item in it, the fault of that item says more than the union's.
+        each = [_find_fault(value, one, name) for one in arguments]
         inner = (wrong for wrong in each if wrong is not None and wrong.startswith(f"{name}."))
-        return None if None in each else next(inner, _said(value, hint, name))
+        return None if None in each else next(inner, _describe_fault(value, hint, name))
     if origin is Literal:
-        return None if value in arguments else _said(value, hint, name)
+        return None if value in arguments else _describe_fault(value, hint, name)
     if not _is_a(value, origin or hint):
-        return _said(value, hint, name)
+        return _describe_fault(value, hint, name)
+    # The value has the outer type; look at its items. Other iterables are not looked at: that could use them up.
     if isinstance(value, Mapping) and len(arguments) == 2:
-        return next(filter(None, (_wrong(v, arguments[1], f"{name}.{k}") for k, v in value.items())), None)
+        return next(filter(None, (_find_fault(v, arguments[1], f"{name}.{k}") for k, v in value.items())), None)
     if isinstance(value, list | tuple) and arguments:
-        return next(filter(None, (_wrong(v, arguments[0], f"{name}.{i}") for i, v in enumerate(value))), None)
+        return next(filter(None, (_find_fault(v, arguments[0], f"{name}.{i}") for i, v in enumerate(value))), None)
     return None
 
 
@@ -127,24 +143,23 @@ def _is_a(value: object, kind: Any) -> bool:
         return callable(value)
     if kind in (Sequence, Iterable) and isinstance(value, str | bytes | bytearray):
         return False
-    if kind is Iterable and hasattr(value, "__getitem__"):  # a torch data set is read by number
+    if kind is Iterable and hasattr(value, "__getitem__"):  # a torch data set has no __iter__: it is read by number
         return True
-    if isinstance(value, bool) and kind in (int, float):
+    if isinstance(value, bool) and kind in (int, float):  # a bool is an int in Python
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _said(value: object, hint: object, name: str) -> str:
+def _describe_fault(value: object, hint: object, name: str) -> str:
     kind = type(value).__name__
     shown = repr(value) if isinstance(value, bool | int | float | str | None) else f"a {kind}"
-    return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_wanted(hint)}"
+    return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_name_type(hint)}"
 
 
-def _wanted(hint: object) -> str:
-    """A type in words."""
+def _name_type(hint: object) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        *most, last = dict.fromkeys(_wanted(one) for one in arguments)
+        *most, last = dict.fromkeys(_name_type(one) for one in arguments)
         return f"{', '.join(most)} or {last}" if most else last
     if origin is Literal:
         return " or ".join(repr(one) for one in arguments)
@@ -153,5 +168,5 @@ def _wanted(hint: object) -> str:
     if origin is not None and issubclass(origin, Mapping):
         return "a dict"
     if origin is not None and issubclass(origin, Iterable):
-        return f"a list, each {_wanted(arguments[0])}" if arguments[0] is not object else "an iterable"
+        return f"a list, each {_name_type(arguments[0])}" if arguments[0] is not object else "an iterable"
     return IN_WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")

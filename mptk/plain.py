@@ -1,8 +1,8 @@
 """plain: escape text of unknown origin, so that terminals and browsers neither obey nor hide a part of it.
 
-Names of models, paths, data, reports and libraries' messages go through ``plain`` before they are shown.
+Names of models, paths, data, reports and libraries' messages go through ``escape_text`` before they are shown.
 ``mptk/cli/console.py`` calls it for the command line, ``mptk/report/page/render.py`` for HTML;
-``mptk/report/markdown.py`` does the same for Markdown.
+``mptk/report/view.py`` does the same for Markdown.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import unicodedata
 
 _KEPT = "\n\t"
+# Marks that change the writing direction: they are "Cf" like harmless ones, so they are named one by one.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _WRITTEN_OUT = ("Cc", "Cs", "Zl", "Zp")
-"""Categories of Unicode: control characters (escape sequences begin with one), halves of a pair, line separators."""
+"""Unicode categories: control characters, with which escape sequences begin; halves of surrogate pairs, which cannot be
+written as UTF-8; line and paragraph separators."""
 
 
-def plain(text: str, *, lines: bool = True) -> str:
+def escape_text(text: str, *, lines: bool = True) -> str:
     """``text`` with control characters and changes of the writing direction as ``\\x1b`` or ``\\u202e``.
 
     ``lines``: keep line ends and tabs.

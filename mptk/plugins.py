@@ -19,6 +19,7 @@ def load_plugins(group: str) -> Mapping[str, Any]:
     Raises:
         MptkError: a package's entry point cannot be imported.
     """
+    # A plugin that fails names its package: the user has to repair or remove that, not mptk.
     found = {}
     for entry in entry_points(group=group):
         try:
@@ -32,11 +33,14 @@ def load_plugins(group: str) -> Mapping[str, Any]:
 
 
 def with_plugins(own: Mapping[str, Plugin], group: str) -> dict[str, Plugin]:
-    """Add plugins to mptk's own objects, by name. A plugin cannot replace one of mptk's own."""
+    """mptk's own objects and the plugins of ``group``, by name.
+
+    A plugin cannot replace one of mptk's own: else an installed package would change what a recipe means.
+    """
     return {**own, **{name: made for name, made in load_plugins(group).items() if name not in own}}
 
 
-def find(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
+def find_entry(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
     """The entry of that name. Raises MptkError with the known names."""
     if name not in known:
         raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}")

@@ -19,16 +19,17 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int, figures: str = "", /) -> None: ...
 
 
-def silent(stage: str, done: int, total: int, figures: str = "", /) -> None:
+def show_nothing(stage: str, done: int, total: int, figures: str = "", /) -> None:
     """A Progress that shows nothing."""
 
 
-_STAGE: ContextVar[tuple[Progress, str]] = ContextVar("stage", default=(silent, ""))
+# A context variable, and not an argument: passes call each other through code that knows nothing of progress.
+_STAGE: ContextVar[tuple[Progress, str]] = ContextVar("stage", default=(show_nothing, ""))
 
 
 @contextmanager
-def within(progress: Progress, stage: str) -> Iterator[None]:
-    """Make ``step`` and ``steps`` report on this stage, so that passes need no argument for it."""
+def enter_stage(progress: Progress, stage: str) -> Iterator[None]:
+    """Make ``step`` and ``step_through`` report on this stage within a ``with`` block."""
     token = _STAGE.set((progress, stage))
     try:
         yield
@@ -37,12 +38,12 @@ def within(progress: Progress, stage: str) -> Iterator[None]:
 
 
 def step(done: int, total: int, figures: str = "") -> None:
-    """Report the progress of the current stage (``within``)."""
+    """Report the progress of the current stage (``enter_stage``)."""
     progress, stage = _STAGE.get()
     progress(stage, done, total, figures)
 
 
-def steps(items: Iterable[Item], figures: str | Callable[[Item], str] = "") -> Iterator[Item]:
+def step_through(items: Iterable[Item], figures: str | Callable[[Item], str] = "") -> Iterator[Item]:
     """Iterate over the items and report each as a step of the current stage. ``figures``: shown beside the count."""
     listed = list(items)
     for done, item in enumerate(listed):

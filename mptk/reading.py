@@ -21,13 +21,14 @@ Json = dict[str, Any]
 """An object of a JSON file."""
 KINDS_IN_WORDS: Mapping[type, str] = {list: "a list", dict: "an object"}
 LONGEST = 80
-"""Letters of a value or of a name in a message."""
+"""Most letters of a value or a name in a message: a file of others may hold a megabyte in one string."""
 
 
-def made(kind: type[Made], values: object, where: str = "") -> Made:
-    """Make a dataclass or a typed dict of values read from JSON. A dataclass ignores names that it lacks.
+def make_typed(kind: type[Made], values: object, where: str = "") -> Made:
+    """A dataclass or a typed dict of values that were read from JSON. A dataclass ignores names that it lacks.
 
     No value is converted (``"3"`` is not a number, ``true`` not an integer), but an int may stand for a float.
+    ``where``: the place of ``values`` in the file, for messages.
 
     Raises:
         ValueError: a field is missing or not of its type; the message names it.
@@ -35,25 +36,26 @@ def made(kind: type[Made], values: object, where: str = "") -> Made:
     from pydantic import ValidationError
 
     try:
-        held = _holding(kind)  # type: ignore[arg-type]
+        held = _make_model(kind)  # type: ignore[arg-type]
+        # Through JSON text: pydantic's strict mode then takes a list for a tuple, as JSON has only lists.
         found = held.model_validate_json(json.dumps({"content": values}, default=asdict))
     except ValidationError as error:
-        raise ValueError(_said(error.errors()[0], where)) from error
+        raise ValueError(_describe_error(error.errors()[0], where)) from error
     content: Made = found.content  # type: ignore[attr-defined]
     return content
 
 
-@functools.cache
-def _holding(kind: Any) -> type[BaseModel]:
-    """A pydantic model with one field of type ``kind``: a standard dataclass in it obeys the model's rules."""
+@functools.cache  # building one takes longer than using it
+def _make_model(kind: Any) -> type[BaseModel]:
+    """A pydantic model with one field of type ``kind``: a standard dataclass in it obeys the model's config."""
     from pydantic import ConfigDict, create_model
 
     return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
 
 
-def _said(error: Mapping[str, Any], where: str) -> str:
-    """Say in mptk's words what pydantic's ``error`` describes."""
-    place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
+def _describe_error(error: Mapping[str, Any], where: str) -> str:
+    """pydantic's ``error`` in mptk's words. The path begins with ``content``, the field of ``_make_model``."""
+    place = ".".join(shorten_text(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
     kind, value, message = error["type"], error["input"], error["msg"]
     if kind in ("missing", "extra_forbidden"):
         return f"{place} is {'missing' if kind == 'missing' else 'unknown'}"
@@ -61,10 +63,10 @@ def _said(error: Mapping[str, Any], where: str) -> str:
         return f"{place}: {message.removeprefix('Value error, ')}".removeprefix(": ")
     plain = isinstance(value, int | float | str | None)
     shown = json.dumps(value, ensure_ascii=False) if plain else KINDS_IN_WORDS[type(value)]
-    return f"{place or 'it'} is {brief(shown)} and {message.removeprefix('Input ')}"
+    return f"{place or 'it'} is {shorten_text(shown)} and {message.removeprefix('Input ')}"
 
 
-def brief(text: str, most: int = LONGEST) -> str:
+def shorten_text(text: str, most: int = LONGEST) -> str:
     """``text``, cut to ``most`` letters."""
     return text if len(text) <= most else f"{text[:most]}…"
 
@@ -72,23 +74,24 @@ def brief(text: str, most: int = LONGEST) -> str:
 MOST_BYTES = 1 << 26
 """Largest JSON file that is read, in bytes: a large model's report or plan has a hundredth of it."""
 MOST_DEPTH = 64
-"""Deepest nesting of objects and lists."""
+"""Deepest nesting of objects and lists: code that walks a file may recurse without a check of its own."""
 Damaged = Callable[[str], MptkError]
 """Text that says what is wrong with a file → the error to raise."""
 
 
-def damaged(file: Path, remedy: str = "download or export the model again") -> Damaged:
-    """The error of a file, for what is wrong with it."""
+def make_damage_error(file: Path, remedy: str = "download or export the model again") -> Damaged:
+    """A function that makes the error for a file of what is wrong with it."""
     return lambda why: MptkError(f"{file} is damaged: {why}; {remedy}")
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``."""
+    """The bytes of a regular file. Raises ``damaged`` for any other, or if it cannot be read or exceeds ``most``."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            # Of the open file, not of its name: the name may lead elsewhere a moment later.
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise damaged("it is not a regular file")
-            content = file.read(most + 1)
+            content = file.read(most + 1)  # its size may lie, as in /proc, or grow
     except OSError as error:
         raise damaged(str(error.strerror or error)) from error
     except ValueError as error:  # a null character in the name
@@ -108,10 +111,10 @@ def read_text(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> str:
 
 def read_json(path: Path, damaged: Damaged) -> Any:
     """The content of a JSON file. It refuses NaN, infinity and nesting deeper than ``MOST_DEPTH``."""
-    return json_of(read_text(path, damaged), damaged)
+    return parse_json(read_text(path, damaged), damaged)
 
 
-def json_object(path: Path, damaged: Damaged) -> Json:
+def read_json_object(path: Path, damaged: Damaged) -> Json:
     """The content of a JSON file that holds an object."""
     content = read_json(path, damaged)
     if not isinstance(content, dict):
@@ -120,32 +123,32 @@ def json_object(path: Path, damaged: Damaged) -> Json:
 
 
 def read_as(kind: type[Made], path: Path, damaged: Damaged) -> Made:
-    """The content of a JSON file as a ``kind`` (``made``)."""
+    """The content of a JSON file as a ``kind`` (``make_typed``)."""
     try:
-        return made(kind, read_json(path, damaged))
+        return make_typed(kind, read_json(path, damaged))
     except ValueError as error:
         raise damaged(str(error)) from error
 
 
-def json_of(text: str, damaged: Damaged) -> Any:
+def parse_json(text: str, damaged: Damaged) -> Any:
     """``text`` as JSON, within the same bounds."""
     try:
-        content = json.loads(text, parse_constant=_no_number)
+        content = json.loads(text, parse_constant=_refuse_number)  # Python's parser takes NaN and Infinity otherwise
     except json.JSONDecodeError as error:
         raise damaged(f"it is not JSON (line {error.lineno}: {error.msg})") from error
     except ValueError as error:  # NaN, or an integer of more digits than Python reads
         raise damaged(f"it is not JSON ({str(error).partition(';')[0]})") from error
     except RecursionError as error:
         raise damaged("it is nested too deep") from error
-    if _depth(content) > MOST_DEPTH:
+    if _measure_depth(content) > MOST_DEPTH:
         raise damaged("it is nested too deep")
+    # Half of a surrogate pair can only be written as an escape (\ud800), and fails much later, when it is printed.
     if "\\ud" in text.lower() and not _is_text(content):
         raise damaged("it has half of a surrogate pair")
     return content
 
 
 def _is_text(content: object) -> bool:
-    """Whether all text in it can be written as UTF-8."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -153,28 +156,28 @@ def _is_text(content: object) -> bool:
     return True
 
 
-def _no_number(name: str) -> NoReturn:
+def _refuse_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
 
 
-def _depth(content: object) -> int:
-    """How deep objects and lists are nested, up to ``MOST_DEPTH`` + 1."""
+def _measure_depth(content: object) -> int:
+    """How deep objects and lists are nested, up to ``MOST_DEPTH`` + 1: level by level, as recursion could fail."""
     level: list[object] = [content]
     for depth in range(MOST_DEPTH + 1):
-        level = [inner for outer in level for inner in _inside(outer)]
+        level = [inner for outer in level for inner in _list_inner(outer)]
         if not level:
             return depth
     return MOST_DEPTH + 1
 
 
-def _inside(value: object) -> Iterable[object]:
+def _list_inner(value: object) -> Iterable[object]:
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list) else ()
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a file. A named pipe opens at once, without waiting for its other end."""
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a named pipe without waiting for somebody to write into it. Windows has no such flag."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -189,13 +192,16 @@ def check_inside(folder: Path) -> None:
     home = folder.resolve()
     homes = [home, *([home.parent.parent] if home.parent.name == "snapshots" else [])]
     for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() and not any(_end(entry).is_relative_to(place) for place in homes):
-            raise MptkError(f"{entry} is a link to {_end(entry)}, outside of its folder; put the file itself there")
+        # A link is how a folder from a stranger would make mptk read, and publish, another file of this machine.
+        if entry.is_symlink() and not any(_follow_link(entry).is_relative_to(place) for place in homes):
+            raise MptkError(
+                f"{entry} is a link to {_follow_link(entry)}, outside of its folder; put the file itself there"
+            )
     for index in sorted(folder.glob("*.index.json")):
         _check_shards(index)
 
 
-def _end(link: Path) -> Path:
+def _follow_link(link: Path) -> Path:
     """Where a link leads. For a circle of links Python before 3.13 raises an error; later versions stop at a link."""
     circle = MptkError(f"{link} is a link that leads in a circle; put the file itself there")
     try:
@@ -215,7 +221,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_shards(index: Path) -> None:
-    wrong = damaged(index, "download the model again")
+    wrong = make_damage_error(index, "download the model again")
     content = read_json(index, wrong)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):

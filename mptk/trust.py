@@ -1,8 +1,8 @@
-"""trust: whether a model's own Python code may run. Only the caller's word in this call lets it.
+"""trust: whether a model's own Python code may run. Only the caller decides, anew in each call.
 
-Functions that may load code take a ``Trust``, and no bool. Only ``trust_by_caller`` makes one that lets code run: from
-the keyword ``trust_remote_code`` in Python and the option ``--trust-remote-code``. No file can hold one: it is not
-written, and what is read by ``pickle`` lets no code run.
+Functions that may load code take a ``Trust`` and not a bool, so that a value from a file cannot pass for consent. Only
+``trust_by_caller`` makes one that allows code: from the keyword ``trust_remote_code`` in Python and the option
+``--trust-remote-code``. No file can hold one: it is not written, and what ``pickle`` reads allows no code.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from typing import final
 
 @final
 class Trust:
-    """Whether code of a model may run. There are two of them; compare by identity or ask ``allows_code``."""
+    """Whether code of a model may run. There are two instances: ``NO_CODE`` and one that allows code."""
 
     __slots__ = ("_allows",)
 
+    # The constructor takes no argument, so that code cannot be allowed by ``Trust(value_from_a_file)``.
     def __init__(self) -> None:
         self._allows = False
 
     @property
     def allows_code(self) -> bool:
-        """Whether it may."""
+        """Whether code may run."""
         return self._allows
 
     def __repr__(self) -> str:
         return f"Trust(allows_code={self._allows})"
 
+    # There are only two instances, so a copy is one of them.
     def __copy__(self) -> Trust:
         return self
 
@@ -34,7 +36,7 @@ class Trust:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _give_no_code, ()  # another process, or a later one, hears the caller's word anew
+        return _give_no_code, ()  # another process must be told by its own caller
 
 
 NO_CODE = Trust()
@@ -48,10 +50,10 @@ def _give_no_code() -> Trust:
 
 
 def trust_by_caller(word: bool) -> Trust:
-    """What the caller said in this call. ``word``: the value of ``trust_remote_code``.
+    """The trust that the caller gives in this call. ``word``: the value of ``trust_remote_code``.
 
     Raises:
-        TypeError: it is no bool, as a value of a file may be.
+        TypeError: ``word`` is not a bool: text such as ``"false"`` from a file would count as true.
     """
     if not isinstance(word, bool):
         raise TypeError(f"trust_remote_code is {type(word).__name__}, and must be a bool")

@@ -1,1 +1,1 @@
-"""Compiler passes of mptk: one pass a file."""
+"""The compiler of mptk: from a module to a program, its analysis, the passes that cut it, and their pipelines."""

@@ -12,33 +12,25 @@ import torch
 from onnx_ir.passes import common
 
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, run
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import Analysis, Cut, Log, Pass, Program, run_passes
 from mptk.ort.sessions import CPU
-from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
-from passes.targets.onnx.emit import Interface, decoder_interface, write_onnx
+from passes.targets.onnx.attention import FoldKVPass, GroupQueriesPass
+from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass, LookUpInBlocksPass
+from passes.targets.onnx.emit import Interface, make_decoder_interface, write_onnx
 from passes.targets.onnx.extract import ExtractPass, GraphPart
 from passes.targets.onnx.float16 import Float16Pass
-from passes.targets.onnx.fold_kv import FoldKVPass
 from passes.targets.onnx.gptq import GPTQPass
-from passes.targets.onnx.group_queries import GroupQueriesPass
-from passes.targets.onnx.library import FoldConstantsPass, FusePass, SimplifyPass
-from passes.targets.onnx.look_up import LookUpInBlocksPass
-from passes.targets.onnx.lower import LowerOps
-from passes.targets.onnx.lower_complex import LowerComplex
+from passes.targets.onnx.lower import LowerComplex, LowerOps
 from passes.targets.onnx.measure import Text
 from passes.targets.onnx.names import ONNX_FILE
-from passes.targets.onnx.plain_products import FoldTransposesPass
-from passes.targets.onnx.quantize import even_channels, write_quantized
-from passes.targets.onnx.repeat_angles import RepeatAnglesPass
+from passes.targets.onnx.quantize import list_evening_passes, write_quantized
+from passes.targets.onnx.simplify import FoldConstantsPass, FoldTransposesPass, FusePass, RepeatAnglesPass, SimplifyPass
 from passes.targets.onnx.slice_early import SliceEarlyPass
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.remove_blocks import RemoveBlocks
 from passes.transforms.rewrite import Rewrite
-from passes.transforms.store import Store
+from passes.transforms.weight_types import Store
 
 OnnxPasses = list[ir.passes.PassBase]
 
@@ -66,6 +58,7 @@ def lowering() -> list[Pass]:
 def onnx_optimization(objective: str) -> OnnxPasses:
     """The exported ONNX graph → the one that is written."""
     return [
+        # Inline the exporter's functions and fold constants, so that the patterns below meet plain nodes.
         common.InlinePass(),
         FoldTransposesPass(),
         FoldConstantsPass(),
@@ -74,6 +67,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         common.IdentityEliminationPass(),
+        # Fuse norms, rotary embeddings and attention, then fit the fused nodes to ONNX Runtime and to a cache.
         FusePass(),
         RepeatAnglesPass(),
         FoldKVPass(),
@@ -81,6 +75,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
         common.RemoveUnusedNodesPass(),
         GroupQueriesPass(rows=objective == "decode"),
         common.RemoveUnusedNodesPass(),
+        # All constants become initializers, and equal ones become one.
         common.CommonSubexpressionEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
@@ -94,24 +89,24 @@ def extracting(part: GraphPart) -> OnnxPasses:
     return [ExtractPass(part), common.RemoveUnusedNodesPass()]
 
 
-def _blocks(bits: Literal[8, 4], source: Path) -> OnnxPasses:
+def _list_block_passes(bits: Literal[8, 4], source: Path) -> OnnxPasses:
     return [BlockWeightsPass(bits, source), LookUpInBlocksPass(source), common.RemoveUnusedNodesPass()]
 
 
 def int8(source: Path) -> OnnxPasses:
     """The float ONNX graph → weights in 8-bit blocks."""
-    return [*even_channels(source), *_blocks(8, source)]
+    return [*list_evening_passes(source), *_list_block_passes(8, source)]
 
 
 def int4(source: Path) -> OnnxPasses:
     """The float ONNX graph → weights in 4-bit blocks, each rounded by itself."""
-    return [*even_channels(source), *_blocks(4, source)]
+    return [*list_evening_passes(source), *_list_block_passes(4, source)]
 
 
 def int4_for_text(source: Path, text: Text, device: torch.device = CPU) -> OnnxPasses:
     """The float ONNX graph → weights in 4-bit blocks, rounded for a text."""
     rounding = [GPTQPass(source, text, BLOCK, device), common.RemoveUnusedNodesPass()]
-    return [*even_channels(source), *rounding, *_blocks(4, source)]
+    return [*list_evening_passes(source), *rounding, *_list_block_passes(4, source)]
 
 
 def fp16() -> OnnxPasses:
@@ -130,7 +125,7 @@ LISTS: tuple[Callable[..., Sequence[Pass | ir.passes.PassBase]], ...] = (
     int4_for_text,
     fp16,
 )
-"""Every list."""
+"""Every list, for ``mptk passes``."""
 
 ONNX_SCHEMES = ("int8", "int4", "fp16")
 """The schemes of ``quantize_onnx``."""
@@ -153,13 +148,14 @@ class CutProgram:
 
 def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = torch.float32) -> CutProgram:
     """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored, which holds them exactly."""
-    *_, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
+    *_, folded, stored = run_passes(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
+    # Without a folded norm the weights are slices of stored ones, which rounding does not change.
     exact = folded.program if folded.changed else stored.program
     return CutProgram(stored.program, exact, folded.epsilons)
 
 
-def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
+def list_passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
     """The passes of ``cutting`` or ``reference`` up to the one named ``name``.
 
     Raises:
@@ -190,7 +186,8 @@ def emit_onnx(
     the graph that it holds; None: ``model.onnx`` holds all. ``objective``: ``"decode"`` or ``"prefill"``, the phase to
     be fast in if the two need different graphs. ``half``: convert the graph, which must be float32, to float16.
     """
-    interface = decoder_interface(program) if interface is None else interface
+    interface = make_decoder_interface(program) if interface is None else interface
+    # The type is changed last, so that all patterns see float32.
     last = fp16() if half else []
     files = {ONNX_FILE: last} if parts is None else {file: [*extracting(part), *last] for file, part in parts.items()}
     write_onnx(

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError, exhausted
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.progress import steps
+from mptk.errors import MptkError, find_exhaustion
+from mptk.ir import Program, Samples
+from mptk.progress import step_through
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.transforms.round_weights import RoundWeights
+from passes.transforms.weight_types import RoundWeights
 
 StageOutputs = Callable[[Samples], "Tensor | Sequence[Tensor] | Placed"]
 """Samples → outputs of all samples and positions; or of some. As many outputs as the program has."""
@@ -27,8 +26,8 @@ HALF_TOLERANCE = 0.05
 """The same if half precision computes. In a float16 graph, rounded activations move SmolLM2-135M's logits by 0.009 of
 the largest. The weights and the divergence of the logits are checked, too."""
 ROUNDINGS = 10
-"""If the masked model is ill-conditioned, as after a cut that ruins it, allow ROUNDINGS × its own rounding drift. The
-drift is how far its logits move if each weight gets a rounding error."""
+"""If the masked model is ill-conditioned, for example after a cut that ruins it, allow ROUNDINGS × its own rounding
+drift: how far its logits move if each weight gets a rounding error."""
 POSITIONS_AT_ONCE = 64
 """Positions of a sequence that are compared at once: logits are large."""
 WIDEST = 1e-3
@@ -72,7 +71,7 @@ class Difference:
     def ok(self) -> bool:
         return self.relative <= self.tolerance
 
-    def as_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         said = {k: v for k, v in asdict(self).items() if k not in ("widened", "failure", "ran") or v}
         return said | {"ok": self.ok}
 
@@ -96,43 +95,46 @@ def prove(
         the model's own rounding drift. The difference of a stage that fails is infinite.
     """
     with torch.no_grad():
-        found = _compared(masked, stages, batches, executor)
+        # The rounding drift costs another run of the masked program, so it is measured only if a stage needs it.
+        found = _compare_stages(masked, stages, batches, executor)
         if all(d.ok for d in found):
             return found
         jittered = RoundWeights()(masked).program
-        (own,) = _compared(masked, {"rounding": (jittered, WIDEST)}, batches, executor)
+        (own,) = _compare_stages(masked, {"rounding": (jittered, WIDEST)}, batches, executor)
     return [widen(d, own.relative) for d in found]
 
 
-def _compared(
+def _compare_stages(
     masked: Program,
     stages: Mapping[str, tuple[Program | StageOutputs, float]],
     batches: Sequence[Samples],
     executor: Executor,
 ) -> list[Difference]:
     """Each stage's largest difference over the batches."""
+    # The executor runs all programs side by side and gives their outputs in turn: masked, stage, stage, and so on, for
+    # each batch. ``next(results)`` must keep to that order.
     programs = [run for run, _ in stages.values() if isinstance(run, Program)]
-    results = executor.outputs([masked, *programs], [batch.tensors for batch in batches])
+    results = executor.run_programs([masked, *programs], [batch.tensors for batch in batches])
     worst: dict[str, Difference] = {}
     for batch in batches:
         try:
             reference = next(results)
         except RuntimeError as error:  # stages run side by side, so the fault may be any program's
-            if (lacking := exhausted(error)) is not None:
+            if (lacking := find_exhaustion(error)) is not None:
                 raise lacking from error
-            return [failed(name, error, tolerance) for name, (run, tolerance) in stages.items()]
-        for name, (run, tolerance) in steps(stages.items(), lambda stage: stage[0]):
+            return [make_failure(name, error, tolerance) for name, (run, tolerance) in stages.items()]
+        for name, (run, tolerance) in step_through(stages.items(), lambda stage: stage[0]):
             outputs_of = (lambda _: next(results)) if isinstance(run, Program) else run
             found = _run(name, outputs_of, batch, reference, tolerance)
             worst[name] = max(worst.get(name, found), found, key=lambda d: d.relative)
-        if any(d.failure for d in worst.values()):
+        if any(d.failure for d in worst.values()):  # a program that fails ends ``results``
             break
     return list(worst.values())
 
 
 def widen(found: Difference, own: float, times: float = ROUNDINGS, widest: float = WIDEST) -> Difference:
     """``found`` with a wider tolerance, at most ``widest``, if rounding moves the logits by ``own`` of the largest."""
-    tolerance = min(times * own, widest)
+    tolerance = min(times * own, widest)  # ``own`` may be NaN: ``not >`` then keeps the tolerance
     if found.ok or not tolerance > found.tolerance:
         return found
     said = f"widened from {found.tolerance:.0e}: rounding alone moves the logits by {own:.1e} of the largest"
@@ -142,49 +144,51 @@ def widen(found: Difference, own: float, times: float = ROUNDINGS, widest: float
 def _run(
     name: str, run: StageOutputs, batch: Samples, reference: Tensor | Sequence[Tensor], tolerance: float
 ) -> Difference:
-    """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class.
+    """A stage's difference on one batch; of several outputs, the worst.
 
-    Of several outputs, the worst counts.
+    Any error counts as a difference, since runtimes have no error class in common.
     """
     try:
         found = run(batch)
         if isinstance(reference, Tensor):
             assert isinstance(found, Tensor | Placed)
-            return difference(name, found, reference.float(), tolerance)
+            return compare_outputs(name, found, reference.float(), tolerance)
         assert not isinstance(found, Placed)
         pairs = zip(found, reference, strict=True)
-        each = [difference(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
+        each = [compare_outputs(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
         return max(each, key=lambda d: d.relative)
-    except MptkError:
+    except MptkError:  # names its own remedy
         raise
-    except Exception as error:
-        if (lacking := exhausted(error)) is not None:
+    except Exception as error:  # lacking memory is not a fault of the stage
+        if (lacking := find_exhaustion(error)) is not None:
             raise lacking from error
-        return failed(name, error, tolerance)
+        return make_failure(name, error, tolerance)
 
 
-def failed(name: str, error: Exception, tolerance: float) -> Difference:
+def make_failure(name: str, error: Exception, tolerance: float) -> Difference:
     """The infinite difference of a stage that gave no logits."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return Difference(name, math.inf, math.inf, tolerance, failure=reason[:200])
 
 
-def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance: float) -> Difference:
+def compare_outputs(stage: str, found: Tensor | Placed, reference: Tensor, tolerance: float) -> Difference:
     """The difference of outputs [batch, sequence, vocab] from ``reference``.
 
-    NaN is an infinite difference. If all reference outputs are zero, any difference is relatively infinite.
+    NaN is an infinite difference, and so is one from an infinite output. If all reference outputs are zero, any
+    difference is relatively infinite.
 
     Raises:
         ValueError: there are too few outputs, or too many.
     """
     largest, scale = 0.0, 0.0
-    for one, other in parts_of(found, reference):
+    for one, other in split_outputs(found, reference):
         if one.shape != other.shape:
             raise ValueError(f"the outputs are {list(one.shape)}, not {list(other.shape)}")
         if not one.numel():
             continue
         apart = (one.float() - other).abs_().max().item()
-        if apart != apart:
+        # Relative to an infinite output it would be NaN, and no later stage is worse than that.
+        if not math.isfinite(apart):
             return Difference(stage, math.inf, math.inf, tolerance)
         largest = max(largest, apart)
         scale = max(scale, *(abs(limit.item()) for limit in other.aminmax()))
@@ -193,19 +197,19 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
     return Difference(stage, largest, largest / scale, tolerance)
 
 
-def parts_of(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def split_outputs(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs and what they must be, ``POSITIONS_AT_ONCE`` at a time."""
     if isinstance(found, Placed):
         rows = (torch.arange(len(found.places)) if found.of is None else found.of)[:, None]
         for outputs, places in zip(
             found.outputs.split(POSITIONS_AT_ONCE, 1), found.places.split(POSITIONS_AT_ONCE, 1), strict=True
         ):
-            kept = places >= 0
+            kept = places >= 0  # padding may be anything
             if outputs.shape[:2] != places.shape:
                 raise ValueError(f"there are outputs at {list(outputs.shape[:2])} positions, not {list(places.shape)}")
             expected = reference[rows.expand_as(places)[kept], places[kept]]
             yield outputs[kept.to(outputs.device)], expected.to(outputs.device)
-    elif found.shape != reference.shape or found.ndim < 2:
+    elif found.shape != reference.shape or found.ndim < 2:  # whole, so that the shapes are compared
         yield found, reference.to(found.device)
     else:
         yield from zip(

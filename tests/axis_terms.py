@@ -11,10 +11,10 @@ from mptk.ir.axes import (
     Product,
     Sum,
     Term,
-    axis,
     concat,
-    leaves,
-    product,
+    list_axes,
+    make_axis,
+    make_product,
     resolve,
 )
 
@@ -32,11 +32,11 @@ def shape(term: Term, names: dict[Axis, str] | None = None) -> str:
 
 
 def frozen(*terms: Term) -> bool:
-    return all(leaf.frozen for term in terms for leaf in leaves(term))
+    return all(leaf.frozen for term in terms for leaf in list_axes(term))
 
 
 def free(*terms: Term) -> bool:
-    return not any(leaf.frozen for term in terms for leaf in leaves(term))
+    return not any(leaf.frozen for term in terms for leaf in list_axes(term))
 
 
 @st.composite
@@ -46,11 +46,11 @@ def terms(draw: st.DrawFn, size: int, depth: int = 2) -> Term:
     divisors = [d for d in range(2, size) if size % d == 0]
     if kind == "product" and divisors:
         first = draw(st.sampled_from(divisors))
-        return product((draw(terms(first, depth - 1)), draw(terms(size // first, depth - 1))))
+        return make_product((draw(terms(first, depth - 1)), draw(terms(size // first, depth - 1))))
     if kind == "sum":
         first = draw(st.integers(1, size - 1))
         return concat((draw(terms(first, depth - 1)), draw(terms(size - first, depth - 1))))
-    return axis(size)
+    return make_axis(size)
 
 
 def enumerate_positions(term: Term) -> list[tuple[tuple[Axis, int], ...]]:

@@ -38,17 +38,18 @@ from torch import nn
 
 import mptk
 from mptk import MptkError, Plan, Report
-from mptk.chain.kept import KEPT_CHOICE, KeptChoice
 from mptk.config.recipe import read_recipe
-from mptk.errors import exhausted
+from mptk.errors import find_exhaustion
 from mptk.io import models
 from mptk.io.archive import read_archive
-from mptk.io.text.files import file_documents
-from mptk.io.untrusted import check_folder, load_tensors
-from mptk.protocols.run_folder import check_unfinished, make_run_folder
+from mptk.io.text.files import read_file_documents
+from mptk.io.untrusted import check_folder, load_tensors, read_metadata
+from mptk.protocols.run_folder import FACTS, check_unfinished, make_run_folder
 from mptk.publish.manifest import check_manifest
+from mptk.reading import make_damage_error, parse_json
 from mptk.report import sections as views
 from mptk.report.runs import read_bench, read_run
+from mptk.run.prune import read_choice_facts
 from mptk.targets.archive import write_archive
 from mptk.tasks.inputs.audio import read_sound
 from mptk.tasks.inputs.images import open_image
@@ -74,7 +75,7 @@ def tokens_of(folder: Path) -> None:
 
 
 def documents(path: Path) -> None:
-    for document in file_documents(path):
+    for document in read_file_documents(path):
         for _ in document:
             pass
 
@@ -84,28 +85,26 @@ def unfinished(path: Path) -> None:
 
 
 def kept(path: Path) -> None:
-    from mptk.chain import kept as module
-
-    folder = type("Folder", (), {"path": path.parent})()
-    Plan.from_json(module._known(folder, KEPT_CHOICE, KeptChoice)["plan"])
+    found = read_metadata(path, make_damage_error(path)).get(FACTS, "{}")
+    Plan.from_json(read_choice_facts(parse_json(found, make_damage_error(path)), path.parent)["plan"])
 
 
 READERS: Mapping[str, tuple[str, Read]] = {
     "plan": ("pruned/plan.json", Plan.load),
-    "report": ("pruned/report.json", of_folder(lambda folder: shown(views.prune_view(Report.read(folder))))),
+    "report": ("pruned/report.json", of_folder(lambda folder: shown(views.build_prune_view(Report.read(folder))))),
     "manifest": ("pruned/mptk.json", of_folder(check_manifest)),
     "bench": (
         "pruned/bench.json",
-        of_folder(lambda folder: shown(views.bench_view(found)) if (found := read_bench(folder)) else None),
+        of_folder(lambda folder: shown(views.build_bench_view(found)) if (found := read_bench(folder)) else None),
     ),
     "metrics": ("pruned/metrics.jsonl", of_folder(lambda folder: read_run(folder, "x"))),
     "recipe": ("pruned/run.yaml", read_recipe),
     "settings": ("out.run/settings.json", unfinished),
-    "choice": ("out.run/choice.json", kept),
+    "choice": ("out.run/choice.safetensors", kept),
     "weights": ("model/model.safetensors", lambda path: load_tensors(path, MptkError)),
     "archive": ("model.pt2", read_archive),
     "index": ("model/model.safetensors.index.json", of_folder(check_folder)),
-    "config": ("model/config.json", of_folder(lambda folder: models.skeleton(str(folder)))),
+    "config": ("model/config.json", of_folder(lambda folder: models.build_skeleton(str(folder)))),
     "generation config": ("model/generation_config.json", of_folder(check_folder)),
     "tokenizer": ("model/tokenizer.json", of_folder(tokens_of)),
     "tokenizer config": ("model/tokenizer_config.json", of_folder(tokens_of)),
@@ -159,7 +158,6 @@ def make_seeds(root: Path) -> None:
         "trained": [],
         "losses": {"ffn": 1.0},
         "notes": [],
-        "changes": [],
     }
     weights = dict.fromkeys(("a", "b"), "model.safetensors")
     make_run_folder(root / "out.run")
@@ -167,7 +165,6 @@ def make_seeds(root: Path) -> None:
         "pruned/bench.json": json.dumps(bench),
         "pruned/metrics.jsonl": json.dumps({"phase": "masks", "step": 1, "loss": 2.0}) + "\n",
         "out.run/settings.json": json.dumps({"method": "wanda", "learning": {"steps": 0}}),
-        "out.run/choice.json": json.dumps(choice),
         "model/model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weights}),
         "t.jsonl": lines,
         "t.json": json.dumps(rows),
@@ -177,6 +174,7 @@ def make_seeds(root: Path) -> None:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(content)
     (root / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (root / "out.run/choice.safetensors").write_bytes(save({}, {FACTS: json.dumps(choice)}))
     (root / "out.run/samples.safetensors").write_bytes(save({"x": torch.zeros(2)}))
     image = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
     image.save(root / "i.png")
@@ -220,7 +218,7 @@ def outcome(reader: str, file: Path) -> str:
     except MptkError:
         return "refused"
     except Exception as error:
-        if exhausted(error) is not None:
+        if find_exhaustion(error) is not None:
             return "out of memory"
         said = str(error).replace(tempfile.gettempdir(), "")
         at = traceback.extract_tb(error.__traceback__)

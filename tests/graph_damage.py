@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx import NodeProto, numpy_helper
 
-from passes.targets.onnx.names import data_file
+from passes.targets.onnx.names import name_data_file
 
 Damage = Callable[[np.ndarray], np.ndarray]
 
@@ -25,7 +25,7 @@ def damaged(file: Path, ending: str, damage: Damage) -> Path:
     array = damage(value.const_value.numpy())
     assert array.shape == tuple(value.const_value.shape.numpy())
     value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
-    ir.save(model, file, external_data=data_file(file.name))
+    ir.save(model, file, external_data=name_data_file(file.name))
     return file
 
 

@@ -22,12 +22,29 @@ import mptk
 import passes.frontend.trace
 from mptk.files import write_json
 from mptk.io import models
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
 from mptk.ir.program import Program
+from mptk.progress import show_nothing
+from mptk.protocols.chain import Prepared
+from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.publish.manifest import write_manifest
+from mptk.run.prepare import resolve_widths
+from mptk.run.run import Run
 from passes.analysis import group
 
 WINDOW = 64
 Edit = Callable[[Path], None]
+
+
+def bare_run(settings: mptk.Settings, plan: Plan | None = None, out: Path = Path("out")) -> Run:
+    """A run of which only settings, plan and output count."""
+    return Run(log=Log(), progress=show_nothing, source="model", out=out, settings=settings, plan=plan)
+
+
+def legalise_bare(model: Analysed, settings: mptk.Settings, plan: Plan | None = None) -> Prepared:
+    """An analysed model, prepared in a bare run."""
+    return resolve_widths(bare_run(settings, plan), settings, DenseModel(Opened(model.loaded, model.task), model))
 
 
 @contextmanager
@@ -35,8 +52,8 @@ def remembered() -> Iterator[None]:
     """Within it, models are loaded, traced and analysed once; every cut, emission and proof is done anew."""
     with changed() as inside:
         for owner, name, key in (
-            (passes.frontend.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
-            (group, "analyze", lambda program: id(program)),
+            (passes.frontend.trace, "trace_to_program", lambda model, *_, **o: (id(model), str(o))),
+            (group, "analyze_program", lambda program: id(program)),
         ):
             inside.bound(f"{owner.__name__}.{name}", once(getattr(owner, name), key))
         load, dense = models.open_weights, once(models.open_weights, lambda model, *_, **__: model)
@@ -68,7 +85,7 @@ class Lab:
         config = MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=True)
         self.dense = save(MistralForCausalLM(config), root / "dense")
         loaded = models.load(self.dense)
-        analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
+        analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
         random_plan(analysis, ["hidden", "q_heads", "ffn"], share=0.7).save(root / "plan.json")
         text = root / "text.txt"
         generator = torch.Generator().manual_seed(0)
@@ -124,13 +141,13 @@ def weights(change: Callable[[str, torch.Tensor], torch.Tensor], *, told: bool =
     """Other weights, and a digest in the report that fits if it is ``told``."""
 
     def edit(folder: Path) -> None:
-        from mptk.publish.manifest import weights_digest
+        from mptk.publish.manifest import hash_weight_files
 
         file = folder / "model.safetensors"
         state = {name: change(name, tensor) for name, tensor in load_file(file).items()}
         save_file(state, file, metadata={"format": "pt"})
         if told:
-            write_json(folder / "report.json", raw_report(folder) | {"weights_sha256": weights_digest(folder)})
+            write_json(folder / "report.json", raw_report(folder) | {"weights_sha256": hash_weight_files(folder)})
 
     return edit
 

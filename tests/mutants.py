@@ -47,13 +47,11 @@ BORDERS = "test_image_text_onnx.py::test_a_proof_knows_the_windows_that_its_samp
 CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/ir/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
-    "mptk/ir/unification.py": ("test_axes.py", "test_soundness.py", *RANDOM),
     "mptk/ir/resolved_plan.py": ("test_plan.py", *CUTS, "test_depth.py"),
     "passes/transforms/rewrite.py": CUTS,
     "passes/transforms/masked_reference.py": CUTS,
     "passes/transforms/fold_norms.py": ("test_fold_norms.py", "test_check_cut.py", "test_legalize.py"),
     "passes/analysis/zero_propagation.py": ("test_soundness.py", "test_exactness.py", *RANDOM, "test_rules.py"),
-    "passes/analysis/aliasing.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
     "passes/analysis/dependence.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
     "passes/check_cut.py": ("test_check_cut.py", CACHED),
     "passes/verify.py": ("test_verify.py", "test_faults.py"),

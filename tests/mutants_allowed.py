@@ -21,20 +21,20 @@ ALLOWED: dict[str, str] = {
     ),
     """-    return isinstance(value, Tensor) and value.is_floating_point()
 +    return isinstance(value, Tensor) or value.is_floating_point()""": CAUTION,
-    """-        data=_reached(flow, [n for n in inputs if n not in caches and _is_floating(n)]),
-+        data=_reached(flow, [n for n in inputs if n not in caches or _is_floating(n)]),""": CAUTION,
-    """-    targets = {node: found for node in graph.nodes if (found := _arguments(node, writes=True))}
-+    targets = {node: found for node in graph.nodes if (found := _arguments(node, writes=False))}""": (
+    """-        data=_find_dependents(flow, [n for n in inputs if n not in caches and _is_floating(n)]),
++        data=_find_dependents(flow, [n for n in inputs if n not in caches or _is_floating(n)]),""": CAUTION,
+    """-    targets = {node: found for node in graph.nodes if (found := _find_aliased_nodes(node, writes=True))}
++    targets = {node: found for node in graph.nodes if (found := _find_aliased_nodes(node, writes=False))}""": (
         "a view that counts as a write is caution: nothing is lost"
     ),
-    """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
-+    path.write_text(json_text(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
+    """-    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
++    path.write_text(format_json(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
     """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
 +    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 0) + "\\n")""": LAYOUT,
     """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
 +    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 2) + "\\n")""": LAYOUT,
-    """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
-+    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=True) + "\\n", encoding="utf-8")""": (
+    """-    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
++    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=True) + "\\n", encoding="utf-8")""": (
         "an escaped letter in a JSON file is the same letter"
     ),
     """-    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights, place_submodules=False)
@@ -74,10 +74,10 @@ ALLOWED: dict[str, str] = {
 +    _count = 1""": NUMBERED,
     """-        Axis._count += 1
 +        Axis._count += 2""": NUMBERED,
-    """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
-+    path.write_text(json_text(content, indent=2, sort_keys=False, ensure_ascii=False) + "\\n", encoding="utf-8")""": (
+    """-    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
++    path.write_text(format_json(content, indent=2, sort_keys=False, ensure_ascii=False) + "\\n", encoding="utf-8")""": (
         "the order of keys in a JSON file means nothing"
     ),
-    """-    path.write_text(json_text(written, indent=2, sort_keys=True) + "\\n", encoding="utf-8")
-+    path.write_text(json_text(written, indent= 3, sort_keys=True) + "\\n", encoding="utf-8")""": LAYOUT,
+    """-    path.write_text(format_json(written, indent=2, sort_keys=True) + "\\n", encoding="utf-8")
++    path.write_text(format_json(written, indent= 3, sort_keys=True) + "\\n", encoding="utf-8")""": LAYOUT,
 }

@@ -118,4 +118,6 @@ def timed(graph: str) -> Bench:
             )
     graphs = [{"name": name, "file": "", "bytes": 1, "memory": 1} for name in (graph, "pruned")]
     peaks = {"1": {"flops": 1e9, "bandwidth": 1e9}}
-    return reading.made(Bench, {"graphs": graphs, "onnxruntime": "1.32", "rounds": 3, "peaks": peaks, "rows": rows})
+    return reading.make_typed(
+        Bench, {"graphs": graphs, "onnxruntime": "1.32", "rounds": 3, "peaks": peaks, "rows": rows}
+    )

@@ -12,30 +12,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
-from mptk.distributed.processes import once
+from mptk.distributed.processes import run_once
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria, distil
-from mptk.methods.criteria import gradients, observe
-from mptk.methods.reconstruct import consumers, reconstruct_consumers
+from mptk.methods.criteria import observe
+from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from passes.transforms.insert_masks import find_mask_sites
 
 
 def found() -> dict[str, Tensor]:
-    observe.OBSERVED_TOKENS = gradients.GRADIENT_TOKENS = distil.STEP = 18  # batches of two windows
+    observe.OBSERVED_TOKENS = observe.GRADIENT_TOKENS = distil.STEP = 18  # batches of two windows
     model, windows = architectures.model("mixtral"), architectures.tokens(7, 9)
     analysis = analyze(trace(model, dynamic=True))
     result = {
         f"{name}.{family}": values
         for name in ("wanda", "flap", "taylor")
-        for family, values in criteria.score(analysis, name, windows, families=["q_heads"]).items()
+        for family, values in criteria.score_units(analysis, name, windows, families=["q_heads"]).items()
     }
     scores = {family: result[f"wanda.{family}"] for family in ("q_heads",)}
-    cut = resolve_plan(analysis, criteria.select(analysis, scores, {"q_heads": 2}))
+    cut = resolve_plan(analysis, criteria.select_units(analysis, scores, {"q_heads": 2}))
     sites = find_mask_sites(analysis, model, ["q_heads"])
-    fitted = dict(reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows)))
+    fitted = dict(reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(windows)))
     how = distil.Schedule(epochs=1, rate=1e-3)
-    trained = distil.distil_blocks(analysis, cut, consumers(sites), fitted, next_tokens(windows), how).weights
+    trained = distil.distil_blocks(
+        analysis, cut, list_consumers(sites), fitted, make_token_samples(windows), how
+    ).weights
     return result | fitted | made_up_for() | {f"distilled.{name}": trained[name] for name in trained}
 
 
@@ -43,7 +45,7 @@ def made_up_for() -> dict[str, Tensor]:
     """The layer before a removed block, fitted to the residual stream after it."""
     analysis = analyze(trace(architectures.model("llama"), dynamic=True))
     cut = resolve_plan(analysis, Plan({"layers": FamilyPlan(1, 2, {"model.layers": ((0,),)})}))
-    return dict(reconstruct_consumers(analysis, [], cut, {}, next_tokens(architectures.tokens(10, 9))))
+    return dict(reconstruct_consumers(analysis, [], cut, {}, make_token_samples(architectures.tokens(10, 9))))
 
 
 def refused() -> str:
@@ -55,7 +57,7 @@ def refused() -> str:
         return "something"
 
     try:
-        return once(find)
+        return run_once(find)
     except MptkError as error:
         return str(error)
 
@@ -63,5 +65,5 @@ def refused() -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     file = Path(sys.argv[1]) / f"{os.environ['RANK']}.safetensors"
-    said = {"rank": once(lambda: os.environ["RANK"]), "refused": refused()}
+    said = {"rank": run_once(lambda: os.environ["RANK"]), "refused": refused()}
     save_file(found(), file, metadata=said)

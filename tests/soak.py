@@ -42,7 +42,7 @@ import typer
 
 from benchmarks.common import result_header, write_result
 from mptk.cli.main import main as command_line
-from mptk.files.staging import held_by
+from mptk.files.staging import read_owner
 from tests.crash.forked import Trap, run
 
 ALLOWED = {0, 1, 2}
@@ -226,7 +226,7 @@ def wrong_with(command: list[str], code: int, said: str, allowed: set[int], plac
 
 def held(path: Path) -> bool:
     """Whether this process still has a staging folder: one goes with the last model that reads weights from it."""
-    return held_by(path).get("pid") == os.getpid()
+    return read_owner(path).get("pid") == os.getpid()
 
 
 def memory() -> int:

@@ -35,7 +35,7 @@ from transformers import (
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
-from passes.targets.stock.equations import growing
+from passes.targets.stock.equations import find_growth
 from passes.targets.stock.learn import Stock
 
 Keep = Mapping[str, Sequence[int]]
@@ -106,7 +106,7 @@ class Spec:
         others = [width for name, width in self.families.items() if name not in widths]
         pairs = {name: (self.families[name], width) for name, width in widths.items()}
         model_class = type(self.model)
-        grown = growing(self.old, {name: self.families[name] for name in widths}, self.shapes)
+        grown = find_growth(self.old, {name: self.families[name] for name in widths}, self.shapes)
         target, fixed = self.shapes(widths), [*self.fixed, *others]
         return probe_config(model_class, self.model.config, target, grown, pairs, fixed, **options)
 

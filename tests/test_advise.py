@@ -106,7 +106,7 @@ def test_the_division_cuts_what_costs_least(ids: torch.Tensor) -> None:
 
 
 def test_a_latency_is_a_budget(llama: str, ids: torch.Tensor, inside: Inside) -> None:
-    inside.bound("mptk.methods.division.budget.cached_times", lambda operators, *_: times(operators))
+    inside.bound("mptk.methods.division.budget.find_operator_times", lambda operators, *_: times(operators))
     found = mptk.advise(llama, data=ids, budget="latency", progress=None, **ASKED)
     milliseconds = [point.latency_ms for point in (found.dense, *found.division)]
     assert milliseconds == sorted(milliseconds, reverse=True)
@@ -157,14 +157,14 @@ def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decide
         (0.2, {"a": figures(0.05), "b": figures(0.2)}),
         (0.3, {"a": figures(0.3), "b": figures(0.09)}),  # below it again: the larger cut is luck
     )
-    assert [found.safe(text).sparsity for text in "ab"] == [0.2, 0.1]
+    assert [found.find_safe(text).sparsity for text in "ab"] == [0.2, 0.1]
     assert found.recommended is found.division[0]
 
 
 def test_a_change_counts_with_two_standard_errors() -> None:
     rows = [(0.1, {"a": figures(0.06, 0.019)}), (0.2, {"a": figures(0.06, 0.021)})]
-    assert advice(*rows).safe("a").sparsity == 0.1
-    assert advice(rows[1]).safe("a") is None
+    assert advice(*rows).find_safe("a").sparsity == 0.1
+    assert advice(rows[1]).find_safe("a") is None
     assert advice(rows[1]).recommended is None
 
 
@@ -232,9 +232,9 @@ RISES = {0.1: 0.1, 0.2: 0.2, 0.3: 0.4, 0.4: 0.8, 0.5: 1.6}
 def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line() -> None:
     cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()))
     found = trained(cuts, (0.2, {"a": nats(0.1)}), (0.4, {"a": nats(0.6)}))
-    shares = [found.given_back(point, "a") for point in found.recovery.points]
+    shares = [found.compute_recovered(point, "a") for point in found.recovery.points]
     assert shares == pytest.approx([0.5, 0.25])
-    after = {point.sparsity: found.after(point, "a") for point in found.division}
+    after = {point.sparsity: found.estimate_after(point, "a") for point in found.division}
     rises = {s: (math.log1p(each.least), math.log1p(each.most)) for s, each in after.items()}
     assert rises[0.2] == pytest.approx((0.1, 0.1)), "measured"
     assert rises[0.3] == pytest.approx((0.4 * 0.5, 0.4 * 0.75)), "the line is between the shares, at 0.27"
@@ -247,7 +247,7 @@ def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line() -> N
 def test_training_is_not_taken_to_make_a_cut_worse() -> None:
     cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()))
     found = trained(cuts, (0.4, {"a": nats(0.6)}), (0.5, {"a": nats(0.7)}))
-    assert math.log1p(found.after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
+    assert math.log1p(found.estimate_after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
 
 
 def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained() -> None:
@@ -259,7 +259,7 @@ def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained() -> None
 
 def test_a_range_has_two_standard_errors() -> None:
     found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
-    after = found.after(found.division[0], "a")
+    after = found.estimate_after(found.division[0], "a")
     assert math.log1p(after.least) == pytest.approx(0.2 - 0.1)
     assert math.log1p(after.most) == pytest.approx(0.2 + 0.1)
 
@@ -277,9 +277,9 @@ def test_after_training_more_is_safe_and_the_most_decides() -> None:
 def test_without_a_perplexity_shares_are_of_the_change() -> None:
     cuts = replace(advice((0.2, {"a": figures(0.2)}), (0.4, {"a": figures(0.4)})), measure="disagreement")
     found = trained(cuts, (0.4, {"a": figures(0.1)}))
-    assert found.after(found.division[0], "a") == Range(pytest.approx(0.05), pytest.approx(0.05))
+    assert found.estimate_after(found.division[0], "a") == Range(pytest.approx(0.05), pytest.approx(0.05))
     noisy = trained(cuts, (0.4, {"a": figures(0.0, 0.1)}))
-    assert noisy.after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
+    assert noisy.estimate_after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
 
 
 def test_a_module_of_no_class_is_not_trained() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import mptk
 from mptk import MptkError
-from mptk.io.archive import EXAMPLE_INPUTS, MODEL, arithmetic, read_archive
+from mptk.io.archive import EXAMPLE_INPUTS, MODEL, is_size_expression, read_archive
 from mptk.ort.sessions import OrtGraph
 from mptk.publish.manifest import update_manifest
 from mptk.targets.archive import ARCHIVE
@@ -230,7 +230,7 @@ def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> N
     ],
 )
 def test_only_sizes_are_expressions(text: str, holds: bool) -> None:
-    assert arithmetic(text) is holds
+    assert is_size_expression(text) is holds
 
 
 # ---- ONNX ----
@@ -259,7 +259,7 @@ def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> 
     for folder in (tmp_path / "out" / "onnx", again):
         graph = OrtGraph(folder / "model.onnx")
         assert [value.name for value in graph.session.get_outputs()] == ["output_0", "output_1"]
-        for one, other in zip(graph.all({"x": x}), found.model(x), strict=True):
+        for one, other in zip(graph.run_all({"x": x}), found.model(x), strict=True):
             torch.testing.assert_close(one, other.detach())
 
 
@@ -268,6 +268,6 @@ def test_a_module_that_onnx_would_change_is_refused(tmp_path: Path, inside: Insi
         mptk.export(Several(), tmp_path)
     with pytest.raises(MptkError, match="changes its buffers, which a graph would forget"):
         mptk.export(Odd(), tmp_path, example_inputs=X)
-    inside.spoil("mptk.api.graphs.cut", lambda program: program.with_state({"down.bias": torch.ones(4)}))
+    inside.spoil("mptk.api.graphs.cut_to_plan", lambda program: program.with_state({"down.bias": torch.ones(4)}))
     with pytest.raises(mptk.ProofError, match="the proof fails at 'ONNX Runtime'"):
         mptk.export(Several(), tmp_path, example_inputs=torch.randn(2, 5, 6))

@@ -20,13 +20,12 @@ from toy_checkpoints import SETTINGS, llama_config, save
 from transformers import LlamaForCausalLM
 
 from mptk import Plan, Settings, analyze, prune, trace, verify
-from mptk.chain.amounts import settled
 from mptk.config.learning import Learning, Training
-from mptk.ir.samples import next_tokens
-from mptk.methods.criteria import score
-from mptk.methods.criteria.gradients import gradients
-from mptk.methods.criteria.observe import Calibration
+from mptk.ir.samples import make_token_samples
+from mptk.methods.criteria import score_units
+from mptk.methods.criteria.observe import Calibration, sum_gradients
 from mptk.progress import Progress
+from mptk.run.minutes import fill_in
 from mptk.staged.staged import Executor
 
 BF16 = Executor(compute=torch.bfloat16)
@@ -39,7 +38,7 @@ ATEN = torch.ops.aten
 @torch.no_grad()
 def test_results_are_near_to_those_of_float32_and_in_float32(name: str, executor: Executor) -> None:
     program, inputs = built(name)
-    for found, given in zip(executor.outputs([program], inputs), inputs, strict=True):
+    for found, given in zip(executor.run_programs([program], inputs), inputs, strict=True):
         expected = program(*given)
         assert found.dtype == torch.float32
         assert 1e-4 < float((found - expected).norm() / expected.norm()) < 0.03
@@ -49,7 +48,7 @@ def test_results_are_near_to_those_of_float32_and_in_float32(name: str, executor
 def test_experts_run_in_it() -> None:
     """A router may choose others for a few tokens, so most tokens are looked at."""
     program, inputs = built("mixture")
-    found, expected = next(BF16.outputs([program], inputs)), program(*inputs[0])
+    found, expected = next(BF16.run_programs([program], inputs)), program(*inputs[0])
     assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < 0.03
 
 
@@ -79,9 +78,9 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
     program, windows = built(name)[0], architectures.tokens(80, 9)  # two batches
     names = [n for n in program.parameters if "proj" in n]
     assert names
-    given = Calibration(analyze(program), (), next_tokens(windows))
+    given = Calibration(analyze(program), (), make_token_samples(windows))
     exact, found = (
-        gradients(replace(given, executor=each), lambda loss: loss / windows.numel(), names)[0]
+        sum_gradients(replace(given, executor=each), lambda loss: loss / windows.numel(), names)[0]
         for each in (SMALL, STAGED)
     )
     for weight in names:
@@ -93,7 +92,9 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
 @pytest.mark.parametrize("criterion", ["wanda", "flap", "taylor"])
 def test_scores_are_near(criterion: str) -> None:
     analysis, windows = analyze(trace(architectures.model("llama"), dynamic=True)), architectures.tokens(12, 16)
-    exact, found = (score(analysis, criterion, windows, families=["ffn"], executor=e)["ffn"] for e in (SMALL, STAGED))
+    exact, found = (
+        score_units(analysis, criterion, windows, families=["ffn"], executor=e)["ffn"] for e in (SMALL, STAGED)
+    )
     torch.testing.assert_close(found, exact, rtol=0.15, atol=0.02 * float(exact.max()))
     assert not torch.equal(found, exact)
 
@@ -113,7 +114,7 @@ class Ran(list[tuple[str, torch.dtype]]):
 @pytest.fixture
 def ran(inside: Inside) -> Ran:
     found = Ran()
-    for name in ("outputs", "watch", "gradients"):
+    for name in ("run_programs", "watch", "compute_gradients"):
 
         def spied(own: Any, self: Executor, *args: Any, **options: Any) -> Any:
             found.append((found.stage, self.compute))
@@ -156,9 +157,9 @@ def test_a_run_keeps_nearly_the_same_units_and_its_folder_passes_the_same_proof(
 
 def test_training_takes_the_type_too_unless_a_precision_is_given() -> None:
     settings = Settings(compute_dtype="bfloat16", learning=Learning(steps=4))
-    assert settled(settings).learning.precision == "bf16"
-    assert settled(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
-    assert settled(replace(settings, compute_dtype="float32")).learning.precision == "no"
+    assert fill_in(settings).learning.precision == "bf16"
+    assert fill_in(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
+    assert fill_in(replace(settings, compute_dtype="float32")).learning.precision == "no"
 
 
 def test_the_dense_model_teaches_in_the_type_too(tmp_path: Path, inside: Inside) -> None:
@@ -175,7 +176,7 @@ def test_the_dense_model_teaches_in_the_type_too(tmp_path: Path, inside: Inside)
         return real(output)
 
     inside.around("mptk.methods.maskprune.learner.run_module", seen)
-    inside.around("mptk.methods.maskprune.learner.on_host", own)
+    inside.around("mptk.methods.maskprune.learner.move_to_host", own)
     dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
     learning = Learning(steps=1, training=Training(batch=2, micro=2))
     settings = replace(SETTINGS, families=("ffn",), onnx=False, learning=learning)

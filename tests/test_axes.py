@@ -17,40 +17,42 @@ from mptk.ir.axes import (
     Axis,
     Product,
     Sum,
-    axis,
+    compute_size,
     concat,
-    coordinates,
-    encloses,
-    evaluate,
+    count_coordinates,
+    find_occurrences,
     freeze,
-    leaves,
-    occurrences,
-    product,
+    is_nested,
+    list_axes,
+    make_axis,
+    make_product,
     require_multiple,
     require_size,
     resolve,
+    split_product,
+    split_sum,
+    unify,
 )
-from mptk.ir.families import unit_positions
-from mptk.ir.unification import split_product, split_sum, unify
+from mptk.ir.families import find_unit_positions
 
 # ---- constructors ----
 
 
 def test_sizes_without_a_choice_are_constants() -> None:
-    assert axis(0) is ZERO
-    assert axis(1) is ONE
-    assert isinstance(axis(2), Axis)
+    assert make_axis(0) is ZERO
+    assert make_axis(1) is ONE
+    assert isinstance(make_axis(2), Axis)
 
 
 def test_constructors_flatten() -> None:
-    a, b, c = axis(2), axis(3), axis(4)
-    assert product((a, product((b, c)))) == Product((a, b, c), 24)
-    assert product((ONE, a, ONE)) is a
-    assert product((a, ZERO)) is ZERO
+    a, b, c = make_axis(2), make_axis(3), make_axis(4)
+    assert make_product((a, make_product((b, c)))) == Product((a, b, c), 24)
+    assert make_product((ONE, a, ONE)) is a
+    assert make_product((a, ZERO)) is ZERO
     assert concat((a, concat((b, c)))) == Sum((a, b, c), 9)
     assert concat((ZERO, a, ZERO)) is a
     assert concat((ONE, ONE)).size == 2
-    assert product(()) == ONE
+    assert make_product(()) == ONE
     assert concat(()) == ZERO
 
 
@@ -74,16 +76,16 @@ def test_axes_merge_and_keep_what_was_known_of_either() -> None:
 
 def test_an_axis_takes_the_finer_form() -> None:
     a, b, c, d = Axis(24), Axis(2), Axis(3), Axis(4)
-    unify(a, product((b, c, d)))
+    unify(a, make_product((b, c, d)))
     assert shape(a) == "(a2·b3·c4)"
     e = Axis(24)
-    unify(product((axis(6), axis(4))), e)
+    unify(make_product((make_axis(6), make_axis(4))), e)
     unify(a, e)
     assert shape(e) == "(a2·b3·c4)"
 
 
 def test_products_split_at_each_others_borders() -> None:
-    a, b = product((Axis(4), Axis(6))), product((Axis(8), Axis(3)))
+    a, b = make_product((Axis(4), Axis(6))), make_product((Axis(8), Axis(3)))
     unify(a, b)
     assert shape(a) == shape(b) == "(a4·b2·c3)"
     assert free(a, b)
@@ -91,7 +93,7 @@ def test_products_split_at_each_others_borders() -> None:
 
 
 def test_products_align_from_the_end_where_the_front_does_not() -> None:
-    a, b = product((Axis(3), Axis(4), Axis(5))), product((Axis(2), Axis(6), Axis(5)))
+    a, b = make_product((Axis(3), Axis(4), Axis(5))), make_product((Axis(2), Axis(6), Axis(5)))
     unify(a, b)
     assert resolve(a.factors[2]) is resolve(b.factors[2])  # type: ignore[union-attr]
     assert resolve(a) != resolve(b)
@@ -100,7 +102,7 @@ def test_products_align_from_the_end_where_the_front_does_not() -> None:
 
 
 def test_products_align_from_the_front_where_the_end_does_not() -> None:
-    a, b = product((Axis(5), Axis(4), Axis(3))), product((Axis(5), Axis(6), Axis(2)))
+    a, b = make_product((Axis(5), Axis(4), Axis(3))), make_product((Axis(5), Axis(6), Axis(2)))
     unify(a, b)
     assert resolve(a.factors[0]) is resolve(b.factors[0])  # type: ignore[union-attr]
     assert frozen(*a.factors[1:], *b.factors[1:])  # type: ignore[union-attr]
@@ -117,8 +119,8 @@ def test_sums_split_at_each_others_borders() -> None:
 def test_a_sum_of_products_is_a_product() -> None:
     """[kv·hd + kv·hd] = (n·hd): the segments' rows are rows of the product."""
     kv, q, hd, rows, inner = Axis(2), Axis(6), Axis(8), Axis(8), Axis(8)
-    fused = concat((product((q, hd)), product((kv, Axis(8)))))
-    unify(fused, product((rows, inner)))
+    fused = concat((make_product((q, hd)), make_product((kv, Axis(8)))))
+    unify(fused, make_product((rows, inner)))
     assert shape(fused) == "((a6·b8) + (c2·b8))"
     assert shape(rows) == "(a6 + b2)"
     assert resolve(inner) is resolve(hd)
@@ -127,9 +129,9 @@ def test_a_sum_of_products_is_a_product() -> None:
 
 def test_a_number_read_in_two_orders_is_frozen() -> None:
     whole = Axis(6)
-    unify(whole, product((Axis(2), Axis(3))))
+    unify(whole, make_product((Axis(2), Axis(3))))
     assert free(whole)
-    unify(whole, product((Axis(3), Axis(2))))
+    unify(whole, make_product((Axis(3), Axis(2))))
     assert frozen(whole)
 
 
@@ -144,18 +146,18 @@ def test_occurs_check() -> None:
 
 
 def test_misaligned_terms_are_frozen_on_both_sides_with_the_place() -> None:
-    a, b = product((Axis(4), Axis(6))), product((Axis(6), Axis(4)))
+    a, b = make_product((Axis(4), Axis(6))), make_product((Axis(6), Axis(4)))
     unify(a, b, "view_7")
     assert frozen(a, b)
-    assert all("view_7" in reason for leaf in leaves(a) for reason in leaf.frozen)
-    c, d = concat((product((Axis(3), Axis(4))), Axis(5))), concat((Axis(10), Axis(7)))
+    assert all("view_7" in reason for leaf in list_axes(a) for reason in leaf.frozen)
+    c, d = concat((make_product((Axis(3), Axis(4))), Axis(5))), concat((Axis(10), Axis(7)))
     unify(c, d, "cat_3")
     assert frozen(c, d)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_of_unifications_does_not_matter(order: tuple[int, ...]) -> None:
-    whole, rows, columns = Axis(24), product((Axis(4), Axis(6))), product((Axis(2), Axis(12)))
+    whole, rows, columns = Axis(24), make_product((Axis(4), Axis(6))), make_product((Axis(2), Axis(12)))
     pairs = [(whole, rows), (whole, columns), (rows, columns)]
     for i in order:
         unify(*pairs[i])
@@ -186,7 +188,7 @@ def test_interleaved_fused_projection() -> None:
     """heads·(q + k + v): view [heads, 3·hd], chunk in three, then rotary pairs in q and k."""
     rows = Axis(72)
     heads, width = Axis(3), Axis(24)
-    unify(rows, product((heads, width)))
+    unify(rows, make_product((heads, width)))
     q, rest = split_sum(width, 8) or []
     k, v = split_sum(rest, 8) or []
     unify(q, k)  # contracted
@@ -201,7 +203,7 @@ def test_grouped_fused_projection() -> None:
     """kv·((n + 1 + 1)·hd), picked by q = [:-2], k = [-2], v = [-1]: q, k and v share the head's channels by layout."""
     rows = Axis(2 * 5 * 8)
     kv, slots, hd = Axis(2), Axis(5), Axis(8)
-    unify(rows, product((kv, slots, hd)))
+    unify(rows, make_product((kv, slots, hd)))
     q, rest = split_sum(slots, 3) or []
     k, v = split_sum(rest, 1) or []
     assert k is ONE
@@ -218,10 +220,10 @@ def test_fused_projection_of_segments() -> None:
     q, rest = split_sum(rows, 48) or []
     k, v = split_sum(rest, 16) or []
     hd, kv = Axis(8), Axis(2)
-    unify(q, product((Axis(6), hd)))
-    unify(k, product((kv, hd)))
-    unify(v, product((kv, Axis(8))))
-    unify(resolve(q).factors[0], product((kv, Axis(3))))  # type: ignore[union-attr]
+    unify(q, make_product((Axis(6), hd)))
+    unify(k, make_product((kv, hd)))
+    unify(v, make_product((kv, Axis(8))))
+    unify(resolve(q).factors[0], make_product((kv, Axis(3))))  # type: ignore[union-attr]
     assert shape(rows) == "((a2·b3·c8) + (a2·c8) + (a2·d8))"
 
 
@@ -229,7 +231,7 @@ def test_fused_projection_of_segments() -> None:
 
 
 def test_a_cut_inside_a_unit_is_refused() -> None:
-    term = product((Axis(3), Axis(8)))
+    term = make_product((Axis(3), Axis(8)))
     assert split_sum(term, 12) is None
     assert [shape(p) for p in split_sum(term, 16) or []] == ["(a2·b8)", "a8"]
     assert [shape(p) for p in split_sum(term, 0) or []] == ["0", "((a2 + 1)·b8)"]
@@ -244,7 +246,7 @@ def test_a_factor_that_does_not_divide_is_refused() -> None:
     assert split_product(Axis(10), 4, last=True) is None
     assert split_product(concat((Axis(4), Axis(6))), 4, last=True) is None
     assert split_product(ZERO, 0, last=True) is None
-    term = product((Axis(4), Axis(6)))
+    term = make_product((Axis(4), Axis(6)))
     assert split_product(term, 1, last=True) == [term, ONE]
     assert [shape(p) for p in split_product(term, 3, last=True) or []] == ["(a4·b2)", "a3"]
     assert [shape(p) for p in split_product(term, 8, last=False) or []] == ["(a4·b2)", "a3"]
@@ -254,10 +256,10 @@ def test_what_must_stay_falls_on_the_largest_axis() -> None:
     a, b = Axis(4), Axis(6)
     whole = Axis(24)
     require_size(whole, 5)
-    unify(whole, product((a, b)))
+    unify(whole, make_product((a, b)))
     assert (a.minimum, b.minimum) == (1, 5)
     c, d = Axis(4), Axis(6)
-    require_size(product((c, d)), 7)
+    require_size(make_product((c, d)), 7)
     assert (c.minimum, d.minimum) == (4, 6)
 
 
@@ -267,20 +269,20 @@ def test_multiples_fall_on_every_segment_and_on_one_factor() -> None:
     assert a.multiple == 8
     whole = Axis(3 * 16)
     require_multiple(whole, 8)
-    unify(whole, product((b, c)))
+    unify(whole, make_product((b, c)))
     assert (b.multiple, c.multiple) == (1, 8)
-    require_multiple(product((b, d)), 8)
+    require_multiple(make_product((b, d)), 8)
     assert (b.multiple, d.multiple) == (8, 8)
 
 
 def test_enclosing_factors() -> None:
     a, b, c = Axis(2), Axis(3), Axis(4)
-    assert encloses(product((a, b)), a, b)
-    assert not encloses(product((b, a)), a, b)
-    assert encloses(product((a, concat((b, c)))), a, b)
-    assert not encloses(concat((product((a, b)), b)), a, b)
-    assert encloses(c, a, b)
-    assert not encloses(product((concat((a, c)), b)), a, b)
+    assert is_nested(make_product((a, b)), a, b)
+    assert not is_nested(make_product((b, a)), a, b)
+    assert is_nested(make_product((a, concat((b, c)))), a, b)
+    assert not is_nested(concat((make_product((a, b)), b)), a, b)
+    assert is_nested(c, a, b)
+    assert not is_nested(make_product((concat((a, c)), b)), a, b)
 
 
 # ---- properties ----
@@ -306,17 +308,17 @@ def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size: int
 def test_unifying_again_changes_nothing(size: int, data: st.DataObject) -> None:
     a, b = data.draw(terms(size)), data.draw(terms(size))
     unify(a, b)
-    before = shape(concat((a, b))), [bool(leaf.frozen) for leaf in leaves(a)]
+    before = shape(concat((a, b))), [bool(leaf.frozen) for leaf in list_axes(a)]
     unify(a, b)
     unify(b, a)
-    assert before == (shape(concat((a, b))), [bool(leaf.frozen) for leaf in leaves(a)])
+    assert before == (shape(concat((a, b))), [bool(leaf.frozen) for leaf in list_axes(a)])
 
 
 @given(size=sizes, data=st.data())
 @settings(max_examples=100)
 def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
     term = data.draw(terms(size, depth=3))
-    found = occurrences(term)
+    found = find_occurrences(term)
     for position, expected in enumerate(enumerate_positions(term)):
         assert [(leaf, int(c[position])) for leaf, c in found if c[position] >= 0] == list(expected)
 
@@ -325,18 +327,18 @@ def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) ->
 @settings(max_examples=100)
 def test_units_lie_where_enumeration_says(size: int, data: st.DataObject) -> None:
     term = data.draw(terms(size, depth=3))
-    choices = list(dict.fromkeys(leaves(term)))
+    choices = list(dict.fromkeys(list_axes(term)))
     if not choices:
         return
     unit = data.draw(st.sampled_from(choices))
-    found = unit_positions(term, unit)
+    found = find_unit_positions(term, unit)
     expected = [
         [p for p, pairs in enumerate(enumerate_positions(term)) if (unit, u) in pairs] for u in range(unit.size)
     ]
     assert np.array_equal(found, np.array(expected)[None])
-    outside = [a for a in choices if a is not unit and encloses(term, a, unit)]
+    outside = [a for a in choices if a is not unit and is_nested(term, a, unit)]
     for scope in outside:
-        table = unit_positions(term, unit, (scope,))
+        table = find_unit_positions(term, unit, (scope,))
         assert table.shape[:2] == (scope.size, unit.size)
         for s in range(scope.size):
             assert set(table[s].flat) == {
@@ -355,31 +357,31 @@ def pairs_hold(pairs: tuple[tuple[Axis, int], ...], a: Axis) -> bool:
 def test_sizes_after_a_cut_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
     """Keep the first units of each axis: the positions all whose coordinates stay."""
     term = data.draw(terms(size, depth=3))
-    new = {leaf: data.draw(st.integers(1, leaf.size)) for leaf in dict.fromkeys(leaves(term))}
+    new = {leaf: data.draw(st.integers(1, leaf.size)) for leaf in dict.fromkeys(list_axes(term))}
     stays = [all(c < new[leaf] for leaf, c in pairs) for pairs in enumerate_positions(term)]
-    assert evaluate(term, new) == sum(stays)
-    assert evaluate(term, {}) == size == math.prod([size])
+    assert compute_size(term, new) == sum(stays)
+    assert compute_size(term, {}) == size == math.prod([size])
 
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_what_ops_accept_stays_with_an_axis_that_takes_another_form(number: int) -> None:
-    a, pair = axis(4 * 3), product((axis(4), axis(3)))
+    a, pair = make_axis(4 * 3), make_product((make_axis(4), make_axis(3)))
     require_size(a, number)
     require_multiple(a, number)
     unify(a, pair)
-    assert max(leaf.minimum for leaf in leaves(pair)) == number
-    assert max(leaf.multiple for leaf in leaves(pair)) == number
+    assert max(leaf.minimum for leaf in list_axes(pair)) == number
+    assert max(leaf.multiple for leaf in list_axes(pair)) == number
 
 
 def test_coordinates_along_an_axis_are_counted() -> None:
-    a, b = axis(4), axis(3)
-    assert coordinates((a, product((a, b))), each=True) == {a: 2, b: 1}
-    assert coordinates((concat((a, a)), b), each=True) == {a: 1, b: 1}
-    assert coordinates((concat((product((a, a)), a)),), each=True) == {a: 2}
+    a, b = make_axis(4), make_axis(3)
+    assert count_coordinates((a, make_product((a, b))), each=True) == {a: 2, b: 1}
+    assert count_coordinates((concat((a, a)), b), each=True) == {a: 1, b: 1}
+    assert count_coordinates((concat((make_product((a, a)), a)),), each=True) == {a: 2}
 
 
 def test_terms_print_as_equations() -> None:
     a, b = Axis(4), Axis(3)
-    assert repr(product((a, b))) == f"({a.id}(4)·{b.id}(3))"
+    assert repr(make_product((a, b))) == f"({a.id}(4)·{b.id}(3))"
     assert repr(concat((a, b))) == f"[{a.id}(4) + {b.id}(3)]"
     assert repr(ONE) == "1"

@@ -11,14 +11,13 @@ from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
 from mptk import MptkError, export
 from mptk.files.outputs import check_file
-from mptk.ort.bench import Bench, alternate, bench_graphs
-from mptk.ort.roofline import graph_work, run_work
+from mptk.ort.bench import Bench, bench_graphs, list_unaligned_weights, time_alternately
+from mptk.ort.roofline import compute_graph_work, run_work
 from mptk.ort.steps import Case
-from mptk.ort.unaligned import unaligned_weights
-from mptk.reading import made
-from mptk.report.markdown import rendered
-from mptk.report.page.charts import plot_bench
-from mptk.report.sections import bench_view
+from mptk.reading import make_typed
+from mptk.report.page.charts import write_bench_plot
+from mptk.report.sections import build_bench_view
+from mptk.report.view import render_markdown
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 
@@ -40,7 +39,7 @@ def narrow(tmp_path_factory):
 
 @pytest.mark.parametrize(("sequence", "past", "batch"), [(13, 0, 1), (1, 29, 1), (5, 7, 3)])
 def test_work_is_what_the_sizes_say(dense, sequence, past, batch):
-    work = graph_work(dense, sequence=sequence, past=past, batch=batch)
+    work = compute_graph_work(dense, sequence=sequence, past=past, batch=batch)
     attention = HEADS * 2 * DIM * (past + sequence)
     assert work.flops == 2 * batch * sequence * (2 * (PROJECTIONS + attention) + HIDDEN * VOCAB)
     norms, frequencies = 5 * HIDDEN, DIM // 2
@@ -53,14 +52,14 @@ def test_last_logits_cost_one_position(narrow):
     per_token = PROJECTIONS - 3 * HIDDEN * 40
     for sequence in (1, 11):
         expected = 2 * (sequence * (per_token + HEADS * 2 * DIM * sequence) + HIDDEN * VOCAB)
-        assert graph_work(narrow, sequence=sequence, past=0).flops == expected
+        assert compute_graph_work(narrow, sequence=sequence, past=0).flops == expected
 
 
 def test_a_table_that_is_also_the_projection_counts_once(tmp_path):
     model = tiny_decoder(FUSED, n_layer=1)
     file = emit_onnx(trace_decoder(model), tmp_path)
     read = sum(p.numel() for name, p in model.named_parameters() if name != "transformer.wpe.weight")
-    assert 0 <= graph_work(file, sequence=1, past=0).bytes - 4 * read < 400
+    assert 0 <= compute_graph_work(file, sequence=1, past=0).bytes - 4 * read < 400
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +85,8 @@ def test_rows_hold_every_graph_in_every_case_and_the_ideal(compared, dense, narr
             peak = result.peaks[1].flops if row.case.phase == "prefill" else result.peaks[1].bandwidth
             assert row.roofline == pytest.approx(row.work / seconds / peak, rel=0.01, abs=0.001)
     at = {(row.graph, str(row.case)): row.work for row in result.rows}
-    assert at["dense", "prefill 33 ×3"] == graph_work(dense, sequence=33, past=0, batch=3).flops
-    assert at["narrow", "decode 16"] == graph_work(narrow, sequence=1, past=16).bytes
+    assert at["dense", "prefill 33 ×3"] == compute_graph_work(dense, sequence=33, past=0, batch=3).flops
+    assert at["narrow", "decode 16"] == compute_graph_work(narrow, sequence=1, past=16).bytes
 
 
 def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_graph(dense, narrow, inside):
@@ -97,8 +96,8 @@ def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_gr
         begun.append(steps[0])
         return [[ms[step]] * rounds for step in steps]
 
-    inside.around("mptk.ort.steps.decoder_step", lambda step, decoder, case: len(decoder.past) // 2)
-    inside.around("mptk.ort.bench.alternate", taken)
+    inside.around("mptk.ort.steps.bind_decoder_step", lambda step, decoder, case: len(decoder.past) // 2)
+    inside.around("mptk.ort.bench.time_alternately", taken)
     inside.gives("mptk.ort.bench.time_unaligned", [])
     result = bench_graphs({"dense": dense, "narrow": narrow}, lengths=(8,), rounds=4, sessions=4, phases=("decode",))
     assert begun == [2, 1, 2, 1]
@@ -118,13 +117,13 @@ def test_widths_that_kernels_pad_are_timed_beside_the_next_ones_that_they_do_not
     assert {each.rows for each in found} == {1, 33}
     assert all(each.ms > 0 and each.aligned_ms > 0 for each in found)
     assert {each.aligned for each in found} == {(64, 64), (64, 32), (64, 128)}
-    lines = rendered(bench_view(compared[0])).splitlines()
+    lines = render_markdown(build_bench_view(compared[0])).splitlines()
     assert any("33 × 48 × 97" in line and "64 × 128" in line for line in lines)
 
 
 def test_aligned_widths_are_not_timed(tmp_path):
     model = tiny_decoder(GROUPED, hidden_size=96, intermediate_size=64, head_dim=32, vocab_size=128)
-    assert unaligned_weights(emit_onnx(trace_decoder(model), tmp_path)) == []
+    assert list_unaligned_weights(emit_onnx(trace_decoder(model), tmp_path)) == []
 
 
 def test_quantised_products_count_the_same_operations_and_fewer_bytes(compared):
@@ -143,8 +142,8 @@ def test_sizes_and_memory_of_each_graph(compared, dense):
 
 def test_the_result_goes_through_json_and_into_a_table(compared):
     result, _ = compared
-    assert made(Bench, json.loads(json.dumps(result.to_json()))) == result
-    lines = rendered(bench_view(result)).splitlines()
+    assert make_typed(Bench, json.loads(json.dumps(result.to_json()))) == result
+    lines = render_markdown(build_bench_view(result)).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 9
     assert sum("narrow int8" in line for line in lines) == 8 + 1
     assert any("GFLOP/s" in line for line in lines)
@@ -152,7 +151,7 @@ def test_the_result_goes_through_json_and_into_a_table(compared):
 
 def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
     for suffix in ("svg", "png", "pdf"):
-        plot_bench(compared[0], tmp_path / f"bench.{suffix}")
+        write_bench_plot(compared[0], tmp_path / f"bench.{suffix}")
         check_file(tmp_path / f"bench.{suffix}", "plot")
     drawn = (tmp_path / "bench.svg").read_text()
     assert "narrow int8" in drawn
@@ -162,7 +161,7 @@ def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
 def test_sides_take_turns_and_the_order_changes(inside):
     inside.bound("mptk.ort.bench.ROUND_S", 0.0)
     seen = []
-    times = alternate([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
+    times = time_alternately([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
     assert "".join(seen) == "ab" + "abbaabba"
     assert [len(side) for side in times] == [4, 4]
 
@@ -198,7 +197,7 @@ def other_kinds(tmp_path_factory):
     ],
 )
 def test_each_graph_of_a_model_that_is_no_plain_decoder_is_run(other_kinds, kind, cases, inside):
-    inside.gives("mptk.ort.bench.peak_memory", 1)
+    inside.gives("mptk.ort.bench.measure_peak_memory", 1)
     inside.gives("mptk.ort.bench.time_unaligned", [])
     main = next(
         file for name in ("model", "decoder_model_merged") if (file := other_kinds[kind] / f"{name}.onnx").is_file()

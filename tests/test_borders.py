@@ -18,11 +18,11 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 import mptk
 from mptk import MptkError, trace
-from mptk.ir.samples import next_tokens
-from mptk.proof.proof import proof_batches
+from mptk.ir.samples import make_token_samples
+from mptk.proof.proof import make_proof_batches
 from mptk.publish.manifest import write_manifest
-from mptk.tasks.decoder_form import CASES, decoded
-from passes.analysis.borders import config_borders, graph_borders, reach
+from mptk.tasks.decoder_form import CASES, decode_samples
+from passes.analysis.borders import find_config_borders, find_graph_borders, reach
 from passes.verify import Difference
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
@@ -46,7 +46,7 @@ class Windowed(nn.Module):
 
 
 def test_the_graph_tells_windows_chunks_and_buckets() -> None:
-    found = set(graph_borders(trace(Windowed(), (TOKENS,), dynamic=True)))
+    found = set(find_graph_borders(trace(Windowed(), (TOKENS,), dynamic=True)))
     assert {17, 21, 4, 5} <= found
     assert 1234 not in found
 
@@ -66,7 +66,7 @@ def test_the_graph_tells_windows_chunks_and_buckets() -> None:
     ],
 )
 def test_the_config_tells_them_too(values: dict, borders: set[int]) -> None:
-    assert set(config_borders(values)) == borders
+    assert set(find_config_borders(values)) == borders
 
 
 def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
@@ -93,7 +93,7 @@ def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
 
 def test_the_long_sequence_is_text_again_and_again() -> None:
     windows = torch.arange(60).reshape(3, 20)
-    short, long = (batch.inputs["input_ids"] for batch in proof_batches(next_tokens(windows), 130))
+    short, long = (batch.inputs["input_ids"] for batch in make_proof_batches(make_token_samples(windows), 130))
     assert torch.equal(short, windows)
     assert torch.equal(long[0, :61], torch.tensor([*range(60), 0]))
     assert long.shape == (1, 130)
@@ -101,7 +101,7 @@ def test_the_long_sequence_is_text_again_and_again() -> None:
 
 def test_there_are_three_short_rows_and_one_row_whatever_the_samples_are() -> None:
     windows = torch.arange(40).reshape(2, 20)
-    short, one = (batch.inputs["input_ids"] for batch in proof_batches(next_tokens(windows), 12))
+    short, one = (batch.inputs["input_ids"] for batch in make_proof_batches(make_token_samples(windows), 12))
     assert torch.equal(short, windows[[0, 1, 0]])
     assert torch.equal(one, windows[:1])
 
@@ -114,7 +114,7 @@ class Counting:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def empty(self, batch: int) -> int:
+    def make_empty(self, batch: int) -> int:
         return 0
 
     def step(self, ids: object, mask: object, cache: int, positions: None) -> tuple[object, int]:
@@ -124,8 +124,8 @@ class Counting:
 
 
 def test_decoding_steps_cross_each_border_with_the_cache() -> None:
-    counting, samples = Counting(), next_tokens(torch.zeros(1, 40, dtype=torch.long))
-    found = decoded(counting, CASES[-1], [10, 12, 39], samples)  # type: ignore[arg-type]
+    counting, samples = Counting(), make_token_samples(torch.zeros(1, 40, dtype=torch.long))
+    found = decode_samples(counting, CASES[-1], [10, 12, 39], samples)  # type: ignore[arg-type]
     assert found.places.tolist() == [list(range(40))]
     assert found.outputs[0, :, 0].tolist() == list(range(40))
     ends = [cache + many for cache, many in counting.asked]
@@ -146,6 +146,6 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, ins
     write_manifest(out)
     with pytest.raises(MptkError, match=r"'config': sliding_window of config.json is 96, but 64"):
         mptk.verify(out)
-    inside.gives("mptk.targets.stock.check_config", Difference("config", 0.0, 0.0, 0.0))
+    inside.gives("mptk.targets.stock.check_written_config", Difference("config", 0.0, 0.0, 0.0))
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': outputs differ by"):
         mptk.verify(out)

@@ -15,7 +15,7 @@ from inside import Inside
 from torch import nn
 
 import mptk
-from passes.frontend.bound import Late, bounded
+from passes.frontend.bound import Late, limit_processor_time
 
 
 def busy(*, swallows: bool = False) -> None:
@@ -31,7 +31,7 @@ def test_what_computes_too_long_is_stopped_whatever_it_catches() -> None:
     before = signal.getsignal(signal.SIGVTALRM)
     with (
         pytest.raises(Late, match=r"the trace takes more than 0\.2 s of computing; trace it"),
-        bounded(0.2, "the trace"),
+        limit_processor_time(0.2, "the trace"),
     ):
         busy(swallows=True)
     assert signal.getsignal(signal.SIGVTALRM) is before
@@ -39,13 +39,13 @@ def test_what_computes_too_long_is_stopped_whatever_it_catches() -> None:
 
 
 def test_what_ends_in_time_is_left_alone_and_so_is_another_thread() -> None:
-    with bounded(60, "the trace"):
+    with limit_processor_time(60, "the trace"):
         found = [1]
-    with pytest.raises(ValueError, match="its own"), bounded(60, "the trace"):
+    with pytest.raises(ValueError, match="its own"), limit_processor_time(60, "the trace"):
         raise ValueError("its own")
 
     def inside() -> None:
-        with bounded(60, "the trace"):
+        with limit_processor_time(60, "the trace"):
             found.append(2)
 
     thread = threading.Thread(target=inside)
@@ -62,8 +62,8 @@ def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size(inside: Insi
         asked.append(dynamic)
         return busy() if dynamic is True else trace(module, inputs, dynamic=dynamic)
 
-    inside.around("passes.frontend.trace.trace", slow)
-    inside.bound("mptk.compile.trace_module.TRACE_SECONDS", 0.2)
+    inside.around("passes.frontend.trace.trace_to_program", slow)
+    inside.bound("mptk.compile.trace.TRACE_SECONDS", 0.2)
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     pruned = mptk.prune(net, sparsity=0.5, example_inputs=torch.randn(2, 5, 8), progress=None)
     assert asked == [True, (0,)]

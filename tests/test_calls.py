@@ -120,7 +120,7 @@ def test_a_backward_that_no_graph_holds_is_said_with_its_line(body: Callable[...
 
 def test_a_wrong_gradient_fails_the_proof(inside: Any) -> None:
     inside.around(
-        "mptk.proof.gradients.cut_gradients", lambda real, *given: {name: g * 2 for name, g in real(*given).items()}
+        "mptk.proof.proof.cut_gradients", lambda real, *given: {name: g * 2 for name, g in real(*given).items()}
     )
     with pytest.raises(MptkError, match=r"the proof fails at 'gradients'"):
         prune(lambda net, x: net.out(net.down(net.up(x))))

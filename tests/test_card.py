@@ -19,9 +19,8 @@ import mptk
 from mptk import Report
 from mptk.publish import licence
 from mptk.publish.manifest import check_manifest
-from mptk.report.card import is_hub_id, told
-from mptk.report.markdown import body, code, text
-from mptk.report.view import Name, Table, figure
+from mptk.report.card import is_hub_id, render_results
+from mptk.report.view import Name, Table, format_code, format_figure, render_parts, render_text
 
 BASE = "a`b|<img src=x>[me](http:e)*x*"
 SETTINGS = mptk.Settings(method="wanda", widths={"ffn": 32}, families=("ffn",), data="random", samples=2, length=24)
@@ -70,8 +69,8 @@ def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Pa
     for said in (
         "| `ffn` | 2 | 64 → 32 | 32, 64 | this width was given |",
         f"{report.cost['pruned']['parameters']:,.0f}",
-        figure(report.quality["pruned"]),
-        figure(report.quantized["int8"]["quality"]),
+        format_figure(report.quality["pruned"]),
+        format_figure(report.quantized["int8"]["quality"]),
         report.quality["protocol"],
         *(d["stage"] for d in report.proof),
     ):
@@ -99,9 +98,9 @@ def test_names_stay_text(pruned: Path) -> None:
     "said", ["`", "``a`", "a|b", "<b>", "[x](y)", "# x\n---\n\n<b>", "\x1b[31m\u202e", "| `|` |", ""]
 )
 def test_any_text_is_text_and_one_cell(said: str) -> None:
-    for plain in (tokens(f"A {code(said)} b"), tokens(f"A {text(said)} b")):
+    for plain in (tokens(f"A {format_code(said)} b"), tokens(f"A {render_text(said)} b")):
         assert set(plain) <= {"paragraph_open", "paragraph_close", "inline", "text", "text_special", "code_inline"}
-    assert tokens(body([Table("ll", ["a", "b"], [[Name(said), said]])])).count("td_open") == 2
+    assert tokens(render_parts([Table("ll", ["a", "b"], [[Name(said), said]])])).count("td_open") == 2
 
 
 def test_a_card_of_a_hub_model_names_it() -> None:
@@ -113,17 +112,20 @@ def test_a_card_of_a_hub_model_names_it() -> None:
     "card", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n"]
 )
 def test_a_dense_card_that_says_nothing_readable_gives_no_licence(card: str, tmp_path: Path) -> None:
-    assert licence.stated(tmp_path) == {}
+    assert licence.read_licence(tmp_path) == {}
     (tmp_path / "README.md").write_text(card)
-    assert licence.stated(tmp_path) == {}
+    assert licence.read_licence(tmp_path) == {}
 
 
 def test_a_licence_in_words_is_another_one() -> None:
-    assert licence.as_fields("Apache-2.0") == {"license": "apache-2.0"}
-    assert licence.as_fields("Gemma Terms of Use") == {"license": "other", "license_name": "Gemma Terms of Use"}
+    assert licence.make_licence_fields("Apache-2.0") == {"license": "apache-2.0"}
+    assert licence.make_licence_fields("Gemma Terms of Use") == {
+        "license": "other",
+        "license_name": "Gemma Terms of Use",
+    }
 
 
 def test_what_is_not_known_is_said(pruned: Path) -> None:
     report = Report.read(pruned)
     assert "training steps" not in (pruned / "README.md").read_text()
-    assert "FAILED |" in told(replace(report, proof=[{**report.proof[0], "ok": False}]))
+    assert "FAILED |" in render_results(replace(report, proof=[{**report.proof[0], "ok": False}]))

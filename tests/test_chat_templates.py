@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mptk import MptkError
 from mptk.io.chat_templates import ChatTemplate
-from mptk.io.text.rows import row_texts
+from mptk.io.text.files import read_row_texts
 
 TURNS = [{"role": "user", "content": "hi ü 🦊"}, {"role": "assistant", "content": "ho"}]
 FOR = "{% for a in range(99999) %}"
@@ -71,7 +71,7 @@ def test_no_template_takes_more_than_its_time_and_memory(template: str, inside: 
     inside.bound("mptk.io.chat_templates.TEMPLATE_MEMORY", 1 << 27)
     before, used = open_files(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(MptkError, match=r"the model's chat template refuses a chat of x: .+; name a column") as raised:
-        list(row_texts([{"messages": TURNS}], "x", None, tokenizer(template)))
+        list(read_row_texts([{"messages": TURNS}], "x", None, tokenizer(template)))
     assert "\n" not in str(raised.value)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 2
@@ -86,9 +86,9 @@ def test_other_templates_write_what_they_wrote(template: str) -> None:
     with ChatTemplate(owner) as filled:
         for asks in (False, True):
             text = owner.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=asks)
-            assert filled.text(TURNS, "x", "y", add_generation_prompt=asks) == text
+            assert filled.render(TURNS, "x", "y", add_generation_prompt=asks) == text
             ids = owner.apply_chat_template(TURNS, add_generation_prompt=asks, return_dict=True)["input_ids"]
-            assert filled.ids(TURNS, "x", "y", add_generation_prompt=asks) == ids
+            assert filled.encode(TURNS, "x", "y", add_generation_prompt=asks) == ids
 
 
 def test_a_library_that_runs_out_of_memory_in_it_writes_nothing(
@@ -97,7 +97,7 @@ def test_a_library_that_runs_out_of_memory_in_it_writes_nothing(
     inside.bound("mptk.io.chat_templates.TEMPLATE_MEMORY", 1 << 26)
     long = tokenizer("a b " * (1 << 22))
     with ChatTemplate(long) as filled, pytest.raises(MptkError, match="takes more than"):
-        filled.ids(TURNS, "x", "y")
+        filled.encode(TURNS, "x", "y")
     assert capfd.readouterr().err == ""
 
 
@@ -107,14 +107,14 @@ def test_a_chat_after_a_refused_one_is_filled(inside: Inside) -> None:
     inside.bound("mptk.io.chat_templates.TEMPLATE_SECONDS", 1.0)
     with ChatTemplate(tokenizer("{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}" + once)) as filled:
         with pytest.raises(MptkError, match="division by zero"):
-            filled.text(TURNS, "x", "y")
-        assert {filled.text(TURNS[:1], "x", "y") for _ in range(30)} == {TURNS[0]["content"]}
+            filled.render(TURNS, "x", "y")
+        assert {filled.render(TURNS[:1], "x", "y") for _ in range(30)} == {TURNS[0]["content"]}
 
 
 def test_a_process_that_gets_no_processor_time_is_stopped(inside: Inside) -> None:
     inside.bound("mptk.io.chat_templates.WAITING_SECONDS", 0.2)
     with ChatTemplate(tokenizer(BOMBS["loops"])) as filled, pytest.raises(MptkError, match="takes more than 5 s"):
-        filled.text(TURNS, "x", "y")
+        filled.render(TURNS, "x", "y")
 
 
 def test_a_command_ends_in_one_line(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Pass
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from passes.check_cut import seeded_inputs
+from passes.check_cut import draw_seeded_inputs
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import Rewrite
@@ -119,7 +119,7 @@ class Cancelling(nn.Module):
 def test_a_program_that_rounding_moves_is_given_its_own_tolerance() -> None:
     analysis = analyze(trace(Cancelling(1e-3), (torch.ones(7, 5),)))
     plan = random_plan(analysis)
-    (x,) = seeded_inputs(analysis.program).values()
+    (x,) = draw_seeded_inputs(analysis.program).values()
     masked = mask(analysis, resolve_plan(analysis, plan))(x)
     assert largest(mptk.rewrite(analysis, plan)(x), masked) > 5e-5 * masked.abs().max()
 
@@ -171,15 +171,15 @@ def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced() -> N
 
     flags = torch.tensor([[1, 0, 1], [0, 1, 1]]).repeat(1, 7)
     program = trace(Two(), (torch.zeros(2, 21, dtype=torch.long), flags, torch.zeros(2, 21, 4)))
-    ids, kept, x = seeded_inputs(program).values()
+    ids, kept, x = draw_seeded_inputs(program).values()
     assert set(ids.flatten().tolist()) == {0, 1, 2}
     assert kept.equal(flags)
     assert x.std() > 0.5
-    assert all(a.equal(b) for a, b in zip(seeded_inputs(program).values(), (ids, kept, x), strict=True))
+    assert all(a.equal(b) for a, b in zip(draw_seeded_inputs(program).values(), (ids, kept, x), strict=True))
 
 
 def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place(llama: Analysis, inside: Inside) -> None:
-    inside.around("passes.transforms.rewrite.Resizer.scaled", lambda scaled, resizer, argument, term: argument)
+    inside.around("passes.transforms.rewrite.Resizer.scale_argument", lambda scaled, resizer, argument, term: argument)
     with pytest.raises(
         ProofError, match=r"the cut graph does not fit together at aten\.\w+\.default in model\..*: .*; please report"
     ) as e:

@@ -18,8 +18,8 @@ from mptk import ProofError
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
-from passes.targets.onnx.balance import weight_of
-from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
+from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, compute_token_divergence
+from passes.targets.onnx.equalize import get_product_weight
 from passes.targets.onnx.names import ENDINGS
 
 TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
@@ -97,8 +97,8 @@ class ReorderPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for node in model.graph:
-            for parts in filter(None, [checked.gated(node)]):
-                gate, up, down = (weight_of(part) for part in parts)
+            for parts in filter(None, [checked.match_gated_product(node)]):
+                gate, up, down = (get_product_weight(part) for part in parts)
                 order = np.r_[1, 0, 2 : gate.shape[1]]
                 for part, array in zip(parts, (gate[:, order], up[:, order], down[order]), strict=True):
                     part.inputs[1].const_value = ir.Tensor(np.ascontiguousarray(array), name=part.inputs[1].name)  # type: ignore[union-attr]
@@ -107,7 +107,7 @@ class ReorderPass(ir.passes.InPlacePass):
 
 def test_channels_in_another_order_are_the_same_weights(graphs: Path, inside: Inside) -> None:
     """As on a processor whose rounding puts equally large channels in another order."""
-    inside.spoil("passes.targets.onnx.check_quantized.even_channels", lambda found: [*found, ReorderPass()])
+    inside.spoil("passes.targets.onnx.check_quantized.list_evening_passes", lambda found: [*found, ReorderPass()])
     for scheme in ("int8", "int4"):
         assert check_quantized(graphs / "model.onnx", graphs / f"model{ENDINGS[scheme]}.onnx", scheme) <= 1
 
@@ -118,7 +118,7 @@ def test_channels_in_another_order_are_the_same_weights(graphs: Path, inside: In
 def test_divergence_is_in_nats_and_infinite_with_nan() -> None:
     reference = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]))
     logits = torch.log(torch.tensor([[[0.5, 0.5], [0.1, 0.9]]])) + 3
-    assert divergence(logits, reference) == pytest.approx(0.8 * np.log(9) / 2)
-    assert divergence(reference, reference) == 0
-    assert divergence(reference * float("nan"), reference) == float("inf")
+    assert compute_token_divergence(logits, reference) == pytest.approx(0.8 * np.log(9) / 2)
+    assert compute_token_divergence(reference, reference) == 0
+    assert compute_token_divergence(reference * float("nan"), reference) == float("inf")
     assert DIVERGENCES.keys() == set(ONNX_SCHEMES)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from benchmarks.tiny_models import tiny_model
-from mptk.io.checkpoint import copy_processors, portable, save_checkpoint, save_tokenizer
+from mptk.io.checkpoint import copy_processors, make_portable_config, save_checkpoint, save_tokenizer
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -56,7 +56,7 @@ def test_rotary_settings_in_both_spellings(config: PreTrainedConfig, old: dict[s
     save_checkpoint(model, None, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert {key: written[key] for key in old} == old
-    assert portable(json.loads(model.config.to_json_string())) == written
+    assert make_portable_config(json.loads(model.config.to_json_string())) == written
     # Read again it is the same model: the old spellings do not get in the new ones' way.
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
     ids = torch.arange(5, 80)[None]
@@ -68,7 +68,7 @@ def test_rotary_settings_in_both_spellings(config: PreTrainedConfig, old: dict[s
 def test_config_without_rotary_embedding_is_as_it_was() -> None:
     config = LlamaConfig(**SIZES)
     config.rope_parameters = None
-    assert not {"rope_theta", "rope_scaling"} & portable(json.loads(config.to_json_string())).keys()
+    assert not {"rope_theta", "rope_scaling"} & make_portable_config(json.loads(config.to_json_string())).keys()
 
 
 def test_nested_config() -> None:
@@ -76,7 +76,7 @@ def test_nested_config() -> None:
         def to_dict(self) -> dict[str, Any]:
             return {"model_type": "nested", "text_config": {"rope_parameters": {"rope_theta": 7.0}}}
 
-    assert portable(json.loads(Nested().to_json_string()))["text_config"]["rope_theta"] == 7.0
+    assert make_portable_config(json.loads(Nested().to_json_string()))["text_config"]["rope_theta"] == 7.0
 
 
 def test_tokenizer(tmp_path: Path) -> None:
@@ -122,14 +122,14 @@ def test_both_places_of_a_chat_template_say_the_same(template: Any, written: obj
 def test_only_nested_configs_are_given_older_spellings() -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     content = {"text_config": rope, "notes": rope, "kind_config": "plain"}
-    assert portable(content) == {**content, "text_config": {**rope, "rope_theta": 5.0}}
+    assert make_portable_config(content) == {**content, "text_config": {**rope, "rope_theta": 5.0}}
 
 
 def test_a_rotary_type_that_has_no_older_spelling_is_read_as_it_was(tmp_path: Path) -> None:
     """Gemma 4's full attention; its class takes the older spelling for a base that is missing."""
     config = tiny_model("causal-lm", "gemma4_text").model.config
     assert config.rope_parameters["full_attention"]["rope_type"] == "proportional"
-    (tmp_path / "config.json").write_text(json.dumps(portable(json.loads(config.to_json_string()))))
+    (tmp_path / "config.json").write_text(json.dumps(make_portable_config(json.loads(config.to_json_string()))))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 

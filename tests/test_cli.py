@@ -23,7 +23,7 @@ from toy_checkpoints import llama, tokenizer
 from transformers.utils import logging
 
 from mptk.publish.manifest import check_manifest
-from mptk.report.view import figure
+from mptk.report.view import format_figure
 from passes.analysis.rules import RULES
 from passes.pipelines import LISTS
 from tests.bad_inputs import table
@@ -165,7 +165,7 @@ def test_prune_reports_what_it_printed(pruned):
         assert f"{stage['stage']} " in result.stdout
     assert "5 windows of 24 tokens" in report["quality"]["protocol"]
     for model in ("dense", "pruned"):
-        assert figure(report["quality"][model]) in result.stdout
+        assert format_figure(report["quality"][model]) in result.stdout
     assert result.stdout.splitlines()[-1] == f"written to {out}"
 
 
@@ -227,7 +227,7 @@ def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
 
 
 def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, inside):
-    inside.gives("mptk.ort.bench.peak_memory", 1)  # test_bench.py measures it, in new processes
+    inside.gives("mptk.ort.bench.measure_peak_memory", 1)  # test_bench.py measures it, in new processes
     inside.bound("mptk.ort.bench.ROUND_S", 0.0)
     out = tmp_path / "out"
     shutil.copytree(pruned[0], out)

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from mptk import MptkError, Settings
 from mptk.cli.main import app as commands
-from mptk.cli.options import chosen
+from mptk.cli.options import make_choice_arguments
 from mptk.config.choices import DEVICES, METHODS, SCHEMES, TARGET_CHOICES
-from mptk.methods import methods
+from mptk.methods import list_methods
 from mptk.targets import TARGETS
 from passes import pipelines
 
@@ -52,7 +52,7 @@ def test_help_lists_every_command_below_what_it_is_for() -> None:
 
 
 def test_the_names_of_choices_are_those_that_are_there() -> None:
-    assert tuple(methods()) == METHODS.names
+    assert tuple(list_methods()) == METHODS.names
     assert tuple(TARGETS) == TARGET_CHOICES.names
     assert set(SCHEMES.names) == set(pipelines.ONNX_SCHEMES)
 
@@ -93,8 +93,8 @@ def test_plugins_are_accepted_and_completed(inside: Inside) -> None:
         name = "sparsegpt"
 
     inside.around("mptk.config.setting.entry_points", lambda _, group: [Entry] if group == "mptk.methods" else [])
-    assert chosen(METHODS)["parser"]("sparsegpt") == "sparsegpt"
-    assert chosen(METHODS)["autocompletion"]("s") == ["sparsegpt"]
+    assert make_choice_arguments(METHODS)["parser"]("sparsegpt") == "sparsegpt"
+    assert make_choice_arguments(METHODS)["autocompletion"]("s") == ["sparsegpt"]
 
 
 def complete(line: str) -> list[str]:

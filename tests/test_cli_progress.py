@@ -15,12 +15,12 @@ from rich.console import Console
 from mptk.api import display
 from mptk.api.graphs import export
 from mptk.cli import console
-from mptk.progress import silent, step, steps, within
+from mptk.progress import enter_stage, show_nothing, step, step_through
 
 
 def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
     file, now = io.StringIO(), 100.0
-    report = display.lines(Console(file=file), clock=lambda: now)
+    report = display.make_line_progress(Console(file=file), clock=lambda: now)
     for second, call in [
         (0, ("load", 0, 0)),
         (3, ("score [wanda]", 0, 0)),
@@ -42,7 +42,7 @@ def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
 
 def test_terminals_get_a_bar_for_each_stage():
     file = io.StringIO()
-    with console.stages(Console(file=file, force_terminal=True, width=80, force_interactive=True)) as report:
+    with console.show_stages(Console(file=file, force_terminal=True, width=80, force_interactive=True)) as report:
         report("trace", 0, 0)
         report("score", 3, 9)
         report("score", 9, 9)
@@ -53,9 +53,9 @@ def test_terminals_get_a_bar_for_each_stage():
 def test_steps_belong_to_the_stage_that_they_are_in():
     said = []
     step(1, 2)
-    with within(lambda *words: said.append(words), "write onnx"):
-        assert list(steps("ab", str.upper)) == ["a", "b"]
-        with within(silent, "inner"):
+    with enter_stage(lambda *words: said.append(words), "write onnx"):
+        assert list(step_through("ab", str.upper)) == ["a", "b"]
+        with enter_stage(show_nothing, "inner"):
             step(7, 9)
         step(3, 4, "weights")
     step(5, 6)
@@ -69,7 +69,7 @@ def test_steps_belong_to_the_stage_that_they_are_in():
 
 def test_an_export_says_how_far_it_is(tmp_path: Path):
     said = []
-    with within(lambda *words: said.append(words), "export"):
+    with enter_stage(lambda *words: said.append(words), "export"):
         export(toys.llama(), tmp_path, quantize=["int8"])
     figures = [words[3] for words in said]
     for part in ("trace a decoding step", "translate the graph", "weights in 8-bit blocks"):

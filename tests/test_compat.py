@@ -49,22 +49,21 @@ from transformers.utils import generic, import_utils
 import mptk
 from mptk.api.graphs import export_folder
 from mptk.compat import torch as compat
-from mptk.compat.accelerate import own_state
+from mptk.compat.accelerate import separate_state
 from mptk.compat.onnxruntime import run_on_values
-from mptk.compat.peft import adapters_off, refuses_lora
-from mptk.compat.symbols import Symbols, evaluated, exponents, expression, symbols_in, value_of
+from mptk.compat.peft import is_lora_refused, switch_off_adapters
+from mptk.compat.symbols import Symbols, compute_exponents, compute_value, evaluate_numbers, find_symbols, to_expression
 from mptk.compat.transformers import (
     dequantize_gguf,
+    find_auto_classes,
     forget_source,
-    ignored_on_load,
-    missing_attributes,
-    model_classes,
+    list_ignored_weights,
+    watch_missing_attributes,
     without_generation,
 )
-from mptk.io.deferred import Deferred
-from mptk.io.opening import Files
 from mptk.io.resident import Resident
-from mptk.methods.maskprune.adapters import adapt, original
+from mptk.io.tensors import Deferred, Files
+from mptk.methods.maskprune.learner import adapt, unwrap_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,26 +104,26 @@ def test_what_a_mapped_function_sees_is_read_with_its_samples_last() -> None:
     seen = list[Tensor]()
 
     def see(x: Tensor) -> Tensor:
-        seen.append(compat.samples_last(x))
+        seen.append(compat.move_samples_last(x))
         return x
 
     x = torch.randn(2, 3, 5, 7)
     torch.vmap(torch.vmap(see, in_dims=1))(x)
     assert seen[0].shape == (3, 7, 5, 2)
     assert torch.equal(seen[0], x.permute(1, 3, 2, 0))
-    assert compat.samples_last(x) is x
+    assert compat.move_samples_last(x) is x
 
 
 def test_a_trace_tells_what_it_assumed_of_sizes_and_where() -> None:
     shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
-    with compat.located():
+    with compat.record_locations():
         program = torch.export.export(Branching(), (torch.ones(2, 6),), dynamic_shapes=shapes)
     batch, length = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"].shape
-    said = [guard for guard in compat.assumed([batch, length]) if not guard.kernel and guard.holds.free_symbols]
+    said = [guard for guard in compat.list_guards([batch, length]) if not guard.kernel and guard.holds.free_symbols]
     assert [str(guard.holds) for guard in said] == [f"{length} > 4"], changed("torch", "ShapeEnv.guards")
     assert "test_compat.py" in said[0].stack, changed("torch", "ShapeEnv._get_sloc")
-    assert "test_compat.py" in compat.origin(batch), changed("torch", "ShapeEnv.replacements_slocs")
-    assert compat.origin(length) == ""
+    assert "test_compat.py" in compat.find_size_origin(batch), changed("torch", "ShapeEnv.replacements_slocs")
+    assert compat.find_size_origin(length) == ""
 
 
 def value(program: torch.export.ExportedProgram) -> torch.Tensor:
@@ -144,22 +143,22 @@ def test_traced_values_are_fake_tensors_of_a_fake_mode() -> None:
 def test_a_traced_call_is_an_op_overload_with_a_schema() -> None:
     add = torch.ops.aten.add_.Tensor
     assert isinstance(add, compat.OpOverload), changed("torch", "OpOverload")
-    signature = compat.schema(add)
+    signature = compat.find_schema(add)
     assert signature is not None, changed("torch", "OpOverload._schema")
     assert [a.name for a in signature.arguments] == ["self", "other", "alpha"], changed("torch", "schema arguments")
     assert signature.is_mutable, changed("torch", "FunctionSchema.is_mutable")
     assert signature.overload_name == "Tensor", changed("torch", "FunctionSchema.overload_name")
     assert signature.arguments[0].alias_info.is_write, changed("torch", "alias_info of an argument")
     assert signature.returns[0].alias_info is not None, changed("torch", "alias_info of a result")
-    assert compat.schema(len) is None
+    assert compat.find_schema(len) is None
 
 
 def test_a_symbolic_size_has_a_hint_and_an_expression() -> None:
     size = value(exported(dynamic=True)).shape[0]
     assert isinstance(size, torch.SymInt)
-    assert compat.size_hint(size) == 7, changed("torch", "SymInt.node.hint")
-    assert compat.size_expression(size * 2) == compat.size_expression(size + size), changed("torch", "SymInt.node.expr")
-    assert compat.size_expression(size) != compat.size_expression(size + 1)
+    assert compat.find_size_hint(size) == 7, changed("torch", "SymInt.node.hint")
+    assert compat.express_size(size * 2) == compat.express_size(size + size), changed("torch", "SymInt.node.expr")
+    assert compat.express_size(size) != compat.express_size(size + 1)
 
 
 def two_fifths(value: int) -> int:
@@ -170,19 +169,19 @@ def two_fifths(value: int) -> int:
 def test_sizes_of_modules_are_expressions_of_symbols() -> None:
     symbols = Symbols()
     (a, width), (b, heads) = symbols.integer("width", 12), symbols.integer("heads", 1)
-    with symbols.building(__name__):
+    with symbols.build_symbolically(__name__):
         layers = nn.Sequential(nn.Linear(width, heads * 3), nn.LayerNorm(width)).to(torch.float16)
         part, known = two_fifths(width), {width, heads}
         assert vars(modeling_llama)["int"](width) is width, "the code of parts of a model"
         rate = torch.linspace(0, 1, width).tolist()[0]
-    sizes = [expression(size) for weight in layers.state_dict().values() for size in weight.shape]
-    assert [symbols_in(size) for size in sizes] == [{b}, {a}, {b}, {a}, {a}], changed("torch", "symbolic sizes")
-    assert evaluated([*sizes, expression(part), 7], {a: 20, b: 2}) == [6, 20, 6, 20, 20, 8, 7]
-    assert value_of(sizes[0], {b: 5}) == 15
-    assert evaluated([expression(7 // (width - 20))], {a: 20}) == [0], "no size"
-    assert exponents(expression(heads * width**2 // 5), {a: 12, b: 1}) == {a: 2, b: 1}
-    assert exponents(expression(width + 2 * heads), {a: 6, b: 1}) == {a: Fraction(3, 4), b: Fraction(1, 4)}
-    assert exponents(expression((width + 3) // 4 * 4), {a: 12}) == {a: 1}, "as if nothing were rounded"
+    sizes = [to_expression(size) for weight in layers.state_dict().values() for size in weight.shape]
+    assert [find_symbols(size) for size in sizes] == [{b}, {a}, {b}, {a}, {a}], changed("torch", "symbolic sizes")
+    assert evaluate_numbers([*sizes, to_expression(part), 7], {a: 20, b: 2}) == [6, 20, 6, 20, 20, 8, 7]
+    assert compute_value(sizes[0], {b: 5}) == 15
+    assert evaluate_numbers([to_expression(7 // (width - 20))], {a: 20}) == [0], "no size"
+    assert compute_exponents(to_expression(heads * width**2 // 5), {a: 12, b: 1}) == {a: 2, b: 1}
+    assert compute_exponents(to_expression(width + 2 * heads), {a: 6, b: 1}) == {a: Fraction(3, 4), b: Fraction(1, 4)}
+    assert compute_exponents(to_expression((width + 3) // 4 * 4), {a: 12}) == {a: 1}, "as if nothing were rounded"
     assert math.isnan(rate)
     assert len(known) == 2
     assert "int" not in globals(), "a module keeps what was put into it"
@@ -208,7 +207,7 @@ def test_python_kernels_take_symbolic_sizes() -> None:
         assert compat.tree_leaves(torch.relu(example).shape)[1] == 3, changed("torch", "enable_python_dispatcher")
 
 
-@pytest.mark.parametrize("wrap", [lambda program: program, compat.undecomposed], ids=["built", "undecomposed"])
+@pytest.mark.parametrize("wrap", [lambda program: program, compat.mark_undecomposed], ids=["built", "undecomposed"])
 def test_an_exported_program_can_be_built_of_other_weights(wrap: object) -> None:
     old = exported(dynamic=True)
     state = {name: nn.Parameter(torch.full_like(t, 2.0)) for name, t in old.state_dict.items()}
@@ -221,7 +220,7 @@ def test_an_exported_program_can_be_built_of_other_weights(wrap: object) -> None
 
 def test_an_undecomposed_program_stays_as_it_is() -> None:
     old = exported()
-    program = compat.undecomposed(old)
+    program = compat.mark_undecomposed(old)
     assert program.run_decompositions({}) is program
     made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     origins = {node.metadata_props.get("pkg.torch.onnx.fx_node", "") for node in made.model.graph}
@@ -232,13 +231,13 @@ def test_the_exporter_is_quiet_for_a_time() -> None:
     name = "torch.onnx._internal.exporter._registration"
     assert find_spec(name) is not None, changed("torch", f"the logger {name}")
     logger = logging.getLogger(name)
-    with compat.quiet_exporter():
+    with compat.hide_exporter_logs():
         assert not logger.isEnabledFor(logging.WARNING)
     assert logger.isEnabledFor(logging.WARNING)
 
 
 def test_what_operators_gave_is_not_kept() -> None:
-    with compat.uncached_operators():
+    with compat.stop_operator_cache():
         mode = compat.FakeTensorMode()
     assert mode.cache_enabled is False, changed("torch", "fake_tensor_cache_enabled")
     assert compat.FakeTensorMode().cache_enabled, changed("torch", "fake_tensor_cache_enabled")
@@ -246,7 +245,7 @@ def test_what_operators_gave_is_not_kept() -> None:
 
 def test_sources_of_generated_code_are_forgotten() -> None:
     before = fx.symbolic_trace(torch.nn.ReLU())
-    with compat.sources_forgotten():
+    with compat.forget_sources():
         within = fx.symbolic_trace(torch.nn.ReLU())
         assert linecache.getlines(within.forward.__code__.co_filename), changed("torch", "where fx keeps sources")
     assert not linecache.getlines(within.forward.__code__.co_filename), changed("torch", "where fx keeps sources")
@@ -291,11 +290,11 @@ def test_transformers_asks_once_whether_an_optional_package_is_there() -> None:
 
 def test_auto_classes_say_which_classes_they_have() -> None:
     config = LlamaConfig()
-    assert model_classes("AutoModelForCausalLM", config) == (LlamaForCausalLM,), changed(
+    assert find_auto_classes("AutoModelForCausalLM", config) == (LlamaForCausalLM,), changed(
         "transformers", "auto classes' _model_mapping"
     )
-    assert model_classes("AutoModelForImageClassification", config) == ()
-    assert len(model_classes("AutoModel", FunnelConfig())) > 1, changed(
+    assert find_auto_classes("AutoModelForImageClassification", config) == ()
+    assert len(find_auto_classes("AutoModel", FunnelConfig())) > 1, changed(
         "transformers", "auto classes of several models"
     )
 
@@ -312,7 +311,7 @@ def test_names_that_are_left_out_when_a_model_is_loaded_are_known() -> None:
     with torch.device("meta"):
         model = Glm4MoeForCausalLM(Glm4MoeConfig(num_hidden_layers=1))
     said = changed("transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected")
-    assert any(re.search(name, "model.layers.46.enorm.weight") for name in ignored_on_load(model)), said
+    assert any(re.search(name, "model.layers.46.enorm.weight") for name in list_ignored_weights(model)), said
 
 
 def test_gguf_blocks_are_dequantised_if_transformers_can_keep_them() -> None:
@@ -324,8 +323,8 @@ def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
     outer: list[str] = []
     inner: list[str] = []
     config = LlamaConfig()
-    with missing_attributes(lambda _, name: outer.append(name)):
-        with missing_attributes(lambda _, name: inner.append(name)):
+    with watch_missing_attributes(lambda _, name: outer.append(name)):
+        with watch_missing_attributes(lambda _, name: inner.append(name)):
             assert getattr(config, "first", 5) == 5, changed("transformers", "how configs look attributes up")
         assert getattr(config, "second", 5) == 5
         with pytest.raises(AttributeError, match="third"):
@@ -348,12 +347,12 @@ def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside:
     (model := architectures.model("mixtral")).save_pretrained(tmp_path / "model")
     inside.bound("transformers.modeling_utils.safe_open", None)
     files = Files()
-    with files.unread():
+    with files.defer_reads():
         opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert modeling_utils.safe_open is None
     said = changed("transformers", "modeling_utils.safe_open")
     assert all(isinstance(weight, Deferred) for weight in opened.state_dict(keep_vars=True).values()), said
-    weights = files.weights(opened, Resident(0))
+    weights = files.open_weights(opened, Resident(0))
     assert {name: tensor.tolist() for name, tensor in weights.items()} == {
         name: tensor.tolist() for name, tensor in model.state_dict().items()
     }
@@ -364,9 +363,9 @@ def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside:
 
 
 def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before() -> None:
-    with own_state():
+    with separate_state():
         mine = Accelerator(cpu=True, mixed_precision="bf16")
-        with own_state():
+        with separate_state():
             assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no", changed(
                 "accelerate", "AcceleratorState's global state"
             )
@@ -378,15 +377,15 @@ def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before() -> N
 
 def test_peft_refuses_lora_where_kernels_read_a_weight() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4))
-    refused = {name.rpartition(".")[2] for name, _ in model.named_modules() if refuses_lora(model, name)}
+    refused = {name.rpartition(".")[2] for name, _ in model.named_modules() if is_lora_refused(model, name)}
     assert refused == {"conv1d", "out_proj"}, changed("peft", "_check_lora_target_modules_mamba")
     assert adapt(model, 2, 0).peft_config["default"].target_modules
-    assert not refuses_lora(architectures.model("llama"), "model.layers.0.self_attn.out_proj")
+    assert not is_lora_refused(architectures.model("llama"), "model.layers.0.self_attn.out_proj")
 
 
 def test_adapters_are_in_the_layers_that_are_named() -> None:
     adapted = adapt(grouped(), 2, 0)
-    layers = {name for name, module in original(adapted).named_modules() if isinstance(module, LoraLayer)}
+    layers = {name for name, module in unwrap_adapters(adapted).named_modules() if isinstance(module, LoraLayer)}
     assert "model.layers.1.mlp.shared_experts.gate_proj" in layers, changed("peft", "no conversion of names")
     assert not any(name.endswith("experts") for name in layers)
 
@@ -401,7 +400,7 @@ def test_adapters_are_off_for_a_time_and_stay_trainable() -> None:
             nn.init.normal_(parameter)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert not torch.equal(adapted(tokens).logits, dense)
-    with adapters_off(adapted):
+    with switch_off_adapters(adapted):
         assert torch.equal(adapted(tokens).logits, dense), changed("peft", "LoraLayer._disable_adapters")
         assert [name for name, p in adapted.named_parameters() if p.requires_grad] == trained
     assert not torch.equal(adapted(tokens).logits, dense)
@@ -428,7 +427,7 @@ def test_a_session_takes_and_gives_its_own_tensors() -> None:
 def test_the_quantiser_leaves_logging_alone() -> None:
     """In a process of its own: a module is imported once."""
     program = (
-        "import logging; from mptk.compat.onnxruntime import matmul_quantizer; module = matmul_quantizer();"
+        "import logging; from mptk.compat.onnxruntime import import_matmul_quantizer; module = import_matmul_quantizer();"
         "assert module.MatMulNBitsQuantizer and module.DefaultWeightOnlyQuantConfig;"
         "assert not logging.root.handlers and logging.root.level == logging.WARNING"
     )

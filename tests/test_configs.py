@@ -16,9 +16,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from mptk import MptkError
 from mptk.io import models
-from mptk.io.checkpoint import portable
+from mptk.io.checkpoint import make_portable_config
 from mptk.targets.stock import Written
-from mptk.targets.stock_config import check_config, config_changes
+from mptk.targets.stock_config import check_written_config, find_config_changes
 from mptk.trust import NO_CODE
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
@@ -38,40 +38,42 @@ def write(
     changes = {field: (old[field], value) for field, value in (changed or {}).items()} if listed else {}
     stock = StockConfig(type(loaded.model), config, changes)
     (folder / "out").mkdir()
-    write_checkpoint(loaded.model.state_dict(), stock, loaded.model, None, folder / "out", portable=portable)
+    write_checkpoint(
+        loaded.model.state_dict(), stock, loaded.model, None, folder / "out", portable=make_portable_config
+    )
     return Written(stock, loaded, config, loaded.dtype)
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
 def test_a_config_that_was_only_written_again_is_equal(tmp_path: Path, name: str) -> None:
     written = write(tmp_path, name)
-    assert check_config(written, tmp_path / "out", NO_CODE).ok
-    assert config_changes(written, tmp_path) == {}
+    assert check_written_config(written, tmp_path / "out", NO_CODE).ok
+    assert find_config_changes(written, tmp_path) == {}
 
 
 def test_numbers_that_are_not_finite_are_equal_too(tmp_path: Path) -> None:
     sizes = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 4, "n_groups": 1, "vocab_size": 30}
     config = Mamba2Config(**sizes, num_hidden_layers=1, time_step_limit=(0.0, math.inf))
     written = write(tmp_path, Mamba2ForCausalLM(config))
-    assert check_config(written, tmp_path / "out", NO_CODE).ok
+    assert check_written_config(written, tmp_path / "out", NO_CODE).ok
 
 
 def test_a_type_that_changes_is_told_if_the_dense_config_names_one(tmp_path: Path) -> None:
     written = replace(write(tmp_path, "llama"), dtype=torch.bfloat16)
-    assert config_changes(written, tmp_path) == {"dtype": ["float32", "bfloat16"]}
+    assert find_config_changes(written, tmp_path) == {"dtype": ["float32", "bfloat16"]}
     file = tmp_path / "dense" / "config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if "dtype" not in k}))
-    assert config_changes(written, tmp_path) == {}
+    assert find_config_changes(written, tmp_path) == {}
 
 
 def test_a_listed_change_may_differ_and_another_may_not(tmp_path: Path) -> None:
     changed = {"rms_norm_eps": 2e-6}
     written = write(tmp_path / "listed", "llama", changed=changed)
-    assert check_config(written, tmp_path / "listed" / "out", NO_CODE).ok
-    assert config_changes(written, tmp_path) == {"rms_norm_eps": [1e-6, 2e-6]}
+    assert check_written_config(written, tmp_path / "listed" / "out", NO_CODE).ok
+    assert find_config_changes(written, tmp_path) == {"rms_norm_eps": [1e-6, 2e-6]}
     written = write(tmp_path / "silent", "llama", changed=changed, listed=False)
     with pytest.raises(MptkError, match=r"rms_norm_eps of config\.json is 2e-06, but 1e-06 in the dense model"):
-        check_config(written, tmp_path / "silent" / "out", NO_CODE)
+        check_written_config(written, tmp_path / "silent" / "out", NO_CODE)
 
 
 @pytest.mark.parametrize(("file", "change"), [("config.json", {"use_cache": False}), ("generation_config.json", None)])
@@ -85,4 +87,4 @@ def test_every_field_counts_and_every_file(tmp_path: Path, file: str, change: di
     with pytest.raises(
         MptkError, match=r"the proof fails at 'config': .*(use_cache|generation_config.json is missing)"
     ):
-        check_config(written, tmp_path / "out", NO_CODE)
+        check_written_config(written, tmp_path / "out", NO_CODE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mptk.reading import LONGEST, made
+from mptk.reading import LONGEST, make_typed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Outer:
 
 def test_a_file_gives_the_value_that_was_written() -> None:
     said = {"inner": {"share": 1, "later": 3}, "names": ["a"], "by_step": {"5": None, "7": 0.1}}
-    assert made(Outer, said) == Outer(Inner(1.0), ("a",), {5: None, 7: 0.1})
+    assert make_typed(Outer, said) == Outer(Inner(1.0), ("a",), {5: None, 7: 0.1})
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,6 @@ def test_a_file_gives_the_value_that_was_written() -> None:
 )
 def test_what_does_not_fit_is_named(said: object, place: str) -> None:
     with pytest.raises(ValueError, match=r"^.+$") as raised:
-        made(Outer, said)
+        make_typed(Outer, said)
     assert str(raised.value).startswith(place)
     assert len(str(raised.value)) < 4 * LONGEST

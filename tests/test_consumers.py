@@ -47,8 +47,7 @@ from mptk.api.graphs import gguf
 from mptk.io.checkpoint import save_tokenizer
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import TextGenerator
-from mptk.tasks.genai import write_genai_config
-from mptk.tasks.transformers_js import CONFIG_KEY, entry
+from mptk.tasks.runtimes import CONFIG_KEY, build_js_config, write_genai_config
 from passes.pipelines import ONNX_SCHEMES
 
 PROMPTS = ("the quick", "jars of honey", "seven wizards mix", "a", "lazy dog while the")
@@ -120,9 +119,9 @@ def test_files_have_ordinary_modes(pruned: Path) -> None:
 def test_words_to_transformers_js_follow_the_files(tmp_path: Path) -> None:
     """Folders whose weights lie under another name say nothing; without int8, float32 is what browsers take, too."""
     onnx.save(helper.make_model(helper.make_graph([], "g", [], [])), tmp_path / "model.onnx")
-    assert entry(tmp_path) == {}
+    assert build_js_config(tmp_path) == {}
     (tmp_path / "model.onnx_data").touch()
-    assert entry(tmp_path) == {"use_external_data_format": True, "dtype": "fp32"}
+    assert build_js_config(tmp_path) == {"use_external_data_format": True, "dtype": "fp32"}
 
 
 def test_layers_of_several_widths_and_models_without_an_end(tmp_path: Path) -> None:
@@ -291,11 +290,11 @@ def test_openvino_computes_what_onnx_runtime_does(name: str, apart: float, prune
     openvino = pytest.importorskip("openvino")
     decoder, ids = OrtDecoder(pruned / "onnx" / name), np.arange(3, 23).reshape(2, 10)
     model = openvino.Core().compile_model(pruned / "onnx" / name, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    empty = {name: value.numpy() for name, value in decoder.empty(2).values.items()}
+    empty = {name: value.numpy() for name, value in decoder.make_empty(2).values.items()}
     positions = np.arange(10)[None].repeat(2, axis=0)
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions, **empty}
     found = model({name: given[name] for name in decoder.inputs})["logits"]
-    expected = decoder.logits(ids)
+    expected = decoder.compute_logits(ids)
     assert np.abs(found - expected).max() < apart * np.abs(expected).max()
 
 

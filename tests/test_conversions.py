@@ -38,11 +38,11 @@ class ScaledValues(Conversion):
     by: float
 
     @classmethod
-    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         return None
 
     @classmethod
-    def planned(cls, entry: Entry) -> Change:
+    def from_entry(cls, entry: Entry) -> Change:
         return partial(cls.scale, float(str(entry["by"])), float(str(entry.get("back", entry["by"]))))
 
     @classmethod
@@ -50,7 +50,7 @@ class ScaledValues(Conversion):
         weights = model.loaded.weights
         changes = {name: partial(torch.mul, other=by) for name in weights if "v_proj" in name}
         changes |= {name: partial(torch.mul, other=1 / back) for name in weights if "o_proj" in name}
-        return cls(model, analyse(replace(model.loaded, weights=weights.changed(changes))), by=by)
+        return cls(model, analyse(replace(model.loaded, weights=weights.with_edits(changes))), by=by)
 
     @property
     def entry(self) -> Entry:
@@ -60,7 +60,7 @@ class ScaledValues(Conversion):
     def note(self) -> str:
         return f"values are {self.by} times as large"
 
-    def equal(self, executor: Executor) -> tuple[Program, Program]:
+    def make_equal_pair(self, executor: Executor) -> tuple[Program, Program]:
         return self.before.analysis.program, self.after.analysis.program
 
 

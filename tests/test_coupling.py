@@ -7,7 +7,7 @@ from transformers import MixtralConfig, PreTrainedConfig
 
 import mptk
 from mptk.ir.alignment import Alignment
-from mptk.report.analysis import analysis_json
+from mptk.report.analysis import build_analysis_json
 from mptk.report.page.coupling import (
     AFTER,
     BEFORE,
@@ -15,14 +15,14 @@ from mptk.report.page.coupling import (
     MAKES,
     SUMS,
     Layer,
-    broken,
-    coupled,
-    coupling_chart,
-    flow,
-    labels,
-    rows_of,
+    break_name,
+    build_flow,
+    choose_layer,
+    draw_coupling_chart,
+    order_rows,
+    shorten_labels,
 )
-from mptk.report.page.render import analysis_page
+from mptk.report.page.render import render_analysis_page
 from mptk.targets import find_target
 from tests.page_runs import HOSTILE
 from tests.test_page import Parsed
@@ -36,11 +36,11 @@ EXPERTS = MixtralConfig(**SIZES, num_attention_heads=6, num_key_value_heads=3, n
 def layer_of(kind: str | PreTrainedConfig) -> Layer:
     model = tiny_decoder(kind)
     analysis = mptk.analyze(model)
-    return coupled(analysis, find_target("graph").legal(analysis, model, Alignment(1)))
+    return choose_layer(analysis, find_target("graph").find_legal(analysis, model, Alignment(1)))
 
 
 def test_units_go_from_what_makes_them_to_what_sums_over_them() -> None:
-    graph = flow(layer_of(ROTARY))
+    graph = build_flow(layer_of(ROTARY))
     how = {(one, other): data["how"] for one, other, data in graph.edges(data=True)}
     assert how[("module", "mlp.up_proj"), ("family", "ffn")] == MAKES
     assert how[("family", "ffn"), ("module", "mlp.down_proj")] == SUMS
@@ -50,7 +50,7 @@ def test_units_go_from_what_makes_them_to_what_sums_over_them() -> None:
 
 
 def test_rows_follow_the_units() -> None:
-    rows = [{name for _, name in row} for row in rows_of(flow(layer_of(ROTARY)))]
+    rows = [{name for _, name in row} for row in order_rows(build_flow(layer_of(ROTARY)))]
     assert rows[0] == {"hidden"}
     assert {"mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"} <= rows[1]
     assert "ffn" in rows[2]
@@ -66,18 +66,18 @@ def test_experts_are_one_module() -> None:
 
 def test_labels_tell_modules_apart() -> None:
     names = ["attention.output.dense", "output.dense", "attention.self.query"]
-    assert labels(names) == {
+    assert shorten_labels(names) == {
         "attention.output.dense": "attention.output.dense",
         "output.dense": "output.dense",
         "attention.self.query": "query",
     }
-    assert broken("post_attention_layernorm") == "post_\nattention_\nlayernorm"
+    assert break_name("post_attention_layernorm") == "post_\nattention_\nlayernorm"
 
 
 @pytest.mark.parametrize("kind", [ROTARY, "learned positions, fused qkv", "learned positions, biases"])
 def test_a_layer_of_any_kind_is_drawn(kind: str) -> None:
     layer = layer_of(kind)
-    drawn = coupling_chart(layer).text
+    drawn = draw_coupling_chart(layer).text
     assert drawn.startswith("<svg")
     for family in layer.units:
         assert family.split("_")[0] in drawn
@@ -86,10 +86,10 @@ def test_a_layer_of_any_kind_is_drawn(kind: str) -> None:
 def test_no_name_becomes_markup() -> None:
     model = tiny_decoder(ROTARY)
     analysis = mptk.analyze(model)
-    legal = find_target("stock").legal(analysis, model, Alignment(1))
-    said = analysis_json(analysis, legal, HOSTILE)
+    legal = find_target("stock").find_legal(analysis, model, Alignment(1))
+    said = build_analysis_json(analysis, legal, HOSTILE)
     said["blocked"].append({"name": HOSTILE, "size": 3, "weights": [HOSTILE], "reasons": [HOSTILE]})
-    page = analysis_page(said, analysis, legal)
+    page = render_analysis_page(said, analysis, legal)
     assert "script" not in Parsed(page).tags
     assert "img" not in Parsed(page).tags
     assert HOSTILE in Parsed(page).text

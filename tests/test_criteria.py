@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from mptk import MptkError, Samples, analyze, trace
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
 from mptk.methods.criteria import fisher
 from mptk.methods.criteria.observe import Calibration, find_sites
 
 
 def given(case: Case, *families: str) -> Calibration:
-    return Calibration(case.analysis, [case.analysis.family(name) for name in families], next_tokens(WINDOWS))
+    return Calibration(case.analysis, [case.analysis.variable(name) for name in families], make_token_samples(WINDOWS))
 
 
 class Queries(nn.Module):
@@ -60,7 +60,7 @@ def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction() -
     analysis = analyze(trace(Queries(), (torch.randn(2, 4, 5),), dynamic=True))
     names = [analysis.program.weights.get(site.weight.name) for site in find_sites(analysis)]
     assert names == ["keys.1.weight"]
-    scores = criteria.score(analysis, "wanda", Samples({"x": torch.randn(4, 4, 5)}))
+    scores = criteria.score_units(analysis, "wanda", Samples({"x": torch.randn(4, 4, 5)}))
     assert all(found.isfinite().all() for found in scores.values())
 
 
@@ -68,7 +68,7 @@ def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction() -
 
 
 def test_wanda_sums_over_consumers_by_unit_and_scope(gqa: Case) -> None:
-    scores = criteria.score(gqa.analysis, "wanda", WINDOWS)
+    scores = criteria.score_units(gqa.analysis, "wanda", WINDOWS)
     attention = layers(lambda n: heads_of(wanda(gqa, f"{n}.self_attn.o_proj").sum(0)))
     assert_scores(scores["ffn"], layers(lambda n: wanda(gqa, f"{n}.mlp.down_proj").sum(0)[None]))
     assert_scores(scores["kv_groups"], attention.sum((2, 3))[:, None])
@@ -80,7 +80,9 @@ def test_wanda_of_the_residual_width_sums_over_every_reader(gqa: Case) -> None:
     readers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
     expected = layers(lambda n: sum((wanda(gqa, f"{n}.{r}").sum(0) for r in readers), torch.zeros(HIDDEN))).sum(0)
     expected = expected + wanda(gqa, "lm_head").sum(0)
-    assert_scores(criteria.score(gqa.analysis, "wanda", WINDOWS, families=["hidden"])["hidden"], expected[None, None])
+    assert_scores(
+        criteria.score_units(gqa.analysis, "wanda", WINDOWS, families=["hidden"])["hidden"], expected[None, None]
+    )
 
 
 def test_wanda_scores_units_without_a_consumer_by_their_producers(gqa: Case) -> None:
@@ -88,14 +90,14 @@ def test_wanda_scores_units_without_a_consumer_by_their_producers(gqa: Case) -> 
         q = wanda(gqa, f"{n}.self_attn.q_proj").sum(1).view(KV, Q, 2, HEAD // 2).sum((0, 1, 2))
         return (q + wanda(gqa, f"{n}.self_attn.k_proj").sum(1).view(KV, 2, HEAD // 2).sum((0, 1)))[None]
 
-    assert_scores(criteria.score(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"], layers(pairs))
+    assert_scores(criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"], layers(pairs))
 
 
 def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Case) -> None:
     def columns(name: str) -> Tensor:
         return gpt2.inputs[name].var(0) * gpt2.weight(f"{name}.weight").square().sum(1)  # Conv1D: [in, out]
 
-    scores = criteria.score(gpt2.analysis, "flap", WINDOWS)
+    scores = criteria.score_units(gpt2.analysis, "flap", WINDOWS)
     assert_scores(scores["ffn"], layers(lambda n: columns(f"{n}.mlp.c_proj")[None], "transformer.h"))
     heads = layers(lambda n: columns(f"{n}.attn.c_proj").view(6, 8), "transformer.h")
     assert_scores(scores["heads"], heads.sum(2)[:, None])
@@ -103,7 +105,7 @@ def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Cas
 
 
 def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case) -> None:
-    scores = criteria.score(gqa.analysis, "taylor", WINDOWS, families=["ffn", "q_heads", "hidden"])
+    scores = criteria.score_units(gqa.analysis, "taylor", WINDOWS, families=["ffn", "q_heads", "hidden"])
 
     def ffn(n: str) -> Tensor:
         rows = saliency(gqa, f"{n}.mlp.gate_proj.weight") + saliency(gqa, f"{n}.mlp.up_proj.weight")
@@ -127,12 +129,12 @@ def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case)
         made = saliency(gpt2, f"{n}.mlp.c_fc.weight").sum(0) + saliency(gpt2, f"{n}.mlp.c_fc.bias")
         return (made + saliency(gpt2, f"{n}.mlp.c_proj.weight").sum(1))[None]
 
-    got = criteria.score(gpt2.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"]
+    got = criteria.score_units(gpt2.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"]
     assert_scores(got, layers(gpt2_ffn, "transformer.h"))
 
 
 def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case, moe: Case) -> None:
-    slopes = fisher.measure(given(gqa, "ffn", "kv_groups", "q_heads")).slopes
+    slopes = fisher.measure_fisher(given(gqa, "ffn", "kv_groups", "q_heads")).slopes
     by_head = layers(lambda n: heads_of(pull(gqa, f"{n}.self_attn.o_proj")))
     assert_scores(slopes["ffn"].mean.float(), layers(lambda n: pull(gqa, f"{n}.mlp.down_proj")[None]))
     assert_scores(slopes["q_heads"].mean.float(), by_head.sum(3))
@@ -145,7 +147,7 @@ def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case
         name = f"{n}.mlp.experts.down_proj"
         return (moe.weight(name) * moe.grads[name]).sum(1)
 
-    routed = fisher.measure(given(moe, "ffn")).slopes["ffn"]
+    routed = fisher.measure_fisher(given(moe, "ffn")).slopes["ffn"]
     assert_scores(routed.mean.float(), layers(experts))
 
 
@@ -160,9 +162,11 @@ def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case
         assert 0 < int((sure != 0).sum()) < FFN
         return (0.5 * tempered - sure)[None]
 
-    scores = criteria.score(gqa.analysis, "fisher", WINDOWS)
+    scores = criteria.score_units(gqa.analysis, "fisher", WINDOWS)
     assert_scores(scores["ffn"], layers(ffn))
-    assert_scores(scores["rotary_pairs"], criteria.score(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"])  # no consumer
+    assert_scores(
+        scores["rotary_pairs"], criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"]
+    )  # no consumer
 
 
 def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) -> None:
@@ -171,13 +175,13 @@ def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) 
         projection = gpt2.weight(f"{n}.attn.c_proj.weight").square().sum(1)
         return (fused.view(3, 6, 8).sum((0, 2)) + projection.view(6, 8).sum(1)).sqrt()[None]
 
-    assert_scores(criteria.score(gpt2.analysis, "magnitude")["heads"], layers(heads, "transformer.h"))
+    assert_scores(criteria.score_units(gpt2.analysis, "magnitude")["heads"], layers(heads, "transformer.h"))
 
     def ffn(n: str) -> Tensor:
         made = moe.weight(f"{n}.mlp.experts.gate_up_proj").square().sum(2).view(EXPERTS, 2, FFN).sum(1)
         return (made + moe.weight(f"{n}.mlp.experts.down_proj").square().sum(1)).sqrt()
 
-    assert_scores(criteria.score(moe.analysis, "magnitude")["ffn"], layers(ffn))
+    assert_scores(criteria.score_units(moe.analysis, "magnitude")["ffn"], layers(ffn))
 
 
 # ---- packed experts ----
@@ -192,8 +196,8 @@ def routed(moe: Case, n: str, expert: int) -> tuple[Tensor, Tensor]:
 
 
 def test_each_experts_channels_are_scored_on_its_own_tokens(moe: Case) -> None:
-    scores = criteria.score(moe.analysis, "wanda", WINDOWS, families=["ffn", "experts"])
-    flap = criteria.score(moe.analysis, "flap", WINDOWS, families=["ffn"])["ffn"]
+    scores = criteria.score_units(moe.analysis, "wanda", WINDOWS, families=["ffn", "experts"])
+    flap = criteria.score_units(moe.analysis, "flap", WINDOWS, families=["ffn"])["ffn"]
 
     def expected(n: str, statistic: Callable[[Tensor], Tensor], power: int) -> Tensor:
         down = moe.weight(f"{n}.mlp.experts.down_proj").abs() ** power
@@ -215,7 +219,7 @@ def test_gradients_pass_through_packed_experts(moe: Case) -> None:
         made = saliency(moe, f"{n}.mlp.experts.gate_up_proj").sum(2).view(EXPERTS, 2, FFN).sum(1)
         return made + saliency(moe, f"{n}.mlp.experts.down_proj").sum(1)
 
-    assert_scores(criteria.score(moe.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], layers(ffn))
+    assert_scores(criteria.score_units(moe.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], layers(ffn))
 
 
 class BlockDiagonal(nn.Module):
@@ -239,7 +243,7 @@ def test_blocks_of_a_batched_product_keep_their_own_statistics() -> None:
     with torch.no_grad():
         x = model.inner(model.embed(WINDOWS)).flatten(0, 1).unflatten(-1, (3, 4))
     expected = norm(x) * model.blocks.detach().abs().sum(2)
-    assert_scores(criteria.score(analysis, "wanda", WINDOWS)[family.name], expected[None])
+    assert_scores(criteria.score_units(analysis, "wanda", WINDOWS)[family.name], expected[None])
 
 
 # ---- errors ----
@@ -260,43 +264,45 @@ def test_a_family_that_no_weight_mixes_says_what_can_score_it() -> None:
     analysis = analyze(trace(NoContraction(), (WINDOWS[:2],), dynamic=True))
     (family,) = analysis.families
     with pytest.raises(MptkError, match=rf"{family.name}, .*use magnitude"):
-        criteria.score(analysis, "wanda", WINDOWS)
-    assert criteria.score(analysis, "magnitude")[family.name].shape == (1, 1, 12)
+        criteria.score_units(analysis, "wanda", WINDOWS)
+    assert criteria.score_units(analysis, "magnitude")[family.name].shape == (1, 1, 12)
     with pytest.raises(MptkError, match="needs logits"):
-        criteria.score(analysis, "taylor", WINDOWS)
+        criteria.score_units(analysis, "taylor", WINDOWS)
 
 
 def test_user_errors_name_cause_and_remedy(gqa: Case, moe: Case) -> None:
     analysis = gqa.analysis
     with pytest.raises(MptkError, match="no criterion 'wand'; choose one of random, magnitude"):
-        criteria.score(analysis, "wand")
+        criteria.score_units(analysis, "wand")
     for name in set(criteria.CRITERIA) - {"random", "magnitude"}:
         assert criteria.CRITERIA[name].passes
         with pytest.raises(MptkError, match="needs calibration text; pass windows of token ids, or use magnitude"):
-            criteria.score(moe.analysis if name == "reap" else analysis, name)
+            criteria.score_units(moe.analysis if name == "reap" else analysis, name)
     with pytest.raises(MptkError, match="pass int64"):
-        criteria.score(analysis, "wanda", WINDOWS.float())
+        criteria.score_units(analysis, "wanda", WINDOWS.float())
     with pytest.raises(MptkError, match="no family 'fn'; there are hidden"):
-        criteria.score(analysis, "magnitude", families=["fn"])
-    scores = criteria.score(analysis, "magnitude", families=["ffn"])
+        criteria.score_units(analysis, "magnitude", families=["fn"])
+    scores = criteria.score_units(analysis, "magnitude", families=["ffn"])
     with pytest.raises(MptkError, match=rf"cannot keep {FFN + 1} units; give a width in 1..{FFN}"):
-        criteria.select(analysis, scores, {"ffn": FFN + 1})
+        criteria.select_units(analysis, scores, {"ffn": FFN + 1})
     with pytest.raises(MptkError, match="kv_groups has no scores"):
-        criteria.select(analysis, scores, {"kv_groups": 1})
+        criteria.select_units(analysis, scores, {"kv_groups": 1})
     state = {n: t * torch.inf for n, t in analysis.program.state.items() if "down_proj" in n}
     with pytest.raises(MptkError, match="not finite"):
-        criteria.score(replace(analysis, program=analysis.program.with_state(state)), "magnitude", families=["ffn"])
+        criteria.score_units(
+            replace(analysis, program=analysis.program.with_state(state)), "magnitude", families=["ffn"]
+        )
 
 
 def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
     fixed = analyze(trace(SharedLayer(), (WINDOWS[:2],)))
     with pytest.raises(MptkError, match="dynamic=True"):
-        criteria.score(fixed, "wanda", WINDOWS)
-    assert criteria.score(fixed, "wanda", WINDOWS[:2])
+        criteria.score_units(fixed, "wanda", WINDOWS)
+    assert criteria.score_units(fixed, "wanda", WINDOWS[:2])
     with torch.device("meta"):
         bare = SharedLayer()
     with pytest.raises(MptkError, match="program without weights"):
-        criteria.score(analyze(trace(bare, (WINDOWS[:2],))), "magnitude")
+        criteria.score_units(analyze(trace(bare, (WINDOWS[:2],))), "magnitude")
 
 
 # ---- extension ----
@@ -309,5 +315,5 @@ def test_a_criterion_can_be_added_as_the_docs_say(gqa: Case, inside: Inside) -> 
     made: dict[str, Any] = {}
     exec(compile(example, "docs/criteria.md", "exec"), made)  # noqa: S102
     criteria.CRITERIA["norm"] = made["NORM"]
-    scores = criteria.score(gqa.analysis, "norm", WINDOWS, families=["ffn"])["ffn"]
+    scores = criteria.score_units(gqa.analysis, "norm", WINDOWS, families=["ffn"])["ffn"]
     assert_scores(scores, layers(lambda n: HIDDEN * norm(gqa.inputs[f"{n}.mlp.down_proj"])[None]))

@@ -18,28 +18,28 @@ from mptk.methods.criteria import observe
 
 def test_routed_moments_of_experts_with_no_rows_and_rows_of_no_expert() -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0], [100.0, 100.0]])
-    moments = observe.moments_of(x, 1, [0], torch.tensor([2, 2, 3], dtype=torch.int32))
+    moments = observe.compute_moments(x, 1, [0], torch.tensor([2, 2, 3], dtype=torch.int32))
     assert moments.count.tolist() == [[2], [0], [1]]
     assert moments.mean.tolist() == [[2, 4], [0, 0], [5, 5]]
     assert moments.deviation.tolist() == [[2, 8], [0, 0], [0, 0]]
 
 
 def test_statistics_do_not_depend_on_the_batch_size(gqa: Case, moe: Case, inside: Inside) -> None:
-    whole = {c: criteria.score(gqa.analysis, c, WINDOWS) for c in ("wanda", "flap", "taylor", "fisher")}
-    experts = criteria.score(moe.analysis, "flap", WINDOWS)
+    whole = {c: criteria.score_units(gqa.analysis, c, WINDOWS) for c in ("wanda", "flap", "taylor", "fisher")}
+    experts = criteria.score_units(moe.analysis, "flap", WINDOWS)
     inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 3 * WINDOWS.shape[1])  # batches of 3, 3 and 1
-    inside.bound("mptk.methods.criteria.gradients.GRADIENT_TOKENS", 1)
+    inside.bound("mptk.methods.criteria.observe.GRADIENT_TOKENS", 1)
     for name, expected in whole.items():
-        for family, got in criteria.score(gqa.analysis, name, WINDOWS).items():
+        for family, got in criteria.score_units(gqa.analysis, name, WINDOWS).items():
             torch.testing.assert_close(got, expected[family], rtol=1e-4, atol=1e-8)
-    for family, got in criteria.score(moe.analysis, "flap", WINDOWS).items():
+    for family, got in criteria.score_units(moe.analysis, "flap", WINDOWS).items():
         torch.testing.assert_close(got, experts[family], rtol=1e-4, atol=1e-8)
 
 
 def test_merged_variance_survives_a_large_mean() -> None:
     x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4
     x = x.float()
-    parts = [observe.moments_of(part, 1, []) for part in x.split([7, 50, 3])]
+    parts = [observe.compute_moments(part, 1, []) for part in x.split([7, 50, 3])]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     torch.testing.assert_close(merged.deviation / 59, x.double().var(0), rtol=1e-3, atol=0)
 
@@ -48,24 +48,24 @@ def test_merged_variance_survives_a_large_mean() -> None:
 def test_scores_are_deterministic_and_cover_every_family(gqa: Case, moe: Case, name: str) -> None:
     criterion = criteria.CRITERIA[name]
     analysis = (moe if name == "reap" else gqa).analysis
-    first, second = (criteria.score(analysis, name, WINDOWS) for _ in range(2))
+    first, second = (criteria.score_units(analysis, name, WINDOWS) for _ in range(2))
     for family in analysis.families if "channels" in criterion.judges else analysis.depths:
         assert first[family.name].shape == (len(family.groups), family.scopes, family.size)
         assert torch.equal(first[family.name], second[family.name])
 
 
 def test_random_follows_the_seed_and_nothing_else(gqa: Case) -> None:
-    all_families = criteria.score(gqa.analysis, "random", seed=4)
-    alone = criteria.score(gqa.analysis, "random", seed=4, families=["ffn"])
+    all_families = criteria.score_units(gqa.analysis, "random", seed=4)
+    alone = criteria.score_units(gqa.analysis, "random", seed=4, families=["ffn"])
     assert list(alone) == ["ffn"]
     assert torch.equal(alone["ffn"], all_families["ffn"])
-    assert not torch.equal(alone["ffn"], criteria.score(gqa.analysis, "random", seed=5)["ffn"])
+    assert not torch.equal(alone["ffn"], criteria.score_units(gqa.analysis, "random", seed=5)["ffn"])
 
 
 def test_progress_counts_windows(gqa: Case) -> None:
     long = WINDOWS.repeat(1, observe.OBSERVED_TOKENS // (3 * WINDOWS.shape[1]))  # batches of 3, 3 and 1
     seen: list[tuple[int, int]] = []
-    criteria.score(gqa.analysis, "wanda", long, families=["ffn"], progress=lambda *counts: seen.append(counts))
+    criteria.score_units(gqa.analysis, "wanda", long, families=["ffn"], progress=lambda *counts: seen.append(counts))
     assert seen == [(3, 7), (6, 7), (7, 7)]
 
 
@@ -77,7 +77,7 @@ def test_select_keeps_the_best_of_each_scope_row_and_breaks_ties_by_index(gqa: C
         "q_heads": torch.tensor([[[1.0, 3.0, 2.0], [5.0, 0.0, 9.0]], [[2.0, 2.0, 2.0], [0.0, 1.0, 1.0]]]),
         "ffn": torch.arange(FFN).float().expand(LAYERS, 1, FFN),
     }
-    plan = criteria.select(gqa.analysis, scores, {"q_heads": 2, "ffn": 3})
+    plan = criteria.select_units(gqa.analysis, scores, {"q_heads": 2, "ffn": 3})
     assert dict(plan.families["q_heads"].keep) == {
         "model.layers.0.self_attn": ((1, 2), (0, 2)),
         "model.layers.1.self_attn": ((0, 1), (1, 2)),

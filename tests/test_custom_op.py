@@ -13,7 +13,7 @@ from mptk import MptkError, analyze, trace
 from mptk.ir.axis_facts import Dims
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.resizer import Counted, counted_argument
+from passes.analysis.rules.resizer import Counted, count_argument
 from passes.analysis.rules.table import RULES, Result, rule
 
 
@@ -177,7 +177,7 @@ def test_what_a_rule_notes_is_there_when_its_call_is_cut() -> None:
     def counted_rule(ctx: RuleContext, node: fx.Node, x: Value, channels: int) -> Result:
         return Result(x.dims, Counted(x.dims[-1]))
 
-    rule("mptk_test::counted", zero="keep", resize=counted_argument("channels"))(counted_rule)
+    rule("mptk_test::counted", zero="keep", resize=count_argument("channels"))(counted_rule)
     found = analyze(trace(Counting(), (INPUT,)))
     assert [f.size for f in found.families] == [13]
     assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}

@@ -38,7 +38,7 @@ def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_pa
 
     plan = random_plan(plain, families, share=0.5)
     reference, step = mptk.rewrite(plain, plan), mptk.rewrite(decoder, plan)
-    caches = [node.meta["val"] for node in step.placeholders() if node.name in step.user_inputs[3:]]
+    caches = [node.meta["val"] for node in step.list_placeholders() if node.name in step.user_inputs[3:]]
     assert [value.shape[1] for value in caches] == [heads] * 4
 
     runtime = OrtDecoder(emit_onnx(step, tmp_path), threads=1)
@@ -60,5 +60,5 @@ def test_decoder_with_batched_products_of_symbolic_sizes_is_cut(tmp_path):
     ids, mask, positions = torch.randint(3, 97, (2, 5)), torch.ones(2, 5, dtype=torch.long), torch.arange(5)[None]
     with torch.no_grad():
         expected, *_ = step(ids, mask, positions.expand(2, -1), *[torch.zeros(2, 3, 0, 8)] * 2)
-    logits = OrtDecoder(emit_onnx(step, tmp_path), threads=1).logits(ids.numpy())
+    logits = OrtDecoder(emit_onnx(step, tmp_path), threads=1).compute_logits(ids.numpy())
     torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)

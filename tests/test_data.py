@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, LlamaForCausalLM
 
 from mptk import MptkError
 from mptk.io import data
-from mptk.io.text.sampled import sampled
+from mptk.io.text.sampled import sample_text
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ class TestTokenWindows:
     def test_the_stream_is_cut_without_overlap(self) -> None:
         tokenizer = toys.tokenizer()
         whole = tokenizer(toys.TEXT).input_ids
-        windows = data.token_windows([toys.TEXT], tokenizer, 7, seed=None)
+        windows = data.make_token_windows([toys.TEXT], tokenizer, 7, seed=None)
         assert windows.dtype == torch.int64
         assert windows.shape == (len(whole) // 7, 7)
         assert windows.flatten().tolist() == whole[: windows.numel()]
@@ -82,29 +82,31 @@ class TestTokenWindows:
     def test_end_of_sequence_between_documents(self) -> None:
         tokenizer = toys.tokenizer()
         fox, dog = tokenizer("the fox").input_ids, tokenizer("lazy dog").input_ids
-        windows = data.token_windows(["the fox", "lazy dog"], tokenizer, len(fox) + 1 + len(dog), seed=None)
+        windows = data.make_token_windows(["the fox", "lazy dog"], tokenizer, len(fox) + 1 + len(dog), seed=None)
         assert windows.tolist() == [[*fox, tokenizer.eos_token_id, *dog]]
 
     def test_begin_of_sequence_where_the_tokenizer_sets_it(self) -> None:
         tokenizer = toys.tokenizer(begin=True)
-        windows = data.token_windows([toys.TEXT], tokenizer, 7, seed=None)
+        windows = data.make_token_windows([toys.TEXT], tokenizer, 7, seed=None)
         assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
         text = tokenizer(toys.TEXT).input_ids[1:]
         assert windows[:, 1:].flatten().tolist() == text[: len(windows) * 6]
 
     def test_seed_chooses_windows(self) -> None:
         tokenizer = toys.tokenizer()
-        ordered = data.token_windows([toys.TEXT], tokenizer, 7, seed=None).tolist()
-        first, same, other = (data.token_windows([toys.TEXT], tokenizer, 7, 5, seed).tolist() for seed in (1, 1, 2))
+        ordered = data.make_token_windows([toys.TEXT], tokenizer, 7, seed=None).tolist()
+        first, same, other = (
+            data.make_token_windows([toys.TEXT], tokenizer, 7, 5, seed).tolist() for seed in (1, 1, 2)
+        )
         assert first == same != other
         assert len(first) == 5
         assert all(window in ordered for window in first)
         assert first != ordered[:5]
-        assert sorted(data.token_windows([toys.TEXT], tokenizer, 7, seed=1).tolist()) == sorted(ordered)
+        assert sorted(data.make_token_windows([toys.TEXT], tokenizer, 7, seed=1).tolist()) == sorted(ordered)
 
     def test_evaluation_takes_the_first(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(toys.TEXT)
-        windows = data.evaluation_windows(toys.tokenizer(), str(tmp_path / "a.txt"), 7, 3)
+        windows = data.load_evaluation_windows(toys.tokenizer(), str(tmp_path / "a.txt"), 7, 3)
         assert windows.flatten().tolist() == toys.tokenizer()(toys.TEXT).input_ids[:21]
 
 
@@ -113,7 +115,7 @@ class TestSelfSampled:
         tokenizer = toys.tokenizer(begin=True)
         state = torch.get_rng_state()
         first, same, other = (
-            sampled(model, tokenizer, count=5, length=11, seed=seed, batch_size=3) for seed in (1, 1, 2)
+            sample_text(model, tokenizer, count=5, length=11, seed=seed, batch_size=3) for seed in (1, 1, 2)
         )
         assert torch.equal(state, torch.get_rng_state())
         assert first.shape == (5, 11)
@@ -124,8 +126,8 @@ class TestSelfSampled:
         assert set(first[:, 0].tolist()) == {tokenizer.bos_token_id}
 
     def test_more_rows_begin_with_the_same_ones(self, model: LlamaForCausalLM) -> None:
-        few = sampled(model, None, count=3, length=11, seed=1)
-        more = sampled(model, None, count=7, length=11, seed=1, batch_size=2)
+        few = sample_text(model, None, count=3, length=11, seed=1)
+        more = sample_text(model, None, count=7, length=11, seed=1, batch_size=2)
         assert torch.equal(more[:3], few)
         assert len({tuple(row) for row in more.tolist()}) == 7
 
@@ -138,22 +140,22 @@ class TestSelfSampled:
             model.lm_head.bias[[1, 7, 9]] = torch.tensor([0.2, 0.3, 0.5]).log()
         # What checkpoints bring along must not bend it.
         model.generation_config.update(temperature=0.1, top_k=1, repetition_penalty=9.0, max_length=5, do_sample=False)
-        sample = sampled(model, None, count=32, length=65, seed=0)[:, 1:].flatten()
+        sample = sample_text(model, None, count=32, length=65, seed=0)[:, 1:].flatten()
         share = [(sample == token).float().mean().item() for token in (1, 7, 9)]
         assert share == pytest.approx([0.2, 0.3, 0.5], abs=0.04)
         assert model.generation_config.top_k == 1
 
     def test_without_begin_of_sequence(self, model: LlamaForCausalLM) -> None:
-        sample = sampled(toys.llama(), toys.tokenizer(), count=2, length=5, seed=0)
+        sample = sample_text(toys.llama(), toys.tokenizer(), count=2, length=5, seed=0)
         assert set(sample[:, 0].tolist()) == {model.config.bos_token_id}
         lone = toys.llama()
         lone.config.bos_token_id = lone.config.eos_token_id = None
-        starts = sampled(lone, None, count=9, length=4, seed=0)[:, 0]
+        starts = sample_text(lone, None, count=9, length=4, seed=0)[:, 0]
         assert len(set(starts.tolist())) > 1
 
     def test_progress_ends_at_the_total(self, model: LlamaForCausalLM) -> None:
         calls: list[tuple[int, int]] = []
-        sampled(model, None, count=5, length=6, seed=0, batch_size=2, progress=lambda *at: calls.append(at))
+        sample_text(model, None, count=5, length=6, seed=0, batch_size=2, progress=lambda *at: calls.append(at))
         assert calls == sorted(calls)
         assert calls[-1] == (30, 30)
         assert len(calls) > 10
@@ -163,13 +165,13 @@ class TestSelfSampled:
             BertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=1, vocab_size=50)
         )
         with pytest.raises(MptkError, match="data"):
-            sampled(encoder, None, count=1, length=4, seed=0)
+            sample_text(encoder, None, count=1, length=4, seed=0)
 
 
 class TestCalibration:
     def test_self_is_the_default(self, model: LlamaForCausalLM) -> None:
-        windows = data.calibration(model, toys.tokenizer(), count=3, length=9, seed=4)
-        assert torch.equal(windows, sampled(model, toys.tokenizer(), count=3, length=9, seed=4))
+        windows = data.load_calibration_windows(model, toys.tokenizer(), count=3, length=9, seed=4)
+        assert torch.equal(windows, sample_text(model, toys.tokenizer(), count=3, length=9, seed=4))
 
     def test_self_samples_only_what_no_run_before_has(
         self, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,22 +180,24 @@ class TestCalibration:
 
         def ask(count: int) -> tuple[torch.Tensor, int]:
             said: list[int] = []
-            windows = data.calibration(model, None, count=count, length=9, progress=lambda _, total: said.append(total))
+            windows = data.load_calibration_windows(
+                model, None, count=count, length=9, progress=lambda _, total: said.append(total)
+            )
             return windows, said[-1] if said else 0
 
         (three, first), (five, second), (two, third) = ask(3), ask(5), ask(2)
         assert (first, second, third) == (3 * 9, 2 * 9, 0)
         assert torch.equal(five[:3], three)
-        assert torch.equal(five, sampled(model, None, count=5, length=9, seed=0))
+        assert torch.equal(five, sample_text(model, None, count=5, length=9, seed=0))
         assert torch.equal(two, five[:2])
 
     def test_text(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(toys.TEXT)
-        windows = data.calibration(model, toys.tokenizer(), str(tmp_path / "a.txt"), 3, 9, seed=4)
-        assert torch.equal(windows, data.token_windows([toys.TEXT], toys.tokenizer(), 9, 3, 4))
+        windows = data.load_calibration_windows(model, toys.tokenizer(), str(tmp_path / "a.txt"), 3, 9, seed=4)
+        assert torch.equal(windows, data.make_token_windows([toys.TEXT], toys.tokenizer(), 9, 3, 4))
         with pytest.raises(MptkError, match="no tokenizer"):
-            data.calibration(model, None, str(tmp_path / "a.txt"), 3, 9)
+            data.load_calibration_windows(model, None, str(tmp_path / "a.txt"), 3, 9)
 
     def test_longer_than_the_models_positions(self, model: LlamaForCausalLM) -> None:
         with pytest.raises(MptkError, match="71 tokens are longer than the model's 70"):
-            data.calibration(model, toys.tokenizer(), count=3, length=71)
+            data.load_calibration_windows(model, toys.tokenizer(), count=3, length=71)

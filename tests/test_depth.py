@@ -185,7 +185,7 @@ def test_removed_blocks_are_counted_exactly(llama):
     block = sum(p.numel() for p in llama.model.model.layers[0].parameters())
     assert cost.dense.parameters - cost.of(keeping(llama.analysis, 0, 2)).parameters == 2 * block
     assert cost({"layers": 2}).parameters == cost.of(keeping(llama.analysis, 0, 2)).parameters
-    assert cost.sparsity({"layers": 3}) == pytest.approx(0.25)
+    assert cost.compute_sparsity({"layers": 3}) == pytest.approx(0.25)
     assert cost({"layers": 3}).flops < cost.dense.flops
 
 
@@ -196,10 +196,10 @@ def test_a_block_that_turns_its_input_least_goes_first(llama):
     """The influence is 1 − cosine of what enters and leaves, and every criterion for channels uses it for blocks."""
     with torch.no_grad():
         hidden = llama.model.model(IDS, output_hidden_states=True).hidden_states
-    found = criteria.score(llama.analysis, "influence", IDS, families=["layers"])["layers"].flatten()
+    found = criteria.score_units(llama.analysis, "influence", IDS, families=["layers"])["layers"].flatten()
     expected = [1 - torch.cosine_similarity(x, y, -1).mean().item() for x, y in pairwise(hidden[:4])]
     assert found[:3].tolist() == pytest.approx(expected, rel=1e-4)
-    both = criteria.score(llama.analysis, "wanda", IDS, families=["ffn", "layers"])
+    both = criteria.score_units(llama.analysis, "wanda", IDS, families=["ffn", "layers"])
     assert torch.equal(both["layers"].flatten(), found)
     kept = choose_blocks(llama.analysis.stacks[0], found.tolist(), 3, llama.stock)
     assert set(range(4)) - set(kept) == {int(found.argmin())}
@@ -208,7 +208,7 @@ def test_a_block_that_turns_its_input_least_goes_first(llama):
 def test_greedy_removes_the_block_without_which_the_loss_is_lowest(llama):
     """Each round looks at the model without the blocks that are gone already."""
     ids = torch.randint(5, 97, (2, 12))
-    found = criteria.score(llama.analysis, "greedy", ids, families=["layers"])["layers"].flatten()
+    found = criteria.score_units(llama.analysis, "greedy", ids, families=["layers"])["layers"].flatten()
     layers = list(llama.model.model.layers)
     left = list(range(4))
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_greedy_removes_the_block_without_which_the_loss_is_lowest(llama):
 
 def test_influence_judges_no_channels(llama):
     with pytest.raises(MptkError, match="this method scores whole blocks, not the channels of ffn"):
-        criteria.score(llama.analysis, "influence", IDS, families=["ffn"])
+        criteria.score_units(llama.analysis, "influence", IDS, families=["ffn"])
 
 
 def test_flap_corrects_no_bias_if_only_blocks_go(tmp_path):

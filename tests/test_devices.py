@@ -19,16 +19,15 @@ from torch import Tensor
 from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM
 
-from mptk.chain.prepare import legalise
-from mptk.compat.accelerate import own_state
+from mptk.compat.accelerate import separate_state
 from mptk.config.learning import Learning
-from mptk.distributed.processes import replica
+from mptk.distributed.processes import make_replica
 from mptk.io import models
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.train import Loop
-from mptk.progress import silent
+from mptk.progress import show_nothing
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
@@ -37,8 +36,9 @@ from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
+from tests.lab import legalise_bare
 
-TEXT = next_tokens(architectures.tokens(8, 32))
+TEXT = make_token_samples(architectures.tokens(8, 32))
 ADAPTED = 7
 """Layers with an adapter: those of one block."""
 
@@ -49,13 +49,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     config.num_hidden_layers = 1
     path = save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
     loaded = models.load(path)
-    analysis = group.analyze(trace.trace(loaded.model, dynamic=True))
-    return legalise(
-        path,
-        replace(SETTINGS, keep=("hidden",), compute_dtype="float32"),
-        Analysed(loaded, CAUSAL_LM, analysis),
-        silent,
-    )
+    analysis = group.analyze_program(trace.trace_to_program(loaded.model, dynamic=True))
+    asked = replace(SETTINGS, keep=("hidden",), compute_dtype="float32")
+    return legalise_bare(Analysed(loaded, CAUSAL_LM, analysis), asked)
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,10 @@ class Run:
 def train(prepared: Prepared, folder: Path, learning: Learning = LEARNING) -> Run:
     """Both phases on ``Accelerator.device``, or what of them ``folder`` does not hold. Recovery is of the whole model."""
     work = RunFolder(folder, {}, resume=True)
-    with own_state():
-        learner = Learner(start_training(learning, work), prepared, TEXT, learning, work, silent)
+    with separate_state():
+        learner = Learner(start_training(learning, work), prepared, TEXT, learning, work, show_nothing)
         chosen = learner.learn(SampleSets(TEXT, TEXT, TEXT, ""))
-        recovered = learner.recover(replica(prepared.loaded.model), 6, TEXT[:2])
+        recovered = learner.recover(make_replica(prepared.loaded.model), 6, TEXT[:2])
     return Run(chosen, recovered.weights, metrics(work.path))
 
 
@@ -167,7 +163,7 @@ def test_changed_weights_leave_the_device_one_by_one(
             yield name, weight
             del weight
 
-    inside.around("mptk.methods.maskprune.learner.changed", watched)
+    inside.around("mptk.methods.maskprune.learner.collect_changed_weights", watched)
     train(prepared, tmp_path / "out")
     assert len(live) == 1 + ADAPTED
     assert max(live) - live[0] <= 3 * 80 * 48 * 4  # the weight, its sum and what the next one needs
@@ -178,13 +174,13 @@ def test_a_replica_is_adapted_and_moved_alone_and_copies_no_weight() -> None:
     weights = dict(model.named_parameters())
     ids = torch.arange(12)[None]
     expected = model(ids).logits
-    copy = replica(model)
+    copy = make_replica(model)
     assert torch.equal(copy(ids).logits, expected)
     assert all(p.data_ptr() == weights[name].data_ptr() for name, p in copy.named_parameters())
     copy.requires_grad_(False).half()
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert torch.equal(model(ids).logits, expected)
-    hollow = replica(model, False)
+    hollow = make_replica(model, False)
     assert {name: p.shape for name, p in hollow.named_parameters()} == {name: p.shape for name, p in weights.items()}
     assert all(p.data_ptr() != weights[name].data_ptr() for name, p in hollow.named_parameters())
 
@@ -195,7 +191,7 @@ def test_a_devices_tensors_meet_no_others() -> None:
         there = torch.ones(3, 5, device=DEVICE)
         assert isinstance(there, SecondTensor)
         with pytest.raises(AssertionError, match="two devices"):
-            there * solver.applied("ffn", 0)
+            there * solver.get_mask("ffn", 0)
         assert second.crossed == []
         assert there.cpu().tolist() == [[1.0] * 5] * 3
         assert second.crossed == [("to the host", (3, 5))]

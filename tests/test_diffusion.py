@@ -20,10 +20,10 @@ import mptk
 from mptk import MptkError, ProofError
 from mptk.io.models import load
 from mptk.io.text.sources import SELF
-from mptk.ir.samples import joined
+from mptk.ir.samples import join_outputs
 from mptk.publish.manifest import write_manifest
-from mptk.tasks import task_of
-from mptk.tasks.inputs.denoising import IMAGE_STEPS, recorded
+from mptk.tasks import bind_task
+from mptk.tasks.inputs.latents import IMAGE_STEPS, record_samples
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -159,7 +159,7 @@ def test_the_part_in_memory_is_a_diffusers_model_that_saves_itself_as_one(shallo
     model: Any = mptk.Pruned.open(shallow).model
     assert isinstance(model, diffusers.DiTTransformer2DModel)
     model.save_pretrained(tmp_path)
-    inputs = task_of(load(str(shallow))).example(model).inputs
+    inputs = bind_task(load(str(shallow))).make_example(model).inputs
     with torch.no_grad():
         found = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)(**inputs)[0]
         assert found.equal(model(**inputs)[0])
@@ -181,9 +181,9 @@ def test_verify_compares_the_other_parts_with_the_dense_pipeline(shallow: Path, 
 
 def test_samples_are_what_the_pipeline_gives_its_denoiser(pipelines: Path) -> None:
     loaded = load(str(pipelines / "text/unet"))
-    task = task_of(loaded)
-    like = task.example(loaded.model).inputs
-    found = recorded(loaded, like, str(pipelines / "prompts.txt"), 2 * IMAGE_STEPS, 0, lambda done, total: None)
+    task = bind_task(loaded)
+    like = task.make_example(loaded.model).inputs
+    found = record_samples(loaded, like, str(pipelines / "prompts.txt"), 2 * IMAGE_STEPS, 0, lambda done, total: None)
     assert {name: tuple(x.shape) for name, x in found.items()} == {
         "sample": (2 * IMAGE_STEPS, 4, 8, 8),
         "timestep": (2 * IMAGE_STEPS,),
@@ -266,10 +266,10 @@ def test_random_samples_are_what_the_class_reads(name: str, config: dict[str, An
     torch.manual_seed(0)
     getattr(diffusers, name)(**config).save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
-    samples = task_of(loaded).example(loaded.model)
+    samples = bind_task(loaded).make_example(loaded.model)
     with torch.no_grad():
-        output = task_of(loaded).output(loaded.model, samples)
-    assert joined(output).isfinite().all()
+        output = bind_task(loaded).compute_output(loaded.model, samples)
+    assert join_outputs(output).isfinite().all()
     if "timestep" in samples.inputs:
         apart = samples.map(lambda tensor: tensor.flip(0)).inputs["timestep"] != samples.inputs["timestep"]
         assert apart.all(), "the timesteps are spread"
@@ -296,10 +296,10 @@ def test_without_diffusers_one_line_says_what_to_install(pipelines: Path, monkey
 
 def test_samples_need_prompts_and_a_pipeline_without_code(pipelines: Path, tmp_path: Path) -> None:
     loaded = load(str(pipelines / "text/unet"))
-    like = task_of(loaded).example(loaded.model).inputs
+    like = bind_task(loaded).make_example(loaded.model).inputs
 
     def record() -> None:
-        recorded(loaded, like, SELF, 1, 0, lambda done, total: None)
+        record_samples(loaded, like, SELF, 1, 0, lambda done, total: None)
 
     with pytest.raises(MptkError, match="makes images of prompts"):
         record()
@@ -313,4 +313,4 @@ def test_samples_need_prompts_and_a_pipeline_without_code(pipelines: Path, tmp_p
     loaded.model.save_pretrained(tmp_path)
     without_pipeline = load(str(tmp_path))
     with pytest.raises(MptkError, match="no part of a pipeline"):
-        recorded(without_pipeline, like, SELF, 1, 0, lambda done, total: None)
+        record_samples(without_pipeline, like, SELF, 1, 0, lambda done, total: None)

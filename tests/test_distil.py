@@ -22,12 +22,12 @@ import mptk
 from mptk import FamilyPlan, MptkError, Plan, Samples, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
+from mptk.ir.resolved_plan import Cut, list_removed_blocks, resolve_plan
 from mptk.methods.distil import NO_BLOCK, Distilled, Schedule, distil_blocks
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.remove_blocks import mask_blocks
-from passes.transforms.rewrite import rewrite
+from passes.transforms.rewrite import rewrite_program
 
 HOW = Schedule(epochs=2, rate=3e-3)
 INNER = ("ffn", "heads", "q_heads", "kv_groups", "channels")
@@ -70,7 +70,7 @@ def case(name: str) -> Case:
     ]
     samples = Samples({str(i): t for i, t in enumerate(rows)})
     ends = frozenset(m.weight for m in members if m.role == "consumer")
-    return Case(analysis, resolve_plan(analysis, plan), rewrite(analysis, plan), ends, samples)
+    return Case(analysis, resolve_plan(analysis, plan), rewrite_program(analysis, plan), ends, samples)
 
 
 @pytest.mark.parametrize("name", ["decoder", "mixture", "encoder and decoder", "images"])
@@ -88,7 +88,7 @@ def test_what_stays_makes_up_for_a_whole_block_that_goes() -> None:
     without = Plan({depth.name: FamilyPlan(depth.size - 1, depth.size, {depth.stack.module: (kept,)})})
     both = replace(cut.cut, choices=cut.cut.choices | resolve_plan(cut.analysis, without).choices)
     small = replace(cut.small, graph=cut.small.copy_graph())
-    mask_blocks(small.graph.graph, removed_blocks(cut.analysis, both))
+    mask_blocks(small.graph.graph, list_removed_blocks(cut.analysis, both))
     small.graph.recompile()
     cut = replace(cut, cut=both, small=small)
     found = cut.distil()

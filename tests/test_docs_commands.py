@@ -7,7 +7,7 @@ line's own parser: what starts processes, what times the machine for minutes, an
 writes a model (the README and the tutorial have run that). A block or a line that says that it needs a network, a GPU
 or another program is skipped.
 
-It reaches for mptk.chain.amounts: training takes two steps here.
+It reaches for mptk.run.minutes: training takes two steps here.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 import mptk
-import mptk.chain.amounts
+import mptk.run.minutes
 from mptk.cli.main import app
-from mptk.io.packaged import ALIASES, _target, content_sha256
+from mptk.io.packaged import ALIASES, _locate_target, hash_content
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)
@@ -70,17 +70,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(folder)
         for bound in ("LEAST_STEPS", "MOST_STEPS", "MOST_TIMED_STEPS"):
-            inside.bound(f"mptk.chain.amounts.{bound}", 2)
-        inside.gives("mptk.ort.bench.peak_memory", 0)
+            inside.bound(f"mptk.run.minutes.{bound}", 2)
+        inside.gives("mptk.ort.bench.measure_peak_memory", 0)
         inside.bound("mptk.ort.bench.ROUND_S", 0.0)
-        for name, path in {name: _target(name) for name in ALIASES}.items():
+        for name, path in {name: _locate_target(name) for name in ALIASES}.items():
             path.parent.mkdir(parents=True)
             if ALIASES[name].folder:
                 _bert().save_pretrained(path)
                 words.save_pretrained(path)
             else:
                 toys.write_gguf(model, words, path)
-            patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=content_sha256(path)))
+            patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=hash_content(path)))
         for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
             model.save_pretrained(name)
             words.save_pretrained(name)

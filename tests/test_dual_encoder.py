@@ -42,11 +42,11 @@ from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PAIRED
 from mptk import MptkError, Samples, Settings
 from mptk.io.models import Loaded, load
-from mptk.progress import Count, silent
+from mptk.progress import Count, show_nothing
 from mptk.protocols.values import SampleSets
-from mptk.tasks import task_of
+from mptk.tasks import bind_task
 from mptk.tasks.dual_encoder import DUAL_ENCODER
-from mptk.tasks.inputs.captioned import encoded
+from mptk.tasks.inputs.captioned import encode_texts
 from mptk.tasks.inputs.images import Images
 
 ASKED = {"method": "wanda", "samples": 4, "eval_windows": 6, "align": 1, "sparsity": 0.1, "tolerance": 0.1}
@@ -94,7 +94,7 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(world: Path, pruned: 
 def test_captions_are_padded_as_the_processor_pads_them(world: Path) -> None:
     """And the tokenizer that was read with is not changed: the folder gets its file."""
     loaded = load(str(world / "clip"))
-    found = task_of(loaded).evaluation(loaded, Settings(data=str(world / "chats.jsonl"), eval_windows=6)).inputs
+    found = bind_task(loaded).draw_evaluation(loaded, Settings(data=str(world / "chats.jsonl"), eval_windows=6)).inputs
     texts = [f"is a all {colour}" for colour in COLOURS]
     pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
     expected = clip_processor()(text=texts, images=pictures, padding=True, return_tensors="pt")
@@ -108,10 +108,10 @@ def test_captions_are_padded_as_the_processor_pads_them(world: Path) -> None:
 def test_a_tokenizer_without_a_mask_fills_captions_up() -> None:
     """SigLIP reads its padding as text, and was trained on texts of one length."""
     tokenizer = clip_processor().tokenizer
-    with_mask = encoded(Loaded(clip(), tokenizer, "clip", Path()), ["a picture", "red"], 12)
+    with_mask = encode_texts(Loaded(clip(), tokenizer, "clip", Path()), ["a picture", "red"], 12)
     assert with_mask["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     tokenizer.model_input_names = ["input_ids"]
-    filled = encoded(Loaded(clip(), tokenizer, "clip", Path()), ["a picture", "red"], 12)
+    filled = encode_texts(Loaded(clip(), tokenizer, "clip", Path()), ["a picture", "red"], 12)
     assert filled["input_ids"].shape == (2, 12)
     assert filled["attention_mask"].min() == 1
 
@@ -129,7 +129,7 @@ def test_quality_is_of_both_embeddings_and_of_the_nearest_text() -> None:
                 yield name, i, tuple(x[i : i + 1] for x in each)
 
     samples = Samples({"input_ids": torch.zeros(3, 4).long()})
-    found = DUAL_ENCODER.quality(runs, SampleSets(samples, samples, samples, "pictures"), silent)
+    found = DUAL_ENCODER.measure_quality(runs, SampleSets(samples, samples, samples, "pictures"), show_nothing)
     assert found["retrieval"] == {"dense": 1.0, "pruned": round(2 / 3, 6)}
     apart = float(F.cosine_similarity(images[1], moved[1], dim=0))
     assert found["pruned"] == pytest.approx((5 + apart) / 6, abs=1e-5)
@@ -200,12 +200,12 @@ def test_a_graph_says_nothing_of_padding_if_the_class_reads_it_as_text(tmp_path:
 def test_images_come_as_patches_if_the_class_reads_these(world: Path) -> None:
     """SigLIP 2: images of any shape, in a sequence of patches with a mask, whose type is the graph's."""
     model: Any = tiny_model(PAIRED, "siglip2").model
-    example = DUAL_ENCODER.example(model).inputs
+    example = DUAL_ENCODER.make_example(model).inputs
     assert [*example] == ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes"]
-    found = DUAL_ENCODER.output(model, Samples(example))
+    found = DUAL_ENCODER.compute_output(model, Samples(example))
     assert all(isinstance(x, Tensor) and len(x) == 2 and x.isfinite().all() for x in found)
     Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(world / "patches")
-    read = Images().prepared(
+    read = Images().prepare(
         Loaded(model, None, "siglip2", world / "patches"), [world / "pictures" / "red.png"], lambda done, total: None
     )
     assert read["pixel_attention_mask"].sum() == read["spatial_shapes"].prod()
@@ -233,7 +233,7 @@ def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_class_is_taken_by_what_it_gives(model_class: Any, taken: bool) -> None:
-    assert (DUAL_ENCODER.refusal(CLIPConfig(), {model_class}) is None) == taken
+    assert (DUAL_ENCODER.explain_refusal(CLIPConfig(), {model_class}) is None) == taken
 
 
 def _itself(folder: Path) -> str:
@@ -268,7 +268,7 @@ def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], 
     data = spoil(tmp_path)
     loaded = load(str(tmp_path / "clip"))
     with pytest.raises(MptkError, match=line):
-        task_of(loaded).samples(loaded, Settings(data=data), 6, lambda done, total: None)
+        bind_task(loaded).draw_samples(loaded, Settings(data=data), 6, lambda done, total: None)
 
 
 def test_a_graph_of_texts_and_images_is_quantised(world: Path, tmp_path: Path) -> None:

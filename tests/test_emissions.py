@@ -198,7 +198,7 @@ def added(name: str, content: str) -> Edit:
     return edit
 
 
-SAVED, DESCRIBED = "passes.targets.stock.emit.save_tokenizer", "mptk.targets.onnx.describe"
+SAVED, DESCRIBED = "passes.targets.stock.emit.save_tokenizer", "mptk.targets.onnx.describe_graphs"
 FILES: dict[str, tuple[Edit, str, str, int]] = {
     "end of a text": (
         fields("tokenizer_config.json", eos_token="w1"),

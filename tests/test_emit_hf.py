@@ -230,7 +230,7 @@ def test_the_former_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_p
             raise OSError(28, "No space left on device")
         rename(path, target, **at)
 
-    inside.gives("mptk.files.replace._exchanged", False)
+    inside.gives("mptk.files.replace._swap_names", False)
     inside.around("os.rename", failing)
     with pytest.raises(MptkError, match=r"cannot write .*No space left"), publish(folder) as temporary:
         (temporary / "second").write_text("2")

@@ -151,7 +151,7 @@ def test_last_logits_only(tmp_path):
     model = tiny_decoder(GROUPED, num_hidden_layers=1)
     decoder = OrtDecoder(emit_onnx(trace_decoder(model, logits="last"), tmp_path), threads=1)
     ids = torch.randint(3, 97, (2, 7))
-    logits = decoder.logits(ids.numpy())
+    logits = decoder.compute_logits(ids.numpy())
     assert logits.shape == (2, 1, 97)
     for row in range(2):
         torch.testing.assert_close(torch.from_numpy(logits[row, 0]), alone(model, ids[row])[-1], atol=TOLERANCE, rtol=0)

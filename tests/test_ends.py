@@ -54,10 +54,9 @@ def test_whole_ends_save_as_much(inside: Inside) -> None:
         found.append((prepared, whole_ends(prepared, *given)))
         return found[-1][1]
 
-    inside.around("mptk.methods.division.layers.whole_ends", planned)
-    inside.gives("mptk.methods.division.layers.masked_losses", (2.0, 1.0))
+    inside.around("mptk.methods.division.layers.plan_whole_ends", planned)
+    inside.gives("mptk.methods.division.layers.measure_masked_losses", (2.0, 1.0))
     assert note(set())
     ((prepared, plan),) = found
-    analysis = prepared.analysis
     assert set(plan.families) == {f"ffn.{layer}" for layer in range(1, LAYERS - 1)}
-    assert CostModel(analysis.divided(plan.divided)).sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)
+    assert CostModel(prepared.analysis).compute_sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)

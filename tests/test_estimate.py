@@ -21,14 +21,24 @@ from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mptk import MptkError, Settings, analyze, prune, recover, trace
-from mptk.chain import recovery
-from mptk.chain.amounts import settled
-from mptk.chain.estimate import check_fits, estimated, estimated_for
+from mptk.api.pruned import estimate_recovery, estimate_run
 from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
-from mptk.cost.estimate import Estimate, Machine, ModelSizes, Pass, Work, duration, estimate, size_text, stacked
+from mptk.cost.estimate import (
+    Estimate,
+    Machine,
+    ModelSizes,
+    Pass,
+    Work,
+    describe_duration,
+    describe_size,
+    estimate,
+    find_expert_weights,
+)
 from mptk.cost.model import CostModel
-from mptk.distributed.processes import blocks
+from mptk.distributed.processes import find_module_blocks
+from mptk.run.estimate import Estimator, check_room_for
+from mptk.run.minutes import fill_in
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
 BLOCK, EMBEDDING = ATTENTION + FFN + NORMS, 300 * 48
@@ -38,7 +48,7 @@ WORK = Work(kept=0.75, passes={"score": Pass(tokens=1000, length=10)}, calibrati
 
 @pytest.fixture(autouse=True)
 def machine(inside: Inside) -> None:
-    inside.gives("mptk.chain.estimate.this_machine", SLOW)
+    inside.gives("mptk.run.estimate.measure_machine", SLOW)
 
 
 @pytest.fixture
@@ -60,7 +70,7 @@ def eight_billion(tmp_path: Path) -> str:
 
 def toy(*, tied: bool) -> ModelSizes:
     model = llama(tied=tied)
-    return ModelSizes.of(model, blocks(model), stored=2, heads=6, vocab=300)
+    return ModelSizes.of(model, find_module_blocks(model), stored=2, heads=6, vocab=300)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,7 +96,7 @@ def test_the_embedding_may_be_the_largest_stage() -> None:
     with torch.device("meta"):
         config = LlamaConfig(hidden_size=40, intermediate_size=56, num_attention_heads=5, vocab_size=9000)
         model = AutoModelForCausalLM.from_config(config)
-    assert ModelSizes.of(model, blocks(model), stored=4, heads=1, vocab=9000).stage == 9000 * 40
+    assert ModelSizes.of(model, find_module_blocks(model), stored=4, heads=1, vocab=9000).stage == 9000 * 40
 
 
 def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
@@ -135,7 +145,7 @@ def test_training_holds_all_weights() -> None:
 
 
 def test_a_config_is_enough(eight_billion: str) -> None:
-    found = estimated(eight_billion, Settings(method="wanda", onnx=False, data="text"))
+    found = estimate_run(eight_billion, Settings(method="wanda", onnx=False, data="text"))
     assert found.seconds["read"] == 16_060_522_496 / 1e6  # bfloat16, as the config says
     block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     assert found.output["checkpoint"] == pytest.approx(16_060_522_496 - 0.3 * 2 * 32 * block)
@@ -145,7 +155,7 @@ def test_a_config_is_enough(eight_billion: str) -> None:
 
 def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     base = Settings(method="wanda", onnx=False, data="text")
-    ask = lambda **changes: estimated(eight_billion, replace(base, **changes))  # noqa: E731
+    ask = lambda **changes: estimate_run(eight_billion, replace(base, **changes))  # noqa: E731
     plan = ask(plan="plan.json")
     assert not {"score (wanda)", "choose widths", "reconstruct"} & set(plan.seconds)
     assert plan.output["checkpoint"] == 16_060_522_496
@@ -168,7 +178,7 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
 @pytest.mark.parametrize(("named", "share"), [(2, 2 / 5), (None, 1)])
 def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | None, share: float) -> None:
     model = architectures.model("mixtral", meta=True)
-    sizes = ModelSizes.of(model, blocks(model), stored=4, heads=6, vocab=97, experts=named or 0)
+    sizes = ModelSizes.of(model, find_module_blocks(model), stored=4, heads=6, vocab=97, experts=named or 0)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert experts == 2 * 5 * 3 * 48 * 80
     table = model.get_input_embeddings().weight.numel()
@@ -179,7 +189,9 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | Non
 
 def test_products_are_those_of_the_traced_graph() -> None:
     model = architectures.model("mixtral", meta=True)
-    found = estimated_for(model, torch.float32, settled(Settings(method="wanda", data="text", onnx=False, length=8)))
+    found = Estimator(model, torch.float32).estimate(
+        fill_in(Settings(method="wanda", data="text", onnx=False, length=8))
+    )
     per_token = CostModel(analyze(trace(model, dynamic=True))).dense.flops
     of_text = 32 * 8 * (per_token + 4 * 8 * 48 * 2)
     assert found.seconds["score (wanda)"] == pytest.approx(of_text / (costs.EFFICIENCY * 1e9), rel=0.01)
@@ -187,31 +199,31 @@ def test_products_are_those_of_the_traced_graph() -> None:
 
 def test_a_short_convolution_is_no_mixture() -> None:
     block = torch.nn.Sequential(torch.nn.Conv1d(12, 12, 4, groups=12), torch.nn.Linear(12, 12))
-    assert stacked([block]) == []
+    assert find_expert_weights([block]) == []
 
 
 def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, inside: Inside) -> None:
-    asked = inside.calls("mptk.chain.estimate.this_machine")
+    asked = inside.calls("mptk.run.estimate.measure_machine")
     settings = Settings(method="wanda", data="text", onnx=False, device="cpu", memory=8 * 10**9)
-    host = estimated(eight_billion, settings)
+    host = estimate_run(eight_billion, settings)
     assert (host.there, host.device) == ({}, "")
-    inside.gives("mptk.chain.estimate.find_device", torch.device("cuda", 1))
-    found = estimated(eight_billion, replace(settings, compute_dtype="bfloat16"))
+    inside.gives("mptk.run.estimate.find_device", torch.device("cuda", 1))
+    found = estimate_run(eight_billion, replace(settings, compute_dtype="bfloat16"))
     assert asked == [(torch.device("cpu"), torch.float32), (torch.device("cuda", 1), torch.bfloat16)]
     assert set(found.there) == {"largest stage", "activations", "logits", "values between stages"}
     assert found.there["activations"] == host.needed["activations"]
     assert set(found.needed) == {"libraries", "largest stage"}
     assert re.search(r"GB of memory, \d+\.\d GB on cuda:1, ", str(found))
-    trained = estimated(eight_billion, replace(settings, learning=Learning(steps=3)))
+    trained = estimate_run(eight_billion, replace(settings, learning=Learning(steps=3)))
     assert trained.there["weights"] == trained.needed["weights"] == 2 * 16_060_522_496
     assert trained.there["cut model"] == pytest.approx(2 * trained.output["checkpoint"])
 
 
 def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billion: str, inside: Inside) -> None:
     settings = Settings(method="wanda", data="text", onnx=False, reconstruct=True, memory=64 * 10**9)
-    single = estimated(eight_billion, settings).seconds
-    inside.gives("mptk.chain.estimate.this_machine", replace(SLOW, speedup=4.0))
-    half = estimated(eight_billion, replace(settings, compute_dtype="bfloat16")).seconds
+    single = estimate_run(eight_billion, settings).seconds
+    inside.gives("mptk.run.estimate.measure_machine", replace(SLOW, speedup=4.0))
+    half = estimate_run(eight_billion, replace(settings, compute_dtype="bfloat16")).seconds
     assert half["score (wanda)"] == pytest.approx(single["score (wanda)"] / 4)
     assert (half["prove"], half["measure"]) == (single["prove"], single["measure"])
     assert single["reconstruct"] / 4 < half["reconstruct"] < single["reconstruct"], "solves are float32"
@@ -219,11 +231,11 @@ def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billio
 
 def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, inside: Inside) -> None:
     found = Estimate({"libraries": 1.0}, {}, {}, {}, {}, {"weights": 3e9, "logits": 1e9}, "cuda:1")
-    inside.around("mptk.chain.estimate.device_memory", lambda _, device: 2e9 if device.index == 1 else None)
+    inside.around("mptk.run.estimate.measure_device_memory", lambda _, device: 2e9 if device.index == 1 else None)
     said = r"at least 4\.0 GB of memory on cuda:1 \(3\.0 GB of it: weights\), and 2\.0 GB is free; .*, or --device cpu"
     with pytest.raises(MptkError, match=said):
-        check_fits(found, tmp_path)
-    check_fits(replace(found, device="cuda:0"), tmp_path)  # it does not say what is free
+        check_room_for(found, tmp_path)
+    check_room_for(replace(found, device="cuda:0"), tmp_path)  # it does not say what is free
 
 
 def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
@@ -231,7 +243,7 @@ def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
     prune(dense, tmp_path / "pruned", replace(SETTINGS, onnx=False))
     learning = Learning(steps=2, training=Training(batch=2, micro=2))
     settings = Settings(learning=learning, length=16, eval_length=16, onnx=False)
-    found = recovery.needed(tmp_path / "pruned", settings)
+    found = estimate_recovery(tmp_path / "pruned", settings)
     kept, parameters = (
         sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
         for folder in (tmp_path / "pruned", dense)
@@ -290,7 +302,7 @@ def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
     disk: int,
     said: str,
 ) -> None:
-    inside.gives("mptk.chain.estimate.free_memory", memory)
+    inside.gives("mptk.run.estimate.measure_free_memory", memory)
     inside.gives("shutil.disk_usage", Disk(disk))
     learning = Learning(steps=changes.get("steps", 0), rank=changes.get("rank"))
     changes = {name: value for name, value in changes.items() if name not in ("steps", "rank")}
@@ -304,25 +316,25 @@ def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
 def test_temporary_files_have_a_place_of_their_own(tmp_path: Path) -> None:
     found = Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1e18}, {})
     with pytest.raises(MptkError, match=r"temporary files need .*; set TMPDIR to a folder on a larger disk"):
-        check_fits(found, tmp_path / "not" / "there")
+        check_room_for(found, tmp_path / "not" / "there")
 
 
 def test_a_temporary_folder_that_is_gone_is_no_error_of_the_estimate(tmp_path: Path, inside: Inside) -> None:
     inside.bound("tempfile.tempdir", str(tmp_path / "gone"))
-    check_fits(Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1.0}, {}), tmp_path)
+    check_room_for(Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1.0}, {}), tmp_path)
 
 
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
     inside.bound("mptk.cost.estimate.SAMPLE", 1 << 16)
-    first = costs.this_machine()
+    first = costs.measure_machine()
     assert min(first.flops, first.read, first.write) > 0
     (kept,) = (tmp_path / "machine").iterdir()
     assert json.loads(kept.read_text())["rates"]["flops"] == first.flops
     known = json.loads(kept.read_text())
     kept.write_text(json.dumps({**known, "rates": {**known["rates"], "flops": 1.0}}))
-    assert costs.this_machine() == replace(first, flops=1.0)
-    narrow = costs.this_machine(dtype=torch.bfloat16)
+    assert costs.measure_machine() == replace(first, flops=1.0)
+    narrow = costs.measure_machine(dtype=torch.bfloat16)
     assert narrow.flops > 1
     assert narrow.speedup != 1
     assert len(list((tmp_path / "machine").iterdir())) == 2, "another type has a rate of its own"
@@ -330,8 +342,8 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_slow_type_is_timed_by_a_small_product(inside: Inside) -> None:
     """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
-    timed = inside.asked("mptk.cost.estimate.typical_ms", lambda *_, **__: 100.0)
-    assert costs.product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
+    timed = inside.asked("mptk.cost.estimate.measure_typical_ms", lambda *_, **__: 100.0)
+    assert costs.measure_product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
     assert len(timed) == 1
 
 
@@ -340,18 +352,20 @@ def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        inside.around("mptk.cost.estimate.typical_ms", lambda _, run, threads, seconds: 1.0 if threads == 1 else 90.0)
-        assert costs.product_rate(costs.CPU, torch.float32) == 2 * 1024 * 1024 * 4096 / 1e-3
-        inside.around("mptk.cost.estimate.typical_ms", lambda _, run, threads, seconds: 0.9 / threads)
-        assert costs.product_rate(costs.CPU, torch.float32) == pytest.approx(2 * 1024 * 1024 * 4096 / 0.45e-3)
+        inside.around(
+            "mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: 1.0 if threads == 1 else 90.0
+        )
+        assert costs.measure_product_rate(costs.CPU, torch.float32) == 2 * 1024 * 1024 * 4096 / 1e-3
+        inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: 0.9 / threads)
+        assert costs.measure_product_rate(costs.CPU, torch.float32) == pytest.approx(2 * 1024 * 1024 * 4096 / 0.45e-3)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
 def test_sizes_and_times_as_text() -> None:
-    assert [size_text(s) for s in (2.14e9, 3e7)] == ["2.1 GB", "30 MB"]
-    assert [duration(s) for s in (40, 119.6, 720, 12_600)] == ["40 s", "120 s", "12 min", "3.5 h"]
+    assert [describe_size(s) for s in (2.14e9, 3e7)] == ["2.1 GB", "30 MB"]
+    assert [describe_duration(s) for s in (40, 119.6, 720, 12_600)] == ["40 s", "120 s", "12 min", "3.5 h"]
     found = Estimate({"a": 1e9}, {"b": 1.1e9}, {"a": 5e8}, {"b": 1e8}, {"x": 30, "y": 10})
     assert str(found) == "will need about 2.1 GB of memory, 0.6 GB of disk and 40 s"
     assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")
@@ -363,22 +377,22 @@ def test_what_is_kept_of_the_machine_costs_no_run(
     """A file that is empty, damaged, a pipe or a folder is measured again; a cache that cannot be written is noted."""
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
     inside.bound("mptk.cost.estimate.SAMPLE", 1 << 10)
-    inside.gives("mptk.cost.estimate.product_rate", 1e9)
-    assert costs.this_machine().note == ""
+    inside.gives("mptk.cost.estimate.measure_product_rate", 1e9)
+    assert costs.measure_machine().note == ""
     (kept,) = (tmp_path / "cache" / "machine").iterdir()
     for content in ("", "{", "[]", '{"rates": 3}', '{"rates": {"flops": 0, "read": 1, "write": 1}}', "{}", None):
         kept.unlink()
         os.mkfifo(kept) if content is None else kept.write_text(content)
-        assert content == "{}" or "is damaged" in costs.this_machine().note
-        assert costs.this_machine().note == ""
+        assert content == "{}" or "is damaged" in costs.measure_machine().note
+        assert costs.measure_machine().note == ""
     kept.unlink()
     kept.mkdir()
-    assert "cannot write" in costs.this_machine().note
+    assert "cannot write" in costs.measure_machine().note
     for cache in ("/proc/x", "/dev/null/x"):
         monkeypatch.setenv("MPTK_CACHE", cache)
-        first = costs.this_machine()
+        first = costs.measure_machine()
         assert first.note.endswith("set MPTK_CACHE to a folder with room for it")
-        inside.gives("mptk.cost.estimate.product_rate", 2e9)
-        assert costs.this_machine() == first, "a process measures once"
-        inside.gives("mptk.cost.estimate.product_rate", 1e9)
+        inside.gives("mptk.cost.estimate.measure_product_rate", 2e9)
+        assert costs.measure_machine() == first, "a process measures once"
+        inside.gives("mptk.cost.estimate.measure_product_rate", 1e9)
     assert first.note in str(estimate(toy(tied=True), WORK, first, bound=1e9))

@@ -40,17 +40,17 @@ class TestPerplexity:
         for row in ids:
             loss = model(row[None], labels=row[None]).loss  # transformers' own: mean over the 12 tokens predicted
             total += loss.item() * 12
-        measured = evaluation.perplexity(lambda t: model(t, use_cache=False).logits, ids, data="toy")
+        measured = evaluation.measure_perplexity(lambda t: model(t, use_cache=False).logits, ids, data="toy")
         assert measured.nll == pytest.approx(total / 60, rel=1e-5)
         assert measured.value == pytest.approx(math.exp(total / 60), rel=1e-5)
         assert (measured.tokens, measured.windows, measured.length) == (60, 5, 13)
 
     def test_uniform_prediction_gives_the_vocabulary(self) -> None:
-        measured = evaluation.perplexity(lambda t: torch.zeros(*t.shape, 37), windows() % 37, data="x")
+        measured = evaluation.measure_perplexity(lambda t: torch.zeros(*t.shape, 37), windows() % 37, data="x")
         assert measured.value == pytest.approx(37, rel=1e-6)
 
     def test_hopeless_prediction_is_infinite(self) -> None:
-        measured = evaluation.perplexity(
+        measured = evaluation.measure_perplexity(
             lambda t: torch.nn.functional.one_hot(t, 300).float() * 1e4, torch.tensor([[3, 4, 5]]), data="x"
         )
         assert measured.value == math.inf
@@ -60,7 +60,7 @@ class TestPerplexity:
         def logits(tokens: torch.Tensor) -> torch.Tensor:
             return torch.zeros(*tokens.shape, 300, dtype=torch.bfloat16)
 
-        measured = evaluation.perplexity(logits, windows()[:3], data="wiki")
+        measured = evaluation.measure_perplexity(logits, windows()[:3], data="wiki")
         assert measured.protocol == (
             "wiki: 3 windows of 13 tokens, stride 13, in the text's order, "
             "first token of each not predicted, 36 predicted, bfloat16"
@@ -68,7 +68,7 @@ class TestPerplexity:
 
     def test_progress(self) -> None:
         calls: list[tuple[int, int]] = []
-        evaluation.perplexity(
+        evaluation.measure_perplexity(
             lambda t: torch.zeros(*t.shape, 300),
             windows(),
             data="x",
@@ -79,7 +79,7 @@ class TestPerplexity:
     @pytest.mark.parametrize("shape", [(0, 13), (4, 1)])
     def test_nothing_to_predict(self, shape: tuple[int, int]) -> None:
         with pytest.raises(MptkError, match="no token to predict"):
-            evaluation.perplexity(lambda t: t, torch.zeros(shape, dtype=torch.long), data="x")
+            evaluation.measure_perplexity(lambda t: t, torch.zeros(shape, dtype=torch.long), data="x")
 
 
 class TestZeroShot:
@@ -173,8 +173,8 @@ def test_packaged_model_on_english() -> None:
     words = sorted(text.split())
 
     def measure(text: str) -> float:
-        ids = data.token_windows([text], loaded.tokenizer, 60, 1, seed=None)
-        return evaluation.perplexity(lambda t: loaded.model(t, use_cache=False).logits, ids, data="x").value
+        ids = data.make_token_windows([text], loaded.tokenizer, 60, 1, seed=None)
+        return evaluation.measure_perplexity(lambda t: loaded.model(t, use_cache=False).logits, ids, data="x").value
 
     assert measure(text) < 15
     assert measure(" ".join(words)) > 100

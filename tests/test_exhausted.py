@@ -24,8 +24,8 @@ from toy_checkpoints import TEXT, llama, saved
 
 import mptk
 from mptk import MptkError, trace
-from mptk.errors import Exhausted, explained
-from mptk.ir.samples import next_tokens
+from mptk.errors import Exhausted, explain_errors
+from mptk.ir.samples import make_token_samples
 from passes.verify import prove
 
 TOO_MANY = 10**14
@@ -60,7 +60,7 @@ def failing(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_out_of_memory(run: Callable[[], object], amount: str) -> None:
-    with pytest.raises(Exhausted) as raised, explained():
+    with pytest.raises(Exhausted) as raised, explain_errors():
         run()
     assert str(raised.value).startswith(f"out of memory{amount}; free some, or lower --length")
     assert "\n" not in str(raised.value)
@@ -72,7 +72,7 @@ def test_a_device_is_named() -> None:
     )
     with (
         pytest.raises(Exhausted, match=r"^the CUDA device is out of memory \(2.5 GiB more were asked for\); "),
-        explained(),
+        explain_errors(),
     ):
         raise error
 
@@ -89,7 +89,7 @@ def test_a_device_is_named() -> None:
     ],
 )
 def test_a_full_disk(error: Exception, said: str) -> None:
-    with pytest.raises(Exhausted, match=said), explained():
+    with pytest.raises(Exhausted, match=said), explain_errors():
         raise error
 
 
@@ -107,7 +107,7 @@ TOO_MANY_FILES = "too many open files; let the process open more, as with `ulimi
     ],
 )
 def test_too_many_open_files(error: Exception) -> None:
-    with pytest.raises(Exhausted) as raised, explained():
+    with pytest.raises(Exhausted) as raised, explain_errors():
         raise error
     assert str(raised.value) == TOO_MANY_FILES
 
@@ -154,7 +154,7 @@ def test_other_errors_stay_as_they_are() -> None:
         OSError(errno.ENOENT, "No such file"),
         MptkError("no such model; see"),
     ):
-        with pytest.raises(type(error)) as raised, explained():
+        with pytest.raises(type(error)) as raised, explain_errors():
             raise error
         assert raised.value is error
 
@@ -166,14 +166,14 @@ def test_a_message_that_names_the_place_is_kept_and_one_that_hides_the_memory_is
         except Exception as error:
             raise MptkError("cannot load or write model; check the model") from error
 
-    with pytest.raises(MptkError, match=r"^cannot load"), explained():
+    with pytest.raises(MptkError, match=r"^cannot load"), explain_errors():
         wrapped(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(Exhausted, match=r"^out of memory"), explained():
+    with pytest.raises(Exhausted, match=r"^out of memory"), explain_errors():
         wrapped(MemoryError())
 
 
 def test_the_proof_does_not_take_it_for_a_wrong_result() -> None:
-    batch = next_tokens(torch.zeros(1, 3, dtype=torch.int64))
+    batch = make_token_samples(torch.zeros(1, 3, dtype=torch.int64))
     masked = trace(torch.nn.Embedding(7, 5), batch.tensors)
     with pytest.raises(Exhausted, match="out of memory"):
         prove(masked, {"stage": (lambda batch: torch.empty(TOO_MANY), 1e-3)}, batch)
@@ -182,7 +182,7 @@ def test_the_proof_does_not_take_it_for_a_wrong_result() -> None:
 def test_the_command_line_prints_one_line(
     capsys: pytest.CaptureFixture[str], inside: Inside, typed: Callable[..., int]
 ) -> None:
-    inside.around("mptk.io.models.skeleton", lambda *_, **__: torch.empty(TOO_MANY))
+    inside.around("mptk.io.models.build_skeleton", lambda *_, **__: torch.empty(TOO_MANY))
     assert typed("show", "anything") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "0 s  " not in line]
     assert line.startswith("error: out of memory (4e+05 GB more were asked for); ")

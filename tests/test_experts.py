@@ -28,10 +28,10 @@ from transformers import (
 import mptk
 from mptk import MptkError, Plan, analyze, trace
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
 from mptk.methods.criteria.observe import Calibration
-from passes.targets.derived import derived_families
+from passes.targets.derived import find_derived_families
 
 PLANTED = 3
 SIZES = architectures.GROUPED
@@ -68,9 +68,9 @@ def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_n
             own.append((gates * (routed(moe, n, expert)[1] @ down[expert].T).norm(dim=1)).mean())
         return torch.stack(own).detach()[None]
 
-    found = criteria.score(moe.analysis, "reap", WINDOWS, families=["experts", "ffn"])
+    found = criteria.score_units(moe.analysis, "reap", WINDOWS, families=["experts", "ffn"])
     assert_scores(found["experts"], layers(scores))
-    assert_scores(found["ffn"], criteria.score(moe.analysis, "wanda", WINDOWS, families=["ffn"])["ffn"])
+    assert_scores(found["ffn"], criteria.score_units(moe.analysis, "wanda", WINDOWS, families=["ffn"])["ffn"])
 
 
 def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_path: Path) -> None:
@@ -79,17 +79,19 @@ def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_
     kept = prune(model, tmp_path / "reap", "--method", "reap", *options)
     assert kept == {(0, 1, 2, 4)}
     for other in ("magnitude", "wanda"):
-        scores = criteria.score(analyze(trace(model, dynamic=True)), other, WINDOWS, families=["experts"])["experts"]
+        scores = criteria.score_units(analyze(trace(model, dynamic=True)), other, WINDOWS, families=["experts"])[
+            "experts"
+        ]
         assert (scores.argmax(-1) == PLANTED).all()
 
 
 def test_it_is_said_which_share_of_the_tokens_choices_is_lost(moe: Case) -> None:
     reap, given = (
         criteria.CRITERIA["reap"],
-        Calibration(moe.analysis, [moe.analysis.family("experts")], next_tokens(WINDOWS)),
+        Calibration(moe.analysis, [moe.analysis.variable("experts")], make_token_samples(WINDOWS)),
     )
-    scores, evidence = criteria.measured(reap, given)
-    cut = resolve_plan(moe.analysis, plan := criteria.select(moe.analysis, scores, {"experts": 3}))
+    scores, evidence = criteria.measure_and_score(reap, given)
+    cut = resolve_plan(moe.analysis, plan := criteria.select_units(moe.analysis, scores, {"experts": 3}))
     kept = plan.families["experts"].keep
     chosen = {layer: moe.inputs[f"{layer}.experts" if layer.endswith("mlp") else layer][1] for layer in kept}
     lost = sum(int((~torch.isin(chosen[layer], torch.tensor(rows[0]))).sum()) for layer, rows in kept.items())
@@ -129,16 +131,16 @@ def test_groups_of_experts_keep_their_number_and_as_many_experts_as_a_token_has(
     analysis = analyze(trace(grouped(), dynamic=True))
     groups, within = (analysis.family(name) for name in ("experts.1", "experts.2"))
     assert (groups.size, within.size, within.minimum) == (2, 5, 3)
-    assert derived_families(analysis)[groups.name].endswith("into as many groups as before")
-    assert within.name not in derived_families(analysis)
-    scores = criteria.score(analysis, "reap", WINDOWS, families=[groups.name, within.name])
+    assert find_derived_families(analysis)[groups.name].endswith("into as many groups as before")
+    assert within.name not in find_derived_families(analysis)
+    scores = criteria.score_units(analysis, "reap", WINDOWS, families=[groups.name, within.name])
     assert_scores(scores[groups.name], scores[within.name].sum(-1)[:, None])
 
 
 def test_fewer_experts_than_a_token_has_are_refused(moe: Case) -> None:
     assert moe.analysis.family("experts").minimum == moe.model.config.num_experts_per_tok
-    scores = criteria.score(moe.analysis, "random", families=["experts"])
-    plan = criteria.select(moe.analysis, scores, {"experts": 1})
+    scores = criteria.score_units(moe.analysis, "random", families=["experts"])
+    plan = criteria.select_units(moe.analysis, scores, {"experts": 1})
     with pytest.raises(MptkError, match="experts cannot have width 1: it needs at least 2"):
         mptk.rewrite(moe.analysis, plan)
 
@@ -164,12 +166,12 @@ class Ungated(torch.nn.Module):
 
 def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
     with pytest.raises(MptkError, match=r"none are in ffn, hidden; name a family of experts .* --method wanda"):
-        criteria.score(moe.analysis, "reap", WINDOWS, families=["ffn", "hidden"])
+        criteria.score_units(moe.analysis, "reap", WINDOWS, families=["ffn", "hidden"])
     model = Ungated()
     analysis = analyze(trace(model, (WINDOWS,), dynamic=True))
     (family,) = (f for f in analysis.families if f.size == 5)
     with pytest.raises(MptkError, match=r"no router weight multiplies .* use --method wanda"):
-        criteria.score(analysis, "reap", WINDOWS, families=[family.name])
+        criteria.score_units(analysis, "reap", WINDOWS, families=[family.name])
 
 
 @pytest.mark.parametrize(

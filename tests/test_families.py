@@ -15,9 +15,9 @@ from cutting import cut_and_compare, largest, random_plan
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.alignment import read_alignment
-from mptk.ir.axes import leaves
+from mptk.ir.axes import list_axes
 from mptk.ir.families import Analysis
-from mptk.ir.ops import op_name
+from mptk.ir.ops import name_op
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.targets import find_target
@@ -210,7 +210,7 @@ def test_every_axis_of_every_weight_is_offered_or_blocked_with_a_reason(architec
     assert names == set(found.program.parameters)
     for name in found.program.parameters:
         for d, term in enumerate(found.weights[name]):
-            assert offered.issuperset(leaves(term)) or f"{name}[{d}]" in blocked
+            assert offered.issuperset(list_axes(term)) or f"{name}[{d}]" in blocked
     assert all(b.reasons for b in found.blocked)
     assert {b.size for b in found.blocked} <= {VOCAB, 64, 66}  # and tables of positions
 
@@ -227,19 +227,19 @@ def test_each_family_cut_at_random_equals_the_masked_model(architecture: str) ->
 def test_experts_in_bfloat16_take_another_op() -> None:
     """The same families; equal up to the format's rounding."""
     found = analyze(trace(model("mixtral").bfloat16(), (tokens(),)))
-    assert "aten._grouped_mm.default" in {op_name(n) for n in found.facts.results}
-    assert "transformers.grouped_mm_fallback.default" in {op_name(n) for n in analysis("mixtral").facts.results}
+    assert "aten._grouped_mm.default" in {name_op(n) for n in found.facts.results}
+    assert "transformers.grouped_mm_fallback.default" in {name_op(n) for n in analysis("mixtral").facts.results}
     assert listing(found) == listing(analysis("mixtral"))
 
 
 def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_float32_trace_needs_none() -> None:
     """The class calls torch's kernel, in whatever type its checkpoint is loaded."""
-    legal = find_target("stock").legal(analysis("mixtral"), model("mixtral"), read_alignment("1"))
-    free = find_target("graph").legal(analysis("mixtral"), model("mixtral"), read_alignment("1")).ladders
+    legal = find_target("stock").find_legal(analysis("mixtral"), model("mixtral"), read_alignment("1"))
+    free = find_target("graph").find_legal(analysis("mixtral"), model("mixtral"), read_alignment("1")).ladders
     for name in ("hidden", "ffn"):
         assert {width % 8 for width in legal.ladders[name]} == {0}
         assert {width % 8 for width in free[name]} == {*range(8)}
-        found = legal.stock.config({name: legal.ladders[name][0]})
+        found = legal.stock.build_config({name: legal.ladders[name][0]})
         assert isinstance(found, StockConfig)
         assert found.model_class(found.config).bfloat16()(tokens()).logits.isfinite().all()
 
@@ -360,7 +360,7 @@ def test_equal_sizes_are_not_mixed_up(architecture: str) -> None:
 def shifted(found: Analysis, plan: Plan, weight: str) -> Program:
     """The cut program, with one weight's kept rows moved on by one: the right number of wrong rows."""
     cut = resolve_plan(found, plan)
-    kept = torch.from_numpy(cut.positions(found.weights[weight][0]))
+    kept = torch.from_numpy(cut.find_positions(found.weights[weight][0]))
     tensor = found.program.state[weight]
     return mptk.rewrite(found, plan).with_state({weight: tensor[(kept + 1) % len(tensor)]})
 

@@ -72,7 +72,7 @@ def unmasked(inside: Inside) -> None:
 
 def untied(inside: Inside) -> None:
     head = "lm_head.weight"
-    inside.spoil("mptk.ir.program.Program.state_dict", lambda state: state.updated({head: state[head] + 1}))
+    inside.spoil("mptk.ir.program.Program.state_dict", lambda state: state.with_entries({head: state[head] + 1}))
 
 
 def other_state(name: str, size: int) -> Inject:
@@ -128,7 +128,7 @@ def test_a_step_that_goes_wrong(lab: Lab, inside: Inside, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
 def test_logits_show_a_wrong_config_too(lab: Lab, inside: Inside, name: str) -> None:
-    inside.gives("mptk.targets.stock.check_config", mptk.proof.proof.Difference("config", 0.0, 0.0, 0.0))
+    inside.gives("mptk.targets.stock.check_written_config", mptk.proof.proof.Difference("config", 0.0, 0.0, 0.0))
     STEPS[name][0](inside)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
         lab.prune(onnx=False)
@@ -150,12 +150,12 @@ def swapped_rows(inside: Inside) -> None:
         result[name][list(kept)] = result[name][list(kept)[::-1]]
         return result
 
-    inside.spoil("mptk.chain.fit.widened", damaged)
+    inside.spoil("mptk.run.recover.widen_weights", damaged)
 
 
 TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
-    "recovery dropped": (lambda inside: inside.gives("mptk.chain.fit.widened", {}), "trained model"),
+    "recovery dropped": (lambda inside: inside.gives("mptk.run.recover.widen_weights", {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
 }
 LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=3e-3))
@@ -328,7 +328,7 @@ def test_a_folder_that_was_edited_with_a_manifest_that_fits(lab: Lab, name: str)
 def test_a_quantised_graph_whose_logits_are_not_the_float_graphs(lab: Lab, inside: Inside) -> None:
     """Also if every weight is right: NaN never passes."""
     inside.around(
-        "mptk.ort.decoder.OrtDecoder.logits",
+        "mptk.ort.decoder.OrtDecoder.compute_logits",
         lambda logits, self, ids: logits(self, ids) * (np.nan if "quantization" in self.metadata else 1),
     )
     with pytest.raises(MptkError, match="the proof fails at 'int8 logits'"):
@@ -346,7 +346,7 @@ def test_decoding_with_positions_that_are_one_too_far(lab: Lab, inside: Inside, 
             given["position_ids"] = type(given["position_ids"]).ortvalue_from_numpy(positions)
         return given
 
-    inside.around("mptk.ort.decoder.OrtDecoder.feeds", shifted)
+    inside.around("mptk.ort.decoder.OrtDecoder.make_feeds", shifted)
     with pytest.raises(MptkError, match=f"the proof fails at 'ONNX Runtime {stage}'"):
         mptk.verify(lab.folder)
 

@@ -15,19 +15,19 @@ import pytest
 from inside import Inside
 
 from mptk import MptkError
-from mptk.files import json_text, staged, write_file, write_json, write_text, write_together
+from mptk.files import format_json, make_staging, write_file, write_json, write_text, write_together
 from mptk.publish import manifest
 from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHERS = ["mptk/cli/failure.py", "mptk/chain/estimate.py", "mptk/targets/onnx.py", "passes/targets/onnx/tensors.py"]
+OTHERS = ["mptk/cli/failure.py", "mptk/run/estimate.py", "mptk/targets/onnx.py", "passes/targets/onnx/tensors.py"]
 """Two ask where temporary files go, one removes a folder in its own output, one opens a file without a name."""
 
 
 def test_json_has_null_for_what_is_no_number() -> None:
     content = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": math.nan}, "d": "NaN", "e": True}
-    found = json.loads(json_text(content), parse_constant=lambda name: pytest.fail(name))
+    found = json.loads(format_json(content), parse_constant=lambda name: pytest.fail(name))
     assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN", "e": True}
 
 
@@ -40,11 +40,11 @@ def test_all_json_is_written_by_the_one_helper() -> None:
     ]
     assert sorted(writers) == [
         "mptk/compat/llama_cpp.py",
-        "mptk/files/marks.py",
+        "mptk/files/places.py",
         "mptk/files/replace.py",
         "mptk/reading.py",
         "mptk/targets/beside.py",
-    ]  # llama_cpp runs without mptk; but replace and marks the others look at values
+    ]  # llama_cpp runs without mptk; but for replace and places the others look at values
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path, inside: Ins
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    inside.around("mptk.files.staging._locked", full)
+    inside.around("mptk.files.staging._open_lock", full)
     with pytest.raises(OSError, match="No space left"):
         write_file(tmp_path / "weights", Path.touch)
     assert list(tmp_path.iterdir()) == []
@@ -162,18 +162,18 @@ def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, in
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     time.sleep(0.05)
-    before, state = manifest.file_sha256(file), file.stat()
-    assert manifest.file_sha256(file) == before == hashlib.sha256(b"one").hexdigest()
+    before, state = manifest.hash_file(file), file.stat()
+    assert manifest.hash_file(file) == before == hashlib.sha256(b"one").hexdigest()
     assert len(read) == 1
     file.write_bytes(b"two")
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert manifest.file_sha256(file) == hashlib.sha256(b"two").hexdigest()
+    assert manifest.hash_file(file) == hashlib.sha256(b"two").hexdigest()
     file.write_bytes(b"six")  # at once, when a coarse clock may not show it
-    assert manifest.file_sha256(file) == hashlib.sha256(b"six").hexdigest()
+    assert manifest.hash_file(file) == hashlib.sha256(b"six").hexdigest()
 
 
 def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path, inside: Inside) -> None:
-    folder = staged(tmp_path)
+    folder = make_staging(tmp_path)
     inside.stop("os.rmdir", error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         folder.close()

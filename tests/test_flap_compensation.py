@@ -14,7 +14,7 @@ import mptk
 from mptk import Plan, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
 from mptk.methods.criteria import Calibration, Compensation
 from mptk.methods.criteria.flap import FLAP, compensate
@@ -32,9 +32,9 @@ def error(case: Case, program: Any, plan: Any) -> float:
 
 def flapped(analysis: Analysis, widths: dict[str, int]) -> tuple[Plan, Compensation]:
     """The plan of FLAP's scores, and its corrections."""
-    families = [analysis.family(name) for name in widths]
-    scores, evidence = criteria.measured(FLAP, Calibration(analysis, families, next_tokens(WINDOWS)))
-    plan = criteria.select(analysis, scores, widths)
+    families = [analysis.variable(name) for name in widths]
+    scores, evidence = criteria.measure_and_score(FLAP, Calibration(analysis, families, make_token_samples(WINDOWS)))
+    plan = criteria.select_units(analysis, scores, widths)
     return plan, compensate(analysis, resolve_plan(analysis, plan), evidence)
 
 

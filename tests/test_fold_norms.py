@@ -22,9 +22,9 @@ from mptk import FamilyPlan, MptkError, Plan, analyze, prune, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.rules.resizer import scale_of
-from passes.transforms.fold_norms import FoldNorms, unfoldable
+from passes.transforms.fold_norms import FoldNorms, find_unfoldable
 from passes.transforms.masked_reference import mask
-from passes.transforms.rewrite import rewrite
+from passes.transforms.rewrite import rewrite_program
 
 SIZES = {
     "hidden_size": 48,
@@ -49,7 +49,7 @@ def test_scales_go_into_weights_and_epsilons(name):
     analysis = analyze(trace(model))
     keep = tuple(sorted(torch.randperm(48)[:30].tolist()))
     plan = Plan({"hidden": FamilyPlan(30, 48, {analysis.family("hidden").groups[0].layer: (keep,)})})
-    cut = rewrite(analysis, plan)
+    cut = rewrite_program(analysis, plan)
     result = FoldNorms().run(cut)
     folded, epsilons = result.program, result.epsilons
     with torch.no_grad():
@@ -157,7 +157,11 @@ def cut_width(body: Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]) -> t
     analysis = analyze(trace(module, (X,)))
     (family,) = analysis.families
     plan = Plan({family.name: FamilyPlan(KEPT, WIDTH, {g.layer: (tuple(range(2, 2 + KEPT)),) for g in family.groups})})
-    return mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan), unfoldable(analysis, family)
+    return (
+        mask(analysis, resolve_plan(analysis, plan)),
+        rewrite_program(analysis, plan),
+        find_unfoldable(analysis, family),
+    )
 
 
 def scales(program: Program) -> int:

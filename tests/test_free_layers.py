@@ -21,10 +21,11 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Plan, analyze, trace
-from mptk.compile.changes import changes_of
+from mptk.compile.cut import find_changes
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods.division.layers import LEVELS, Curve, divide, levels
+from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide
+from mptk.methods.division.selection import tie_layers
 from mptk.trust import NO_CODE
 
 SETTINGS = mptk.Settings(
@@ -54,7 +55,7 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     """Its layers' widths differ, whatever calibration says of a model that has learned nothing."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     with changed() as inside:
-        inside.around("mptk.methods.division.trial.losses", falling)
+        inside.around("mptk.methods.division.trial.measure_losses", falling)
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
@@ -109,7 +110,7 @@ def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.P
     """MaskPrune's choice of units at widths that are ``pruned``'s, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
     with changed() as inside:
-        inside.around("mptk.methods.division.trial.losses", falling)
+        inside.around("mptk.methods.division.trial.measure_losses", falling)
         asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)
     assert found is not None
@@ -145,12 +146,12 @@ def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned
     name = "model.layers.1.mlp.down_proj.weight"
     plan = Plan.load(folder / "plan.json")
     model = LlamaForCausalLM.from_pretrained(checkpoint)
-    analysis = analyze(trace(model, dynamic=True)).divided(plan.divided)
+    analysis = analyze(trace(model, dynamic=True))
     cut, report = resolve_plan(analysis, plan), mptk.Report.read(folder)
     for damaged in (weights | {name: weights[name][:, 1:]}, {n: w for n, w in weights.items() if n != name}):
         save_file({n: w.contiguous() for n, w in damaged.items()}, folder / "model.safetensors")
         with pytest.raises(MptkError, match=rf"does not hold {re.escape(name)} of shape"):
-            changes_of(analysis, cut, folder, report, trust=NO_CODE)
+            find_changes(analysis, cut, folder, report, trust=NO_CODE)
 
 
 def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:
@@ -271,36 +272,71 @@ def test_a_plan_names_no_unit_twice() -> None:
         resolve_plan(analysis, plan)
 
 
+@pytest.mark.parametrize(
+    ("asked", "tied", "whole"),
+    [
+        ({}, {"ffn": (0, 1, 2)}, set()),
+        ({"layers": "1-2"}, {"ffn": (1, 2), "ffn.0": (0,)}, {"ffn.0"}),
+        ({"keep": ("ffn.1",)}, {"ffn": (0, 2), "ffn.1": (1,)}, {"ffn.1"}),
+        ({"widths": {"ffn": 40, "ffn.1": 60}}, {"ffn": (0, 2), "ffn.1": (1,)}, set()),
+        ({"families": ("ffn.1",)}, {"ffn": (1,), "ffn.0": (0,), "ffn.2": (2,)}, {"ffn.0", "ffn.2"}),
+        (
+            {"families": ("ffn.1",), "widths": {"ffn.1": 60}},
+            {"ffn.0": (0,), "ffn.1": (1,), "ffn.2": (2,)},
+            {"ffn.0", "ffn.2"},
+        ),
+    ],
+)
+def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whole: set[str]) -> None:
+    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", **asked))
+    assert {v.name: v.layers for v in found.variables.values() if v.family.name == "ffn"} == tied
+    assert {name for name in found.whole if name.startswith("ffn")} == whole
+    assert found.untied >= ({"ffn"} if len(tied) > 1 else set())
+    assert found.keep == ()
+
+
+def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
+    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", layers="1-2"))
+    cost = CostModel(analysis)
+    assert cost.tie(found.variables).compute_sparsity({"ffn": 32}) == cost.compute_sparsity({"ffn.1": 32, "ffn.2": 32})
+    assert cost.compute_sparsity({"ffn": 32}) == cost.compute_sparsity({f"ffn.{i}": 32 for i in range(3)})
+
+
 def test_no_other_division_loses_less() -> None:
     """Against all divisions of the same layers, with convex curves."""
-    whole = analyze(trace(toys.llama(layers=3), dynamic=True))
-    cost = CostModel(whole.divided(["ffn"]))
+    cost = CostModel(analyze(trace(toys.llama(layers=3), dynamic=True)))
     steepness = {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
     ladder = tuple(range(4, 65, 4))
 
     def loss(name: str, width: float) -> float:
         return steepness[name] * (1 - width / 64) ** 2
 
-    widths = levels(ladder)
+    widths = choose_levels(ladder)
     curves = {name: Curve(widths, tuple(loss(name, w) for w in widths)) for name in steepness}
     found = divide(curves, dict.fromkeys(steepness, ladder), cost, 0.2)
     best = min(
-        (w for w in itertools.product(widths, repeat=3) if cost.sparsity(dict(zip(steepness, w, strict=True))) >= 0.2),
+        (
+            w
+            for w in itertools.product(widths, repeat=3)
+            if cost.compute_sparsity(dict(zip(steepness, w, strict=True))) >= 0.2
+        ),
         key=lambda w: sum(loss(name, width) for name, width in zip(steepness, w, strict=True)),
     )
-    assert cost.sparsity(found) == pytest.approx(0.2, abs=0.01)
+    assert cost.compute_sparsity(found) == pytest.approx(0.2, abs=0.01)
     assert sum(loss(n, w) for n, w in found.items()) <= sum(loss(n, w) for n, w in zip(steepness, best, strict=True))
 
 
 def test_levels_are_legal_and_fall_from_the_whole() -> None:
-    assert levels(range(4, 65, 4)) == (64, *(round(64 * share) for share in LEVELS))
-    assert levels([1, 2, 3]) == (3, 2, 1)
-    assert levels([7]) == (7,)
+    assert choose_levels(range(4, 65, 4)) == (64, *(round(64 * share) for share in LEVELS))
+    assert choose_levels([1, 2, 3]) == (3, 2, 1)
+    assert choose_levels([7]) == (7,)
 
 
 def test_a_curve_that_rises_again_is_read_as_level() -> None:
     """Noise may make a narrower layer seem better than a wider one."""
-    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)).divided(["ffn"]))
+    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)))
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
-    widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.sparsity({"ffn.1": 16}))
+    widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.compute_sparsity({"ffn.1": 16}))
     assert widths == {"ffn.0": 64, "ffn.1": 16}

@@ -1,6 +1,6 @@
 """Gaps: what removed blocks add is made up for by the layer before them.
 
-It reaches for mptk.methods.gaps and mptk.methods.reconstruct: which layer it is, and the fit without a run around it.
+It reaches for mptk.methods.reconstruct and mptk.methods.reconstruct: which layer it is, and the fit without a run around it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from mptk import FamilyPlan, Plan, Samples, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
-from mptk.methods.gaps import find_gaps
-from mptk.methods.reconstruct import reconstruct_consumers
+from mptk.ir.samples import make_token_samples
+from mptk.methods.reconstruct import find_gaps, reconstruct_consumers
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite, find_mask_sites
 from passes.transforms.masked_reference import mask
@@ -111,7 +110,7 @@ def test_the_layer_is_found_in_the_graph(architecture: str, layer: str | None) -
     assert [gap.weight for gap in find_gaps(analysis, resolve_plan(analysis, plan))] == [f"{layer}.weight"] * bool(
         layer
     )
-    before, after = errors(analysis, plan, next_tokens(ids))
+    before, after = errors(analysis, plan, make_token_samples(ids))
     assert after < 0.9 * before if layer else after == before
 
 

@@ -14,9 +14,9 @@ from toy_checkpoints import llama, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mptk import MptkError, Settings
-from mptk.api.graphs import export_folder, onnx_folder
+from mptk.api.graphs import export_folder, find_onnx_folder
 from mptk.ort.decoder import OrtDecoder
-from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate
+from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate_tokens
 
 PROMPTS = [[5, 9, 31, 7], [8], [40, 41, 42, 43, 44, 45, 46]]
 NEW = 12
@@ -52,21 +52,21 @@ def greedy(model, prompt: list[int]) -> list[int]:
 def test_greedy_tokens_of_a_batch_are_those_of_transformers_alone(source, decoder):
     """No padding token is ever seen, wherever it is."""
     model = AutoModelForCausalLM.from_pretrained(source)
-    steps = list(generate(decoder, PROMPTS, limit=NEW))
+    steps = list(generate_tokens(decoder, PROMPTS, limit=NEW))
     for prompt, tokens in zip(PROMPTS, zip(*steps, strict=True), strict=True):
         expected = greedy(model, prompt)
         assert list(tokens[: len(expected)]) == expected
 
 
 def test_a_sequence_ends_at_its_stop_token_and_the_rest_go_on(decoder):
-    full = list(zip(*generate(decoder, PROMPTS, limit=NEW), strict=True))
+    full = list(zip(*generate_tokens(decoder, PROMPTS, limit=NEW), strict=True))
     stop = full[0][2]
-    found = list(zip(*generate(decoder, PROMPTS, limit=NEW, stop={stop}), strict=True))
+    found = list(zip(*generate_tokens(decoder, PROMPTS, limit=NEW, stop={stop}), strict=True))
     for before, after in zip(full, found, strict=True):
         end = before.index(stop) + 1 if stop in before else len(before)
         assert list(after[:end]) == list(before[:end])
         assert set(after[end:]) <= {None}
-    assert len(list(generate(decoder, PROMPTS[:1], limit=NEW, stop={stop}))) == full[0].index(stop) + 1
+    assert len(list(generate_tokens(decoder, PROMPTS[:1], limit=NEW, stop={stop}))) == full[0].index(stop) + 1
 
 
 def test_draws_repeat_with_their_seed_and_follow_the_distribution():
@@ -85,7 +85,7 @@ def test_draws_repeat_with_their_seed_and_follow_the_distribution():
 
 def test_sampled_text_repeats_with_its_seed(decoder):
     def run(seed: int) -> list:
-        return list(generate(decoder, PROMPTS, limit=6, sampling=Sampling(1.5, top_k=0), seed=seed))
+        return list(generate_tokens(decoder, PROMPTS, limit=6, sampling=Sampling(1.5, top_k=0), seed=seed))
 
     assert run(1) == run(1) != run(2)
 
@@ -96,7 +96,7 @@ def test_the_exported_folder_has_what_consumers_look_for(source, folder):
     names = {path.name for path in (folder / "onnx").iterdir()}
     assert names == {"model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data"}
     assert not list(folder.glob("*.safetensors"))
-    assert onnx_folder(str(folder)) == onnx_folder(str(folder / "onnx")) == folder / "onnx"
+    assert find_onnx_folder(str(folder)) == find_onnx_folder(str(folder / "onnx")) == folder / "onnx"
 
 
 def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
@@ -104,9 +104,9 @@ def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
     ids = np.array([PROMPTS[2]])
     assert last.last_only
     assert not decoder.last_only
-    np.testing.assert_allclose(last.logits(ids), decoder.logits(ids)[:, -1:], atol=1e-4)
+    np.testing.assert_allclose(last.compute_logits(ids), decoder.compute_logits(ids)[:, -1:], atol=1e-4)
     with pytest.raises(MptkError, match="--logits all"):
-        last.torch_logits(torch.tensor(ids))
+        last.compute_torch_logits(torch.tensor(ids))
 
 
 def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, folder, decoder, tmp_path):
@@ -115,7 +115,7 @@ def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, f
     ids = np.array([PROMPTS[2]])
     other = OrtDecoder(tmp_path / "out", threads=1)
     assert (other.metadata["objective"], decoder.metadata["objective"]) == ("prefill", "decode")
-    np.testing.assert_allclose(other.logits(ids), decoder.logits(ids), atol=1e-4)
+    np.testing.assert_allclose(other.compute_logits(ids), decoder.compute_logits(ids), atol=1e-4)
     heads = []
     for place in (tmp_path / "out", folder):
         graph = onnx.load(place / "onnx" / "model.onnx", load_external_data=False).graph

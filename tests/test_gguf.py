@@ -21,7 +21,7 @@ import mptk
 from benchmarks import gguf_models as tiny
 from mptk import MptkError, Plan
 from mptk.api import graphs as api
-from mptk.compile.changes import stored_weights
+from mptk.compile.cut import open_pruned_weights
 from mptk.config.choices import GgufType
 from mptk.files.outputs import check_file
 from mptk.io import models
@@ -29,7 +29,7 @@ from mptk.ir.weights import Weights
 from mptk.targets.gguf import architectures, tokenizer
 from mptk.targets.gguf.architectures import ARCHITECTURES
 from mptk.targets.gguf.folder import GgufFolder
-from mptk.targets.gguf.weights import GgufWeights, arranged
+from mptk.targets.gguf.weights import GgufWeights, arrange_weights
 from mptk.trust import NO_CODE
 
 CLOSE, ROUNDED = 2e-5, 1e-2
@@ -38,7 +38,7 @@ CLOSE, ROUNDED = 2e-5, 1e-2
 
 def write(folder: Path, out: Path, kind: GgufType = "auto") -> GgufFolder:
     """A whole model's folder as a file."""
-    weights, config = stored_weights(folder, trust=NO_CODE), models.load_config(str(folder))
+    weights, config = open_pruned_weights(folder, trust=NO_CODE), models.load_config(str(folder))
     made = GgufFolder(folder, weights, Plan({}), config, None, kind)
     made.write(out)
     return made
@@ -87,7 +87,7 @@ def test_experts_that_llama_cpp_would_not_find_are_refused() -> None:
     base, dense = ARCHITECTURES["glm4_moe"], tiny.model("glm4_moe").state_dict()
 
     def held(state: dict[str, torch.Tensor]) -> GgufWeights:
-        return GgufWeights(arranged(Weights(state), base, 32, tied=False), base, 32, "f32")
+        return GgufWeights(arrange_weights(Weights(state), base, 32, tied=False), base, 32, "f32")
 
     assert held(dense).leading == 1
     narrow = {
@@ -192,7 +192,7 @@ def test_a_config_that_llama_cpp_does_not_compute(name: str, changes: dict[str, 
     for field, value in changes.items():
         setattr(config, field, value)
     with pytest.raises(MptkError, match=said):
-        architectures.architecture_of(config)
+        architectures.find_architecture(config)
 
 
 def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
 
 def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
     config = tiny.model("starcoder2").config
-    weights = stored_weights(tiny.save("starcoder2", tmp_path / "model"), trust=NO_CODE)
+    weights = open_pruned_weights(tiny.save("starcoder2", tmp_path / "model"), trust=NO_CODE)
     halves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         name: (lambda tensor: tensor[:, :32]) if "o_proj" in name else (lambda tensor: tensor[:32])
         for name in weights
@@ -215,7 +215,7 @@ def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
     with pytest.raises(
         MptkError, match=r"2 heads of 16 are not the hidden size 64, as llama\.cpp expects of starcoder2"
     ):
-        GgufFolder(tmp_path / "model", weights.changed(halves), Plan({}), config, None, "auto")
+        GgufFolder(tmp_path / "model", weights.with_edits(halves), Plan({}), config, None, "auto")
 
 
 def test_a_window_that_llama_cpp_ignores_is_said(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 import mptk
 from mptk import MptkError
 from mptk.publish.manifest import write_manifest
-from mptk.tasks.decoder_form import SEVERAL_NEW, size_cases
-from mptk.tasks.sizes import MOST_ROWS
-from passes.targets.onnx.structure import compare_structures, compare_with_weights, differing_row
+from mptk.tasks.decoder_form import SEVERAL_NEW, draw_size_cases
+from mptk.tasks.exporting import MOST_ROWS
+from passes.targets.onnx.structure import compare_structures, compare_with_weights, find_differing_row
 from tests.broken import Published, check
 from tests.broken.graphs import CONDITIONS, FLOAT, ROWS, at
 
@@ -71,13 +71,13 @@ def test_the_folder_that_they_damage_is_whole(lab: Lab) -> None:
 
 
 def test_every_length_of_the_cache_every_number_of_rows_and_of_new_tokens_is_met() -> None:
-    cases = list(size_cases("a plan", 48))
+    cases = list(draw_size_cases("a plan", 48))
     assert {rows for rows, _ in cases} == set(range(1, MOST_ROWS + 1))
     assert {count for _, calls in cases for count in calls} == {1, *SEVERAL_NEW}
     assert all(sum(calls) <= 48 for _, calls in cases)
     assert cases[0] == (1, [1] * 48)
-    assert list(size_cases("another plan", 48)) != cases
-    ((_, long),) = size_cases("", 192)
+    assert list(draw_size_cases("another plan", 48)) != cases
+    ((_, long),) = draw_size_cases("", 192)
     assert {63, 64, 65, 127, 128, 129} <= set(np.cumsum(long))
 
 
@@ -113,8 +113,8 @@ def test_a_swapped_row_of_a_table_is_found_and_named() -> None:
         compare_with_weights(found, [("w", weight[[0, 1, 3, 2]])]) == "row 2 of the constant table is not the one of w"
     )
     assert compare_with_weights(found, [("w", 2 * weight)]) == ""
-    assert differing_row(weight, weight * np.float32(1 + 1e-7)) is None
-    assert differing_row(weight, weight[[0, 2, 1, 3]]) == 1
+    assert find_differing_row(weight, weight * np.float32(1 + 1e-7)) is None
+    assert find_differing_row(weight, weight[[0, 2, 1, 3]]) == 1
 
 
 def test_what_another_exporter_wrote_is_not_called_wrong(lab: Lab) -> None:

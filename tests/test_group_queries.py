@@ -9,9 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from passes.targets.onnx.fold_kv import FoldKVPass
-from passes.targets.onnx.group_queries import GroupQueriesPass
-from passes.targets.onnx.library import FusePass
+from passes.targets.onnx.attention import FoldKVPass, GroupQueriesPass
+from passes.targets.onnx.simplify import FusePass
 
 RNG = np.random.default_rng(0)
 HEADS, GROUPS, DIM, WIDTH, BATCH, TOKENS, PAST = 6, 2, 4, 9, 2, 3, 5

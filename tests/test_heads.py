@@ -21,8 +21,8 @@ from mptk import MptkError, Samples
 from mptk.io.models import load
 from mptk.ort.sessions import OrtGraph
 from mptk.protocols.task import Task
-from mptk.tasks import HEAD_TASKS, task_of
-from mptk.tasks.classifier import CTC, SEGMENTATION, Classifier, agreed, divergence
+from mptk.tasks import HEAD_TASKS, bind_task
+from mptk.tasks.classifier import CTC, SEGMENTATION, Classifier, sum_agreement, sum_divergence
 from mptk.tasks.inputs.images import Images
 from mptk.tasks.inputs.series import read_series
 from mptk.tasks.numbers import DEPTH, FORECASTS, MASKS
@@ -105,14 +105,14 @@ def test_a_mask_of_images_without_padding_is_left_out(files: Path, tmp_path: Pat
     t.DetrForObjectDetection(t.DetrConfig(backbone_config=backbone, **sizes, **heads)).save_pretrained(tmp_path)
     t.DetrImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
     pictures = sorted((files / "images").rglob("*.png"))[:2]
-    found = Images().prepared(load(str(tmp_path)), pictures, lambda done, total: None)
+    found = Images().prepare(load(str(tmp_path)), pictures, lambda done, total: None)
     assert {name: tensor.shape for name, tensor in found.items()} == {"pixel_values": (2, 3, SIDE, SIDE)}
 
 
 def test_finders_of_masks_have_a_task() -> None:
-    assert MASKS.refusal(t.Mask2FormerConfig(), {t.Mask2FormerForUniversalSegmentation}) is None
-    assert MASKS.refusal(t.MaskFormerConfig(), {t.MaskFormerForInstanceSegmentation}) is None
-    assert MASKS.refusal(t.DetrConfig(), {t.DetrForObjectDetection}) is not None
+    assert MASKS.explain_refusal(t.Mask2FormerConfig(), {t.Mask2FormerForUniversalSegmentation}) is None
+    assert MASKS.explain_refusal(t.MaskFormerConfig(), {t.MaskFormerForInstanceSegmentation}) is None
+    assert MASKS.explain_refusal(t.DetrConfig(), {t.DetrForObjectDetection}) is not None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -141,7 +141,7 @@ def test_a_head_is_pruned_from_files_and_keeps_its_class(name: str, files: Path,
 
 def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path: Path) -> None:
     MODELS["time-series-prediction"]().save_pretrained(tmp_path)
-    assert task_of(load(str(tmp_path))).name == "time-series-prediction"
+    assert bind_task(load(str(tmp_path))).name == "time-series-prediction"
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tup
     torch.manual_seed(0)
     dense, other = torch.randn(shape), torch.randn(shape, requires_grad=True)
     samples = Samples({"x": torch.zeros(3, 1)}, dense)
-    assert float(task.loss(dense, samples)) == pytest.approx(0, abs=1e-6)
-    assert float(task.loss(other, samples)) > 0.1
+    assert float(task.compute_loss(dense, samples)) == pytest.approx(0, abs=1e-6)
+    assert float(task.compute_loss(other, samples)) > 0.1
     at = dense.clone().requires_grad_()
-    task.sensitivity(at, samples).backward()
+    task.compute_sensitivity(at, samples).backward()
     assert at.grad.abs().min() > 0
     assert len({each.name for each in HEAD_TASKS}) == len(HEAD_TASKS)
 
@@ -174,8 +174,8 @@ def test_figures_are_means_over_positions() -> None:
         pairs = [(logits[:, :, i, j], reference[:, :, i, j]) for i in range(3) for j in range(4)]
         return sum(float(figure(*pair)) for pair in pairs) / 12
 
-    assert float(agreed(logits, reference, 1)) == pytest.approx(each(agreed))
-    assert float(divergence(logits, reference, 1)) == pytest.approx(each(divergence), rel=1e-5)
+    assert float(sum_agreement(logits, reference, 1)) == pytest.approx(each(sum_agreement))
+    assert float(sum_divergence(logits, reference, 1)) == pytest.approx(each(sum_divergence), rel=1e-5)
 
 
 @pytest.mark.parametrize(

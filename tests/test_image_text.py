@@ -31,20 +31,20 @@ import mptk
 from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, Samples
-from mptk.compile.trace import traced, traced_as_example
+from mptk.compile.trace import trace_as_example, trace_loaded
 from mptk.config.settings import Settings
 from mptk.io.models import Loaded, load
 from mptk.ir.alignment import read_alignment
-from mptk.ir.resolved_plan import resolve_plan, transferred
+from mptk.ir.resolved_plan import resolve_plan, transfer_cut
 from mptk.ir.samples import IGNORED
-from mptk.methods.division.selection import expanded
+from mptk.methods.division.selection import expand_parts
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.stock import StockTarget
-from mptk.tasks import task_of
+from mptk.tasks import bind_task
 from mptk.tasks.image_text import ImageText
 from mptk.tasks.inputs.chats import has_images
-from passes.analysis.group import analyze
-from passes.verify import TOLERANCE, difference
+from passes.analysis.group import analyze_program
+from passes.verify import TOLERANCE, compare_outputs
 
 ASKED = {"method": "wanda", "samples": 4, "length": 12, "eval_windows": 4, "eval_length": 12, "align": 1}
 
@@ -111,7 +111,7 @@ def test_a_run_whose_pictures_have_another_size_than_the_example_s_is_resumed(tm
     kept = sorted(path.name for path in (tmp_path / "out.run").iterdir())
     assert {"samples.safetensors", "scores.safetensors"} <= {*kept}
     with changed() as inside:
-        inside.forbid("mptk.methods.criteria.measured")
+        inside.forbid("mptk.methods.criteria.measure_and_score")
         mptk.prune(str(tmp_path / "qwen"), tmp_path / "out", asked)
     assert "an image (24 x 384)" in mptk.Report.read(tmp_path / "out").quality["protocol"]
     assert not (tmp_path / "out.run").exists()
@@ -120,8 +120,8 @@ def test_a_run_whose_pictures_have_another_size_than_the_example_s_is_resumed(tm
 def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:
     """Tokens of the image, and those that fill up a short caption, are not counted."""
     loaded = load(str(world / "llava"))
-    task = task_of(loaded)
-    samples = task.samples(loaded, settings(world), 2, lambda done, total: None)
+    task = bind_task(loaded)
+    samples = task.draw_samples(loaded, settings(world), 2, lambda done, total: None)
     ids, targets = samples.inputs["input_ids"], samples.targets
     assert ids.shape[1] == PATCHES + 12
     caption = ids[0, PATCHES : PATCHES + 6]
@@ -131,13 +131,13 @@ def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:
         found = loaded.model(**{name: x[:, : PATCHES + 6] if x.ndim == 2 else x for name, x in samples.inputs.items()})
         logits = found.logits[:, PATCHES - 1 : -1]
         own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, PATCHES : PATCHES + 6].flatten())
-        loss = task.loss(task.output(loaded.model, samples), samples) / task.predicted(samples)
+        loss = task.compute_loss(task.compute_output(loaded.model, samples), samples) / task.count_predictions(samples)
     assert float(loss) == pytest.approx(float(own), rel=1e-5)
 
 
 def test_chats_name_images_in_turns_or_beside_them(world: Path) -> None:
     loaded = load(str(world / "llava"))
-    found = task_of(loaded).evaluation(loaded, settings(world, data=str(world / "chats.jsonl"), eval_windows=6))
+    found = bind_task(loaded).draw_evaluation(loaded, settings(world, data=str(world / "chats.jsonl"), eval_windows=6))
     pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
     shown = [processor()(text="<image>", images=picture, return_tensors="pt") for picture in pictures]
     assert torch.equal(found.inputs["pixel_values"], torch.cat([one["pixel_values"] for one in shown]))
@@ -158,11 +158,11 @@ def test_analyze_lists_the_parts_and_what_they_weigh(world: Path, tmp_path: Path
 
 
 def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
-    parts = ImageText().parts(llava())
-    analysis = analyze(traced(Loaded(llava(), None, "llava", Path()), ImageText(), EXECUTOR))
-    legal = StockTarget().legal(analysis, llava(), read_alignment("1"))
-    assert expanded(("vision_tower",), analysis, legal, parts) == ("ffn.1",)
-    assert set(expanded(("language_model", "ffn.1"), analysis, legal, parts)) == {
+    parts = ImageText().name_parts(llava())
+    analysis = analyze_program(trace_loaded(Loaded(llava(), None, "llava", Path()), ImageText(), EXECUTOR))
+    legal = StockTarget().find_legal(analysis, llava(), read_alignment("1"))
+    assert expand_parts(("vision_tower",), analysis, legal, parts) == ("ffn.1",)
+    assert set(expand_parts(("language_model", "ffn.1"), analysis, legal, parts)) == {
         "kv_groups",
         "q_heads",
         "ffn.2",
@@ -170,7 +170,7 @@ def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
     }
     refused = replace(legal, ladders={**legal.ladders, "ffn.1": (80,)})
     with pytest.raises(MptkError, match="no family of vision_tower has another legal width"):
-        expanded(("vision_tower",), analysis, refused, parts)
+        expand_parts(("vision_tower",), analysis, refused, parts)
 
 
 ALSO = [pytest.param(name, marks=pytest.mark.long) for name in ("mistral3", "paligemma")]
@@ -182,23 +182,23 @@ def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type: str
     model: Any = tiny_model(PICTURED, model_type).model
     task = ImageText()
     loaded = Loaded(model, None, model_type, Path())
-    program = traced(loaded, task, EXECUTOR)
-    longer = task.kind(model).calibration(
-        loaded, Settings(data="random", length=19), len(task.example(model)), lambda done, total: None
+    program = trace_loaded(loaded, task, EXECUTOR)
+    longer = task.find_inputs(model).draw_calibration(
+        loaded, Settings(data="random", length=19), len(task.make_example(model)), lambda done, total: None
     )
     with torch.no_grad():
-        expected = task.output(model, Samples(longer))
+        expected = task.compute_output(model, Samples(longer))
         found = program(*longer.values())
-    assert difference(model_type, found, expected, TOLERANCE).ok
+    assert compare_outputs(model_type, found, expected, TOLERANCE).ok
     assert expected.shape[1] > 19
 
 
 def test_a_cut_is_found_again_in_a_program_without_images() -> None:
     model: Any = tiny_model(PICTURED, "llava").model
     task, loaded = ImageText(), Loaded(model, None, "llava", Path())
-    whole = analyze(traced(loaded, task, EXECUTOR))
+    whole = analyze_program(trace_loaded(loaded, task, EXECUTOR))
     ids = Samples({"input_ids": torch.arange(14).reshape(2, 7) + 20})
-    text = analyze(traced_as_example(loaded, task, ids))
+    text = analyze_program(trace_as_example(loaded, task, ids))
     family = next(f for f in whole.families if f.name == "ffn.2")
     plan = mptk.Plan(
         {
@@ -207,9 +207,9 @@ def test_a_cut_is_found_again_in_a_program_without_images() -> None:
             ),
         }
     )
-    found = transferred(resolve_plan(whole, plan), whole, text)
+    found = transfer_cut(resolve_plan(whole, plan), whole, text)
     own = next(f for f in text.families if f.name == "ffn")
-    assert [found.units(g.axis) for g in own.groups] == [list(range(i, 30 + i)) for i in range(len(own.groups))]
+    assert [found.list_units(g.axis) for g in own.groups] == [list(range(i, 30 + i)) for i in range(len(own.groups))]
 
 
 @pytest.fixture(scope="module")
@@ -268,12 +268,12 @@ def test_data_are_images_if_they_have_captions_or_chats_name_them(
 
 
 def test_a_run_on_text_goes_on_with_text() -> None:
-    examples = ImageText().examples(llava())
-    saved = examples[1].saved("training")
-    found = Samples.restored(saved, examples, "training")
+    examples = ImageText().make_examples(llava())
+    saved = examples[1].to_tensors("training")
+    found = Samples.from_tensors(saved, examples, "training")
     assert found is not None
     assert [*found.inputs] == ["input_ids"]
-    again = Samples.restored(examples[0].saved("training"), examples, "training")
+    again = Samples.from_tensors(examples[0].to_tensors("training"), examples, "training")
     assert again is not None
     assert [*again.inputs] == ["input_ids", "pixel_values"]
 
@@ -338,11 +338,11 @@ def test_wrong_data_is_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], 
     loaded = load(str(tmp_path / "llava"))
     asked = replace(settings(tmp_path), data=str(tmp_path / data), samples=6)
     with pytest.raises(MptkError, match=line):
-        task_of(loaded).samples(loaded, asked, 8, lambda done, total: None)
+        bind_task(loaded).draw_samples(loaded, asked, 8, lambda done, total: None)
 
 
 def test_an_encoder_decoder_and_a_decoder_are_other_kinds() -> None:
     task = ImageText()
-    assert task.refusal(LlamaConfig(), {LlamaForCausalLM}) == "LlamaForCausalLM has no get_image_features"
-    assert "an encoder and a decoder" in str(task.refusal(T5Config(), {T5ForConditionalGeneration}))
-    assert task.refusal(llava().config, {LlavaForConditionalGeneration}) is None
+    assert task.explain_refusal(LlamaConfig(), {LlamaForCausalLM}) == "LlamaForCausalLM has no get_image_features"
+    assert "an encoder and a decoder" in str(task.explain_refusal(T5Config(), {T5ForConditionalGeneration}))
+    assert task.explain_refusal(llava().config, {LlavaForConditionalGeneration}) is None

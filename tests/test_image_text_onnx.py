@@ -36,14 +36,13 @@ from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, ProofError, Samples, Settings
 from mptk.api.graphs import export_folder
-from mptk.compat.transformers import precomputed
+from mptk.compat.transformers import compute_vision_inputs
 from mptk.ort.decoder import OrtDecoder
-from mptk.proof.proof import windows_within
+from mptk.proof.proof import find_windows
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.image_text_form import ImageTextForm
-from mptk.tasks.inputs.image_forms import computed
-from mptk.tasks.inputs.packed_images import FORMULAS
-from mptk.tasks.transformers_js import entry
+from mptk.tasks.inputs.image_forms import FORMULAS, make_grid_function
+from mptk.tasks.runtimes import build_js_config
 
 NODE = shutil.which("node")
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
@@ -233,7 +232,7 @@ def test_the_graphs_of_a_scheme_are_run_together(pruned: Path, scheme: str, endi
 
 
 def test_the_vision_encoder_is_timed_beside_the_decoder(pruned: Path, inside: Inside) -> None:
-    inside.gives("mptk.ort.bench.peak_memory", 1)
+    inside.gives("mptk.ort.bench.measure_peak_memory", 1)
     inside.gives("mptk.ort.bench.time_unaligned", [])
     result = mptk.bench([str(pruned)], lengths=(8,), rounds=2)
     cases = ["prefill 8", "decode 8", "vision encoder"]
@@ -247,7 +246,7 @@ def test_browsers_take_int8_only_if_each_graph_has_it(pruned: Path, tmp_path: Pa
     assert config == {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}
     shutil.copytree(pruned / "onnx", tmp_path / "onnx")
     (tmp_path / "onnx" / "embed_tokens_quantized.onnx").unlink()
-    assert entry(tmp_path / "onnx")["dtype"] == "fp32"
+    assert build_js_config(tmp_path / "onnx")["dtype"] == "fp32"
 
 
 def test_graphs_in_float16_without_float32_ones_are_refused_in_one_line() -> None:
@@ -292,7 +291,7 @@ def test_sizes_of_images_become_what_transformers_makes_of_them(model_type: str)
     encoder = model.model.visual
     for sizes in ([[1, 4, 4]], [[1, 2, 6], [1, 12, 10], [1, 30, 26]], [[1, 8, 8], [1, 8, 8]]):
         grids = torch.tensor(sizes)
-        wanted = {n: x for n, x in precomputed(encoder, grids).items() if isinstance(x, Tensor)}
+        wanted = {n: x for n, x in compute_vision_inputs(encoder, grids).items() if isinstance(x, Tensor)}
         assert {"position_ids", "cu_seqlens"} <= wanted.keys()
         for name, expected in wanted.items():
             found = FORMULAS[name](encoder, grids, int(grids.prod(1).sum()))
@@ -303,7 +302,7 @@ def test_sizes_of_images_become_what_transformers_makes_of_them(model_type: str)
 def test_an_encoder_that_makes_something_else_of_sizes_is_refused() -> None:
     model: Any = tiny_model(PICTURED, "qwen3_vl").model
     with pytest.raises(MptkError, match="Qwen3VLForConditionalGeneration makes interp_indices of the sizes of images"):
-        computed(model, torch.tensor([[1, 4, 4]]))
+        make_grid_function(model, torch.tensor([[1, 4, 4]]))
 
 
 def test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach() -> None:
@@ -311,7 +310,7 @@ def test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach() ->
     model: Any = tiny_model(PICTURED, "aya_vision").model
     model.config.text_config.sliding_window = 20
     compiled: Any = SimpleNamespace(prepared=SimpleNamespace(loaded=SimpleNamespace(model=model)))
-    found = {n: windows_within(compiled, Samples({"input_ids": torch.ones(1, n).long()})) for n in (12, 17, 30)}
+    found = {n: find_windows(compiled, Samples({"input_ids": torch.ones(1, n).long()})) for n in (12, 17, 30)}
     assert found == {12: (), 17: (20,), 30: (20,)}
 
 

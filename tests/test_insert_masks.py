@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods.maskprune.adapters import adapt, original
-from passes.transforms.insert_masks import InsertedMasks, disturbed, find_mask_sites
+from mptk.methods.maskprune.learner import adapt, unwrap_adapters
+from passes.transforms.insert_masks import InsertedMasks, find_disturbance, find_mask_sites
 from passes.transforms.masked_reference import mask
 
 
 def families(analysis: Analysis) -> list[str]:
-    return [f.name for f in analysis.families if disturbed(analysis, f.name) is None]
+    return [f.name for f in analysis.families if find_disturbance(analysis, f.name) is None]
 
 
 def hard_values(analysis: Analysis, plan: object) -> dict[tuple[str, int], Tensor]:
@@ -85,10 +85,10 @@ def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(archit
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     dense, plain = logits(adapted, ids), copy.deepcopy(adapted)
-    masks = masked(original(adapted), analysis, families(analysis), lambda name, layer: values[name, layer])
+    masks = masked(unwrap_adapters(adapted), analysis, families(analysis), lambda name, layer: values[name, layer])
     seen = logits(adapted, ids)
     assert (seen - dense).abs().max() > 1e-3
-    with masks.disabled():
+    with masks.switch_off():
         assert torch.equal(logits(adapted, ids), dense)
     merged = plain.merge_and_unload().eval()
     state = merged.state_dict()
@@ -118,7 +118,7 @@ def test_masks_reach_a_weight_that_is_read_without_its_layer() -> None:
     seen = model(x)
     assert (seen - dense).abs().max() > 1e-3
     assert torch.allclose(seen, expected, atol=1e-6)
-    with masks.disabled():
+    with masks.switch_off():
         assert torch.equal(model(x), dense)
 
 
@@ -155,7 +155,7 @@ def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
     found = logits(model, ids)
     assert (found - dense).abs().max() > 1e-3
     assert torch.allclose(found, without, rtol=1e-5, atol=1e-5)
-    with masks.disabled():
+    with masks.switch_off():
         assert torch.allclose(logits(model, ids), dense, rtol=1e-5, atol=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_gradients_seen_position_by_position_are_those_of_masks_at_that_position
     site = next(p for p in inserted.sites if p.family == "ffn" and p.layer == 1)
     factor = torch.ones(5, len(site.index), requires_grad=True)
     handle = model.get_submodule(site.module).register_forward_pre_hook(lambda _, args: (args[0] * factor,))
-    with inserted.disabled():
+    with inserted.switch_off():
         loss().backward()
     handle.remove()
     assert torch.allclose(seen["ffn", 1][:, site.index], factor.grad, rtol=1e-3, atol=1e-4)

@@ -20,8 +20,8 @@ from torch import nn
 import mptk
 from mptk import MptkError
 from mptk.api.graphs import gguf
-from mptk.publish.manifest import check_manifest, weights_digest, write_manifest
-from mptk.publish.push import push
+from mptk.publish.manifest import check_manifest, hash_weight_files, write_manifest
+from mptk.publish.push import push_files
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
 IDS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -164,7 +164,7 @@ def test_what_changes_no_result_is_no_change(first: Path, tmp_path: Path) -> Non
     pruned.model.config.use_cache = False
     mptk.generate(pruned, "the cat", max_new_tokens=2)
     assert pruned.model.training
-    assert weights_digest(pruned.save(tmp_path / "copy")) == weights_digest(first)
+    assert hash_weight_files(pruned.save(tmp_path / "copy")) == hash_weight_files(first)
     with pytest.raises(MptkError, match="model is a str; give a module"):
         pruned.model = "x"  # type: ignore[assignment]
     with pytest.raises(MptkError, match="tokenizer is a NoneType; give a tokenizer"):
@@ -242,7 +242,7 @@ def test_a_result_whose_files_went_or_were_damaged_is_not_passed_on(folder: Path
 def test_a_folder_without_the_weights_of_its_report_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     write_manifest(folder)  # as an earlier mptk did when it saved a result whose weights were gone
-    for call in (lambda: mptk.Pruned.open(folder), lambda: push(folder, "me/small", dry_run=True)):
+    for call in (lambda: mptk.Pruned.open(folder), lambda: push_files(folder, "me/small", dry_run=True)):
         with pytest.raises(MptkError, match=r"weights_sha256 in report\.json is wrong: .* or none"):
             call()
 
@@ -300,7 +300,7 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
     found: list[object] = []
 
     def work(net: nn.Module) -> None:
-        found.append(weights_digest(prune_net(model=net).proven))
+        found.append(hash_weight_files(prune_net(model=net).proven))
         found.append(sum(p.numel() for p in mptk.load(str(dense)).model.parameters()))
         found.append(id(pruned.model))
 
@@ -309,7 +309,11 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = {weights_digest(prune_net().proven), sum(p.numel() for p in toys.llama().parameters()), id(pruned.model)}
+    expected = {
+        hash_weight_files(prune_net().proven),
+        sum(p.numel() for p in toys.llama().parameters()),
+        id(pruned.model),
+    }
     assert len(found) == 9
     assert set(found) == expected
 

@@ -25,19 +25,19 @@ from benchmarks import zoo_end_to_end, zoo_training
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Samples
 from mptk.api import graphs as api
-from mptk.compile.trace import same_sizes, traced
+from mptk.compile.trace import has_same_sizes, trace_loaded
 from mptk.config.learning import Learning, Training
 from mptk.io.models import Loaded, load
 from mptk.ir.samples import IGNORED
 from mptk.staged.staged import EXECUTOR
-from mptk.tasks import task_of
+from mptk.tasks import bind_task
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
-from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TEXT_LENGTH
-from mptk.tasks.masked_lm import FIRST, STRIDE, MaskedLM, masked
-from mptk.tasks.seq2seq import until_end
+from mptk.tasks.masked_lm import FIRST, STRIDE, MaskedLM, mask_tokens
+from mptk.tasks.seq2seq import mask_after_end
 
 Pruned = Callable[[str], Path]
 TAGS = {
@@ -100,26 +100,26 @@ def test_quality_of_the_dense_model_is_perfect_agreement(folders: Path) -> None:
     for task, folder in ((Encoder(), "encoder"), (Classifier(), "text classifier")):
         model = load(str(folders / folder)).model
         with torch.no_grad():
-            output = task.output(model, samples)
+            output = task.compute_output(model, samples)
         judged = Samples(samples.inputs, output)
-        assert float(task.loss(output, judged)) == pytest.approx(0, abs=1e-5)
-        assert float(task.loss(output + torch.randn(output.shape), judged)) > 0.01
+        assert float(task.compute_loss(output, judged)) == pytest.approx(0, abs=1e-5)
+        assert float(task.compute_loss(output + torch.randn(output.shape), judged)) > 0.01
 
 
 def test_gradients_do_not_vanish_at_the_dense_model(folders: Path) -> None:
     samples = Samples({"input_ids": torch.arange(24).reshape(2, 12)})
     for task, folder in ((Encoder(), "encoder"), (Classifier(), "text classifier")):
         model = load(str(folders / folder)).model
-        output = task.output(model, samples)
-        task.sensitivity(output, Samples(samples.inputs, output.detach())).backward()
+        output = task.compute_output(model, samples)
+        task.compute_sensitivity(output, Samples(samples.inputs, output.detach())).backward()
         assert model.get_input_embeddings().weight.grad.abs().max() > 1e-6
 
 
 def test_targets_end_with_the_text() -> None:
     ids = torch.tensor([[9, 5, 2, 0, 0], [9, 5, 6, 7, 8]])
-    assert until_end(ids, 2).tolist() == [[5, 2, IGNORED, IGNORED], [5, 6, 7, 8]]
-    assert until_end(ids, [7, 2])[1].tolist() == [5, 6, 7, IGNORED]
-    assert until_end(ids, None).tolist() == ids[:, 1:].tolist()
+    assert mask_after_end(ids, 2).tolist() == [[5, 2, IGNORED, IGNORED], [5, 6, 7, 8]]
+    assert mask_after_end(ids, [7, 2])[1].tolist() == [5, 6, 7, IGNORED]
+    assert mask_after_end(ids, None).tolist() == ids[:, 1:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -169,47 +169,49 @@ def test_random_inputs_are_said_in_the_protocol(folders: Path, tmp_path: Path) -
 
 
 def test_a_kind_is_found_by_the_class(folders: Path) -> None:
-    assert {name: task_of(load(str(folders / name))).name for name in MODELS} == {n: k for n, (k, _) in METRICS.items()}
+    assert {name: bind_task(load(str(folders / name))).name for name in MODELS} == {
+        n: k for n, (k, _) in METRICS.items()
+    }
 
 
 @pytest.mark.parametrize(("causal", "kind"), [(False, "masked-lm"), (True, "causal-lm")])
 def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str) -> None:
     sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
     model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
-    assert task_of(Loaded(model, None, "it", Path())).name == kind
+    assert bind_task(Loaded(model, None, "it", Path())).name == kind
 
 
 def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(folders: Path) -> None:
     loaded = load(str(folders / "masked language model"))
-    task, ids = task_of(loaded), torch.randint(3, 97, (2, 17))
+    task, ids = bind_task(loaded), torch.randint(3, 97, (2, 17))
     hidden = ids.clone()
     hidden[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id
     with torch.no_grad():
-        samples = task.made(loaded, {"input_ids": ids})
-        logits = task.output(loaded.model, samples)
+        samples = task.make_samples(loaded, {"input_ids": ids})
+        logits = task.compute_output(loaded.model, samples)
         expected = -loaded.model(input_ids=hidden).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
-    assert float(task.loss(logits, samples)) == pytest.approx(float(expected.sum()), rel=1e-5)
-    assert task.predicted(samples) == expected.numel()
+    assert float(task.compute_loss(logits, samples)) == pytest.approx(float(expected.sum()), rel=1e-5)
+    assert task.count_predictions(samples) == expected.numel()
 
 
 def test_a_tokenizer_without_a_mask_is_said(folders: Path) -> None:
     loaded = load(str(folders / "masked language model"))
     loaded.tokenizer.mask_token = None
     with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
-        task_of(loaded).evaluation(loaded, settings(folders, "masked language model"))
+        bind_task(loaded).draw_evaluation(loaded, settings(folders, "masked language model"))
 
 
 def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
     """Perceiver gives logits of all its positions, however short the window."""
-    samples = masked(torch.arange(24).reshape(2, 12), 3)
+    samples = mask_tokens(torch.arange(24).reshape(2, 12), 3)
     logits = torch.randn(2, 20, 30)
-    assert MaskedLM().loss(logits, samples) == MaskedLM().loss(logits[:, :12], samples)
+    assert MaskedLM().compute_loss(logits, samples) == MaskedLM().compute_loss(logits[:, :12], samples)
 
 
 def test_inputs_of_two_names_are_known_by_either() -> None:
     """Perceiver calls its pictures ``inputs``, and takes them as ``pixel_values``, too."""
     model: Any = tiny_model("image-classification", "perceiver").model
-    assert list(inputs_of(model).example(model)) == ["pixel_values"]
+    assert list(choose_inputs(model).make_example(model)) == ["pixel_values"]
 
 
 def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Path) -> None:
@@ -249,12 +251,12 @@ def test_a_trace_holds_the_size_of_images_if_all_have_it(inside: Inside, folders
         symbolic.append(dynamic)
         return real(*given, dynamic=dynamic, **more)
 
-    inside.around("passes.frontend.trace.trace", trace)
+    inside.around("passes.frontend.trace.trace_to_program", trace)
     loaded = Loaded(MODELS["image classifier"]().eval(), None, "it", Path())
-    like = task_of(loaded).example(loaded.model)
+    like = bind_task(loaded).make_example(loaded.model)
     larger = like.map(lambda x: x.repeat(1, 1, 2, 2))
     for each in (like, larger, None):
-        traced(loaded, task_of(loaded), EXECUTOR, like=each)
+        trace_loaded(loaded, bind_task(loaded), EXECUTOR, like=each)
     assert symbolic == [(0,), True, True]
     api.export_folder(str(folders / "image classifier"), tmp_path / "out")
     assert symbolic[3:] == [(0,)]
@@ -262,15 +264,15 @@ def test_a_trace_holds_the_size_of_images_if_all_have_it(inside: Inside, folders
 
 def test_data_of_two_sizes_leave_the_size_open() -> None:
     small, large = (Samples({"pixel_values": torch.ones(1, 3, size, 16)}) for size in (16, 32))
-    assert same_sizes(small, small.repeated(2))
-    assert not same_sizes(small, large)
+    assert has_same_sizes(small, small.repeat(2))
+    assert not has_same_sizes(small, large)
 
 
 def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(inside: Inside) -> None:
     inside.bound("mptk.ir.program.Program.length", 7)
     loaded = Loaded(MODELS["encoder-decoder"]().eval(), None, "it", Path())
     with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced only for 7 tokens: .*mptk.rewrite"):
-        traced(loaded, task_of(loaded), EXECUTOR)
+        trace_loaded(loaded, bind_task(loaded), EXECUTOR)
 
 
 def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_
     assert 2 < model.config.keep_window_size < TEXT_LENGTH
     model.save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
-    assert traced(loaded, task_of(loaded), EXECUTOR).user_inputs
+    assert trace_loaded(loaded, bind_task(loaded), EXECUTOR).user_inputs
 
 
 def test_a_type_of_the_zoo_passes_the_command_line() -> None:

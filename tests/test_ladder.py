@@ -1,6 +1,6 @@
 """A ladder: several sizes in one run, each cut further from the next larger one, and each proven on its own.
 
-It reaches for mptk.chain.larger: the model that units are chosen from.
+It reaches for mptk.run.larger: the model that units are chosen from.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Plan, Pruned
-from mptk.api.ladder import needed
-from mptk.api.rerun import rerun
-from mptk.chain.estimate import estimated
+from mptk.api.ladder import estimate_ladder
+from mptk.api.pruned import estimate_run
+from mptk.api.rerun import repeat_run
 from mptk.cli.main import app
 from mptk.protocols.chain import Prepared
 
@@ -160,7 +160,7 @@ def test_units_are_chosen_from_what_the_larger_folder_computes(
 ) -> None:
     """The model in dense shapes that is scored and fitted has the larger folder's logits, and its module, too."""
     begun: list[Prepared] = []
-    inside.spoil("mptk.chain.prune.begun", lambda made: begun.append(made) or made)
+    inside.spoil("mptk.run.prune.take_larger", lambda made: begun.append(made) or made)
     asked = {**ASKED, "families": families, "tolerance": 0.2, "data": text, "batch": 2, "steps": 2}
     mptk.prune(llama, tmp_path / "a", sparsity=0.3, **asked)
     mptk.prune(
@@ -174,10 +174,10 @@ def test_units_are_chosen_from_what_the_larger_folder_computes(
     dense = logits(LlamaForCausalLM.from_pretrained(llama))
     assert not torch.allclose(expected, dense, atol=1e-3)
     made = begun[-1]
-    found = next(made.executor.outputs([made.analysis.program], [[tokens()]]))
+    found = next(made.executor.run_programs([made.analysis.program], [[tokens()]]))
     assert torch.allclose(found, expected, atol=1e-5)
-    assert torch.allclose(logits(made.dense()), expected, atol=1e-5)
-    assert torch.allclose(logits(made.teacher()), dense, atol=1e-5)
+    assert torch.allclose(logits(made.copy_model()), expected, atol=1e-5)
+    assert torch.allclose(logits(made.copy_teacher()), dense, atol=1e-5)
 
 
 def test_a_size_begins_with_the_trained_weights_of_the_larger_one(
@@ -206,7 +206,7 @@ def test_each_size_trains_on_windows_of_its_own_and_is_measured_on_the_same(trai
 
 
 def test_the_dense_model_is_read_once(llama: str, text: str, tmp_path: Path, inside: Inside) -> None:
-    names = ("mptk.chain.prepare.traced", "mptk.chain.prepare.check_data")
+    names = ("mptk.run.prepare.trace_loaded", "mptk.run.prepare.check_data")
     calls = {name: inside.calls(name) for name in names}
     mptk.prune(llama, tmp_path / "one", sparsity=0.2, data=text, teacher="cached", **{**TRAINED, "steps": 2})
     once = {name: len(seen) for name, seen in calls.items()}
@@ -218,7 +218,7 @@ def test_the_dense_model_is_read_once(llama: str, text: str, tmp_path: Path, ins
 
 # ---- stopped and resumed ----
 
-WRITE, STEP = "mptk.targets.stock.write_checkpoint", "mptk.protocols.run_folder.RunFolder.checkpoint"
+WRITE, STEP = "mptk.targets.stock.write_checkpoint", "mptk.protocols.run_folder.RunFolder.save_checkpoint"
 
 
 @pytest.mark.parametrize(("stop", "call"), [(STEP, 2), (WRITE, 2)])
@@ -249,7 +249,7 @@ def test_finished_sizes_stay_and_other_settings_are_refused(
     out = tmp_path / "m"
     shutil.copytree(trained[0].place.parent, out)
     shutil.rmtree(out / "0.2")
-    inside.forbid("mptk.chain.ladder.run")
+    inside.forbid("mptk.run.ladder.run_prune")
     shutil.copytree(out / "0.4", out / "0.2")
     with pytest.raises(MptkError, match=r"0.2 was made with other settings \(larger, seed, sparsity\)"):
         mptk.ladder(llama, out, TWO, data=text, resume=True, **TRAINED)
@@ -261,7 +261,7 @@ def test_finished_sizes_stay_and_other_settings_are_refused(
 
 
 def test_a_size_is_repeated_from_its_report(trained: list[Pruned], tmp_path: Path) -> None:
-    rows = rerun(trained[1].place, tmp_path / "again")
+    rows = repeat_run(trained[1].place, tmp_path / "again")
     assert rows is not None
     assert [row["what"] for row in rows if not row["same"]] == []
 
@@ -302,7 +302,7 @@ def test_a_size_is_trained_further(trained: list[Pruned], text: str, tmp_path: P
 def test_what_is_no_ladder_is_refused_before_any_work(
     llama: str, text: str, tmp_path: Path, inside: Inside, sizes: list[float], more: dict[str, Any], said: str
 ) -> None:
-    inside.forbid("mptk.chain.prune.choose")
+    inside.forbid("mptk.run.prune.choose_units")
     with pytest.raises(MptkError, match=said) as raised:
         mptk.ladder(llama, tmp_path / "m", sizes, data=text, **{**ASKED, **more})
     assert "\n" not in str(raised.value)
@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_cut_further_is_refused(
     inside: Inside,
 ) -> None:
     mptk.prune(llama, tmp_path / "depth", sparsity=0.3333, data=text, **{**ASKED, "families": ("layers",)})
-    inside.forbid("mptk.chain.prune.choose")
+    inside.forbid("mptk.run.prune.choose_units")
     asked = {**ASKED, "data": text, "sparsity": 0.5}
     for model, larger, more, said in (
         (gpt2, trained[0].place, {}, "was not pruned from this model"),
@@ -372,8 +372,8 @@ def test_ctrl_c_says_which_sizes_are_finished(llama: str, text: str, tmp_path: P
 
 def test_an_estimate_adds_the_sizes_up(llama: str, text: str) -> None:
     settings = mptk.Settings(method="wanda", samples=4, length=32, data=text, onnx=False)
-    single = estimated(llama, settings)
-    found = needed(llama, settings, SIZES)
+    single = estimate_run(llama, settings)
+    found = estimate_ladder(llama, settings, SIZES)
     assert found.seconds["prove"] == pytest.approx(3 * single.seconds["prove"], rel=0.5)
     assert found.seconds["trace and analyse"] == single.seconds["trace and analyse"]
     assert single.output["checkpoint"] < found.output["checkpoint"] < 3 * single.output["checkpoint"] * 1.2

@@ -22,18 +22,17 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
-from mptk.chain.prepare import legalise
 from mptk.cost import operator_times
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
-from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, cached_times, measure
+from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, find_operator_times, time_operators
 from mptk.io.models import Loaded
-from mptk.progress import silent
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
+from tests.lab import legalise_bare
 
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
 LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 8))}
@@ -72,7 +71,7 @@ def analysis(model):
 def machine(monkeypatch, inside, tmp_path) -> Path:
     """A machine whose operators take made-up times, and its empty cache folder."""
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    inside.around("mptk.cost.operator_times.measure", lambda measure, found, threads, progress: times(found))
+    inside.around("mptk.cost.operator_times.time_operators", lambda measure, found, threads, progress: times(found))
     return tmp_path / "cache"
 
 
@@ -136,7 +135,7 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
         return {o: threads + float(o.sizes[0]) for o in found}
 
     def ask(found: Sequence[Operator], threads: int) -> dict[Operator, float]:
-        return cached_times(found, threads, lambda *_: None, sweep)
+        return find_operator_times(found, threads, lambda *_: None, sweep)
 
     small, large = Operator(ELEMENTWISE, (1,)), Operator(ELEMENTWISE, (99,))
     assert ask([small], 1) == {small: 2}
@@ -151,7 +150,7 @@ def test_times_that_are_damaged_or_cannot_be_kept_are_measured_and_said(machine,
     one, said = Operator(MATMUL, (1, 2, 3)), []
 
     def ask() -> dict[Operator, float]:
-        return cached_times([one], 1, lambda stage, *_: said.append(stage), lambda *_: {one: 7.0})
+        return find_operator_times([one], 1, lambda stage, *_: said.append(stage), lambda *_: {one: 7.0})
 
     ask()
     (kept,) = (machine / "latency").iterdir()
@@ -167,9 +166,9 @@ def test_times_that_are_damaged_or_cannot_be_kept_are_measured_and_said(machine,
 
 def test_another_runtime_is_measured_anew(machine, inside):
     one = [Operator(MATMUL, (1, 2, 3))]
-    cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
+    find_operator_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
     inside.bound("onnxruntime.__version__", "0.0")
-    assert cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
+    assert find_operator_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
     assert len(list((machine / "latency").iterdir())) == 2
 
 
@@ -180,7 +179,7 @@ def test_every_kind_of_operator_runs(inside):
     found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
     found += [Operator(ELEMENTWISE, (11,))]
     said: list[str] = []
-    result = measure(found, 1, lambda stage, *_: said.append(stage))
+    result = time_operators(found, 1, lambda stage, *_: said.append(stage))
     assert said[0].startswith(f"time {len(found)} operators ("), "how many, and for how long, before the first"
     assert list(result) == found
     assert all(0 < ms < float("inf") for ms in result.values())
@@ -189,7 +188,7 @@ def test_every_kind_of_operator_runs(inside):
 @pytest.mark.parametrize(("tokens", "past", "heads"), [(1, 9, 2), (5, 0, 6)])
 def test_attention_is_timed_as_the_graph_for_its_phase_has_it(inside, tokens, past, heads):
     inside.bound("mptk.cost.operator_times.COLD_BYTES", 4096)
-    seen = inside.asked("mptk.cost.operator_times._ms", lambda *_: 1.0)
+    seen = inside.asked("mptk.cost.operator_times._time_graph", lambda *_: 1.0)
     operator_times.time_once(Operator(ATTENTION, (tokens, past, 6, 2, 4, 3)), 1)
     ((_, nodes, inputs, _),) = seen
     assert {a.name: a.i for a in nodes[0].attribute} == {"q_num_heads": heads, "kv_num_heads": 2}
@@ -207,7 +206,7 @@ def test_a_width_that_a_wider_one_beats_is_not_proposed(analysis):
 
     ladders = {"ffn": (8, 24, 40, 56, 64, 80)}
     cost = CostModel(analysis, "latency", Latency(analysis, ladders, "decode", uneven))
-    target = legalize.unbeaten(cost, legalize.LegalWidths(ladders, {}, lambda widths: None), ["ffn"])
+    target = legalize.drop_useless_widths(cost, legalize.LegalWidths(ladders, {}, lambda widths: None), ["ffn"])
     assert target.ladders["ffn"] == (8, 24, 56, 64, 80)
     assert cost.share({"ffn": 40}) == cost.share({"ffn": 48}) == cost.share({"ffn": 56}), "as wide as costs the same"
 
@@ -248,7 +247,7 @@ def test_a_plan_is_priced_whatever_it_cuts(model, analysis, machine):
 
 def prepared(model, analysis, settings, plan=None) -> Prepared:
     start = Analysed(Loaded(model, None, "model", Path()), CAUSAL_LM, analysis)
-    return legalise("model", settings, start, silent, plan=plan)
+    return legalise_bare(start, settings, plan)
 
 
 # ---- errors ----

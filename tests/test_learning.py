@@ -84,7 +84,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 STOPS = {
-    "a checkpoint being written": ("mptk.protocols.run_folder.save_file", 2),
+    "a checkpoint being written": ("mptk.protocols.run_folder.write_weights", 2),
     "emission": ("mptk.targets.stock.write_checkpoint", 1),
     "after publishing": ("mptk.protocols.run_folder.RunFolder.remove", 1),
 }
@@ -162,7 +162,7 @@ def sharded(llama: str, out: Path) -> list[str]:
 def begin(llama: str, out: Path) -> Path:
     """Learn masks on one process, which stops. Gives the folder of the unfinished run."""
     with changed() as inside:
-        inside.stop("mptk.protocols.run_folder.save_file", 4)
+        inside.stop("mptk.protocols.run_folder.write_weights", 4)
         with pytest.raises(Stopped):
             mptk.prune(llama, out, SETTINGS)
     run = out.with_name("out.run")

@@ -11,16 +11,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError, Settings, analyze, trace
-from mptk.chain.prepare import legalise
 from mptk.cost.model import CostModel
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment, read_alignment
-from mptk.progress import silent
 from mptk.protocols.conversion import Analysed
 from mptk.targets import find_target
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
-from passes.targets.derived import derived_families
+from passes.targets.derived import find_derived_families
+from tests.lab import legalise_bare
 
 
 def llama(**changes: int) -> LlamaForCausalLM:
@@ -35,7 +34,7 @@ def small():
     return (
         analysis,
         CostModel(analysis),
-        legalize.stock_widths(analysis, legalize.discover(analysis, model), Alignment(32)),
+        legalize.find_stock_widths(analysis, legalize.discover(analysis, model), Alignment(32)),
     )
 
 
@@ -70,21 +69,21 @@ def test_heads_that_the_class_hard_wires_are_cut_with_the_hidden_size_or_not_at_
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     analysis = analyze(trace(model))
-    target = legalize.stock_widths(analysis, legalize.discover(analysis, model), Alignment(8))
+    target = legalize.find_stock_widths(analysis, legalize.discover(analysis, model), Alignment(8))
     assert target.together == (frozenset({"heads", "hidden"}),)
     assert target.ladders["hidden"] == (8, 16, 24, 32, 40, 48)
-    assert legalize.default_families(analysis, target) == ["ffn"]
+    assert legalize.choose_default_families(analysis.make_variables(), target) == ["ffn"]
     both = legalize.find_candidates(CostModel(analysis), target, ["heads", "hidden"], 0.3)
     assert both
     assert all(c.widths["hidden"] == 8 * c.widths["heads"] for c in both)
     assert legalize.find_candidates(CostModel(analysis), target, ["heads"], 0.3) == []
-    assert legalize.graph_widths(analysis, Alignment(8)).ladders["heads"] == (1, 2, 3, 4, 5, 6)
+    assert legalize.find_graph_widths(analysis, Alignment(8)).ladders["heads"] == (1, 2, 3, 4, 5, 6)
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.35, 0.5, 0.7])
 def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
     analysis, cost, target = small
-    names = legalize.default_families(analysis, target)
+    names = legalize.choose_default_families(analysis.make_variables(), target)
     assert set(names) == {"kv_groups", "q_heads", "ffn"}
     found = legalize.find_candidates(cost, target, names, sparsity)
     distances = [abs(c.sparsity - sparsity) for c in found]
@@ -93,7 +92,7 @@ def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
         assert all(width in target.ladders[name] for name, width in c.widths.items())
         assert c.sparsity == pytest.approx(1 - cost(c.widths).block / cost.dense.block)
     brute = min(
-        abs(cost.sparsity({"kv_groups": k, "q_heads": q, "ffn": f}) - sparsity)
+        abs(cost.compute_sparsity({"kv_groups": k, "q_heads": q, "ffn": f}) - sparsity)
         for k in (1, 2, 3)
         for q in (1, 2)
         for f in (32, 64, 96, 128, 160)
@@ -114,14 +113,16 @@ def test_no_combination_is_left_out_because_a_list_is_short(small, sparsity):
     }
     for c in chosen:
         widths = [{**c.widths, "ffn": ffn} for ffn in target.ladders["ffn"]]
-        assert abs(c.sparsity - sparsity) == pytest.approx(min(abs(cost.sparsity(w) - sparsity) for w in widths))
+        assert abs(c.sparsity - sparsity) == pytest.approx(
+            min(abs(cost.compute_sparsity(w) - sparsity) for w in widths)
+        )
 
 
 def test_few_candidates_are_far_from_each_other():
     """The most even one and the ends: not the neighbours of the most even one."""
     line = [legalize.Candidate({"heads": heads, "ffn": 100 - 9 * heads}, 0.5, abs(heads - 5)) for heads in range(1, 11)]
-    assert [c.widths["heads"] for c in legalize.spread(line, 3)] == [5, 10, 1]
-    assert legalize.spread(line, 10) == line
+    assert [c.widths["heads"] for c in legalize.pick_candidates(line, 3)] == [5, 10, 1]
+    assert legalize.pick_candidates(line, 10) == line
     chosen = legalize.choose_candidates(line, 0.5, 0.1, ["ffn"], 3)
     assert [c.widths["heads"] for c in chosen] == [5, 1, 10]
     assert len(legalize.choose_candidates(line, 0.5, 0.1, ["ffn"])) == 10
@@ -149,7 +150,7 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
     analysis, _, _ = small
     settings = Settings(align=asked, quantize=quantize, method="maskprune", families=("ffn",), tolerance=0.2)
     model = Analysed(Loaded(llama(), None, "model", Path()), CAUSAL_LM, analysis)
-    widths = [c.widths["ffn"] for c in legalise("model", settings, model, silent).candidates]
+    widths = [c.widths["ffn"] for c in legalise_bare(model, settings).candidates]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)
 
@@ -160,7 +161,7 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
 )
 def test_a_divisor_is_a_number_a_device_or_one_for_each_family(text, ffn, hidden):
     found = read_alignment(text)
-    assert (found.divisors("ffn")[0], found.divisors("hidden")[0]) == (ffn, hidden)
+    assert (found.find_divisors("ffn")[0], found.find_divisors("hidden")[0]) == (ffn, hidden)
 
 
 @pytest.mark.parametrize("text", ["h10", "0", "ffn=", "ffn=0", "=32", "32;64", "", -8, 1 << 21])
@@ -171,19 +172,25 @@ def test_another_divisor_is_refused(text):
 
 def test_a_family_has_a_divisor_of_its_own(small):
     analysis, _, _ = small
-    ladders = legalize.graph_widths(analysis, read_alignment("ffn=80,hidden=16")).ladders
+    ladders = legalize.find_graph_widths(analysis, read_alignment("ffn=80,hidden=16")).ladders
     assert ladders["ffn"] == (80, 160)
     assert ladders["hidden"] == (16, 32, 48)
-    every = legalize.graph_widths(analysis, read_alignment("ffn=96")).ladders["ffn"]
+    every = legalize.find_graph_widths(analysis, read_alignment("ffn=96")).ladders["ffn"]
     assert every == tuple(range(1, 161))  # 160 is no multiple either
-    assert legalize.graph_widths(analysis, read_alignment("h100")).ladders["ffn"] == (32, 64, 96, 128, 160)  # 5 · 32
+    assert legalize.find_graph_widths(analysis, read_alignment("h100")).ladders["ffn"] == (
+        32,
+        64,
+        96,
+        128,
+        160,
+    )  # 5 · 32
 
 
 def test_heads_stay_divisible_by_the_devices_that_share_them():
     analysis = analyze(trace(llama(num_attention_heads=24, num_key_value_heads=8)))
 
     def widths(devices: int, every: int = 1) -> dict[str, tuple[int, ...]]:
-        return dict(legalize.graph_widths(analysis, Alignment(every, devices=devices)).ladders)
+        return dict(legalize.find_graph_widths(analysis, Alignment(every, devices=devices)).ladders)
 
     assert widths(4)["kv_groups"] == (4, 8)
     assert widths(4)["q_heads"] == (1, 2, 3)  # of each of 8 groups
@@ -196,7 +203,7 @@ def test_heads_stay_divisible_by_the_devices_that_share_them():
 
 def test_layers_of_one_width_are_named_together():
     widths = {"q_heads": 2, "ffn.0": 64, "ffn.1": 32, "ffn.2": 32, "ffn.4": 32, "ffn.3": 16}
-    assert legalize.describe(widths) == "q_heads=2, ffn.0=64, ffn.1-2,4=32, ffn.3=16"
+    assert legalize.describe_widths(widths) == "q_heads=2, ffn.0=64, ffn.1-2,4=32, ffn.3=16"
 
 
 def written() -> torch.Tensor:
@@ -228,7 +235,7 @@ def test_a_constant_of_one_number_is_no_table_that_the_class_would_compute_anew(
 
     analysis = analyze(trace(Layer().eval(), [torch.randn(2, 6)]))
     (family,) = analysis.families
-    assert (family.name in derived_families(analysis)) == refused
+    assert (family.name in find_derived_families(analysis)) == refused
 
 
 def test_norms_whose_epsilon_the_class_fixes_are_not_cut():
@@ -236,7 +243,7 @@ def test_norms_whose_epsilon_the_class_fixes_are_not_cut():
     refused = {}
     for name in ("zamba2", "bamba"):
         model = tiny_model("causal-lm", name).model
-        legal = find_target("stock").legal(analyze(trace(model)), model, Alignment(1))
+        legal = find_target("stock").find_legal(analyze(trace(model)), model, Alignment(1))
         refused[name] = [why for why in legal.refused.values() if "fixes its norm's epsilon" in why]
     assert refused["zamba2"]
     assert not refused["bamba"]
@@ -246,6 +253,6 @@ def test_the_channels_of_a_recurrence_are_offered_for_the_stock_class():
     model = tiny_model("causal-lm", "mamba").model
     analysis = analyze(trace(model, dynamic=True))
     inner = next(f for f in analysis.families if f.size == model.config.intermediate_size)
-    legal = find_target("stock").legal(analysis, model, Alignment(1))
-    config = legal.stock.config({inner.name: 100}).config
+    legal = find_target("stock").find_legal(analysis, model, Alignment(1))
+    config = legal.stock.build_config({inner.name: 100}).config
     assert config.intermediate_size == 100

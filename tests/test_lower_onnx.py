@@ -39,7 +39,7 @@ def with_norm(tmp_path_factory):
         model.model.norm = norm
         file = emit_onnx(trace_decoder(model), tmp_path_factory.mktemp("norm"))
         ids = torch.randint(3, 97, (1, 5))
-        logits = OrtDecoder(file, threads=1).logits(ids.numpy())
+        logits = OrtDecoder(file, threads=1).compute_logits(ids.numpy())
         torch.testing.assert_close(torch.from_numpy(logits[0]), alone(model, ids[0]), atol=2e-3, rtol=1e-5)
         return file
 

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from mptk import MptkError, Samples, analyze, trace
 from mptk.config.learning import Learning, LossWeights
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
-from mptk.methods.maskprune.losses import TopLogits, class_losses, hidden_error, shorten
-from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
+from mptk.ir.samples import make_token_samples
+from mptk.methods.maskprune.losses import TopLogits, compute_class_losses, compute_hidden_error, shorten_logits
+from mptk.methods.maskprune.teacher import CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, reconstruct_consumers
 from mptk.protocols.run_folder import RunFolder
@@ -32,7 +32,7 @@ def logits(seed: int, *shape: int) -> torch.Tensor:
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor | TopLogits) -> torch.Tensor:
     ids = torch.zeros(student.shape[:2], dtype=torch.long)
-    return class_losses(student, ids, teacher, LossWeights(lm=0.0))["loss"]
+    return compute_class_losses(student, ids, teacher, LossWeights(lm=0.0))["loss"]
 
 
 @pytest.mark.parametrize("positions", [1, 4, 100])
@@ -46,9 +46,9 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
     lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     kl = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1).mean()
     (expected,) = torch.autograd.grad(3 * (weights.lm * lm + weights.kl * kl), student)
-    targets = next_tokens(ids).targets
+    targets = make_token_samples(ids).targets
     assert targets is not None
-    found = class_losses(student, targets, teacher, weights)
+    found = compute_class_losses(student, targets, teacher, weights)
     (seen,) = torch.autograd.grad(3 * found["loss"], student)
     assert found["loss"].item() == pytest.approx((weights.lm * lm + weights.kl * kl).item(), rel=1e-5)
     assert {name: value.item() for name, value in found.items() if name != "loss"} == pytest.approx(
@@ -60,7 +60,7 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
 @pytest.mark.parametrize("positions", [1, 100])
 def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(inside: Inside, positions: int) -> None:
     inside.bound("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
-    student, short = logits(0, 2, 5, 11).requires_grad_(), shorten(logits(1, 2, 5, 11), 3)
+    student, short = logits(0, 2, 5, 11).requires_grad_(), shorten_logits(logits(1, 2, 5, 11), 3)
     logs = log_softmax(student, -1)
     top = logs.gather(-1, short.tokens)
     others = torch.log1p(-top.exp().sum(-1))
@@ -74,7 +74,7 @@ def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(inside: I
 def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -> None:
     student, teacher = logits(0, 2, 5, 40), logits(1, 2, 5, 40)
     full = divergence(student, teacher).item()
-    values = [divergence(student, shorten(teacher, k)).item() for k in (1, 5, 20, 39)]
+    values = [divergence(student, shorten_logits(teacher, k)).item() for k in (1, 5, 20, 39)]
     assert values == sorted(values)
     assert 0 < values[0] < values[2] <= full + 1e-6
     assert values[-1] == pytest.approx(full, rel=1e-4)
@@ -84,19 +84,21 @@ def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -
 def test_the_loss_of_windows_predicts_the_next_token() -> None:
     sure = torch.full((1, 3, 5), -30.0)
     sure[0, 0, 1] = sure[0, 1, 2] = 30.0
-    assert CAUSAL_LM.loss(sure, next_tokens(torch.tensor([[3, 1, 2]]))).item() == pytest.approx(0.0, abs=1e-6)
+    assert CAUSAL_LM.compute_loss(sure, make_token_samples(torch.tensor([[3, 1, 2]]))).item() == pytest.approx(
+        0.0, abs=1e-6
+    )
 
 
 def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
     h = logits(0, 2, 3, 7)
-    assert hidden_error([h], [h]).item() == 0
+    assert compute_hidden_error([h], [h]).item() == 0
     mean = h.mean((0, 1)).expand_as(h)
-    assert hidden_error([mean, h], [h, h]).item() == pytest.approx(0.5)
-    assert hidden_error([100 * mean], [100 * h]).item() == pytest.approx(1.0)
+    assert compute_hidden_error([mean, h], [h, h]).item() == pytest.approx(0.5)
+    assert compute_hidden_error([100 * mean], [100 * h]).item() == pytest.approx(1.0)
 
 
 def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:
-    model, windows = architectures.model("llama"), next_tokens(architectures.tokens(6, 9))
+    model, windows = architectures.model("llama"), make_token_samples(architectures.tokens(6, 9))
     calls = []
 
     @torch.no_grad()
@@ -119,7 +121,7 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
 
 def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
     """As when it is in shards; else the other would wait for ever."""
-    model, windows, calls = architectures.model("llama"), next_tokens(architectures.tokens(2, 9)), []
+    model, windows, calls = architectures.model("llama"), make_token_samples(architectures.tokens(2, 9)), []
     live = torch.no_grad()(
         lambda samples: calls.append(len(samples)) or (model(*samples.tensors, use_cache=False).logits, None)
     )
@@ -130,10 +132,10 @@ def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it
 
 def test_a_fingerprint_tells_models_apart() -> None:
     one, other = architectures.model("llama"), architectures.model("llama")
-    assert fingerprint(one) == fingerprint(other)
+    assert hash_model_weights(one) == hash_model_weights(other)
     with torch.no_grad():
         next(other.parameters())[1, 2] += 1e-3
-    assert fingerprint(one) != fingerprint(other)
+    assert hash_model_weights(one) != hash_model_weights(other)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_what_is_left_takes_over_for_a_removed_copy_of_it(
         sites = find_mask_sites(analysis, model, ["ffn"])
         cut = resolve_plan(analysis, plan)
         masked = mask(analysis, cut)(ids)
-        fitted = reconstruct_consumers(analysis, sites, cut, {}, next_tokens(ids), executor=executor)
+        fitted = reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(ids), executor=executor)
         found = mask(replace(analysis, program=analysis.program.with_state(fitted)), cut)(ids)
     assert (found - dense).norm() < 0.1 * (masked - dense).norm()
     consumers = {m.weight for g in analysis.family("ffn").groups for m in g.members if m.role == "consumer"}
@@ -178,7 +180,7 @@ def test_few_rows_give_the_same_fit_as_their_products() -> None:
         fit = _Fit(keep, transposed=False, few=few)
         for row in x.split(2):
             fit.add(row)
-        found.append(fit.solved(dense, dense * 1.1))
+        found.append(fit.solve(dense, dense * 1.1))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     assert not found[0][:, ~keep].any()
 
@@ -192,7 +194,7 @@ def test_one_huge_input_does_not_keep_a_layer_from_being_fitted() -> None:
     keep = torch.arange(6) < 5
     fit = _Fit(keep, transposed=False, few=False)
     fit.add(x)
-    left = x[1:] @ (fit.solved(dense, dense) - dense).T
+    left = x[1:] @ (fit.solve(dense, dense) - dense).T
     assert left.norm() < 0.3 * (x[1:, 5:] @ dense[:, 5:].T).norm()
 
 
@@ -204,7 +206,7 @@ def test_more_text_lets_a_fit_go_further_from_the_dense_weights() -> None:
     def missed(times: int) -> float:
         fit = _Fit(torch.arange(6) < 5, transposed=False, few=False)
         fit.add(x.repeat(times, 1))
-        return float((x @ (fit.solved(dense, dense) - dense).T).norm())
+        return float((x @ (fit.solve(dense, dense) - dense).T).norm())
 
     assert missed(100) < 0.1 * missed(1)
 
@@ -220,7 +222,7 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
     out = tmp_path / "out"
     work = RunFolder(out, {"steps": 3}, resume=False)
     for step in (1, 2, 3):
-        work.checkpoint("masks", step, {"x": torch.tensor(float(step))})
+        work.save_checkpoint("masks", step, {"x": torch.tensor(float(step))})
         work.log("masks", step, {"loss": 0.5})
     assert len(list(work.path.glob("masks-*.safetensors"))) == 2
     with pytest.raises(MptkError, match="unfinished run; add --resume"):
@@ -228,9 +230,9 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
     with pytest.raises(MptkError, match=r"other settings \(steps\)"):
         RunFolder(out, {"steps": 4}, resume=True)
     again = RunFolder(out, {"steps": 3}, resume=True)
-    step, state = again.latest("masks")
+    step, state = again.read_latest("masks")
     assert (step, state["x"].item()) == (3, 3.0)
-    again.rewind("masks", 2)
+    again.drop_metrics("masks", 2)
     assert len((again.path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -106,7 +106,7 @@ def test_principal_components_lose_less_than_means(
     source = toys.saved(dense, tmp_path / "dense")
     for ways in (None, ("mean", "mean")):
         if ways is not None:
-            inside.gives(f"{merging.__name__}.ways_of", ways)
+            inside.gives(f"{merging.__name__}.choose_ways", ways)
         found = mptk.prune(source, **{**ALONE, "kv_heads": kv_heads})
         assert found.model.config.num_key_value_heads == kv_heads
         far.append(float((logits(found.model) - logits(dense)).square().mean()))
@@ -146,7 +146,7 @@ def test_the_proof_compares_with_equal_heads_and_verify_repeats_it(cut: Path) ->
 
 def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(cut: Path, dense: str, inside: Inside) -> None:
     inside.spoil(
-        f"{merging.__name__}.first_heads", lambda first: {n: (dim, p.flip(0)) for n, (dim, p) in first.items()}
+        f"{merging.__name__}.find_first_heads", lambda first: {n: (dim, p.flip(0)) for n, (dim, p) in first.items()}
     )
     with pytest.raises(ProofError, match="fails at 'KV heads'"):
         mptk.prune(dense, **ALONE)
@@ -172,7 +172,7 @@ def test_a_report_or_a_plan_of_other_heads_is_not_believed(cut: Path, dense: str
 @pytest.mark.parametrize("method", ["maskprune", "flap"])
 def test_the_model_before_the_merge_is_imitated(method: str, dense: str, tmp_path: Path, inside: Inside) -> None:
     imitated: list[PreTrainedModel] = []
-    inside.spoil("mptk.protocols.chain.Prepared.teacher", lambda model: imitated.append(model) or model)
+    inside.spoil("mptk.protocols.chain.Prepared.copy_teacher", lambda model: imitated.append(model) or model)
     more = {"method": method, "steps": 4, "batch": 2, "micro": 2, "lr": 1e-3}
     found = mptk.prune(dense, tmp_path / "out", **{**CUT, **more})
     assert {model.config.num_key_value_heads for model in imitated} == {2}

@@ -1,6 +1,6 @@
 """Minutes decide how many steps, windows and tokens a run takes; what is typed wins, and a run keeps its numbers.
 
-It reaches for mptk.chain.amounts and mptk.chain.estimate: what a number of minutes allows at given rates.
+It reaches for mptk.run.minutes and mptk.run.estimate: what a number of minutes allows at given rates.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Settings
-from mptk.chain.amounts import LEAST_STEPS, in_time, resumed, said, settled
-from mptk.chain.estimate import estimator
-from mptk.chain.recovery import needed
+from mptk.api.pruned import estimate_recovery
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
 from mptk.cost.estimate import Machine
+from mptk.run.amounts import describe_numbers
+from mptk.run.estimate import read_estimator
+from mptk.run.minutes import LEAST_STEPS, complete_settings, fill_in
+from mptk.trust import NO_CODE
 
 RATES = Machine(flops=1e9, read=1e9, write=1e9)
 TRAINING = Training(batch=2, micro=2)
@@ -38,22 +40,31 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def rates(inside: Inside) -> None:
-    inside.gives("mptk.chain.estimate.this_machine", RATES)
-    inside.gives("mptk.chain.amounts.this_machine", RATES)
+    inside.gives("mptk.run.estimate.measure_machine", RATES)
+    inside.gives("mptk.run.minutes.measure_machine", RATES)
 
 
 def given(settings: Settings, **numbers: object) -> Settings:
     return mptk.config.setting.with_keywords(settings, numbers)
 
 
+def complete(settings: Settings, model: str) -> Settings:
+    """The settings with what their minutes allow."""
+    return complete_settings(settings, read_estimator(model, NO_CODE))[0]
+
+
 def minutes_of(model: str, settings: Settings, **numbers: object) -> float:
     """What a run with these numbers is estimated to take, in minutes, and a little more."""
-    return sum(estimator(model)(settled(given(settings, **numbers))).seconds.values()) / 60 * (1 + 1e-9)
+    return (
+        sum(read_estimator(model, NO_CODE).estimate(fill_in(given(settings, **numbers))).seconds.values())
+        / 60
+        * (1 + 1e-9)
+    )
 
 
 def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | None, int | None, int | None]:
     """Steps, samples and tokens of the search of a run."""
-    found = in_time(given(settings, **numbers), estimator(model))
+    found = complete(given(settings, **numbers), model)
     return found.learning.steps, found.samples, found.search_tokens
 
 
@@ -61,7 +72,7 @@ def test_minutes_allow_the_most_steps_and_windows_that_fit(llama: str) -> None:
     for steps, samples, epochs in ((5, 20, 0), (19, 76, 0), (20, 80, 3), (23, 92, 3), (4000, 96, 3)):
         minutes = minutes_of(llama, TINY, steps=steps, samples=samples, distil_epochs=epochs)
         assert chosen(llama, TINY, minutes=minutes)[:2] == (steps, samples)
-        assert in_time(given(TINY, minutes=minutes), estimator(llama)).distil_epochs == epochs
+        assert complete(given(TINY, minutes=minutes), llama).distil_epochs == epochs
 
 
 def test_what_is_typed_wins(llama: str) -> None:
@@ -75,11 +86,11 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
     llama: str, inside: Inside
 ) -> None:
     assert chosen(llama, TINY)[:2] == (MOST_STEPS, 96)
-    assert in_time(TINY, estimator(llama)).minutes == MINUTES
-    assert in_time(replace(TINY, search=True), estimator(llama)).minutes == SEARCH_MINUTES
-    inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e3, read=1e9, write=1e9))
+    assert complete(TINY, llama).minutes == MINUTES
+    assert complete(replace(TINY, search=True), llama).minutes == SEARCH_MINUTES
+    inside.gives("mptk.run.estimate.measure_machine", Machine(flops=1e3, read=1e9, write=1e9))
     assert chosen(llama, TINY)[:2] == (LEAST_STEPS, 20), "a slow machine is told how long it takes"
-    wanda = in_time(replace(TINY, method="wanda"), estimator(llama))
+    wanda = complete(replace(TINY, method="wanda"), llama)
     assert (wanda.learning.steps, wanda.samples, wanda.minutes) == (0, 32, None)
 
 
@@ -89,33 +100,35 @@ def test_minutes_bound_the_windows_of_a_one_shot_method_and_never_make_it_train(
 ) -> None:
     wanda = given(replace(TINY, method="wanda"), **more)
     for minutes in (minutes_of(llama, wanda, samples=44), 10_000):
-        found = in_time(replace(wanda, minutes=minutes), estimator(llama))
+        found = complete(replace(wanda, minutes=minutes), llama)
         assert (found.steps, found.distil_epochs or 0) == (0, 0)
         assert found.samples == (44 if minutes < 10_000 and "plan" not in more else 96), "a plan costs no windows"
-    asked = in_time(given(wanda, minutes=10_000, steps=7), estimator(llama))
+    asked = complete(given(wanda, minutes=10_000, steps=7), llama)
     assert (asked.steps, asked.samples) == (7, 96)
 
 
 def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, inside: Inside) -> None:
     minutes = minutes_of(llama, TINY, steps=40, samples=96, distil_epochs=3)
     timed, float32 = replace(TINY, minutes=minutes), replace(TINY, minutes=minutes, compute_dtype="float32")
-    assert in_time(timed, estimator(llama)).compute_dtype == "float32", "equal rates"
+    assert complete(timed, llama).compute_dtype == "float32", "equal rates"
 
     def rate(real: object, device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
         return replace(RATES, speedup=2.0) if dtype is torch.bfloat16 else RATES
 
-    for place in ("estimate", "amounts"):
-        inside.around(f"mptk.chain.{place}.this_machine", rate)
-    found = in_time(timed, estimator(llama))
+    for place in ("estimate", "minutes"):
+        inside.around(f"mptk.run.{place}.measure_machine", rate)
+    found = complete(timed, llama)
     assert (found.compute_dtype, found.learning.precision) == ("bfloat16", "bf16")
     assert found.steps > 60
     epochs = "3 epochs of local distillation"
-    assert said(found) == f"{found.steps} training steps, 96 calibration windows and {epochs} in bfloat16"
-    assert in_time(float32, estimator(llama)).steps == 40, "what is typed wins"
+    assert describe_numbers(found) == f"{found.steps} training steps, 96 calibration windows and {epochs} in bfloat16"
+    assert complete(float32, llama).steps == 40, "what is typed wins"
     given_numbers = replace(given(TINY, steps=40, samples=96), minutes=None)
-    assert in_time(given_numbers, estimator(llama)).compute_dtype == "float32", "the same on each machine"
+    assert complete(given_numbers, llama).compute_dtype == "float32", "the same on each machine"
     kept = {"compute_dtype": "float32", "learning": {"steps": 40}, "samples": 96, "distil_epochs": 3}
-    assert resumed(timed, kept).compute_dtype == "float32", "a resumed run goes on as it began"
+    resumed, sources = complete_settings(timed, None, unfinished=kept)
+    assert resumed.compute_dtype == "float32", "a resumed run goes on as it began"
+    assert sources["samples"] == "the unfinished run"
 
 
 def test_a_search_gets_a_third_of_the_tokens_of_training(llama: str) -> None:
@@ -133,8 +146,8 @@ def test_text_that_the_model_writes_counts(llama: str) -> None:
 
 
 def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path, inside: Inside) -> None:
-    inside.forbid("mptk.chain.prune.prepare")
-    inside.gives("mptk.chain.estimate.this_machine", Machine(flops=1e6, read=1e9, write=1e9))
+    inside.forbid("mptk.run.prune.prepare")
+    inside.gives("mptk.run.estimate.measure_machine", Machine(flops=1e6, read=1e9, write=1e9))
     said = (
         r"^minutes=1 is too short: 5 training steps and 20 calibration windows take about \d+ min, of which \d+ \w+ "
         r"are for 'train'; give minutes=\d+, or a one-shot method, as wanda$"
@@ -148,13 +161,13 @@ def test_too_few_minutes_are_refused_before_any_work(llama: str, tmp_path: Path,
 
 
 def test_processes_take_the_numbers_of_the_first(llama: str, tmp_path: Path, inside: Inside) -> None:
-    first = in_time(given(TINY, steps=7, samples=5), estimator(llama))
-    inside.around("mptk.chain.prune.once", lambda real, find: first)  # what the first process sends to the others
-    inside.stop("mptk.chain.prune.prepare")
-    started = inside.calls("mptk.chain.prune.prepare")
+    first = complete(given(TINY, steps=7, samples=5), llama)
+    inside.around("mptk.run.run.run_once", lambda real, find: first)  # what the first process sends to the others
+    inside.stop("mptk.run.prune.prepare")
+    started = inside.calls("mptk.run.prune.prepare")
     with pytest.raises(Stopped):
         mptk.prune(llama, tmp_path / "out", TINY)
-    assert started[0][1] == first
+    assert started[0][1].settings == first
 
 
 def test_minutes_that_choose_nothing_are_refused(llama: str) -> None:
@@ -175,11 +188,11 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
     said: list[str] = []
     settings = replace(TINY, data=str(text), minutes=minutes_of(llama, TINY, steps=6, samples=24))
     with remembered():
-        inside.stop("mptk.chain.fit.reconstruct_consumers")
+        inside.stop("mptk.run.recover.reconstruct_consumers")
         with pytest.raises(Stopped):
             mptk.prune(llama, tmp_path / "out", settings, progress=lambda stage, *_: said.append(stage))
         inside.undo()
-        inside.gives("mptk.chain.estimate.this_machine", replace(RATES, flops=5e9))
+        inside.gives("mptk.run.estimate.measure_machine", replace(RATES, flops=5e9))
         report = mptk.prune(llama, tmp_path / "out", replace(settings, minutes=None), resume=True).report
     assert [line for line in said if line.endswith("for 6 training steps and 24 calibration windows")]
     assert (report.settings.learning.steps, report.settings.samples) == (6, 24)
@@ -193,7 +206,7 @@ def test_a_recovery_has_minutes_too(llama: str, text: Path, tmp_path: Path) -> N
     settings = replace(TINY, data=str(text))
     with remembered():
         mptk.prune(llama, tmp_path / "cut", replace(settings, method="magnitude"))
-        seconds = sum(needed(tmp_path / "cut", given(settings, steps=9)).seconds.values())
+        seconds = sum(estimate_recovery(tmp_path / "cut", given(settings, steps=9)).seconds.values())
         found = mptk.recover(tmp_path / "cut", tmp_path / "out", settings, minutes=seconds / 60 * (1 + 1e-9))
     assert found.report.settings.learning.steps == 9
     assert any(note.startswith("9 training steps, as ") for note in found.report.notes)

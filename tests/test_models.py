@@ -43,7 +43,7 @@ from transformers import (
 
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError
-from mptk.compat.transformers import config_field
+from mptk.compat.transformers import find_config_field
 from mptk.io import cache, models
 from mptk.io.resident import Resident
 from mptk.trust import trust_by_caller
@@ -80,7 +80,7 @@ class TestFolder:
 
     def test_dtype(self, folder: Path) -> None:
         assert models.load(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
-        assert models.skeleton(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
+        assert models.build_skeleton(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 
     def test_without_tokenizer(self, tmp_path: Path) -> None:
         toys.llama().save_pretrained(tmp_path / "bare")
@@ -90,7 +90,7 @@ class TestFolder:
 
     def test_skeleton_is_the_model_without_weights(self, folder: Path) -> None:
         (folder / "model.safetensors").unlink()
-        skeleton = models.skeleton(str(folder))
+        skeleton = models.build_skeleton(str(folder))
         assert {p.device.type for p in skeleton.parameters()} == {"meta"}
         assert {n: p.shape for n, p in skeleton.named_parameters()} == {
             n: p.shape for n, p in toys.llama().named_parameters()
@@ -142,14 +142,14 @@ class TestNothingRuns:
             "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
             "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
         )
-        for refused in (models.load, models.skeleton):
+        for refused in (models.load, models.build_skeleton):
             with pytest.raises(MptkError, match="trust-remote-code"):
                 refused(str(folder))
         assert not (tmp_path / "ran").exists()
         own = models.load(str(folder), trust_remote_code=True).model
         assert type(own).__name__ == "OwnForCausalLM"
         assert torch.equal(logits(own), logits(toys.llama()))
-        assert type(models.skeleton(str(folder), trust=trust_by_caller(True))).__name__ == "OwnForCausalLM"
+        assert type(models.build_skeleton(str(folder), trust=trust_by_caller(True))).__name__ == "OwnForCausalLM"
 
 
 SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "num_hidden_layers": 1}
@@ -169,14 +169,14 @@ SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "
 def test_class_that_the_checkpoint_was_saved_from(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert type(models.load(str(tmp_path)).model) is type(model)
-    assert type(models.skeleton(str(tmp_path))) is type(model)
+    assert type(models.build_skeleton(str(tmp_path))) is type(model)
 
 
 def test_a_size_that_the_class_gives_may_say_that_there_is_no_limit(tmp_path: Path) -> None:
     config = transformers.XLNetConfig(d_model=24, n_head=3, d_inner=40, n_layer=1, vocab_size=50)
     config.save_pretrained(tmp_path)
     assert config.max_position_embeddings == -1
-    assert models.skeleton(str(tmp_path)).config.n_layer == 1
+    assert models.build_skeleton(str(tmp_path)).config.n_layer == 1
 
 
 class TestGguf:
@@ -253,7 +253,7 @@ class TestGguf:
         first = cache.read_sha256(file)
         assert first == hashlib.sha256(file.read_bytes()).hexdigest()
         (kept,) = (tmp_path / "cache" / "digests").iterdir()
-        read = inside.calls("mptk.io.cache.file_sha256")
+        read = inside.calls("mptk.io.cache.hash_file")
         assert cache.read_sha256(file) == first
         assert not read
         for content in ("", json.dumps({"file": [1], "sha256": "0" * 64})):
@@ -276,7 +276,7 @@ class TestGguf:
         assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
 
     def test_skeleton_reads_the_metadata_alone(self, file: Path, tmp_path: Path) -> None:
-        skeleton = models.skeleton(str(file))
+        skeleton = models.build_skeleton(str(file))
         assert not (tmp_path / "cache" / "checkpoints").exists()
         assert {p.device.type for p in skeleton.parameters()} == {"meta"}
         assert {n: p.shape for n, p in skeleton.named_parameters()} == {
@@ -321,7 +321,7 @@ def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Pa
     model.save_pretrained(tmp_path)
     loaded = models.open_weights(str(tmp_path), Resident(0))
     name = next(name for name in loaded.weights if "experts" in name)
-    some = loaded.weights.selected({name: name})
+    some = loaded.weights.select_names({name: name})
     del loaded
     gc.collect()
     assert torch.equal(some[name], model.state_dict()[name])
@@ -343,7 +343,7 @@ import sys
 from pathlib import Path
 from mptk.io.models import open_weights
 from mptk.io.resident import Resident
-import mptk.chain.prune  # what a run has imported
+import mptk.run.prune  # what a run has imported
 
 def most():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -406,7 +406,7 @@ def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, 
     for name, tensor in model.state_dict().items():
         found = opened.weights[name] if name in opened.weights else buffers[name]
         assert torch.equal(found, tensor), name
-    whole = opened.whole().state_dict()
+    whole = opened.load_all().state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -419,7 +419,7 @@ def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opene
     assert "model.encoder.embed_positions.weight" not in load_file(tmp_path / "model.safetensors")
     opened = models.open_weights(str(tmp_path), Resident(0))
     assert opened.weights is not None
-    found = opened.whole().state_dict()
+    found = opened.load_all().state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(found[name], tensor), name
 
@@ -441,7 +441,7 @@ def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> N
     """dots3.note has more heads in layers of a window. transformers refuses to read the number of the whole model."""
     model: Any = tiny_model("causal-lm", "dots3_note").model
     model.save_pretrained(tmp_path)
-    assert config_field(models.skeleton(str(tmp_path)).config, "num_attention_heads") == [6, 6, 12]
+    assert find_config_field(models.build_skeleton(str(tmp_path)).config, "num_attention_heads") == [6, 6, 12]
 
 
 def test_a_file_that_is_cut_short_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:

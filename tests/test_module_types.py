@@ -90,7 +90,7 @@ def test_a_module_that_is_wrong_only_in_its_own_types_is_refused(kind: type[Type
         module.down.weight.data.neg_()
         return module
 
-    inside.spoil("mptk.targets.graph.module_of", negated)
+    inside.spoil("mptk.targets.graph.make_cut_module", negated)
     with pytest.raises(mptk.ProofError, match="own types"):
         own_types(kind(BF16, BF16))
 

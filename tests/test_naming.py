@@ -13,7 +13,7 @@ from traces import remembered
 import mptk
 from mptk import MptkError
 from mptk.config.settings import Settings
-from mptk.methods.division.selection import selected
+from mptk.methods.division.selection import tie_layers
 
 NAMES = {
     "encoder": {"embeddings.word_embeddings.weight[0]": "vocab", "embeddings.word_embeddings.weight[1]": "hidden"},
@@ -39,4 +39,4 @@ def test_the_rows_of_a_table_are_the_vocabulary_of_a_tied_head_too(tied: bool) -
 
 def test_to_keep_the_size_of_embeddings_is_refused_as_it_stays_anyway() -> None:
     with pytest.raises(MptkError, match=r"^hidden is no family, and keeps its \d+ channels: it is the model's output;"):
-        selected(mptk.analyze(MODELS["encoder"]()), Settings(keep=("hidden",)))
+        tie_layers(mptk.analyze(MODELS["encoder"]()), Settings(keep=("hidden",)))

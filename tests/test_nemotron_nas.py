@@ -38,9 +38,9 @@ from transformers import (
 import mptk
 from mptk import MptkError, ProofError
 from mptk.files import write_json
-from mptk.io.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, ffn_width
+from mptk.io.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, compute_ffn_width
 from mptk.publish.manifest import write_manifest
-from mptk.targets.nemotron_nas import ffn_said
+from mptk.targets.nemotron_nas import describe_ffn
 
 TARGET = "nemotron-nas"
 HOW: dict[str, Any] = {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}
@@ -130,8 +130,8 @@ def test_its_config_is_read_by_attribute_and_written_as_json() -> None:
 @pytest.mark.parametrize("hidden", [48, 576, 768, 4096, 8192, 16384])
 def test_a_width_is_said_so_that_all_readers_find_it(hidden: int) -> None:
     for width in (256, 512, 1536, 11008, 14336, 28672, 53248):
-        assert ffn_width(Fields(ffn_said(width, hidden)), hidden) == width
-    assert ffn_width(Fields(ffn_said(1000, hidden)), hidden) == 1000
+        assert compute_ffn_width(Fields(describe_ffn(width, hidden)), hidden) == width
+    assert compute_ffn_width(Fields(describe_ffn(1000, hidden)), hidden) == 1000
 
 
 @pytest.mark.parametrize(

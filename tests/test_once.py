@@ -15,8 +15,8 @@ import pytest
 from inside import Inside
 
 import mptk
-import mptk.chain.prune
 import mptk.proof.verification
+import mptk.run.prune
 from mptk.config.learning import Learning, Training
 from mptk.ir.resolved_plan import resolve_plan
 from passes.targets.legalize import discover

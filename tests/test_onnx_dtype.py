@@ -96,5 +96,5 @@ def test_angles_of_far_positions_are_not_rounded(tmp_path: Path) -> None:
         OrtDecoder(mptk.export(model, tmp_path / d, onnx_dtype=d), threads=1) for d in ("float16", "float32")
     )
     ids = np.arange(3, 9)[None]
-    found, expected = (decoder.decode(ids, decoder.filled(1, 3001))[0] for decoder in (half, whole))
+    found, expected = (decoder.decode(ids, decoder.make_filled(1, 3001))[0] for decoder in (half, whole))
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()

@@ -20,13 +20,13 @@ from onnxruntime.transformers.float16 import convert_np_to_float16
 from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
 from torch import Tensor
 
-from mptk.compat.onnxruntime import matmul_quantizer
+from mptk.compat.onnxruntime import import_matmul_quantizer
 from mptk.ir.program import Program
 from mptk.ir.weights import Lazy, Weights
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import tensors
-from passes.targets.onnx.block_weights import rounded
+from passes.targets.onnx.block_weights import round_to_blocks
 from passes.targets.onnx.check_quantized import check_quantized
 
 RNG = np.random.default_rng(0)
@@ -80,11 +80,11 @@ def test_weights_read_one_by_one_are_those_of_an_export_that_holds_all(
     kind: str, tmp_path: Path, inside: Inside
 ) -> None:
     inside.bound("passes.targets.onnx.emit.SMALL", 16)
-    inside.bound("passes.targets.onnx.emit._exported", traces.TRANSLATE)  # passes number values anew in a copy
+    inside.bound("passes.targets.onnx.emit._export_model", traces.TRANSLATE)  # passes number values anew in a copy
     program = trace_decoder(tiny_decoder(kind))
     state = Read(program.state)
     found = constants(emit_onnx(replace(program, state=state), tmp_path / "read"))
-    inside.around("passes.targets.onnx.emit.without_weights", lambda without, program: program)
+    inside.around("passes.targets.onnx.emit.with_fake_weights", lambda without, program: program)
     inside.around("passes.targets.onnx.emit.with_weights", lambda with_weights, model, _: model)
     assert_same(found, constants(emit_onnx(program, tmp_path / "held")))
 
@@ -139,13 +139,13 @@ def test_a_weight_rounded_in_parts_is_the_one_that_onnx_runtime_rounds_in_a_grap
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 37])],
         [numpy_helper.from_array(weight, "w")],
     )
-    ort = matmul_quantizer()
+    ort = import_matmul_quantizer()
     config = ort.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=bits == 8, accuracy_level=4, bits=bits)
     quantizer = ort.MatMulNBitsQuantizer(helper.make_model(graph), algo_config=config)
     quantizer.process()
     expected = [numpy_helper.to_array(c) for c in quantizer.model.model.graph.initializer]
     inside.bound("passes.targets.onnx.tensors.PART", 5 * inputs)
-    found = rounded(weight, bits, block)
+    found = round_to_blocks(weight, bits, block)
     assert len(found) == len(expected) == (2 if bits == 8 else 3)
     for array, other in zip(found, expected, strict=True):
         assert array.tobytes() == other.tobytes()

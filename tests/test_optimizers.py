@@ -24,7 +24,14 @@ from torch import nn
 
 import mptk
 from mptk.config.learning import Training
-from mptk.methods.maskprune.optimizers import MUON_RATE, Muon, matrices, optimizer_of, orthogonal, products
+from mptk.methods.maskprune.train import (
+    MUON_RATE,
+    Muon,
+    count_product_tokens,
+    find_matrices,
+    make_optimizer,
+    make_orthogonal,
+)
 
 MUON = replace(SETTINGS, learning=replace(LEARNING, rank=0, training=replace(TRAINING, lr=1e-4, optimizer="muon")))
 TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
@@ -34,7 +41,7 @@ TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 def test_an_orthogonal_matrix_keeps_the_directions_and_makes_all_about_as_large(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    seen = left.T @ orthogonal(matrix) @ right.T
+    seen = left.T @ make_orthogonal(matrix) @ right.T
     assert (seen.diagonal() - 0.95).abs().max() < 0.35
     assert (seen - seen.diagonal().diag()).abs().max() < 0.02
 
@@ -60,18 +67,18 @@ def test_the_graph_of_a_model_has_the_matrices_of_the_model_and_no_table_is_one(
     assert len(tables) == 2
     graph = mptk.analyze(model, architectures.tokens()).program.module()
     for each in (model, graph):
-        chosen = {id(p) for p in matrices(each)}
+        chosen = {id(p) for p in find_matrices(each)}
         assert {name for name, p in each.named_parameters() if id(p) in chosen} == flat - tables
 
 
 def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
     model, twin = architectures.model("llama"), architectures.model("llama")
     model.model.norm.weight.requires_grad_(False)
-    muon = optimizer_of(model, Training(lr=1e-3, optimizer="muon"))
+    muon = make_optimizer(model, Training(lr=1e-3, optimizer="muon"))
     assert [group["peak"] for group in muon.param_groups] == [MUON_RATE * 1e-3, 1e-3]
     taken = [p for group in muon.param_groups for p in group["params"]]
     assert {id(p) for p in taken} == {id(p) for p in model.parameters() if p.requires_grad}
-    both = muon, optimizer_of(twin, Training(lr=1e-3))
+    both = muon, make_optimizer(twin, Training(lr=1e-3))
     for each, optimizer in zip((model, twin), both, strict=True):
         each(architectures.tokens()).logits.square().mean().backward()
         optimizer.step()
@@ -84,7 +91,7 @@ def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, tmp_path:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     mptk.prune(llama, whole, MUON)
     with changed() as inside:
-        inside.stop("mptk.methods.maskprune.optimizers.orthogonal", 60)
+        inside.stop("mptk.methods.maskprune.train.make_orthogonal", 60)
         with pytest.raises(Stopped):
             mptk.prune(llama, broken, MUON)
     assert metrics(tmp_path / "broken.run")[-1]["phase"] == "recovery"
@@ -116,4 +123,4 @@ def test_adapters_are_trained_by_adamw() -> None:
     assert learning.of_masks(0.2).training.optimizer == "adamw"
     assert learning.of_recovery(frozen=True, size=0.2).training.optimizer == "adamw"
     assert learning.of_recovery(frozen=False, size=0.2).training.optimizer == "muon"
-    assert products(learning, hidden=100) > products(replace(learning, rank=4), hidden=100) == 0
+    assert count_product_tokens(learning, hidden=100) > count_product_tokens(replace(learning, rank=4), hidden=100) == 0

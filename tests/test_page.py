@@ -23,13 +23,11 @@ from mptk import FamilyPlan, MptkError, Plan
 from mptk.config.learning import Learning
 from mptk.files.outputs import check_file
 from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
-from mptk.report.compare import front, grouped
-from mptk.report.markdown import rendered
-from mptk.report.page.charts import kept_chart, kept_units, trace_charts
-from mptk.report.page.render import report_page, shapes_page
-from mptk.report.runs import Run, model_name, read_runs, short_names, whole
-from mptk.report.sections import prune_view
-from mptk.report.view import Table
+from mptk.report.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
+from mptk.report.page.render import render_report_page, render_shapes_page
+from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, read_runs, shorten_model_name
+from mptk.report.sections import build_prune_view
+from mptk.report.view import Table, render_markdown
 from tests.page_runs import HOSTILE, WORDS, made
 from tests.toy_checkpoints import save
 
@@ -56,14 +54,14 @@ class Parsed(HTMLParser):
 @pytest.fixture(scope="module")
 def page() -> str:
     """A page about two runs."""
-    return report_page([made(), made(run="other")])
+    return render_report_page([made(), made(run="other")])
 
 
 def test_a_page_says_what_a_run_did(tmp_path: Path) -> None:
-    written = report_page([made()])
+    written = render_report_page([made()])
     (tmp_path / "page.html").write_text(written)
     check_file(tmp_path / "page.html", "page")
-    assert written == report_page([made()])  # the same each time
+    assert written == render_report_page([made()])  # the same each time
     page = Parsed(written)
     for said in (
         "acme/small pruned by maskprune",
@@ -101,7 +99,7 @@ def test_a_page_says_what_a_run_did(tmp_path: Path) -> None:
 def test_no_text_becomes_markup(page: str) -> None:
     """Every text of a run at once; no page has the names of a plan's layers."""
     plain, hostile = Parsed(page), {word: f"{word}{HOSTILE}" for word in WORDS}
-    written = report_page([made(**hostile), made(run="other")])
+    written = render_report_page([made(**hostile), made(run="other")])
     read = Parsed(written)
     assert read.tags == plain.tags
     assert "script" not in read.tags
@@ -113,10 +111,10 @@ def test_no_text_becomes_markup(page: str) -> None:
 
 def test_terminal_markdown_and_page_say_the_same(page: str) -> None:
     run = made()
-    view, console = prune_view(run.report, run.bench), Console(width=300, file=io.StringIO())
+    view, console = build_prune_view(run.report, run.bench), Console(width=300, file=io.StringIO())
     console.print(view)
     printed, read = console.file.getvalue(), Parsed(page)  # type: ignore[attr-defined]
-    written = Parsed(MarkdownIt("commonmark").enable("table").render(rendered(view)))
+    written = Parsed(MarkdownIt("commonmark").enable("table").render(render_markdown(view)))
     said = [" ".join(row) for section in view.sections for t in section.parts if isinstance(t, Table) for row in t.rows]
     assert len(said) > 25
     for shown in (read.text, written.text, " ".join(re.sub("[─-╿]", " ", printed).split())):
@@ -149,11 +147,11 @@ def test_runs_that_do_not_compare_stand_apart() -> None:
     other_model = made(run="d", sha="x", model="acme/large")
     stopped = made(run="e")
     stopped = replace(stopped, report=replace(stopped.report, quality={}))
-    groups, unmeasured = grouped([other_text, *alike, other_model, stopped])
+    groups, unmeasured = group_runs([other_text, *alike, other_model, stopped])
     assert [[run.name for run in group.runs] for group in groups] == [["a", "b"], ["c"], ["d"]]
     assert [group.apart for group in groups] == ["", "another protocol", "another dense model"]
     assert [run.name for run in unmeasured] == ["e"]
-    text = Parsed(report_page([alike[0], other_text, stopped])).text
+    text = Parsed(render_report_page([alike[0], other_text, stopped])).text
     assert "Not comparable with the first group: another protocol." in text
     assert "quality was not measured: e" in text
 
@@ -162,7 +160,7 @@ def test_the_same_protocol_on_other_text_does_not_compare() -> None:
     one, other = made(run="a"), made(run="b")
     data = {"evaluation": {"source": "text.txt", "samples": 4, "inputs": {"input_ids": {"sha256": "other"}}}}
     other = replace(other, report=replace(other.report, data=data))
-    groups, _ = grouped([one, other])
+    groups, _ = group_runs([one, other])
     assert [group.apart for group in groups] == ["", "other text"]
 
 
@@ -177,8 +175,8 @@ def test_the_front_is_what_no_other_run_beats(dense: float, best: list[str]) -> 
         made(run="c", dense=dense, quality=60 * scale, removed=0.5),
         made(run="d", dense=dense, quality=worse * scale, removed=0.4 if dense > 1 else 0.5),
     ]
-    (group,), _ = grouped(runs)
-    assert [run.name for run in front(group)] == best
+    (group,), _ = group_runs(runs)
+    assert [run.name for run in find_front(group)] == best
     assert better
 
 
@@ -186,23 +184,23 @@ def test_why_a_family_is_as_wide_as_it_is() -> None:
     run = made()
     asked = replace(run, report=replace(run.report, settings=replace(run.report.settings, keep=("hidden",))))
     narrowest = dict(run.report.families) | {"ffn": {"of": 40, "width": 8, "layers": 3}}
-    assert whole(run.report, "v_dim") == "the class derives it"
-    assert whole(asked.report, "hidden") == "kept whole on request (--keep)"
-    assert whole(replace(run.report, families=narrowest), "ffn") == "no narrower width is legal"
+    assert explain_uncut(run.report, "v_dim") == "the class derives it"
+    assert explain_uncut(asked.report, "hidden") == "kept whole on request (--keep)"
+    assert explain_uncut(replace(run.report, families=narrowest), "ffn") == "no narrower width is legal"
     earlier = replace(run, report=replace(run.report, legal={}))
-    assert "not recorded" in Parsed(report_page([earlier])).text
+    assert "not recorded" in Parsed(render_report_page([earlier])).text
 
 
 def test_a_map_shows_the_kept_units_and_many_units_only_if_layers_differ() -> None:
     few = FamilyPlan(2, 3, {"0": ((0, 1), (1, 2)), "1": ((0, 2), (0, 1))})
-    assert kept_units(few).tolist() == [[1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0]]
+    assert map_kept_units(few).tolist() == [[1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0]]
     alike = FamilyPlan(300, 500, {layer: (tuple(range(300)),) for layer in "01"})
     unlike = {
         f"ffn.{layer}": FamilyPlan(n, 500, {f"m.{layer}": (tuple(range(n)),)}) for layer, n in enumerate((300, 400))
     }
     report = SimpleNamespace(families={n: {"width": f.width, "of": 500} for n, f in unlike.items()})
-    assert kept_chart(Run("run", report, Plan({"ffn": alike})), "ffn") is None
-    drawn = kept_chart(Run("run", report, Plan(unlike)), "ffn")
+    assert draw_kept_chart(Run("run", report, Plan({"ffn": alike})), "ffn") is None
+    drawn = draw_kept_chart(Run("run", report, Plan(unlike)), "ffn")
     assert "share of ffn that each layer keeps" in drawn.text
 
 
@@ -212,42 +210,42 @@ def test_layers_of_their_own_width_are_one_map() -> None:
     report = SimpleNamespace(families={n: {"width": w, "of": 8 if n == "heads" else 4} for n, w in sizes.items()})
     (name,) = (run := Run("run", report, plan)).kept
     assert name == "ffn"
-    assert kept_units(run.kept["ffn"]).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
+    assert map_kept_units(run.kept["ffn"]).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
 
 
 def test_traces_of_recovery_show_the_loss_alone() -> None:
     run = made()
     rows = [{"step": step, "loss": 3.0 / step, "lm": 2.0 / step, "kl": 0.5} for step in (1, 2)]
-    (trace,) = trace_charts(replace(run, metrics={"recovery": rows}), "recovery")
+    (trace,) = draw_trace_charts(replace(run, metrics={"recovery": rows}), "recovery")
     assert all(f">{name}<" in trace.text for name in ("loss", "lm", "kl"))
 
 
 def test_widths_are_shares_and_what_is_the_same_shares_a_line() -> None:
     run = made()
     rows = [{"step": step, "loss": 2.0, "width/ffn": 40.0, "width/q_heads": 3.0} for step in (1, 2)]
-    _, widths = trace_charts(replace(run, metrics={"masks": rows}), "masks")
+    _, widths = draw_trace_charts(replace(run, metrics={"masks": rows}), "masks")
     assert ">ffn, q_heads<" in widths.text
 
 
 def test_a_loss_that_is_not_finite_is_a_gap() -> None:
     run = made()
     rows = [{"step": 1, "loss": None}, {"step": 2, "loss": 2.0}]
-    assert len(trace_charts(replace(run, metrics={"masks": rows}), "masks")) == 1
+    assert len(draw_trace_charts(replace(run, metrics={"masks": rows}), "masks")) == 1
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
-    assert short_names([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
-    assert short_names([Path("x/m"), Path("y/m")]) == ["x/m", "y/m"]
-    assert model_name("/home/me/models/small") == "small"
-    assert model_name("/c/models--acme--small/snapshots/0a1b") == "acme/small"
-    assert model_name("acme/small") == "acme/small"
+    assert name_folders([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
+    assert name_folders([Path("x/m"), Path("y/m")]) == ["x/m", "y/m"]
+    assert shorten_model_name("/home/me/models/small") == "small"
+    assert shorten_model_name("/c/models--acme--small/snapshots/0a1b") == "acme/small"
+    assert shorten_model_name("acme/small") == "acme/small"
 
 
 def test_a_report_of_another_kind_is_one_error() -> None:
     run = made()
     broken = replace(run, report=replace(run.report, cost={"dense": {}, "pruned": {}}))
     with pytest.raises(MptkError, match="m30 is damaged or was changed"):
-        report_page([broken])
+        render_report_page([broken])
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +324,9 @@ def test_a_page_about_shapes_has_a_row_a_shape_and_no_markup_of_others() -> None
     second = replace(first, latency_ms=11.0, reconstructed=4.8, rungs=(Rung(64, 4.75),))
     lost = replace(first, latency_ms=14.0, masked=WORST, reconstructed=WORST, rungs=())
     dense = Shape({"ffn": 40, HOSTILE: 3}, 0.0, 9e6, 20.0, 3.0)
-    page = Parsed(shapes_page(Shapes(HOSTILE, HOSTILE, "perplexity", dense, (first, second, lost), command=HOSTILE)))
+    page = Parsed(
+        render_shapes_page(Shapes(HOSTILE, HOSTILE, "perplexity", dense, (first, second, lost), command=HOSTILE))
+    )
     assert not page.tags & {"script", "img"}
     assert f"shape ffn {HOSTILE} removed parameters ms masked reconstructed 64 tokens 192 tokens" in page.text
     assert "dense 40 3 0.0% 9.0 M 20.00 20.09" in page.text
@@ -339,7 +339,7 @@ def test_a_page_about_shapes_has_a_row_a_shape_and_no_markup_of_others() -> None
         "perplexity of the shapes that were trained, over tokens",
     ]
     bare = Shapes("m", "p", "loss", replace(dense, latency_ms=None), (replace(first, latency_ms=None, rungs=()),))
-    page = Parsed(shapes_page(bare))
+    page = Parsed(render_shapes_page(bare))
     assert [value for name, value in page.attributes if name == "aria-label"] == [
         "loss over parameters (millions) of 1 shapes"
     ]

@@ -14,8 +14,8 @@ import pytest
 
 import mptk
 from mptk.ir.alignment import Alignment
-from mptk.report.analysis import analysis_json
-from mptk.report.page.render import analysis_page, report_page
+from mptk.report.analysis import build_analysis_json
+from mptk.report.page.render import render_analysis_page, render_report_page
 from mptk.targets import find_target
 from tests.page_runs import made
 from tests.tiny_decoders import tiny_decoder
@@ -57,11 +57,11 @@ def opened(page: str, width: int, folder: Path) -> dict[str, Any]:
 def page(request: pytest.FixtureRequest) -> tuple[str, int]:
     """A page, and how many charts it has."""
     if request.param == "report":
-        return report_page([made(run="a" * 70), made(run="b")]), 17
+        return render_report_page([made(run="a" * 70), made(run="b")]), 17
     model = tiny_decoder("grouped heads, rotary")
     analysis = mptk.analyze(model)
-    legal = find_target("stock").legal(analysis, model, Alignment(1))
-    return analysis_page(analysis_json(analysis, legal, "small"), analysis, legal), 1
+    legal = find_target("stock").find_legal(analysis, model, Alignment(1))
+    return render_analysis_page(build_analysis_json(analysis, legal, "small"), analysis, legal), 1
 
 
 @pytest.mark.parametrize("width", [390, 1280])

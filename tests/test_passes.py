@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from mptk import analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, PassRecord, PassResult, run
+from mptk.ir.passes import Log, Pass, PassRecord, PassResult, run_passes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from passes.pipelines import cutting
-from passes.targets.onnx.lower import LowerOps
-from passes.targets.onnx.lower_complex import LowerComplex
+from passes.targets.onnx.lower import LowerComplex, LowerOps
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.masked_reference import Mask
-from passes.transforms.retype import Retype
 from passes.transforms.rewrite import Rewrite
-from passes.transforms.round_weights import RoundWeights
+from passes.transforms.weight_types import Retype, RoundWeights
 
 
 class Normed(nn.Module):
@@ -46,14 +44,14 @@ def normed() -> tuple[Analysis, Cut]:
 def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
     seen: list[PassRecord] = []
     log = Log(on_record=seen.append)
-    results = run(normed[0].program, cutting(*normed, torch.bfloat16), log)
+    results = run_passes(normed[0].program, cutting(*normed, torch.bfloat16), log)
     rewrite, blocks, fold, store = seen
     assert seen == log.records
     assert str(rewrite) == "rewrite: 3 → 4 ops, 137 → 82 parameters, 4 weights sliced"
     assert str(blocks) == "remove blocks: 4 → 4 ops, 82 → 82 parameters"
     assert str(fold) == "fold norms: 4 → 3 ops, 82 → 82 parameters, epsilon 0.001 → 0.00171429"
     assert str(store) == "store: 3 → 3 ops, 82 → 82 parameters, 5 weights rounded"
-    assert [record["changed"] for record in log.as_list()] == [True, False, True, True]
+    assert [record["changed"] for record in log.to_list()] == [True, False, True, True]
     assert results[-1].program.state["up.weight"].shape == (7, 4)
 
 
@@ -61,7 +59,7 @@ def test_a_pass_that_finds_nothing_to_do_says_so(normed: tuple[Analysis, Cut]) -
     analysis, _ = normed
     whole = resolve_plan(analysis, random_plan(analysis, []))
     log = Log()
-    run(analysis.program, [*cutting(analysis, whole), Retype(torch.float32)], log)
+    run_passes(analysis.program, [*cutting(analysis, whole), Retype(torch.float32)], log)
     assert [record.changed for record in log.records] == [False, False, False, False, False]
     assert str(log.records[0]) == "rewrite: 3 → 3 ops, 137 → 137 parameters"
 
@@ -87,7 +85,7 @@ def test_the_analysis_must_be_of_the_program(normed: tuple[Analysis, Cut]) -> No
 )
 def test_each_pass_checks_its_result(normed: tuple[Analysis, Cut], step: Callable[..., Pass], reason: str) -> None:
     before = normed[0].program
-    wrong = replace(before, state=before.state.updated({"head.bias": torch.ones(4)}))
+    wrong = replace(before, state=before.state.with_entries({"head.bias": torch.ones(4)}))
     with pytest.raises(AssertionError, match=reason):
         step(*normed).ensures(before, wrong)
 
@@ -99,7 +97,7 @@ class Shorten(Pass):
     name: ClassVar[str] = "shorten"
 
     def run(self, program: Program) -> PassResult:
-        return PassResult(replace(program, state=program.state.updated({"head.bias": torch.ones(4)})), True)
+        return PassResult(replace(program, state=program.state.with_entries({"head.bias": torch.ones(4)})), True)
 
     def ensures(self, before: Program, after: Program) -> None:
         """Nothing."""
@@ -107,4 +105,4 @@ class Shorten(Pass):
 
 def test_a_weight_that_the_graph_does_not_expect_stops_any_pass(normed: tuple[Analysis, Cut]) -> None:
     with pytest.raises(AssertionError, match=r"head\.bias: .*5.* != .*4"):
-        run(normed[0].program, [Shorten()], Log())
+        run_passes(normed[0].program, [Shorten()], Log())

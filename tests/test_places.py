@@ -26,14 +26,15 @@ from toy_checkpoints import tokenizer, write_gguf
 
 import mptk
 from mptk import MptkError
-from mptk.chain.ladder import LadderRun
 from mptk.cli.app import tidy_for
-from mptk.errors import explained
-from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
+from mptk.errors import explain_errors
+from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
 from mptk.io.cache import build_once
-from mptk.protocols.run_folder import RunFolder, check_unfinished, kept_settings
+from mptk.protocols.run_folder import RunFolder, check_unfinished, read_kept_settings
 from mptk.publish.folder import amend, publish
+from mptk.run.ladder import is_finished
 from mptk.staged.spool import Spool
+from tests.lab import bare_run
 
 llama, prepared_once, settings = test_resume.llama, test_resume.prepared_once, test_resume.settings
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,13 +76,13 @@ def published(place: Path, act: Callable[[], None]) -> None:
 
 
 def renewed(place: Path, act: Callable[[], None]) -> None:
-    with claimed(place / "out") as held:
+    with claim_place(place / "out") as held:
         act()
         held.renew()
 
 
 def left(place: Path, act: Callable[[], None]) -> None:
-    with claimed(place / "out"):
+    with claim_place(place / "out"):
         act()
 
 
@@ -96,7 +97,7 @@ def filed(place: Path, act: Callable[[], None]) -> None:
 
 
 def fails(place: Path, act: Callable[[], None]) -> None:
-    with staged(place):
+    with make_staging(place):
         act()
         raise OSError("a library that lost its files")
 
@@ -147,7 +148,7 @@ def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(
 
     inside.around("os.mkdir", exchanging)
     with pytest.raises(OSError, match="not permitted"):
-        staged(tmp_path)
+        make_staging(tmp_path)
     taken = next(path for path in tmp_path.iterdir() if path.name.startswith(".mptk-"))
     require_untouched(taken)
 
@@ -189,7 +190,7 @@ def test_a_folder_that_others_can_write_in_is_refused_before_any_work(
     if not said:
         write(place / "out", "x")
         return
-    for work in (lambda: write(place / "out", "x"), lambda: staged(place), lambda: hold(place / "out")):
+    for work in (lambda: write(place / "out", "x"), lambda: make_staging(place), lambda: hold(place / "out")):
         with pytest.raises(MptkError, match=rf"^{place} lets other users rename what is in it, .*; take that right"):
             work()
     assert names(place) == []
@@ -211,8 +212,8 @@ def test_temporary_files_are_refused_where_others_can_exchange_them(
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     inside.bound("tempfile.tempdir", None)
     with pytest.raises(MptkError, match=rf"^{tmp_path}/tmp lets other .* written; set TMPDIR to a folder of your own$"):
-        scratch()
-    inside.forbid("mptk.chain.prune.prepare")
+        make_scratch()
+    inside.forbid("mptk.run.prepare.open_unchanged")
     with pytest.raises(MptkError, match="set TMPDIR to a folder of your own"):
         mptk.prune(llama, tmp_path / "out", settings)
     assert names(tmp_path) == ["tmp"]
@@ -317,9 +318,9 @@ def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path: Path, name: s
     for work in (
         lambda: check_unfinished(out, {}, resume=False),
         lambda: check_unfinished(out, {}, resume=True),
-        lambda: kept_settings(out),
+        lambda: read_kept_settings(out),
         lambda: RunFolder(out, {}, resume=False),
-        lambda: LadderRun(out, mptk.Settings(resume=True)).finished("model"),
+        lambda: is_finished(bare_run(mptk.Settings(resume=True), out=out)),
     ):
         with pytest.raises(MptkError, match=said):
             work()
@@ -345,7 +346,7 @@ def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path: Pat
     ):
         RunFolder(tmp_path / "copy", {"learning": {"steps": 0}}, resume=False)
     again = RunFolder(tmp_path / "copy", {"learning": {"steps": 0}}, resume=True)
-    assert again.tensors("text") is not None
+    assert again.keeps("text")
     again.remove()
     assert names(tmp_path) == ["out.run"]
     RunFolder(tmp_path / "out", {"learning": {"steps": 0}}, resume=False)
@@ -388,7 +389,7 @@ def test_a_mark_is_of_one_folder(tmp_path: Path) -> None:
 def test_hidden_folders_are_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        with staged(tmp_path) as made, claimed(tmp_path / "out") as held:
+        with make_staging(tmp_path) as made, claim_place(tmp_path / "out") as held:
             assert [stat.S_IMODE(each.path.stat().st_mode) for each in (made, held)] == [0o700] * 2
         RunFolder(tmp_path / "out", {}, resume=False).save("text", {"ids": torch.ones(2)})
         assert stat.S_IMODE((tmp_path / "out.run").stat().st_mode) == 0o755
@@ -401,7 +402,7 @@ def test_hidden_folders_are_private(tmp_path: Path) -> None:
 def test_a_command_refuses_the_users_folder_before_any_work(
     llama: str, settings: mptk.Settings, tmp_path: Path, inside: Inside, name: str
 ) -> None:
-    inside.forbid("mptk.chain.prune.prepare")
+    inside.forbid("mptk.run.prepare.open_unchanged")
     asked = {"data": settings.data, "samples": 4, "length": 32, "onnx": False, "progress": None}
     out = tmp_path / "out"
     for work, output in (
@@ -496,14 +497,14 @@ def test_files_that_go_from_a_temporary_folder_are_one_clear_line() -> None:
             shutil.rmtree(spool._staging.path)
         else:
             (spool._staging.folder / "1").unlink()
-        with pytest.raises(MptkError, match=GONE.format(r"\S+")), explained():
+        with pytest.raises(MptkError, match=GONE.format(r"\S+")), explain_errors():
             spool.take("key")
 
 
 def test_a_folder_of_temporary_files_that_goes_is_one_clear_line(tmp_path: Path, inside: Inside) -> None:
     inside.bound("tempfile.tempdir", str(tmp_path / "tmp"))
     with pytest.raises(MptkError, match=GONE.format(tmp_path / "tmp")):
-        scratch()
+        make_scratch()
 
 
 def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_line(
@@ -516,7 +517,7 @@ def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_line(
         shutil.rmtree(tmp_path / "cache")
         return real(*given, **options)
 
-    inside.around("mptk.chain.prune.choose", clean)
+    inside.around("mptk.run.prune.choose_units", clean)
     with pytest.raises(
         MptkError, match=rf"^{tmp_path}/cache\S+ was removed or cut short while it was read; start again$"
     ):

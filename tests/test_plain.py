@@ -15,8 +15,8 @@ from rich.text import Text
 from transformers.utils import logging
 
 from mptk.cli.console import PlainConsole
-from mptk.plain import plain
-from mptk.report.page.svg import inline
+from mptk.plain import escape_text
+from mptk.report.page.svg import inline_svg
 from tests.bad_inputs.table import Place, run
 
 ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
@@ -44,8 +44,8 @@ def _no_bars() -> Iterator[None]:
 
 def test_ordinary_text_of_any_script_stays_as_it_is() -> None:
     text = "naïve café 漢字 \N{GRINNING FACE} نص\n\tline"
-    assert plain(text) == text
-    assert plain(text, lines=False).endswith(r"\n\tline")
+    assert escape_text(text) == text
+    assert escape_text(text, lines=False).endswith(r"\n\tline")
 
 
 @pytest.mark.parametrize("kind", EVIL)
@@ -119,9 +119,9 @@ def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[s
 def test_a_picture_has_a_plain_name(kind: str) -> None:
     """Its label may be the name of a phase in metrics.jsonl."""
     evil, _ = EVIL[kind]
-    drawn = inline('<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>', f"losses of {evil}").text
+    drawn = inline_svg('<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>', f"losses of {evil}").text
     assert not ACTS.search(drawn)
-    assert ET.fromstring(drawn).get("aria-label") == f"losses of {plain(evil)}"
+    assert ET.fromstring(drawn).get("aria-label") == f"losses of {escape_text(evil)}"
 
 
 def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys: pytest.CaptureFixture
     console = PlainConsole()
     console.width = 21
     console.print(Text(evil))
-    assert capsys.readouterr().out.replace("\n", "") == plain(evil)
+    assert capsys.readouterr().out.replace("\n", "") == escape_text(evil)
 
 
 def test_a_model_and_data_with_such_names(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_mptks_own_error_has_a_log_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, inside: Inside, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
-    inside.around("mptk.io.packaged.cached", lambda cached, alias: 1 / 0)
+    inside.around("mptk.io.packaged.find_cached", lambda cached, alias: 1 / 0)
     result = run(["models"])
     assert result.code == 70
     (line,) = result.errors

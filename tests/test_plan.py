@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
-from mptk.conversions import planned
+from mptk.conversions import read_plan_conversions
 from mptk.ir.families import Analysis
 from mptk.ir.plan import PLAN_FORMAT
 from mptk.ir.resolved_plan import resolve_plan
@@ -219,7 +219,7 @@ def test_conversions_are_read_as_they_were_written() -> None:
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.digest == plan.digest != Plan({}).digest
-    assert len(planned(again)) == 2
+    assert len(read_plan_conversions(again)) == 2
 
 
 @pytest.mark.parametrize(
@@ -235,4 +235,4 @@ def test_conversions_are_read_as_they_were_written() -> None:
 )
 def test_a_wrong_entry_of_a_conversion_is_refused(name: str, entry: object, said: str) -> None:
     with pytest.raises(MptkError, match=f"plan: .*{name}.*{said}"):
-        planned(Plan.from_json({**Plan({}).to_json(), name: entry}))
+        read_plan_conversions(Plan.from_json({**Plan({}).to_json(), name: entry}))

@@ -156,7 +156,7 @@ analysis = mptk.analyze(model, [x])
 (family,) = analysis.families
 print(family.size, sorted(member.weight for member in family.groups[0].members))
 peaks = gate(model.up(x), model.by(x)).abs().amax(0) * model.down.weight.abs().sum(0)
-found = criteria.score(analysis, "peak", Samples({"x": x}))[family.name]
+found = criteria.score_units(analysis, "peak", Samples({"x": x}))[family.name]
 print(torch.allclose(found.flatten(), peaks))
 """
 

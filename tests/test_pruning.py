@@ -117,7 +117,7 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
 
 def test_a_failed_proof_publishes_nothing(llama, tmp_path, inside):
     wrong = Proven((Difference("rewritten graph", 1.0, 0.1, 1e-5),), 48)
-    inside.gives("mptk.chain.prune.prove_folder", wrong)
+    inside.gives("mptk.run.prune.prove_folder", wrong)
     with pytest.raises(MptkError, match="rewritten graph"):
         mptk.prune(llama, tmp_path / "out", SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"], "what --resume needs, and no result"
@@ -183,7 +183,9 @@ def test_the_report_has_the_hash_of_every_text(llama, tmp_path):
     inputs = {name: used["inputs"]["input_ids"] for name, used in first.items() if name != "files"}
     assert {name: found["shape"] for name, found in inputs.items()} == {"calibration": [4, 32], "evaluation": [2, 24]}
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    assert inputs["evaluation"]["sha256"] == data.digest(data.evaluation_windows(tokenizer, str(text), 24, 2))
+    assert inputs["evaluation"]["sha256"] == data.hash_windows(
+        data.load_evaluation_windows(tokenizer, str(text), 24, 2)
+    )
     other = mptk.prune(llama, tmp_path / "c", replace(settings, seed=1)).report.data
     assert other["calibration"]["inputs"]["input_ids"] != inputs["calibration"]
 
@@ -247,7 +249,7 @@ def test_verbose_prints_what_each_pass_changed(llama, tmp_path):
 
 
 def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, tmp_path, inside):
-    inside.stop("mptk.chain.prune.measured", error=KeyboardInterrupt)
+    inside.stop("mptk.run.prune.measure", error=KeyboardInterrupt)
     settings = replace(SETTINGS, method="magnitude", onnx=False)
     with pytest.raises(KeyboardInterrupt):
         mptk.prune(llama, tmp_path / "out", settings)

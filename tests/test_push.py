@@ -18,7 +18,7 @@ from test_replacing import code_of, forked
 
 from mptk import MptkError
 from mptk.publish.manifest import write_manifest
-from mptk.publish.push import push
+from mptk.publish.push import push_files
 
 CARD = "---\nlicense: mit\nbase_model: me/dense\ntags:\n- pruned\n---\n\n# A card\n"
 
@@ -117,7 +117,7 @@ def test_every_file_of_the_folder_is_uploaded(hub: Hub, folder: Path) -> None:
 
 
 def test_a_private_repository_a_branch_and_a_message(hub: Hub, folder: Path) -> None:
-    push(folder, "me/small", private=True, revision="v2", message="cut by a third")
+    push_files(folder, "me/small", private=True, revision="v2", message="cut by a third")
     created = hub.asked["/api/repos/create"]
     assert created.get("private") is True or created.get("visibility") == "private"
     assert {"/api/models/me/small/branch/v2", "/api/models/me/small/commit/v2"} <= set(hub.asked)
@@ -127,43 +127,43 @@ def test_a_private_repository_a_branch_and_a_message(hub: Hub, folder: Path) -> 
 def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text("{ }")
     with pytest.raises(MptkError, match=r"config.json in .* was changed since it was published"):
-        push(folder, "me/small")
+        push_files(folder, "me/small")
     (tmp_path / "other").mkdir()
     with pytest.raises(MptkError, match=r"has no mptk.json"):
-        push(tmp_path / "other", "me/small")
+        push_files(tmp_path / "other", "me/small")
     assert not hub.asked
 
 
 def test_a_refusal_is_one_line_that_says_what_to_check(hub: Hub, folder: Path) -> None:
     hub.refuses = "/commit/"
     with pytest.raises(MptkError, match=r"^me/small was not uploaded to http://127.*403.*hf auth login.*") as raised:
-        push(folder, "me/small")
+        push_files(folder, "me/small")
     assert "\n" not in str(raised.value)
 
 
 def test_a_hub_that_cannot_be_reached(hub: Hub, folder: Path, inside: Inside) -> None:
     inside.bound("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(MptkError, match=r"was not uploaded to http://127\.0\.0\.1:9.*the network"):
-        push(folder, "me/small")
+        push_files(folder, "me/small")
 
 
 def test_a_name_that_no_hub_takes(hub: Hub, folder: Path) -> None:
     with pytest.raises(MptkError, match="check the name"):
-        push(folder, "me/../x")
+        push_files(folder, "me/../x")
     assert not hub.files
 
 
 def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub, folder: Path) -> None:
     hub.stalls = True
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    sending = forked(lambda: push(folder, "me/small"))
+    sending = forked(lambda: push_files(folder, "me/small"))
     assert hub.stalled.wait(60)
     os.kill(sending, signal.SIGKILL)
     assert code_of(sending) == -signal.SIGKILL
     assert not hub.files
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     hub.stalls = False
-    push(folder, "me/small")
+    push_files(folder, "me/small")
     assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
 
 

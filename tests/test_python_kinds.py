@@ -16,11 +16,11 @@ from toy_checkpoints import TEXT, llama, tokenizer
 
 import mptk
 from mptk import MptkError, Samples
-from mptk.api.samples import collected
 from mptk.io.live import open_live
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
+from mptk.run.samples import collect_samples
 from mptk.targets.graph import WEIGHTS
-from mptk.tasks import task_of
+from mptk.tasks import bind_task
 
 SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "align": 2, "samples": 4}
 SMALL |= {"length": 12, "eval_windows": 3, "eval_length": 12, "progress": None}
@@ -66,10 +66,10 @@ def test_samples_and_texts_are_the_same_data() -> None:
     loaded = open_live(llama(), words)
     stream = torch.tensor(words(TEXT * 4, add_special_tokens=False)["input_ids"])
     windows = stream[: len(stream) // 12 * 12].reshape(-1, 12)[:4]
-    for data in ([TEXT] * 4, windows, next_tokens(windows), list(windows[:, None]), list(windows)):
-        found = collected(data, loaded, task_of(loaded), 4, 12)
+    for data in ([TEXT] * 4, windows, make_token_samples(windows), list(windows[:, None]), list(windows)):
+        found = collect_samples(data, loaded, bind_task(loaded), 4, 12)
         assert torch.equal(found.inputs["input_ids"], windows)
-        assert torch.equal(found.targets, next_tokens(windows).targets)
+        assert torch.equal(found.targets, make_token_samples(windows).targets)
 
 
 class Convolutions(nn.Module):

@@ -17,14 +17,12 @@ from mptk import MptkError
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
-from passes.targets.onnx.balance import BalancePass, balancing
-from passes.targets.onnx.block_weights import BLOCK, LEAST_BLOCK, BlockWeightsPass
-from passes.targets.onnx.gptq import grid, inverse_root, round_to_grid, rounded_blocks
-from passes.targets.onnx.look_up import LookUpInBlocksPass, quantize_rows
+from passes.targets.onnx.block_weights import BLOCK, LEAST_BLOCK, BlockWeightsPass, LookUpInBlocksPass, quantize_rows
+from passes.targets.onnx.equalize import BalancePass, SmoothPass, balance_channels, compute_smoothing
+from passes.targets.onnx.gptq import compute_inverse_root, fit_grid, round_blocks, round_to_grid
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.quantize import read_float
-from passes.targets.onnx.smooth import SmoothPass, smoothing
 from passes.targets.onnx.tensors import read_lazily
 
 RNG = np.random.default_rng(0)
@@ -139,7 +137,7 @@ def assert_same_logits(model, source, tmp_path) -> None:
     common.RemoveUnusedNodesPass()(model)
     ir.save(model, tmp_path / "model.onnx")
     ids = RNG.integers(3, 97, (2, 11))
-    expected, found = (OrtDecoder(file, threads=1).logits(ids) for file in (source, tmp_path / "model.onnx"))
+    expected, found = (OrtDecoder(file, threads=1).compute_logits(ids) for file in (source, tmp_path / "model.onnx"))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -170,7 +168,7 @@ def test_smoothed_channels_are_as_large_in_activations_as_in_weights_and_are_rou
     spread = RNG.lognormal(0, 1.5, 48)
     data, left, right = RNG.standard_normal((500, 48)) * spread, *RNG.standard_normal((2, 48, 30))
     left[3], right[3] = 0, 0
-    scale = smoothing(np.sqrt(np.square(data).mean(0)), [left, right])
+    scale = compute_smoothing(np.sqrt(np.square(data).mean(0)), [left, right])
     assert scale[3] == 1
     alive = np.arange(48) != 3
     both = np.concatenate([left, right], axis=1) * scale[:, None]
@@ -208,8 +206,8 @@ def test_balanced_channels_are_sorted_and_rounded_with_less_error():
         rounded = (np.rint(inner.reshape(500, 2, 128) / steps) * steps).reshape(500, 256)
         return float(np.linalg.norm(rounded @ down - expected))
 
-    balance = balancing(*map(ir.tensor, (gate, up, down)))
-    arrays = balance.gate(gate), balance.up(up), balance.down(down)
+    balance = balance_channels(*map(ir.tensor, (gate, up, down)))
+    arrays = balance.scale_gate(gate), balance.scale_up(up), balance.scale_down(down)
     sizes = np.linalg.norm(arrays[0], axis=0) * np.linalg.norm(arrays[1], axis=0)
     assert (np.diff(sizes) >= -1e-9).all()
     assert rounded_error(*arrays) < 0.8 * rounded_error(gate, up, down)
@@ -234,10 +232,10 @@ def test_rounding_for_a_text_loses_less_on_it_than_rounding_each_weight_by_itsel
     for part in source.parent.glob("model.onnx*"):
         shutil.copy(part, tmp_path)
     text = RNG.integers(3, 97, (40, 12))
-    expected = plain.logits(text)
+    expected = plain.compute_logits(text)
     file = tmp_path / "model.onnx"
-    by_itself = error(OrtDecoder(quantize_onnx(file, "int4"), threads=1).logits(text), expected)
-    for_text = error(OrtDecoder(quantize_onnx(file, "int4", text), threads=1).logits(text), expected)
+    by_itself = error(OrtDecoder(quantize_onnx(file, "int4"), threads=1).compute_logits(text), expected)
+    for_text = error(OrtDecoder(quantize_onnx(file, "int4", text), threads=1).compute_logits(text), expected)
     assert for_text < 0.9 * by_itself
     assert not list(tmp_path.glob(".*"))
 
@@ -249,24 +247,24 @@ def test_rounding_errors_are_made_up_for(inputs):
     weight = RNG.standard_normal((inputs, 30)).astype(np.float32)
     weight[:, 7] = 0
     moments = (data.T @ data).astype(np.float32)
-    blocks = rounded_blocks(weight, moments.diagonal(), inverse_root(moments), BLOCK)
+    blocks = round_blocks(weight, moments.diagonal(), compute_inverse_root(moments), BLOCK)
     assert blocks.codes.max() == 15
     alone = np.empty_like(weight)
     for start in range(0, inputs, BLOCK):
         part = weight[start : start + BLOCK]
-        scale, zero = grid(part, np.ones(len(part), dtype=np.float32))
+        scale, zero = fit_grid(part, np.ones(len(part), dtype=np.float32))
         alone[start : start + BLOCK] = scale * (round_to_grid(part, scale, zero) - zero)
-    found, other = (np.linalg.norm(data @ (array - weight)) for array in (blocks.weight(), alone))
+    found, other = (np.linalg.norm(data @ (array - weight)) for array in (blocks.to_float(), alone))
     assert found < 0.5 * other
-    assert not blocks.weight()[:, 7].any()
+    assert not blocks.to_float()[:, 7].any()
 
 
 def test_ranges_are_shrunk_where_an_outlier_would_coarsen_what_counts():
     part = np.random.default_rng(0).standard_normal((32, 50)).astype(np.float32)
     part[0] = 8
     rows = np.arange(32)
-    whole, _ = grid(part, np.where(rows, 1, 1e4).astype(np.float32))
-    shrunk, _ = grid(part, np.where(rows, 1, 1e-4).astype(np.float32))
+    whole, _ = fit_grid(part, np.where(rows, 1, 1e4).astype(np.float32))
+    shrunk, _ = fit_grid(part, np.where(rows, 1, 1e-4).astype(np.float32))
     assert shrunk.mean() < 0.9 * whole.mean()
 
 

@@ -76,7 +76,7 @@ MLP = Program.parse(
 def test_slices_at_wrong_positions_are_found_out(inside: Inside) -> None:
     assert check(MLP).verdict == "proven"
     wrong = lambda positions, cut, term: np.sort((positions(cut, term) + 1) % term.size)  # noqa: E731
-    inside.around("mptk.ir.resolved_plan.Cut.positions", wrong)
+    inside.around("mptk.ir.resolved_plan.Cut.find_positions", wrong)
     assert check(MLP).cause.startswith("the proof fails at 'rewrite'")
 
 

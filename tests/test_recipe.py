@@ -22,8 +22,8 @@ import mptk as api
 from mptk.cli import prune as commands
 from mptk.cli.main import app
 from mptk.config.learning import Learning, LossWeights, Training
-from mptk.config.recipe import read_recipe, recipe, refused
-from mptk.config.setting import taken
+from mptk.config.recipe import build_recipe, list_refused, read_recipe
+from mptk.config.setting import find_settings
 from mptk.files import write_json
 from mptk.publish.manifest import check_manifest, write_manifest
 
@@ -69,7 +69,7 @@ def run(*arguments: str) -> Any:
 
 @pytest.mark.parametrize("settings", [api.Settings(), OTHER], ids=["defaults", "others"])
 def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp_path: Path, asked: list[Any]) -> None:
-    path = write(tmp_path / "run.yaml", **recipe("dense", settings))
+    path = write(tmp_path / "run.yaml", **build_recipe("dense", settings))
     result = run("prune", "--config", path, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, (result.output, result.exception)
     ((model, out, found),) = asked
@@ -91,7 +91,7 @@ def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> Non
     settings = asked[0][2]
     assert (settings.max_ms, settings.budget, settings.learning.precision) == (12.5, "latency", "no")
     assert settings.data == "a.txt=1,b.txt=3"
-    again = write(tmp_path / "b.yaml", **recipe("m", settings))
+    again = write(tmp_path / "b.yaml", **build_recipe("m", settings))
     assert run("prune", "--config", again, "--out", "o").exit_code == 0
     assert asked[1][2] == settings
 
@@ -119,10 +119,12 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
     full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", kv_heads=1, learning=learning)
     full = replace(full, samples=4, search_tokens=0, distil_epochs=0)
     read = api.Settings(inputs="i.safetensors", larger="runs/a")  # which has no vocabulary, and data of its own kind
-    never = {"resume", "minutes", *refused(api.Settings)}  # minutes: a run writes what they chose
-    assert set(taken(api.Settings, "prune")) - never == set(recipe("m", full) | recipe("m", read)) - {"model"}
-    assert set(taken(api.Settings, "recover")) - never == set(recipe("m", full, "recover")) - {"model"}
-    assert "config" in inspect.signature(commands.prune).parameters
+    never = {"resume", "minutes", *list_refused(api.Settings)}  # minutes: a run writes what they chose
+    assert set(find_settings(api.Settings, "prune")) - never == set(
+        build_recipe("m", full) | build_recipe("m", read)
+    ) - {"model"}
+    assert set(find_settings(api.Settings, "recover")) - never == set(build_recipe("m", full, "recover")) - {"model"}
+    assert "config" in inspect.signature(commands.prune_to_folder).parameters
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "out", "teacher_cache"])
@@ -169,7 +171,7 @@ def test_a_run_is_repeated_beside_files_of_the_user(made: Path, tmp_path: Path, 
     assert "out holds NOTES.txt, which mptk did not write; give another --out, or add --overwrite" in result.error
     assert mptk(*again, "--overwrite").code == 0
     assert (tmp_path / "out" / "NOTES.txt").read_text() == "mine"
-    assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & refused(api.Settings)
+    assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & list_refused(api.Settings)
 
 
 def test_rerun_gives_the_same_and_says_so(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from mptk import MptkError
 from mptk.api import graphs as api
-from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
+from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
 from mptk.files.outputs import check_apart
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
@@ -79,7 +79,7 @@ def another(run: Callable[[], object]) -> Iterator[int]:
 
 
 def hold(folder: Path) -> object:
-    held = claimed(folder)
+    held = claim_place(folder)
     held.__enter__()
     return held
 
@@ -122,7 +122,7 @@ def test_a_second_process_is_refused_in_one_line_that_names_the_first(tmp_path: 
 
 
 def test_a_thread_may_claim_again_what_it_has_and_an_empty_parent_goes(tmp_path: Path) -> None:
-    with claimed(tmp_path / "new" / "out") as one, claimed(tmp_path / "new" / "out") as two:
+    with claim_place(tmp_path / "new" / "out") as one, claim_place(tmp_path / "new" / "out") as two:
         assert one is two
     assert names(tmp_path) == []
 
@@ -167,7 +167,7 @@ def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
         (place / "other").mkdir()
 
     def begin() -> object:
-        made = [scratch(), *(staged(place) for place in places), hold(tmp_path / "runs" / "out")]
+        made = [make_scratch(), *(make_staging(place) for place in places), hold(tmp_path / "runs" / "out")]
         for each in made[:-1]:
             (each.folder / "half").write_text("x")
         return made
@@ -175,7 +175,7 @@ def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
     killed(begin)
     left = sorted(path.name for path in tmp_path.rglob(".*mptk*"))
     assert len(left) == 7
-    with another(lambda: staged(tmp_path / "tmp")) as _:
+    with another(lambda: make_staging(tmp_path / "tmp")) as _:
         tidy_shared()
         tidy(tmp_path / "runs")
         assert [len(names(place)) for place in places[-2:]] == [2, 1]
@@ -206,9 +206,9 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
             os.kill(os.getpid(), signal.SIGKILL)
 
     def replaced() -> None:
-        with claimed(out) as staging, changed() as inside:
+        with claim_place(out) as staging, changed() as inside:
             (staging.folder / "file").write_text("new")
-            inside.gives("mptk.files.replace._exchanged", False)
+            inside.gives("mptk.files.replace._swap_names", False)
             inside.around("os.rename", dying)
             put_folder(staging, out)
 
@@ -230,7 +230,7 @@ def test_without_locks_of_the_system_a_dead_owners_folder_is_free_and_a_living_o
         hold(tmp_path / "out")
     write(tmp_path / "out", "mine")
     assert names(tmp_path) == ["out"]
-    elsewhere = staged(tmp_path)
+    elsewhere = make_staging(tmp_path)
     (elsewhere.path / staging.LOCK).write_text('{"pid": 1, "host": "elsewhere", "command": "mptk"}')
     tidy(tmp_path)
     assert elsewhere.path.is_dir()
@@ -238,7 +238,7 @@ def test_without_locks_of_the_system_a_dead_owners_folder_is_free_and_a_living_o
 
 
 def test_a_fork_removes_nothing_of_its_parent(tmp_path: Path) -> None:
-    mine = staged(tmp_path)
+    mine = make_staging(tmp_path)
     assert code_of(forked(mine.close)) == 0
     assert mine.folder.is_dir()
     mine.close()
@@ -368,7 +368,7 @@ def test_the_real_cause_is_named(tmp_path: Path, number: int, remedy: str) -> No
 
     for call in ("fill", "mkdir", "rename", "open"):
         with changed() as inside:
-            inside.around("mptk.files.replace._exchanged", refused)
+            inside.around("mptk.files.replace._swap_names", refused)
             if call != "fill":
                 inside.around(f"os.{call}", refused)
             with pytest.raises(MptkError) as raised:
@@ -422,7 +422,7 @@ def test_an_output_with_files_of_the_user_is_refused(output: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwrite_leaves_files_of_the_user_where_they_are(output: Path, inside: Inside, exchange: bool) -> None:
     if not exchange:
-        inside.gives("mptk.files.replace._exchanged", False)
+        inside.gives("mptk.files.replace._swap_names", False)
     mine = others(output)
     (output / "README.md").write_text("changed")
     for _ in range(2):
@@ -496,7 +496,7 @@ def exports(inside: Inside, graph: Callable[[Path], bytes]) -> None:
         (folder / "model.onnx").write_bytes(graph(dense))
 
     form = SimpleNamespace(export=export)
-    inside.around(f"{api.__name__}._dense", lambda real, model, *settings: (Path(model), form))
+    inside.around(f"{api.__name__}._load_dense", lambda real, model, *settings: (Path(model), form))
 
 
 def test_an_export_of_other_content_is_never_used_again(
@@ -512,11 +512,11 @@ def test_an_export_of_other_content_is_never_used_again(
     for value in (1.0, 2.0, 1.0):
         save_file({"x": torch.full((2,), value)}, model / "model.safetensors")
         os.utime(model / "model.safetensors", ns=(times, times))
-        seen.append(api.onnx_folder(str(model)))
+        seen.append(api.find_onnx_folder(str(model)))
         assert (seen[-1] / "model.onnx").read_bytes() == (model / "model.safetensors").read_bytes()
     assert seen[0] == seen[2] != seen[1]
     (model / "config.json").write_text("{ }")
-    assert api.onnx_folder(str(model)) not in seen
+    assert api.find_onnx_folder(str(model)) not in seen
 
 
 @pytest.fixture
@@ -527,7 +527,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) ->
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     save_file({"x": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
-    return lambda: api.onnx_folder(str(tmp_path / "model"))
+    return lambda: api.find_onnx_folder(str(tmp_path / "model"))
 
 
 def rewritten(folder: Path) -> None:

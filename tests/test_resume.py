@@ -32,7 +32,7 @@ import mptk
 from mptk import MptkError, Plan, Report
 from mptk.config.learning import Learning, Training
 from mptk.files import write_json
-from mptk.io.dense import fingerprint
+from mptk.io.dense import hash_model
 from mptk.ir.passes import PassRecord
 from mptk.protocols.run_folder import RunFolder
 
@@ -40,24 +40,23 @@ SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, align=8, onnx=False, eval_length=32
 )
 TEXT, SCORE, WIDTHS = (
-    "mptk.tasks.inputs.text.TextWindows.calibration",
-    "mptk.methods.criteria.measured",
-    "mptk.methods.one_shot.best",
+    "mptk.tasks.inputs.text.TextWindows.draw_calibration",
+    "mptk.methods.criteria.measure_and_score",
+    "mptk.methods.one_shot.find_best_plan",
 )
 FIT, CUT, WRITE = (
-    "mptk.chain.fit.reconstruct_consumers",
+    "mptk.run.recover.reconstruct_consumers",
     "mptk.compile.cut.cut_program",
     "mptk.targets.stock.write_checkpoint",
 )
-SAVE = "mptk.protocols.run_folder.save_file"
-BLOCK = "mptk.methods.distil._Block.trained"
+SAVE = "mptk.protocols.run_folder.write_weights"
+BLOCK = "mptk.methods.distil._Block.train"
 REFUSED = [
     (SAVE, errno.ENOSPC),
     ("mptk.files.replace.os.replace", errno.EROFS),
-    ("mptk.chain.kept.write_json", errno.EDQUOT),
     ("mptk.files.staging.os.mkdir", errno.EACCES),
     (WRITE, errno.ENOSPC),
-    ("mptk.files.replace._exchanged", errno.EROFS),
+    ("mptk.files.replace._swap_names", errno.EROFS),
 ]
 """What writes, in the order of the stages, and why it may not."""
 SAID = {
@@ -146,7 +145,7 @@ def test_a_stage_stopped_while_its_weights_are_written_runs_again(
     settings: mptk.Settings,
     tmp_path: Path,
 ) -> None:
-    counts = require_resumed(llama, settings, tmp_path, [(FIT, 1), (SAVE, 2)])
+    counts = require_resumed(llama, settings, tmp_path, [(FIT, 1), (SAVE, 1)])
     assert [counts[name] for name in (SCORE, WIDTHS, FIT)] == [1, 1, 2]
 
 
@@ -190,7 +189,7 @@ def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp
     one_shot, training = ({"learning": {"steps": steps}} for steps in (0, 3))
     RunFolder(tmp_path / "out", one_shot, resume=False).save("text", {"ids": torch.ones(2)})
     work = RunFolder(tmp_path / "out", training, resume=False)
-    assert work.tensors("text") is None
+    assert not work.keeps("text")
     work.save("text", {"ids": torch.ones(3)})
     with pytest.raises(MptkError, match="unfinished run; add --resume"):
         RunFolder(tmp_path / "out", one_shot, resume=False)
@@ -322,7 +321,7 @@ def test_nothing_is_published_after_what_a_run_was_given_changed(what: str, plac
 def test_the_report_has_the_fingerprint_of_the_start(place: Path) -> None:
     """A file that was only touched is the same."""
     settings = replace(SETTINGS, data=str(place / "text.txt"))
-    before = fingerprint(str(place / "model"))
+    before = hash_model(str(place / "model"))
     touch = lambda record: (place / "model" / "model.safetensors").touch()  # noqa: E731
     mptk.prune(str(place / "model"), place / "out", settings, on_stage=touch)
     assert Report.read(place / "out").model_sha256 == before
@@ -366,13 +365,13 @@ def test_a_tokenizer_in_memory_is_what_the_unfinished_run_was_started_with(place
 
 def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "out", {}, resume=False)
-    folder.checkpoint(
+    folder.save_checkpoint(
         "masks", 2, {"watched": torch.tensor([[0.0, torch.inf]]), "rng": torch.zeros(3, dtype=torch.uint8)}
     )
-    folder.checkpoint("masks", 4, {"watched": torch.tensor([[torch.nan, 1.0]])})
+    folder.save_checkpoint("masks", 4, {"watched": torch.tensor([[torch.nan, 1.0]])})
     file = folder.path / "masks-00000004.safetensors"
-    for read in (lambda: folder.latest("masks"), lambda: folder.checkpointed("masks", 4)):
+    for read in (lambda: folder.read_latest("masks"), lambda: folder.read_checkpoint("masks", 4)):
         with pytest.raises(MptkError, match=rf"^{file} is damaged: watched is not a number; remove {file}, and start"):
             read()
     file.unlink()
-    assert folder.latest("masks")
+    assert folder.read_latest("masks")

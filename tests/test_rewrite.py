@@ -15,7 +15,7 @@ import mptk
 from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
-from mptk.ir.program import Program, parameter_count
+from mptk.ir.program import Program, count_parameters
 from mptk.ir.resolved_plan import resolve_plan
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import cut_program
@@ -71,7 +71,7 @@ def test_a_rewrite_says_how_many_weights_it_sliced(llama: Analysis) -> None:
     plan, log = random_plan(llama), Log()
     cut = cut_program(llama, resolve_plan(llama, plan), log).program
     sliced = sum(t.shape != llama.program.state_dict()[name].shape for name, t in cut.state_dict().items())
-    (said,) = [record["notes"] for record in log.as_list() if record["name"] == "rewrite"]
+    (said,) = [record["notes"] for record in log.to_list() if record["name"] == "rewrite"]
     assert list(said) == [f"{sliced} weights sliced"]
 
 
@@ -86,7 +86,7 @@ def computed_shapes(program: Program) -> dict[str, torch.Size]:
                 found[n.name] = result.shape
             return result
 
-    Shapes(program.graph).run(*program.arguments(tokens()))
+    Shapes(program.graph).run(*program.list_arguments(tokens()))
     return found
 
 
@@ -112,7 +112,7 @@ def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama: An
             assert torch.equal(tensor, before[::2])
         assert tensor.is_contiguous()
     removed = 40 * 3 * 48 * 2
-    assert parameter_count(cut) == parameter_count(dense) - removed
+    assert count_parameters(cut) == count_parameters(dense) - removed
 
 
 def test_the_dense_program_is_left_as_it_was(llama: Analysis) -> None:
@@ -130,7 +130,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
     }
     cut = mptk.rewrite(llama, Plan(families))
     assert largest(cut(tokens()), llama.program(tokens())) == 0
-    assert parameter_count(cut) == parameter_count(llama.program)
+    assert count_parameters(cut) == count_parameters(llama.program)
     assert mptk.rewrite(llama, Plan({}))(tokens()).equal(llama.program(tokens()))
 
 
@@ -139,7 +139,7 @@ def test_a_model_without_weights_is_cut_to_shapes() -> None:
     cut = mptk.rewrite(analysis, half_of_ffn(analysis))
     assert cut.state["model.layers.0.mlp.up_proj.weight"].shape == (40, 48)
     assert cut.state["model.layers.0.mlp.down_proj.weight"].shape == (48, 40)
-    assert parameter_count(cut) < parameter_count(analysis.program)
+    assert count_parameters(cut) < count_parameters(analysis.program)
 
 
 class Positional(nn.Module):
@@ -184,7 +184,7 @@ def test_a_decoder_step_is_cut_with_its_cache() -> None:
     plan = random_plan(analysis)
     ids, results = tokens(3, 9), []
     for program in (mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)):
-        caches = [n.meta["val"].shape for n in program.placeholders() if n.name in program.user_inputs][3:]
+        caches = [n.meta["val"].shape for n in program.list_placeholders() if n.name in program.user_inputs][3:]
         empty = [torch.zeros(3, shape[1], 0, shape[3]) for shape in caches]
         first, *past = run(program, ids[:, :6], empty, 0)
         second, *_ = run(program, ids[:, 6:], past, 6)

@@ -51,14 +51,14 @@ def test_steps_over_a_long_run_equal_the_prefill_of_the_whole(decoder):
     for position in range(1, 24):
         logits, cache = decoder.decode(ids[:, position : position + 1], cache)
         steps.append(logits[:, 0])
-    np.testing.assert_allclose(np.stack(steps, 1), decoder.logits(ids)[:, 1:], atol=1e-4)
+    np.testing.assert_allclose(np.stack(steps, 1), decoder.compute_logits(ids)[:, 1:], atol=1e-4)
 
 
 def test_the_cache_is_bound_without_a_copy(decoder):
     """The next step reads the very memory that the step before wrote."""
     _, cache = decoder.prefill(tokens(1, 5))
     name, value = next(iter(cache.values.items()))
-    binding = decoder.binding(tokens(1, 1), np.ones((1, 6), dtype=np.int64), cache)
+    binding = decoder.bind_step(tokens(1, 1), np.ones((1, 6), dtype=np.int64), cache)
     decoder.session.run_with_iobinding(binding)
     before = value.numpy()
     present = binding.get_outputs()[1].numpy()
@@ -80,7 +80,7 @@ def test_what_a_step_gave_stays_as_it_is_when_its_binding_is_used_again(decoder)
 
 
 def test_filled_cache_has_the_length_asked_for(decoder):
-    logits, cache = decoder.decode(tokens(2, 1), decoder.filled(2, 17))
+    logits, cache = decoder.decode(tokens(2, 1), decoder.make_filled(2, 17))
     assert logits.shape == (2, 1, 97)
     assert cache.length == 18
     assert np.isfinite(logits).all()
@@ -88,9 +88,9 @@ def test_filled_cache_has_the_length_asked_for(decoder):
 
 def test_other_integer_types_and_layouts_are_accepted(decoder):
     ids = tokens(2, 6)
-    expected = decoder.logits(ids)
-    np.testing.assert_array_equal(decoder.logits(ids.astype(np.int32)), expected)
-    np.testing.assert_array_equal(decoder.logits(np.asfortranarray(ids)), expected)
+    expected = decoder.compute_logits(ids)
+    np.testing.assert_array_equal(decoder.compute_logits(ids.astype(np.int32)), expected)
+    np.testing.assert_array_equal(decoder.compute_logits(np.asfortranarray(ids)), expected)
 
 
 def test_shapes_that_do_not_fit_are_named(decoder):

@@ -21,9 +21,9 @@ from transformers import LlamaForCausalLM
 import mptk
 from mptk import MptkError, Samples, prune
 from mptk.files.outputs import check_file
-from mptk.ort.sessions import HOST, memory_of, open_session, providers
+from mptk.ort.sessions import HOST, list_providers, locate_memory, open_session
 from mptk.protocols.chain import Compiled, Proven, Target
-from mptk.protocols.execution import session_device
+from mptk.protocols.execution import find_session_device
 from mptk.targets import ONNX
 
 GPU = "CUDAExecutionProvider"
@@ -49,17 +49,17 @@ def everything(inside: Inside) -> None:
 def test_a_device_has_its_provider_and_the_cpu_is_last(
     everything: None, device: str, first: str, options: dict[str, object]
 ) -> None:
-    assert providers(torch.device(device)) == [(first, options), (HOST, {})]
+    assert list_providers(torch.device(device)) == [(first, options), (HOST, {})]
 
 
 def test_the_cpu_has_its_own_alone(everything: None) -> None:
-    assert providers(torch.device("cpu")) == [(HOST, {})]
+    assert list_providers(torch.device("cpu")) == [(HOST, {})]
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
 def test_a_provider_that_is_not_there_is_not_asked_for(inside: Inside, device: str) -> None:
     inside.gives("onnxruntime.get_available_providers", ["AzureExecutionProvider", HOST])
-    assert providers(torch.device(device)) == [(HOST, {})]
+    assert list_providers(torch.device(device)) == [(HOST, {})]
 
 
 def test_a_command_of_onnx_runtime_alone_refuses_a_device_that_it_lacks(inside: Inside) -> None:
@@ -67,10 +67,10 @@ def test_a_command_of_onnx_runtime_alone_refuses_a_device_that_it_lacks(inside: 
     inside.gives("mptk.protocols.execution.find_device", there)
     inside.gives("onnxruntime.get_available_providers", [HOST])
     with pytest.raises(MptkError, match=r"no execution provider for cuda; install .* or choose --device cpu"):
-        session_device("cuda")
-    assert session_device("auto") == torch.device("cpu")
+        find_session_device("cuda")
+    assert find_session_device("auto") == torch.device("cpu")
     inside.gives("onnxruntime.get_available_providers", [GPU, HOST])
-    assert session_device("cuda") == session_device("auto") == there
+    assert find_session_device("cuda") == find_session_device("auto") == there
 
 
 class Told:
@@ -84,9 +84,9 @@ class Told:
 
 
 def test_the_cache_stays_on_a_gpu_that_runs_the_graph() -> None:
-    assert memory_of(Told(GPU, HOST), torch.device("cuda", 2)) == ("cuda", 2)  # type: ignore[arg-type]
-    assert memory_of(Told(HOST), torch.device("cuda", 2)) == ("cpu", 0)  # type: ignore[arg-type]
-    assert memory_of(Told(HOST), torch.device("cpu")) == ("cpu", 0)  # type: ignore[arg-type]
+    assert locate_memory(Told(GPU, HOST), torch.device("cuda", 2)) == ("cuda", 2)  # type: ignore[arg-type]
+    assert locate_memory(Told(HOST), torch.device("cuda", 2)) == ("cpu", 0)  # type: ignore[arg-type]
+    assert locate_memory(Told(HOST), torch.device("cpu")) == ("cpu", 0)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_every_session_of_a_command_is_on_the_device(
 ) -> None:
     inside.gives("mptk.protocols.execution.find_device", torch.device("cuda", 1))
     inside.around("mptk.ort.roofline.torch.ones", lambda ones, n, device: torch.zeros(n))
-    inside.gives("mptk.ort.bench.peak_memory", 1)
+    inside.gives("mptk.ort.bench.measure_peak_memory", 1)
     inside.bound("mptk.ort.bench.ROUND_S", 0.0)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS))
@@ -143,17 +143,18 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
     def checked(
         real: Any, compiled: Compiled, targets: Sequence[Target], out: Path, windows: Samples, **how: bool
     ) -> Proven:
-        executor = replace(compiled.prepared.executor, device=torch.device("cuda", 1))
-        there = replace(compiled, prepared=replace(compiled.prepared, executor=executor))
+        dense = compiled.prepared.dense
+        dense = replace(dense, executor=replace(dense.executor, device=torch.device("cuda", 1)))
+        there = replace(compiled, prepared=replace(compiled.prepared, dense=dense))
         asked.clear()
-        ONNX.checks(there, out, [])
-        ONNX.rounded(there, out, [windows[:1]])
-        for extra in ONNX.extras(there, out, [windows[:1]]):
+        ONNX.make_checks(there, out, [])
+        ONNX.compare_rounded(there, out, [windows[:1]])
+        for extra in ONNX.list_extras(there, out, [windows[:1]]):
             extra.check()
         proven.extend(p[0] for p in asked)  # type: ignore[arg-type]
         return real(compiled, targets, out, windows, **how)
 
-    inside.around("mptk.chain.prune.prove_folder", checked)
+    inside.around("mptk.run.prune.prove_folder", checked)
     report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",))).report
     own, main, smoothing, int8, whole, used = proven
     assert own == int8 == whole == used == (GPU, {"device_id": 1, "use_tf32": 0})

@@ -12,10 +12,20 @@ import yaml
 from typer.testing import CliRunner
 
 from mptk import MptkError
-from mptk.cli.app import app, command
+from mptk.cli.app import app, register_command
 from mptk.cli.options import Config, refuse_idle
-from mptk.config.recipe import recorded
-from mptk.config.setting import Asked, Choices, Idle, Record, from_json, record, setting, taken, with_keywords
+from mptk.config.recipe import collect_recorded
+from mptk.config.setting import (
+    Asked,
+    Choices,
+    Idle,
+    Record,
+    declare_setting,
+    find_settings,
+    from_json,
+    record,
+    with_keywords,
+)
 
 KITCHEN, BAKE = "Kitchen", ("bake",)
 COLD = Idle(lambda asked: not asked.settings.heat, "the oven is cold", "give {heat}, or leave it out")
@@ -26,8 +36,8 @@ COLD = Idle(lambda asked: not asked.settings.heat, "the oven is cold", "give {he
 class Dough(Record):
     """What is baked."""
 
-    grains: tuple[str, ...] = setting((), "Comma-separated.", KITCHEN, BAKE, choices=Choices(("rye", "oat")))
-    seed: int = setting(0, "Of the dough.")
+    grains: tuple[str, ...] = declare_setting((), "Comma-separated.", KITCHEN, BAKE, choices=Choices(("rye", "oat")))
+    seed: int = declare_setting(0, "Of the dough.")
 
 
 @record
@@ -35,13 +45,13 @@ class Dough(Record):
 class Oven(Record):
     """What is asked for."""
 
-    heat: float = setting(0.5, "How hot.", KITCHEN, BAKE, within=(0.0, 1.0))
-    rack: str = setting("top", "Where.", KITCHEN, BAKE, choices=Choices(("top", "low")), idle=(COLD,))
-    space: int | None = setting(None, "As 8GB.", KITCHEN, BAKE, form="size")
-    widths: Mapping[str, int] = setting({}, "As tin=3.", KITCHEN, BAKE, option="width")
-    fan: bool = setting(False, "A switch.", KITCHEN, BAKE, recipe="refused")
-    light: bool = setting(True, "On or off.", KITCHEN, (*BAKE, "clean"))
-    seed: int = setting(0, "Of the oven.", KITCHEN, BAKE)
+    heat: float = declare_setting(0.5, "How hot.", KITCHEN, BAKE, within=(0.0, 1.0))
+    rack: str = declare_setting("top", "Where.", KITCHEN, BAKE, choices=Choices(("top", "low")), idle=(COLD,))
+    space: int | None = declare_setting(None, "As 8GB.", KITCHEN, BAKE, form="size")
+    widths: Mapping[str, int] = declare_setting({}, "As tin=3.", KITCHEN, BAKE, option="width")
+    fan: bool = declare_setting(False, "A switch.", KITCHEN, BAKE, recipe="refused")
+    light: bool = declare_setting(True, "On or off.", KITCHEN, (*BAKE, "clean"))
+    seed: int = declare_setting(0, "Of the oven.", KITCHEN, BAKE)
     dough: Dough = field(default_factory=Dough)
 
 
@@ -55,7 +65,7 @@ def baked() -> Iterator[list[Oven]]:
         asked.append(settings)
 
     bake.__annotations__ |= {"settings": Oven, "config": Config}
-    command("bake", base=Oven())(bake)
+    register_command("bake", base=Oven())(bake)
     yield asked
     app.registered_commands[:] = known
 
@@ -103,10 +113,10 @@ def test_an_option_that_would_do_nothing(run: Callable[..., Any]) -> None:
 
 def test_recipes(baked: list[Oven], run: Callable[..., Any], tmp_path: Path) -> None:
     oven = Oven(0.0, "low", 2000, {"tin": 3}, light=False, dough=Dough(("rye",)))
-    kept = recorded(oven, "bake")
+    kept = collect_recorded(oven, "bake")
     assert kept["space"] == "2000B"
-    assert set(taken(Oven, "bake")) - set(kept) == {"fan"}
-    assert recorded(oven, "clean") == {"light": False}
+    assert set(find_settings(Oven, "bake")) - set(kept) == {"fan"}
+    assert collect_recorded(oven, "clean") == {"light": False}
     (tmp_path / "bake.yaml").write_text(yaml.safe_dump(kept))
     assert run("--config", str(tmp_path / "bake.yaml")).exit_code == 0  # an idle rack of a recipe is not refused
     assert run("--config", str(tmp_path / "bake.yaml"), "--heat", "1").exit_code == 0

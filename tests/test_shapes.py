@@ -23,10 +23,10 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError
-from mptk.methods.division.search import finalists, rungs
+from mptk.methods.division.search import choose_finalists, plan_search_rungs
 from mptk.protocols.chain import Chosen
-from mptk.protocols.shapes import Rung, Shape, Shapes, ranked
-from mptk.reading import made
+from mptk.protocols.shapes import Rung, Shape, Shapes, rank_shapes
+from mptk.reading import make_typed
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -118,7 +118,7 @@ def test_a_latency_is_a_budget_too(
     llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    inside.around("mptk.cost.operator_times.measure", lambda measure, found, threads, progress: times(found))
+    inside.around("mptk.cost.operator_times.time_operators", lambda measure, found, threads, progress: times(found))
     asked = {"budget": "latency", "sparsity": 0.3, "tolerance": 0.1, "search_shapes": 2}
     found = mptk.shapes(llama, settings=settings, progress=None, **asked)
     dense = found.dense.latency_ms
@@ -135,18 +135,18 @@ def test_a_latency_is_a_budget_too(
 
 def test_tokens_are_halved_over_rungs() -> None:
     settings = mptk.Settings(method="wanda", search=True, search_tokens=100_000, search_finalists=6, length=32)
-    found = rungs(settings, 64)
+    found = plan_search_rungs(settings, 64)
     assert [count for count, _ in found] == [6, 3, 2]
     assert [steps for _, steps in found] == [19, 39, 78]
     assert sum(count * steps for count, steps in found) * 8 * 32 <= 100_000
-    assert [count for count, _ in rungs(settings, 4)] == [4, 2]
-    assert rungs(settings, 1) == rungs(replace(settings, search_tokens=0), 64) == []
+    assert [count for count, _ in plan_search_rungs(settings, 4)] == [4, 2]
+    assert plan_search_rungs(settings, 1) == plan_search_rungs(replace(settings, search_tokens=0), 64) == []
     with pytest.raises(
         MptkError, match=r"5119 tokens are too few to train 6 shapes by successive halving: .* give 5120 or more"
     ):
-        rungs(replace(settings, search_tokens=5119), 64)
+        plan_search_rungs(replace(settings, search_tokens=5119), 64)
     with pytest.raises(MptkError, match="give 15360 or more"):  # two steps of masks and one of recovery
-        rungs(replace(settings, method="maskprune", search_tokens=15359), 64)
+        plan_search_rungs(replace(settings, method="maskprune", search_tokens=15359), 64)
 
 
 def test_finalists_are_good_and_unlike_each_other() -> None:
@@ -157,8 +157,8 @@ def test_finalists_are_good_and_unlike_each_other() -> None:
         shape(1.3, 0.2, kv_groups=2),
         shape(1.4, ffn=32),
     ]
-    assert finalists(shapes, DENSE, 3) == [0, 2, 3]
-    assert finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
+    assert choose_finalists(shapes, DENSE, 3) == [0, 2, 3]
+    assert choose_finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
 
 
 def test_the_better_half_goes_on_and_the_best_of_it_wins(trained: Shapes) -> None:
@@ -178,15 +178,15 @@ def spent(shape: Shape) -> list[tuple[int, Rung]]:
 def test_a_killed_search_loses_one_rung_of_one_shape(
     llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, inside: Inside
 ) -> None:
-    inside.stop("mptk.methods.division.search.Search.trained", 5)
-    calls = inside.calls("mptk.methods.division.search.Search.trained")
+    inside.stop("mptk.methods.division.search.Search.train_shape", 5)
+    calls = inside.calls("mptk.methods.division.search.Search.train_shape")
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
     with pytest.raises(MptkError, match="holds an unfinished run; add resume=True"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
-    inside.forbid("mptk.methods.division.search.Search.measured")  # all of these were kept
+    inside.forbid("mptk.methods.division.search.Search.measure_shape")  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
     written = file.read_text()
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
@@ -208,7 +208,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     assert len(calls) == 6  # five rungs, of which the last was begun twice
     assert found.shapes == trained.shapes
     assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))
-    assert made(Shapes, found.to_json()).shapes == found.shapes  # as `prune --search` shows it
+    assert make_typed(Shapes, found.to_json()).shapes == found.shapes  # as `prune --search` shows it
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -218,7 +218,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
 def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
     worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
     cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
-    found = Shapes("m", "", "perplexity", shape(0.1), ranked([worse, better, cheap, costly]))
+    found = Shapes("m", "", "perplexity", shape(0.1), rank_shapes([worse, better, cheap, costly]))
     assert found.shapes == (better, cheap, costly, worse)
     assert found.best is better
     assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
@@ -293,7 +293,7 @@ def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.S
     """Each trial learns the units that a run of as many steps learns at these widths, and the best shape is cut."""
     asked = {"method": "maskprune", "steps": 3, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
     asked |= {"search_finalists": 2, "search_tokens": 2 * 3 * 64}
-    scored = inside.calls("mptk.methods.maskprune.learner.Learner._saliency")
+    scored = inside.calls("mptk.methods.maskprune.learner.Learner._estimate_saliency")
     plans: list[mptk.Plan] = []
 
     def noted(learn: Callable[..., Chosen], *given: object) -> Chosen:

@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 import mptk
 from mptk import MptkError, Pruned
 from mptk.config.learning import Training
-from mptk.distributed.processes import accelerator
-from mptk.io.slices import in_files, restore_file, sliced, write_part
-from mptk.ir.samples import next_tokens
-from mptk.methods.maskprune.losses import class_losses
+from mptk.distributed.processes import make_accelerator
+from mptk.io.slices import open_file_weights, restore_file, slice_weight, write_part
+from mptk.ir.samples import make_token_samples
+from mptk.methods.maskprune.losses import compute_class_losses
 from mptk.methods.maskprune.together import Together
 from mptk.methods.maskprune.train import Loop
 from mptk.protocols.run_folder import RunFolder
-from mptk.publish.manifest import check_manifest, file_sha256, write_manifest
+from mptk.publish.manifest import check_manifest, hash_file, write_manifest
 from mptk.tasks import CAUSAL_LM
 
 llama, prepared_once, text = test_ladder.llama, test_ladder.prepared_once, test_ladder.text
@@ -103,7 +103,7 @@ def test_training_makes_every_size_better(shared: list[Pruned], llama: str, text
 
 def test_what_is_published_is_what_was_trained(llama: str, text: str, tmp_path: Path, inside: Inside) -> None:
     """The proof compares each written folder with the outputs that its size had in training."""
-    seen = inside.calls("mptk.chain.fit.check_witness")
+    seen = inside.calls("mptk.run.recover.check_witness")
     found = mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, "steps": 4})
     assert len(seen) == 2
     for each in found:
@@ -175,9 +175,9 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     ("stop", "call"),
     [
         (STEP, 2),
-        ("mptk.chain.shared.keep_rung", 2),
-        pytest.param("mptk.chain.shared.measured", 1, marks=pytest.mark.long),
-        pytest.param("mptk.chain.prune.compile_plan", 2, marks=pytest.mark.long),
+        ("mptk.run.shared.keep_rung", 2),
+        pytest.param("mptk.run.shared.measure", 1, marks=pytest.mark.long),
+        pytest.param("mptk.run.prune.compile_plan", 2, marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_weights(
@@ -203,10 +203,10 @@ def test_its_recipe_repeats_it(shared: list[Pruned], tmp_path: Path) -> None:
     code, said = typed("prune", "--config", place / "run.yaml", "--out", tmp_path / "again")
     assert code == 0, said
     assert digests([tmp_path / "again"]) == digests([place])
-    one, other = (file_sha256(folder / "rungs/0.6/model.safetensors.part") for folder in (place, tmp_path / "again"))
+    one, other = (hash_file(folder / "rungs/0.6/model.safetensors.part") for folder in (place, tmp_path / "again"))
     assert one == other
     with pytest.raises(MptkError, match="shares its weights with other sizes; run `mptk prune --config"):
-        mptk.api.rerun.rerun(place, tmp_path / "rerun")
+        mptk.api.rerun.repeat_run(place, tmp_path / "rerun")
 
 
 # ---- on the command line ----
@@ -256,7 +256,7 @@ def test_the_commands(llama: str, text: str, tmp_path: Path) -> None:
 def test_what_cannot_share_is_refused_before_any_work(
     llama: str, text: str, tmp_path: Path, inside: Inside, more: dict[str, Any], said: str
 ) -> None:
-    inside.forbid("mptk.chain.prune.choose")
+    inside.forbid("mptk.run.prune.choose_units")
     with pytest.raises(MptkError, match=said) as raised:
         mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, **more})
     assert "\n" not in str(raised.value)
@@ -310,7 +310,7 @@ def test_names_in_a_manifest_lead_nowhere(shared: list[Pruned], tmp_path: Path) 
     secret.write_text("secret")
     manifest = place / "rungs/0.4/mptk.json"
     content = json.loads(manifest.read_text())
-    content["files"]["../../../secret"] = file_sha256(secret)
+    content["files"]["../../../secret"] = hash_file(secret)
     manifest.write_text(json.dumps(content))
     write_manifest(place)
     with pytest.raises(MptkError, match=r"lacks ../../../secret of size 0.4"):
@@ -360,19 +360,28 @@ def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_
     assert [sorted(own) for own in together.own[1:]] == [[], ["second.weight"]]
     assert [tuple(p.shape) for n, p in together.named_parameters() if p.requires_grad and "2." in n] == [(3, 4)]
     assert sum(p.numel() for p in together.sizes[1].parameters()) == 0
-    windows = next_tokens(torch.arange(24).view(4, 6) % 3)
+    windows = make_token_samples(torch.arange(24).view(4, 6) % 3)
     teacher = torch.randn(4, 6, 3)
     training = Training(batch=4, micro=4, lr=1e-2, clip=1e9)
     folder = RunFolder(tmp_path / "m", {}, resume=True)
-    given = (accelerator("no"), together, lambda samples: (teacher, None), CAUSAL_LM, windows, 1, training, "recovery")
+    given = (
+        make_accelerator("no"),
+        together,
+        lambda samples: (teacher, None),
+        CAUSAL_LM,
+        windows,
+        1,
+        training,
+        "recovery",
+    )
     one = Loop(*given, folder, sizes=together.views)
     one.optimizer.step = one.optimizer.zero_grad = lambda: None
     metrics, _ = one._step(0)
     wanted = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
-    own, target = windows[one.rows(0)], teacher
+    own, target = windows[one.pick_rows(0)], teacher
     for size, view in enumerate(wanted.views):
         (logits,) = view(**own.inputs)
-        loss = class_losses(logits, own.targets, target, training.losses)["loss"]
+        loss = compute_class_losses(logits, own.targets, target, training.losses)["loss"]
         loss.backward()
         assert metrics[f"loss of size {size + 1}"] == pytest.approx(float(loss), rel=1e-5)
         target = logits.detach() if not size else target
@@ -404,12 +413,12 @@ def test_a_file_is_restored_bit_for_bit_and_a_damaged_part_is_refused(tmp_path: 
     }
     save_file(wide, tmp_path / "wide.safetensors", {"format": "pt"})
     save_file(narrow, tmp_path / "narrow.safetensors", {"format": "pt"})
-    larger = in_files([tmp_path / "wide.safetensors"])
+    larger = open_file_weights([tmp_path / "wide.safetensors"])
     write_part(tmp_path / "narrow.safetensors", larger, {"a": [rows, columns]}, tmp_path / "part")
     assert load_file(tmp_path / "part").keys() == {"a@0", "a@1", "b", "c", "d@0"}
     restore_file(tmp_path / "part", larger, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "narrow.safetensors").read_bytes()
-    assert sliced(wide["a"], []) is wide["a"]
+    assert slice_weight(wide["a"], []) is wide["a"]
     stored = load_file(tmp_path / "part")
     for key, tensor in _wrong(rows):
         save_file({**stored, key: tensor}, tmp_path / "damaged")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sharing_worker import found
 
-from mptk.distributed.processes import Sharing, sharing
+from mptk.distributed.processes import Sharing, share_batches
 
 HERE = Path(__file__).parent
 
@@ -43,7 +43,7 @@ def test_every_batch_has_one_process() -> None:
 
 
 def test_a_process_alone_shares_nothing() -> None:
-    assert sharing(3) == Sharing()
+    assert share_batches(3) == Sharing()
     ones = torch.ones(2)
-    assert Sharing().total(ones) is ones
-    assert Sharing().all(ones) == [ones]
+    assert Sharing().sum_all(ones) is ones
+    assert Sharing().gather(ones) == [ones]

@@ -60,20 +60,23 @@ def all_widths() -> list[dict[str, int]]:
 def test_it_finds_the_best_widths_of_a_quadratic_and_meets_the_budget(seed: int, budget: float, steps: int) -> None:
     h = curvatures(seed)
     solver = solve(h, budget, steps)
-    assert resource(solver.widths()) == pytest.approx(budget, abs=0.02)
+    assert resource(solver.compute_widths()) == pytest.approx(budget, abs=0.02)
     near = [w for w in all_widths() if abs(resource(w) - budget) <= 0.02]
     best, worst = min(lost(h, w) for w in near), max(lost(h, w) for w in near)
-    chosen = min(near, key=lambda w: sum(((w[c] - v) / SHAPES[c][2]) ** 2 for c, v in solver.widths().items()))
-    assert lost(h, chosen) <= (1.2 if steps > 10 else 1.3) * best, (solver.widths(), chosen)
+    chosen = min(near, key=lambda w: sum(((w[c] - v) / SHAPES[c][2]) ** 2 for c, v in solver.compute_widths().items()))
+    assert lost(h, chosen) <= (1.2 if steps > 10 else 1.3) * best, (solver.compute_widths(), chosen)
     assert best < worst / 1.8
 
 
 @pytest.mark.parametrize("width", [10, 36])
 def test_a_given_width_is_held_and_the_rest_meets_the_budget(width: int) -> None:
     solver = solve(curvatures(0), 0.6, given={"ffn": width})
-    assert solver.widths()["ffn"] == width
-    assert resource(solver.widths()) == pytest.approx(0.6, abs=0.02)
-    assert solve(curvatures(0), 0.6, steps=20, given={"ffn": width, "heads": 3}).widths() == {"ffn": width, "heads": 3}
+    assert solver.compute_widths()["ffn"] == width
+    assert resource(solver.compute_widths()) == pytest.approx(0.6, abs=0.02)
+    assert solve(curvatures(0), 0.6, steps=20, given={"ffn": width, "heads": 3}).compute_widths() == {
+        "ffn": width,
+        "heads": 3,
+    }
 
 
 @pytest.mark.parametrize("given", [{}, {"ffn": 12}])
@@ -85,19 +88,22 @@ def test_after_a_larger_cut_it_starts_there_and_takes_back_nothing(given: dict[s
         h["ffn"][layer, 0, layer : layer + 10] = 1.0
     begun = Solver(SHAPES, resource, 0.5, 400, given=given, stays=stays)
     assert torch.equal(begun.masks["ffn"], stays["ffn"].float())
-    assert (begun.widths()["ffn"], begun.target()) == (30, pytest.approx(resource({"heads": 8, "ffn": 30}), abs=0.02))
+    assert (begun.compute_widths()["ffn"], begun.compute_target()) == (
+        30,
+        pytest.approx(resource({"heads": 8, "ffn": 30}), abs=0.02),
+    )
     solver = solve(h, 0.5, given=given, stays=stays)
-    assert resource(solver.widths()) == pytest.approx(0.5, abs=0.02)
-    assert solver.widths()["ffn"] <= 30
+    assert resource(solver.compute_widths()) == pytest.approx(0.5, abs=0.02)
+    assert solver.compute_widths()["ffn"] <= 30
     assert not (solver.masks["ffn"].bool() & ~stays["ffn"]).any()
-    assert not given or solver.widths()["ffn"] == 12
+    assert not given or solver.compute_widths()["ffn"] == 12
 
 
 def test_it_removes_the_units_that_cost_least() -> None:
     h = curvatures(0)
     solver = solve(h, 0.6)
     for c in SHAPES:
-        tail = solver.tail(c)
+        tail = solver.mark_tail(c)
         kept_least = h[c].masked_fill(tail, math.inf).amin(-1)
         removed_most = h[c].masked_fill(~tail, 0).amax(-1)
         assert (removed_most <= 3 * kept_least).all()
@@ -112,7 +118,7 @@ def test_all_layers_and_scope_rows_lose_the_same_number_of_units() -> None:
     for _ in range(60):
         solver.masks["q"].grad = torch.randn(2, 3, 6, generator=g)
         solver.step(10)
-        assert (solver.tail("q").sum(-1) == math.ceil(solver.removed["q"])).all()
+        assert (solver.mark_tail("q").sum(-1) == math.ceil(solver.removed["q"])).all()
 
 
 def test_a_removed_unit_comes_back_once_the_loss_needs_it() -> None:
@@ -144,10 +150,10 @@ def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
     for m in solver.masks.values():
         m.grad = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
     solver.observe(1000)
-    values = solver.saliency("ffn").clamp_min(0).flatten().sort().values
+    values = solver.compute_saliency("ffn").clamp_min(0).flatten().sort().values
     for removed, k in ((0.0, 0), (1.2, 2), (3.0, 3), (3.5, 3)):
         solver.removed["ffn"] = removed
-        assert solver._marginal("ffn") == pytest.approx(float(values[k]))
+        assert solver._predict_marginal("ffn") == pytest.approx(float(values[k]))
 
 
 def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves() -> None:
@@ -158,7 +164,7 @@ def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves() -> Non
     solver._move_widths(["ffn"])
     removed, saved = solver.removed["ffn"], 2 * 4 / 16
     solver.removed["ffn"] = 0.0
-    assert solver.z == pytest.approx(solver._marginal("ffn") / saved)
+    assert solver.z == pytest.approx(solver._predict_marginal("ffn") / saved)
     assert removed > 0
 
 
@@ -183,7 +189,7 @@ def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it() -> No
 
 def test_masks_at_one_are_passed_on_unchanged_with_their_gradient() -> None:
     solver = Solver({"ffn": (1, 1, 3)}, lambda w: 1.0, 0.5, 10)
-    applied = solver.applied("ffn", 0)
+    applied = solver.get_mask("ffn", 0)
     assert torch.equal(applied, torch.ones(1, 3))
     (applied * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
     assert solver.masks["ffn"].grad.tolist() == [[[1.0, -2.0, 3.0]]]
@@ -235,8 +241,8 @@ def test_tokens_own_gradients_give_the_curvature_in_one_batch() -> None:
     for solver in (one, many):
         solver.observe(tokens)
     for c in SHAPES:
-        assert (many.curvature(c) / h[c]).log().abs().max() < 0.25
-        assert (one.curvature(c) / h[c]).log().abs().max() > 1
+        assert (many.compute_curvature(c) / h[c]).log().abs().max() < 0.25
+        assert (one.compute_curvature(c) / h[c]).log().abs().max() > 1
         assert not many.squares[c].any()
 
 
@@ -256,9 +262,9 @@ def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None
     solver = Solver({"ffn": (3, 1, 400)}, lambda widths: widths["ffn"] / 400, 0.7, 10)
     solver.masks["ffn"].grad = (noisy() / 1000).sqrt()
     solver.observe(1000)
-    alone, scale = solver.saliency("ffn"), torch.tensor([3.0, 0.1, 40.0])[:, None, None]
+    alone, scale = solver.compute_saliency("ffn"), torch.tensor([3.0, 0.1, 40.0])[:, None, None]
     solver.prior = {"ffn": noisy().sqrt().float()}
-    both = solver.saliency("ffn")
+    both = solver.compute_saliency("ffn")
 
     def wrong(ranking: Tensor) -> int:
         least = h.argsort(-1).argsort(-1) < 120
@@ -267,10 +273,10 @@ def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None
     assert wrong(both) < 0.9 * min(wrong(alone), wrong(solver.prior["ffn"]))
     assert both.sum().item() == pytest.approx(alone.sum().item(), rel=0.2), "prices of families stay in nats"
     solver.prior = {"ffn": solver.prior["ffn"] * scale}
-    torch.testing.assert_close(solver.saliency("ffn"), both, rtol=1e-5, atol=0)
+    torch.testing.assert_close(solver.compute_saliency("ffn"), both, rtol=1e-5, atol=0)
     again = Solver({"ffn": (3, 1, 400)}, lambda widths: widths["ffn"] / 400, 0.7, 10)
     again.load(solver.state())
-    torch.testing.assert_close(again.saliency("ffn"), solver.saliency("ffn"))
+    torch.testing.assert_close(again.compute_saliency("ffn"), solver.compute_saliency("ffn"))
 
 
 def test_blocks_go_in_their_order_and_those_that_stay_never() -> None:
@@ -283,14 +289,14 @@ def test_blocks_go_in_their_order_and_those_that_stay_never() -> None:
         m.grad = h["layers"] * (m.detach() - 1)
         solver.watch("layers", 0, (h["layers"].flatten() / 1000 / 1000).sqrt().expand(1000, 5))
         solver.step(1000)
-    assert solver.widths()["layers"] == pytest.approx(3, abs=0.1)
+    assert solver.compute_widths()["layers"] == pytest.approx(3, abs=0.1)
     solver.fix({"layers": 3})
-    assert solver.tail("layers").flatten().tolist() == [False, False, True, False, True]
+    assert solver.mark_tail("layers").flatten().tolist() == [False, False, True, False, True]
     assert solver.masks["layers"].detach().flatten().tolist() == [1, 1, 0, 1, 0]
     solver.harden({"layers": torch.tensor([[[True, True, False, True, False]]])})
     assert solver.masks["layers"].detach().flatten().tolist() == [1, 1, 0, 1, 0]
     solver.fix({"layers": 1})
-    assert int((~solver.tail("layers")).nonzero()[0, 2]) == 3
+    assert int((~solver.mark_tail("layers")).nonzero()[0, 2]) == 3
 
 
 def test_what_a_run_remembers_of_its_gradients_does_not_depend_on_its_steps() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mptk import analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.ops import reached
+from mptk.ir.ops import find_reachable
 
 REASON = re.compile(r"(?P<why>.+) \((?P<op>[\w.]+) in (?P<module>.+), (?P<file>\w+\.py):(?P<line>\d+)\)")
 
@@ -78,5 +78,5 @@ def test_a_model_of_torchs_modules_alone_has_torchs_lines() -> None:
 
 def test_what_is_reached_follows_each_way_once() -> None:
     sources = {"a": ["b", "c"], "b": ["d"], "c": ["d"], "d": ["b"], "e": ["a"]}
-    assert reached(["a"], sources.__getitem__) == {"a", "b", "c", "d"}
-    assert reached([], sources.__getitem__) == set()
+    assert find_reachable(["a"], sources.__getitem__) == {"a", "b", "c", "d"}
+    assert find_reachable([], sources.__getitem__) == set()

@@ -20,18 +20,17 @@ import mptk
 from mptk import MptkError, Settings, analyze, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
+from mptk.ir.samples import make_token_samples
 from mptk.ir.weights import Lazy, Weights
-from mptk.methods.criteria import score
-from mptk.methods.criteria.gradients import gradients
-from mptk.methods.criteria.observe import Calibration, activations
-from mptk.protocols.execution import execution, find_device
+from mptk.methods.criteria import score_units
+from mptk.methods.criteria.observe import Calibration, measure_activations, sum_gradients
+from mptk.protocols.execution import build_executor, find_device
 from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 from passes.transforms.masked_reference import mask
-from passes.transforms.rewrite import rewrite
+from passes.transforms.rewrite import rewrite_program
 
 SMALL = Executor(stage=12_000)
 """Stages of less than a layer."""
@@ -100,8 +99,8 @@ def test_stages_give_the_numbers_of_the_whole_program(name: str) -> None:
     assert len(partition(Flow(program), SMALL.stage).ends) >= 2
     expected = [program(*given) for given in inputs]
     for executor in (SMALL, Executor(stage=0), EXECUTOR):
-        assert all(map(torch.equal, executor.outputs([program], inputs), expected))
-    for found, one in zip(FILES.outputs([program], inputs), expected, strict=True):
+        assert all(map(torch.equal, executor.run_programs([program], inputs), expected))
+    for found, one in zip(FILES.run_programs([program], inputs), expected, strict=True):
         torch.testing.assert_close(found, one, rtol=1e-6, atol=1e-6 * float(one.abs().max()))
 
 
@@ -111,8 +110,8 @@ def test_dense_masked_and_cut_programs_run_side_by_side(name: str) -> None:
     program, inputs = built(name)
     analysis = analyze(program)
     plan = random_plan(analysis)
-    masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)
-    found = list(SMALL.outputs([masked, program, cut], inputs))
+    masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite_program(analysis, plan)
+    found = list(SMALL.run_programs([masked, program, cut], inputs))
     expected = [run(*given) for given in inputs for run in (masked, program, cut)]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
@@ -144,10 +143,10 @@ def test_one_stage_of_weights_is_in_memory_and_each_is_made_once() -> None:
     largest = max(t.nbytes for t in program.state.values())
     for executor in (Executor(stage=40_000), Executor(stage=largest)):
         history.clear()
-        list(executor.outputs([lazy], inputs))
+        list(executor.run_programs([lazy], inputs))
         assert max(history) <= max(executor.stage, largest)
     made.clear()
-    list(EXECUTOR.outputs([lazy], inputs))
+    list(EXECUTOR.run_programs([lazy], inputs))
     used = {program.weights[n] for n in program.weights}
     assert sum(made) <= sum(program.state[name].nbytes for name in used)
 
@@ -157,7 +156,7 @@ def test_borders_are_where_the_residual_stream_alone_is_alive() -> None:
     flow = Flow(program)
     layer = sum(t.nbytes for n, t in program.state.items() if "layers.0" in n)
     ends = partition(flow, layer).ends
-    alive = dict(zip((node.name for node in flow.calls), flow.live_bytes(), strict=True))
+    alive = dict(zip((node.name for node in flow.calls), flow.count_live_bytes(), strict=True))
     assert len(ends) == architectures.LAYERS
     assert all(alive[name] < 1.3 * min(alive[other] for other in ends) < 0.7 * max(alive.values()) for name in ends)
 
@@ -167,7 +166,7 @@ def test_what_fits_into_memory_is_one_stage_without_a_search(inside: Inside) -> 
     flow = Flow(built("decoder")[0])
     whole = sum(flow.weight_bytes.values())
     assert partition(flow, whole - 1).ends != ()
-    inside.forbid("mptk.staged.partition._ends")
+    inside.forbid("mptk.staged.partition._list_ends")
     assert partition(flow, whole).ends == ()
 
 
@@ -177,10 +176,10 @@ def test_scores_are_those_of_the_whole_program(name: str, model: str, inside: In
     analysis = analyze(built(model)[0])
     windows = architectures.tokens(5, 9)
     inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 18)
-    inside.bound("mptk.methods.criteria.gradients.GRADIENT_TOKENS", 18)
+    inside.bound("mptk.methods.criteria.observe.GRADIENT_TOKENS", 18)
     families = [f.name for f in analysis.families if f.name in ("ffn", "heads", "q_heads", "kv_groups")]
-    whole = score(analysis, name, windows, families=families)
-    staged = score(analysis, name, windows, families=families, executor=SMALL)
+    whole = score_units(analysis, name, windows, families=families)
+    staged = score_units(analysis, name, windows, families=families, executor=SMALL)
     for family, expected in whole.items():
         if name == "taylor":
             torch.testing.assert_close(staged[family], expected, rtol=1e-6, atol=0)
@@ -192,8 +191,8 @@ def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
     model = architectures.model("llama", tie_word_embeddings=True)
     program, windows = trace(model, dynamic=True), architectures.tokens(4, 9)
     (name,) = (n for n in program.state if n in ("lm_head.weight", "model.embed_tokens.weight"))
-    given = Calibration(analyze(program), (), next_tokens(windows), executor=SMALL)
-    found = gradients(given, lambda loss: loss / CAUSAL_LM.predicted(given.samples), [name])[0][name]
+    given = Calibration(analyze(program), (), make_token_samples(windows), executor=SMALL)
+    found = sum_gradients(given, lambda loss: loss / CAUSAL_LM.count_predictions(given.samples), [name])[0][name]
     loss = model(windows, labels=windows, use_cache=False).loss
     (expected,) = torch.autograd.grad(loss, [model.lm_head.weight])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -204,8 +203,8 @@ def test_nothing_after_the_last_watched_value_is_computed() -> None:
     analysis = analyze(program)
     lazy, _, made = counted(program)
     analysis = type(analysis)(**{**vars(analysis), "program": lazy})
-    heads = analysis.family("q_heads").parts[0]
-    assert activations(Calibration(analysis, [heads], next_tokens(inputs[0][0])))
+    heads = analysis.variable("q_heads.0")
+    assert measure_activations(Calibration(analysis, [heads], make_token_samples(inputs[0][0])))
     assert 0 < sum(made) < 0.5 * sum(t.nbytes for t in program.state.values())
 
 
@@ -229,7 +228,7 @@ def test_a_write_through_a_view_stays_in_the_stage_of_what_it_changes() -> None:
     program, x = trace(Writes().eval(), (torch.randn(3, 7),)), torch.randn(3, 7)
     flow = Flow(program)
     assert flow.uncut
-    (found,) = Executor(stage=0, borders=0).outputs([program], [(x,)])
+    (found,) = Executor(stage=0, borders=0).run_programs([program], [(x,)])
     torch.testing.assert_close(found, program(x))
 
 
@@ -249,16 +248,16 @@ def test_weights_are_changed_when_they_are_asked_for() -> None:
     asked: list[str] = []
     like = torch.empty(3, 4, dtype=torch.float16, device="meta")
     weights = Weights({"w": Lazy(like, lambda: asked.append("w") or torch.ones(3, 4, dtype=torch.float16))})
-    cut = weights.changed({"w": lambda t: t[:2].float()})
-    assert cut.like("w").shape == (2, 4)
-    assert cut.like("w").dtype == torch.float32
+    cut = weights.with_edits({"w": lambda t: t[:2].float()})
+    assert cut.find_like("w").shape == (2, 4)
+    assert cut.find_like("w").dtype == torch.float32
     assert not asked
     assert torch.equal(cut["w"], torch.ones(2, 4))
     assert asked == ["w"]
 
 
 def test_the_memory_bound_divides_into_what_stays_stages_and_borders() -> None:
-    resident, executor = execution(Settings(memory=8_000_000))
+    resident, executor = build_executor(Settings(memory=8_000_000))
     assert resident.bound + executor.stage + executor.borders < 8_000_000
     assert executor.device.type == "cpu" or torch.accelerator.is_available()
 

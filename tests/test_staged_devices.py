@@ -16,14 +16,14 @@ from torch import Tensor
 from mptk import analyze, trace
 from mptk.compat.torch import FakeTensorMode
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import next_tokens
-from mptk.methods.criteria import score
+from mptk.ir.samples import make_token_samples
+from mptk.methods.criteria import score_units
 from mptk.methods.distil import Schedule, distil_blocks
-from mptk.methods.reconstruct import consumers, reconstruct_consumers
+from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from mptk.staged.staged import Executor
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
-from passes.transforms.rewrite import rewrite
+from passes.transforms.rewrite import rewrite_program
 
 THERE = Executor(stage=12_000, device=DEVICE)
 
@@ -40,9 +40,9 @@ def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
     program, inputs = built(name)
     analysis = analyze(program)
     plan = random_plan(analysis)
-    programs = [program, mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)]
+    programs = [program, mask(analysis, resolve_plan(analysis, plan)), rewrite_program(analysis, plan)]
     with SecondDevice() as mode:
-        found = list(THERE.outputs(programs, inputs))
+        found = list(THERE.run_programs(programs, inputs))
     assert all(isinstance(result, SecondTensor) for result in found)
     assert not [shape for where, shape in mode.crossed if where == "to the host" and shape]
     for result, expected in zip(found, [run(*given) for given in inputs for run in programs], strict=True):
@@ -54,9 +54,9 @@ def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
 def test_scores_are_made_there(name: str, model: str) -> None:
     analysis, windows = analyze(built(model)[0]), architectures.tokens(5, 9)
     families = ["q_heads"]
-    expected = score(analysis, name, windows, families=families)
+    expected = score_units(analysis, name, windows, families=families)
     with SecondDevice():
-        found = score(analysis, name, windows, families=families, executor=THERE)
+        found = score_units(analysis, name, windows, families=families, executor=THERE)
     close(found, expected)
 
 
@@ -65,12 +65,12 @@ def test_consumers_are_fitted_and_blocks_are_distilled_there() -> None:
     model, windows = architectures.model("llama"), architectures.tokens(20, 9)
     analysis = analyze(trace(model, dynamic=True))
     cut, sites = resolve_plan(analysis, random_plan(analysis, ["ffn"])), find_mask_sites(analysis, model, ["ffn"])
-    expected = dict(reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows)))
+    expected = dict(reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(windows)))
     with SecondDevice():
-        fitted = reconstruct_consumers(analysis, sites, cut, {}, next_tokens(windows), executor=THERE)
+        fitted = reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(windows), executor=THERE)
         found = {name: fitted[name].to("cpu") for name in fitted}
     close(found, expected)
-    arguments = (analysis, cut, consumers(sites), expected, next_tokens(windows))
+    arguments = (analysis, cut, list_consumers(sites), expected, make_token_samples(windows))
     here = distil_blocks(*arguments, Schedule(epochs=1, rate=1e-3))
     with SecondDevice():
         there = distil_blocks(*arguments, Schedule(epochs=1, rate=1e-3), executor=THERE)
@@ -83,8 +83,10 @@ def test_a_program_runs_on_a_gpu_that_does_not_exist(name: str) -> None:
     """On fake CUDA tensors, which refuse to meet tensors of the CPU."""
     program, inputs = built(name)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = replace(program, state=program.state.updated({n: mode.from_tensor(t) for n, t in program.state.items()}))
+        fake = replace(
+            program, state=program.state.with_entries({n: mode.from_tensor(t) for n, t in program.state.items()})
+        )
         batches = [tuple(mode.from_tensor(t) for t in given) for given in inputs]
-        found = list(replace(THERE, device=torch.device("cuda", 0)).outputs([fake], batches))
+        found = list(replace(THERE, device=torch.device("cuda", 0)).run_programs([fake], batches))
     assert all(result.device.type == "cuda" for result in found)
     assert [result.shape for result in found] == [program(*given).shape for given in inputs]

@@ -31,10 +31,10 @@ import mptk
 from mptk import FamilyPlan, MptkError, Plan
 from mptk.api import compiler as api
 from mptk.ir.alignment import Alignment
-from mptk.report.analysis import analysis_json
+from mptk.report.analysis import build_analysis_json
 from mptk.targets import find_target
 from passes.transforms.fold_norms import FoldNorms
-from passes.transforms.rewrite import rewrite
+from passes.transforms.rewrite import rewrite_program
 
 SMALL = {"method": "magnitude", "data": "random", "samples": 1, "eval_windows": 1, "align": 1, "onnx": False}
 
@@ -66,8 +66,8 @@ def cvt() -> CvtForImageClassification:
 
 def found(model: PreTrainedModel) -> Any:
     analysis = api.analyze(model)
-    legal = find_target("stock").legal(analysis, model, Alignment(1))
-    widths = {f["name"]: f for f in analysis_json(analysis, legal, "it")["families"]}
+    legal = find_target("stock").find_legal(analysis, model, Alignment(1))
+    widths = {f["name"]: f for f in build_analysis_json(analysis, legal, "it")["families"]}
     families = {f.name: f for f in analysis.families}
 
     def kept(name: str, width: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_entries_of_one_value_belong_to_their_stages() -> None:
     stages = found(convnext(12, 12))
     assert stages.legal.together == (frozenset({"channels.1", "channels.2", "ffn"}),)
     assert stages.legal.ladders["ffn"] == tuple(range(4, 49, 4))
-    config = stages.legal.stock.config({"channels.1": 9, "channels.2": 9, "ffn": 36})
+    config = stages.legal.stock.build_config({"channels.1": 9, "channels.2": 9, "ffn": 36})
     assert config.changes == {"hidden_sizes": ([12, 12], [9, 9])}
 
 
@@ -93,7 +93,7 @@ def test_a_stage_is_cut_alone() -> None:
     assert set(stages.legal.together) == {frozenset({f"channels.{i}", f"ffn.{i}"}) for i in (1, 2)}
     assert stages.legal.ladders["channels.2"] == tuple(range(1, 21))
     assert stages.widths["ffn.2"]["together"] == ["channels.2"]
-    config = stages.legal.stock.config({"channels.2": 9, "ffn.2": 36})
+    config = stages.legal.stock.build_config({"channels.2": 9, "ffn.2": 36})
     assert config.changes == {"hidden_sizes": ([12, 20], [12, 9])}
 
 
@@ -110,8 +110,8 @@ def test_a_width_of_which_the_class_makes_all_others() -> None:
     assert "attention scale" in stages.widths["qk_dim.1"]["refused"]
     widths = {name: stages.legal.ladders[name][-2] for name in group}
     plan = Plan({n: FamilyPlan(w, stages.sizes[n], stages.kept(n, w)) for n, w in widths.items()})
-    cut = FoldNorms().run(rewrite(stages.analysis, plan))
-    config = stages.legal.stock.config(widths, scalars=cut.epsilons)
+    cut = FoldNorms().run(rewrite_program(stages.analysis, plan))
+    config = stages.legal.stock.build_config(widths, scalars=cut.epsilons)
     assert config.changes == {"embed_dim": (30, 20), "num_heads": ([3, 6], [2, 4])}
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

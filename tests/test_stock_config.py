@@ -36,7 +36,7 @@ from transformers import (
 
 from mptk import MptkError
 from passes.targets.stock.config import StockConfig, probe_config
-from passes.targets.stock.equations import growing
+from passes.targets.stock.equations import find_growth
 
 DRAWN = {"kv": [1], "q": [0, 2], "ffn": [*range(3, 33), *range(50, 60)]}
 EXACT: dict[Any, tuple[Keep, dict[str, Any]]] = {
@@ -61,10 +61,10 @@ def test_the_stock_class_computes_the_masked_model(make: Any) -> None:
     found = spec.probe(widths)
     assert changed(found) == expected
     stock = spec.discover()
-    assert changed(stock.config(widths)) == expected
+    assert changed(stock.build_config(widths)) == expected
     assert set(keep) & stock.refusals.keys() == set()
 
-    small = found.model_class(stock.config(widths).config).eval()
+    small = found.model_class(stock.build_config(widths).config).eval()
     small.load_state_dict(spec.cut(keep))
     tokens = torch.randint(VOCAB, (2, 9))
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_a_cut_norm_takes_its_new_eps() -> None:
     torch.manual_seed(0)
     spec = qwen2_hidden()
     keep = {"hidden": [*range(2, 20), *range(25, 47)]}
-    found = spec.discover().config({"hidden": 40}, scalars={0.01: 0.01 * 60 / 40})
+    found = spec.discover().build_config({"hidden": 40}, scalars={0.01: 0.01 * 60 / 40})
     assert changed(found) == {"hidden_size": 40, "head_dim": 10, "rms_norm_eps": 0.01 * 60 / 40}
     assert isinstance(found, StockConfig)
     assert spec.model.config.rms_norm_eps == 0.01
@@ -170,13 +170,13 @@ def test_a_list_of_layer_sizes() -> None:
     found = spec.probe({"narrow": 15})
     assert isinstance(found, StockConfig)
     assert found.changes == {"ffn_sizes": ([20, 28, 20, 28], [15, 28, 15, 28])}
-    assert changed(spec.discover().config({"narrow": 15, "wide": 21})) == {"ffn_sizes": [15, 21, 15, 21]}
+    assert changed(spec.discover().build_config({"narrow": 15, "wide": 21})) == {"ffn_sizes": [15, 21, 15, 21]}
 
 
 def test_a_cut_of_some_layers_only_is_refused() -> None:
     spec = llama()
     target = {n: s if ".1." in n else spec.old[n] for n, s in spec.shapes({"ffn": 40}).items()}
-    grown = growing(spec.old, {"ffn": 80}, spec.shapes)
+    grown = find_growth(spec.old, {"ffn": 80}, spec.shapes)
     result = probe_config(type(spec.model), spec.model.config, target, grown, {"ffn": (80, 40)}, [2, 3, 48, 10])
     refusal = refused(result)
     assert refusal.kind == "shape"

@@ -13,7 +13,7 @@ from transformers import (
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.rehome import rehome
+from passes.targets.stock.rehome import find_other_class
 
 
 def reference_logits(refusal: Refusal, state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def test_a_refused_config_is_rehomed_in_a_class_with_equal_logits() -> None:
         with torch.no_grad():
             return (model(tokens).logits - reference).abs().max().item()
 
-    found = rehome(refusal.config, spec.shapes({"q": 5}), check)
+    found = find_other_class(refusal.config, spec.shapes({"q": 5}), check)
     assert isinstance(found, StockConfig), str(found)
     assert found.model_class is not LlamaForCausalLM
     assert found.config.num_attention_heads == 5
@@ -53,8 +53,8 @@ def test_a_refused_config_is_rehomed_in_a_class_with_equal_logits() -> None:
 def test_a_class_with_other_logits_is_no_home() -> None:
     spec = one_group()
     refusal = refused(spec.probe({"q": 5}))
-    result = refused(rehome(refusal.config, spec.shapes({"q": 5}), lambda stock: 0.25))
+    result = refused(find_other_class(refusal.config, spec.shapes({"q": 5}), lambda stock: 0.25))
     assert result.kind == "numeric"
     assert "0.25" in result.reason
     strange = {**spec.shapes({"q": 5}), "extra.weight": (3,)}
-    assert refused(rehome(refusal.config, strange, lambda stock: 0.0)).kind == "names"
+    assert refused(find_other_class(refusal.config, strange, lambda stock: 0.0)).kind == "names"

@@ -23,25 +23,25 @@ from passes.targets.stock.learn import Stock
 
 
 def ladder(stock: Stock, family: str, widths: Iterable[int], **others: int) -> list[int]:
-    return [width for width in widths if stock.accepts({**others, family: width}) is None]
+    return [width for width in widths if stock.check_widths({**others, family: width}) is None]
 
 
 def test_a_field_is_the_product_of_two_families() -> None:
     stock = llama().discover()
     assert stock.refusals == {}
-    assert changed(stock.config({"kv": 1, "q": 2})) == {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert changed(stock.build_config({"kv": 1, "q": 2})) == {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def test_experts_are_one_field() -> None:
     stock = mixtral().discover()
-    assert changed(stock.config({"experts": 3})) == {"num_local_experts": 3}
+    assert changed(stock.build_config({"experts": 3})) == {"num_local_experts": 3}
 
 
 def test_the_ladder_is_what_the_config_class_accepts() -> None:
     stock = one_group().discover()
     assert ladder(stock, "q", range(1, 7)) == [1, 2, 3, 4, 6]
     assert ladder(stock, "ffn", range(8, 81, 24), q=4) == [8, 32, 56, 80]
-    refusal = refused(stock.accepts({"q": 5}))
+    refusal = refused(stock.check_widths({"q": 5}))
     assert refusal.kind == "validator"
     assert refusal.where == "LlamaConfig.validate_architecture"
     assert "hidden size (48) is not a multiple of the number of attention heads (5)" in refusal.reason
@@ -68,20 +68,20 @@ def test_heads_and_hidden_together_imply_a_field_that_no_shape_shows() -> None:
     spec = gpt2()
     stock = spec.discover()
     assert stock.together == [frozenset({"heads", "hidden"})]
-    assert changed(stock.config({"heads": 3, "hidden": 36})) == {"n_embd": 36, "n_head": 3, "n_inner": 192}
+    assert changed(stock.build_config({"heads": 3, "hidden": 36})) == {"n_embd": 36, "n_head": 3, "n_inner": 192}
     assert changed(spec.probe({"heads": 3, "hidden": 36})) == {"n_embd": 36, "n_head": 3, "n_inner": 192}
-    assert refused(stock.accepts({"heads": 3, "hidden": 24})).kind == "shared"
+    assert refused(stock.check_widths({"heads": 3, "hidden": 24})).kind == "shared"
     assert stock.refusals["heads"].kind == "shared"
-    assert "heads" in refused(stock.accepts({"hidden": 36})).reason
+    assert "heads" in refused(stock.check_widths({"hidden": 36})).reason
 
 
 def test_families_that_share_a_field_are_cut_together() -> None:
     stock = t5().discover()
     assert stock.together == [frozenset({"encoder", "decoder", "cross"})]
-    assert changed(stock.config({"encoder": 3, "decoder": 3, "cross": 3})) == {"num_heads": 3}
-    refusal = refused(stock.accepts({"encoder": 3, "decoder": 2, "cross": 3}))
+    assert changed(stock.build_config({"encoder": 3, "decoder": 3, "cross": 3})) == {"num_heads": 3}
+    refusal = refused(stock.check_widths({"encoder": 3, "decoder": 2, "cross": 3}))
     assert (refusal.kind, refusal.where) == ("shared", "num_heads")
-    alone = refused(stock.accepts({"encoder": 3}))
+    alone = refused(stock.check_widths({"encoder": 3}))
     assert (alone.kind, alone.where) == ("shared", "encoder")
     assert "cross and decoder" in alone.reason
 
@@ -130,5 +130,5 @@ def test_widths_of_a_deep_model_are_asked_without_building_it(inside: Inside) ->
     stock = Spec(model, {"kv": 3, "q": 3, "ffn": 1536}, [64, 576, 49152], rules).discover()
     inside.forbid("transformers.LlamaForCausalLM.__init__")
     for kv, q in itertools.product((1, 2, 3), (1, 2, 3)):  # 576 is a multiple of every product
-        assert stock.accepts({"kv": kv, "q": q}) is None
+        assert stock.check_widths({"kv": kv, "q": q}) is None
     assert ladder(stock, "ffn", range(64, 1537, 64)) == [*range(64, 1537, 64)]

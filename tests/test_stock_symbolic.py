@@ -65,7 +65,7 @@ class Heads(PreTrainedModel):
 def test_of_two_fields_in_a_product_the_one_of_the_family_s_width_follows_it(channels: int) -> None:
     """Also if the other could be divided like it."""
     spec = Spec(Heads(HeadsConfig(channels=channels)), {"heads": 6}, [7, channels], {"up": ((channels, "heads"), 7)})
-    assert changed(spec.discover().config({"heads": 4})) == {"heads": 4}
+    assert changed(spec.discover().build_config({"heads": 4})) == {"heads": 4}
 
 
 def test_other_values_of_the_fields_give_the_shapes_of_a_real_build() -> None:
@@ -80,7 +80,7 @@ def test_other_values_of_the_fields_give_the_shapes_of_a_real_build() -> None:
         with torch.device("meta"):
             real = {name: tuple(t.shape) for name, t in model_class(other).state_dict().items()}
         assert len(own) >= 2
-        assert reading.at(own).shapes == real != reading.dense.shapes
+        assert reading.find_sizes(own).shapes == real != reading.dense.shapes
 
 
 def test_an_open_field_stands_for_what_it_is_derived_from() -> None:
@@ -89,9 +89,9 @@ def test_an_open_field_stands_for_what_it_is_derived_from() -> None:
     heads = next(field for field in reading.fields if field.name == "num_attention_heads")
     query = "model.layers.0.self_attn.q_proj.weight"
     assert (pin.name, pin.value) == ("head_dim", 10)
-    assert reading.at({heads: 4, pin: 10}).shapes[query] == (40, 60)
-    assert reading.needed({heads: 4, pin: 15}) == {heads: 4}, "what the class makes of 4 heads"
-    assert reading.needed({heads: 4, pin: 10}) == {heads: 4, pin: 10}
+    assert reading.find_sizes({heads: 4, pin: 10}).shapes[query] == (40, 60)
+    assert reading.drop_implicit({heads: 4, pin: 15}) == {heads: 4}, "what the class makes of 4 heads"
+    assert reading.drop_implicit({heads: 4, pin: 10}) == {heads: 4, pin: 10}
 
 
 def test_what_a_class_decides_by_a_size_is_found_by_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_a_number_that_cannot_be_a_symbol_stays_a_number() -> None:
     kind = toy(lambda config: (json.loads(str(config.kinds[0])) - 1) * config.half)
     spec = Spec(kind(ToyConfig(kinds=[3, 1])), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
-    assert changed(stock.config({"half": 4})) == {"half": 4}
+    assert changed(stock.build_config({"half": 4})) == {"half": 4}
 
 
 def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
@@ -121,8 +121,10 @@ def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
         raise ValueError("numbers, please")
 
     stock = spec.discover(forward=forward)
-    assert "shape '[-1, 2, 5]' is invalid" in refused(stock.accepts({"half": 4})).reason
-    assert spec.discover(forward=never).accepts({"half": 4}) is None, "the class before the cut does not run, either"
+    assert "shape '[-1, 2, 5]' is invalid" in refused(stock.check_widths({"half": 4})).reason
+    assert spec.discover(forward=never).check_widths({"half": 4}) is None, (
+        "the class before the cut does not run, either"
+    )
 
 
 def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is() -> None:
@@ -136,14 +138,14 @@ def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is() -> None
     kind = toy(inner)
     for part, ok in ((6, False), (7, True)):
         spec = Spec(kind(ToyConfig(half=6, part=part)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
-        assert (spec.discover().accepts({"half": 3}) is None) == ok
+        assert (spec.discover().check_widths({"half": 3}) is None) == ok
 
 
 def test_a_width_that_the_class_rounds_is_refused_without_a_build() -> None:
     kind = toy(lambda config: (config.half + 1) // 2 * 4)
     spec = Spec(kind(ToyConfig(half=6)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
-    assert [width for width in range(1, 6) if stock.accepts({"half": width}) is None] == [2, 4]
+    assert [width for width in range(1, 6) if stock.check_widths({"half": width}) is None] == [2, 4]
 
 
 def test_a_class_that_takes_no_symbols_is_refused_with_its_reason() -> None:
@@ -154,7 +156,7 @@ def test_a_class_that_takes_no_symbols_is_refused_with_its_reason() -> None:
 
     kind = toy(inner)
     spec = Spec(kind(ToyConfig()), {"width": 12}, [2], {"up": ((2, "width"), "width")})
-    refusal = refused(spec.discover().accepts({"width": 8}))
+    refusal = refused(spec.discover().check_widths({"width": 8}))
     assert refusal.kind == "constructor"
     assert refusal.reason == "TypeError: a plain number, please"
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from inside import Inside
 
+import mptk.cli.main  # noqa: F401  # it registers the commands, before these tests register their own
 from mptk import MptkError
-from mptk.cli.app import app, command
-from mptk.cli.console import err, stages
+from mptk.cli.app import app, register_command
+from mptk.cli.console import err, show_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -40,7 +41,7 @@ def ended(typed: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], 
     known = list(app.registered_commands)
 
     def run(work: Callable[[], None]) -> int:
-        command("work")(work)
+        register_command("work")(work)
         try:
             return typed("work")
         finally:
@@ -106,7 +107,7 @@ def test_a_signal_that_a_library_drops_is_seen_at_the_next_word(
     went_on = []
 
     def work() -> None:
-        with stages(err) as progress:
+        with show_stages(err) as progress:
             in_a_library(signal.SIGTERM)
             progress("next", 0, 0)
             went_on.append(True)
@@ -134,7 +135,7 @@ def test_a_signal_while_options_are_read_is_said_too(
     def work(number: int = 1) -> None:
         pytest.fail(f"it went on with {number}")
 
-    inside.around("mptk.cli.app._typed", signalled)
+    inside.around("mptk.cli.app._is_typed", signalled)
     assert ended(work) == NUMBERS[name]
     said = "interrupted" if name == "SIGINT" else "terminated"
     assert capfd.readouterr().err == f"{said}; nothing was published\n"
@@ -181,13 +182,12 @@ def test_another_error_that_python_drops_is_shown_as_ever(
 PROGRAM = """
 import contextlib, os, sys
 from pathlib import Path
-from mptk.cli.app import command, main
-from mptk.cli.console import err, out
-from mptk.cli.console import stages
+from mptk.cli.app import main, register_command
+from mptk.cli.console import err, out, show_stages
 
-@command("work")
+@register_command("work")
 def work():
-    with stages(err) as progress, open("file", "w") as file:
+    with show_stages(err) as progress, open("file", "w") as file:
         for n in range(3):
             progress(f"stage {n}", 0, 0)
         with contextlib.suppress(OSError):

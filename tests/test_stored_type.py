@@ -1,6 +1,6 @@
 """The result has the type of the checkpoint that it was made of, or the one that was asked for; the proof is as tight.
 
-It reaches for passes.transforms.store: the type that is stored, without a run.
+It reaches for passes.transforms.weight_types: the type that is stored, without a run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mptk
 from mptk import MptkError, Report
 from mptk.config.learning import Learning, Training
 from mptk.io import models
-from passes.transforms.store import Store, stored
+from passes.transforms.weight_types import Store, round_to_type
 from tests import toy_checkpoints
 
 SETTINGS = mptk.Settings(
@@ -112,9 +112,9 @@ def test_a_folder_of_another_type_than_it_says_fails(half: str, tmp_path: Path) 
 
 def test_a_number_that_is_too_large_is_refused() -> None:
     with pytest.raises(MptkError, match=r"larger than torch.float16 can hold; use --dtype bfloat16 or float32"):
-        stored(torch.tensor([1.0, 7e4]), torch.float16)
+        round_to_type(torch.tensor([1.0, 7e4]), torch.float16)
     same = torch.tensor([1.0, 2.0])
-    assert stored(same, torch.bfloat16) is same
+    assert round_to_type(same, torch.bfloat16) is same
 
 
 def test_what_no_checkpoint_holds_is_not_rounded() -> None:
@@ -122,7 +122,7 @@ def test_what_no_checkpoint_holds_is_not_rounded() -> None:
     after = Store(torch.bfloat16).run(program).program
     constants = program.state.keys() - program.state_dict().keys()
     assert any("inv_freq" in name for name in constants)
-    assert all(after.state.entry(name) is program.state.entry(name) for name in constants)
+    assert all(after.state.get_entry(name) is program.state.get_entry(name) for name in constants)
     before, rounded = program.state["lm_head.weight"], after.state["lm_head.weight"]
     assert torch.equal(rounded, before.bfloat16().float())
     assert not torch.equal(rounded, before)

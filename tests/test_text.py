@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.families import Analysis
-from mptk.ir.text import program_text
+from mptk.ir.text import describe_program
 from passes.pipelines import lowering
 
 
@@ -139,7 +139,7 @@ def test_lowering_for_onnx_leaves_no_write_no_cast_and_no_complex_number() -> No
     for step in lowering():
         program = step(program).program
     assert (
-        program_text(program)
+        describe_program(program)
         == """\
 up.weight : [6, 5]
 up.bias : [6]
@@ -169,7 +169,7 @@ def test_a_static_program_shows_sizes() -> None:
 
 def test_an_axis_is_not_named_if_its_size_is_another(gated: Analysis) -> None:
     (ffn,) = gated.family("ffn").groups
-    text = program_text(gated.program, gated, {ffn.axis: 7})
+    text = describe_program(gated.program, gated, {ffn.axis: 7})
     assert "up.weight : [10, hidden(6)]" in text
     assert "ffn" not in text
 

@@ -19,7 +19,7 @@ from mptk import MptkError
 from mptk.io import data
 from mptk.io.text import files, tokens
 from mptk.io.text.files import PIECE
-from mptk.io.text.sources import PRESETS, shared
+from mptk.io.text.sources import PRESETS, share_count
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
@@ -74,7 +74,7 @@ class TestColumns:
 
     def test_each_window_of_chats_has_one_begin_of_sequence(self, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 9)
-        windows = data.evaluation_windows(chatty(), path, 11)
+        windows = data.load_evaluation_windows(chatty(), path, 11)
         assert (windows == chatty().bos_token_id).sum(1).tolist() == [1] * len(windows)
 
 
@@ -87,17 +87,17 @@ class TestFolders:
     @pytest.mark.parametrize("seed", [0, 1])
     def test_a_short_run_reads_all_files(self, tmp_path: Path, seed: int) -> None:
         tokenizer, folder = toys.tokenizer(), self.folder(tmp_path)
-        windows = data.calibration(toys.llama(), tokenizer, str(folder), 60, 16, seed=seed)
+        windows = data.load_calibration_windows(toys.llama(), tokenizer, str(folder), 60, 16, seed=seed)
         seen = {i for i in range(6) if any(f"word{i}" in tokenizer.decode(row) for row in windows)}
         assert seen == set(range(6))
 
     def test_evaluation_is_over_all_files_and_says_so(self, tmp_path: Path) -> None:
         tokenizer, folder = toys.tokenizer(), str(self.folder(tmp_path))
-        windows = data.evaluation_windows(tokenizer, folder, 16, 60)
+        windows = data.load_evaluation_windows(tokenizer, folder, 16, 60)
         assert sum(any(f"word{i}" in tokenizer.decode(row) for row in windows) for i in range(6)) == 6
-        assert torch.equal(windows, data.evaluation_windows(tokenizer, folder, 16, 60))
-        assert data.protocol_name(folder) == f"{folder} (windows of all files of {folder}, seed 0)"
-        assert data.protocol_name(f"{folder}/1.py") == f"{folder}/1.py"
+        assert torch.equal(windows, data.load_evaluation_windows(tokenizer, folder, 16, 60))
+        assert data.name_data(folder) == f"{folder} (windows of all files of {folder}, seed 0)"
+        assert data.name_data(f"{folder}/1.py") == f"{folder}/1.py"
 
     def test_what_is_no_text_is_left_out(self, tmp_path: Path) -> None:
         (tmp_path / ".git").mkdir()
@@ -106,7 +106,7 @@ class TestFolders:
         (tmp_path / "package.json").write_text('{\n  "name": "a",\n  "text": "b"\n}')
         (tmp_path / "rows.json").write_text('{"text": "a row"}\n{"text": "another"}')
         (tmp_path / "code").write_text("code")
-        documents = files.folder_documents(tmp_path, characters=10**6, least=100)
+        documents = files.read_folder_documents(tmp_path, characters=10**6, least=100)
         found = sorted("".join(document) for document in documents)
         assert found == ["a row", "another", "code", '{\n  "name": "a",\n  "text": "b"\n}']
 
@@ -117,17 +117,17 @@ class TestWeights:
         (tmp_path / "a.txt").write_text("fox " * 4000)
         (tmp_path / "b.txt").write_text("dog " * 4000)
         mixed = f"{tmp_path / 'a.txt'}=0.7,{tmp_path / 'b.txt'}=0.3"
-        calibration = data.calibration(toys.llama(), tokenizer, mixed, 20, 16, seed=3)
+        calibration = data.load_calibration_windows(toys.llama(), tokenizer, mixed, 20, 16, seed=3)
         kinds = ["fox" in tokenizer.decode(row) for row in calibration]
         assert (len(kinds), sum(kinds)) == (20, 14)
         assert kinds != sorted(kinds, reverse=True), "in a random order"
-        evaluation = data.evaluation_windows(tokenizer, mixed, 16, 20)
+        evaluation = data.load_evaluation_windows(tokenizer, mixed, 16, 20)
         assert ["fox" in tokenizer.decode(row) for row in evaluation] == [True] * 14 + [False] * 6
 
     def test_largest_remainders(self) -> None:
-        assert shared(10, [0.7, 0.3]) == [7, 3]
-        assert shared(2, [1, 1, 1]) == [1, 1, 0]
-        assert shared(7, [3, 1, 1]) == [4, 2, 1]
+        assert share_count(10, [0.7, 0.3]) == [7, 3]
+        assert share_count(2, [1, 1, 1]) == [1, 1, 0]
+        assert share_count(7, [3, 1, 1]) == [4, 2, 1]
 
     def test_a_path_that_is_there_is_one_source(self, tmp_path: Path) -> None:
         (tmp_path / "a=1,b:c.txt").write_text("odd name")
@@ -145,8 +145,8 @@ class TestPresets:
         monkeypatch.chdir(tmp_path)
         inside.around("datasets.load_dataset", load_dataset)
         assert texts("wikitext2") == [" = Title = \n\n\n\n\nbody\n\n"]
-        data.evaluation_windows(toys.tokenizer(), "wikitext2", 4)
-        data.evaluation_windows(toys.tokenizer(), "c4", 4)
+        data.load_evaluation_windows(toys.tokenizer(), "wikitext2", 4)
+        data.load_evaluation_windows(toys.tokenizer(), "c4", 4)
         wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
         assert asked == [(*wikitext, "train"), (*wikitext, "test"), ("allenai/c4", "en", "validation")]
 
@@ -164,15 +164,15 @@ class TestLongTexts:
         long = toys.TEXT * (3 * PIECE // len(toys.TEXT) + 1)
         for start in (0, 7, 20):  # the pieces end in other words
             text = long[start:]
-            assert len(list(tokens.chunks([text[:50], text[50:]]))) > 3
-            assert tokens.token_stream([[text]], toys.tokenizer()).tolist() == toys.tokenizer()(text).input_ids
+            assert len(list(tokens.split_text([text[:50], text[50:]]))) > 3
+            assert tokens.encode_documents([[text]], toys.tokenizer()).tolist() == toys.tokenizer()(text).input_ids
 
     def test_a_text_without_spaces_loses_nothing(self) -> None:
         words = "one two three four five six seven" * (PIECE // 10)
         for spaced in (True, False):
-            assert "".join(tokens.chunks(["x" * 3 * PIECE], spaced)) == "x" * 3 * PIECE
-        assert "".join(tokens.chunks([words], True)) == words
-        assert " ".join(tokens.chunks([words], False)) == words
+            assert "".join(tokens.split_text(["x" * 3 * PIECE], spaced)) == "x" * 3 * PIECE
+        assert "".join(tokens.split_text([words], True)) == words
+        assert " ".join(tokens.split_text([words], False)) == words
 
     def test_no_more_is_read_than_is_wanted(self) -> None:
         read = 0
@@ -183,9 +183,9 @@ class TestLongTexts:
                 read += 1
                 yield "seven wizards " * 1000
 
-        assert len(tokens.token_stream([endless()], toys.tokenizer(), tokens=500)) >= 500
+        assert len(tokens.encode_documents([endless()], toys.tokenizer(), tokens=500)) >= 500
         assert read < 10
-        tokens.token_stream(([text] for text in endless()), toys.tokenizer(), characters=10_000)
+        tokens.encode_documents(([text] for text in endless()), toys.tokenizer(), characters=10_000)
         assert read < 20
 
     def test_a_line_of_50_megabytes_needs_little_memory(self, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ class TestLongTexts:
             "import resource, sys; from transformers import AutoTokenizer; from mptk.io import data;"
             f"tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r});"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
-            f"data._shared_out(data.parse({str(tmp_path / 'long.txt')!r}), tokenizer, 256, 32, 0);"
+            f"data._share_windows(data.parse({str(tmp_path / 'long.txt')!r}), tokenizer, 256, 32, 0);"
             "print((peak() - before) // 1024)"
         )
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -211,7 +211,9 @@ class TestSelfSampledIsKept:
 
         def text(model=None, **options):
             say = lambda done, total: written.append(total) if done == total else None  # noqa: E731
-            return data.calibration(model or toys.llama(), toys.tokenizer(), count=3, length=9, progress=say, **options)
+            return data.load_calibration_windows(
+                model or toys.llama(), toys.tokenizer(), count=3, length=9, progress=say, **options
+            )
 
         first = text(seed=4)
         assert torch.equal(first, text(seed=4))
@@ -226,14 +228,14 @@ class TestSelfSampledIsKept:
     def test_a_cache_that_cannot_be_written_is_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").write_text("no folder")
         monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "file"))
-        assert data.calibration(toys.llama(), None, count=2, length=5).shape == (2, 5)
+        assert data.load_calibration_windows(toys.llama(), None, count=2, length=5).shape == (2, 5)
 
 
 def test_digests_of_windows_and_files(tmp_path: Path) -> None:
     windows = torch.arange(12).view(3, 4)
     expected = hashlib.sha256(b"".join(int(i).to_bytes(8, "little") for i in range(12))).hexdigest()
-    assert data.digest(windows) == data.digest(windows.t().contiguous().t()) == expected
+    assert data.hash_windows(windows) == data.hash_windows(windows.t().contiguous().t()) == expected
     (tmp_path / "a.txt").write_text("a")
-    found = data.file_digests(str(tmp_path / "a.txt"), None, "self")
+    found = data.hash_text_files(str(tmp_path / "a.txt"), None, "self")
     assert found == {str(tmp_path / "a.txt"): hashlib.sha256(b"a").hexdigest()}
-    assert data.file_digests(str(tmp_path)) == found
+    assert data.hash_text_files(str(tmp_path)) == found

@@ -1,6 +1,6 @@
 """Texts that a caller has in memory: whatever gives strings, or rows with text in them, is data.
 
-It reaches for mptk.api.samples: a run does not show its windows.
+It reaches for mptk.run.samples: a run does not show its windows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import toy_checkpoints as toys
 
 import mptk
 from mptk import MptkError
-from mptk.api.samples import check_texts, collected
 from mptk.io.live import open_live
 from mptk.io.models import Loaded
-from mptk.tasks import task_of
+from mptk.run.samples import check_texts, collect_samples
+from mptk.tasks import bind_task
 
 TEXTS = [" ".join(toys.WORDS[i : i + 9]) for i in range(9)]
 ROWS = datasets.Dataset.from_dict({"text": TEXTS, "stars": list(range(9))})
@@ -31,7 +31,7 @@ def loaded() -> Loaded:
 
 
 def windows(loaded: Loaded, data: Any, seed: int | None = None) -> torch.Tensor:
-    return collected(data, loaded, task_of(loaded), 3, 8, seed).inputs["input_ids"]
+    return collect_samples(data, loaded, bind_task(loaded), 3, 8, seed).inputs["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from mptk import MptkError
-from mptk.ir.program import parameter_count
+from mptk.ir.program import count_parameters
 from mptk.tasks.inputs.image_forms import AnyImages
-from passes.frontend.trace import trace
+from passes.frontend.trace import trace_to_program
 
 X = torch.randn(2, 5, 6)
 
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> None:
     net = Net().eval()
-    program = trace(net, (X,))
+    program = trace_to_program(net, (X,))
     assert largest(program(X), net(X)) == 0
     weights = dict(net.named_parameters(remove_duplicate=False))
     for name in program.parameters:
@@ -58,7 +58,7 @@ def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> N
 
 def test_weights_have_the_modules_own_names() -> None:
     net = Net()
-    program = trace(net, (X,))
+    program = trace_to_program(net, (X,))
     ((alias, name),) = program.aliases.items()
     assert {alias, name} == {"first.weight", "second.weight"}
     assert set(program.parameters) >= {name, "norm.weight", "norm.bias"}
@@ -69,7 +69,7 @@ def test_weights_have_the_modules_own_names() -> None:
 
 
 def test_an_exported_program_keeps_its_own_names() -> None:
-    program = trace(Net(), (X,))
+    program = trace_to_program(Net(), (X,))
     theirs = [s.target for s in program.exported.graph_signature.input_specs if s.target is not None]
     ours = [s.target for s in program.signature.input_specs if s.target is not None]
     assert set(theirs) <= {*program.exported.state_dict, *program.exported.constants}
@@ -80,19 +80,19 @@ def test_a_module_without_weights_has_its_own_tensors_again_after_a_trace() -> N
     with torch.device("meta"):
         net = Net()
     before = {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]}
-    trace(net, (X,))
+    trace_to_program(net, (X,))
     assert {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]} == before
 
 
 def test_tied_weights_count_once() -> None:
     net = Net()
-    assert parameter_count(trace(net, (X,))) == sum(p.numel() for p in net.parameters())
+    assert count_parameters(trace_to_program(net, (X,))) == sum(p.numel() for p in net.parameters())
 
 
 def test_buffers_of_one_shape_are_told_apart_without_values() -> None:
     with torch.device("meta"):
         net = Net()
-    program = trace(net, (X,))
+    program = trace_to_program(net, (X,))
     assert len(program.aliases) == 1
     assert {"norm.running_mean", "norm.running_var"} <= program.state.keys()
 
@@ -101,8 +101,8 @@ def test_a_model_without_weights_stays_without() -> None:
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "num_key_value_heads": 8}
     with torch.device("meta"):
         big = LlamaForCausalLM(LlamaConfig(**shape))
-    program = trace(big)
-    assert parameter_count(program) > 600_000_000
+    program = trace_to_program(big)
+    assert count_parameters(program) > 600_000_000
     assert all(isinstance(t, FakeTensor) and t.device.type == "cpu" for t in program.state.values())
     assert all(p.is_meta for p in big.parameters())
     assert {n for n, _ in big.named_parameters()} == set(program.parameters)
@@ -122,7 +122,7 @@ class Picks(nn.Module):
 def test_index_constants_keep_their_values_without_weights() -> None:
     with torch.device("meta"):
         net = Picks()
-    (constant,) = (t for n, t in trace(net, (X,)).state.items() if not n.startswith("up."))
+    (constant,) = (t for n, t in trace_to_program(net, (X,)).state.items() if not n.startswith("up."))
     assert not isinstance(constant, FakeTensor)
     assert constant.tolist() == [-2, 3]
 
@@ -131,14 +131,14 @@ def test_index_constants_keep_their_values_without_weights() -> None:
 def test_the_modules_mode_is_left_as_it_was(training: bool) -> None:
     net = Net().train(training)
     net.norm.eval()
-    trace(net, (X,))
+    trace_to_program(net, (X,))
     assert net.training == net.first.training == training
     assert not net.norm.training
 
 
 def test_dropout_is_off_also_for_a_module_in_training() -> None:
     net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.9)).train()
-    program = trace(net, (X,))
+    program = trace_to_program(net, (X,))
     assert largest(program(X), net.eval()(X)) == 0
 
 
@@ -162,7 +162,7 @@ class Outputs(nn.Module):
 @pytest.mark.parametrize("kind", ["tuple", "nested", "dict"])
 def test_every_tensor_of_the_result_is_an_output(kind: str) -> None:
     net = Outputs(kind)
-    found = trace(net, (X,))(X)
+    found = trace_to_program(net, (X,))(X)
     assert largest(found, (net.first(X), net.second(X))) == 0
 
 
@@ -170,16 +170,16 @@ def test_every_tensor_of_the_result_is_an_output(kind: str) -> None:
 def test_what_does_not_reach_the_result_is_dropped(kind: str) -> None:
     """Of what a transformers model returns, the first tensor is the result."""
     net = Outputs(kind)
-    program = trace(net, (X,))
+    program = trace_to_program(net, (X,))
     assert largest(program(X), net.first(X)) == 0
-    users = {program.weights[n.name] for n in program.placeholders() if n.name in program.weights and n.users}
+    users = {program.weights[n.name] for n in program.list_placeholders() if n.name in program.weights and n.users}
     assert users == {"first.weight", "first.bias"}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_dynamic_program_runs_at_other_sizes(architecture: str) -> None:
     net = model(architecture)
-    program = trace(net, (tokens(),), dynamic=True)
+    program = trace_to_program(net, (tokens(),), dynamic=True)
     for ids in (tokens(1, 5), tokens(3, 19), tokens(2, 7)):
         with torch.no_grad():
             assert largest(program(ids), net(ids).logits) <= 1e-5
@@ -187,7 +187,7 @@ def test_a_dynamic_program_runs_at_other_sizes(architecture: str) -> None:
 
 def test_missing_inputs_are_asked_for() -> None:
     with pytest.raises(MptkError, match="example inputs are missing"):
-        trace(Net())
+        trace_to_program(Net())
 
 
 class Branches(nn.Module):
@@ -205,7 +205,7 @@ def test_control_flow_on_data_is_refused_in_one_line_and_the_module_left_whole(d
     with torch.device(device):
         net = Branches()
     with pytest.raises(MptkError, match=r"^torch\.export cannot trace Branches: .*docs/tracing\.md") as caught:
-        trace(net, (X,))
+        trace_to_program(net, (X,))
     assert "\n" not in str(caught.value)
     assert net.up.weight.device.type == device
     assert net.training
@@ -226,11 +226,11 @@ class Configured(nn.Module):
 
 def test_a_forward_without_a_cache_argument_is_given_none() -> None:
     net = Configured()
-    assert largest(trace(net, (X,))(X), net(X)) == 0
+    assert largest(trace_to_program(net, (X,))(X), net(X)) == 0
 
 
 def test_the_exported_program_is_valid() -> None:
-    program = trace(Net().eval(), (X,))
+    program = trace_to_program(Net().eval(), (X,))
     exported = program.to_exported()
     assert (
         largest(
@@ -242,7 +242,7 @@ def test_the_exported_program_is_valid() -> None:
 
 def test_sizes_are_symbolic_in_the_dimensions_that_are_asked_for() -> None:
     llama = model("llama")
-    assert [trace(llama, dynamic=dims).length for dims in (True, (0,))] == [None, 7]
+    assert [trace_to_program(llama, dynamic=dims).length for dims in (True, (0,))] == [None, 7]
 
 
 class Listed(nn.Module):
@@ -257,7 +257,7 @@ class Listed(nn.Module):
 
 
 def test_a_trace_with_lists_of_images_holds_for_any_number() -> None:
-    program = trace(Listed(), torch.randn(3, 2, 4, 4), dynamic=(0,))
+    program = trace_to_program(Listed(), torch.randn(3, 2, 4, 4), dynamic=(0,))
     assert not program.sizes.fixed
     assert "aten.index" not in program.graph.code  # no image is left out
     images = torch.randn(7, 2, 4, 4)
@@ -277,5 +277,5 @@ class Stated(nn.Module):
 
 
 def test_the_state_of_a_module_has_no_constants_of_its_trace() -> None:
-    one, other = (trace(Stated(weight), torch.zeros(rows, 3)) for weight, rows in ((1.0, 2), (2.0, 5)))
-    assert other.with_state(one.module_state())(torch.zeros(5, 3))[0].tolist() == [1 + 10 + 5] * 3
+    one, other = (trace_to_program(Stated(weight), torch.zeros(rows, 3)) for weight, rows in ((1.0, 2), (2.0, 5)))
+    assert other.with_state(one.collect_module_state())(torch.zeros(5, 3))[0].tolist() == [1 + 10 + 5] * 3

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 import mptk
 from mptk.ir.program import Program
-from mptk.ir.text import program_text
+from mptk.ir.text import describe_program
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
-from passes.targets.legalize import discover, stock_widths
+from passes.targets.legalize import discover, find_stock_widths
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_second_trace_is_a_copy_with_the_weights_of_its_own_module(exports: li
         first, second = tiny(), tiny(1)
         one, two = mptk.trace(first, (ids,), dynamic=True), mptk.trace(second, (ids,), dynamic=True)
     assert len(exports) == 1
-    assert program_text(one) == program_text(two)
+    assert describe_program(one) == describe_program(two)
     assert {*one.graph.graph.nodes}.isdisjoint(two.graph.graph.nodes)
     assert two.state["lm_head.weight"] is second.lm_head.weight
     assert torch.equal(two(ids), second(ids, use_cache=False).logits)
@@ -98,11 +98,11 @@ def test_a_second_cut_has_the_same_sizes_and_the_weights_of_its_own_module(insid
     with traces.remembered():
         first, second, other = cut(0, 40), cut(1, 40), cut(0, 48)
     assert len(made_anew) == 2
-    assert program_text(first) == program_text(second) != program_text(other)
+    assert describe_program(first) == describe_program(second) != describe_program(other)
     assert not torch.equal(first(ids), second(ids))
     with traces.remembered():
         anew = cut(0, 40)
-    assert program_text(first) == program_text(anew)
+    assert describe_program(first) == describe_program(anew)
 
 
 def test_a_class_is_read_again_with_another_config(inside: Inside) -> None:
@@ -110,7 +110,7 @@ def test_a_class_is_read_again_with_another_config(inside: Inside) -> None:
 
     def legal(**changes: object) -> object:
         model = tiny(**changes)
-        return stock_widths(analysis := mptk.analyze(model), discover(analysis, model)).ladders
+        return find_stock_widths(analysis := mptk.analyze(model), discover(analysis, model)).ladders
 
     with traces.remembered():
         first, second, other = legal(), legal(), legal(intermediate_size=84)

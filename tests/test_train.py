@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from mptk import trace
 from mptk.config.learning import Learning, LossWeights, Training
-from mptk.distributed.processes import accelerator
-from mptk.ir.program import typical_size
-from mptk.ir.samples import next_tokens
+from mptk.distributed.processes import make_accelerator
+from mptk.ir.program import compute_typical_size
+from mptk.ir.samples import make_token_samples
 from mptk.methods.maskprune.train import Loop, Watch
 from mptk.protocols.run_folder import RunFolder
 from mptk.tasks import CAUSAL_LM
 
-WINDOWS = next_tokens(architectures.tokens(8, 9))
+WINDOWS = make_token_samples(architectures.tokens(8, 9))
 
 
 class Drawing(nn.Module):
@@ -44,7 +44,7 @@ def loop(
     training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
     folder = RunFolder(tmp_path / name, {}, resume=True)
     return Loop(
-        accelerator("no"),
+        make_accelerator("no"),
         Drawing(noise),
         lambda _: (None, None),
         CAUSAL_LM,
@@ -88,7 +88,7 @@ def watching(tmp_path: Path, losses: list[float], inside: Inside) -> tuple[Loop,
         weights.append(one.parameters["embed.weight"].detach().clone())
         return losses[len(one.watch.losses)]
 
-    inside.around("mptk.methods.maskprune.train.Loop._held_out", measured)
+    inside.around("mptk.methods.maskprune.train.Loop._measure_held_out", measured)
     return one, weights
 
 
@@ -111,8 +111,8 @@ def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_aft
     again, _ = watching(tmp_path, losses, inside)
     again.run()
     assert torch.equal(again.parameters["embed.weight"], weights[kept])
-    assert again.watch.row("text", 1) == one.watch.row("text", 1)
-    assert one.watch.row("text", 1)["kept"] == kept
+    assert again.watch.to_row("text", 1) == one.watch.to_row("text", 1)
+    assert one.watch.to_row("text", 1)["kept"] == kept
     assert "\n" not in one.watch.note()
     assert re.search(said, one.watch.note()) if said else not one.watch.note()
 
@@ -120,8 +120,8 @@ def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_aft
 def test_the_held_out_loss_is_that_of_all_windows(tmp_path: Path) -> None:
     one = loop(tmp_path, "held", watch=Watch(WINDOWS))
     with torch.no_grad():
-        (losses,) = one._losses(WINDOWS)
-        assert one._held_out(WINDOWS) == pytest.approx(float(losses["loss"]), rel=1e-6)
+        (losses,) = one._compute_losses(WINDOWS)
+        assert one._measure_held_out(WINDOWS) == pytest.approx(float(losses["loss"]), rel=1e-6)
 
 
 @pytest.mark.parametrize(("size", "masks", "lora", "full"), [(0.19, 1e-3, 3e-3, 3e-4), (0.0395, 2e-4, 6e-4, 6e-5)])
@@ -141,4 +141,4 @@ def test_the_size_of_weights_is_the_median_of_the_matrices() -> None:
     with torch.no_grad():
         for i, value in ((0, 0.01), (1, 7.0), (2, -3.0), (3, 0.2)):
             module[i].weight.fill_(value)
-    assert typical_size(trace(module, (torch.ones(2, 4),))) == pytest.approx(0.2)
+    assert compute_typical_size(trace(module, (torch.ones(2, 4),))) == pytest.approx(0.2)

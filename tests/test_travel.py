@@ -19,14 +19,14 @@ from mptk.api import compiler as api
 from mptk.ir.alignment import Alignment
 from mptk.ir.consumers import CONSUMERS
 from mptk.ir.families import Analysis
-from mptk.report.analysis import analysis_json, breaking
-from mptk.report.runs import whole
+from mptk.report.analysis import build_analysis_json, list_breaking
+from mptk.report.runs import explain_uncut
 from mptk.targets import find_target
 from mptk.targets.gguf.architectures import ARCHITECTURES
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.travel import broken
+from passes.targets.stock.travel import find_broken_programs
 
 SMALL = {"samples": 1, "length": 16, "eval_windows": 1, "eval_length": 16}
 HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "align": 2, **SMALL}
@@ -44,7 +44,7 @@ def derivable() -> LlamaForCausalLM:
 def found() -> tuple[Analysis, LegalWidths]:
     model = derivable()
     analysis = api.analyze(model)
-    return analysis, find_target("stock").legal(analysis, model, Alignment(2))
+    return analysis, find_target("stock").find_legal(analysis, model, Alignment(2))
 
 
 def cut(config: PreTrainedConfig, **changes: int) -> StockConfig:
@@ -59,16 +59,16 @@ def cut(config: PreTrainedConfig, **changes: int) -> StockConfig:
 def test_a_size_that_programs_derive() -> None:
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
     config = LlamaConfig(**sizes)
-    assert broken(cut(config, num_attention_heads=4), config) == [HEADS]
-    assert broken(cut(config, intermediate_size=32), config) == []
-    assert broken(cut(config, num_attention_heads=4, hidden_size=32), config) == []  # still 8
+    assert find_broken_programs(cut(config, num_attention_heads=4), config) == [HEADS]
+    assert find_broken_programs(cut(config, intermediate_size=32), config) == []
+    assert find_broken_programs(cut(config, num_attention_heads=4, hidden_size=32), config) == []  # still 8
     other = LlamaConfig(**sizes | {"head_dim": 16})  # who derives it fails on the dense model, too
-    assert broken(cut(other, num_attention_heads=4), other) == []
+    assert find_broken_programs(cut(other, num_attention_heads=4), other) == []
 
 
 def test_a_number_that_the_dense_config_leaves_open() -> None:
     config = GPT2Config(n_embd=48, n_head=4)
-    assert broken(cut(config, n_inner=100), config) == [
+    assert find_broken_programs(cut(config, n_inner=100), config) == [
         "programs that derive n_inner, which the dense config leaves open, as llama.cpp's converter"
     ]
 
@@ -76,9 +76,9 @@ def test_a_number_that_the_dense_config_leaves_open() -> None:
 def test_programs_that_read_the_size_of_a_head_only_for_some_models() -> None:
     config = Qwen2Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
     fewer = cut(config, num_attention_heads=4)
-    assert broken(fewer, config) == [f"{HEADS}, llama.cpp, vLLM, mlx-lm"]
-    assert broken(fewer, config, ("vllm", "transformers")) == [HEADS.replace("optimum-onnx", "vLLM")]
-    assert broken(fewer, config, ("transformers",)) == []
+    assert find_broken_programs(fewer, config) == [f"{HEADS}, llama.cpp, vLLM, mlx-lm"]
+    assert find_broken_programs(fewer, config, ("vllm", "transformers")) == [HEADS.replace("optimum-onnx", "vLLM")]
+    assert find_broken_programs(fewer, config, ("transformers",)) == []
 
 
 def test_llama_cpp_reads_the_size_of_a_head_where_its_writer_says_so() -> None:
@@ -89,10 +89,10 @@ def test_llama_cpp_reads_the_size_of_a_head_where_its_writer_says_so() -> None:
 def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, LegalWidths]) -> None:
     analysis, legal = found
     assert legal.breaks == dict.fromkeys(("hidden", "kv_groups", "q_heads"), HEADS)
-    (line,) = breaking(analysis_json(analysis, legal, "m")["families"])
+    (line,) = list_breaking(build_analysis_json(analysis, legal, "m")["families"])
     assert line.startswith(f"cutting hidden, kv_groups, q_heads breaks {HEADS}")
-    found = legalize.portable(analysis, legal)
-    assert legalize.default_families(analysis, found) == ["ffn"]
+    found = legalize.keep_portable_families(analysis, legal)
+    assert legalize.choose_default_families(analysis.make_variables(), found) == ["ffn"]
     assert found.left == dict.fromkeys(("kv_groups", "q_heads"), f"cutting it breaks {HEADS}")
 
 
@@ -101,7 +101,7 @@ def test_by_default_only_what_travels_is_cut() -> None:
     assert [n for n, f in report.families.items() if f["width"] < f["of"]] == ["ffn"]
     assert any(note.startswith("left whole for other programs: kv_groups, q_heads (cutting") for note in report.notes)
     assert not any("this cut breaks" in note for note in report.notes)
-    assert whole(report, "kv_groups") == f"cutting it breaks {HEADS}"
+    assert explain_uncut(report, "kv_groups") == f"cutting it breaks {HEADS}"
 
 
 def test_a_budget_that_only_heads_could_meet_names_the_option() -> None:
@@ -130,9 +130,11 @@ def test_what_is_named_is_cut_and_told(tmp_path: Path) -> None:
 def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=97, n_positions=64)).eval()
     analysis = api.analyze(model)
-    legal = find_target("stock").legal(analysis, model, Alignment(2))
+    legal = find_target("stock").find_legal(analysis, model, Alignment(2))
     assert "ffn" in legal.breaks
-    assert legalize.default_families(analysis, legalize.portable(analysis, legal)) == ["ffn"]
+    assert legalize.choose_default_families(
+        analysis.make_variables(), legalize.keep_portable_families(analysis, legal)
+    ) == ["ffn"]
 
 
 # ---- the programs that must read the result ----

@@ -188,7 +188,7 @@ def test_a_report_does_not_choose_where_a_rerun_writes(pruned: Path, tmp_path: P
     settings["learning"] |= {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere"), "tracker": "wandb"}
     edit(copy, settings=settings)
     assert Report.read(copy).settings.learning.teacher_cache
-    assert mptk.api.rerun.rerun(copy, tmp_path / "out") is None
+    assert mptk.api.rerun.repeat_run(copy, tmp_path / "out") is None
     learning = asked[0][2].learning
     assert (learning.teacher, learning.teacher_cache, learning.tracker) == ("cached", None, "none")
 

@@ -14,15 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mptk import MptkError, Plan, analyze, trace
-from mptk.ir.samples import Samples, next_tokens
-from mptk.progress import within
-from mptk.proof.verification import changes_of
-from mptk.report.sections import proof_view
+from mptk.ir.samples import Samples, make_token_samples
+from mptk.ir.weights import Weights
+from mptk.progress import enter_stage
+from mptk.proof.verification import find_changes
+from mptk.report.sections import build_proof_view
+from mptk.targets.graph import compare_stored
 from mptk.trust import NO_CODE
-from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, difference, prove, widen
+from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, compare_outputs, prove, widen
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
-BATCH = next_tokens(TOKENS)
+BATCH = make_token_samples(TOKENS)
 
 
 def run_with(module: Callable[[Tensor], Tensor]) -> StageOutputs:
@@ -81,7 +83,7 @@ def test_no_number_is_an_infinite_difference_wherever_it_is() -> None:
         logits = reference.clone()
         logits[0, 1, 2] = broken
         for one, other in ((logits, reference), (reference, logits)):
-            found = difference("stage", one, other, 1.0)
+            found = compare_outputs("stage", one, other, 1.0)
             assert not found.ok
             assert found.max_abs == math.inf
 
@@ -97,14 +99,14 @@ def test_a_widened_tolerance_says_so_wherever_it_is_shown() -> None:
     found = proof(1e-3)
     assert found.widened.startswith("widened from 5e-05: rounding alone moves the logits by ")
     console = Console(width=200, file=io.StringIO())
-    console.print(proof_view([found.as_dict()]))
+    console.print(build_proof_view([found.to_dict()]))
     assert "ok, widened from 5e-05: rounding alone moves" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert "widened" not in proof(1.0).as_dict()
+    assert "widened" not in proof(1.0).to_dict()
 
 
 def test_the_worst_batch_counts() -> None:
     model = trace(Cancelling(1.0), (TOKENS,), dynamic=True)
-    bad = next_tokens(TOKENS[:1, :9])
+    bad = make_token_samples(TOKENS[:1, :9])
 
     def run(ids: Tensor) -> Tensor:
         return model(ids) + (ids.shape[1] == 9)
@@ -116,14 +118,14 @@ def test_the_worst_batch_counts() -> None:
 
 def test_numbers_and_vectors_are_compared_whole() -> None:
     for one in (torch.tensor(2.0), torch.tensor([2.0, 1.0])):
-        assert difference("loss", one, one, TOLERANCE).relative == 0
-        assert difference("loss", 2 * one, one, TOLERANCE).relative == 1
+        assert compare_outputs("loss", one, one, TOLERANCE).relative == 0
+        assert compare_outputs("loss", 2 * one, one, TOLERANCE).relative == 1
 
 
 def test_a_difference_from_zeros_is_infinite_and_zeros_from_zeros_are_none() -> None:
     zeros = torch.zeros(1, 2, 3)
-    assert difference("zeros", zeros, zeros, TOLERANCE).relative == 0
-    found = difference("zeros", zeros + 1e-9, zeros, TOLERANCE)
+    assert compare_outputs("zeros", zeros, zeros, TOLERANCE).relative == 0
+    found = compare_outputs("zeros", zeros + 1e-9, zeros, TOLERANCE)
     assert found.relative == float("inf")
     assert found.max_abs == pytest.approx(1e-9)
     assert not found.ok
@@ -143,14 +145,20 @@ def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor
     """Of FLAP; anything else there would be weights that nobody has proven."""
     analysis = analyze(trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), (torch.ones(2, 5),)))
     save_file({"0.bias": torch.ones(8)}, tmp_path / "compensation.safetensors")
-    assert set(changes_of(analysis, Plan({}), tmp_path, {}, NO_CODE)) == {"0.bias"}
+    assert set(find_changes(analysis, Plan({}), tmp_path, {}, NO_CODE)) == {"0.bias"}
     save_file({name: bias}, tmp_path / "compensation.safetensors")
     with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is not a bias of the model"):
-        changes_of(analysis, Plan({}), tmp_path, {}, NO_CODE)
+        find_changes(analysis, Plan({}), tmp_path, {}, NO_CODE)
 
 
 def test_progress_names_the_stage_that_is_proven() -> None:
     program, said = trace(nn.Linear(3, 2), torch.ones(1, 3)), list[str]()
-    with within(lambda stage, done, total, figures="": said.append(figures), "prove"):
+    with enter_stage(lambda stage, done, total, figures="": said.append(figures), "prove"):
         prove(program, {"reloaded": (program, TOLERANCE)}, Samples({"x": torch.ones(1, 3)}))
     assert "reloaded" in said
+
+
+def test_an_infinite_weight_that_was_lost_counts_whatever_comes_after_it() -> None:
+    expected = Weights({"a": torch.tensor([float("inf"), 1.0]), "b": torch.tensor([1.0, 2.0])})
+    stored = Weights({"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1.0, 2.0 + 1e-6])})
+    assert compare_stored(stored, expected).relative == float("inf")

@@ -27,7 +27,7 @@ from transformers import (
 
 import mptk
 from mptk import MptkError, Plan
-from mptk.conversions.vocabulary.convert import Tokens
+from mptk.conversions.vocabulary import Tokens
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
 from mptk.targets.stock import check_same_reading

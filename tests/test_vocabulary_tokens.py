@@ -12,14 +12,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from mptk import MptkError
-from mptk.conversions.vocabulary.convert import named_ids, renumbered
-from mptk.conversions.vocabulary.tokens import (
+from mptk.conversions.vocabulary import (
     Choice,
     Merges,
-    check_reading,
-    trimmed_content,
-    trimmed_tokenizer,
-    used_ids,
+    check_trimmed_reading,
+    find_named_ids,
+    find_used_ids,
+    replace_config_ids,
+    trim_content,
+    trim_tokenizer,
 )
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>"]
@@ -115,8 +116,8 @@ KINDS = {
 def pair(request):
     """A tokenizer, the tokens that stay of it for the corpus, and what is made of it."""
     dense = wrapped(KINDS[request.param]())
-    kept = Choice(dense, len(dense)).kept(used_ids([[CORPUS]], dense), 16, 1)
-    return dense, kept, trimmed_tokenizer(dense, kept)
+    kept = Choice(dense, len(dense)).list_kept(find_used_ids([[CORPUS]], dense), 16, 1)
+    return dense, kept, trim_tokenizer(dense, kept)
 
 
 def test_texts_of_tokens_that_stay_are_read_as_before(pair):
@@ -130,7 +131,7 @@ def test_texts_of_tokens_that_stay_are_read_as_before(pair):
     for text in texts:
         assert small(text).input_ids == [new[i] for i in dense(text).input_ids], text
         assert small.decode(small(text).input_ids) == dense.decode(dense(text).input_ids)
-    check_reading(([text] for text in texts), dense, small, kept)
+    check_trimmed_reading(([text] for text in texts), dense, small, kept)
 
 
 def test_other_texts_are_spelled_with_what_stays(pair):
@@ -159,9 +160,9 @@ def test_merges_lead_where_the_tokenizer_goes():
         model = json.loads(make().to_str())["model"]
         merges = Merges(model)
         for token in model["vocab"].keys() - set(SPECIAL):
-            for part in merges.built_of(token):
-                assert merges.built_of(part) <= merges.built_of(token)
-        assert sum(bool(merges.built_of(token)) for token in model["vocab"]) >= len(model["vocab"]) - 280
+            for part in merges.find_intermediates(token):
+                assert merges.find_intermediates(part) <= merges.find_intermediates(token)
+        assert sum(bool(merges.find_intermediates(token)) for token in model["vocab"]) >= len(model["vocab"]) - 280
 
 
 def test_tokens_fill_up_to_a_multiple_from_the_lowest_ids():
@@ -169,23 +170,23 @@ def test_tokens_fill_up_to_a_multiple_from_the_lowest_ids():
     tokens = sorted(backend.get_vocab(), key=backend.get_vocab().get)
     backwards = [*SPECIAL, *reversed(tokens[len(SPECIAL) :])]  # long tokens have the lowest ids
     dense = wrapped(changed(backend, vocab={token: i for i, token in enumerate(backwards)}))
-    choice, used = Choice(dense, len(dense)), used_ids([[CORPUS[:200]]], dense)
-    few, more = choice.kept(used, 16, 1), choice.kept(used, 16, 64)
+    choice, used = Choice(dense, len(dense)), find_used_ids([[CORPUS[:200]]], dense)
+    few, more = choice.list_kept(used, 16, 1), choice.list_kept(used, 16, 64)
     assert len(more) % 64 == 0
     assert set(few) < set(more)
     merges = Merges(json.loads(dense.backend_tokenizer.to_str())["model"])
     there = set(dense.convert_ids_to_tokens(more))
-    assert all(merges.built_of(token) <= there for token in there)
-    assert choice.kept(range(len(dense)), 16, 512) == tuple(range(len(dense)))
+    assert all(merges.find_intermediates(token) <= there for token in there)
+    assert choice.list_kept(range(len(dense)), 16, 512) == tuple(range(len(dense)))
     rows = Choice(dense, len(dense) + 30)  # rows without a token come last
-    assert rows.kept(range(len(dense)), 16, len(dense) + 10) == tuple(range(len(dense) + 10))
+    assert rows.list_kept(range(len(dense)), 16, len(dense) + 10) == tuple(range(len(dense) + 10))
 
 
 def test_the_unlikeliest_piece_stays_for_the_cost_of_what_is_unknown():
     """Without it an unknown character would cost less, and be taken where a text was read in known pieces."""
     pieces = [("<unk>", 0.0), ("x", -4.0), ("y", -20.0), ("xy", -5.0), ("yz", -9.0), ("qq", -30.0)]
     dense = wrapped(Tokenizer(models.Unigram(pieces, unk_id=0)))
-    kept = Choice(dense, len(dense)).kept([1, 4], 1, 1)
+    kept = Choice(dense, len(dense)).list_kept([1, 4], 1, 1)
     assert dense.convert_tokens_to_ids("qq") in kept
 
 
@@ -195,12 +196,12 @@ def test_ids_of_templates_and_padding_are_renumbered():
     last = backend.token_to_id("<last>")
     backend.post_processor = processors.BertProcessing(("<last>", last), ("<s>", 0))
     backend.enable_padding(pad_id=last, pad_token="<last>")
-    small = trimmed_content(json.loads(backend.to_str()), {0: 0, 1: 1, 2: 2, 3: 3, 9: 4, last: 5})
+    small = trim_content(json.loads(backend.to_str()), {0: 0, 1: 1, 2: 2, 3: 3, 9: 4, last: 5})
     assert small["post_processor"]["sep"] == ["<last>", 5]
     assert small["padding"]["pad_id"] == small["added_tokens"][-1]["id"] == 5
     assert sorted(small["model"]["vocab"].values()) == [0, 1, 2, 3, 4]
     backend.post_processor = processors.TemplateProcessing("$A <last>", special_tokens=[("<last>", last)])
-    small = trimmed_content(json.loads(backend.to_str()), {0: 0, 1: 1, 2: 2, 3: 3, 9: 4, last: 5})
+    small = trim_content(json.loads(backend.to_str()), {0: 0, 1: 1, 2: 2, 3: 3, 9: 4, last: 5})
     assert small["post_processor"]["special_tokens"]["<last>"]["ids"] == [5]
 
 
@@ -211,8 +212,8 @@ def test_ids_in_configs_are_renumbered():
     config = BartConfig(
         vocab_size=12, pad_token_id=0, bos_token_id=2, eos_token_id=5, decoder_start_token_id=9, forced_eos_token_id=5
     )
-    assert named_ids(config, 12) == {0, 2, 5, 9}
-    made, changes = renumbered(config, new, 12)
+    assert find_named_ids(config, 12) == {0, 2, 5, 9}
+    made, changes = replace_config_ids(config, new, 12)
     assert (made.vocab_size, made.pad_token_id, made.bos_token_id, made.eos_token_id) == (4, 0, 1, 2)
     assert (made.decoder_start_token_id, made.forced_eos_token_id) == (3, 2)
     assert changes["decoder_start_token_id"] == [9, 3]
@@ -220,8 +221,8 @@ def test_ids_in_configs_are_renumbered():
     generation = GenerationConfig(
         eos_token_id=[5, 9], pad_token_id=-1, suppress_tokens=[1, 2], bad_words_ids=[[2, 5], [3]]
     )
-    assert named_ids(generation, 12) == {5, 9}
-    made, _ = renumbered(generation, new, 12)
+    assert find_named_ids(generation, 12) == {5, 9}
+    made, _ = replace_config_ids(generation, new, 12)
     assert (made.eos_token_id, made.pad_token_id) == ([2, 3], -1)
     assert (made.suppress_tokens, made.bad_words_ids) == ([1], [[1, 2]])
 
@@ -234,8 +235,8 @@ def test_what_cannot_be_trimmed_is_refused():
         Choice(dense, len(dense) - 1)
     with pytest.raises(MptkError, match="dropout"):
         Choice(wrapped(changed(byte_level(), dropout=0.1)), 999)
-    kept = Choice(dense, len(dense)).kept(used_ids([[CORPUS]], dense), 16, 1)
-    small = trimmed_tokenizer(dense, kept)
+    kept = Choice(dense, len(dense)).list_kept(find_used_ids([[CORPUS]], dense), 16, 1)
+    small = trim_tokenizer(dense, kept)
     gone = next(text for text in itertools.chain(OTHERS) if not {*dense(text).input_ids} <= {*kept})
     with pytest.raises(MptkError, match="reads the text differently"):
-        check_reading([[gone]], dense, small, kept)
+        check_trimmed_reading([[gone]], dense, small, kept)

@@ -13,7 +13,7 @@ from torch import nn
 
 import mptk
 from mptk import MptkError
-from mptk.api.words import in_python
+from mptk.api.words import to_python_words
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_python_reads_keywords(settings: dict[str, object], said: str) -> None:
 
 @pytest.mark.parametrize("said", ["add --fsdp_version 2", "run: pip install --no-deps x", "`mptk prune m --estimate`"])
 def test_flags_of_other_programs_and_whole_commands_stay(said: str) -> None:
-    assert in_python(said) == said
+    assert to_python_words(said) == said
 
 
 def test_a_command_reads_options(typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,5 +107,5 @@ def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerFast, path: Pat
 
 def texts(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
     """The documents of ``name``, each whole, without empty ones."""
-    found = ("".join(document) for document in data.documents(name, tokenizer))
+    found = ("".join(document) for document in data.read_documents(name, tokenizer))
     return [text for text in found if text.strip()]

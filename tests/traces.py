@@ -45,7 +45,7 @@ LEFT_OUT = (
 )
 SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Entries of a config that say where it comes from, and have no effect on a forward pass either."""
-EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
+EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._export_model
 PROPAGATE, READ = rewrite.propagate_shapes, learn.Reading
 
 
@@ -102,7 +102,7 @@ def remembered() -> Iterator[None]:
     with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
             inside.bound(f"{module.__name__}.export_program", export)
-        inside.bound("passes.targets.onnx.emit._exported", translate)
+        inside.bound("passes.targets.onnx.emit._export_model", translate)
         inside.bound("passes.transforms.rewrite.propagate_shapes", propagate)
         inside.bound("passes.targets.stock.learn.Reading", read)
         yield

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.api.pruned import Shown, reporting
-from mptk.api.samples import Data, given, in_memory, names_of
-from mptk.api.sources import GivenInputs, Model, source_for
-from mptk.api.words import public
-from mptk.chain.job import Job
-from mptk.chain.prune import started
-from mptk.chain.samples import compared, domains, read_samples
-from mptk.config.choices import MOST_SPARSITY
-from mptk.config.recipe import command
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
-from mptk.conversions import fitted
+from mptk.api.pruned import Shown, report_progress, resolve_place
+from mptk.api.words import wrap_public
+from mptk.config import MOST_SPARSITY, Settings, format_command, with_keywords
 from mptk.errors import MptkError
-from mptk.files import scratch, write_json
-from mptk.io.data import source_names
-from mptk.ir.passes import Log
-from mptk.methods.division.advice import advised
-from mptk.methods.division.search import search_shapes
-from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
-from mptk.protocols.chain import Prepared
-from mptk.protocols.shapes import Shapes
-from mptk.protocols.values import Context
-from mptk.publish.folder import publish
+from mptk.files import make_scratch
+from mptk.io import list_source_names
+from mptk.ir import Log
+from mptk.protocols import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Context, Opened, Point, Shapes
+from mptk.run.advise import measure_cuts, search_and_rank
+from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
+from mptk.run.open import Model, name_start, take_model
+from mptk.run.run import open_run
 
 FAMILIES = 1.5
-"""Cuts for each sparsity, as estimated before the families are known: the division, and blocks at half of them."""
+"""Cuts for each sparsity in the estimate, which is made before families are known: a division, and at every second
+sparsity a cut of blocks."""
 ANY = 1.0
-"""The tolerance of a budget for the first candidates, which are not measured."""
+"""The tolerance of the budget until cuts are chosen: a model with only coarse widths must not be refused before."""
 
 
-@public
+@wrap_public
 def advise(
     model: Model,
     settings: Settings | None = None,
@@ -67,7 +56,7 @@ def advise(
         tolerance: the largest change that is safe, as a share: of the perplexity or, of a model without one, of samples
             with another top-1 class, or the largest mean loss.
         calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
-        data: as in ``mptk.prune``. Each source of a name with several, as ``"A,B"``, is measured by itself.
+        data: as in ``mptk.prune``. Each source of a name with several, such as ``"A,B"``, is measured by itself.
         keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
             ``eval_windows``: windows of each text to measure on.
 
@@ -75,30 +64,56 @@ def advise(
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
             such keyword; there is too little text; or a model that is not of transformers is to be trained.
     """
-    check_asked(sparsities, tolerance)
-    chosen = with_keywords(settings or ADVICE, {**names_of(data=data), **keywords, "search": True, "onnx": False})
+    # For its checks and stages an advice is a search, of one shape and without trials.
+    check_sparsities(sparsities, tolerance)
+    chosen = with_keywords(settings or ADVICE, {**name_given(data=data), **keywords, "search": True, "onnx": False})
     chosen = replace(chosen, sparsity=max(sparsities), tolerance=ANY, search_tokens=0, search_shapes=1)
-    source, chosen = source_for(model, training(chosen) if calibrate else chosen, tokenizer, example_inputs)
-    if calibrate and source.plain:
+    if calibrate:  # the number of steps belongs to the measurement, so no time limit may choose it
+        steps = chosen.steps or CALIBRATION_STEPS
+        chosen = with_keywords(chosen, {"steps": steps, "samples": chosen.windows, "minutes": None})
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
+    start, chosen, inputs = take_model(model, chosen, inputs)
+    if calibrate and isinstance(start, Opened) and start.plain:
         raise MptkError("mptk trains only transformers models; leave out calibrate")
-    said = partial(command, str(model)) if isinstance(model, str | Path) else None
-    work = partial(_measured, said, sorted(set(sparsities)), tolerance)
-    kept = scratch()
-    job = source.job(kept.folder / "advice", given(data, None))
-    if job.needs is not None:
-        texts = 1 if in_memory(data) else len(source_names(chosen.data))
-        job = replace(job, needs=partial(job.needs, cuts=round(FAMILIES * len(sparsities)), texts=texts))
-    with reporting(progress) as say:
-        return started(work, job, chosen, Context(Log(), say), trains=calibrate)
+    # For the estimate of what the run needs.
+    texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
+    advises = round(FAMILIES * len(sparsities)), texts
+    with (
+        make_scratch() as kept,
+        report_progress(progress) as say,
+        open_run(
+            start,
+            name_start(model),
+            kept.folder / "advice",
+            chosen,
+            inputs,
+            Context(Log(), say),
+            advises=advises,
+            trains=calibrate,
+        ) as run,
+    ):
+        found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance)
+    return add_commands(found, str(model), settings) if isinstance(model, str | Path) else found
 
 
-def training(settings: Settings) -> Settings:
-    """The settings of an advice that trains."""
-    steps = settings.steps or CALIBRATION_STEPS
-    return with_keywords(settings, {"steps": steps, "samples": settings.windows, "minutes": None})
+def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
+    """The advice with the commands of the cuts that it recommends. ``settings``: of the run."""
+
+    def write_command(own: Settings, best: Point | None) -> str:
+        """The command that cuts to ``best``; empty if there is none."""
+        if best is None:
+            return ""
+        return format_command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
+
+    # The recommended cut is safe without training; another one may be after it.
+    plain = replace(settings, learning=replace(settings.learning, steps=0))
+    if found.recovery is not None:  # the settings have its steps
+        trained = write_command(settings, found.recommended_after)
+        found = replace(found, recovery=replace(found.recovery, command=trained))
+    return replace(found, command=write_command(plain, found.recommended))
 
 
-def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
+def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
     """Raise MptkError if a sparsity or the tolerance is out of bounds."""
     if not sparsities or not all(0 < s <= MOST_SPARSITY for s in sparsities):
         raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
@@ -106,39 +121,7 @@ def check_asked(sparsities: Sequence[float], tolerance: float) -> None:
         raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
 
 
-def _measured(
-    said: Callable[[Settings, Mapping[str, int]], str] | None,
-    sparsities: Sequence[float],
-    tolerance: float,
-    job: Job,
-    prepared: Prepared,
-    context: Context,
-) -> Advice:
-    """The advice. ``said``: settings and widths → the command that cuts to them."""
-    prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
-    sets, texts = domains(job, prepared, context)
-    found = advised(prepared, sets, texts, sparsities, tolerance, context)
-    assert context.folder is not None
-    context.folder.remove()
-    if said is None:
-        return found
-    trained = prepared.settings
-    plain = replace(trained, learning=replace(trained.learning, steps=0))
-    if found.recovery is not None:
-        recovery = replace(found.recovery, command=_command(said, trained, found.recommended_after))
-        found = replace(found, recovery=recovery)
-    return replace(found, command=_command(said, plain, found.recommended))
-
-
-def _command(said: Callable[[Settings, Mapping[str, int]], str], settings: Settings, best: Point | None) -> str:
-    """The command that cuts to ``best``; empty if there is none."""
-    return "" if best is None else said(replace(settings, sparsity=round(best.sparsity, 4)), best.widths)
-
-
-SHAPES_FILE = "shapes.json"
-
-
-@public
+@wrap_public
 def shapes(
     model: Model,
     out: str | Path | None = None,
@@ -170,28 +153,15 @@ def shapes(
             or there are too few tokens to train the finalists.
     """
     base = settings or Settings(method="wanda", reconstruct=True)
-    chosen = with_keywords(base, {**names_of(data=data), **keywords, "search": True, "onnx": False})
-    source, chosen = source_for(model, chosen, tokenizer, example_inputs)
-    kept = scratch() if out is None else None
-    place = kept.folder / "shapes" if kept is not None else Path(str(out))
-    job = source.job(place, given(data, None))
-    said = partial(command, str(model), chosen) if isinstance(model, str | Path) else None
-    work = partial(_ranked, said, kept is None)
-    with reporting(progress) as say:
-        return started(work, job, chosen, Context(Log(), say), trains=False)  # a run after it does
-
-
-def _ranked(
-    said: Callable[[Mapping[str, int]], str] | None, written: bool, job: Job, prepared: Prepared, context: Context
-) -> Shapes:
-    """The ranking. ``said``: widths → the command that cuts to them. ``written``: whether it is to stay in a folder."""
-    sets = compared(prepared, read_samples(job, prepared, context, measures=False), context)
-    found = search_shapes(fitted(prepared, sets.calibration, context), sets, context)
-    if said is not None:
-        found = replace(found, command=said(found.best.widths))
-    if written:
-        with publish(job.out, overwrite=prepared.settings.overwrite) as folder:
-            write_json(folder / SHAPES_FILE, found.to_json())
-    assert context.folder is not None
-    context.folder.remove()
-    return found
+    chosen = with_keywords(base, {**name_given(data=data), **keywords, "search": True, "onnx": False})
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
+    start, chosen, inputs = take_model(model, chosen, inputs)
+    # A search keeps its stages in a folder beside its output, so it needs a place even if nothing is to stay.
+    kept = make_scratch() if out is None else None
+    place = kept.folder / "shapes" if kept is not None else resolve_place(str(out))
+    source = name_start(model)
+    with (
+        report_progress(progress) as say,
+        open_run(start, source, place, chosen, inputs, Context(Log(), say), trains=False) as run,
+    ):
+        return search_and_rank(start, run, chosen, writes=kept is None)

@@ -21,32 +21,32 @@ from rich.progress import (
     Progress as Bars,
 )
 
-from mptk.progress import Progress, silent
+from mptk.progress import Progress, show_nothing
 
 LINE_S = 10.0
 """Seconds between two lines of one stage in a log."""
 
 
 @contextlib.contextmanager
-def shown(console: Console | None = None) -> Iterator[Progress]:
+def show_progress(console: Console | None = None) -> Iterator[Progress]:
     """Progress for calls from Python: bars on a terminal and in a notebook, nothing in a script's log.
 
     A notebook without ipywidgets cannot move bars and gets lines.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True)  # what a script prints on its standard output stays its own
     if console.is_jupyter:
         if importlib.util.find_spec("ipywidgets") is None:
-            yield lines(console)
+            yield make_line_progress(console)
             return
     elif not console.is_interactive:
-        yield silent
+        yield show_nothing
         return
-    with bars(console) as progress:
+    with show_bars(console) as progress:
         yield progress
 
 
 @contextlib.contextmanager
-def bars(console: Console) -> Iterator[Progress]:
+def show_bars(console: Console) -> Iterator[Progress]:
     """A bar for each stage."""
     columns = (
         SpinnerColumn(),
@@ -58,6 +58,8 @@ def bars(console: Console) -> Iterator[Progress]:
     with Bars(*columns, TimeRemainingColumn(), console=console) as drawn:
         tasks: dict[str, TaskID] = {}
 
+        # Stages follow each other, so a new one ends those before it. A stage of unknown length is then filled; others
+        # stop where they are.
         def finish() -> None:
             for task in tasks.values():
                 drawn.update(task, total=1, completed=1) if not drawn.tasks[task].total else drawn.stop_task(task)
@@ -72,7 +74,7 @@ def bars(console: Console) -> Iterator[Progress]:
         finish()
 
 
-def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
+def make_line_progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
     """Print a line when a stage starts, and its progress every ``LINE_S`` seconds."""
     start, current, printed = clock(), "", 0.0
 

@@ -13,56 +13,63 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.api.compiler import check_whole, trace
+from mptk.api.compiler import check_plain_plan, trace
 from mptk.api.pruned import Pruned, resolve_place
-from mptk.api.sources import GivenInputs, source_of
-from mptk.api.words import public
+from mptk.api.words import wrap_public
 from mptk.arguments import check_arguments
-from mptk.compat.torch import sources_forgotten
-from mptk.compile.trace import traced
-from mptk.config.choices import GgufType
-from mptk.config.settings import Settings
+from mptk.compat.torch import forget_sources
+from mptk.compile.trace import trace_loaded
+from mptk.config import GgufType, Settings
 from mptk.errors import MptkError
-from mptk.files import path_of, write_result
+from mptk.files import expand_path, write_result
 from mptk.files.outputs import check_apart, check_file
-from mptk.io import data, models
-from mptk.io.auto_classes import classes_of
-from mptk.io.cache import build_private, private_place
-from mptk.io.checkpoint import copy_processors, save_tokenizer
-from mptk.io.data import check_positions, positions_of
-from mptk.io.dense import fingerprint
-from mptk.io.models import Loaded
-from mptk.io.resident import Resident
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.samples import next_tokens
+from mptk.io import (
+    Loaded,
+    build_private,
+    check_positions,
+    copy_processors,
+    data,
+    find_model_classes,
+    find_position_limit,
+    hash_model,
+    locate_private_folder,
+    models,
+    save_tokenizer,
+)
+from mptk.ir import Log, Plan, make_token_samples
 from mptk.ort.bench import LENGTHS, Bench, bench_graphs
-from mptk.ort.decoder import found_graph, model_folder, onnx_file
-from mptk.ort.steps import graphs_of
-from mptk.progress import Progress, silent, within
+from mptk.ort.decoder import find_graph, find_model_folder, find_onnx_file
+from mptk.ort.steps import find_phase_graphs
+from mptk.progress import Progress, enter_stage, show_nothing
 from mptk.proof.gguf import open_folder, run_llama_cpp
-from mptk.proof.proof import check_proof, proven_extras
-from mptk.protocols.execution import execution, session_device
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
+from mptk.proof.proof import check_proof, prove_extras
+from mptk.protocols import Dense, OnnxForm, Use, build_executor, find_session_device
 from mptk.publish.folder import check_replaceable, publish
+from mptk.run.inputs import GivenInputs, Inputs
+from mptk.run.open import open_in_memory
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
-from mptk.targets.onnx import describe, quantized_extras
-from mptk.tasks import CAUSAL_LM, form_of, open_task
-from mptk.tasks.exporting import cut
-from mptk.tasks.of_folder import inputs_of_folder
+from mptk.targets.onnx import describe_graphs, list_quantized
+from mptk.tasks import CAUSAL_LM, find_task_form, load_folder_inputs, open_task
+from mptk.tasks.exporting import cut_to_plan
 from mptk.trust import NO_CODE
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import ONNX_FOLDER, float_file, quantized, quantized_files, scheme_of
+from passes.targets.onnx.names import (
+    ONNX_FOLDER,
+    list_quantized_files,
+    name_float_file,
+    name_quantized_file,
+    read_scheme,
+)
 from passes.verify import Difference, prove
 
-__all__ = ["bench", "export", "export_folder", "gguf", "onnx_folder"]
+__all__ = ["bench", "export", "export_folder", "find_onnx_folder", "gguf"]
 
 
-@public
-@sources_forgotten()
+@wrap_public
+@forget_sources()
 def export(
     model: nn.Module | Pruned,
     folder: str | Path,
@@ -82,7 +89,7 @@ def export(
 
     A model of another kind gets the graphs of its task; ``logits``, ``text`` and ``objective`` are for decoders only.
     Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder. The graph of a
-    plain module, as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
+    plain module, such as ``Pruned.model``, is compared with it in ONNX Runtime; its open sizes are open in the graph.
 
     Args:
         model: with real weights; of any float type. Of a ``Pruned`` its model, with the weights that it has now.
@@ -105,16 +112,18 @@ def export(
             quantised graphs are asked for and the model is not float32; or an entry of the metadata is not a string.
         ProofError: ONNX Runtime computes something else than the module.
     """
-    check_whole(plan)
+    # What can be refused before anything is traced.
+    check_plain_plan(plan)
     about = check_metadata(metadata)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
     )
     for file in Path(folder).glob("*.onnx"):
         check_file(file, "graph", overwrite)
+    # A Pruned stands for its module with the present weights, and brings its example inputs.
     if isinstance(model, Pruned):
         check_apart(folder, model.proven)
-        module, inputs = model.present, inputs_of_folder(model.proven, model.report)
+        module, inputs = model.present, load_folder_inputs(model.proven, model.report)
         model, example_inputs = module, inputs if example_inputs is None else example_inputs
     place = resolve_place(folder)
     if not isinstance(model, PreTrainedModel):
@@ -124,14 +133,16 @@ def export(
             )
         _export_module(model, place, example_inputs, plan, settings, about)
         return Path(folder)
-    form, name = form_of(model) or CAUSAL_LM.onnx, type(model).__name__
+    # The form of its task. A model of no task is treated as a decoder.
+    form, name = find_task_form(model) or CAUSAL_LM.onnx, type(model).__name__
     assert form is not None
     if form is not CAUSAL_LM.onnx and model.dtype is not torch.float32:
         raise MptkError(f"the graphs of a {name} need a float32 model; call model.float()")
+    # A decoder's form traces the model itself, with its cache.
     program = None if form is CAUSAL_LM.onnx else trace(model, dynamic=True)
     form.check(model, settings)
     dense = Dense(Loaded(model, None, name, Path()), settings, program, about=about)
-    form.export(dense, plan, None if text is None else next_tokens(text), place, Log())
+    form.export(dense, plan, None if text is None else make_token_samples(text), place, Log())
     if tokenizer is not None:
         save_tokenizer(tokenizer, place)
         model.config.save_pretrained(place)
@@ -160,20 +171,21 @@ def _export_module(
     metadata: Mapping[str, str],
 ) -> None:
     """Write a plain module as ONNX, and compare ONNX Runtime with it."""
-    source = source_of(module, trust=NO_CODE, tokenizer=None, example_inputs=example_inputs)
-    loaded, task = source.load(Resident(0))
+    # As in a run, though without a folder: open, trace, write, and prove the graph against the (cut) program.
+    opened = open_in_memory(module, NO_CODE, Inputs(example_inputs=example_inputs))
+    loaded, task = opened.loaded, opened.task
     form = task.onnx
     assert form is not None
     form.check(loaded.model, settings)
-    program, samples = traced(loaded, task, EXECUTOR), task.example(loaded.model)
+    program, samples = trace_loaded(loaded, task, EXECUTOR), task.make_example(loaded.model)
     dense = Dense(loaded, settings, program, about=metadata)
     form.export(dense, plan, samples, folder, Log())
-    program = cut(program, dense, plan, Log())
-    stages = form.stages(folder, Use(), EXECUTOR.device, settings).stages
+    program = cut_to_plan(program, dense, plan, Log())  # as the form has cut it: the reference of the proof
+    stages = form.list_stages(folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
 
 
-@public
+@wrap_public
 def gguf(
     folder: str | Path | Pruned,
     out: str | Path,
@@ -203,17 +215,18 @@ def gguf(
     made = open_folder(folder, like, type)
     check_apart(out, made.place, *([] if made.pattern is None else [made.pattern.file]))
 
+    # The file is read back, and run if llama.cpp is here, before it gets its name.
     def write(file: Path) -> None:
         differences = made.write(file)
         proof, notes = run_llama_cpp(made, file)
         made.proof, made.notes = [*differences, *proof], [*made.notes, *notes]
 
-    write_result(path_of(out), write)
+    write_result(expand_path(out), write)
     return made
 
 
-@public
-@sources_forgotten()
+@wrap_public
+@forget_sources()
 def export_folder(
     model: str,
     out: str | Path,
@@ -235,21 +248,27 @@ def export_folder(
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
         ProofError: the settings are ``strict``, and a quantised weight differs by more than rounding allows.
     """
-    say, settings = progress or silent, settings or Settings()
+    # Open and trace the model, and read the text, before a folder is begun.
+    say, settings = progress or show_nothing, settings or Settings()
     check_replaceable(Path(out), settings.overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     say("load", 0, 0)
-    dense, form = _dense(model, settings, text)
+    dense, form = _load_dense(model, settings, text)
     loaded = dense.loaded
-    positions = positions_of(loaded.model.config) or 256
-    windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
+    positions = find_position_limit(loaded.model.config) or 256  # a model without a limit takes any length
+    windows = (
+        None
+        if text is None
+        else data.load_calibration_windows(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
+    )
     with publish(Path(out), overwrite=settings.overwrite) as folder:
         say("export ONNX", 0, 0)
-        with within(say, "export ONNX"):
-            samples = None if windows is None else next_tokens(windows)
+        with enter_stage(say, "export ONNX"):
+            samples = None if windows is None else make_token_samples(windows)
             notes = form.export(dense, None, samples, folder / "onnx", Log())
-        for note in [*notes, *_checked(folder / ONNX_FOLDER, form, say, settings.strict)]:
+        for note in [*notes, *_check_quantized(folder / ONNX_FOLDER, form, say, settings.strict)]:
             on_note(note)
+        # What other programs look for beside the graphs.
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
         generation = getattr(loaded.model, "generation_config", None)
@@ -257,22 +276,22 @@ def export_folder(
             generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
-        for note in describe(form, loaded.model.config, generation, folder, settings.strict):
+        for note in describe_graphs(form, loaded.model.config, generation, folder, settings.strict):
             on_note(note)
     return Path(out)
 
 
-def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
-    """The model as it is written as ONNX, and its form. Raises MptkError as ``export_folder``."""
-    resident, executor = execution(settings)
+def _load_dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
+    """The model, traced to be written as ONNX, and its form. Refuses models and options that no form takes."""
+    resident, executor = build_executor(settings)
     loaded, task = open_task(model, resident, trust=settings.trust)
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
     task.onnx.check(loaded.model, settings)
     if text is not None and task.onnx is not CAUSAL_LM.onnx:
         raise MptkError(f"only a decoder's int4 needs text, and {model} is a {task.summary}; leave out --data")
-    program = traced(loaded, task, executor, like=task.example(loaded.model))
-    if (length := task.only_length(program)) is not None:
+    program = trace_loaded(loaded, task, executor, like=task.make_example(loaded.model))
+    if (length := task.find_fixed_length(program)) is not None:
         raise MptkError(
             f"{model} can be traced only for {length} tokens, so its ONNX graph would take no other length; mptk "
             "writes none for it"
@@ -280,24 +299,23 @@ def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, Onn
     return Dense(loaded, settings, program, executor), task.onnx
 
 
-def _checked(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[str]:
+def _check_quantized(folder: Path, form: OnnxForm, say: Progress, strict: bool) -> list[str]:
     """Compare the quantised graphs of a folder with its float graphs. Returns notes on graphs that are left out.
 
-    Raises:
-        ProofError: ``strict``, and a graph differs by more than rounding allows.
+    ``strict``: raises ProofError instead.
     """
 
     def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
-        with within(say, f"check {scheme}"):
+        with enter_stage(say, f"check {scheme}"):
             for file in files:
-                check_quantized(float_file(file), file, scheme)
+                check_quantized(name_float_file(file), file, scheme)
         return []
 
-    return proven_extras(quantized_extras(folder, form, check), strict)[1]
+    return prove_extras(list_quantized(folder, form, check), strict)[1]
 
 
-@public
-@sources_forgotten()
+@wrap_public
+@forget_sources()
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
 ) -> Bench:
@@ -322,47 +340,59 @@ def bench(
     check_arguments(bench_graphs, settings)
     if not models:
         raise MptkError("no model is given; give models, folders or .onnx files")
-    there, graphs = session_device(device), dict[str, Path]()
+    there, graphs = find_session_device(device), dict[str, Path]()
+    # All models are checked before the first is exported, which takes minutes.
     longest = max(settings.get("lengths", LENGTHS))
     for model in map(str, models):
         check_lengths(model, longest)
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else onnx_file(onnx_folder(model, progress))
+        file = Path(model) if model.endswith(".onnx") else find_onnx_file(find_onnx_folder(model, progress))
         graphs[model] = file
-        rounded = {scheme: quantized(file, scheme) for scheme in quantized_files(file.parent) if not scheme_of(file)}
+        # The quantised graphs beside it, unless a quantised one was named itself.
+        rounded = {
+            scheme: name_quantized_file(file, scheme)
+            for scheme in list_quantized_files(file.parent)
+            if not read_scheme(file)
+        }
         graphs |= {f"{model} {scheme}": other for scheme, other in rounded.items()}
     return bench_graphs(graphs, device=there, progress=progress, **settings)
 
 
 def check_lengths(model: str, longest: int) -> None:
     """Raise MptkError if a model, or the model that a graph was made from, has too few positions by its config."""
-    file = Path(model) if model.endswith(".onnx") else found_graph(model)
-    folder = model if file is None else str(model_folder(file))
+    # A graph does not say its positions. The config beside it does, if it is there.
+    file = Path(model) if model.endswith(".onnx") else find_graph(model)
+    folder = model if file is None else str(find_model_folder(file))
     if file is not None and not (Path(folder) / "config.json").is_file():
         return
+    # A decoder is also timed with a cache of `longest` tokens, to which it adds one.
     config = models.load_config(folder)
-    decodes = CAUSAL_LM.refusal(config, classes_of(config)) is None if file is None else "decode" in graphs_of(file)
+    decodes = (
+        CAUSAL_LM.explain_refusal(config, find_model_classes(config)) is None
+        if file is None
+        else "decode" in find_phase_graphs(file)
+    )
     check_positions(
-        positions_of(config), longest + decodes, f"{longest} tokens (and one more after a cache) of {model}"
+        find_position_limit(config), longest + decodes, f"{longest} tokens (and one more after a cache) of {model}"
     )
 
 
-def onnx_folder(model: str, progress: Progress | None = None) -> Path:
+def find_onnx_folder(model: str, progress: Progress | None = None) -> Path:
     """``MODEL`` or ``MODEL/onnx`` if it holds a main graph, else an export in the cache folder.
 
-    The export's name comes from the content of the model's files, so a changed model is exported again. A changed
-    export is replaced, too.
+    The export's name comes from the content of the model's files and from the versions of what writes it, so a changed
+    model is exported again. A changed export is replaced, too.
     """
-    if (own := found_graph(model)) is not None:
+    if (own := find_graph(model)) is not None:
         return own.parent
-    say = progress or silent
+    say = progress or show_nothing
 
     def build(folder: Path) -> None:
         say(f"exporting {model} to ONNX", 0, 1)
-        dense, form = _dense(model, Settings(), None)
+        dense, form = _load_dense(model, Settings(), None)
         form.export(dense, None, None, folder, Log())
         say(f"exporting {model} to ONNX", 1, 1)
 
-    made_of = (fingerprint(model), __version__, torch.__version__, transformers.__version__)
+    made_of = (hash_model(model), __version__, torch.__version__, transformers.__version__)
     stamp = hashlib.sha256(" ".join(made_of).encode()).hexdigest()[:16]
-    return build_private(private_place("onnx", stamp), build)
+    return build_private(locate_private_folder("onnx", stamp), build)

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.changed import FirstRun
-from mptk.api.pruned import Pruned, Shown, defaults, job_of, reporting, resolve_place
-from mptk.api.samples import Data
-from mptk.api.sources import GivenInputs, Model
-from mptk.api.words import public
-from mptk.chain.estimate import estimator
-from mptk.chain.job import Finished
-from mptk.chain.ladder import LadderRun, climb, name_of, rungs, share
-from mptk.compile.rungs import restore_rung, sizes_in
-from mptk.config.settings import Settings
-from mptk.cost.estimate import Estimate, total
-from mptk.distributed.processes import leads, once
+from mptk.api.pruned import Pruned, Shown, check_start, make_default_settings, report_progress, resolve_place
+from mptk.api.words import wrap_public
+from mptk.compile.rungs import list_rung_sizes, restore_rung
+from mptk.config import Settings, with_keywords
+from mptk.cost.estimate import Estimate, sum_estimates
+from mptk.distributed.processes import is_leader
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import make_scratch
 from mptk.files.outputs import check_apart
-from mptk.ir.passes import Log, PassRecord
-from mptk.protocols.report import Report
-from mptk.protocols.values import Context
+from mptk.ir import Log, PassRecord
+from mptk.protocols import Context, Report
 from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
+from mptk.run.estimate import read_estimator
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_given
+from mptk.run.ladder import climb, divide_steps, list_settings, name_size, open_ladder
+from mptk.run.minutes import complete_settings
+from mptk.run.open import Model, name_start, take_model
+from mptk.run.prune import Result
+from mptk.run.shared import prune_together
 from mptk.trust import Trust, trust_by_caller
 
 
-@public
+@wrap_public
 def ladder(
     model: Model,
     out: str | Path,
@@ -67,40 +69,48 @@ def ladder(
     """
     if "sparsity" in keywords:
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
-    inputs = tokenizer, example_inputs, data, eval_data, vocabulary
-    job, chosen = job_of(model, defaults(settings, out, model, example_inputs), keywords, *inputs)
-    ready = job(place := resolve_place(out))
-    with reporting(progress) as say:
-        if chosen.shared:
-            found = share(ready, chosen, sparsities, Context(Log(on_record=on_stage), say))
-            return [
-                _read_rung(place, found, chosen.trust),
-                *(rung(place, size, trust_remote_code=chosen.trust_remote_code) for size in sparsities[1:]),
-            ]
-        steps = once(lambda: rungs(place, chosen, sparsities, ready.needs))
+    asked = with_keywords(
+        make_default_settings(settings, out, model, example_inputs),
+        {**name_given(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+    )
+    inputs = Inputs.of(
+        tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
+    )
+    start, asked, inputs = take_model(model, asked, inputs)
+    check_start(start, asked, inputs)
+    place, source = resolve_place(out), name_start(model)
+    with (
+        report_progress(progress) as say,
+        open_ladder(start, source, place, asked, sparsities, inputs, Context(Log(on_record=on_stage), say)) as runs,
+    ):
+        # The smaller sizes lie inside the largest one's folder, and are made anew into temporary folders.
+        if asked.shared:
+            found = prune_together(start, runs[0])
+            sizes = [rung(place, size, trust_remote_code=asked.trust_remote_code) for size in sparsities[1:]]
+            return [_make_pruned(place, found, asked.trust), *sizes]
+        # Only the first process has results, but all of them must climb.
+        return [_make_pruned(run.out, found, asked.trust) for run, found in climb(start, place, runs) if is_leader()]
 
-        def context(step: LadderRun) -> Context:
-            say(f"sparsity {step.out.name}", 0, 0)
-            return Context(Log(on_record=on_stage), say)
 
-        return [
-            _read_rung(step.out, found, chosen.trust) for step, found in climb(ready, place, steps, context) if leads()
-        ]
-
-
-def _read_rung(place: Path, found: Finished | None, trust: Trust) -> Pruned:
+def _make_pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
     report = Report.read(place)
-    compiled = found.compiled if found is not None and report.live else None  # else the folder says enough
-    return Pruned(report, place, compiled=compiled, origin=FirstRun(trust=trust))
+    # A dense model with a name is opened again if it is needed, so the sizes need not hold it.
+    if found is None or not report.live:
+        return Pruned(report, place, origin=FirstRun(trust=trust))
+    return Pruned(report, place, compiled=found.compiled, origin=FirstRun(trust=trust, digests=found.run.origin))
 
 
-def needed(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
+def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float]) -> Estimate:
     """What a ladder needs. No model runs. Raises the errors of ``mptk.ladder``."""
-    needs = estimator(model)
-    return total([needs(rung.settings) for rung in rungs(Path(), settings, sparsities, needs)])
+    # As a run does it: numbers are chosen for the whole ladder, and each size is estimated with them.
+    asked = divide_steps(settings, sparsities)
+    estimator = read_estimator(model, settings.trust)
+    places = [Path(name_size(sparsity)) for sparsity in sparsities]
+    each = complete_settings(asked, replace(estimator, sparsities=sparsities))[0]
+    return sum_estimates([estimator.estimate(own) for own in list_settings(each, sparsities, places)])
 
 
-@public
+@wrap_public
 def rung(
     folder: str | Path,
     size: float,
@@ -126,11 +136,11 @@ def rung(
     Raises:
         MptkError: the folder was changed, or has no such size; or ``out`` cannot be written.
     """
-    place, name = Path(folder), name_of(size)
-    sizes = checked_sizes(place)
+    place, name = Path(folder), name_size(size)
+    sizes = list_smaller_sizes(place)
     if name not in sizes:
         raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
-    kept = scratch() if out is None else None
+    kept = make_scratch() if out is None else None
     made = kept.folder / name if kept is not None else resolve_place(str(out))
     check_apart(made, place)
     with publish(made, overwrite=overwrite) as new:
@@ -139,13 +149,9 @@ def rung(
     return Pruned(Report.read(made), made, kept=kept, origin=origin)
 
 
-def checked_sizes(folder: Path) -> list[str]:
-    """The names of the sizes within the folder of the largest, as it was published.
-
-    Raises:
-        MptkError: the folder was changed, or has no other sizes.
-    """
+def list_smaller_sizes(folder: Path) -> list[str]:
+    """The names of the smaller sizes in the folder of the largest. Raises MptkError if it was changed, or has none."""
     check_manifest(folder)
-    if not (sizes := sizes_in(folder)):
+    if not (sizes := list_rung_sizes(folder)):
         raise MptkError(f"{folder} has one size; give the --out folder of `mptk prune --ladder 0.2,0.4 --shared`")
     return sizes

@@ -1,11 +1,11 @@
-"""pruned: ``mptk.prune``, and its result ``Pruned``: a model, its plan and its report."""
+"""pruned: ``mptk.prune`` and ``mptk.recover``, and their result ``Pruned``: a model, its plan and its report."""
 
 from __future__ import annotations
 
 import copy
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,34 +16,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from mptk.api.changed import FirstRun, Snapshot, check_same, read_saved_files, write_again
-from mptk.api.display import shown
-from mptk.api.samples import Data, check_texts, given, names_of
-from mptk.api.sources import GivenInputs, Model, source_for
-from mptk.api.words import public
+from mptk.api.display import show_progress
+from mptk.api.words import wrap_public
 from mptk.arguments import TURN
-from mptk.chain.job import Finished, Job
-from mptk.chain.prune import run
-from mptk.config.choices import IN_MEMORY
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, Settings, with_keywords
+from mptk.cost.estimate import Estimate
 from mptk.errors import MptkError
-from mptk.files import cannot_write, json_text, scratch
-from mptk.io import models
-from mptk.io.checkpoint import stored_dtype
-from mptk.io.dense import absolute
-from mptk.io.live import forget_folder, unwrapped
-from mptk.ir.passes import Log, PassRecord
-from mptk.ir.plan import Plan
+from mptk.files import format_json, make_scratch, make_write_error
+from mptk.io import find_stored_dtype, forget_folder, models, resolve_model_name, unwrap_parallel
+from mptk.ir import Log, PassRecord, Plan
 from mptk.methods import find_method
-from mptk.progress import Progress, silent
+from mptk.progress import Progress, show_nothing
 from mptk.proof.claims import LATER
-from mptk.proof.verification import plan_of
-from mptk.protocols.chain import Compiled
-from mptk.protocols.origin import check_dense, check_tokenizer
-from mptk.protocols.report import Report
-from mptk.protocols.values import Context
+from mptk.proof.verification import read_folder_plan
+from mptk.protocols import Compiled, Context, Opened, Report, check_dense, check_given_tokenizer
 from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import check_listed, check_manifest, copy_listed, read_manifest
+from mptk.run.estimate import read_estimator
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_given
+from mptk.run.minutes import complete_settings
+from mptk.run.open import Model, name_start, take_model
+from mptk.run.prune import Result
+from mptk.run.prune import run_prune as prune_model
+from mptk.run.pruned_folder import PrunedFolder
+from mptk.run.run import Start, open_run
+from mptk.run.samples import check_texts
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import read_weights
 from mptk.trust import trust_by_caller
@@ -55,7 +52,7 @@ Shown = Progress | Literal["auto"] | None
 class Pruned:
     """A pruned model, proven. ``prune`` and ``recover`` make it; ``Pruned.open`` reads a folder.
 
-    Weights of ``model`` that were changed since, as by training, count everywhere: in ``save``, ``place``,
+    Weights of ``model`` that were changed since, for example by training, count everywhere: in ``save``, ``place``,
     ``mptk.evaluate``, ``mptk.generate``, ``mptk.export`` and ``mptk.recover``. ``save`` and ``place`` prove them anew.
     All else that was changed, in memory or in the folder, is refused by all of these alike, by its name. A model that
     was converted (``half()``) counts with its numbers, in the types of the folder.
@@ -80,14 +77,16 @@ class Pruned:
 
         ``origin``: what is known of the run that made it.
         """
-        place = place.absolute()
-        self.report, self.plan = report, plan_of(place)
-        self._reported, self._files = json_text(report.to_json()), read_manifest(place)
+        place = place.absolute()  # the current folder may change
+        self.report, self.plan = report, read_folder_plan(place)
+        # To see later whether the report or the folder was changed (`_check_result`).
+        self._reported, self._files = format_json(report.to_json()), read_manifest(place)
         self.compiled = compiled
         origin = origin or FirstRun()
         if isinstance(origin.model, str):
-            origin = replace(origin, model=absolute(origin.model))
+            origin = replace(origin, model=resolve_model_name(origin.model))
         self.proven, self._kept, self._origin = place, kept, origin
+        # Model and tokenizer are opened at first use, each with what it was like then.
         self._model: nn.Module | None = None
         self._snapshot: Snapshot | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -95,7 +94,7 @@ class Pruned:
         self.folder: Path | None = place if kept is None else None
 
     @staticmethod
-    @public
+    @wrap_public
     def open(
         folder: str | Path, *, model: str | Path | nn.Module | None = None, trust_remote_code: bool = False
     ) -> Pruned:
@@ -122,7 +121,7 @@ class Pruned:
             MptkError: a file of the folder is damaged, missing or another one.
         """
         if self._model is None:
-            with TURN.taken():
+            with TURN.take():
                 if self._model is None:  # no other thread opened it meanwhile
                     self._check_result()
                     found = self._open_folder()
@@ -139,10 +138,11 @@ class Pruned:
 
     def _open_folder(self) -> nn.Module:
         """The model as the folder holds it."""
+        # A folder without a config is a graph's.
         if not (self.proven / "config.json").is_file():
             return open_archive(self.proven / ARCHIVE, read_weights(self.proven)).module().eval()
-        trust, dtype = self._origin.trust, stored_dtype(self.proven)
-        with reporting(None):
+        trust, dtype = self._origin.trust, find_stored_dtype(self.proven)
+        with report_progress(None):
             found = models.load_whole(str(self.proven), dtype=dtype, trust=trust, local=True).model
         if self._kept is not None:  # a temporary folder's name would be in what is written of the model
             forget_folder(found, self.proven)
@@ -152,7 +152,7 @@ class Pruned:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Its tokenizer: the dense model's, without the tokens that were removed. It is the same object each time."""
         if self._tokenizer is None:
-            with TURN.taken():
+            with TURN.take():
                 if self._tokenizer is None:
                     self._tokenizer = self._open_tokenizer()
         return self._tokenizer
@@ -168,7 +168,7 @@ class Pruned:
         self._check_result()
         if self.compiled is not None:  # a copy: what the caller does to his own tokenizer later does not count
             prepared = self.compiled.prepared
-            check_tokenizer(prepared.given, prepared.origin)
+            check_given_tokenizer(prepared.given, self._origin.digests)
             found = copy.deepcopy(prepared.loaded.tokenizer)
         else:
             known = models.has_tokenizer(self.proven)
@@ -186,10 +186,10 @@ class Pruned:
         self._check_result()
         if self._tokenizer is not None:
             check_same("tokenizer", read_saved_files(self._tokenizer), self._tokenizer_files)
-        if self._model is None:
+        if self._model is None:  # nobody has it, so nobody changed it
             return False
         assert self._snapshot is not None
-        differs = self._snapshot.differs(self._model)
+        differs = self._snapshot.has_changed(self._model)
         self._snapshot.check_rest(self._model)
         return differs
 
@@ -205,10 +205,10 @@ class Pruned:
         if not snapshot.is_converted(module):
             return module
         found = self._open_folder()
-        found.load_state_dict(snapshot.weights(module))
+        found.load_state_dict(snapshot.read_weights(module))
         return found
 
-    @public
+    @wrap_public
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the same folder as ``prune``: checkpoint, plan, report, proof, manifest. Returns it.
 
@@ -220,6 +220,7 @@ class Pruned:
             MptkError: ``folder`` exists and was not made by mptk, or holds other files; it cannot be written; the plan,
                 the report, the tokenizer or a config was changed in memory; or changed weights cannot be proven.
         """
+        # Refuse a bad place before changed weights are proven, which takes minutes.
         folder, target = Path(folder), resolve_place(folder)
         check_replaceable(folder, overwrite)
         place = self.place
@@ -239,7 +240,7 @@ class Pruned:
         Raises:
             MptkError: as ``save``.
         """
-        with TURN.taken():
+        with TURN.take():
             if self.changed:
                 self.check_dense()
                 self._write_again()
@@ -247,6 +248,7 @@ class Pruned:
 
     def _check_result(self) -> None:
         """Raise MptkError if the folder lost files or holds another result, or the plan or report was changed."""
+        # The folder fits its manifest. Of a temporary one the user does not know, so its error has other remedies.
         try:
             if not self.proven.is_dir():
                 raise MptkError(f"{self.proven} is no longer there; open the folder where it is now, or prune again")
@@ -259,20 +261,21 @@ class Pruned:
                 f"{cause}: the temporary folder of this result was damaged; prune again with out=, or write the model "
                 "that is in memory by itself"
             ) from error
+        # The manifest is the one that was read first, except for timings, which `mptk bench` adds to a folder.
         now = read_manifest(self.proven)
         if other := sorted(name for name, digest in self._files.items() if now.get(name) != digest and name != LATER):
             raise MptkError(
                 f"{self.proven} holds another result by now ({other[0]} is another file); open it with Pruned.open"
             )
+        # Plan and report are attributes that a caller may exchange, delete or write into.
         said = self.__dict__.get("plan"), self.__dict__.get("report")
-        check_same("plan", said[0].digest if isinstance(said[0], Plan) else None, plan_of(self.proven).digest)
-        check_same("report", json_text(said[1].to_json()) if isinstance(said[1], Report) else None, self._reported)
+        check_same("plan", said[0].digest if isinstance(said[0], Plan) else None, read_folder_plan(self.proven).digest)
+        check_same("report", format_json(said[1].to_json()) if isinstance(said[1], Report) else None, self._reported)
 
     def check_dense(self) -> None:
         """Raise MptkError if the dense model that is in memory, or its tokenizer, is not as it was pruned."""
         if self.compiled is not None:
-            prepared = self.compiled.prepared
-            check_dense(self.report.model, prepared.given, prepared.origin)
+            check_dense(self.report.model, self.compiled.prepared.given, self._origin.digests)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be copied and pickled: the files, and what is known of the dense model, would not come along."""
@@ -281,12 +284,19 @@ class Pruned:
     def _write_again(self) -> None:
         """Write the present weights into a temporary folder, which takes the place of the folder."""
         assert self._snapshot is not None
-        kept, weights = scratch(), self._snapshot.weights(self.model)
+        kept, weights = make_scratch(), self._snapshot.read_weights(self.model)
         out = kept.folder / "pruned"
-        with reporting("auto") as say:
+        with report_progress("auto") as say:
             found = write_again(self.proven, out, self.report, weights, self._origin, Context(Log(), say))
-        self.report, self.compiled = (found, None) if isinstance(found, Report) else (found.report, found.compiled)
-        self._reported = json_text(self.report.to_json())
+        # A graph that was written without its dense module gives only a report.
+        if isinstance(found, Report):
+            self.report, self.compiled = found, None
+        else:
+            assert found.report is not None  # one process writes again
+            self.report, self.compiled = found.report, found.compiled
+            self._origin = replace(self._origin, digests=found.run.origin)
+        self._reported = format_json(self.report.to_json())
+        # From now on this is the folder. A user's own folder stays as it is until `save`.
         self.proven, self._kept, self._files = out, kept, read_manifest(out)
         self._snapshot = Snapshot.of(self.model)
 
@@ -296,7 +306,7 @@ class Pruned:
         return f"Pruned({self.report.model}, sparsity {self.report.sparsity:.3f}: {widths}; folder={self.folder})"
 
 
-@public
+@wrap_public
 def prune(
     model: Model,
     out: str | Path | None = None,
@@ -339,52 +349,124 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
-    base = defaults(settings, out, model, example_inputs)
-    inputs = tokenizer, example_inputs, data, eval_data, vocabulary
-    job, chosen = job_of(model, base, keywords, *inputs)
-    return finished(lambda place: (job(place), chosen), out, progress, on_stage)
+    # Settings name what is in memory, so that the report says so; `inputs` holds it.
+    asked = with_keywords(
+        make_default_settings(settings, out, model, example_inputs),
+        {**name_given(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+    )
+    inputs = Inputs.of(
+        tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
+    )
+    start, asked, inputs = take_model(model, asked, inputs)
+    check_start(start, asked, inputs)
+    # Without `out` the run publishes into a temporary folder, which lives as long as the result.
+    kept = make_scratch() if out is None else None
+    place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
+    with (
+        report_progress(progress) as say,
+        open_run(start, name_start(model), place, asked, inputs, Context(Log(on_record=on_stage), say)) as run,
+    ):
+        result = prune_model(start, run)
+    return make_pruned(result, place, kept)
 
 
-def job_of(
-    model: Model,
-    base: Settings,
-    keywords: Mapping[str, object],
-    tokenizer: PreTrainedTokenizerBase | None,
-    example_inputs: GivenInputs | None,
-    data: Data | None,
-    eval_data: Data | None,
-    vocabulary: str | Path | Sequence[str] | None,
-) -> tuple[Callable[[Path], Job], Settings]:
-    """A function that makes the job of a call from its output folder, and the call's settings.
+def estimate_run(model: str, settings: Settings) -> Estimate:
+    """What ``prune(model, …, settings)`` needs, with what its minutes allow. No model runs.
 
-    ``base``: the settings that ``keywords`` change; the others are those of ``prune``.
+    Raises:
+        MptkError: there is no such model; or minutes were given, and the run takes longer.
     """
-    named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
-    source, chosen = source_for(model, with_keywords(base, {**named, **keywords}), tokenizer, example_inputs)
-    if source.plain:
-        _check_plain(chosen)
-    texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
-    if chosen.vocabulary is not None:
-        check_texts(data=data, eval_data=eval_data)
-    return lambda place: source.job(place, given(data, eval_data), texts), chosen
+    estimator = read_estimator(model, settings.trust)
+    return estimator.estimate(complete_settings(settings, estimator)[0])
 
 
-def finished(
-    job: Callable[[Path], tuple[Job, Settings]],
-    out: str | Path | None,
-    progress: Shown,
-    on_stage: Callable[[PassRecord], None] | None,
+@wrap_public
+def recover(
+    pruned: Pruned | str | Path,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    *,
+    model: Model | None = None,
+    progress: Shown = "auto",
+    on_stage: Callable[[PassRecord], None] | None = None,
+    data: Data | None = None,
+    eval_data: Data | None = None,
+    **keywords: object,
 ) -> Pruned | None:
-    """Run a job into ``out``, or into a temporary folder that lives as long as the result."""
-    kept = scratch() if out is None else None
-    made, settings = job(kept.folder / "pruned" if kept is not None else resolve_place(str(out)))
-    with reporting(progress) as say:
-        found: Finished | None = run(made, settings, Context(Log(on_record=on_stage), say))
-    if found is None:
+    """Train a pruned model against its dense model and prove the result.
+
+    Args:
+        pruned: a ``Pruned``, or an ``--out`` folder of ``prune``.
+        out, progress, on_stage, data, eval_data: as in ``prune``.
+        settings: only fields that do not decide what is cut count: ``learning``, ``length``, ``device``, …
+        model: the dense model, if it has moved since the report was written. A ``Pruned`` from ``prune`` knows it.
+        keywords: as in ``prune``.
+
+    Raises:
+        MptkError: as ``prune``; the folder was changed; or the dense model is missing or was changed.
+    """
+    # Keywords that would have no effect are refused; fields of `settings` that have none are not.
+    settled = {each.path for each in Settings.declared if "recover" not in each.setting.on}
+    if refused := sorted(settled & keywords.keys()):
+        raise MptkError(
+            f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
+        )
+    base = settings or Settings(onnx=out is not None)
+    asked = with_keywords(base, {**name_given(data=data, eval_data=eval_data), **keywords})
+    # The folder to begin with has the present weights. The dense model is the given one, the one in memory, or the
+    # report's.
+    folder = pruned.place if isinstance(pruned, Pruned) else pruned
+    dense: str | nn.Module | Opened | None = str(model) if isinstance(model, Path) else model
+    if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
+        pruned.check_dense()
+        prepared = pruned.compiled.prepared
+        dense = Opened(prepared.given, prepared.task)
+    inputs = Inputs.of(data=data, eval_data=eval_data)
+    kept = make_scratch() if out is None else None
+    place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
+    start = PrunedFolder.read(folder, dense)
+    settings = start.take_settings(asked)
+    with (
+        report_progress(progress) as say,
+        open_run(start, start.source, place, settings, inputs, Context(Log(on_record=on_stage), say)) as run,
+    ):
+        result = prune_model(start, run)
+    return make_pruned(result, place, kept)
+
+
+def estimate_recovery(folder: str | Path, settings: Settings, model: str | None = None) -> Estimate:
+    """What a recovery of ``folder`` needs. No model runs. Raises the errors of ``recover``."""
+    start = PrunedFolder.read(folder, model)
+    settings = start.take_settings(settings)
+    estimator = start.read_estimator(settings.trust)
+    assert estimator is not None
+    return estimator.estimate(complete_settings(settings, estimator, recovers=True)[0])
+
+
+def check_start(start: Start, asked: Settings, inputs: Inputs) -> None:
+    """Raise MptkError if the settings do not suit a model in memory, or data in memory does not suit them."""
+    if isinstance(start, Opened) and start.plain:
+        if find_method(asked.method).learns and not asked.fixed:
+            raise MptkError(
+                f"{asked.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
+                "'magnitude', and train Pruned.model yourself"
+            )
+        if asked.steps or asked.minutes is not None:
+            raise MptkError(
+                "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
+            )
+    if asked.vocabulary is not None:
+        check_texts(data=inputs.data, eval_data=inputs.eval_data)
+
+
+def make_pruned(result: Result, place: Path, kept: object = None) -> Pruned | None:
+    """The result of a run as the caller gets it. ``kept``: as in ``Pruned``. None in all processes but the first."""
+    if result.report is None:
         return None
-    prepared = found.compiled.prepared
-    origin = FirstRun((prepared.given, prepared.task), sets=found.sets, trust=prepared.given.trust)
-    return Pruned(found.report, made.out, compiled=found.compiled, kept=kept, origin=origin)
+    prepared = result.compiled.prepared
+    opened = prepared.dense.given
+    origin = FirstRun(opened, sets=result.sets, trust=prepared.given.trust, digests=result.run.origin)
+    return Pruned(result.report, place, compiled=result.compiled, kept=kept, origin=origin)
 
 
 def resolve_place(out: str | Path) -> Path:
@@ -397,30 +479,32 @@ def resolve_place(out: str | Path) -> Path:
         place = place.absolute() if place.name else place  # what has no name is refused where it is written
     except FileNotFoundError as error:
         raise MptkError(f"the current folder was removed, so {out} is nowhere; give an absolute path") from error
+    # The system says whether a name is possible: a zero byte is a ValueError. A file that is not there is no error.
     try:
         os.lstat(place)
     except ValueError as error:
         raise MptkError(f"{str(out)!r} cannot be a file's name ({error}); give another one") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise cannot_write(place, error) from error
+            raise make_write_error(place, error) from error
     return place
 
 
 @contextmanager
-def reporting(progress: Shown) -> Iterator[Progress]:
+def report_progress(progress: Shown) -> Iterator[Progress]:
     """Show progress; transformers' own bars are off meanwhile."""
+    # transformers draws a bar for each load, which would break into the run's.
     others = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        with shown() if progress == "auto" else nullcontext(progress or silent) as say:
+        with show_progress() if progress == "auto" else nullcontext(progress or show_nothing) as say:
             yield say
     finally:
         if others:
             enable_progress_bar()
 
 
-def defaults(
+def make_default_settings(
     settings: Settings | None, out: str | Path | None, model: Model, example_inputs: GivenInputs | None
 ) -> Settings:
     """Default settings of a call: no ONNX without a folder; MaskPrune for transformers models.
@@ -428,20 +512,7 @@ def defaults(
     A model in memory with example inputs is calibrated on these, if the settings name no data.
     """
     if settings is None:
-        plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
+        plain = isinstance(model, nn.Module) and not isinstance(unwrap_parallel(model), PreTrainedModel)
         settings = Settings(onnx=out is not None, method="wanda" if plain else Settings.method)
     own = isinstance(model, nn.Module) and example_inputs is not None and settings.data == Settings.data
     return replace(settings, data=IN_MEMORY) if own else settings
-
-
-def _check_plain(settings: Settings) -> None:
-    """Raise MptkError if the settings for an ``nn.Module`` ask for training."""
-    if find_method(settings.method).learns and not settings.fixed:
-        raise MptkError(
-            f"{settings.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
-            "'magnitude', and train Pruned.model yourself"
-        )
-    if settings.steps or settings.minutes is not None:
-        raise MptkError(
-            "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
-        )

@@ -6,26 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mptk.api.pruned import prune
-from mptk.api.recovery import recover
-from mptk.chain.describe import PACKAGES
-from mptk.config.choices import IN_MEMORY
-from mptk.config.recipe import RECIPE_FILE, read_recipe
+from mptk.api.pruned import prune, recover
+from mptk.config import IN_MEMORY, RECIPE_FILE, read_recipe
 from mptk.errors import MptkError
 from mptk.files.outputs import check_apart
-from mptk.ir.passes import PassRecord
+from mptk.ir import PassRecord
 from mptk.progress import Progress
-from mptk.protocols.report import REPORT_FILE, Report
-from mptk.protocols.run_folder import METRICS, TRACKER
+from mptk.protocols import METRICS, REPORT_FILE, TRACKER, Report
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import check_manifest, read_manifest
 from mptk.reading import Json
+from mptk.run.describe import PACKAGES
 
 OWN = (REPORT_FILE, RECIPE_FILE, CARD, METRICS, "bench.json")
 """Files that differ between equal runs: they name folders and times."""
 
 
-def rerun(
+def repeat_run(
     folder: str | Path,
     out: str | Path,
     progress: Progress | None = None,
@@ -47,6 +44,7 @@ def rerun(
     Raises:
         MptkError: as ``prune`` and ``recover``; or the folder has no report, or was changed.
     """
+    # What cannot be repeated: a folder without a recipe, and what was in the memory of a Python program.
     folder = Path(folder)
     before = Report.read(folder)
     check_manifest(folder)
@@ -62,6 +60,7 @@ def rerun(
         raise MptkError(
             f"{folder} shares its weights with other sizes; run `mptk prune --config {folder / RECIPE_FILE}`"
         )
+    # Only the recipe says whether it was a recovery, and of which folder. All else is in the report.
     start = read_recipe(folder / RECIPE_FILE).get("folder")
     check_apart(out, folder)
     settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
@@ -70,34 +69,34 @@ def rerun(
     if start is not None:
         found = recover(str(start), out, settings, model=model, progress=progress, on_stage=on_stage)
     else:
-        if settings.plan is not None:
+        if settings.plan is not None:  # the folder's copy of it, which also has its conversions
             settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
-    return None if found is None else compared(before, found.report) + files_compared(folder, Path(out))
+    return None if found is None else compare_reports(before, found.report) + compare_files(folder, Path(out))
 
 
-def compared(before: Report, now: Report) -> list[Json]:
-    """Compare two reports, as rows of ``rerun``."""
-    first, second = _facts(before), _facts(now)
+def compare_reports(before: Report, now: Report) -> list[Json]:
+    """Compare two reports, as rows of ``repeat_run``."""
+    first, second = _list_facts(before), _list_facts(now)
     names = list(dict.fromkeys([*first, *second]))
     rows = [{"what": name, "before": first.get(name, ""), "now": second.get(name, "")} for name in names]
     return [{**row, "same": row["before"] == row["now"]} for row in rows]
 
 
-def files_compared(before: Path, now: Path) -> list[Json]:
-    """Compare the files of two folders, as rows of ``rerun``, except files that hold paths or times."""
+def compare_files(before: Path, now: Path) -> list[Json]:
+    """Compare the files of two folders, as rows of ``repeat_run``, except files that hold paths or times."""
     first, second = read_manifest(before), read_manifest(now)
     names = sorted(name for name in first | second if name not in OWN and not name.startswith(f"{TRACKER}/"))
     rows = [(name, first.get(name, "")[:12], second.get(name, "")[:12]) for name in names]
     return [{"what": f"written {name}", "before": a, "now": b, "same": a == b} for name, a, b in rows]
 
 
-def results_differing(rows: Sequence[Json]) -> list[str]:
-    """The results that differ in rows of ``rerun``. Versions do not count."""
+def list_differing_results(rows: Sequence[Json]) -> list[str]:
+    """The results that differ in rows of ``repeat_run``. Versions do not count."""
     return [row["what"] for row in rows if not row["same"] and row["what"] not in ("mptk", "python", *PACKAGES)]
 
 
-def _facts(report: Report) -> dict[str, object]:
+def _list_facts(report: Report) -> dict[str, object]:
     sets = {name: each for name, each in report.data.items() if name != "files"}
     return {
         "model": report.model_sha256[:12],

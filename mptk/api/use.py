@@ -11,46 +11,53 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.api.pruned import Pruned, Shown, reporting
-from mptk.api.samples import Data, check_fits, collected, in_memory, names_of
-from mptk.api.sources import GivenInputs, Model, source_of
-from mptk.api.words import public
-from mptk.compat.torch import sources_forgotten
-from mptk.compile.trace import LONGEST_TRACE, fitting, traced
-from mptk.config.choices import IN_MEMORY
-from mptk.config.setting import with_keywords
-from mptk.config.settings import Settings
-from mptk.conversions import converted, planned
-from mptk.errors import MptkError, explained
+from mptk.api.pruned import Pruned, Shown, report_progress
+from mptk.api.words import wrap_public
+from mptk.compat.torch import forget_sources
+from mptk.compile.trace import LONGEST_TRACE, fit_to_program, trace_loaded
+from mptk.config import IN_MEMORY, Settings, with_keywords
+from mptk.conversions import convert_model, read_plan_conversions
+from mptk.errors import MptkError, explain_errors
+from mptk.io import (
+    LogitsFn,
+    Perplexity,
+    Resident,
+    evaluation,
+    find_position_limit,
+    models,
+    open_dense,
+    set_evaluating,
+    unwrap_parallel,
+)
 from mptk.io import data as text
-from mptk.io import evaluation, models
-from mptk.io.data import positions_of
-from mptk.io.dense import open_dense
-from mptk.io.evaluation import LogitsFn, Perplexity
-from mptk.io.live import set_evaluating, unwrapped
-from mptk.io.resident import Resident
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import Log, Program, Samples
 from mptk.ort.generation import Sampling, TextGenerator, check_room, encode_prompts
-from mptk.progress import Count, Progress, silent
-from mptk.proof.verification import plan_of
-from mptk.protocols.conversion import Analysed
-from mptk.protocols.execution import execution, find_device, session_device
-from mptk.protocols.report import REPORT_FILE, Report
-from mptk.protocols.task import Task
-from mptk.protocols.values import Context, SampleSets
+from mptk.progress import Count, Progress, show_nothing
+from mptk.proof.verification import read_folder_plan
+from mptk.protocols import (
+    REPORT_FILE,
+    Analysed,
+    Context,
+    Report,
+    SampleSets,
+    Task,
+    build_executor,
+    find_device,
+    find_session_device,
+)
 from mptk.reading import Json
+from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
+from mptk.run.open import Model, open_in_memory, open_model
+from mptk.run.samples import check_fits, collect_samples
 from mptk.staged.staged import Executor
-from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
+from mptk.tasks import CAUSAL_LM, find_folder_task, find_task, load_decoder, load_folder_inputs
 from mptk.tasks.module import Module
-from mptk.tasks.of_folder import inputs_of_folder, task_of_folder
 from mptk.trust import Trust, trust_by_caller
 from passes.analysis import group
 
 
-@public
-@sources_forgotten()
+@wrap_public
+@forget_sources()
 def evaluate(
     model: Pruned | Model,
     data: Data | None = None,
@@ -81,34 +88,35 @@ def evaluate(
         MptkError: there is no data, or the metric needs a dense model and there is none.
     """
     settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
-    settings = with_keywords(settings, names_of(data=data))
-    resident, executor = execution(settings)
-    with explained(), reporting(progress) as say:
+    settings = with_keywords(settings, name_given(data=data))
+    resident, executor = build_executor(settings)
+    with explain_errors(), report_progress(progress) as say:
         say("load", 0, 0)
         trust = trust_by_caller(trust_remote_code)
+        # Open the models, then read samples by the first one's task, then trace for these samples.
         runs = _Programs(resident, executor, trust, tokenizer, example_inputs)
         runs.add(model, dense)
         loaded, task = runs.opened[0]
-        if in_memory(data):
-            samples = collected(data, loaded, task, windows, length)
+        if is_in_memory(data):
+            samples = collect_samples(data, loaded, task, windows, length)
         elif data is None and task.sequences:
             raise MptkError("evaluate needs data to measure on; give data")
         else:
-            samples = task.evaluation(loaded, settings)
+            samples = task.draw_evaluation(loaded, settings)
         samples = runs.trace(samples)
-        if in_memory(data):
+        if is_in_memory(data):
             check_fits(samples, next(iter(runs.programs.values())))
-        source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
+        source = IN_MEMORY if data is None or is_in_memory(data) else task.name_data(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
-        return dict(task.quality(runs, sets, say))
+        return dict(task.measure_quality(runs, sets, say))
 
 
-def reads_text(model: str, *, trust: Trust) -> bool:
+def is_text_decoder(model: str, *, trust: Trust) -> bool:
     """Whether the model is measured as a text decoder. Raises MptkError if no task takes it."""
     folder = Path(model)
     if (folder / REPORT_FILE).is_file() and Report.read(folder).task == Module.name:
         return False
-    return kind_of(model, trust=trust) is CAUSAL_LM
+    return find_task(model, trust=trust) is CAUSAL_LM
 
 
 @dataclass(eq=False)
@@ -130,6 +138,7 @@ class _Programs:
 
     def add(self, model: Pruned | Model, dense: Model | None) -> None:
         """Add the programs of a model and of its dense model, if one is given, known or needed."""
+        # A result of this process has both models, and if its weights did not change, their programs too.
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
             changed = model.changed
@@ -140,17 +149,19 @@ class _Programs:
                 return
             self.opened.append((prepared.loaded, prepared.task))
             self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
-            if prepared.task.only_length(prepared.analysis.program) is not None:
-                self.modules = {"dense": prepared.compared.whole(), "pruned": model.present}
+            if prepared.task.find_fixed_length(prepared.analysis.program) is not None:
+                self.modules = {"dense": prepared.compared.load_all(), "pruned": model.present}
             return
+        # The model itself: from memory if its weights changed or no class can load the folder, else from the folder.
         place = model.proven if isinstance(model, Pruned) else model
         present = isinstance(model, Pruned) and (model.changed or not (model.proven / "config.json").is_file())
         small = self._open_present(model) if isinstance(model, Pruned) and present else self._open(place)
+        # Its dense model: the given one, or the report's if the metric needs one.
         report = None
         if isinstance(place, str | Path) and (Path(place) / REPORT_FILE).is_file():
             report = Report.read(place)
         if dense is not None:
-            self._take("dense", self._alike(self._open(dense), place))
+            self._take("dense", self._match_tokens(self._open(dense), place))
         elif small[1].compares:
             if report is None:
                 raise MptkError(
@@ -158,32 +169,35 @@ class _Programs:
                     "dense"
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
-            self._take("dense", self._alike((loaded, task_of_folder(Path(str(place)), report, loaded)), place))
+            self._take("dense", self._match_tokens((loaded, find_folder_task(Path(str(place)), report, loaded)), place))
         self._take("pruned" if self.names else "model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
+        # The folder of a plain module has its example inputs.
         inputs = self.example_inputs
         if inputs is None and isinstance(model, str | Path) and (Path(model) / REPORT_FILE).is_file():
-            inputs = inputs_of_folder(Path(model), Report.read(model))
-        source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=inputs)
-        return source.load(self.resident)
+            inputs = load_folder_inputs(Path(model), Report.read(model))
+        opened = open_model(model, self.resident, self.trust, Inputs(self.tokenizer, inputs))
+        return opened.loaded, opened.task
 
     def _open_present(self, pruned: Pruned) -> tuple[models.Loaded, Task]:
         """A pruned model with the weights that it has in memory."""
         inputs = self.example_inputs
-        inputs = inputs_of_folder(pruned.proven, pruned.report) if inputs is None else inputs
+        inputs = load_folder_inputs(pruned.proven, pruned.report) if inputs is None else inputs
         words = self.tokenizer or pruned.tokenizer
-        return source_of(pruned.present, trust=self.trust, tokenizer=words, example_inputs=inputs).load(self.resident)
+        opened = open_in_memory(pruned.present, self.trust, Inputs(words, inputs))
+        return opened.loaded, opened.task
 
-    def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
+    def _match_tokens(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
         """The dense model with the tokens of a pruned folder, so that both read the same ids."""
         if not isinstance(place, str | Path) or not (Path(place) / "plan.json").is_file():
             return dense
-        changes = [(kind, change) for kind, change in planned(plan_of(place)) if not kind.fits]
+        # Conversions that fit weights change what the model computes, and quality is compared with the model before.
+        changes = [(kind, change) for kind, change in read_plan_conversions(read_folder_plan(place)) if not kind.fits]
         if not changes:
             return dense
-        model = Analysed(*dense, group.analyze(traced(*dense, self.executor)))
-        model, _ = converted(model, changes, Context(Log(), silent), self.executor, LONGEST_TRACE)
+        model = Analysed(*dense, group.analyze_program(trace_loaded(*dense, self.executor)))
+        model, _ = convert_model(model, changes, Context(Log(), show_nothing), self.executor, LONGEST_TRACE)
         return model.loaded, model.task
 
     def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
@@ -193,32 +207,34 @@ class _Programs:
     def trace(self, samples: Samples) -> Samples:
         """Trace the models that ``add`` opened, for these samples. Returns batches of a size that the programs take."""
         for name, (loaded, task) in zip(self.names, self.opened, strict=False):  # a Pruned in memory has its programs
-            self.programs[name] = traced(loaded, task, self.executor, like=samples)
-            if task.only_length(self.programs[name]) is not None:
-                self.modules[name] = loaded.whole()
+            self.programs[name] = trace_loaded(loaded, task, self.executor, like=samples)
+            if task.find_fixed_length(self.programs[name]) is not None:
+                self.modules[name] = loaded.load_all()
+        # Models of text take any number of windows. Other programs may hold for one number of samples only.
         task = self.opened[0][1]
         for program in self.programs.values() if not task.sequences else ():
-            samples = fitting(task, program, samples, "data")
+            samples = fit_to_program(task, program, samples, "data")
         return samples
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         names, task = list(self.programs), self.opened[0][1]
-        if self.modules:  # programs of one length
+        if self.modules:  # programs of one length; a module takes any
             for i, batch in enumerate(batches):
                 for name in names:
                     # not around the yield, where it would hold for the caller
                     with torch.no_grad(), set_evaluating(self.modules[name]):
-                        output = task.output(self.modules[name], batch)
+                        output = task.compute_output(self.modules[name], batch)
                     yield name, i, output
                 progress(i + 1, len(batches))
             return
-        found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
+        # One pass through the stages of all programs: weights of a large model are read only once.
+        found = self.executor.run_programs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
         for i in range(len(batches)):
             for name in names:
                 yield name, i, next(found)
 
 
-@public
+@wrap_public
 def generate(
     model: Pruned | str | Path | nn.Module,
     prompts: str | Sequence[str],
@@ -251,17 +267,19 @@ def generate(
         MptkError: the model has no tokenizer or is not a decoder; or prompt and new tokens exceed its positions.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    model = unwrap_parallel(model) if isinstance(model, nn.Module) else model
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise MptkError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
-    place = _graphs(model)
+    # In ONNX Runtime, all prompts at once.
+    place = _find_graphs(model)
     if place is not None:
-        runner = TextGenerator(place, threads=threads, device=session_device(device))
+        runner = TextGenerator(place, threads=threads, device=find_session_device(device))
         encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
         steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
         rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
         return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    # In torch, one prompt after the other: `generate` of transformers would need padding.
     module: object = model.model if isinstance(model, Pruned) else model
     words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
     if not isinstance(module, PreTrainedModel):
@@ -270,10 +288,10 @@ def generate(
         raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
     encoded = encode_prompts(words, prompts, chat=chat)
     with set_evaluating(module):
-        return [_written(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
+        return [_generate_text(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]
 
 
-def continuations(
+def generate_continuations(
     folder: Path, prompts: Sequence[str], tokens: int, dense: str | None, trust: Trust
 ) -> dict[str, list[str]]:
     """What the dense and the pruned model of a folder write after each prompt, greedily.
@@ -287,21 +305,21 @@ def continuations(
     pruned = Pruned.open(folder, trust_remote_code=trust.allows_code)
     report = pruned.report
     loaded = open_dense(report.model, report.model_sha256, dense, trust, Resident(0), live=report.live)
-    whole, words = loaded.whole(), loaded.tokenizer
+    whole, words = loaded.load_all(), loaded.tokenizer
     return {
         "dense": generate(whole, prompts, tokenizer=words, max_new_tokens=tokens),
         "pruned": generate(pruned, prompts, max_new_tokens=tokens),
     }
 
 
-def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
+def _find_graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """The place of the model's ONNX; None if it must run in torch."""
     if isinstance(model, Pruned):  # a graph holds no weights that were changed in memory
         return None if model.changed or not any(model.proven.glob("onnx/*.onnx")) else model.proven
     return None if isinstance(model, nn.Module) else model
 
 
-def _written(
+def _generate_text(
     module: Any,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[int],
@@ -313,8 +331,9 @@ def _written(
     how: dict[str, object] = {"do_sample": False}
     if sampling.temperature:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    check_room(positions_of(module.config), [ids], limit)
+    check_room(find_position_limit(module.config), [ids], limit)
     given = torch.tensor([ids], device=module.device)
+    # transformers draws from torch's own generator, whose state is the caller's.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         written = module.generate(given, max_new_tokens=limit, **how)
@@ -341,9 +360,9 @@ def of_model(
     module = loaded.model.to(there)  # type: ignore[arg-type]
     if data is not None:
         text.check_length(loaded.model, length)
-        held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
+        held_out = text.load_evaluation_windows(loaded.tokenizer, data, length, windows)
         text.check_ids(loaded.model, held_out)
-        measured = _measured(lambda ids: module(ids.to(there), use_cache=False).logits, held_out, data, progress)
+        measured = _measure_windows(lambda ids: module(ids.to(there), use_cache=False).logits, held_out, data, progress)
     if tasks:
         progress("lm-eval", 0, 0)
         scores = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit, trust=trust)
@@ -355,17 +374,17 @@ def of_graph(
 ) -> Perplexity:
     """The perplexity of an exported graph, plain or quantised, in ONNX Runtime."""
     progress("load", 0, 0)
-    runner = TextGenerator(model, threads=settings.threads, device=session_device(settings.device))
+    runner = TextGenerator(model, threads=settings.threads, device=find_session_device(settings.device))
     text.check_positions(runner.positions, length, f"windows of {length} tokens")
-    held_out = text.evaluation_windows(runner.tokenizer, data, length, windows)
+    held_out = text.load_evaluation_windows(runner.tokenizer, data, length, windows)
     runner.check_ids(held_out.flatten().tolist())
-    return _measured(runner.decoder.torch_logits, held_out, data, progress)
+    return _measure_windows(runner.decoder.compute_torch_logits, held_out, data, progress)
 
 
-def _measured(logits: LogitsFn, windows: Tensor, data: str, progress: Progress) -> Perplexity:
-    return evaluation.perplexity(
+def _measure_windows(logits: LogitsFn, windows: Tensor, data: str, progress: Progress) -> Perplexity:
+    return evaluation.measure_perplexity(
         logits,
         windows,
-        data=text.protocol_name(data),
+        data=text.name_data(data),
         progress=lambda done, total: progress("perplexity", done, total),
     )

@@ -8,17 +8,27 @@ from typing import Annotated
 
 import typer
 
-from mptk.cli.app import command, resumable, show
-from mptk.cli.console import err, out, stages
-from mptk.cli.options import JsonOption, MaxMs, ModelArgument, out_file, out_folder, refuse, refuse_idle, with_latency
-from mptk.cli.parse import names, parse_share
-from mptk.config.setting import Asked
-from mptk.config.settings import Settings
+from mptk.cli.app import explain_stop, register_command, show_result
+from mptk.cli.console import err, out, show_stages
+from mptk.cli.options import (
+    JsonOption,
+    MaxMs,
+    ModelArgument,
+    make_file_option,
+    make_folder_option,
+    parse_names,
+    parse_share,
+    refuse,
+    refuse_idle,
+    with_latency,
+)
+from mptk.config import Asked, Settings
 from mptk.files import write_text
-from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
+from mptk.protocols import ADVICE, CALIBRATION_STEPS, SPARSITIES
 
 
-@command(
+@register_command(
+    "advise",
     examples=(
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
@@ -26,7 +36,7 @@ from mptk.protocols.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
     ),
     base=ADVICE,
 )
-def advise(
+def show_advice(
     model: ModelArgument,
     settings: Settings,
     sparsities: Annotated[
@@ -50,7 +60,7 @@ def advise(
         ),
     ] = False,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
+    html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
 ) -> None:
     """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
 
@@ -58,26 +68,29 @@ def advise(
     and with --calibrate the command of the cut recommended with training.
     """
     from mptk.api.advice import advise as measure
-    from mptk.report.advice import advice_view, commands
+    from mptk.report.advice import build_advice_view, list_commands
 
-    cuts = [parse_share(share, "--sparsities") for share in names(sparsities)]
+    # Words that are wrong, and options that would do nothing, are refused before the model is read.
+    cuts = [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
     most = parse_share(tolerance, "--tolerance")
     refuse_idle("advise", Asked(settings, writes=False))
     if not calibrate:
         refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         found = measure(model, settings, sparsities=cuts, tolerance=most, calibrate=calibrate, progress=progress)
     if html is not None:
-        from mptk.report.page.render import advice_page
+        from mptk.report.page.render import render_advice_page
 
-        write_text(html, advice_page(found))
-    show(json_file, found.to_json(), advice_view(found))
+        write_text(html, render_advice_page(found))
+    show_result(json_file, found.to_json(), build_advice_view(found))
+    # Commands to copy: outside of the table, unbroken, and not in JSON, which has them as a field.
     if json_file != Path("-"):
-        for line in commands(found):
+        for line in list_commands(found):
             out.print(line, soft_wrap=True, highlight=False)
 
 
-@command(
+@register_command(
+    "shapes",
     examples=(
         "shapes smollm2-135m --sparsity 0.5 --data c4.jsonl --tokens 0",
         "shapes smollm2-135m --sparsity 0.3 --data c4.jsonl --out runs/shapes --html shapes.html",
@@ -85,12 +98,12 @@ def advise(
     ),
     base=Settings(method="wanda", reconstruct=True, search=True, onnx=False),
 )
-def shapes(
+def show_shapes(
     model: ModelArgument,
     settings: Settings,
-    folder: Annotated[Path | None, out_folder("Folder for shapes.json; needed for --resume.")] = None,
+    folder: Annotated[Path | None, make_folder_option("Folder for shapes.json; needed for --resume.")] = None,
     json_file: JsonOption = None,
-    html: Annotated[Path | None, out_file("Also write a page with charts to this file.", "page")] = None,
+    html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
 ) -> None:
@@ -100,19 +113,21 @@ def shapes(
     units.
     """
     from mptk.api.advice import shapes as find_shapes
-    from mptk.chain.amounts import settled
-    from mptk.chain.checks import check_settings
-    from mptk.report.sections import shapes_view
+    from mptk.report.sections import build_shapes_view
+    from mptk.run.checks import check_settings
+    from mptk.run.minutes import fill_in
 
+    # As in `prune`: refuse before any work, by the settings as a run completes them.
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     refuse_idle("shapes", Asked(settings, writes=folder is not None))
-    check_settings(settled(settings))
-    with resumable(folder) if folder is not None else nullcontext(), stages(err) as progress:
+    check_settings(fill_in(settings))
+    # Without a folder a stopped search keeps nothing, so there is nothing to say about it.
+    with explain_stop(folder) if folder is not None else nullcontext(), show_stages(err) as progress:
         found = find_shapes(model, folder, settings, progress=progress)
     if html is not None:
-        from mptk.report.page.render import shapes_page
+        from mptk.report.page.render import render_shapes_page
 
-        write_text(html, shapes_page(found))
-    show(json_file, found.to_json(), shapes_view(found))
+        write_text(html, render_shapes_page(found))
+    show_result(json_file, found.to_json(), build_shapes_view(found))
     if json_file != Path("-"):
         out.print(found.command, soft_wrap=True, highlight=False)

@@ -1,4 +1,7 @@
-"""app: the typer application, code that all commands share, and the message about a stopped run."""
+"""app: the typer application, code that all commands share, and the message about a stopped run.
+
+Modules of commands import torch and transformers inside their functions, so that ``mptk --help`` is quick.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ import typer
 from rich.console import RenderableType
 
 from mptk.api.words import COMMAND_LINE
-from mptk.cli.console import VOICE, echo, out
-from mptk.cli.failure import Interrupted, ended, lasting, lost, unprinted
-from mptk.cli.options import TYPED, OutputOption, Overwrite, check_outputs, parameters, settings_from
-from mptk.cli.stopping import STOPPED, deaf, stoppable
-from mptk.config.setting import Record
-from mptk.config.settings import Settings
-from mptk.errors import explained
-from mptk.files import check_open_files, check_text, json_text, path_of, tidy, write_json
-from mptk.io.cache import tidy_shared
+from mptk.cli.console import VOICE, out, print_text
+from mptk.cli.failure import Interrupted, find_lost_output, replace_streams, report_failure, report_unprinted
+from mptk.cli.options import TYPED, OutputOption, Overwrite, build_settings, check_output_paths, make_parameters
+from mptk.cli.stopping import STOPPED, catch_signals, ignore_signals
+from mptk.config import Record, Settings
+from mptk.errors import explain_errors
+from mptk.files import check_open_files, check_text, expand_path, format_json, tidy, write_json
+from mptk.io import tidy_shared
 
 app = typer.Typer(
+    # A failure is one line (``failure.py``), so typer's own tracebacks are off.
     help="Structured pruning for language models: analyse, cut, prove, emit.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -47,30 +50,34 @@ DONE = "the command had already finished"
 
 def main() -> None:
     """Run the command line. Each failure is one line on stderr and an exit code of ``mptk.cli.failure``."""
+    # Libraries read these when they are imported, so they are set before any. A user's own values stay.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime keeps a record of each process and sends it
+    os.environ.setdefault(
+        "ORT_DISABLE_TELEMETRY", "1"
+    )  # otherwise ONNX Runtime keeps a record of each process and sends it
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, datasets and others
     # Weights come and go: with large pages torch makes a float32 weight in half the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore")
-    own = lasting()
+    own = replace_streams()
     try:
-        with explained(), stoppable():
+        with explain_errors(), catch_signals():
             code = app(standalone_mode=False, prog_name="mptk")
             STOPPED.look("" if code else DONE)  # typer says nothing of a signal before or after the command
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
-        code = ended(error)
-    if not code and (why := lost(own)):
-        code = unprinted(why)
-    atexit.unregister(deaf)
-    atexit.register(deaf)  # what is registered last is called first
+        code = report_failure(error)
+    if not code and (why := find_lost_output(own)):
+        code = report_unprinted(why)
+    # What is registered last is called first. Unregistered before, in case tests call ``main`` several times.
+    atexit.unregister(ignore_signals)
+    atexit.register(ignore_signals)
     if code:
         sys.exit(code)
 
 
-def command(
+def register_command(
     name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command as ``app.command`` does, with ``-q``, ``-v`` and examples below the help.
@@ -79,36 +86,40 @@ def command(
     writes a file, it has ``--overwrite``, and nothing that it reads can be its output.
     """
 
+    # typer makes options of a function's signature. So the command gets a signature that holds the parameters of
+    # ``function``, the declared settings in place of ``settings``, and the options that all commands have.
     def add(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
         called = name or function.__name__
-        options = parameters(called, base) if "settings" in own.parameters else []
-        outputs = {name: found for name, each in own.parameters.items() if (found := _output(each.annotation))}
+        options = make_parameters(called, base) if "settings" in own.parameters else []
+        outputs = {name: found for name, each in own.parameters.items() if (found := _find_output(each.annotation))}
         named = {each.name for each in options} | set(own.parameters)
         adds = "overwrite" not in named and any(found.content for found in outputs.values())
 
-        @functools.wraps(function)
+        @functools.wraps(function)  # its docstring is the help
         def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: object) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
-            speaking = COMMAND_LINE.set(True)
+            speaking = COMMAND_LINE.set(True)  # messages name options, not keywords
             try:
-                TYPED.set(frozenset(name for name in values if _typed(ctx, name)))
+                # Before any work: what killed commands left, and what this one would overwrite.
+                TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
                 check_open_files()
                 tidy_for(values.values())
-                check_outputs(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
+                check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
                 if options:
                     given = {each.name: values.pop(each.name) for each in options}
-                    values["settings"] = settings_from(called, base, given)
+                    values["settings"] = build_settings(called, base, given)
                 function(**values)
                 STOPPED.look(DONE)
             except (KeyboardInterrupt, Exception) as error:
-                stop = STOPPED.behind(error)
+                stop = STOPPED.find_stop(error)
                 if stop is None:
                     raise
                 raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
             finally:
                 COMMAND_LINE.reset(speaking)
 
+        # The signature. Its parameters are keywords only, as a default may stand before a parameter without one.
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
             for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
@@ -121,48 +132,44 @@ def command(
         kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "settings"]
         run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
-        lines = [f"mptk {example}".replace("[", r"\[") for example in examples]
+        lines = [f"mptk {example}".replace("[", r"\[") for example in examples]  # typer reads help as rich's markup
         app.command(called, epilog="\n\n".join(["Examples:", *lines]) if lines else None)(run)
         return function
 
     return add
 
 
-def _output(annotation: object) -> OutputOption | None:
+def _find_output(annotation: object) -> OutputOption | None:
     return next((each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, OutputOption)), None)
 
 
-def _typed(context: typer.Context, name: str) -> bool:
+def _is_typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
-def show(json_file: Path | None, content: object, view: RenderableType) -> None:
+def show_result(json_file: Path | None, content: object, view: RenderableType) -> None:
     """Print a result as a table, and write it as JSON to a file; if the file is -, print only the JSON."""
     if json_file == Path("-"):
-        echo(json_text(content, indent=1))
+        print_text(format_json(content, indent=1))
         return
     write_json(json_file, content)
     out.print(view)
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named.
-
-    Raises:
-        MptkError: a name is not UTF-8 text.
-    """
+    """Remove temporary files that killed commands left in the cache folder, and beside and in what is named."""
     tidy_shared()
     for argument in arguments:
         for name in argument if isinstance(argument, list | tuple) else [argument]:
             if isinstance(name, str | Path):
                 check_text(name)
-                tidy(path_of(name).parent)
-                tidy(path_of(name))  # of a ladder, whose sizes are made in it
+                tidy(expand_path(name).parent)
+                tidy(expand_path(name))  # of a ladder, whose sizes are made in it
 
 
 @contextmanager
-def resumable(*folders: Path, goes_on: bool = False) -> Iterator[None]:
+def explain_stop(*folders: Path, goes_on: bool = False) -> Iterator[None]:
     """On Ctrl-C, say what is kept of the run that writes to these folders in turn, and how to continue it.
 
     ``goes_on``: the run continues an earlier one, which may have finished some of the folders.
@@ -171,30 +178,32 @@ def resumable(*folders: Path, goes_on: bool = False) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
-        stop = STOPPED.behind(error)
+        stop = STOPPED.find_stop(error)
         if stop is None:
             raise
+        # Only what this run published counts as finished: an older result may be in the same place.
         since = 0.0 if goes_on else began
-        done = list(takewhile(lambda folder: _published(folder, since) and not _stages(folder), folders[:-1]))
+        done = list(takewhile(lambda folder: _is_published(folder, since) and not _list_stages(folder), folders[:-1]))
         said = [f"finished: {', '.join(map(str, done))}"] if done else []
-        raise type(stop)("; ".join([*said, _kept(folders[len(done)], began)])) from error
+        raise type(stop)("; ".join([*said, _describe_kept(folders[len(done)], began)])) from error
 
 
-def _published(folder: Path, began: float) -> bool:
+def _is_published(folder: Path, began: float) -> bool:
     marker = folder / "mptk.json"
     return marker.is_file() and marker.stat().st_mtime >= began
 
 
-def _stages(folder: Path) -> list[Path]:
-    """What an unfinished run keeps."""
+def _list_stages(folder: Path) -> list[Path]:
+    """What an unfinished run keeps. Its own module (``mptk/protocols/run_folder.py``) would import torch."""
     return list(folder.with_name(f"{folder.name}.run").glob("*.safetensors"))
 
 
-def _kept(folder: Path, began: float) -> str:
-    if _published(folder, began):
+def _describe_kept(folder: Path, began: float) -> str:
+    if _is_published(folder, began):
         return f"{folder} is proven and published, but its quality was not measured; run `mptk eval`"
-    if not (stages := _stages(folder)):
+    if not (stages := _list_stages(folder)):
         return "nothing was published and no stage had finished"
+    # Checkpoints are named PHASE-STEP, with eight digits; other files are results of stages.
     steps = sorted(path.stem.rpartition("-") for path in stages if re.fullmatch(r".*-\d{8}", path.stem))
     trained = f", training up to step {int(steps[-1][2])} of {steps[-1][0]!r}," if steps else ""
     keeps = f"{stages[0].parent} keeps the finished stages{trained}"
@@ -205,7 +214,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from mptk.version import __version__
 
-        echo(f"mptk {__version__}")
+        print_text(f"mptk {__version__}")
         raise typer.Exit
 
 

@@ -1,6 +1,7 @@
 """console: where commands print, how much, and the progress of a run.
 
-They print plain text: markup and control characters have no effect.
+Text is printed as it is: neither rich's markup nor control characters in it have an effect. Names of models, paths and
+messages of libraries are other people's text.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from mptk.api.display import bars, lines
+from mptk.api.display import make_line_progress, show_bars
 from mptk.cli.stopping import STOPPED
-from mptk.plain import plain
-from mptk.progress import Progress, silent
+from mptk.plain import escape_text
+from mptk.progress import Progress, show_nothing
 
 if TYPE_CHECKING:
-    from mptk.ir.passes import PassRecord
+    from mptk.ir import PassRecord
 
 WIDE_COLUMNS = 1000
 """Columns if the output is not a terminal: wide enough that no table is cut."""
@@ -49,21 +50,23 @@ class PlainConsole(Console):
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(plain(text), **options)
+        return super().render_str(escape_text(text), **options)
 
+    # Text objects go around ``render_str``. Segments are the last that rich makes before it writes; the ones with
+    # ``control`` are its own (movements of the cursor, for bars).
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, Text):
-            renderable = self._written_out(renderable)
+            renderable = self._escape_controls(renderable)
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(plain(segment.text), segment.style)
+            yield segment if segment.control else Segment(escape_text(segment.text), segment.style)
 
-    def _written_out(self, text: Text) -> Text:
-        """``text`` with escaped control characters, before it is broken into lines."""
-        if plain(text.plain) == text.plain:
+    def _escape_controls(self, text: Text) -> Text:
+        """``text`` with escaped control characters. Now: once it is broken into lines, an escape would not fit."""
+        if escape_text(text.plain) == text.plain:
             return text
         made = text.blank_copy()
         for at, character in enumerate(text.plain):
-            made.append(plain(character), text.get_style_at_offset(self, at))
+            made.append(escape_text(character), text.get_style_at_offset(self, at))
         return made
 
 
@@ -72,28 +75,28 @@ out = PlainConsole()
 err = PlainConsole(stderr=True)
 
 
-def echo(text: str, end: str = "\n") -> None:
+def print_text(text: str, end: str = "\n") -> None:
     """Print text without wrapping or colours; control characters are escaped."""
-    sys.stdout.write(plain(text) + end)
-    sys.stdout.flush()
+    sys.stdout.write(escape_text(text) + end)
+    sys.stdout.flush()  # text that streams token by token has no line ends for long
 
 
 @contextlib.contextmanager
-def stages(console: Console) -> Iterator[Progress]:
+def show_stages(console: Console) -> Iterator[Progress]:
     """Show the stages of a run: bars on a terminal; in a log, lines with the seconds since the start.
 
-    Each update also checks for a signal whose exception was dropped.
+    Each update also checks for a signal whose exception a library dropped: no other code runs as often.
     """
     if VOICE.quiet:
-        yield _looking(silent)
+        yield _watch_signals(show_nothing)
     elif not console.is_interactive:
-        yield _looking(lines(console))
+        yield _watch_signals(make_line_progress(console))
     else:
-        with bars(console) as progress:
-            yield _looking(progress)
+        with show_bars(console) as progress:
+            yield _watch_signals(progress)
 
 
-def _looking(progress: Progress) -> Progress:
+def _watch_signals(progress: Progress) -> Progress:
     def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
         STOPPED.look()
         progress(stage, done, total, figures)
@@ -101,6 +104,6 @@ def _looking(progress: Progress) -> Progress:
     return report
 
 
-def printed() -> Callable[[PassRecord], None] | None:
+def make_pass_printer() -> Callable[[PassRecord], None] | None:
     """With ``-v``, a function that prints the record of a stage, with the difference if it is a pass; else None."""
     return (lambda record: err.print(str(record), highlight=False)) if VOICE.verbose else None

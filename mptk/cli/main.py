@@ -16,6 +16,7 @@ PANELS = {
 }
 """Title → commands, in the order in which ``mptk --help`` shows them."""
 
+# Each module has registered its commands when it was imported above. typer shows them in the order of this list.
 _TITLES = {name: title for title, names in PANELS.items() for name in names}
 app.registered_commands.sort(key=lambda command: [*_TITLES].index(str(command.name)))
 for each in app.registered_commands:

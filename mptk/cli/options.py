@@ -2,7 +2,9 @@
 
 A command with a parameter ``settings: Settings`` has the options that are declared for it, and gets their values.
 ``--config`` reads options from a YAML file (``mptk/config/recipe.py``). Options that name a file or a folder to write
-refuse a path that cannot be written, before any work.
+refuse a path that cannot be written, before any work: a run of hours must not end there.
+
+In this order: what is written, words of several values, settings, options that would do nothing, latency, recipes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -20,29 +23,30 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.models import OptionInfo
 
-from mptk.cli.parse import names, parse_share, parse_size, parse_width
-from mptk.config.cases import CUT, READING
-from mptk.config.setting import (
+from mptk.config import (
     COUNT,
+    CUT,
+    READING,
     AnyRecord,
     Asked,
     Choices,
     Declared,
     Record,
-    idle,
-    outside,
-    shown,
-    taken,
+    Settings,
+    find_bound_error,
+    find_idle,
+    find_settings,
+    format_number,
     with_keywords,
 )
-from mptk.config.settings import Settings
-from mptk.errors import MptkError, did_you_mean
-from mptk.files import path_of, tidy
+from mptk.errors import MptkError, suggest_name
+from mptk.files import expand_path, tidy
 from mptk.files.outputs import check_apart, check_file
-from mptk.reading import Json, json_object
+from mptk.reading import Json, read_json_object
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
-"""The names of the running command's options that the user typed, without the recipe's."""
+"""The names of the running command's options that the user typed, without the recipe's. In a context variable, because
+typer calls the code that needs it and hands nothing on."""
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
@@ -53,18 +57,19 @@ DenseOption = Annotated[str | None, typer.Option("--model", help="The dense mode
 
 
 class OutputOption(OptionInfo):
-    """An option that names what a command writes.
+    """An option that names what a command writes. By its class ``check_output_paths`` tells it from all others.
 
     ``flag``: as it is typed; empty: after the parameter. ``content``: of a file, as ``mptk.files.outputs.check_file``
     knows it; empty for a folder. ``check``: the callback.
     """
 
     def __init__(self, flag: str, content: str, check: Callable[[Path | None], Path | None], help: str) -> None:
-        super().__init__(default=flag or ..., param_decls=(), callback=check, help=help)  # as typer.Option does
+        # As typer.Option does: its first argument is the flag, or ... for a name made of the parameter's.
+        super().__init__(default=flag or ..., param_decls=(), callback=check, help=help)
         self.flag, self.content = flag, content
 
 
-def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None], Path | None]:
+def make_file_check(*suffixes: str, dash: bool = False) -> Callable[[Path | None], Path | None]:
     """The callback of an option for a file. ``suffixes``: allowed ones. ``dash``: - is the standard output."""
 
     def check(path: Path | None) -> Path | None:
@@ -72,7 +77,8 @@ def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None],
             return path
         if suffixes and path.suffix.lower() not in suffixes:
             raise typer.BadParameter(f"{path} ends in none of {', '.join(suffixes)}. Give another name.")
-        mode = _mode(path)
+        mode = _find_mode(path)
+        # A device or a named pipe would take what is written, but cannot be replaced as a whole.
         if mode is not None and stat.S_ISDIR(mode):
             raise typer.BadParameter(f"{path} is a folder. Give the name of a file.")
         if mode is not None and not stat.S_ISREG(mode):
@@ -83,15 +89,15 @@ def file_to_write(*suffixes: str, dash: bool = False) -> Callable[[Path | None],
     return check
 
 
-def folder_to_write(path: Path | None) -> Path | None:
+def check_output_folder(path: Path | None) -> Path | None:
     """The callback of an option for a folder."""
     if path is not None:
-        _mode(path)
+        _find_mode(path)  # it may be anything, but its name must be one that the file system takes
         _check_above(path)
     return path
 
 
-def _mode(path: Path) -> int | None:
+def _find_mode(path: Path) -> int | None:
     """The kind of file at ``path``; None if there is none."""
     try:
         return path.stat().st_mode
@@ -104,6 +110,7 @@ def _mode(path: Path) -> int | None:
 
 
 def _check_above(path: Path) -> None:
+    """Check the innermost folder that exists: the others are made in it."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise typer.BadParameter(f"{above} is not a folder, so nothing can be in it. Give another name.")
@@ -111,14 +118,14 @@ def _check_above(path: Path) -> None:
         raise typer.BadParameter(f"you may not write to {above}. Give a folder that you may write to.")
 
 
-def out_folder(help: str) -> OptionInfo:
+def make_folder_option(help: str) -> OptionInfo:
     """The option ``--out`` for a folder."""
-    return OutputOption("--out", "", folder_to_write, help)
+    return OutputOption("--out", "", check_output_folder, help)
 
 
-def out_file(help: str, content: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
+def make_file_option(help: str, content: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
     """An option for a file. ``content``: as of ``OutputOption``. ``suffixes``: allowed ones. ``dash``: - is stdout."""
-    return OutputOption(flag, content, file_to_write(*suffixes, dash=dash), help)
+    return OutputOption(flag, content, make_file_check(*suffixes, dash=dash), help)
 
 
 OPERANDS = ("model", "models", "folder", "folders", "like", "include_path", "image", "config")
@@ -128,18 +135,20 @@ READ_PLACES, SAMPLES_FROM = ("plan", "larger", "inputs", "teacher_cache"), ("dat
 REPORT_JSON = "report.json"
 
 
-def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:
+def check_output_paths(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:
     """Raise MptkError if a command would replace what it reads, one of its other outputs, or a file of somebody else.
 
     ``outputs``: parameters that name what it writes. ``values``: of all parameters.
     """
+    # - is the standard output.
     written = {
         name: Path(str(values[name])) for name in outputs if values[name] is not None and values[name] != Path("-")
     }
     places = [] if not written else list(_read(values, outputs))
     for name, path in written.items():
-        flag = outputs[name].flag or f"--{_flag(name)}"
+        flag = outputs[name].flag or f"--{_name_flag(name)}"
         check_apart(path, *places, option=flag)
+        # Whether a folder may be replaced is checked where it is published.
         if outputs[name].content:
             check_file(path, outputs[name].content, overwrite, flag)
             place = Path(os.path.realpath(path))
@@ -150,71 +159,136 @@ def check_outputs(outputs: Mapping[str, OutputOption], values: Mapping[str, obje
 
 def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> Iterator[Path]:
     """The files and folders that a command reads, with the dense model and the data of pruned folders."""
+    # A pruned folder's report names the dense model and the data, which `recover`, `verify` and `rerun` read again.
     texts = [str(values[name]) for name in SAMPLES_FROM if values.get(name) is not None]
     for name in (*OPERANDS, *READ_PLACES):
         given = values.get(name)
         for each in given if isinstance(given, list) else [given]:
             if each is None or name in outputs:
                 continue
-            place = path_of(str(each))
+            place = expand_path(str(each))
             yield from (place.parent, place) if place.suffix == ".onnx" else (place,)
-            yield from _packaged(str(each))
+            yield from _list_packaged(str(each))
             report = _report_in(place)
-            yield from (path_of(name) for name in _named_in(report, "model"))
-            texts += [name for key in SAMPLES_FROM for name in _named_in(report.get("settings"), key)]
+            yield from (expand_path(name) for name in _list_names(report, "model"))
+            texts += [name for key in SAMPLES_FROM for name in _list_names(report.get("settings"), key)]
     if texts:
-        from mptk.io.data import read_places
+        from mptk.io import read_places
 
         for text in texts:
-            with contextlib.suppress(MptkError):  # which says it itself
+            with contextlib.suppress(MptkError):  # a wrong source is refused where it is read
                 yield from read_places(text)
 
 
 def _report_in(place: Path) -> Json:
-    """The report of a folder; empty if there is none, or a damaged one, which the command refuses."""
+    """The report of a folder; empty if there is none, or a damaged one, which the command itself refuses."""
     try:
-        return json_object(place / REPORT_JSON, MptkError)
+        return read_json_object(place / REPORT_JSON, MptkError)
     except MptkError:
         return {}
 
 
-def _named_in(content: object, key: str) -> list[str]:
+def _list_names(content: object, key: str) -> list[str]:
     """The name at a key of JSON of unknown origin, if there is one."""
     found = content.get(key) if isinstance(content, dict) else None
     return [found] if isinstance(found, str) else []
 
 
-def _packaged(name: str) -> list[Path]:
+def _list_packaged(name: str) -> list[Path]:
     """The place of a packaged model that has been fetched."""
-    from mptk.io.packaged import ALIASES, cached
+    from mptk.io import ALIASES, find_cached
 
-    found = cached(name) if name in ALIASES else None
+    found = find_cached(name) if name in ALIASES else None
     return [] if found is None else [found]
 
 
-def within(least: float, most: float = COUNT) -> dict[str, Any]:
-    """Arguments of ``typer.Option`` for a finite number in these bounds. The help shows the upper bound of shares."""
+def make_bound_arguments(least: float, most: float = COUNT) -> dict[str, Any]:
+    """Arguments of ``typer.Option`` for a finite number in these bounds.
+
+    The callback checks the number, as click's own range takes NaN. The help shows the upper bound only of shares.
+    """
 
     def check(value: float | None) -> float | None:
-        if value is not None and (wrong := outside(value, least, most)) is not None:
-            raise typer.BadParameter(f"{wrong}. Give a number from {shown(least)} to {shown(most)}.")
+        if value is not None and (wrong := find_bound_error(value, least, most)) is not None:
+            raise typer.BadParameter(f"{wrong}. Give a number from {format_number(least)} to {format_number(most)}.")
         return value
 
     return {"min": least, "max": most if most <= 1 else None, "callback": check}
 
 
-def number(help: str, least: float, most: float = COUNT) -> OptionInfo:
+def make_number_option(help: str, least: float, most: float = COUNT) -> OptionInfo:
     """An option for a finite number from ``least`` to ``most``."""
-    made: OptionInfo = typer.Option(help=help, **within(least, most))
+    made: OptionInfo = typer.Option(help=help, **make_bound_arguments(least, most))
     return made
 
 
 JsonOption = Annotated[
     Path | None,
-    out_file("Also write the result to this file; - prints it instead of the table.", "JSON", flag="--json", dash=True),
+    make_file_option(
+        "Also write the result to this file; - prints it instead of the table.", "JSON", flag="--json", dash=True
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that mptk did not write, too.")]
 
+
+# ---- typed words that hold several values ----
+
+_BASES = {"B": 1000, "iB": 1024}
+_UNITS = {"B": 1} | {
+    f"{prefix}{unit}": base**power for power, prefix in enumerate("KMGT", 1) for unit, base in _BASES.items()
+}
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """``heads,ffn`` → ("heads", "ffn")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_width(text: str) -> tuple[str, int]:
+    """``ffn=1024`` → ("ffn", 1024)."""
+    name, _, value = text.partition("=")
+    # Digits are counted in each of these patterns: Python refuses to read integers of thousands of digits.
+    if not re.fullmatch(r"[0-9]{1,9}", value) or not int(value) or not name.strip():
+        raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
+    return name.strip(), int(value)
+
+
+def parse_size(text: str | None) -> int | None:
+    """``8GB`` → 8,000,000,000 bytes; ``8GiB`` → 8 · 2³⁰."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([KMGT]?I?B)", text.strip(), re.I | re.ASCII)
+    unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
+    size = int(float(found[1]) * unit) if found and unit else 0
+    if not size:
+        raise MptkError(f"{shorten_typed(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB")
+    return size
+
+
+def parse_share(text: str, option: str = "") -> float:
+    """``30%`` or ``0.3`` → 0.3. ``option``: its name, for the error."""
+    found = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}(?:e-?[0-9]{1,2})?) *(%?)", text.strip(), re.ASCII)
+    if found is None:
+        raise MptkError(f"{option} {shorten_typed(text)}: write a share, as 0.3 or 30%".strip())
+    return float(found[1]) / 100 if found[2] else float(found[1])
+
+
+def shorten_typed(text: str) -> str:
+    """A typed value as an error repeats it: a shell may paste a whole file."""
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
+    """``128,512`` → (128, 512). Raises MptkError if a number is below 1; ``option`` is its name."""
+    counts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]{1,7}", count.strip()) and int(count) for count in counts):
+        raise MptkError(f"{option} {shorten_typed(text)}: write numbers of at least 1 and at most 9999999, as 128,512")
+    if len({*map(int, counts)}) < len(counts):
+        raise MptkError(f"{option} {shorten_typed(text)}: a number is repeated; give each once")
+    return tuple(map(int, counts))
+
+
+# ---- settings ----
 
 SHORT = {int: "N", int | None: "N", float: "X", float | None: "X", bool: " "}
 """Kind of a setting → how help names its value: short, so that 80 columns hold the longest option."""
@@ -231,10 +305,10 @@ class Form:
     typed: Callable[[Any], object] = lambda value: value
 
 
-def form(each: Declared) -> Form:
+def find_form(each: Declared) -> Form:
     """How a setting is typed."""
     if get_origin(each.kind) is tuple:
-        return Form(str, names, ",".join)
+        return Form(str, parse_names, ",".join)
     if get_origin(each.kind) is Mapping:
         return Form(list[str] | None, lambda texts: dict(map(parse_width, texts or [])), lambda widths: None)
     if get_origin(each.kind) is Literal:  # whose values are the choices
@@ -247,29 +321,32 @@ def form(each: Declared) -> Form:
     return forms.get(each.setting.form, Form(each.kind))
 
 
-def parameters(command: str, base: Record) -> list[inspect.Parameter]:
+def make_parameters(command: str, base: Record) -> list[inspect.Parameter]:
     """The parameters of a command that are settings. ``base``: the command's defaults."""
     panelled = command in READING
     return [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=form(each).typed(each.of(base)),
-            annotation=Annotated[form(each).kind, option(name, each, each.setting.panel if panelled else None)],
+            default=find_form(each).typed(each.of(base)),
+            annotation=Annotated[
+                find_form(each).kind, make_option(name, each, each.setting.panel if panelled else None)
+            ],
         )
-        for name, each in taken(type(base), command).items()
+        for name, each in find_settings(type(base), command).items()
     ]
 
 
-def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
+def make_option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     """The typer option of a setting. If it is off by default, it is a switch without a negative form."""
+    # typer gives a flag the form --no-NAME, too, unless its name is spelled out.
     flags = [f"--{name.replace('_', '-')}"] if each.default is False else []
     bounds, choices = each.setting.within, each.setting.choices
-    more = {} if bounds is None or form(each).kind != each.kind else within(*bounds)
-    more["metavar"] = SHORT.get(form(each).kind)
-    if each.setting.form == "share":
-        more = {"parser": _share, "callback": more["callback"], "metavar": "SHARE"}
-    more |= {} if choices is None else chosen(choices, several=get_origin(each.kind) is tuple)
+    more = {} if bounds is None or find_form(each).kind != each.kind else make_bound_arguments(*bounds)
+    more["metavar"] = SHORT.get(find_form(each).kind)
+    if each.setting.form == "share":  # typed as text, since 30% is not a float; its callback checks the bounds
+        more = {"parser": _parse_typed_share, "callback": more["callback"], "metavar": "SHARE"}
+    more |= {} if choices is None else make_choice_arguments(choices, several=get_origin(each.kind) is tuple)
     help = each.setting.help
     if choices is not None and more["metavar"] == ANY_NAME:
         help = f"{help} One of {', '.join(choices.shown)}."
@@ -277,33 +354,36 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     return made
 
 
-def _share(value: str | float) -> float:
-    """A typed share. A recipe's is a number already."""
+def _parse_typed_share(value: str | float) -> float:
+    """``parse_share``, with its error as one of typer's. A default or a recipe's share is a number already."""
     try:
         return parse_share(str(value))
     except MptkError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def settings_from(command: str, base: AnyRecord, options: Mapping[str, object]) -> AnyRecord:
+def build_settings(command: str, base: AnyRecord, options: Mapping[str, object]) -> AnyRecord:
     """The settings from the options of a command."""
-    known = taken(type(base), command)
-    return with_keywords(base, {known[name].name: form(known[name]).read(value) for name, value in options.items()})
+    known = find_settings(type(base), command)
+    return with_keywords(
+        base, {known[name].name: find_form(known[name]).read(value) for name, value in options.items()}
+    )
 
 
-def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
+def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[str, Any]:
     """Arguments of ``typer.Option`` for one of some values, or for several separated by commas."""
 
     def parse(text: str) -> str:
-        for value in names(text) if several else (text,):
-            if (wrong := choices.wrong(value)) is not None:
+        for value in parse_names(text) if several else (text,):
+            if (wrong := choices.explain_wrong(value)) is not None:
                 raise typer.BadParameter(wrong)
         return text
 
     def complete(incomplete: str) -> list[str]:
+        # A shell completes a whole word, so the names before the last comma are a part of each proposal.
         before = incomplete.rpartition(",")[0] if several else ""
         given = before.split(",") if before else []
-        known = [",".join([*given, name]) for name in choices.known() if name not in given]
+        known = [",".join([*given, name]) for name in choices.list_values() if name not in given]
         return [name for name in known if name.startswith(incomplete)]
 
     metavar = f"[{(',' if several else '|').join(choices.shown)}]"
@@ -315,7 +395,7 @@ def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
 
 
 def refuse(options: Sequence[str], why: str) -> None:
-    """Raise MptkError if one of ``names`` was typed. ``why``: the reason why they would do nothing, with a remedy."""
+    """Raise MptkError if one of ``options`` was typed. ``why``: why they would do nothing, and a remedy."""
     for name in options:
         if name in TYPED.get():
             raise MptkError(f"--{name.replace('_', '-')} would do nothing: {why}")
@@ -326,13 +406,15 @@ def refuse_idle(command: str, asked: Asked) -> None:
 
     Options from a recipe are not checked: a run writes all of its options into its recipe.
     """
-    for name, why in idle(command, asked).items():
+    for name, why in find_idle(command, asked).items():
         refuse((name,), why)
 
 
 # ---- latency ----
 
-MaxMs = Annotated[float | None, option("", next(each for each in Settings.declared if each.name == "max_ms"), CUT)]
+# --max-decode-ms and --max-prefill-ms are one number and one choice of phase: typed together, as one cannot be without
+# the other. In Python and in a plan they are settings of their own.
+MaxMs = Annotated[float | None, make_option("", next(each for each in Settings.declared if each.name == "max_ms"), CUT)]
 
 
 def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float | None) -> Settings:
@@ -350,7 +432,7 @@ def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float 
 # ---- options from a recipe ----
 
 
-def configured(context: typer.Context, file: Path | None) -> Path | None:
+def apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
     """Make the options of a recipe file the defaults of this call.
 
     Raises:
@@ -358,33 +440,37 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    from mptk.config.recipe import read_recipe, refused
+    from mptk.config import list_refused, read_recipe
 
-    tidy(path_of(file).parent)  # a command that ends here removes what a killed one left, too
+    tidy(expand_path(file).parent)  # a command that ends here removes what a killed one left, too
+    # Each option by the names that it has when it is typed: not every flag is named like its parameter.
     known: dict[str, Any] = {}
     for parameter in context.command.params:
         flags = [flag.removeprefix("--").replace("-", "_") for flag in parameter.opts if flag.startswith("--")]
         known |= dict.fromkeys(flags or [parameter.name], parameter)
     known = {name: found for name, found in known.items() if name not in ("config", "help")}
     values: dict[str, object] = {}
-    never = refused(Settings)
+    never = list_refused(Settings)
     for name, value in read_recipe(file).items():
         if name not in known:
-            hint = did_you_mean(name, known, f"there are {', '.join(known)}")
+            hint = suggest_name(name, known, f"there are {', '.join(known)}")
             raise MptkError(f"{file} has {name!r}, which is not an option of `mptk {context.command.name}`; {hint}")
         if name in never:
-            raise MptkError(f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_flag(name)}")
+            raise MptkError(
+                f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_name_flag(name)}"
+            )
         if value is not None:
-            values[known[name].name] = _as_typed(value, known[name])
+            values[known[name].name] = _format_typed(value, known[name])
+    # As click's defaults: what is typed wins, and the values go through the same parsers and checks as typed ones.
     context.default_map = values
     return file
 
 
-def _flag(name: str) -> str:
+def _name_flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _as_typed(value: object, parameter: object) -> object:
+def _format_typed(value: object, parameter: object) -> object:
     """A value of a recipe as one would type it: lists with commas, pairs as A=B."""
     if isinstance(value, Mapping):
         value = [f"{name}={each}" for name, each in value.items()]
@@ -399,6 +485,6 @@ def _as_typed(value: object, parameter: object) -> object:
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", is_eager=True, callback=configured, help="Options from this YAML file; typed options win."
+        "--config", is_eager=True, callback=apply_recipe, help="Options from this YAML file; typed options win."
     ),
 ]

@@ -1,31 +1,31 @@
-"""prune: commands that write pruned folders: prune, recover."""
+"""prune: commands that write pruned folders: prune, recover, rung."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import command, resumable
-from mptk.cli.console import err, out, printed, stages
+from mptk.cli.app import explain_stop, register_command
+from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import (
     Config,
     DenseOption,
     Folder,
     MaxMs,
     ModelArgument,
-    out_folder,
+    make_folder_option,
+    parse_names,
+    parse_share,
     refuse_idle,
     with_latency,
 )
-from mptk.cli.parse import names, parse_share
-from mptk.config.cases import CUT
-from mptk.config.setting import Asked
-from mptk.config.settings import Settings
+from mptk.config import CUT, Asked, Settings
 from mptk.errors import MptkError
+from mptk.progress import Progress
 
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
@@ -36,19 +36,20 @@ EstimateOption = Annotated[
 ]
 
 
-@command(
+@register_command(
+    "prune",
     examples=(
         "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
         "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
         "prune smollm2-135m --max-decode-ms 15 --data wikitext2 --quantize int8 --out runs/fast",
         "prune --config runs/m30/run.yaml --sparsity 0.5 --out runs/m50",
         "prune smollm2-135m --ladder 0.2,0.3,0.5 --data book.txt --out runs/sizes",
-    )
+    ),
 )
-def prune(
+def prune_to_folder(
     model: ModelArgument,
     settings: Settings,
-    folder: Annotated[Path | None, out_folder("Folder for the result; an earlier result is replaced.")] = None,
+    folder: Annotated[Path | None, make_folder_option("Folder for the result; an earlier result is replaced.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
     ladder: Annotated[
@@ -64,54 +65,71 @@ def prune(
 
     maskprune learns what to cut, then trains the small model. The other methods train only with --steps.
     """
-    from mptk.api.pruned import prune
-    from mptk.chain.amounts import learns, settled, undecided
-    from mptk.chain.checks import check_settings, given_plan
-    from mptk.chain.estimate import estimated
-    from mptk.chain.ladder import divided
+    from mptk.api.pruned import estimate_run, prune
+    from mptk.run.amounts import should_learn_masks
+    from mptk.run.checks import check_settings, read_plan
+    from mptk.run.ladder import divide_steps
+    from mptk.run.minutes import fill_in, list_undecided
 
+    # Refuse what cannot be done or would do nothing, before the model is read. Checks look at the settings as a run
+    # completes them (``meant``), but the run gets what was typed: it completes them by what it measures.
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
-    meant = settled(settings)
-    sizes = None if ladder is None else [parse_share(each, "--ladder") for each in names(ladder)]
+    meant = fill_in(settings)
+    sizes = None if ladder is None else [parse_share(each, "--ladder") for each in parse_names(ladder)]
     if sizes is not None:
-        divided(settings, sizes)  # the first to be refused
-    asked = Asked(meant, learns(meant), folder is not None, estimate, bool(undecided(settings)), sizes is not None)
+        divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused
+    asked = Asked(
+        meant,
+        should_learn_masks(meant),
+        folder is not None,
+        estimate,
+        bool(list_undecided(settings)),
+        sizes is not None,
+    )
     refuse_idle("prune", asked)
-    check_settings(meant, given_plan(meant))
+    check_settings(meant, read_plan(meant))
+    # The run itself: of several sizes, only estimated, or of one.
     if sizes is not None:
-        carry_out_ladder(model, folder, settings, sizes, estimate)
-        return
-    needs = partial(estimated, model, settings) if estimate else None
-    carry_out(partial(prune, model, folder, settings), needs, folder)
+        make_ladder(model, folder, settings, sizes, estimate)
+    elif estimate:
+        show_needs(estimate_run(model, settings), folder)
+    else:
+        with open_output(folder) as (place, progress):
+            show_pruned(prune(model, place, settings, progress=progress, on_stage=make_pass_printer()), place)
 
 
-@command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
-def recover(
+@register_command("recover", examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
+def recover_model(
     folder: Folder,
     settings: Settings,
-    destination: Annotated[Path | None, out_folder("Folder for the trained model.")] = None,
+    destination: Annotated[Path | None, make_folder_option("Folder for the trained model.")] = None,
     model: DenseOption = None,
     estimate: EstimateOption = False,
     config: Config = None,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk.api.recovery import recover
-    from mptk.chain.amounts import settled
-    from mptk.chain.recovery import needed
+    from mptk.api.pruned import estimate_recovery, recover
+    from mptk.run.minutes import fill_in
 
     if (steps := settings.learning.steps) == 0:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
-    meant = settled(settings, recovers=True)
+    # As in ``prune_to_folder``: what would do nothing is refused by the settings as the run completes them.
+    meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
-    needs = partial(needed, folder, settings, model) if estimate else None
-    carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
+    if estimate:
+        show_needs(estimate_recovery(folder, settings, model), destination)
+        return
+    with open_output(destination) as (place, progress):
+        show_pruned(
+            recover(folder, place, settings, model=model, progress=progress, on_stage=make_pass_printer()), place
+        )
 
 
-@command(examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
-def rung(
+@register_command("rung", examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
+def write_rung(
     folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder --shared`.")],
     size: Annotated[str | None, typer.Argument(help="One of its smaller sizes; without it they are listed.")] = None,
-    destination: Annotated[Path | None, out_folder("Folder for that size.")] = None,
+    destination: Annotated[Path | None, make_folder_option("Folder for that size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result that was changed.")] = False,
 ) -> None:
     """Write a smaller size of a ladder that shares weights: the folder that the run proved. No model runs."""
@@ -119,9 +137,9 @@ def rung(
     from mptk.report import sections as report
     from mptk.report.runs import read_runs, with_rungs
 
-    if size is None:
-        ladder.checked_sizes(folder)
-        out.print(report.comparison_view(read_runs(with_rungs([folder]))))
+    if size is None:  # list them, as a table
+        ladder.list_smaller_sizes(folder)
+        out.print(report.build_comparison_view(read_runs(with_rungs([folder]))))
         return
     if destination is None:
         raise MptkError("the result needs a folder; give --out FOLDER")
@@ -129,26 +147,27 @@ def rung(
     out.print(f"written to {destination}", soft_wrap=True)
 
 
-def carry_out_ladder(
+def make_ladder(
     model: str, place: Path | None, settings: Settings, sparsities: Sequence[float], estimate: bool
 ) -> None:
     """Make the models of a ladder and show them side by side; or only show what they need."""
     from mptk.api import ladder
-    from mptk.chain.ladder import name_of
     from mptk.report import sections as report
     from mptk.report.runs import Run
+    from mptk.run.ladder import name_size
 
     if estimate:
-        show_needs(ladder.needed(model, settings, sparsities), place)
+        show_needs(ladder.estimate_ladder(model, settings, sparsities), place)
         return
     if place is None:
         raise MptkError("the results need a folder; give --out FOLDER")
-    places = [place] if settings.shared else [place / name_of(each) for each in sparsities]
-    with resumable(*places, goes_on=settings.resume), stages(err) as progress:
-        found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=printed())
+    # Sizes that share weights are one folder; others are folders in it, and a stopped run says which are finished.
+    places = [place] if settings.shared else [place / name_size(each) for each in sparsities]
+    with explain_stop(*places, goes_on=settings.resume), show_stages(err) as progress:
+        found = ladder.ladder(model, place, sparsities, settings, progress=progress, on_stage=make_pass_printer())
     if found:
-        out.print(report.prune_view(found[-1].report))
-        out.print(report.comparison_view([Run(each.place.name, each.report) for each in found]))
+        out.print(report.build_prune_view(found[-1].report))
+        out.print(report.build_comparison_view([Run(each.place.name, each.report) for each in found]))
         if settings.shared:
             smaller = ", ".join(each.place.name for each in found[1:])
             out.print(f"written to {place}; `mptk rung {place} SIZE --out FOLDER` writes {smaller}", soft_wrap=True)
@@ -158,24 +177,26 @@ def carry_out_ladder(
 
 def show_needs(found: Estimate, place: Path | None) -> None:
     """Show what a run needs. Raises MptkError if the machine has less."""
-    from mptk.chain.estimate import check_fits
     from mptk.report import sections as report
+    from mptk.run.estimate import check_room_for
 
-    out.print(report.estimate_view(found))
-    check_fits(found, place or Path.cwd())
+    out.print(report.build_estimate_view(found))
+    check_room_for(found, place or Path.cwd())
 
 
-def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Estimate] | None, place: Path | None) -> None:
-    """Do ``run`` for a folder and show its report. If ``needs`` is given, only show what the run needs."""
-    from mptk.report import sections as report
-
-    if needs is not None:
-        show_needs(needs(), place)
-        return
-    if place is None:
+@contextmanager
+def open_output(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
+    """The output folder and the progress of a run that can be resumed. Raises MptkError if no folder is given."""
+    if folder is None:
         raise MptkError("the result needs a folder; give --out FOLDER")
-    with resumable(place), stages(err) as progress:
-        result = run(progress=progress, on_stage=printed())
+    with explain_stop(folder), show_stages(err) as progress:
+        yield folder, progress
+
+
+def show_pruned(result: Pruned | None, place: Path) -> None:
+    """Show the report of a result. Of several processes only the first has one."""
+    from mptk.report import sections as report
+
     if result is not None:
-        out.print(report.prune_view(result.report))
+        out.print(report.build_prune_view(result.report))
         out.print(f"written to {place}", soft_wrap=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 AGAIN = 0.01
-"""Seconds after which an exception that Python dropped is raised again."""
+"""Seconds after which an exception that Python dropped is raised again: then the destructor that lost it is over."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,7 +39,7 @@ class _Stopped:
         self.by = stop
         return stop
 
-    def behind(self, error: BaseException) -> KeyboardInterrupt | None:
+    def find_stop(self, error: BaseException) -> KeyboardInterrupt | None:
         """The signal that stopped the command that ended with ``error``; None if there was none."""
         return error if isinstance(error, KeyboardInterrupt) else self.by
 
@@ -53,27 +53,29 @@ STOPPED = _Stopped()
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def catch_signals() -> Iterator[None]:
     """Raise an exception for each signal of ``KINDS``, unless the process was started with that signal ignored.
 
-    Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again. A
-    library may take it for an error of its own, so nothing is logged after a signal.
+    Python drops exceptions in destructors and in callbacks of weak references. Such an exception is raised again.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # A library may take the exception for an error of its own, and would log it.
         logging.disable()
         raise STOPPED.note(KINDS[number]())
 
-    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+    # Python hands such an exception to ``sys.unraisablehook`` and goes on. A timer raises it again from other code.
+    def note_dropped(unraisable: sys.UnraisableHookArgs) -> None:
         if isinstance(unraisable.exc_value, KeyboardInterrupt) and STOPPED.by is not None:
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
         else:
             hook(unraisable)
 
+    # Ignored from the start (``nohup``): it stays ignored.
     handlers = {number: stop for number in KINDS if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: STOPPED.look())
-    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    hook, sys.unraisablehook = sys.unraisablehook, note_dropped
     try:
         yield
     finally:
@@ -85,7 +87,7 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def deaf() -> None:
-    """Ignore further signals: the command is over, and a signal would only disturb other libraries' cleanup."""
+def ignore_signals() -> None:
+    """Ignore further signals: the command is over, and a signal would only disturb the libraries' cleanup."""
     for number in KINDS:
         signal.signal(number, signal.SIG_IGN)

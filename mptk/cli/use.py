@@ -1,4 +1,4 @@
-"""use: commands that run a model, dense or pruned: export, generate, eval, bench."""
+"""use: commands that use a model, dense or pruned: export, gguf, generate, eval, bench, push."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from rich.console import Group, RenderableType
 from rich.json import JSON
 from rich.text import Text
 
-from mptk.cli.app import command, show
-from mptk.cli.console import echo, err, out, stages
-from mptk.cli.options import JsonOption, ModelArgument, Overwrite, chosen, number, out_file, out_folder, refuse
-from mptk.cli.parse import names, parse_counts
-from mptk.config.choices import GgufType
-from mptk.config.setting import SEED, Choices
-from mptk.config.settings import Settings
+from mptk.cli.app import register_command, show_result
+from mptk.cli.console import err, out, print_text, show_stages
+from mptk.cli.options import (
+    JsonOption,
+    ModelArgument,
+    Overwrite,
+    make_choice_arguments,
+    make_file_option,
+    make_folder_option,
+    make_number_option,
+    parse_counts,
+    parse_names,
+    refuse,
+)
+from mptk.config import SEED, Choices, GgufType, Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
@@ -29,14 +37,14 @@ if TYPE_CHECKING:
 
 PLOTS = (".png", ".svg", ".pdf")
 EVAL = "mptk-eval/1"
-GGUF_TYPES = chosen(Choices(get_args(GgufType)))
-RUNTIMES = chosen(Choices(("torch", "onnx")))
+GGUF_TYPES = make_choice_arguments(Choices(get_args(GgufType)))
+RUNTIMES = make_choice_arguments(Choices(("torch", "onnx")))
 
 
-@command("export", examples=("export smollm2-135m --quantize int8 --out runs/dense",))
+@register_command("export", examples=("export smollm2-135m --quantize int8 --out runs/dense",))
 def export_onnx(
     model: ModelArgument,
-    folder: Annotated[Path, out_folder("Folder for the result; an earlier result is replaced.")],
+    folder: Annotated[Path, make_folder_option("Folder for the result; an earlier result is replaced.")],
     settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text for a decoder's int4: file, folder or datasets id.")] = None,
 ) -> None:
@@ -46,15 +54,15 @@ def export_onnx(
     if "int4" not in settings.quantize:
         refuse(("data",), "only int4 needs a text; add --quantize int4, or leave it out")
     notes: list[str] = []
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         api.export_folder(model, folder, settings, text=data, progress=progress, on_note=notes.append)
     out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 
 
-@command("gguf", examples=("gguf runs/m30 --type q8_0 --out runs/m30.gguf",))
+@register_command("gguf", examples=("gguf runs/m30 --type q8_0 --out runs/m30.gguf",))
 def write_gguf(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
-    file: Annotated[Path, out_file("The file to write.", "GGUF", ".gguf", flag="--out")],
+    file: Annotated[Path, make_file_option("The file to write.", "GGUF", ".gguf", flag="--out")],
     like: Annotated[
         str | None, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")
     ] = None,
@@ -66,6 +74,7 @@ def write_gguf(
     """Write a pruned model as a GGUF file for llama.cpp. Layers of a LLaMA model may differ in width."""
     from mptk.api import graphs as api
 
+    # Widths that are equal in all layers are named once.
     made = api.gguf(folder, file, like=like, type=type, overwrite=overwrite)
     each = {
         "query heads": [x.heads for x in made.layers],
@@ -78,7 +87,8 @@ def write_gguf(
     out.print(written, *made.notes, sep="\n", soft_wrap=True, highlight=False)
 
 
-@command(
+@register_command(
+    "generate",
     examples=(
         'generate runs/m30 "Once upon a time"',
         'generate runs/m30 "Why is the sky blue?" --chat --temperature 0.7',
@@ -86,15 +96,15 @@ def write_gguf(
     ),
     base=Settings(threads=0),
 )
-def generate(
+def generate_text(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
     settings: Settings,
-    max_new_tokens: Annotated[int, number("Most new tokens for each prompt.", 1)] = 64,
-    temperature: Annotated[float, number("0: take the likeliest token; above 0: sample.", 0, 1e6)] = 0.0,
-    top_k: Annotated[int, number("Sample among this many of the likeliest tokens; 0: all.", 0)] = 50,
+    max_new_tokens: Annotated[int, make_number_option("Most new tokens for each prompt.", 1)] = 64,
+    temperature: Annotated[float, make_number_option("0: take the likeliest token; above 0: sample.", 0, 1e6)] = 0.0,
+    top_k: Annotated[int, make_number_option("Sample among this many of the likeliest tokens; 0: all.", 0)] = 50,
     top_p: Annotated[
-        float, number("Sample among the likeliest tokens that together have this probability.", 0, 1)
+        float, make_number_option("Sample among the likeliest tokens that together have this probability.", 0, 1)
     ] = 1.0,
     cut: Annotated[
         bool,
@@ -107,29 +117,32 @@ def generate(
         list[Path] | None,
         typer.Option(help="An image before the prompt (vision-language models); repeat it for several.", exists=True),
     ] = None,
-    seed: Annotated[int, number("Seed of the sampling.", *SEED)] = 0,
+    seed: Annotated[int, make_number_option("Seed of the sampling.", *SEED)] = 0,
 ) -> None:
     """Generate text in ONNX Runtime. It streams the answer to one prompt; several prompts run as one batch."""
-    from mptk.ort.generation import Sampling, TextGenerator, fitting
-    from mptk.protocols.execution import session_device
+    from mptk.ort.generation import Sampling, TextGenerator, fit_prompts
+    from mptk.protocols import find_session_device
 
+    # Options that would do nothing: without sampling, and with images.
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
         refuse(("top_k", "top_p", "seed"), why)
     if image:
         refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
-    runner = TextGenerator(model, threads=settings.threads, device=session_device(settings.device))
+    runner = TextGenerator(model, threads=settings.threads, device=find_session_device(settings.device))
     encoded, images = read_prompts(runner, model, prompts, image or [], chat)
     sampling = Sampling(temperature, top_k, top_p)
     if cut:
-        encoded, max_new_tokens = fitting(runner.positions, encoded, max_new_tokens)
+        encoded, max_new_tokens = fit_prompts(runner.positions, encoded, max_new_tokens)
+    # One prompt streams; the rows of a batch end at different steps, so they are printed when all are done.
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed, images=images)
     if len(prompts) == 1:
-        stream(runner.tokenizer, (token for (token,) in steps))
+        print_stream(runner.tokenizer, (token for (token,) in steps))
     else:
         for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
             text = runner.tokenizer.decode([token for token in row if token is not None], skip_special_tokens=True)
-            echo(f"{prompt} ▸{text}\n")
+            print_text(f"{prompt} ▸{text}\n")
+    # To the standard error, so that a pipe gets only the text.
     speed = runner.speed
     err.print(
         f"{speed.prompt_tokens} prompt tokens, first token after {speed.first_s * 1000:.0f} ms; "
@@ -143,17 +156,17 @@ def read_prompts(
 ) -> tuple[list[list[int]], PromptImages | None]:
     """The token ids of each prompt, and the images of the only one, if there are any."""
     from mptk.ort.generation import encode_prompts
-    from mptk.tasks.inputs.prompts import prompt_with_images
+    from mptk.tasks.inputs.image_text import encode_image_prompt
 
     if not images:
         return encode_prompts(runner.tokenizer, prompts, chat=chat), None
     if len(prompts) > 1:
         raise MptkError("--image is for one prompt; give the others in calls of their own")
-    ids, found = prompt_with_images(model, runner.decoder, prompts[0], images)
+    ids, found = encode_image_prompt(model, runner.decoder, prompts[0], images)
     return [ids], found
 
 
-def stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> None:
+def print_stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> None:
     """Print text as its tokens arrive."""
     import numpy as np
     from transformers import TextStreamer
@@ -162,30 +175,31 @@ def stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> 
         """Prints through the console."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            echo(text, end="\n" if stream_end else "")
+            print_text(text, end="\n" if stream_end else "")
 
+    # transformers' streamer holds a word back until its last token has come: tokens may be parts of a letter.
     streamer: Any = Streamer(tokenizer, skip_special_tokens=True)
     for token in tokens:
         streamer.put(np.array([token]))
     streamer.end()
 
 
-@command(
+@register_command(
     "eval",
     examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"),
     base=Settings(threads=0),
 )
-def evaluate(
+def evaluate_models(
     model: ModelArgument,
     settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds, inputs).")] = None,
-    length: Annotated[int, number("Tokens in a window.", 8)] = 512,
-    windows: Annotated[int | None, number("Use only the first windows.", 1)] = None,
+    length: Annotated[int, make_number_option("Tokens in a window.", 8)] = 512,
+    windows: Annotated[int | None, make_number_option("Use only the first windows.", 1)] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with lm-eval task files; needs --trust-remote-code.")
     ] = None,
-    limit: Annotated[int | None, number("Examples of each task.", 1)] = None,
+    limit: Annotated[int | None, make_number_option("Examples of each task.", 1)] = None,
     runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX graph or an .onnx file.", **RUNTIMES)] = "torch",
     json_file: JsonOption = None,
 ) -> None:
@@ -193,15 +207,16 @@ def evaluate(
     from mptk.api import use
 
     check_eval(data, tasks, runtime)
+    # Three ways to measure: a graph in ONNX Runtime, a decoder in torch, and any other kind by its task's metric.
     views = list[RenderableType]()
     result: dict[str, object] = {"format": EVAL, "model": model}
     measured, scores = None, None
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         if runtime == "onnx":
             measured = use.of_graph(model, str(data), settings, progress, length, windows)
-        elif tasks or use.reads_text(model, trust=settings.trust):
+        elif tasks or use.is_text_decoder(model, trust=settings.trust):
             measured, scores = use.of_model(
-                model, data, settings, progress, length, windows, names(tasks), include_path, limit
+                model, data, settings, progress, length, windows, parse_names(tasks), include_path, limit
             )
         else:
             found = use.evaluate(
@@ -214,14 +229,15 @@ def evaluate(
                 progress=progress,
             )
             result |= found
-            views.append(quality_view(found))
+            views.append(build_quality_text(found))
+    # The JSON and what is printed, by what was measured.
     if measured is not None:
         result |= {"perplexity": measured.value, "protocol": measured.protocol}
         views.append(Text(f"perplexity {measured.value:.3f}  ({measured.protocol})"))
     if scores is not None:
         result["tasks"] = scores
         views.append(JSON.from_data(scores))
-    show(json_file, result, Group(*views))
+    show_result(json_file, result, Group(*views))
 
 
 def check_eval(data: str | None, tasks: str, runtime: str) -> None:
@@ -240,17 +256,17 @@ def check_eval(data: str | None, tasks: str, runtime: str) -> None:
         raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
 
 
-def quality_view(found: Mapping[str, object]) -> Text:
+def build_quality_text(found: Mapping[str, object]) -> Text:
     """The quality of models, with metric, protocol and further figures."""
-    from mptk.report.sections import further_figures
+    from mptk.report.sections import list_further_figures
 
     values = [(name, value) for name, value in found.items() if isinstance(value, float)]
     said = ", ".join(f"{value:.4f} {name}" for name, value in values)
-    return Text("\n".join([f"{found['metric']} {said}  ({found['protocol']})", *further_figures(found)]))
+    return Text("\n".join([f"{found['metric']} {said}  ({found['protocol']})", *list_further_figures(found)]))
 
 
-@command(examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
-def bench(
+@register_command("bench", examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
+def bench_models(
     models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
     settings: Settings,
     lengths: Annotated[
@@ -258,11 +274,11 @@ def bench(
     ] = "128,512",
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
-    rounds: Annotated[int, number("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
+    rounds: Annotated[int, make_number_option("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
     json_file: JsonOption = None,
-    markdown: Annotated[Path | None, out_file("Also write the table to this file.", "table")] = None,
+    markdown: Annotated[Path | None, make_file_option("Also write the table to this file.", "table")] = None,
     plot: Annotated[
-        Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", "plot", *PLOTS)
+        Path | None, make_file_option("Also plot the ratios into this file (.png, .svg, .pdf).", "plot", *PLOTS)
     ] = None,
 ) -> None:
     """Time models of one kind in ONNX Runtime, in turns in one process. Also shows ideal ratios and the peak.
@@ -272,32 +288,34 @@ def bench(
     from mptk.api import graphs as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
-    from mptk.report.markdown import rendered
-    from mptk.report.page.charts import plot_bench
-    from mptk.report.sections import bench_view
+    from mptk.report.page.charts import write_bench_plot
+    from mptk.report.sections import build_bench_view
+    from mptk.report.view import render_markdown
 
     counts = {
         name: parse_counts(text, f"--{name}")
         for name, text in (("lengths", lengths), ("batches", batches), ("threads", threads))
     }
+    # Timings are named by model, so a model that is named twice could not be told apart.
     if twice := [model for model in models if models.count(model) > 1]:
         raise MptkError(f"{twice[0]} is given twice; name it once")
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         result = api.bench(models, device=settings.device, progress=progress, rounds=rounds, **counts)
+    # A pruned folder keeps its timings, and its report then shows them. The first model is only the baseline.
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
             with amend(Path(model).resolve()) as new:
                 write_json(new / "bench.json", result.to_json())
                 update_manifest(new, "bench.json")
     if markdown is not None:
-        write_text(markdown, f"{rendered(bench_view(result))}\n\n<!-- {TABLE_MARK} -->\n")
+        write_text(markdown, f"{render_markdown(build_bench_view(result))}\n\n<!-- {TABLE_MARK} -->\n")
     if plot is not None:
-        plot_bench(result, plot)
-    show(json_file, result.to_json(), bench_view(result))
+        write_bench_plot(result, plot)
+    show_result(json_file, result.to_json(), build_bench_view(result))
 
 
-@command(examples=("push runs/m30 me/smollm2-pruned --private",))
-def push(
+@register_command("push", examples=("push runs/m30 me/smollm2-pruned --private",))
+def push_folder(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mptk wrote.")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if missing.")],
     private: Annotated[
@@ -312,8 +330,8 @@ def push(
 
     report.json and run.yaml name the dense model and the data as you gave them, local paths included.
     """
-    from mptk.publish.push import push as upload
+    from mptk.publish.push import push_files as upload
 
-    with stages(err) as progress:
+    with show_stages(err) as progress:
         progress("upload", 0, 0)
-        echo(upload(folder, repo, private=private, revision=revision, message=message, dry_run=dry_run))
+        print_text(upload(folder, repo, private=private, revision=revision, message=message, dry_run=dry_run))

@@ -15,8 +15,8 @@ _FSDP_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 @contextlib.contextmanager
-def own_state(device: str = "auto") -> Iterator[None]:
-    """Within it an Accelerator is made as if it were the first of this process. Afterwards the caller's state is back.
+def separate_state(device: str = "auto") -> Iterator[None]:
+    """Let Accelerators be made as if each were the first of this process. Afterwards the caller's state is back.
 
     ``device``: where a single process computes; ``auto``: as accelerate chooses.
 
@@ -25,12 +25,13 @@ def own_state(device: str = "auto") -> Iterator[None]:
     """
     outer, meeting = dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
     AcceleratorState._reset_state()
+    # accelerate takes a device from the environment. With several processes the launcher has chosen one for each.
     chosen = {"ACCELERATE_USE_CPU": "1"} if device == "cpu" else {"ACCELERATE_TORCH_DEVICE": device}
     if device == "auto" or os.environ.get("WORLD_SIZE", "1") != "1":
         chosen = {}
     before = {name: os.environ[name] for name in chosen if name in os.environ}
     if chosen:
-        PartialState._reset_state()
+        PartialState._reset_state()  # it has read the device already
         os.environ.update(chosen)
     try:
         yield
@@ -40,15 +41,15 @@ def own_state(device: str = "auto") -> Iterator[None]:
         os.environ.update(before)
         AcceleratorState._reset_state()
         AcceleratorState._shared_state.update(outer)
-        if meeting:  # if not, this run connected the processes
+        # Empty if this run was the first to connect the processes. They then stay connected, since a process group
+        # cannot be set up twice.
+        if meeting:
             PartialState._shared_state.update(meeting)
 
 
 def without_autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of several processes, which computes in its own type again.
-
-    accelerate's ``unwrap_model(keep_fp32_wrapper=False)`` would take transformers' decorators off ``forward``, too.
-    """
+    """The module inside the wrappers of several processes, which computes in its own type again."""
+    # Not ``unwrap_model(keep_fp32_wrapper=False)``: it would take transformers' decorators off ``forward``, too.
     whole: nn.Module = accelerator.unwrap_model(model)
     if (forward := vars(whole).pop("_original_forward", None)) is not None:
         whole.forward = forward
@@ -56,8 +57,8 @@ def without_autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def loaded_by_all() -> Iterator[None]:
-    """Within it each process loads a model, also under FSDP, where transformers would load it only on the first."""
+def load_on_all() -> Iterator[None]:
+    """Let each process load a model, also under FSDP, where transformers would load it only on the first."""
     before = os.environ.pop(_FSDP_LOADS, None)
     try:
         yield

@@ -1,7 +1,7 @@
-"""llama_cpp: ask llama.cpp for log probabilities, in a process of its own: it ends the process on a file that it cannot
-read. The package ``xllamacpp``, which holds it, is optional.
+"""llama_cpp: ask llama.cpp for log probabilities. The package ``xllamacpp``, which holds it, is optional.
 
-This file is also what that process runs, so it imports nothing of mptk.
+llama.cpp ends the process on a file that it cannot read, so it runs in a process of its own. This file is also what
+that process runs, so it imports nothing of mptk.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Tokens of the longest prompt and of the one after it. Few, since llama.cpp reserves the KV cache for all of them.
 CONTEXT = 256
-"""Tokens of the longest prompt, with one that follows. Short, as its cache is reserved for all of them."""
+# Bytes of a file below which one thread is as fast as several, which wait for each other on a busy machine.
 ONE_THREAD = 1 << 31
-"""Bytes of a file that one thread runs as fast: on a busy machine several wait for each other."""
 
 
 def has_llama_cpp() -> bool:
@@ -31,33 +31,38 @@ def log_probabilities(
 ) -> list[dict[int, float]] | str:
     """llama.cpp's log probabilities of the ``count`` likeliest next tokens after each prompt; or why there are none.
 
-    ``written``: a token that it is made to write, of whole letters: of half a letter it says nothing. The log
-    probabilities are the model's own all the same.
+    ``written``: a token of whole letters, which llama.cpp is made to write: it reports nothing for a token that ends
+    within a letter. The log probabilities are the model's own all the same.
     """
     asked = json.dumps({"file": str(file), "prompts": prompts, "written": written, "count": count})
-    command = [sys.executable, "-P", __file__]  # -P: the names of this folder's files are not modules
+    # -P: without it, ``import accelerate`` or ``import torch`` would find the files beside this one.
+    command = [sys.executable, "-P", __file__]
     ended = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     if ended.returncode:
         lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
         return lines[-1] if lines else f"it ended with code {ended.returncode}"
+    # llama.cpp may print, too, so the answer is the last line.
     found = json.loads(ended.stdout.splitlines()[-1])
     return [{int(token): number for token, number in each.items()} for each in found]
 
 
 def _answer(asked: dict[str, Any]) -> list[dict[int, float]]:
-    """The answer of the process. Cache and attention are in float32 and without shortcuts, as transformers computes."""
+    """What the process answers. llama.cpp is set up to compute as transformers does: in float32, without shortcuts."""
     import xllamacpp
 
+    # One sequence, on the CPU, with nothing tried out beforehand.
     params = xllamacpp.CommonParams()
     params.model.path = asked["file"]
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = CONTEXT, 1, 0, 0
     threads = 1 if Path(asked["file"]).stat().st_size < ONE_THREAD else os.cpu_count() or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = params.fit_params = False
-    params.chat_template, params.use_jinja = "chatml", False  # the file's own is a program without bounds of time
+    # A built-in template in place of the file's own, which is a program without bounds of time.
+    params.chat_template, params.use_jinja = "chatml", False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
+    # One token, the likeliest, which the bias makes ``written``. Each prompt is computed anew.
     how = {"n_predict": 1, "max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "logprobs": asked["count"]}
     how |= {"logit_bias": [[asked["written"], 100.0]], "cache_prompt": False}
     answers = [server.handle_completions({"prompt": prompt, **how}) for prompt in asked["prompts"]]
@@ -68,4 +73,5 @@ def _answer(asked: dict[str, Any]) -> list[dict[int, float]]:
 
 
 if __name__ == "__main__":
+    # On a line of its own, also if llama.cpp has left one unfinished.
     print("\n" + json.dumps(_answer(json.load(sys.stdin))))

@@ -14,12 +14,10 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def adapters_off(model: PeftModel) -> Iterator[None]:
-    """Within it the model computes without its LoRA adapters.
-
-    peft's ``disable_adapter`` first looks up the state of all modules and takes ten times as long. Its
-    ``enable_adapters`` also changes which parameters are trained. A property with a setter would replace this.
-    """
+def switch_off_adapters(model: PeftModel) -> Iterator[None]:
+    """Let the model compute without its LoRA adapters. A property with a setter would replace this."""
+    # peft's ``disable_adapter`` first looks up the state of all modules and takes ten times as long. Its
+    # ``enable_adapters`` also changes which parameters are trained.
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for layer in layers:
         layer._disable_adapters = True
@@ -30,11 +28,12 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def refuses_lora(model: nn.Module, name: str) -> bool:
+def is_lora_refused(model: nn.Module, name: str) -> bool:
     """Whether peft refuses LoRA in a module of a model: Mamba's kernels read some weights past their modules.
 
-    It says so only while it changes the model. A public name for the check would replace this.
+    peft says so only while it changes the model. A public name for the check would replace this.
     """
+    # A release without the check refuses nothing.
     check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     try:
         if check is not None:
@@ -45,12 +44,9 @@ def refuses_lora(model: nn.Module, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def as_named() -> Iterator[None]:
-    """Within it peft adapts the modules that a config names.
-
-    In a mixture of experts it takes ``gate_proj``, ``up_proj`` and ``down_proj`` for names of old checkpoints, and
-    adapts the packed experts in place of the dense and shared layers of these names. An option of the config would
-    replace this.
-    """
+def adapt_as_named() -> Iterator[None]:
+    """Let peft adapt the modules that a config names. An option of the config would replace this."""
+    # In a mixture of experts, peft takes ``gate_proj``, ``up_proj`` and ``down_proj`` for names of old checkpoints. It
+    # would adapt the packed experts in place of the dense and shared layers of these names.
     with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
         yield

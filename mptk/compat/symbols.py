@@ -1,4 +1,4 @@
-"""torch: a model's integers as symbols, and what becomes of them as expressions.
+"""symbols: build a model from symbolic integers, so that the sizes of its weights are expressions of its config.
 
 There is no public way to build modules from symbolic sizes: torch makes such sizes only while it traces.
 """
@@ -24,18 +24,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from mptk.compat.torch import uncached_operators
+from mptk.compat.torch import stop_operator_cache
 
 Symbol: TypeAlias = sympy.Symbol
 SymbolicNumber: TypeAlias = Any
 """A sympy expression, an int or a float."""
+# In the names of modules with the code of models: those of transformers, and diffusers' package.
 CODE = re.compile(r"\.(modeling|configuration)_|^diffusers\.models\.")
-"""In the names of modules with the code of models."""
+# The largest denominator of an exponent. Fractions with larger ones could not be told apart from rounded floats.
 MOST = 10**6
-"""The largest denominator of an exponent, which floats tell apart."""
 
 
 class _Whole(type):
+    # isinstance(x, int) in the code of a model is also true of a symbolic integer.
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, (int, torch.SymInt))
 
@@ -44,32 +45,35 @@ class _Integer(metaclass=_Whole):
     """``int`` that keeps a symbolic number symbolic."""
 
     def __new__(cls, value: Any = 0, *base: int) -> Any:
+        # int(symbol) would give its value, and the size would no longer depend on the config.
         if isinstance(value, torch.SymFloat):
             return value.__trunc__()
         return value if isinstance(value, torch.SymInt) else int(value, *base)
 
 
 class _NoNumbers(TorchFunctionMode):
-    """Within it a number read from a tensor without numbers is NaN."""
+    """Lets NaN be read from tensors that have no numbers."""
 
+    # Constructors read numbers that no size depends on, such as a rate for each layer from ``torch.linspace``.
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if func in (Tensor.item, Tensor.tolist) and isinstance(args[0], FakeTensor):
-            return _unknown(() if func is Tensor.item else args[0].shape)
+            return _make_unknown(() if func is Tensor.item else args[0].shape)
         return func(*args, **(kwargs or {}))
 
 
-def _unknown(shape: Sequence[int]) -> object:
-    return [_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
+def _make_unknown(shape: Sequence[int]) -> object:
+    return [_make_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
 
 
 class Symbols:
     """Integers that torch computes with as symbols: the sizes of what is built from them are expressions of them."""
 
     def __init__(self) -> None:
+        # Without this a size of 0 or 1, such as one KV head, would become a plain number.
         self._env = ShapeEnv(specialize_zero_one=False)
 
     def integer(self, name: str, value: int) -> tuple[Symbol, int | torch.SymInt]:
-        """The sympy symbol of a new integer, and the integer itself. Where Python needs a number it is ``value``."""
+        """The sympy symbol of a new integer, and the integer itself, which is ``value`` if Python needs a number."""
         from torch._dynamo.source import ConstantSource  # takes time, so not before a trace
 
         symbol = self._env.create_symbol(
@@ -82,26 +86,29 @@ class Symbols:
         return symbol, self._env.create_symintnode(symbol, hint=value, source=None)
 
     @contextlib.contextmanager
-    def building(self, own: str) -> Iterator[None]:
-        """Within it tensors are made without numbers, and the code of models and of the module ``own`` takes symbols.
-
-        What asks whether a number is an ``int``, or makes one of it, would refuse it or lose what it depends on.
-        """
+    def build_symbolically(self, own: str) -> Iterator[None]:
+        """Make tensors without numbers, and let the code of models and of the module ``own`` take symbols."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(uncached_operators())
+            stack.enter_context(stop_operator_cache())
             mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+            # Code that asks whether a size is an ``int``, or makes one of it, would refuse a symbol or lose it. A
+            # global ``int`` of a module hides the builtin from that module only.
             for module in [m for name, m in sys.modules.items() if name == own or CODE.search(name)]:
-                stack.enter_context(_named(module, "int", _Integer))
-            stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
-            stack.enter_context(_named(nn.Module, "to", lambda module, *_, **__: module))
-            stack.enter_context(_named(torch.SymInt, "__hash__", lambda number: hash(number.node.hint)))
+                stack.enter_context(_patch_name(module, "int", _Integer))
+            # nn.LayerNorm asks whether its shape is a ``numbers.Integral``.
+            stack.enter_context(_patch_name(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
+            # Only shapes matter here, so nothing is moved or converted.
+            stack.enter_context(_patch_name(nn.Module, "to", lambda module, *_, **__: module))
+            # torch makes symbols unhashable; constructors put sizes into sets and dicts.
+            stack.enter_context(_patch_name(torch.SymInt, "__hash__", lambda number: hash(number.node.hint)))
+            # A comparison takes the branch of the symbols' values and sets no condition on them.
             for context in (self._env.suppress_guards(), mode, torch.device("cpu"), _NoNumbers()):
                 stack.enter_context(context)
             yield
 
 
 @contextlib.contextmanager
-def _named(module: object, name: str, value: object) -> Iterator[None]:
+def _patch_name(module: object, name: str, value: object) -> Iterator[None]:
     absent = object()
     before = vars(module).get(name, absent)
     setattr(module, name, value)
@@ -114,15 +121,16 @@ def _named(module: object, name: str, value: object) -> Iterator[None]:
             setattr(module, name, before)
 
 
-def expression(number: object) -> SymbolicNumber:
+def to_expression(number: object) -> SymbolicNumber:
     """A number as a sympy expression if it is symbolic, or itself."""
     return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
 
 
-def evaluated(numbers: Sequence[SymbolicNumber], values: dict[Symbol, int]) -> list[Any]:
-    """The numbers at the values of all their symbols. A quotient by 0 is 0, which is no size of a weight."""
+def evaluate_numbers(numbers: Sequence[SymbolicNumber], values: dict[Symbol, int]) -> list[Any]:
+    """The numbers at the values of all their symbols. A quotient by 0 counts as 0, which no weight has for a size."""
+    # Many sizes are the same expression: each is computed once.
     found = dict[SymbolicNumber, Any]()
-    for number in dict.fromkeys(number for number in numbers if symbols_in(number)):
+    for number in dict.fromkeys(number for number in numbers if find_symbols(number)):
         try:
             value = sympy_interp(PythonReferenceAnalysis, values, number)
             found[number] = int(value) if number.is_integer else value
@@ -140,40 +148,48 @@ def interpret(functions: object, values: Mapping[Symbol, Any], number: SymbolicN
     return sympy_interp(functions, dict(values), number)
 
 
-def symbols_in(number: SymbolicNumber) -> frozenset[Symbol]:
+def find_symbols(number: SymbolicNumber) -> frozenset[Symbol]:
     """The symbols that a number depends on."""
     return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()
 
 
-def value_of(number: SymbolicNumber, values: Mapping[Symbol, int]) -> Any:
+def compute_value(number: SymbolicNumber, values: Mapping[Symbol, int]) -> Any:
     """A number at some values of its symbols."""
     found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
     return int(found) if isinstance(found, sympy.Integer) else found
 
 
-def exponents(number: SymbolicNumber, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
-    """By how many percent a number grows at ``values`` if a symbol grows by one, as if nothing were rounded.
+def compute_exponents(number: SymbolicNumber, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
+    """By how many percent a number grows at ``values`` if a symbol grows by one percent, as if nothing were rounded.
 
-    A symbol's exponent if the number is a product; of a sum, each part counts as much as it is large.
+    If the number is a product, this is the symbol's exponent. The parts of a sum count by their sizes.
     """
-    smooth = _smooth(number, values) if symbols_in(number) else sympy.Integer(1)
-    found = {symbol: float(value_of(symbol * smooth.diff(symbol) / smooth, values)) for symbol in symbols_in(smooth)}
+    # ∂ log f / ∂ log s = s · f′ / f
+    smooth = _smooth(number, values) if find_symbols(number) else sympy.Integer(1)
+    found = {
+        symbol: float(compute_value(symbol * smooth.diff(symbol) / smooth, values)) for symbol in find_symbols(smooth)
+    }
     return {s: Fraction(e).limit_denominator(MOST) for s, e in found.items() if math.isfinite(e) and e}
 
 
 def _smooth(number: sympy.Basic, values: Mapping[Symbol, int]) -> sympy.Basic:
-    """An expression near ``values`` with quotients in place of rounded ones."""
+    """An expression near ``values`` without branches and rounding, so that it can be differentiated."""
+    # By name: torch's classes for functions of sizes (torch.utils._sympy.functions) are private.
     kind, args = type(number).__name__, [_smooth(part, values) for part in number.args]
+    # Functions with branches become the branch that is taken at ``values``.
     if kind in ("Max", "Min"):
-        return (max if kind == "Max" else min)(args, key=lambda part: value_of(part, values))
+        return (max if kind == "Max" else min)(args, key=lambda part: compute_value(part, values))
     if kind == "Where":
-        return args[1] if value_of(args[0], values) else args[2]
+        return args[1] if compute_value(args[0], values) else args[2]
+    # A remainder jumps, so it counts as a constant.
     if kind in ("Mod", "PythonMod"):
-        return sympy.Integer(value_of(number, values))
+        return sympy.Integer(compute_value(number, values))
+    # Quotients and roundings become quotients.
     if kind.endswith("Div"):
-        if len(parts := sympy.Add.make_args(args[0])) > 1:  # n + b - 1 and n + b / 2 only round n / b
-            least = value_of(args[1], values)
-            args[0] = sympy.Add(*(p for p in parts if p != args[1] and value_of(p, values) >= least)) or args[1]
+        if len(parts := sympy.Add.make_args(args[0])) > 1:
+            # n + b − 1 and n + b / 2 only round n / b up or to the nearest: such small terms go.
+            least = compute_value(args[1], values)
+            args[0] = sympy.Add(*(p for p in parts if p != args[1] and compute_value(p, values) >= least)) or args[1]
         return args[0] / args[1]
     if "Pow" in kind:
         return sympy.Pow(*args)

@@ -35,44 +35,43 @@ __all__ = [
     "FakeTensorMode",  # Runs a model on shapes only, with real index constants, which meta tensors would lose.
     "Guard",  # What a trace needs of its sizes.
     "OpOverload",  # The type of a traced call's target. A public name would replace it.
-    "assumed",
     "build_exported",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
-    "custom_function",
     "drop_tracked_inputs",
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
-    "field_names",
+    "express_size",
+    "find_custom_function",
+    "find_schema",
+    "find_size_hint",
+    "find_size_origin",
+    "forget_sources",
     "forward_hooks",
-    "gradient_hooks",
-    "located",
-    "origin",
-    "quiet_exporter",
-    "quiet_fakes",
-    "samples_last",
-    "schema",
-    "size_expression",
-    "size_hint",
-    "small_constants",
-    "sources_forgotten",
+    "hide_exporter_logs",
+    "hide_fake_logs",
+    "keep_small_constants",
+    "list_field_names",
+    "list_gradient_hooks",
+    "list_guards",
+    "mark_undecomposed",
+    "move_samples_last",
+    "record_locations",
+    "stop_operator_cache",
     "tree_leaves",  # The tensors of nested inputs, in torch.export's own order.
     "tree_map",  # The same nesting with other tensors.
-    "uncached_operators",
-    "undecomposed",
-    "usual_state",
+    "use_default_state",
     "vmap_closes",  # What a traced ``torch.vmap`` calls on its results. Its ops have no public names.
     "vmap_opens",  # The same on its operands.
 ]
 
+# Paths in the stack of a question that an operator asks while export computes the shape of its result.
 _KERNELS = ("/torch/_subclasses/", "/torch/_prims_common/", "/torch/_refs/")
-"""In the stack of what an operator asks while export computes the shape of its result."""
 
 
 @contextlib.contextmanager
-def sources_forgotten() -> Iterator[None]:
-    """Within it torch keeps the source of each module that it generates, and what it found out about symbolic sizes.
+def forget_sources() -> Iterator[None]:
+    """Drop what torch keeps of the block: the source of each generated module, and its caches of symbolic sizes.
 
-    Afterwards both are dropped. torch drops neither, so a process that compiles many models would grow with each. It
-    has no public way to.
+    torch drops neither and has no public way to, so a process that compiles many models would grow with each.
     """
     before = set(_loader.eval_cache)
     try:
@@ -91,13 +90,14 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
-def usual_state() -> Iterator[None]:
-    """Within it torch computes as in a new process, whatever the caller has set around the call.
+def use_default_state() -> Iterator[None]:
+    """Let torch compute as in a new process, whatever the caller has set around the call.
 
     Gradients can be taken, autocast is off, new tensors are on the CPU and not in half precision. A default type of
     float64 stays: the caller's module may make tensors in it.
     """
     with contextlib.ExitStack() as stack:
+        # Each is set only if it differs: most callers have set nothing.
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if not torch.is_grad_enabled():
@@ -114,20 +114,20 @@ def usual_state() -> Iterator[None]:
 
 
 def drop_tracked_inputs(exported: ExportedProgram) -> None:
-    """Let go of the fake inputs that an export tracked, which would keep all of it in memory for ever.
+    """Let go of the fake inputs that an export tracked, which would keep the whole export in memory for ever.
 
-    Their symbolic sizes point back to what tracks them from C++, so no garbage collection finds the circle. The export
-    needs them only while it runs. torch has no public way to drop them.
+    The export needs them only while it runs. torch has no public way to drop them.
     """
+    # Their symbolic sizes point back to what tracks them, from C++: no garbage collection finds that circle.
     for node in exported.graph.find_nodes(op="placeholder"):
         if isinstance(value := node.meta.get("val"), FakeTensor):
             sizes = value.fake_mode.shape_env
             if sizes is not None and sizes.tracked_fakes is not None:
                 sizes.tracked_fakes.clear()
-            return
+            return  # all inputs share one list
 
 
-def schema(target: object) -> FunctionSchema | None:
+def find_schema(target: object) -> FunctionSchema | None:
     """The schema of an operator: arguments, results, and what is written or aliased. None for other callables.
 
     ``OpOverload`` has no public attribute for it.
@@ -136,13 +136,13 @@ def schema(target: object) -> FunctionSchema | None:
     return found
 
 
-def custom_function(tensor: Tensor) -> type | None:
+def find_custom_function(tensor: Tensor) -> type | None:
     """The ``torch.autograd.Function`` with a backward of its own that made a tensor; None if none did."""
     found: type | None = getattr(type(tensor.grad_fn), "_forward_cls", None)
     return found
 
 
-def gradient_hooks(module: nn.Module) -> Iterator[str]:
+def list_gradient_hooks(module: nn.Module) -> Iterator[str]:
     """The names of parameters and parts with hooks on their gradients. torch lists them nowhere in public."""
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -157,23 +157,25 @@ def forward_hooks(module: nn.Module) -> list[object]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
-def field_names(value: tuple[object, ...]) -> tuple[str, ...] | None:
-    """The names of a named tuple's fields, which have an underscore though they are public; None of another tuple."""
+def list_field_names(value: tuple[object, ...]) -> tuple[str, ...] | None:
+    """The names of a named tuple's fields; None for another tuple."""
+    # ``_fields`` is public, in spite of its underscore.
     found: tuple[str, ...] | None = getattr(value, "_fields", None)
     return found
 
 
-def samples_last(value: Tensor) -> Tensor:
-    """A value within ``torch.vmap`` with the hidden dimensions after its own; any other value as it is.
+def move_samples_last(value: Tensor) -> Tensor:
+    """A value under ``torch.vmap`` with its samples as last dimensions; any other value as it is.
 
-    What code under ``torch.vmap`` sees of a tensor cannot be kept beyond it, and torch has no public way to the rest.
+    What code under ``torch.vmap`` sees of a tensor cannot be kept beyond it. torch has no public way to the samples.
     """
+    # Levels of ``torch.vmap`` may be nested; the innermost is unwrapped first.
     while (dim := maybe_get_bdim(value)) >= 0:
         value = get_unwrapped(value).movedim(dim, -1)
     return value
 
 
-def size_hint(size: torch.SymInt) -> int | None:
+def find_size_hint(size: torch.SymInt) -> int | None:
     """The value of a symbolic size in the example inputs; None if it depends on data.
 
     ``int(size)`` would specialise the graph to that size.
@@ -196,8 +198,8 @@ class Guard:
 
 
 @contextlib.contextmanager
-def located() -> Iterator[None]:
-    """Within it, export keeps the Python stack with each condition on sizes, and not only one frame."""
+def record_locations() -> Iterator[None]:
+    """Let export keep the Python stack with each condition on sizes, and not only one frame."""
     original = ShapeEnv._get_sloc
     ShapeEnv._get_sloc = lambda self, framework_loc=None: SLoc(framework_loc, _stack())  # type: ignore[method-assign]
     try:
@@ -207,6 +209,7 @@ def located() -> Iterator[None]:
 
 
 def _stack() -> str:
+    # From whoever asked ``ShapeEnv`` out to where export called the model; the frames around that are mptk's.
     frame, lines = sys._getframe(2), list[str]()
     while frame is not None and not frame.f_code.co_filename.endswith("/torch/export/_trace.py"):
         lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
@@ -214,29 +217,31 @@ def _stack() -> str:
     return "\n".join(reversed(lines))
 
 
-def assumed(sizes: Iterable[torch.SymInt]) -> list[Guard]:
+def list_guards(sizes: Iterable[torch.SymInt]) -> list[Guard]:
     """The conditions under which a trace with these symbolic sizes holds, in the order in which it asked for them."""
     environment: ShapeEnv | None = next((size.node.shape_env for size in sizes), None)
     if environment is None:
         return []
     pairs = ((environment.replace(guard.expr), str(guard.sloc.maybe_user_loc)) for guard in environment.guards)
-    return [Guard(holds, stack, _in_kernel(stack)) for holds, stack in pairs]
+    return [Guard(holds, stack, _is_in_kernel(stack)) for holds, stack in pairs]
 
 
-def origin(size: torch.SymInt) -> str:
+def find_size_origin(size: torch.SymInt) -> str:
     """The stack that made a symbolic size a number, or another size; empty if nothing did."""
+    # A symbol may be replaced by another, and that again: the last replacement counts.
     symbol, stack = size.node._expr, ""
     while (place := size.node.shape_env.replacements_slocs.get(symbol)) is not None:
         stack, symbol = str(place.maybe_user_loc), size.node.shape_env.replacements[symbol]
-    return "" if _in_kernel(stack) else stack
+    return "" if _is_in_kernel(stack) else stack
 
 
-def _in_kernel(stack: str) -> bool:
-    """Whether an operator asked, but not for a number, on which the count of its results may depend."""
+def _is_in_kernel(stack: str) -> bool:
+    """Whether an operator asked the question, and did not ask for a number."""
+    # If it asks for a number (guard_int), the count of its results may depend on it, as with ``unbind``.
     return any(part in stack for part in _KERNELS) and " in guard_int\n" not in stack
 
 
-def size_expression(size: torch.SymInt | torch.SymBool) -> Any:
+def express_size(size: torch.SymInt | torch.SymBool) -> Any:
     """A symbolic size, or a condition on sizes, as a sympy expression.
 
     Comparing the sizes themselves would add a guard to the graph.
@@ -255,8 +260,9 @@ def build_exported(
 ) -> ExportedProgram:
     """An ``ExportedProgram`` with another graph and weights. Size ranges, nesting and verifier are taken from ``like``.
 
-    torch asks users not to call the constructor. A public way to edit an exported program would replace this.
+    A public way to edit an exported program would replace this.
     """
+    # torch asks users not to call the constructor.
     return ExportedProgram(
         root=graph,
         graph=graph.graph,
@@ -275,8 +281,8 @@ class _Undecomposed(ExportedProgram):
         return self
 
 
-def undecomposed(exported: ExportedProgram) -> ExportedProgram:
-    """``exported`` for ``torch.onnx.export`` without decomposition, for which that has no option."""
+def mark_undecomposed(exported: ExportedProgram) -> ExportedProgram:
+    """``exported`` in a form that ``torch.onnx.export`` does not decompose. It has no option for that."""
     return _Undecomposed(
         root=exported.graph_module,
         graph=exported.graph,
@@ -291,11 +297,9 @@ def undecomposed(exported: ExportedProgram) -> ExportedProgram:
 
 
 @contextlib.contextmanager
-def uncached_operators() -> Iterator[None]:
-    """Within it fake tensors do not remember what operators gave, which a symbolic trace would keep for ever.
-
-    There is no public switch.
-    """
+def stop_operator_cache() -> Iterator[None]:
+    """Let fake tensors not remember the results of operators. There is no public switch."""
+    # The cache is global, and its keys would keep all symbolic sizes of a trace for ever.
     import torch._dynamo.config  # takes time, so not before a trace
 
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
@@ -303,15 +307,16 @@ def uncached_operators() -> Iterator[None]:
 
 
 KNOWN_NUMBERS = 4096
-"""Most numbers of a constant that ``small_constants`` computes with."""
+"""Elements of the largest constant whose numbers ``keep_small_constants`` keeps. torch's own limit is 1."""
 
 
 @contextlib.contextmanager
-def small_constants() -> Iterator[None]:
-    """Within it, a trace computes with the numbers of constants of up to ``KNOWN_NUMBERS`` elements.
+def keep_small_constants() -> Iterator[None]:
+    """Let a trace compute with the numbers of constants of up to ``KNOWN_NUMBERS`` elements.
 
-    So sizes that ``forward`` computes of a constant stay numbers. There is no public switch.
+    So sizes that ``forward`` computes from a constant stay numbers. There is no public switch.
     """
+    # Both modules have a name of their own for the limit.
     before = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
     for module, _ in before:
         setattr(module, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS)  # noqa: B010 (mypy: torch declares it final)
@@ -323,23 +328,23 @@ def small_constants() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_exporter(name: str = "torch.onnx._internal.exporter._registration") -> Iterator[None]:
+def hide_exporter_logs(name: str = "torch.onnx._internal.exporter._registration") -> Iterator[None]:
     """Silence ``torch.onnx.export``, which logs a warning for each torchvision operator if torchvision is missing.
 
     ``name``: of another logger; ``torch.export`` logs the traceback of what it also raises.
     """
-    with _level(name, logging.CRITICAL), warnings.catch_warnings():
+    with _set_level(name, logging.CRITICAL), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def quiet_fakes() -> contextlib.AbstractContextManager[None]:
+def hide_fake_logs() -> contextlib.AbstractContextManager[None]:
     """Silence fake tensors, which log the traceback of each operator that refuses its shapes."""
-    return _level(fake_tensor.__name__, logging.CRITICAL)
+    return _set_level(fake_tensor.__name__, logging.CRITICAL)
 
 
 @contextlib.contextmanager
-def _level(name: str, wanted: int) -> Iterator[None]:
+def _set_level(name: str, wanted: int) -> Iterator[None]:
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(wanted)

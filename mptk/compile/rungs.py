@@ -1,7 +1,8 @@
-"""rungs: the smaller sizes of a ladder within the folder of the largest, whose weights they share.
+"""rungs: the smaller sizes of a ladder inside the folder of the largest, whose weights they share.
 
-``rungs/SIZE`` has each file of the size's folder that the largest size's folder lacks or has with other content, and a
-part of each file of weights (``io/slices.py``). Its manifest lists the files of the whole folder.
+``rungs/SIZE`` has each file that differs from the largest size's folder or is missing there, and of each file of
+weights only what is not a slice of the larger weights (``io/slices.py``). Its manifest lists the files of the whole
+folder, as the size was proven.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mptk.compile.changes import COMPENSATION
+from mptk.compile.cut import COMPENSATION
 from mptk.errors import MptkError, ProofError
-from mptk.io.slices import Places, in_files, restore_file, write_part
-from mptk.ir.weights import Weights
-from mptk.publish.manifest import MARKER, RUNGS, file_sha256, listed, read_manifest
+from mptk.io import Places, open_file_weights, restore_file, write_part
+from mptk.ir import Weights
+from mptk.publish.manifest import MARKER, RUNGS, hash_file, list_files, read_manifest
 
 PART_SUFFIX = ".part"
-"""What the name of a part adds to the file's: no program takes it for weights."""
+"""The end of a part's name. With it no program that looks for ``*.safetensors`` takes a part for weights."""
 
 
-def sizes_in(folder: Path) -> list[str]:
+def list_rung_sizes(folder: Path) -> list[str]:
     """The names of the smaller sizes in a folder, the largest first."""
     return sorted(
         (place.parent.name for place in (folder / RUNGS).glob(f"*/{MARKER}")), key=lambda name: (len(name), name)
@@ -28,14 +29,14 @@ def sizes_in(folder: Path) -> list[str]:
 
 def keep_rung(full: Path, folder: Path, places: Places) -> None:
     """Keep the published folder ``full`` of a size within ``folder``, which is being made for the largest size."""
-    rung, larger = folder / RUNGS / full.name, _weights(folder)
-    for name in [*listed(full), MARKER]:
+    rung, larger = folder / RUNGS / full.name, _open_weights(folder)
+    for name in [*list_files(full), MARKER]:
         file, same = full / name, folder / name
         place = rung / name
         if _has_weights(name):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_part(file, larger, places, rung / f"{name}{PART_SUFFIX}")
-        elif not same.is_file() or file_sha256(same) != file_sha256(file):
+        elif not same.is_file() or hash_file(same) != hash_file(file):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
 
@@ -47,24 +48,25 @@ def restore_rung(folder: Path, size: str, new: Path) -> None:
         MptkError: a file is missing or damaged, or is not as the size was proven.
     """
     rung = folder / RUNGS / size
-    own, shared, larger = {*listed(rung)}, {*listed(folder)}, _weights(folder)
+    own, shared, larger = {*list_files(rung)}, {*list_files(folder)}, _open_weights(folder)
     for name, digest in read_manifest(rung).items():
         part, file = f"{name}{PART_SUFFIX}", new / name
-        if not {name, part} & (own | shared):  # names come from a file; these are in the folders
+        if not {name, part} & (own | shared):  # a manifest may name anything; only listed files are opened
             raise MptkError(f"{folder} lacks {name} of size {size}; do not use it, prune again")
         file.parent.mkdir(parents=True, exist_ok=True)
         if part in own:
             restore_file(rung / part, larger, file)
         else:
             shutil.copyfile((rung if name in own else folder) / name, file)
-        if file_sha256(file) != digest:
+        # The rebuilt folder is what was proven only if each file has the same bytes.
+        if hash_file(file) != digest:
             raise ProofError(f"{name} of size {size} is not as it was proven; do not use {folder}, prune again")
 
 
-def _weights(folder: Path) -> Weights:
-    return in_files(sorted(file for file in folder.glob("*.safetensors") if _has_weights(file.name)))
+def _open_weights(folder: Path) -> Weights:
+    return open_file_weights(sorted(file for file in folder.glob("*.safetensors") if _has_weights(file.name)))
 
 
 def _has_weights(name: str) -> bool:
-    """Whether a file of a folder holds weights of its checkpoint."""
+    """Whether a file holds weights of the folder's checkpoint, unlike FLAP's biases and the proof's inputs."""
     return "/" not in name and name.endswith(".safetensors") and name != COMPENSATION

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from mptk.config.setting import Idle
 from mptk.cost.budgets import CACHED, LATENCY
-from mptk.ir.consumers import only_graphs
+from mptk.ir import needs_graphs
 
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
 RUNS = ("prune", "recover", "shapes")
 CHOOSING, READING = (*SEARCH, "advise"), (*RUNS, "advise")
-"""The commands that choose units, and the commands that read data."""
+"""The commands that choose units, and the commands that read data. ``RUNS`` are those that write a result."""
 ON_DEVICE = (*READING, "verify", "export", "generate", "eval", "bench")
 
 # ---- cases in which a setting does nothing ----
+# A typed option that does nothing is an error, so each case has a reason and a remedy. Lambdas get an ``Asked``. Of the
+# cases of a setting the first that holds is named.
 
 PLANNED = Idle(lambda a: a.settings.plan is not None, "--plan already says which units stay", "leave out one of both")
 ALL_STAY = Idle(
@@ -54,6 +56,7 @@ WHOLE_BLOCKS = Idle(
     lambda a: not a.settings.distil_epochs, "it needs --distil-epochs", "give --distil-epochs 3, or leave it out"
 )
 UNTRAINED = (
+    # A search has a remedy of its own: it trains on tokens of its own, without --steps.
     Idle(lambda a: a.settings.search and not a.settings.trains, "nothing is trained", QUICK.remedy),
     Idle(lambda a: not a.settings.trains, "nothing is trained", "give --steps, or leave it out"),
 )
@@ -62,7 +65,7 @@ DECIDED = Idle(lambda a: not a.undecided, "the numbers that it would choose are 
 NO_GRAPH = Idle(lambda a: not a.settings.onnx, "--no-onnx writes no graph", "leave out one of both")
 ENGINED = Idle(lambda a: a.settings.engines, "--engines names the programs", "leave out one of both")
 UNREAD = Idle(
-    lambda a: a.writes and not a.settings.onnx and only_graphs(a.settings.engines),
+    lambda a: a.writes and not a.settings.onnx and needs_graphs(a.settings.engines),
     "--no-onnx writes no graph, and it names a program that reads nothing else",
     "leave out one of both",
 )

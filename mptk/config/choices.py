@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 from mptk.config.setting import Choices
-from mptk.ir.consumers import ENGINES, FORMS
+from mptk.ir import ENGINES, FORMS
 
 IN_MEMORY = "samples given in Python"
 """What settings and reports call samples that were given in memory."""
 INPUTS = ".safetensors"
-"""Suffix of a file of inputs."""
+"""Suffix of a file of inputs. It holds only tensors, unlike a pickle, which may run code."""
 UNIFORM, FREE = LAYERS = ("uniform", "free")
 """Whether all cut layers share their widths, or each has its own."""
+# Names, not the objects that they name: settings import no library, and methods and targets import torch. A test
+# compares them with what there is.
 METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),
@@ -31,4 +33,4 @@ MOST_SPARSITY = 0.99
 SAMPLES = 32
 """Calibration windows of a run whose minutes do not count."""
 TRIAL_TOKENS = 131_072
-"""Tokens on which a search trains, if minutes do not count."""
+"""Tokens on which a search trains, if minutes do not count: 64 steps of eight windows of 256."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from mptk.config.cases import ADAPTED, NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
-from mptk.config.setting import COUNT, SEED, Choices, Default, Record, record, setting
+from mptk.config.setting import COUNT, SEED, Choices, Default, Record, declare_setting, record
 from mptk.errors import MptkError
 
 MINUTES = 20
@@ -15,6 +15,7 @@ SEARCH_MINUTES = 60
 MOST_STEPS = 200
 """Most training steps that the default minutes choose."""
 
+# Two were too few, and about 32 cost an eighth to a fifth of the perplexity (`benchmarks/maskprune.md`).
 MASK_STEPS = 8
 """Default steps that learn masks, however many steps there are in all (``docs/maskprune.md``)."""
 MASK_PARTS = 4
@@ -24,12 +25,15 @@ LORA_RANK = 16
 """Default rank of LoRA."""
 MASK_RATE, LORA_RATE, FULL_RATE = 0.0053, 0.016, 0.0016
 """Peak learning rates as shares of the weights' size: while masks are learned; in recovery, of adapters and of all
-weights (``docs/recovery.md``)."""
+weights (``docs/recovery.md``).
+
+As shares of the weights' size one rate suits models whose weights differ in size (``benchmarks/recovery.md``). Adapters
+take ten times the rate of all weights."""
 
 
 def of_training(default: Default, help: str, on: tuple[str, ...] = RUNS, **more: object) -> Default:
     """Declare a setting that needs training: without training it does nothing."""
-    return setting(default, help, TRAIN, on, UNTRAINED, **more)
+    return declare_setting(default, help, TRAIN, on, UNTRAINED, **more)
 
 
 @record
@@ -63,7 +67,7 @@ class Training(Record):
         f"Peak learning rate of AdamW; by default {FULL_RATE} (LoRA: {LORA_RATE}) of the weights' typical size.",
         within=(0.0, 100.0),
     )
-    optimizer: str = setting(
+    optimizer: str = declare_setting(
         "adamw",
         "muon: trains the matrices, and AdamW the rest, if all weights are trained.",
         TRAIN,
@@ -71,13 +75,13 @@ class Training(Record):
         (*UNTRAINED, ADAPTED),
         choices=Choices(("adamw", "muon")),
     )
-    warmup: float = setting(
+    warmup: float = declare_setting(
         0.05, "Share of steps for warm-up; then the rate falls to 0 along a cosine.", within=(0.0, 1.0)
     )
-    clip: float = setting(1.0, "Largest norm of a step's gradient.", within=(0.0, 1e9))
+    clip: float = declare_setting(1.0, "Largest norm of a step's gradient.", within=(0.0, 1e9))
     losses: LossWeights = field(default_factory=LossWeights)
     save_every: int = of_training(25, "Steps between checkpoints.", TRAINING, within=(1, COUNT))
-    seed: int = setting(0, "Seed of training; --seed sets it.", within=SEED)
+    seed: int = declare_setting(0, "Seed of training; --seed sets it.", within=SEED)
 
 
 @record
@@ -85,16 +89,19 @@ class Training(Record):
 class Rates(Record):
     """Step sizes of MaskPrune. They have no unit, and are totals over the steps that learn masks."""
 
-    width: float = setting(6.0, "Largest change of a family's width, as a share of the width.")
-    price: float = setting(20.0, "Change of ln z for a budget missed by a tenth of the model.")
-    urgency: float = setting(2.0, "Extra change of ln z while the budget is missed.")
-    fisher: float = setting(
+    width: float = declare_setting(6.0, "Largest change of a family's width, as a share of the width.")
+    price: float = declare_setting(20.0, "Change of ln z for a budget missed by a tenth of the model.")
+    urgency: float = declare_setting(2.0, "Extra change of ln z while the budget is missed.")
+    fisher: float = declare_setting(
         0.98, "Share of a value that the moving average F still holds after an eighth of the steps."
     )
-    drift: float = setting(0.9, "Share of a value that the moving average d still holds after an eighth of the steps.")
+    drift: float = declare_setting(
+        0.9, "Share of a value that the moving average d still holds after an eighth of the steps."
+    )
 
-    def over(self, steps: int) -> Rates:
+    def divide_over(self, steps: int) -> Rates:
         """The rates for one of ``steps`` steps: the memories of the moving averages are per step."""
+        # What an average holds after an eighth of the steps stays the same, however many steps there are.
         return replace(self, fisher=self.fisher ** (8 / steps), drift=self.drift ** (8 / steps))
 
 
@@ -109,14 +116,14 @@ class Learning(Record):
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
     """
 
-    steps: int | None = setting(
+    steps: int | None = declare_setting(
         None,
         "Training steps in total; default: as --minutes choose for recover and if the method learns, else 0.",
         TRAIN,
         (*TRAINING, "advise"),
         within=(0, COUNT),
     )
-    mask_share: float | None = setting(
+    mask_share: float | None = declare_setting(
         None,
         f"Share of steps that learn masks; default: {MASK_STEPS} steps.",
         TRAIN,
@@ -141,7 +148,7 @@ class Learning(Record):
     tracker: str = of_training(
         "none", "Where to log training.", TRAINING, choices=Choices(("none", "tensorboard", "wandb"))
     )
-    rates: Rates = setting(Rates(), "Step sizes of MaskPrune.")  # noqa: RUF009  # it is frozen
+    rates: Rates = declare_setting(Rates(), "Step sizes of MaskPrune.")  # noqa: RUF009  # it is frozen
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,12 +168,14 @@ class Learning(Record):
     def mask_parts(self) -> int:
         """Steps of the solver for each of ``mask_steps``."""
         batch = self.training.batch
+        # As many as divide the batch and leave two windows or more in each.
         return next((p for p in range(MASK_PARTS, 1, -1) if batch % p == 0 and batch >= 2 * p), 1)
 
     def of_masks(self, size: float) -> Learning:
         """The settings for learning masks: their rank, learning rate and batch. ``size``: of the model's weights."""
         found, parts = self._with(self.rank or LORA_RANK, MASK_RATE * size), self.mask_parts
         training = found.training
+        # Checkpoints come as often as without parts: `save_every` counts whole steps.
         training = replace(training, batch=training.batch // parts, save_every=training.save_every * parts)
         return replace(found, training=training)
 
@@ -175,11 +184,15 @@ class Learning(Record):
 
         ``size``: of the model's weights.
         """
+        # Rank 0 is the user's word for all weights. Without a word, frozen weights need adapters.
         rank = LORA_RANK if self.rank is None and frozen else self.rank or 0
         return self._with(rank, (LORA_RATE if rank else FULL_RATE) * size)
 
     def _with(self, rank: int, lr: float) -> Learning:
-        """Settings with these. The rate has one digit, so that rounding on another machine does not change it."""
+        """Settings with these. The rate has one digit, so that rounding on another machine does not change it.
+
+        Adapters are trained by AdamW.
+        """
         given = self.training.lr
         optimizer = "adamw" if rank else self.training.optimizer
         training = replace(self.training, lr=float(f"{lr:.0e}") if given is None else given, optimizer=optimizer)

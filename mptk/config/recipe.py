@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from mptk.config.setting import Asked, Record, idle, taken
+from mptk.config.setting import Asked, Record, find_idle, find_settings
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
-from mptk.io.dense import absolute
+from mptk.io import resolve_model_name
 from mptk.reading import read_text
 
 RECIPE_FILE = "run.yaml"
@@ -22,25 +22,27 @@ LARGEST_RECIPE = 1 << 20
 """Largest recipe that is read, in bytes."""
 
 
-def refused(kind: type[Record]) -> set[str]:
-    """Options that a recipe may not set, as others write recipes: where results are written, and whose code runs."""
-    return {"out", *(each.option() for each in kind.declared if each.setting.recipe == "refused")}
+def list_refused(kind: type[Record]) -> set[str]:
+    """Options that a recipe may not set, because others write recipes: where results go, and whose code runs."""
+    return {"out", *(each.name_option() for each in kind.declared if each.setting.recipe == "refused")}
 
 
-def recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, object]:
+def build_recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, object]:
     """Option → value of a command's run, without options that are None or that a recipe may not set."""
-    found: dict[str, object] = {"model": model, **recorded(settings, command)}
+    found: dict[str, object] = {"model": model, **collect_recorded(settings, command)}
+    # The one setting that has two options, which name its phase.
     if settings.max_ms is not None and command == "prune":
         found[f"max_{settings.objective}_ms"] = settings.max_ms
     return found
 
 
-def recorded(record: Record, command: str) -> dict[str, object]:
+def collect_recorded(record: Record, command: str) -> dict[str, object]:
     """Option → value of a record's settings that a command's recipe keeps."""
     found = {}
-    for name, each in taken(type(record), command).items():
+    for name, each in find_settings(type(record), command).items():
         value = each.of(record)
         if each.setting.recipe == "written" and value is not None:
+            # In plain YAML, and a size as it is typed, with a unit.
             plain = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             found[name] = f"{plain}B" if each.setting.form == "size" else plain
     return found
@@ -53,9 +55,10 @@ def write_recipe(
 
     ``ladder``: the sparsities of sizes that share weights, of which ``settings`` have one, and its part of the steps.
     """
-    model = absolute(source)
+    model = resolve_model_name(source)
     command = "prune" if start is None else "recover"
-    values = recipe(model, settings, command)
+    values = build_recipe(model, settings, command)
+    # The settings are one size's. The recipe repeats the whole ladder, whose steps are divided again.
     if ladder:
         values |= {"ladder": ",".join(f"{size:g}" for size in ladder), "steps": len(ladder) * settings.steps}
         del values["sparsity"]
@@ -65,22 +68,24 @@ def write_recipe(
     write_text(folder / RECIPE_FILE, f"# mptk {command} --config {RECIPE_FILE} --out FOLDER\n{text}")
 
 
-def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
+def format_command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
     """The command that prunes ``model`` to ``widths`` with the settings of a search.
 
     Options at their default, and options that would do nothing, are left out.
     """
+    # The command cuts, so it searches no more and writes graphs, which a search does not.
     own = replace(settings, widths=dict(widths), search=False, onnx=True)
-    plain, skipped = recipe(model, Settings()), {"model", *idle("prune", Asked(own, learns=own.steps > 0))}
+    plain, skipped = build_recipe(model, Settings()), {"model", *find_idle("prune", Asked(own, learns=own.steps > 0))}
     found = ["mptk", "prune", model]
-    for name, value in recipe(model, own).items():
+    for name, value in build_recipe(model, own).items():
         if name not in skipped and value != plain.get(name):
-            found += _typed(f"--{name.replace('_', '-')}", value)
+            found += _format_option(f"--{name.replace('_', '-')}", value)
+    # No recipe has it, but this command is printed for the caller who said it.
     found += ["--trust-remote-code"] if settings.trust_remote_code else []
     return shlex.join([*found, "--out", f"{Path(model).stem}-pruned"])
 
 
-def _typed(flag: str, value: object) -> list[str]:
+def _format_option(flag: str, value: object) -> list[str]:
     """An option as the user types it."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
@@ -107,11 +112,11 @@ def read_recipe(path: Path) -> dict[str, object]:
     text = read_text(path, lambda why: MptkError(f"cannot read {path}: {why}; check its name"), LARGEST_RECIPE)
     try:
         content = yaml.load(text, Loader=_Recipe)  # it is a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
         raise MptkError(
             f"{path} is not YAML: {' '.join(str(error).split())}; write lines as 'sparsity: 0.3'"
         ) from error
-    except RecursionError as error:
+    except RecursionError as error:  # PyYAML calls itself once for each level
         raise MptkError(f"{path} is nested too deep; write lines as 'sparsity: 0.3'") from error
     if not isinstance(content, dict):
         raise MptkError(f"{path} does not list options; write lines as 'sparsity: 0.3'")

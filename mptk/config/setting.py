@@ -1,7 +1,7 @@
 """setting: the declaration of a setting, and what follows from it: checks, keywords and saved values.
 
-A setting is a field of a dataclass that extends ``Record``, with the default ``setting(…)``. The command line, recipes,
-Python keywords, checks and ``docs/settings.md`` are made from these declarations.
+A setting is a field of a dataclass that extends ``Record``, with the default ``declare_setting(…)``. The command line,
+recipes, Python keywords, checks and ``docs/settings.md`` are made from these declarations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 
 from mptk.arguments import check_arguments
-from mptk.errors import MptkError, did_you_mean
+from mptk.errors import MptkError, suggest_name
 
 Default = TypeVar("Default")
 AnyRecord = TypeVar("AnyRecord", bound="Record")
@@ -32,7 +32,7 @@ SEED = (0, 2**32 - 1)
 class Choices:
     """The values that a setting may have. ``plugins``: groups of entry points, whose names are values too.
 
-    ``numbered``: names that may end with a number, as ``cuda:1``. ``or_ranges``: or numbers, as ``5-20,28``.
+    ``numbered``: names that may end with a number, such as ``cuda:1``. ``or_ranges``: or numbers, such as ``5-20,28``.
     """
 
     names: tuple[str, ...]
@@ -46,19 +46,20 @@ class Choices:
         named = [word for name in self.names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
         return [*named, "5-20,28"] if self.or_ranges else named
 
-    def known(self) -> list[str]:
+    def list_values(self) -> list[str]:
         """All values, with those of installed plugins."""
         others = (entry.name for group in self.plugins for entry in entry_points(group=group))
         return list(dict.fromkeys([*self.names, *others]))
 
-    def wrong(self, value: str) -> str | None:
+    def explain_wrong(self, value: str) -> str | None:
         """What is wrong with a value; None if it is allowed."""
-        known = self.known()
+        # The type of a device may have a number, and layers may be given by theirs.
+        known = self.list_values()
         if value in known or (re.fullmatch(r"(\w+):\d+", value) and value.partition(":")[0] in self.numbered):
             return None
-        if self.or_ranges and numbers_in(value):
+        if self.or_ranges and parse_numbers(value):
             return None
-        hint = did_you_mean(value, known, "")
+        hint = suggest_name(value, known, "")
         numbers = ", or give numbers as 5-20,28" if self.or_ranges else ""
         return f"{value!r} is not known; {f'{hint} ' if hint else ''}choose one of {', '.join(known)}{numbers}"
 
@@ -93,11 +94,12 @@ class Setting:
     """The declaration of a setting.
 
     ``panel``: the panel of the help that shows the option; without a panel there is no option. ``on``: the commands
-    that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``: bounds
-    of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some commands.
-    ``form``: how a value is typed that is no word or number. ``recipe``: a run writes the setting into its recipe, only
-    reads it from one, or refuses it there, as others write recipes. ``resumable``: an unfinished run may go on with
-    another value. ``said_in_call``: it holds only in the call in which the caller said it: no file stores or sets it.
+    that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``:
+    bounds of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some
+    commands. ``form``: how a value is typed that is not a word or a number. ``recipe``: a run writes the setting into
+    its recipe, only reads it from one, or refuses it there, because others write recipes. ``resumable``: an unfinished
+    run may go on with another value. ``said_in_call``: it holds only in the call in which the caller said it: no file
+    stores or sets it.
     """
 
     help: str
@@ -114,8 +116,12 @@ class Setting:
     said_in_call: bool = False
 
 
-def setting(default: Default, *declared: Any, **more: Any) -> Default:
-    """Declare a field of a ``Record`` as a setting. Keywords are the fields of ``Setting``."""
+def declare_setting(default: Default, *declared: Any, **more: Any) -> Default:
+    """Declare a field of a ``Record`` as a setting. Arguments are the fields of ``Setting``, in order or by name.
+
+    For type checkers it returns the default, so that ``name: int = declare_setting(1, …)`` is an int.
+    """
+    # A dict as a default would be shared by all records: dataclasses refuse it.
     given: Any = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
     made: Default = field(**given, metadata={Setting: Setting(*declared, **more)})
     return made
@@ -135,7 +141,7 @@ class Declared:
         """The field's name, which is the Python keyword."""
         return self.path.rpartition(".")[2]
 
-    def option(self, command: str = "") -> str:
+    def name_option(self, command: str = "") -> str:
         """The option's name in a command."""
         return self.setting.renamed.get(command) or self.setting.option or self.name
 
@@ -143,20 +149,24 @@ class Declared:
         """The setting's value in a record."""
         return attrgetter(self.path)(record)
 
-    def kept(self, value: object) -> object:
+    def to_stored(self, value: object) -> object:
         """A value as the field stores it: a name or several names as a tuple, and a path as text."""
+        # Callers give one name or a list, and JSON has only lists. Settings are frozen, so they hold tuples.
         if get_origin(self.kind) is tuple and isinstance(value, str | list):
             return (value,) if isinstance(value, str) else tuple(value)
         return str(value) if isinstance(value, Path) else value
 
     def check(self, value: Any) -> None:
         """Raise MptkError if a value is outside its bounds or not among its choices."""
+        # A name that may be a plugin's is checked where it is looked up (`find_method`, `find_target`).
         bounds, choices = self.setting.within, self.setting.choices
-        if value is not None and bounds is not None and (wrong := outside(value, *bounds)) is not None:
-            raise MptkError(f"{self.name}: {wrong}; give a number from {shown(bounds[0])} to {shown(bounds[1])}")
+        if value is not None and bounds is not None and (wrong := find_bound_error(value, *bounds)) is not None:
+            raise MptkError(
+                f"{self.name}: {wrong}; give a number from {format_number(bounds[0])} to {format_number(bounds[1])}"
+            )
         if value is not None and choices is not None and not choices.plugins:
             for each in value if isinstance(value, tuple) else (value,):
-                if (wrong := choices.wrong(each)) is not None:
+                if (wrong := choices.explain_wrong(each)) is not None:
                     raise MptkError(f"{self.name}: {wrong}")
 
 
@@ -171,6 +181,7 @@ class Record:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
+        # A record that is a field has checked its own settings when it was made.
         for each in self.declared:
             if "." not in each.path:
                 each.check(getattr(self, each.path))
@@ -179,6 +190,7 @@ class Record:
 def record(kind: type[AnyRecord]) -> type[AnyRecord]:
     """Collect the declarations of a dataclass. Its docstring gets a line for each."""
     hints, found = get_type_hints(kind), list[Declared]()
+    # A field is a setting, or a record whose settings are this record's too, under a dotted path.
     for each in fields(kind):
         if Setting in each.metadata:
             default = each.default_factory() if callable(each.default_factory) else each.default
@@ -191,23 +203,26 @@ def record(kind: type[AnyRecord]) -> type[AnyRecord]:
     return kind
 
 
-def taken(kind: type[Record], command: str) -> dict[str, Declared]:
+def find_settings(kind: type[Record], command: str) -> dict[str, Declared]:
     """Option → setting of a command."""
-    return {each.option(command): each for each in kind.declared if command in each.setting.on}
+    return {each.name_option(command): each for each in kind.declared if command in each.setting.on}
 
 
-def values(record: Record, command: str) -> dict[str, Any]:
+def collect_values(record: Record, command: str) -> dict[str, Any]:
     """Keyword → value of the record's own settings that a command has."""
-    return {each.path: each.of(record) for each in taken(type(record), command).values() if "." not in each.path}
+    return {
+        each.path: each.of(record) for each in find_settings(type(record), command).values() if "." not in each.path
+    }
 
 
-def idle(command: str, asked: Asked) -> dict[str, str]:
+def find_idle(command: str, asked: Asked) -> dict[str, str]:
     """Option of a command that would do nothing → the reason and the remedy."""
+    # Remedies name options, whose names may differ between commands.
     kind = type(asked.settings)
-    flags = {each.name: f"--{each.option(command).replace('_', '-')}" for each in kind.declared}
+    flags = {each.name: f"--{each.name_option(command).replace('_', '-')}" for each in kind.declared}
     return {
         name: f"{rule.why}; {rule.remedy.format_map(flags)}"
-        for name, each in taken(kind, command).items()
+        for name, each in find_settings(kind, command).items()
         for rule in reversed(each.setting.idle)  # of several the first one counts
         if rule.when(asked)
     }
@@ -216,33 +231,30 @@ def idle(command: str, asked: Asked) -> dict[str, str]:
 # ---- values from outside ----
 
 
-def keywords(kind: type[Record]) -> list[str]:
-    """Every name that ``with_keywords`` takes: settings and records of settings."""
-    return list(dict.fromkeys(name for each in kind.declared for name in each.path.split(".")))
-
-
 def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     """Copy the record with some values replaced. Keywords are names of its fields, or of fields of the records in it.
 
-    A name that several records share, as ``seed``, is set in all of them. One name may stand for a list of one.
+    A name that several records share, such as ``seed``, is set in all of them. One name may stand for a list of one.
 
     Raises:
         MptkError: there is no such field (the message has the nearest name), or its value is refused.
     """
-    known = keywords(type(record))
+    # Settings and records of settings, each once.
+    known = list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
     if unknown := sorted(values.keys() - set(known)):
-        hint = did_you_mean(unknown[0], known, "help(mptk.Settings) has them all")
+        hint = suggest_name(unknown[0], known, "help(mptk.Settings) has them all")
         raise MptkError(f"there is no setting {unknown[0]!r}; {hint}")
-    return _replaced(record, values)
+    return _replace_values(record, values)
 
 
-def _replaced(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
-    kept = {each.path: each.kept for each in record.declared}
+def _replace_values(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
+    # A record may be given as a whole, and some of its fields beside it: these count.
+    kept = {each.path: each.to_stored for each in record.declared}
     changes = {}
     for name, inner in vars(record).items():
         given = values.get(name, inner)
         if isinstance(given, Record) and name not in kept:
-            given = _replaced(given, values)
+            given = _replace_values(given, values)
         changes[name] = kept[name](given) if name in kept else given
     return replace(record, **changes)
 
@@ -262,13 +274,14 @@ def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} is not an object")
+    # Fields that are missing keep their defaults: an earlier version did not have them.
     known, hints = {each.path: each for each in kind.declared}, get_type_hints(kind)
     given: dict[str, object] = {}
     for name in (each.name for each in fields(kind)):
         if isinstance(hints[name], type) and issubclass(hints[name], Record):
             given[name] = from_json(hints[name], data.get(name), f"{where}.{name}")
         elif name in data and not known[name].setting.said_in_call:
-            given[name] = known[name].kept(data[name]) if isinstance(data[name], list) else data[name]
+            given[name] = known[name].to_stored(data[name]) if isinstance(data[name], list) else data[name]
     try:
         return kind(**given)
     except MptkError as error:  # a value that no record takes
@@ -278,8 +291,9 @@ def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
 # ---- numbers ----
 
 
-def numbers_in(text: str) -> frozenset[int]:
+def parse_numbers(text: str) -> frozenset[int]:
     """``5-7,28`` → {5, 6, 7, 28}; empty if ``text`` is something else."""
+    # Five digits are more layers than any model has, and bound the memory that a range from a file takes.
     if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text, re.ASCII):
         return frozenset()
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
@@ -287,17 +301,18 @@ def numbers_in(text: str) -> frozenset[int]:
     return frozenset(itertools.chain(*ranges)) if all(ranges) else frozenset()
 
 
-def outside(value: float, least: float, most: float) -> str | None:
+def find_bound_error(value: float, least: float, most: float) -> str | None:
     """What is wrong with a number that is not finite or outside of its bounds; None if it is right."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
     if value < least:
-        return f"{shown(value)} is less than {shown(least)}"
-    return f"{shown(value)} is more than {shown(most)}" if value > most else None
+        return f"{format_number(value)} is less than {format_number(least)}"
+    return f"{format_number(value)} is more than {format_number(most)}" if value > most else None
 
 
-def shown(value: float) -> str:
+def format_number(value: float) -> str:
     """A number as messages show it; a very long one is only called long."""
+    # Python refuses to print an integer of more than 4,300 digits.
     if isinstance(value, int) and abs(value) >= 10**24:
         return "a number of many digits"
     return str(value)

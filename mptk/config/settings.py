@@ -1,7 +1,11 @@
-"""settings: the settings of ``prune``, each declared once. Importing this module imports no library."""
+"""settings: the settings of ``prune``, each declared once: what is cut (``CutSettings``), then all others.
+
+Importing this module imports no library, so that ``--help`` and an error in an option are quick.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,22 +14,31 @@ from mptk.config.cases import (
     CHOICE,
     CHOOSES,
     CHOOSING,
+    CUT,
     DATA,
     DECIDED,
+    ENGINED,
+    LADDER,
     MACHINE,
     NO_CLASS,
     NO_GRAPH,
+    NO_LADDER,
     NO_SEARCH,
     ON_DEVICE,
+    PHASED,
     PLANNED,
     PRUNE,
     QUICK,
     READING,
     RUNS,
     SEARCH,
+    TIMED,
     TRAIN,
     TRAINING,
+    UNCACHED,
     UNKEPT,
+    UNREAD,
+    UNTIMED,
     WHOLE_BLOCKS,
     WRITE,
 )
@@ -33,9 +46,12 @@ from mptk.config.choices import (
     COMPUTE_DTYPES,
     DEVICES,
     DTYPES,
+    ENGINE_CHOICES,
     IN_MEMORY,
     INPUTS,
+    LAYERS,
     METHODS,
+    MOST_SPARSITY,
     ONNX_DTYPES,
     SAMPLES,
     SCHEMES,
@@ -43,16 +59,157 @@ from mptk.config.choices import (
     TRIAL_TOKENS,
     UNIFORM,
 )
-from mptk.config.cut import CutSettings
-from mptk.config.learning import (
-    MINUTES,
-    MOST_STEPS,
-    SEARCH_MINUTES,
-    Learning,
-)
-from mptk.config.setting import COUNT, SEED, Choices, record, setting
+from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning
+from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers, record
+from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
+from mptk.ir import HARDWARE, KERNEL_BLOCK, read_alignment
 from mptk.trust import Trust, trust_by_caller
+
+
+@dataclass(frozen=True)
+class CutSettings(Record):
+    """What to cut, and how much of it.
+
+    Raises:
+        MptkError: a family is to be both kept and cut, or named twice; or milliseconds are given for a budget that is
+            not latency.
+    """
+
+    sparsity: float = declare_setting(
+        0.3,
+        "Share of the budget to remove, as 0.3 or 30%.",
+        CUT,
+        SEARCH,
+        (PLANNED, TIMED, LADDER),
+        within=(0.0, MOST_SPARSITY),
+        form="share",
+    )
+    budget: str = declare_setting(
+        "params",
+        "What is counted. params: of blocks; total: all parameters; serving: bytes of weights and KV cache.",
+        CUT,
+        CHOOSING,
+        (PLANNED, ALL_STAY, TIMED),
+        choices=Choices(tuple(BUDGETS)),
+    )
+    context: int = declare_setting(
+        4096,
+        "Tokens in the KV cache, of one sequence, that the budgets kv-cache and serving count.",
+        CUT,
+        CHOOSING,
+        (UNCACHED,),
+        within=(1, COUNT),
+    )
+    # Without a panel: the options --max-decode-ms and --max-prefill-ms set it with its budget and phase.
+    max_ms: float | None = declare_setting(None, "Target latency in milliseconds, as predicted.", within=(1e-6, 1e9))
+    objective: str = declare_setting(
+        "decode",
+        "Phase whose latency the budget counts.",
+        CUT,
+        (*SEARCH, "export"),
+        PHASED,
+        choices=Choices(tuple(OBJECTIVES)),
+    )
+    threads: int = declare_setting(
+        1, "Threads per operator; 0: all cores.", CUT, (*SEARCH, "generate", "eval"), (UNTIMED,), within=(0, 1024)
+    )
+    families: tuple[str, ...] = declare_setting(
+        (),
+        "Families to cut, or layers of them, as ffn,q_heads.7, or a part of analyze; default: those inside layers.",
+        CUT,
+        CHOOSING,
+        (PLANNED,),
+    )
+    keep: tuple[str, ...] = declare_setting(
+        (), "Families to leave uncut, or layers of them, as q_heads,ffn.7.", CUT, CHOOSING, CHOOSES
+    )
+    vocabulary: str | None = declare_setting(
+        None, "Remove the tokens that this text never uses; same forms as --data.", CUT, PRUNE
+    )
+    kv_heads: int | None = declare_setting(
+        None, "Merge the KV heads of each layer to this number; all query heads stay.", CUT, SEARCH, within=(1, 1 << 20)
+    )
+    widths: Mapping[str, int] = declare_setting(
+        {},
+        "Fix the width of a family or of one layer, as ffn=1024 or ffn.7=1280. May be repeated.",
+        CUT,
+        SEARCH,
+        (PLANNED,),
+        option="width",
+    )
+    layers: str = declare_setting(
+        UNIFORM,
+        "uniform: all layers get the same widths; free: each gets its own; numbers: only these layers are cut.",
+        CUT,
+        PRUNE,
+        CHOOSES,
+        choices=Choices(LAYERS, or_ranges=True),
+    )
+    plan: str | None = declare_setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
+    larger: str | None = declare_setting(
+        None,
+        "Cut this larger pruned folder of the model further: start from its weights, choose among the units it keeps.",
+        CUT,
+        PRUNE,
+        CHOOSES,
+        form="path",
+    )
+    shared: bool = declare_setting(
+        False,
+        "One set of weights for all sizes of --ladder, in one folder; `mptk rung` writes each smaller one.",
+        CUT,
+        PRUNE,
+        (NO_LADDER,),
+    )
+    portable: bool = declare_setting(
+        True,
+        "Leave whole by default what would break widely used programs if cut (docs/deploy.md).",
+        CUT,
+        CHOOSING,
+        (*CHOOSES, ENGINED, NO_CLASS),
+    )
+    engines: tuple[str, ...] = declare_setting(
+        (),
+        "Programs that must read the result, comma-separated: only widths that all of them read are legal.",
+        CUT,
+        (*CHOOSING, "analyze"),
+        (UNREAD,),
+        choices=ENGINE_CHOICES,
+    )
+    align: int | str = declare_setting(
+        KERNEL_BLOCK,
+        f"Keep multiples of a number as multiples: 32, {', '.join(HARDWARE)}, or by family, as ffn=512,hidden=256.",
+        CUT,
+        (*CHOOSING, "analyze"),
+        form="number or text",
+    )
+    tensor_parallel: int = declare_setting(
+        1,
+        "Devices that will share each layer: keep heads, KV heads and channels divisible by their number.",
+        CUT,
+        (*CHOOSING, "analyze"),
+        within=(1, 1 << 12),
+    )
+    # Without a panel, it is a keyword of Python only.
+    tolerance: float = declare_setting(0.01, "Largest deviation from the sparsity.", within=(0.0, 1.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_alignment(self.align)  # for its errors
+        if self.max_ms is not None and self.budget != LATENCY:
+            raise MptkError(f"milliseconds are given, but the budget is {self.budget}; set budget to {LATENCY}")
+        if len(set(self.families)) < len(self.families):
+            raise MptkError(f"families names one twice: {', '.join(self.families)}; give each once")
+        for name in self.keep:
+            if name in self.families or name in self.widths:
+                other = "families" if name in self.families else "width"
+                raise MptkError(f"{name} is in --keep and in --{other}; leave it out of one of them")
+
+    @property
+    def only_layers(self) -> frozenset[int] | None:
+        """The numbers of the layers that may be cut; None: all."""
+        return None if self.layers in LAYERS else parse_numbers(self.layers)
 
 
 @record
@@ -66,7 +223,7 @@ class Settings(CutSettings):
             budget that is not latency.
     """
 
-    method: str = setting(
+    method: str = declare_setting(
         "maskprune",
         "maskprune learns what to cut; the others score each unit once.",
         CHOICE,
@@ -74,14 +231,14 @@ class Settings(CutSettings):
         CHOOSES,
         choices=METHODS,
     )
-    reconstruct: bool | None = setting(
+    reconstruct: bool | None = declare_setting(
         None,
         "Fit the kept weights to the dense model's values; default of maskprune, influence, greedy, --distil-epochs.",
         CHOICE,
         CHOOSING,
         CHOOSES,
     )
-    distil_epochs: int | None = setting(
+    distil_epochs: int | None = declare_setting(
         None,
         "After reconstruction, train each block to the dense block's outputs for this many epochs; default: 0, or 3 if "
         "the method learns and minutes allow.",
@@ -90,13 +247,13 @@ class Settings(CutSettings):
         CHOOSES,
         within=(0, COUNT),
     )
-    distil_lr: float = setting(
+    distil_lr: float = declare_setting(
         1e-3, "Learning rate of this block-by-block training.", CHOICE, PRUNE, (WHOLE_BLOCKS,), within=(0.0, 100.0)
     )
-    search: bool = setting(
+    search: bool = declare_setting(
         False, "First rank ways to divide the budget, as `mptk shapes` does; then cut to the best.", CHOICE, PRUNE
     )
-    search_shapes: int = setting(
+    search_shapes: int = declare_setting(
         64,
         "Most shapes to measure without training.",
         CHOICE,
@@ -105,7 +262,7 @@ class Settings(CutSettings):
         within=(1, 100_000),
         renamed={"shapes": "shapes"},
     )
-    search_finalists: int = setting(
+    search_finalists: int = declare_setting(
         6,
         "Shapes of these to train.",
         CHOICE,
@@ -114,7 +271,7 @@ class Settings(CutSettings):
         within=(1, 100_000),
         renamed={"shapes": "finalists"},
     )
-    search_tokens: int | None = setting(
+    search_tokens: int | None = declare_setting(
         None,
         f"Tokens to train them on in all; 0: no training; default: {TRIAL_TOKENS:,}, or as --minutes choose.",
         CHOICE,
@@ -123,34 +280,35 @@ class Settings(CutSettings):
         within=(0, 10**12),
         renamed={"shapes": "tokens"},
     )
-    seed: int = setting(0, "Seed of the random choices.", CHOICE, READING, within=SEED)
-    data: str = setting(
+    seed: int = declare_setting(0, "Seed of the random choices.", CHOICE, READING, within=SEED)
+    data: str = declare_setting(
         "self",
         "Text to calibrate and train on: file, FILE:COLUMN, folder, data set, A=0.7,B=0.3; self: the model writes it.",
         DATA,
         READING,
     )
-    inputs: str | None = setting(
+    inputs: str | None = declare_setting(
         None,
         f"Inputs that are not text, images or sound: a {INPUTS} file of forward's tensors, samples first.",
         DATA,
         (*CHOOSING, "analyze"),
         form="path",
     )
-    samples: int | None = setting(
+    samples: int | None = declare_setting(
         None,
         f"Calibration windows; default: {SAMPLES}, 3 if only a --plan is cut, or as --minutes choose.",
         DATA,
         CHOOSING,
         within=(1, COUNT),
     )
-    length: int = setting(256, "Tokens in a window.", DATA, READING, within=(8, COUNT))
-    eval_data: str | None = setting(
+    length: int = declare_setting(256, "Tokens in a window.", DATA, READING, within=(8, COUNT))
+    eval_data: str | None = declare_setting(
         None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING
     )
-    eval_windows: int = setting(16, "Windows to measure on.", DATA, (*TRAINING, "advise"), within=(1, COUNT))
-    eval_length: int = setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
-    minutes: float | None = setting(
+    eval_windows: int = declare_setting(16, "Windows to measure on.", DATA, (*TRAINING, "advise"), within=(1, COUNT))
+    # Two tokens at least: the first one is not predicted.
+    eval_length: int = declare_setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
+    minutes: float | None = declare_setting(
         None,
         "Time of the whole run, as estimated: chooses --samples, --search-tokens and, for recover and if the method "
         "learns, --steps that you do not give; "
@@ -160,18 +318,18 @@ class Settings(CutSettings):
         TRAINING,
         (DECIDED,),
         within=(0.01, 10**6),
-        recipe="read",
+        recipe="read",  # a run writes the numbers that they chose: on another machine they would choose others
     )
     learning: Learning = field(default_factory=Learning)
-    target: str = setting(
+    target: str = declare_setting(
         "stock",
         "stock: the model's own transformers class; nemotron-nas: DeciLM, a width for each layer; graph: any widths.",
         WRITE,
         (*CHOOSING, "analyze"),
         choices=TARGET_CHOICES,
     )
-    dtype: str = setting("auto", "Type of the stored weights; auto: the model's.", WRITE, PRUNE, choices=DTYPES)
-    max_shard_size: int | None = setting(
+    dtype: str = declare_setting("auto", "Type of the stored weights; auto: the model's.", WRITE, PRUNE, choices=DTYPES)
+    max_shard_size: int | None = declare_setting(
         None,
         "Largest file of weights, as 5GB; more weights go into more files.",
         WRITE,
@@ -180,15 +338,15 @@ class Settings(CutSettings):
         form="size",
         resumable=True,
     )
-    rehome: bool = setting(
+    rehome: bool = declare_setting(
         False,
         "If the model's own class cannot hold the cut, write another class that can.",
         WRITE,
         SEARCH,
         (PLANNED, ALL_STAY, NO_CLASS),
     )
-    onnx: bool = setting(True, "Write ONNX with a KV cache.", WRITE, TRAINING)
-    logits: Literal["all", "last"] = setting(
+    onnx: bool = declare_setting(True, "Write ONNX with a KV cache.", WRITE, TRAINING)
+    logits: Literal["all", "last"] = declare_setting(
         "all",
         "Positions for which the ONNX graph gives logits: all, or the last.",
         WRITE,
@@ -196,10 +354,10 @@ class Settings(CutSettings):
         (NO_GRAPH,),
         choices=Choices(("all", "last")),
     )
-    quantize: tuple[str, ...] = setting(
+    quantize: tuple[str, ...] = declare_setting(
         (), "More ONNX graphs to write, comma-separated.", WRITE, (*TRAINING, "export"), (NO_GRAPH,), choices=SCHEMES
     )
-    onnx_dtype: str = setting(
+    onnx_dtype: str = declare_setting(
         "auto",
         "Type of the ONNX graph; auto: the type it computes in.",
         WRITE,
@@ -207,33 +365,33 @@ class Settings(CutSettings):
         (NO_GRAPH,),
         choices=ONNX_DTYPES,
     )
-    overwrite: bool = setting(
+    overwrite: bool = declare_setting(
         False,
         "Replace an earlier result even if its files were changed; files that were added stay.",
         WRITE,
         (*RUNS, "export", "rerun"),
-        recipe="refused",
+        recipe="refused",  # a recipe may be somebody else's, and would decide which of the user's files go
         resumable=True,
     )
-    strict: bool = setting(
+    strict: bool = declare_setting(
         False,
         "Fail if an optional file, as a quantised graph, fails; default: leave it out.",
         WRITE,
         (*TRAINING, "export"),
         resumable=True,
     )
-    resume: bool = setting(
+    resume: bool = declare_setting(
         False, "Continue the unfinished run beside --out.", WRITE, RUNS, UNKEPT, recipe="read", resumable=True
     )
-    proof_length: int = setting(
+    proof_length: int = declare_setting(
         1024,
         "Longest sequence in the proof, in tokens.",
         WRITE,
         (*TRAINING, "verify"),
-        within=(48, COUNT),
+        within=(48, COUNT),  # the proof's short batch has 48 tokens (`PROOF_SHAPE`)
         resumable=True,
     )
-    memory: int | None = setting(
+    memory: int | None = declare_setting(
         None,
         "Most memory for weights, as 8GB; default: half of the free memory.",
         MACHINE,
@@ -242,25 +400,26 @@ class Settings(CutSettings):
         form="size",
         resumable=True,
     )
-    device: str = setting("auto", "Device to run on.", MACHINE, ON_DEVICE, choices=DEVICES, resumable=True)
-    compute_dtype: str = setting(
+    device: str = declare_setting("auto", "Device to run on.", MACHINE, ON_DEVICE, choices=DEVICES, resumable=True)
+    compute_dtype: str = declare_setting(
         "auto",
         "Type for scoring and training; auto: bfloat16 in a run by minutes if it is faster here, else float32.",
         MACHINE,
         READING,
         choices=COMPUTE_DTYPES,
     )
-    trust_remote_code: bool = setting(
+    trust_remote_code: bool = declare_setting(
         False,
         "Run the Python code in the model's repository.",
         MACHINE,
         (*READING, "analyze", "show", "verify", "rerun", "report", "export", "eval"),
         recipe="refused",
-        said_in_call=True,
+        said_in_call=True,  # so that no report or recipe lets a model's code run (`mptk/trust.py`)
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Settings that contradict each other whatever the model is. `check_settings` and the stages check the rest.
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
             raise MptkError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize")
@@ -276,6 +435,7 @@ class Settings(CutSettings):
     def _check_inputs(self) -> None:
         if self.inputs is None:
             return
+        # A module that takes tensors has no tokenizer: its data are files of tensors too, by default the same one.
         by_default = {"data": Settings.data, "eval_data": Settings.eval_data}
         for name, default in by_default.items():
             data = getattr(self, name)

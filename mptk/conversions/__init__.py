@@ -1,5 +1,4 @@
-"""Conversions of a dense model before the cut: of its vocabulary, of its KV heads. A new kind is a file and a line
-here."""
+"""conversions: change a dense model before the cut: its vocabulary, its KV heads. One file a kind, and a line here."""
 
 from __future__ import annotations
 
@@ -7,37 +6,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from mptk.compile.trace import traced
-from mptk.config.settings import Settings
+from mptk.compile.trace import trace_loaded
+from mptk.config import Settings
 from mptk.conversions.kv_heads import MergedHeads
-from mptk.conversions.vocabulary.convert import TrimmedVocabulary
+from mptk.conversions.vocabulary import TrimmedVocabulary
 from mptk.errors import MptkError
-from mptk.io.models import Loaded
-from mptk.ir.plan import Plan
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.conversion import Analysed, Change, Conversion
-from mptk.protocols.task import Task
-from mptk.protocols.values import Context, short
+from mptk.io import Loaded
+from mptk.ir import Plan, Samples, Weights
+from mptk.protocols import Analysed, Change, Chosen, Context, Conversion, Prepared, Task, shorten_samples
 from mptk.staged.staged import Executor
 from passes.analysis import group
 
 CONVERSIONS: tuple[type[Conversion], ...] = (TrimmedVocabulary, MergedHeads)
-"""The order in which they change a model; kinds that fit weights come last."""
+"""The order in which they change a model. Kinds that fit weights come last: they fit the model that will be cut."""
 
 Changes = Sequence[tuple[type[Conversion], Change]]
 
 
-def wanted(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
+def find_conversions(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
     """The conversions that the settings and the plan ask for. ``texts``: the caller's texts in memory.
 
     Raises:
         MptkError: the settings and the plan both decide the same; or one of them asks for something impossible.
     """
-    changes = dict[type[Conversion], Change]() if plan is None else dict(planned(plan))
+    changes = dict[type[Conversion], Change]() if plan is None else dict(read_plan_conversions(plan))
     for kind in CONVERSIONS:
-        if (change := kind.asked(settings, texts)) is None:
+        if (change := kind.find_change(settings, texts)) is None:
             continue
         if kind in changes:
             option = kind.name.replace("_", "-")
@@ -46,66 +40,72 @@ def wanted(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = 
     return [(kind, changes[kind]) for kind in CONVERSIONS if kind in changes]
 
 
-def planned(plan: Plan) -> Changes:
+def read_plan_conversions(plan: Plan) -> Changes:
     """The conversions that a plan asks for. Raises MptkError for an unknown entry or a wrong one."""
     known = {kind.name: kind for kind in CONVERSIONS}
     if unknown := plan.conversions.keys() - known.keys():
         raise MptkError(f'plan: "{min(unknown)}" is not an entry of a plan; see docs/plan.md')
-    return [(kind, kind.planned(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
+    return [(kind, kind.from_entry(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
 
 
-def fits(settings: Settings, plan: Plan | None = None) -> bool:
+def needs_fit(settings: Settings, plan: Plan | None = None) -> bool:
     """Whether a conversion that the settings or the plan ask for fits weights to samples."""
-    asked = [kind for kind in CONVERSIONS if kind.fits and kind.asked(settings, None) is not None]
-    return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else planned(plan)))
+    asked = [kind for kind in CONVERSIONS if kind.fits and kind.find_change(settings, None) is not None]
+    return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else read_plan_conversions(plan)))
 
 
-def dense_models(settings: Settings) -> int:
+def count_dense_models(settings: Settings) -> int:
     """Number of dense models that training masks holds: the student's own, and the teacher if it has other weights.
 
-    It has after a conversion that fits weights, and if the run begins with a larger cut.
+    It has other weights after a conversion that fits some, and if the run begins with a larger cut.
     """
-    return 1 + (fits(settings) or settings.larger is not None)
+    return 1 + (needs_fit(settings) or settings.larger is not None)
 
 
-def converted(
+def convert_model(
     model: Analysed, changes: Changes, context: Context, executor: Executor, length: int, like: Samples | None = None
 ) -> tuple[Analysed, tuple[Conversion, ...]]:
     """The model after all conversions, and these conversions. ``length``, ``like``: as in ``traced``."""
     made = list[Conversion]()
     for kind, change in changes:
         with context.stage(kind.stage):
-            made.append(change(model, partial(analysed, model.task, executor, length, like)))
+            made.append(change(model, partial(analyze_loaded, model.task, executor, length, like)))
+        # The next conversion changes what this one made.
         model = made[-1].after
     return model, tuple(made)
 
 
-def analysed(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
+def analyze_loaded(task: Task, executor: Executor, length: int, like: Samples | None, loaded: Loaded) -> Analysed:
     """Trace and analyse a model. ``task``: the task of the model before a conversion."""
+    # A task may hold something of its model, so it is bound to the changed one.
     task = task.bind(loaded)
-    return Analysed(loaded, task, group.analyze(traced(loaded, task, executor, length, like)))
+    return Analysed(loaded, task, group.analyze_program(trace_loaded(loaded, task, executor, length, like)))
 
 
-def fitted(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
+def fit_conversions(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
     """``prepared`` after its conversions fitted their weights to ``samples``."""
     for each in prepared.conversions:
         if not each.fits:
             continue
         with context.stage(each.fits):
-            made = each.fitted(samples, short(samples, prepared.task.sequences), prepared.executor)
+            # All samples for the fit; few and short ones to find out how heads can be merged.
+            made = each.fit_weights(samples, shorten_samples(samples, prepared.task.sequences), prepared.executor)
         weights = Weights(made.weights)
-        prepared = replace(
-            prepared,
-            loaded=prepared.loaded.changed(weights, each.before.analysis.program.aliases),
+        # From here on the fitted weights are the model's own, and the analysis counts with them.
+        model = replace(
+            prepared.model,
+            loaded=prepared.loaded.with_changes(weights, each.before.analysis.program.aliases),
             analysis=prepared.analysis.with_weights(weights),
-            conversions=tuple(made if other is each else other for other in prepared.conversions),
         )
+        conversions = tuple(made if other is each else other for other in prepared.conversions)
+        prepared = replace(prepared, model=model, dense=replace(prepared.dense, conversions=conversions))
     return prepared
 
 
 def with_conversions(prepared: Prepared, chosen: Chosen) -> Chosen:
     """The choice with the conversions' entries in its plan and their weights among the trained ones."""
     for each in prepared.conversions:
+        # The method's changes lie on top: they were made of the converted model.
         if each.weights:
             chosen = replace(chosen, changes=each.weights).with_weights(chosen.changes)
     entries = {each.name: each.entry for each in prepared.conversions}

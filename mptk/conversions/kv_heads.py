@@ -1,7 +1,7 @@
 """kv_heads: merge the KV heads of a dense model to fewer, with all query heads, before the run cuts the model.
 
 The class is built with fewer heads; each starts as the first head of its run. When there are samples, the projections
-are merged in closed form (``projections``; ``passes/transforms/merge_heads.py``), and the choice holds them like
+are merged in closed form (``merge_projections``; ``passes/transforms/merge_heads.py``), and the choice holds them like
 trained weights. The model before the merge stays the reference for training and for quality.
 """
 
@@ -18,28 +18,22 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.compat.transformers import paired_configs
-from mptk.config.settings import Settings
+from mptk.compat.transformers import match_configs
+from mptk.config import Settings
 from mptk.cost.budgets import LATENCY
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.remade import remade
-from mptk.ir.axes import axes_in
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Entry
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
-from mptk.methods.reconstruct import stored
-from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
+from mptk.io import models, rebuild_model
+from mptk.ir import Analysis, Entry, Program, Samples, Weights, collect_axes
+from mptk.methods.criteria.observe import OBSERVED_TOKENS, find_sites, split_batches
+from mptk.methods.reconstruct import name_operand_weight
+from mptk.protocols import Analyse, Analysed, Change, Conversion
 from mptk.staged.spool import Spool
 from mptk.staged.staged import Executor
 from passes.analysis.shared_heads import SharedHeads, find_shared_heads
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
 from passes.targets.stock.equations import Exponents
-from passes.transforms.merge_heads import How, first_heads, merged_heads, repeated_first
+from passes.transforms.merge_heads import How, find_first_heads, merge_kv_heads, repeat_first_heads
 from passes.verify import TOLERANCE, StageOutputs, prove
 
 KeyStream = tuple[fx.Node, int]
@@ -67,15 +61,16 @@ class MergedHeads(Conversion):
     values: How = "keep"
 
     @classmethod
-    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         if settings.kv_heads is None:
             return None
+        # Only the merged model's latency is measured: a share of it is not a share of the dense model's.
         if settings.budget == LATENCY and settings.max_ms is None:
             raise MptkError("--kv-heads changes the latency that --sparsity would be a share of; give --max-decode-ms")
         return partial(cls.merge, settings.kv_heads, None)
 
     @classmethod
-    def planned(cls, entry: Entry) -> Change:
+    def from_entry(cls, entry: Entry) -> Change:
         width, of = entry.get("width"), entry.get("of")
         if type(width) is not int or type(of) is not int or not 0 < width < of or of % width:
             raise MptkError('plan: kv_heads: "width" and "of" must be integers, and "of" a multiple of "width"')
@@ -83,26 +78,23 @@ class MergedHeads(Conversion):
 
     @classmethod
     def merge(cls, count: int, of: int | None, model: Analysed, analyse: Analyse) -> Conversion:
-        """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has.
-
-        Raises:
-            MptkError: the attention has another form; the class cannot hold this number of KV heads; or the model's
-                number of KV heads is not the plan's.
-        """
+        """The conversion of ``model`` to ``count`` KV heads in each layer. ``of``: how many a plan says it has."""
+        # The class must hold fewer heads: it is built anew with another config, and its weights are slices until the
+        # fit.
         loaded = model.loaded
         if not isinstance(loaded.model, PreTrainedModel):
             raise MptkError(
                 f"{type(loaded.model).__name__} has no config that could say the number of KV heads; leave out kv_heads"
             )
-        layers, stock = held(model.analysis, loaded.model, count)
+        layers, stock = find_mergeable_heads(model.analysis, loaded.model, count)
         found = layers[0].groups.size
         if of not in (None, found):
             raise MptkError(f"plan: kv_heads has {found} KV heads in this model, not {of}")
-        small = remade(
+        small = rebuild_model(
             loaded,
             stock.config,
-            _as_stored(stock.config, models.config_in(loaded)),
-            _first(model, layers, count),
+            _copy_stored_types(stock.config, models.read_stored_config(loaded)),
+            _slice_first_heads(model, layers, count),
             tokenizer=loaded.tokenizer,
             generation=getattr(loaded.model, "generation_config", None),
             what=f"{count} KV heads",
@@ -127,26 +119,26 @@ class MergedHeads(Conversion):
             f"keys merged {ways[self.keys]}; values {ways[self.values]}"
         )
 
-    def row(self) -> dict[str, object]:
+    def to_row(self) -> dict[str, object]:
         return {"of": self.of, "kept": self.count, **self.config_row}
 
-    def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
+    def make_equal_pair(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         program = self.before.analysis.program
-        changes = {n: change for layer in self.layers for n, change in repeated_first(layer, self.count).items()}
-        return program.with_state(program.state.changed(changes, moves=True)), self.after.analysis.program
+        changes = {n: change for layer in self.layers for n, change in repeat_first_heads(layer, self.count).items()}
+        return program.with_state(program.state.with_edits(changes, moves=True)), self.after.analysis.program
 
-    def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:
-        keys, values = ways_of(self, few, executor)
-        return replace(self, keys=keys, values=values, weights=projections(self, samples, executor, keys, values))
+    def fit_weights(self, samples: Samples, few: Samples, executor: Executor) -> Self:
+        keys, values = choose_ways(self, few, executor)
+        return replace(self, keys=keys, values=values, weights=merge_projections(self, samples, executor, keys, values))
 
 
-def _first(model: Analysed, layers: Sequence[SharedHeads], count: int) -> Weights:
+def _slice_first_heads(model: Analysed, layers: Sequence[SharedHeads], count: int) -> Weights:
     """The checkpoint's weights with only the first KV head of each run."""
     loaded, analysis = model.loaded, model.analysis
-    places = {name: place for layer in layers for name, place in first_heads(layer, count).items()}
+    places = {name: place for layer in layers for name, place in find_first_heads(layer, count).items()}
     aliases, weights = analysis.program.aliases, Weights({}) if loaded.weights is None else loaded.weights
     owners = {name: aliases.get(name, name) for name in weights}
-    return weights.changed(
+    return weights.with_edits(
         {name: partial(_slice, *places[owner]) for name, owner in owners.items() if owner in places}, moves=True
     )
 
@@ -155,10 +147,11 @@ def _slice(dim: int, positions: Tensor, tensor: Tensor) -> Tensor:
     return tensor.index_select(dim, positions.to(tensor.device))
 
 
-def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
+def _copy_stored_types(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a config with the types of weights that ``stored`` names."""
+    # The probed config has the type in which the model was loaded.
     made = copy.deepcopy(config)
-    for own, like in paired_configs(made, stored):
+    for own, like in match_configs(made, stored):
         own.dtype = like.dtype
     return made
 
@@ -166,12 +159,12 @@ def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrained
 # ---- which heads ----
 
 
-def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[SharedHeads], StockConfig]:
-    """The attention layers with their query, key and value projections, and the config with ``count`` KV heads.
-
-    Raises:
-        MptkError: the model has no family of KV heads, or its class does not accept the config.
-    """
+def find_mergeable_heads(
+    analysis: Analysis, model: PreTrainedModel, count: int
+) -> tuple[list[SharedHeads], StockConfig]:
+    """The attention layers with their query, key and value projections, and the config with ``count`` KV heads."""
+    # A family may have its keys and values in several ways. The reason of a family that looks like heads is the one to
+    # show.
     found, refusals = list[list[tuple[SharedHeads, ...]]](), dict[bool, str]()
     for family in analysis.families:
         try:
@@ -183,9 +176,10 @@ def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[S
         why = refusals.get(True, refusals.get(False, "nothing in it can be cut"))
         raise MptkError(f"{type(model).__name__} has no KV heads to merge: {why}")
     refused = None
+    # The class decides which way is right: the first with which a config gives these shapes.
     for way in range(max(map(len, every))):
         layers = [ways[min(way, len(ways) - 1)] for ways in every]
-        config = config_for(analysis, model, layers, count)
+        config = find_merged_config(analysis, model, layers, count)
         if isinstance(config, StockConfig):
             return layers, config
         refused = refused or config
@@ -195,7 +189,7 @@ def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[S
     )
 
 
-def config_for(
+def find_merged_config(
     analysis: Analysis, model: PreTrainedModel, layers: Sequence[SharedHeads], count: int
 ) -> StockConfig | Refusal:
     """The config of the merged model. Raises MptkError if ``count`` does not divide the number of KV heads."""
@@ -204,43 +198,48 @@ def config_for(
     for layer in layers:
         size, each = layer.groups.size, 1 if layer.heads is None else layer.heads.size
         family = f"KV heads of {size}"
-        for name, (dim, positions) in first_heads(layer, count).items():
+        for name, (dim, positions) in find_first_heads(layer, count).items():
             for alias in (name, *(a for a, owner in analysis.program.aliases.items() if owner == name)):
+                # A fused matrix has other rows beside the KV heads': it grows slower than their number.
                 if alias in shapes and count < size:
                     old = shapes[alias][dim]
                     grown[alias, dim] = {family: Fraction(old - len(positions), old) * Fraction(size, size - count)}
                     shapes[alias] = (*shapes[alias][:dim], len(positions), *shapes[alias][dim + 1 :])
         widths |= {family: (size, count), f"queries of {size}": (each, each * size // count)}
+    # A field of the config may be a product of these widths and of the other axes' sizes.
     own = {axis for layer in layers for axis in layer.scope}
-    rest = axes_in(term for dims in analysis.weights.values() for term in dims) - own
+    rest = collect_axes(term for dims in analysis.weights.values() for term in dims) - own
     return probe_config(type(model), model.config, shapes, grown, widths, [axis.size for axis in rest])
 
 
 # ---- their weights ----
 
 
-def ways_of(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How, How]:
+def choose_ways(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[How, How]:
     """How keys and values are merged: ``fit`` if rotating heads and rotating them back changes no output on ``few``."""
     program, count = merged.before.analysis.program, merged.count
 
-    def way(keys: How, values: How) -> How:
+    # A norm between projection and product does not let factors through (``passes/transforms/merge_heads.py``). Then
+    # heads that are turned and turned back give other outputs.
+    def choose_way(keys: How, values: How) -> How:
         made = Spool(executor.borders)
         for layer in merged.layers:
-            for name, tensor in merged_heads(layer, program.state, count, None, keys, values).items():
+            for name, tensor in merge_kv_heads(layer, program.state, count, None, keys, values).items():
                 made.add(name, tensor)
         turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
         return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
 
-    return way("turn", "keep"), way("keep", "turn")
+    # Keys and values separately: often only keys have a norm.
+    return choose_way("turn", "keep"), choose_way("keep", "turn")
 
 
-def projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
+def merge_projections(merged: MergedHeads, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
     """The merged projections of all layers in their new shapes, made layer by layer."""
     program, count, made = merged.before.analysis.program, merged.count, Spool(executor.borders)
 
     def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
-        places = first_heads(layer, count)
-        for name, tensor in merged_heads(layer, program.state, count, products.__getitem__, keys, values).items():
+        places = find_first_heads(layer, count)
+        for name, tensor in merge_kv_heads(layer, program.state, count, products.__getitem__, keys, values).items():
             made.add(name, _slice(*places[name], tensor) if name in places else tensor)
 
     with_products(merged, samples, executor, make)
@@ -255,20 +254,25 @@ def with_products(
     The sums are float64 [in + 1, in + 1] by weight; x ends with a 1.
     """
     analysis = merged.before.analysis
-    inputs = [batch.tensors for batch in batches(analysis.program, samples, OBSERVED_TOKENS)]
-    reading = {stored(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)}
+    inputs = [batch.tensors for batch in split_batches(analysis.program, samples, OBSERVED_TOKENS)]
+    reading = {
+        name_operand_weight(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)
+    }
+    # The batches that are left to see, by layer and by the value that its projections read: mostly one for all of them.
     waiting = {
         i: {reading[m.weight]: len(inputs) for m in (*layer.queries, *layer.keys, *layer.values) if m.weight in reading}
         for i, layer in enumerate(merged.layers)
-    }  # queries, keys and values mostly share one input
+    }
     sums = dict[tuple[int, KeyStream], Tensor]()
 
     def see(i: int, stream: KeyStream, x: Tensor) -> None:
         rows = x.movedim(stream[1], -1).flatten(0, -2).float()
+        # The 1 gives the sums for biases.
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         found = (rows.T @ rows).double().cpu()
         sums[i, stream] = sums[i, stream] + found if (i, stream) in sums else found
         waiting[i][stream] -= 1
+        # Sums are dropped as soon as a layer is merged.
         if not any(waiting[i].values()):
             known = {stream: sums.pop((i, stream)) for stream in waiting[i]}
             made(merged.layers[i], {name: known[stream] for name, stream in reading.items() if stream in known})

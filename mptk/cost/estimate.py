@@ -20,26 +20,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mptk.cost.operator_times import machine, typical_ms
+from mptk.cost.operator_times import describe_machine, measure_typical_ms
 from mptk.errors import MptkError
-from mptk.files import json_text, scratch, staged
-from mptk.io.cache import cache_dir, keep, read_kept
-from mptk.reading import made
+from mptk.files import format_json, make_scratch, make_staging
+from mptk.io import cache_dir, keep, read_kept
+from mptk.reading import make_typed
 
 CPU = torch.device("cpu")
 
 BASE = 600_000_000
 """Bytes of a process that has imported everything and holds no weights."""
-
 STAGE_TOKENS = 2048
 """Most tokens that go through a stage at once."""
-
 LOGITS_COPIES = 3
 """Copies of a batch's logits while a loss is taken."""
-
 EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass reaches."""
-
 START_S = 6.0
 """Seconds of imports."""
 TRACE_S = 0.3
@@ -54,16 +50,18 @@ SLOW = 1.0
 ORDINARY_DISK = (5e8, 2e8)
 """Bytes a second that a disk reads and writes, if it cannot be timed."""
 RATES = ("flops", "read", "write", "speedup")
+"""The fields of ``Machine`` that are kept."""
 RATES_VERSION = 3
 """Raise it if rates are measured in another way. Stored rates are then measured again."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``flops``: of a float32 matrix product. ``read``: bytes of stored weights, made float32. ``write``: to the disk.
+    """Rates, each for a second.
 
-    All are rates a second. ``speedup``: how many times as fast a product is in the type of the settings. ``note``: why
-    they were measured although they are kept, or why they are not kept; empty if all is well.
+    ``flops``: operations of a float32 matrix product. ``read``: bytes of stored weights that are read and made float32.
+    ``write``: bytes written to the disk. ``speedup``: how many times as fast a product is in the type of the settings.
+    ``note``: why the rates were measured although there is a file with them, or why they could not be kept; else empty.
     """
 
     flops: float
@@ -79,12 +77,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model, in numbers. ``stored``: bytes of a stored one.
+    """Sizes of a model, in numbers.
 
-    ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
-    ``products``: parameters that each token is multiplied with; of a mixture the experts that it is routed to.
-    ``hidden``, ``widest``: most numbers of a token between blocks and within. ``fit``: operations that fit again what
-    blocks add to the residual stream. ``fitted``: how many parameters these are.
+    ``parameters``, ``blocks``: parameters of the model and of all blocks. ``stage``: parameters of the largest block
+    or, if it is larger, of the largest tensor. ``products``: parameters that a token is multiplied with; in a mixture
+    only the experts that it is routed to. ``hidden``, ``widest``: most numbers of a token between blocks and within.
+    ``fit``: operations to reconstruct all consumers in the blocks. ``fitted``: the parameters of these. ``stored``:
+    bytes of a stored number.
     """
 
     parameters: int
@@ -108,17 +107,24 @@ class ModelSizes:
 
         ``blocks``: its layers. ``experts``: to how many experts of a mixture a token is routed; 0 if not known.
         """
+
+        # Parameters, of all and of each block.
         count = {name: p.numel() for name, p in model.named_parameters()}
         inner = [sum(p.numel() for p in block.parameters()) for block in blocks]
         matrices = [p.shape for block in blocks for p in block.parameters() if p.ndim == 2]
         looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         multiplied = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+
+        # A model without embeddings (of images) is as wide as the shortest side of its matrices.
         narrow = min((min(shape) for shape in matrices), default=0)
-        routed = [(p, min(1.0, experts / p.shape[0])) for p in stacked(blocks)] if experts else []
+        routed = [(p, min(1.0, experts / p.shape[0])) for p in find_expert_weights(blocks)] if experts else []
         widest = max(
             [max(s) for s in matrices] + [round(part * len(p)) * max(p.shape[1:]) for p, part in routed] or [0]
         )
         embedding = max((w.shape[1] for w in looked_up), default=narrow)
+
+        # Consumers write into the residual stream: their outputs are as many as its channels, and their inputs as many
+        # or more.
         fitted = [(n, k) for n, k in matrices if k >= n == embedding]
         return ModelSizes(
             parameters=sum(count.values()),
@@ -132,18 +138,19 @@ class ModelSizes:
             heads=heads,
             vocab=vocab,
             layers=len(blocks),
+            # LU of [k, k], then its solution for n right sides.
             fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in fitted),
             fitted=sum(n * k for n, k in fitted),
             stored=stored,
         )
 
-    def flops(self, length: int) -> float:
+    def count_flops(self, length: int) -> float:
         """Operations of a token in a window of ``length`` tokens."""
         return 2 * self.products + 4 * length * self.hidden * self.layers
 
 
-def stacked(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The weights of a mixture's experts, [experts, …, …]: transformers keeps those of a layer in one tensor."""
+def find_expert_weights(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The weights of a mixture's experts, [experts, …, …]: transformers packs a layer's experts into one tensor."""
     return [
         p
         for block in blocks
@@ -158,9 +165,9 @@ def stacked(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
 class Pass:
     """What a stage does with the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
 
-    ``exact``: whether it is in float32 for all settings. ``flops``: operations beside it, in float32. ``gradients``:
-    whether those of all weights are kept. ``training``: bytes that training takes beside the weights; 0 if nothing is
-    trained. ``fixed``: seconds for each layer, however many tokens there are.
+    ``exact``: whether it computes in float32 whatever the settings say. ``flops``: further operations, in float32.
+    ``gradients``: whether the gradients of all weights are kept. ``training``: bytes that training takes beside the
+    weights; 0 if nothing is trained. ``fixed``: seconds for each layer, whatever the number of tokens.
     """
 
     tokens: float
@@ -172,7 +179,7 @@ class Pass:
     training: float = 0
     fixed: float = 0
 
-    def times(self, count: int) -> Pass:
+    def repeat(self, count: int) -> Pass:
         """The same stage ``count`` times."""
         more = {name: count * getattr(self, name) for name in ("tokens", "reads", "flops", "fixed")}
         return replace(self, **more)
@@ -182,8 +189,8 @@ class Pass:
 class Work:
     """What a run does. ``kept``: share of the parameters that is left.
 
-    ``passes``: stage → work. ``calibration``, ``evaluated``: tokens of all windows, and of one window's logits.
-    ``onnx``: bytes of a number in each graph. ``models``: models of the dense size that training holds.
+    ``passes``: stage → its pass. ``calibration``: tokens of all windows. ``evaluated``: tokens whose logits are in
+    memory at once. ``onnx``: bytes of a number in each graph. ``models``: models of the dense size that training holds.
     """
 
     kept: float
@@ -197,12 +204,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need, each as what for → how much.
+    """What a run will need. Each field maps a purpose to an amount.
 
-    ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
-    ``there``: bytes of the memory of ``device``, which is "" if the CPU computes.
-    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time. ``does``: how much the run does, in words.
-    ``note``: on the rates that it follows from.
+    ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound reduces.
+    ``there``: bytes of memory of ``device``, which is "" if the CPU computes. ``output``, ``temporary``: bytes of disk.
+    ``seconds``: stage → time. ``does``: how much the run does, in words. ``note``: on the measured rates.
     """
 
     needed: Mapping[str, float]
@@ -219,26 +225,34 @@ class Estimate:
         memory, disk = (
             sum([*a.values(), *b.values()]) for a, b in ((self.needed, self.held), (self.output, self.temporary))
         )
-        time = duration(sum(self.seconds.values()))
-        there = f", {size_text(sum(self.there.values()))} on {self.device}" if self.device else ""
+        time = describe_duration(sum(self.seconds.values()))
+        there = f", {describe_size(sum(self.there.values()))} on {self.device}" if self.device else ""
         does = f" for {self.does}" if self.does else ""
         note = f" ({self.note})" if self.note else ""
-        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}{does}{note}"
+        sizes = f"{describe_size(memory)} of memory{there}, {describe_size(disk)} of disk"
+        return f"will need about {sizes} and {time}{does}{note}"
 
 
 def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
     """What ``work`` needs if resident weights and values between stages take at most ``bound`` bytes.
 
-    ``device``: what computes if it is not the CPU. Then activations, what is trained and values between stages are
-    there, and of each stage's weights a copy.
+    ``device``: what computes, if it is not the CPU. It then holds activations, what is trained, values between stages,
+    and a copy of each stage's weights.
     """
+
+    # Float32 weights, and twice the float32 residual stream of all calibration tokens as values between stages.
     weights, borders = 4.0 * sizes.parameters, 8.0 * work.calibration * sizes.hidden
     fitted = 4.0 * sizes.fitted if "reconstruct" in work.passes else 0.0
     kept_borders, kept_fit = min(borders, bound / 4), min(fitted, bound / 8)
     training = max((done.training for done in work.passes.values()), default=0.0)
     trains = training > 0
+
+    # Training holds the whole model. Otherwise values between stages and fitted weights take their shares of the bound,
+    # and weights the rest; those that are missing are read again in each pass.
     resident = weights if trains else min(weights, bound - kept_borders - kept_fit)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
+
+    # Memory: what weights take, what computing takes, what lies between stages. With a device the last two are there.
     loaded = {
         "weights": work.models * weights if trains else 0,
         "cut model": work.kept * weights if trains else 0,
@@ -253,6 +267,8 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     needed = {"libraries": BASE, **loaded, **({} if device else computed)}
     held = {"weights that stay": 0 if trains else resident, **({} if device else between)}
     there = {**loaded, "largest stage": 4 * sizes.stage * (1 + work.kept), **computed, **between} if device else {}
+
+    # Disk: the result, and what goes to temporary files beyond the bound.
     output = {
         "checkpoint": work.kept * sizes.parameters * sizes.stored,
         "ONNX": sum(work.onnx) * work.kept * sizes.parameters,
@@ -262,15 +278,24 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         "values between stages": borders - kept_borders + fitted - kept_fit,
         "gradients": max(0, weights - bound) if any(done.gradients for done in work.passes.values()) else 0,
     }
+
+    # Time: the fixed parts, then each stage's operations and reads.
     reading, writing = sizes.parameters * sizes.stored / on.read, sum(output.values()) / on.write
     seconds = {"start": START_S, "read": reading, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():
-        operations = done.tokens * sizes.flops(done.length) / (1 if done.exact else on.speedup) + done.flops
+        operations = done.tokens * sizes.count_flops(done.length) / (1 if done.exact else on.speedup) + done.flops
         computing, fixed = operations / (EFFICIENCY * on.flops), done.fixed * sizes.layers
         seconds[stage] = computing + fixed + done.reads * missing / on.read
     seconds["write"] = writing + missing / on.read + (ONNX_S * sizes.layers if work.onnx else 0)
     return Estimate(
-        _some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device, note=on.note
+        _drop_zeros(needed),
+        _drop_zeros(held),
+        _drop_zeros(output),
+        _drop_zeros(temporary),
+        seconds,
+        _drop_zeros(there),
+        device,
+        note=on.note,
     )
 
 
@@ -278,54 +303,65 @@ ONCE = ("start", "read", "trace and analyse", "calibration data")
 """Stages that the runs of a ladder share."""
 
 
-def total(runs: Sequence[Estimate]) -> Estimate:
-    """What runs on one model need that follow each other in one process: the most memory, all disk and time."""
+def sum_estimates(runs: Sequence[Estimate]) -> Estimate:
+    """What several runs on one model need, one after the other in one process: the most memory, all disk and time."""
+    # Runs follow each other, so memory and temporary files are those of the largest one; results stay.
     first = runs[0]
 
-    def most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
+    def find_most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
         return {name: max(what(run).get(name, 0) for run in runs) for name in what(first)}
 
-    def summed(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
+    def sum_up(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
         return {name: sum(what(run).get(name, 0) for run in runs) for name in what(first)}
 
     return Estimate(
-        most(lambda run: run.needed),
-        most(lambda run: run.held),
-        summed(lambda run: run.output),
-        most(lambda run: run.temporary),
-        summed(lambda run: run.seconds) | {name: first.seconds[name] for name in ONCE if name in first.seconds},
-        most(lambda run: run.there),
+        find_most(lambda run: run.needed),
+        find_most(lambda run: run.held),
+        sum_up(lambda run: run.output),
+        find_most(lambda run: run.temporary),
+        sum_up(lambda run: run.seconds) | {name: first.seconds[name] for name in ONCE if name in first.seconds},
+        find_most(lambda run: run.there),
         first.device,
         f"{len(runs)} models, each with {first.does}" if first.does else f"{len(runs)} models",
         first.note,
     )
 
 
-def _some(parts: Mapping[str, float]) -> dict[str, float]:
+def _drop_zeros(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: size for name, size in parts.items() if size}
 
 
 # ---- this machine ----
 
 
-def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
+def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
     """The rates of this machine, measured in a second or two and kept in the cache folder, if it can be written.
 
     ``device``: of the matrix product. ``dtype``: of the faster one.
     """
-    about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads(), "rates": RATES_VERSION}
+    about = {
+        **describe_machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rates": RATES_VERSION,
+    }
     if device.type != "cpu":
         name = getattr(torch.get_device_module(device), "get_device_name", str)
         about["device"] = f"{device.type} {name(device)}"
     if dtype is not torch.float32:
         about["dtype"] = str(dtype)
-    file = cache_dir() / "machine" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
+
+    # The name is a digest of all that the rates depend on, so another version of torch measures again.
+    file = cache_dir() / "machine" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
+    # Without a writable cache each process would measure again at each call.
     if file in _unkept:
         return _unkept[file]
+
+    # A damaged file is measured again, and said in the note.
     kept, note = read_kept(file)
     if kept:
         try:
-            return replace(made(Machine, kept.get("rates"), "rates"), note="")
+            return replace(make_typed(Machine, kept.get("rates"), "rates"), note="")
         except ValueError as error:
             note = f"{file} is damaged: {error}; it is made again"
     found = calibrate(file.parent, device, dtype)
@@ -340,25 +376,27 @@ _unkept: dict[Path, Machine] = {}
 
 def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
     """Time a matrix product on ``device``, and files in ``folder`` or, if it cannot be written, a temporary one."""
-    flops = product_rate(device, torch.float32)
-    speedup = 1.0 if dtype is torch.float32 else product_rate(device, dtype) / flops
+    flops = measure_product_rate(device, torch.float32)
+    speedup = 1.0 if dtype is torch.float32 else measure_product_rate(device, dtype) / flops
     for temporary in (False, True):
         with contextlib.suppress(OSError, SafetensorError, MptkError):  # no right to write, no room: go on
             if not temporary:
                 folder.mkdir(parents=True, exist_ok=True)
-            with scratch() if temporary else staged(folder) as staging:
-                return Machine(flops, *disk_rates(staging.folder), speedup)
+            with make_scratch() if temporary else make_staging(folder) as staging:
+                return Machine(flops, *measure_disk_rates(staging.folder), speedup)
     return Machine(flops, *ORDINARY_DISK, speedup)
 
 
-def disk_rates(folder: Path) -> tuple[float, float]:
+def measure_disk_rates(folder: Path) -> tuple[float, float]:
     """Bytes a second of the best of three files in ``folder``: bf16, read as float32; and written."""
     numbers = torch.ones(SAMPLE, dtype=torch.bfloat16)
+    # The best of three: other processes only make it slower.
     wrote, read = [], []
     for i in range(3):
         file, start = folder / str(i), time.perf_counter()
         save_file({"x": numbers}, file)
         with file.open("rb") as written:
+            # Without it the time would be of memory, not of the disk.
             os.fsync(written.fileno())
         wrote.append(time.perf_counter() - start)
         start = time.perf_counter()
@@ -367,7 +405,7 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     return numbers.nbytes / min(read), numbers.nbytes / min(wrote)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+def measure_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a matrix product.
 
     On a CPU a small product is timed first. If a large one would take long (bfloat16 on a CPU without instructions for
@@ -375,15 +413,15 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     together can be a hundred times slower than one.
     """
     if device.type != "cpu":
-        return _rate(device, dtype, (4096, 4096, 4096), 0)
+        return _measure_rate(device, dtype, (4096, 4096, 4096), 0)
     small, large = (64, 1024, 256), (1024, 1024, 4096)
-    rate = _rate(device, dtype, small, 1)
+    rate = _measure_rate(device, dtype, small, 1)
     if 2 * math.prod(large) / rate > SLOW:
         return rate
-    return max(_rate(device, dtype, large, threads) for threads in {1, torch.get_num_threads()})
+    return max(_measure_rate(device, dtype, large, threads) for threads in {1, torch.get_num_threads()})
 
 
-def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int) -> float:
+def _measure_rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int) -> float:
     """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished.
 
     ``threads``: of the CPU; 0 for a device, whose time is not a thread's.
@@ -393,7 +431,7 @@ def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+        ms = measure_typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
     finally:
         torch.set_num_threads(before)
     return 2 * rows * inner * columns / ms * 1e3
@@ -402,12 +440,12 @@ def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], 
 # ---- as text ----
 
 
-def size_text(size: float) -> str:
+def describe_size(size: float) -> str:
     """Bytes as ``2.1 GB`` or ``30 MB``."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
-def duration(seconds: float) -> str:
+def describe_duration(seconds: float) -> str:
     """Seconds as ``40 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -19,25 +19,32 @@ import numpy.typing as npt
 from torch import fx
 
 from mptk.cost.budgets import OBJECTIVES
-from mptk.cost.kv_cache import is_attention, is_view, unrepeated
-from mptk.cost.model import Shares, depth_shares, example_tokens
+from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, Term, evaluate
-from mptk.ir.axis_facts import AxisFacts, Contraction
-from mptk.ir.blocks import units_of
-from mptk.ir.families import Analysis
-from mptk.ir.ops import argument_names, named_argument
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import (
+    Analysis,
+    Axis,
+    AxisFacts,
+    Contraction,
+    SourceLocation,
+    Term,
+    compute_size,
+    get_argument,
+    list_block_calls,
+    list_schema_arguments,
+)
 
 PROBES = (0.91, 0.83, 0.71)
-
+"""Shares of the dense widths at which two operators' sizes are compared."""
 KNOTS = {1: 6, 2: 4, 3: 3}
 """Number of families that an operator depends on → number of widths at which it is timed for each; else 2."""
 
 FractionalWidths = Mapping[str, float]
 SizesOf = Callable[[Mapping[Axis, float]], tuple[float, ...]]
+"""Sizes of axes → an operator's sizes."""
 Measure = Callable[[Sequence[Operator]], Mapping[Operator, float]]
+"""Operators → milliseconds of each."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,12 @@ class OperatorGroup:
     sizes: SizesOf
     block: tuple[Axis, int] | None = None
 
-    def left(self, shares: Shares) -> float:
+    def count_left(self, shares: Shares) -> float:
         """How many operators are left, on average over the choices of blocks."""
         axis, unit = self.block or (None, 0)
         return self.count * shares[axis][unit] if axis in shares else self.count
 
-    def at(self, axes: Mapping[Axis, float]) -> Operator:
+    def make_operator(self, axes: Mapping[Axis, float]) -> Operator:
         return Operator(self.kind, tuple(round(size) for size in self.sizes(axes)))
 
 
@@ -94,34 +101,44 @@ class Latency:
         self._analysis = analysis
         parts = find_parts(analysis, *OBJECTIVES[objective])
         self._simple = [p for p in parts if p.kind == ELEMENTWISE]
-        knots = [(p, self._knots(p, ladders)) for p in parts if p.kind != ELEMENTWISE]
-        self._ends = [1, max(p.at({}).sizes[0] for p in self._simple)]
+
+        # Products and attentions are timed on a grid of the widths that they depend on. For element-wise operators two
+        # sizes are enough: their time is a line.
+        knots = [(p, self._choose_knots(p, ladders)) for p in parts if p.kind != ELEMENTWISE]
+        self._ends = [1, max(p.make_operator({}).sizes[0] for p in self._simple)]
         ends = [Operator(ELEMENTWISE, (size,)) for size in self._ends]
-        wanted = {self._at(p, widths) for p, k in knots for widths in _corners(k)}
+        # All operators in one call, so that the rounds of timing are spread over all of them.
+        wanted = {self._make_operator(p, widths) for p, k in knots for widths in _list_corners(k)}
         times = measure(sorted(wanted | set(ends)))
-        self._grids = [(p, self._grid(p, k, times)) for p, k in knots]
+        self._grids = [(p, self._build_grid(p, k, times)) for p, k in knots]
         self._end_ms = np.array([times[end] for end in ends])
 
     def __call__(self, widths: FractionalWidths) -> float:
         axes = self._analysis.sizes(widths)
-        shares = depth_shares(self._analysis, widths)
-        total = sum(part.left(shares) * grid(widths) for part, grid in self._grids)
-        return total + sum(p.left(shares) * self._elementwise(p.sizes(axes)[0]) for p in self._simple)
+        shares = compute_depth_shares(self._analysis, widths)
+        total = sum(part.count_left(shares) * grid(widths) for part, grid in self._grids)
+        return total + sum(p.count_left(shares) * self._predict_elementwise(p.sizes(axes)[0]) for p in self._simple)
 
-    def _elementwise(self, elements: float) -> float:
+    def _predict_elementwise(self, elements: float) -> float:
         return float(interpolate(self._ends, self._end_ms, elements))
 
-    def _at(self, part: OperatorGroup, widths: FractionalWidths) -> Operator:
-        return part.at(self._analysis.sizes(widths))
+    def _make_operator(self, part: OperatorGroup, widths: FractionalWidths) -> Operator:
+        return part.make_operator(self._analysis.sizes(widths))
 
-    def _knots(self, part: OperatorGroup, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    def _choose_knots(self, part: OperatorGroup, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         """The widths at which a part is timed: for each family that it depends on, evenly spread over the ladder."""
-        names = [name for name, ladder in ladders.items() if self._at(part, {name: ladder[0]}) != part.at({})]
+        names = [
+            name
+            for name, ladder in ladders.items()
+            if self._make_operator(part, {name: ladder[0]}) != part.make_operator({})
+        ]
         return {name: sample_rungs(ladders[name], KNOTS.get(len(names), 2)) for name in names}
 
-    def _grid(self, part: OperatorGroup, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]) -> Grid:
+    def _build_grid(
+        self, part: OperatorGroup, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]
+    ) -> Grid:
         """Measured times, made monotonic in width: no operator counts as slower than a wider one."""
-        values = np.array([times[self._at(part, widths)] for widths in _corners(knots)])
+        values = np.array([times[self._make_operator(part, widths)] for widths in _list_corners(knots)])
         values = values.reshape([len(k) for k in knots.values()])
         for axis in range(values.ndim):
             values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
@@ -132,6 +149,7 @@ def interpolate(knots: Sequence[float], values: npt.NDArray[np.float64], x: floa
     """Interpolate linearly along the first dimension, whose entries belong to ``knots``; extrapolate from the ends."""
     if len(knots) == 1:
         return np.asarray(values[0])
+    # The clamp takes the first or last interval beyond the ends, which extrapolates.
     i = min(max(int(np.searchsorted(knots, x)) - 1, 0), len(knots) - 2)
     share = (x - knots[i]) / (knots[i + 1] - knots[i])
     return np.asarray((1 - share) * values[i] + share * values[i + 1])
@@ -144,7 +162,7 @@ def sample_rungs(ladder: Sequence[int], most: int) -> list[int]:
     return [ladder[round(i * (len(ladder) - 1) / (most - 1))] for i in range(most)]
 
 
-def _corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+def _list_corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     return [dict(zip(knots, combination, strict=True)) for combination in itertools.product(*knots.values())]
 
 
@@ -152,18 +170,19 @@ def _corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
 
 def find_parts(analysis: Analysis, tokens: int, past: int) -> list[OperatorGroup]:
-    """The operators of one step with ``tokens`` new and ``past`` cached tokens. Equal ones are one part with a count.
-
-    Raises:
-        MptkError: the time of a product does not follow from its shape (routed experts, convolutions), or attention is
-            written as two products.
-    """
-    share = tokens / example_tokens(analysis)
+    """The operators of one step with ``tokens`` new and ``past`` cached tokens; equal ones are counted as one part."""
+    # The trace is of some example tokens; rows are scaled to the phase's.
+    share = tokens / count_example_tokens(analysis)
     products = analysis.facts.contractions
-    found = [(p.node, *_contraction(analysis, p, share, tokens, past)) for p in products]
-    found += [(node, ELEMENTWISE, _elements(analysis, node, share)) for node in _others(analysis)]
-    blocks = {node: (stack.axis, unit) for node, (stack, unit) in units_of(analysis.stacks) if unit not in stack.stay}
-    # Functions that are equal at three arbitrary points are taken as the same.
+    found = [(p.node, *_describe_contraction(analysis, p, share, tokens, past)) for p in products]
+    found += [(node, ELEMENTWISE, _count_elements(analysis, node, share)) for node in _find_other_calls(analysis)]
+
+    # Operators of removable blocks are kept apart by stack, since a depth changes how many of them are left.
+    blocks = {
+        node: (stack.axis, unit) for node, (stack, unit) in list_block_calls(analysis.stacks) if unit not in stack.stay
+    }
+    # Sizes that are equal at three arbitrary points are taken as one function of the widths. Family i has the share
+    # x^(i + 1), so that no two families are alike.
     points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
     equal: dict[tuple[str, Axis | None, tuple[float, ...]], list[tuple[fx.Node, SizesOf]]] = {}
     for node, kind, sizes in found:
@@ -177,48 +196,59 @@ def find_parts(analysis: Analysis, tokens: int, past: int) -> list[OperatorGroup
     ]
 
 
-def _contraction(analysis: Analysis, product: Contraction, share: float, tokens: int, past: int) -> tuple[str, SizesOf]:
+def _describe_contraction(
+    analysis: Analysis, product: Contraction, share: float, tokens: int, past: int
+) -> tuple[str, SizesOf]:
     facts = analysis.facts
     weights = [side for side in (product.right, product.left) if facts.is_weight(side[0])]
     if not weights and is_attention(product.node):
-        return ATTENTION, _attention(facts, product.node, tokens, past)
+        return ATTENTION, _describe_attention(facts, product.node, tokens, past)
     if not weights or len(facts.dims(weights[0][0])) != 2:
         what = "has a weight of other than two dimensions" if weights else "multiplies two activations"
         raise MptkError(f"no latency can be predicted: {SourceLocation(product.node)} {what}; use --budget flops")
     weight, dim = weights[0]
     n = facts.dims(weight)[1 - dim]
 
-    def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
-        columns = evaluate(n, axes)
-        return _size(product.out, axes) / columns * share, evaluate(product.axis, axes), columns
+    def compute_sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+        # The output has rows times columns elements, so the rows follow from it.
+        columns = compute_size(n, axes)
+        return _multiply_sizes(product.out, axes) / columns * share, compute_size(product.axis, axes), columns
 
-    return MATMUL, sizes
+    return MATMUL, compute_sizes
 
 
-def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> SizesOf:
+def _describe_attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> SizesOf:
     """The KV heads are counted in the keys before these are repeated for the query heads that share them."""
-    q, k, v = (facts.dims(named_argument(node, name)) for name in ("query", "key", "value"))
-    before = facts.dims(unrepeated(named_argument(node, "key")))
+    q, k, v = (facts.dims(get_argument(node, name)) for name in ("query", "key", "value"))
+    before = facts.dims(find_unrepeated(get_argument(node, "key")))
 
-    def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
-        groups = _size(k[1:-2], axes) * _size(before, axes) / _size(k, axes)
-        return tokens, past, _size(q[1:-2], axes), groups, evaluate(q[-1], axes), evaluate(v[-1], axes)
+    def compute_sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+        # Between the batch and the last two dimensions (tokens, channels) are the heads.
+        groups = _multiply_sizes(k[1:-2], axes) * _multiply_sizes(before, axes) / _multiply_sizes(k, axes)
+        return (
+            tokens,
+            past,
+            _multiply_sizes(q[1:-2], axes),
+            groups,
+            compute_size(q[-1], axes),
+            compute_size(v[-1], axes),
+        )
 
-    return sizes
+    return compute_sizes
 
 
-def _elements(analysis: Analysis, node: fx.Node, share: float) -> SizesOf:
+def _count_elements(analysis: Analysis, node: fx.Node, share: float) -> SizesOf:
     dims = analysis.facts.dims(node)
-    return lambda axes: (_size(dims, axes) * share,)
+    return lambda axes: (_multiply_sizes(dims, axes) * share,)
 
 
-def _others(analysis: Analysis) -> list[fx.Node]:
+def _find_other_calls(analysis: Analysis) -> list[fx.Node]:
     """The calls that compute an activation and are neither a product nor a view."""
     facts, products = analysis.facts, {product.node for product in analysis.facts.contractions}
     nodes = [n for n, dims in facts.results.items() if n.op == "call_function" and isinstance(dims, tuple)]
     nodes = [n for n in nodes if n in facts.activations and n not in products]
-    return [n for n in nodes if argument_names(n.target) and not is_view(n)]
+    return [n for n in nodes if list_schema_arguments(n.target) and not is_view(n)]
 
 
-def _size(dims: Sequence[Term], axes: Mapping[Axis, float]) -> float:
-    return math.prod(evaluate(term, axes) for term in dims)
+def _multiply_sizes(dims: Sequence[Term], axes: Mapping[Axis, float]) -> float:
+    return math.prod(compute_size(term, axes) for term in dims)

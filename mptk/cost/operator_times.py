@@ -21,14 +21,15 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from mptk.files import json_text
-from mptk.io.cache import cache_dir, keep, read_kept
+from mptk.files import format_json
+from mptk.io import cache_dir, keep, read_kept
 from mptk.progress import Progress
 
 Float32s = npt.NDArray[np.float32]
 
 MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
 TIMED_OPSET, IR_VERSION = 23, 10
+"""Attention is one operator since opset 23."""
 GRAPHS_VERSION = 3
 """Raise it if an operator is timed in another form. Stored times are then measured again."""
 
@@ -68,35 +69,38 @@ Sweep = Callable[[Sequence[Operator], int, Progress], Mapping[Operator, float]]
 """(operators, threads, progress) → milliseconds of each."""
 
 
-def cached_times(
+def find_operator_times(
     operators: Sequence[Operator], threads: int, progress: Progress, sweep: Sweep | None = None
 ) -> dict[Operator, float]:
     """Milliseconds of each operator, from the cache folder; missing ones are measured on this machine.
 
     Args:
         threads: threads of one operator; 0: one for each core.
-        sweep: measures operators; ``measure`` by default.
+        sweep: measures operators; ``time_operators`` by default.
     """
-    about = {**machine(), "threads": threads}
-    file = cache_dir() / "latency" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
+    about = {**describe_machine(), "threads": threads}
+    file = cache_dir() / "latency" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
     kept, note = read_kept(file)
-    known = _times_in(kept.get("ms"))
+    known = _select_times(kept.get("ms"))
     missing = [operator for operator in operators if str(operator) not in known]
+
+    # Only what was never timed on this machine is timed. If the cache cannot be written, the run goes on with the
+    # times.
     if missing:
-        times = (sweep or measure)(missing, threads, progress)
+        times = (sweep or time_operators)(missing, threads, progress)
         known |= {str(operator): round(ms, 6) for operator, ms in times.items()}
         if note := keep(file, {"machine": about, "ms": known}) or note:
             progress(f"operators were timed ({note})", 0, 0)
     return {operator: known[str(operator)] for operator in operators}
 
 
-def _times_in(kept: object) -> dict[str, float]:
-    """The times in what was kept, without what is no time."""
+def _select_times(kept: object) -> dict[str, float]:
+    """The times in what was kept. A damaged file may hold something else; that is measured again."""
     times = kept.items() if isinstance(kept, dict) else ()
     return {name: ms for name, ms in times if isinstance(ms, int | float) and ms >= 0}
 
 
-def machine() -> dict[str, str | int | None]:
+def describe_machine() -> dict[str, str | int | None]:
     """What operator times depend on: processor, cores, version of ONNX Runtime, and ``GRAPHS_VERSION``."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
@@ -105,11 +109,12 @@ def machine() -> dict[str, str | int | None]:
     return {"cpu": cpu, "cores": os.cpu_count(), "onnxruntime": ort.__version__, "graphs": GRAPHS_VERSION}
 
 
-def measure(operators: Sequence[Operator], threads: int, progress: Progress) -> dict[Operator, float]:
+def time_operators(operators: Sequence[Operator], threads: int, progress: Progress) -> dict[Operator, float]:
     """Milliseconds of each operator: the median over ``TIMING_SESSIONS`` sessions."""
     times: dict[Operator, list[float]] = {operator: [] for operator in operators}
     done, total = 0, TIMING_SESSIONS * len(operators)
     stage = f"time {len(operators)} operators ({total * SECONDS:.0f} s or more)"
+    # Sessions outside, operators inside: the sessions of one operator are far apart in time.
     for _ in range(TIMING_SESSIONS):
         for operator in operators:
             progress(stage, done, total)
@@ -124,7 +129,7 @@ def time_once(operator: Operator, threads: int) -> float:
     return GRAPHS[operator.kind](threads, *operator.sizes)
 
 
-def typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS) -> float:
+def measure_typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS) -> float:
     """Milliseconds of ``run``: the median of at least three runs, after a warm-up run.
 
     If it uses one thread, its processor time is measured, which other processes do not affect.
@@ -143,57 +148,67 @@ def typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS
 # ---- the graphs ----
 
 
-def _matmul(threads: int, rows: int, k: int, n: int) -> float:
-    count = _copies(4 * k * n, rows)
-    numbers = _random(k * n + count)
+def _time_matmul(threads: int, rows: int, k: int, n: int) -> float:
+    count = _count_copies(4 * k * n, rows)
+    # Copy i starts at number i: all copies differ, and together take hardly more memory than one.
+    numbers = _draw_random(k * n + count)
     weights = {f"w{i}": numbers[i : i + k * n].reshape(k, n) for i in range(count)}
     nodes = [helper.make_node("MatMul", ["x", name], [f"y{i}"]) for i, name in enumerate(weights)]
-    outputs = [_value(f"y{i}", 1, rows, n) for i in range(count)]
-    return _ms(threads, nodes, [_value("x", 1, rows, k)], outputs, weights) / count
+    outputs = [_declare_value(f"y{i}", 1, rows, n) for i in range(count)]
+    return _time_graph(threads, nodes, [_declare_value("x", 1, rows, k)], outputs, weights) / count
 
 
-def _attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
-    """Attention after ``group_queries.py``: in decode (one token) the queries of a group are rows of one head."""
-    count = _copies(4 * groups * (dim + value_dim) * past, tokens)
+def _time_attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
+    """Attention after ``GroupQueriesPass``: in decode (one token) the queries of a group are rows of one head."""
+    count = _count_copies(4 * groups * (dim + value_dim) * past, tokens)
     total, repeat = past + tokens, heads // groups if tokens == 1 else 1
     heads //= repeat
-    inputs = [_value("q", 1, tokens * repeat, heads * dim), _value("k", 1, tokens, groups * dim)]
-    inputs += [_value("v", 1, tokens, groups * value_dim), _value("mask", 1, 1, tokens * repeat, total)]
+    inputs = [_declare_value("q", 1, tokens * repeat, heads * dim), _declare_value("k", 1, tokens, groups * dim)]
+    inputs += [_declare_value("v", 1, tokens, groups * value_dim), _declare_value("mask", 1, 1, tokens * repeat, total)]
     outputs, nodes = [], []
     for i in range(count):
-        inputs += [_value(f"pk{i}", 1, groups, past, dim), _value(f"pv{i}", 1, groups, past, value_dim)]
-        outputs += [_value(f"y{i}", 1, tokens * repeat, heads * value_dim)]
-        outputs += [_value(f"k{i}", 1, groups, total, dim), _value(f"v{i}", 1, groups, total, value_dim)]
+        inputs += [_declare_value(f"pk{i}", 1, groups, past, dim), _declare_value(f"pv{i}", 1, groups, past, value_dim)]
+        outputs += [_declare_value(f"y{i}", 1, tokens * repeat, heads * value_dim)]
+        outputs += [
+            _declare_value(f"k{i}", 1, groups, total, dim),
+            _declare_value(f"v{i}", 1, groups, total, value_dim),
+        ]
         read, made = ["q", "k", "v", "mask", f"pk{i}", f"pv{i}"], [f"y{i}", f"k{i}", f"v{i}"]
         nodes.append(helper.make_node("Attention", read, made, q_num_heads=heads, kv_num_heads=groups))
-    return _ms(threads, nodes, inputs, outputs) / count
+    return _time_graph(threads, nodes, inputs, outputs) / count
 
 
-def _elementwise(threads: int, elements: int) -> float:
+def _time_elementwise(threads: int, elements: int) -> float:
+    # Two inputs and an output, 4 bytes each.
     count = max(2, min(MOST_COPIES, NEAR_BYTES // (12 * elements)))
-    inputs = [_value(f"{name}{i}", elements) for i in range(count) for name in "ab"]
+    inputs = [_declare_value(f"{name}{i}", elements) for i in range(count) for name in "ab"]
     nodes = [helper.make_node("Mul", [f"a{i}", f"b{i}"], [f"y{i}"]) for i in range(count)]
-    return _ms(threads, nodes, inputs, [_value(f"y{i}", elements) for i in range(count)]) / count
+    return _time_graph(threads, nodes, inputs, [_declare_value(f"y{i}", elements) for i in range(count)]) / count
 
 
-GRAPHS: dict[str, Callable[..., float]] = {MATMUL: _matmul, ATTENTION: _attention, ELEMENTWISE: _elementwise}
+GRAPHS: dict[str, Callable[..., float]] = {
+    MATMUL: _time_matmul,
+    ATTENTION: _time_attention,
+    ELEMENTWISE: _time_elementwise,
+}
 
 
-def _copies(size: int, rows: int) -> int:
+def _count_copies(size: int, rows: int) -> int:
     """Number of copies in the graph of an operator that reads ``size`` bytes besides its ``rows`` of input."""
+    # Many rows use each weight often, so reading it costs little: two copies will do.
     return max(1, -(-COLD_BYTES // size)) if rows == 1 and size else 2
 
 
-def _value(name: str, *shape: int) -> ValueInfoProto:
+def _declare_value(name: str, *shape: int) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
 
 
-def _random(count: int) -> Float32s:
+def _draw_random(count: int) -> Float32s:
     """Numbers that all differ, since equal weights would share memory."""
     return np.random.default_rng(0).random(count, dtype=np.float32) - np.float32(0.5)
 
 
-def _ms(
+def _time_graph(
     threads: int,
     nodes: Sequence[NodeProto],
     inputs: Sequence[ValueInfoProto],
@@ -202,13 +217,17 @@ def _ms(
 ) -> float:
     """Milliseconds of one run, with inputs and outputs bound beforehand."""
     held = weights or {}
-    graph = helper.make_graph(nodes, "operators", inputs, outputs, [_declared(*item) for item in held.items()])
+    graph = helper.make_graph(nodes, "operators", inputs, outputs, [_declare_weight(*item) for item in held.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", TIMED_OPSET)], ir_version=IR_VERSION)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Errors only.
     options.log_severity_level = 3
+    # The weights stay outside of the serialised model, which protobuf limits to 2 GB.
     options.add_external_initializers(list(held), [ort.OrtValue.ortvalue_from_numpy(array) for array in held.values()])
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    # Bound once, so that a run does not allocate or copy.
     binding = session.io_binding()
     for value in session.get_inputs():
         binding.bind_cpu_input(value.name, _feed(value.name, value.shape))
@@ -216,10 +235,10 @@ def _ms(
         binding.bind_ortvalue_output(
             output.name, ort.OrtValue.ortvalue_from_shape_and_type(output.shape, np.float32, "cpu")
         )
-    return typical_ms(lambda: session.run_with_iobinding(binding), threads)
+    return measure_typical_ms(lambda: session.run_with_iobinding(binding), threads)
 
 
-def _declared(name: str, array: Float32s) -> TensorProto:
+def _declare_weight(name: str, array: Float32s) -> TensorProto:
     """An initialiser without data. The session gets the data separately."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
     tensor.data_location = TensorProto.EXTERNAL

@@ -1,11 +1,11 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
-from mptk.files.marks import is_of, make_mark, read_mark
-from mptk.files.places import check_way, hold_open, is_own
+from mptk.files.outputs import check_text, expand_path, make_write_error, name_write_errors
+from mptk.files.places import check_way, hold_open, is_of, is_own, make_mark, read_mark
 from mptk.files.replace import (
     discard,
     fill_folder,
-    json_text,
+    format_json,
     make_marked,
     put_folder,
     put_made,
@@ -15,31 +15,40 @@ from mptk.files.replace import (
     write_text,
     write_together,
 )
-from mptk.files.staging import Staging, check_open_files, check_scratch, claimed, scratch, staged, tidy, tidy_scratch
-from mptk.files.writing import cannot_write, check_text, path_of, writing
+from mptk.files.staging import (
+    Staging,
+    check_open_files,
+    check_scratch,
+    claim_place,
+    make_scratch,
+    make_staging,
+    tidy,
+    tidy_scratch,
+)
 
 __all__ = [
     "Staging",
-    "cannot_write",
     "check_open_files",
     "check_scratch",
     "check_text",
     "check_way",
-    "claimed",
+    "claim_place",
     "discard",
+    "expand_path",
     "fill_folder",
+    "format_json",
     "hold_open",
     "is_of",
     "is_own",
-    "json_text",
     "make_mark",
     "make_marked",
-    "path_of",
+    "make_scratch",
+    "make_staging",
+    "make_write_error",
+    "name_write_errors",
     "put_folder",
     "put_made",
     "read_mark",
-    "scratch",
-    "staged",
     "tidy",
     "tidy_scratch",
     "write_file",
@@ -47,5 +56,4 @@ __all__ = [
     "write_result",
     "write_text",
     "write_together",
-    "writing",
 ]

@@ -1,10 +1,13 @@
-"""outputs: what may be written where: nothing that is read is replaced or changed, and no file that is not mptk's.
+"""outputs: what may be written where, and why a place cannot be written.
 
-Files are compared by identity, as one file has many names: links, ``..``, another mount.
+Nothing that is read is replaced or changed, and no file that mptk did not write. Files are compared by identity, since
+one file has many names: links, ``..``, another mount.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import stat
@@ -12,14 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files.writing import path_of
 
 PAGE_MARK = "mptk-page/1"
 TABLE_MARK = "mptk-table/1"
 PLOT_MARK = "mptk-plot/1"
 GGUF_MARK = "mptk-gguf/1"
 _PLOTS = rb"\x89PNG|%PDF|<\?xml"
+# Kind of file → the mark that mptk's own files of it have.
 _MARKS = {
+    # The first key: a user's collection of results has the same key further in, and is not mptk's.
     "JSON": re.compile(rb'\A\s*\{\s*"format":\s*"mptk-(advice|analysis|bench|eval|ops|rerun|shapes)/\d'),
     "plan": re.compile(rb'\A\s*\{\s*"format":\s*"mptk-plan/\d'),
     "page": re.compile(rb'\A<!doctype html>.*<meta name="generator" content="mptk-page/\d', re.S),
@@ -28,24 +32,22 @@ _MARKS = {
     "graph": re.compile(rb"\A\x08.*mptk_version", re.S),
     "GGUF": re.compile(rb"\AGGUF.*general\.source\.writer.*mptk-gguf/\d", re.S),
 }
-"""Kind of a file that mptk writes → the mark that it has. Of JSON it is the first key: a user's collection of results
-has it further within."""
+# Marks are looked for in so many bytes at each end of a file: a PDF has its mark at the end, and files may be large.
 _MARKED_BYTES = 1 << 16
-"""Bytes at the beginning and at the end of a file in which its mark is: a PDF has it at the end."""
 
 
 def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") -> None:
     """Raise MptkError if ``out`` is read, holds what is read, or lies in a folder that is read.
 
-    ``sources``: what is read; a name that is no file or folder (a model of the hub) is left out. ``option``: names
-    ``out``.
+    ``sources``: what is read; names that are not there (a model of the hub) are left out. ``option``: names ``out``.
     """
-    path = path_of(out)
+    path = expand_path(out)
+    # ``out`` need not exist, but the folders above it do. They are compared, after links are followed.
     place = Path(os.path.realpath(path))
     there = _state(place)
     above = [state for folder in place.parents if (state := _state(folder)) is not None]
     for source in sources:
-        read = path_of(source)
+        read = expand_path(source)
         if (state := _state(read)) is None:
             continue
         if any(os.path.samestat(state, folder) for folder in above):
@@ -57,20 +59,24 @@ def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") ->
 def check_file(file: str | Path, kind: str, overwrite: bool = False, option: str = "--out") -> None:
     """Raise MptkError if writing ``file`` would replace a file that mptk did not write, or follow a link.
 
-    ``kind``: of what is written: a key of the marks. ``overwrite``: whether the user lets any file be replaced.
+    ``kind``: a key of ``_MARKS``. ``overwrite``: whether the user lets any file be replaced.
     """
-    path = path_of(file)
+    path = expand_path(file)
     if path.is_symlink():
         raise MptkError(f"{file} is a symbolic link; give the file that it leads to as {option}")
     state = _state(path)
+    # Nothing is lost with an empty file, and a device or a pipe is written to, not replaced.
     if overwrite or state is None or not stat.S_ISREG(state.st_mode) or not state.st_size:
         return
-    if not _MARKS[kind].search(_ends(path)):
+    if not _MARKS[kind].search(_read_ends(path)):
         raise MptkError(f"{file} exists, and mptk did not write it as a {kind}; give another {option}, or --overwrite")
 
 
 def _read_through(path: Path, state: os.stat_result) -> Iterator[os.stat_result]:
-    """What is read with a path, and the folders that hold it. In a folder, files may be links."""
+    """The states of what is read with a path: itself, the folders above it, and what the links in a folder lead to.
+
+    Snapshots in the hub's cache are such folders: their files are links to blobs elsewhere.
+    """
     yield state
     for folder in Path(os.path.realpath(path)).parents:
         if (found := _state(folder)) is not None:
@@ -82,19 +88,73 @@ def _read_through(path: Path, state: os.stat_result) -> Iterator[os.stat_result]
 
 
 def _state(path: Path) -> os.stat_result | None:
-    """What the system says of a file; None if there is none."""
     try:
         return path.stat()
     except (OSError, ValueError):  # too long; a null character
         return None
 
 
-def _ends(path: Path) -> bytes:
+def _read_ends(path: Path) -> bytes:
     """The first and the last bytes of a file; none if the user may not read it."""
     try:
         with path.open("rb") as file:
             found = file.read(_MARKED_BYTES)
+            # The end begins where the beginning ended, at the earliest: no byte counts twice.
             file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - _MARKED_BYTES))
             return found + file.read(_MARKED_BYTES)
     except OSError:
         return b""
+
+
+# ---- why a place cannot be written ----
+
+_ROOM = "free some space, or give a place on another disk"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EROFS: "give a place that can be written",
+    errno.EACCES: "check the rights of its folder, or give another place",
+    errno.EPERM: "check the rights of its folder, or give another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: "a part of its path is a file; give another place",
+    errno.EISDIR: "a folder has this name; give another",
+    errno.ELOOP: "it is a symbolic link; give the place that it leads to",
+}
+# Only writing raises these, so a file that they name was written, not read.
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def make_write_error(path: Path, error: OSError, remedy: str | None = None) -> MptkError:
+    """The error of a file or folder that cannot be written, with the cause that the system names."""
+    remedy = remedy or _REMEDIES.get(error.errno or 0, "check its folder, or give another place")
+    return MptkError(f"cannot write {path}: {error.strerror or error}; {remedy}")
+
+
+@contextlib.contextmanager
+def name_write_errors(target: Path, staging: Path, remedy: str | None = None) -> Iterator[None]:
+    """Turn each OSError into an MptkError: about ``target`` if it is of that or of ``staging``, else about its file."""
+    try:
+        yield
+    except OSError as error:
+        # The user knows the target and not the hidden folder beside it.
+        about = target if error.filename is None else Path(os.fsdecode(error.filename))
+        if about.is_relative_to(staging) or about == target:
+            raise make_write_error(target, error, remedy) from error
+        if error.errno in _OF_WRITING:
+            raise make_write_error(about, error) from error
+        raise MptkError(f"{about}: {error.strerror or error}; check this file and its rights") from error
+
+
+def check_text(name: str | Path) -> None:
+    """Raise MptkError for a name that is not UTF-8: no report and no recipe could hold it."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError as error:
+        raise MptkError(f"the name {str(name)!r} is not UTF-8, which reports and recipes are; rename it") from error
+
+
+def expand_path(name: str | Path) -> Path:
+    """``name`` as a path, with ``~`` as a home. An unknown user's ``~name`` stays as it is, as in a shell."""
+    # Not Path.expanduser, which raises an error for an unknown user.
+    return Path(os.path.expanduser(name))

@@ -14,11 +14,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files.marks import is_of, make_mark, read_mark
-from mptk.files.places import PLAIN_FILE, find_exposed, hold_open, is_own, lies_in, lstat_in
-from mptk.files.staging import NEW, OLD, Staging, scratch, stage_openly, staged, tidy
-from mptk.files.writing import cannot_write
+from mptk.files.outputs import make_write_error
+from mptk.files.places import (
+    PLAIN_FILE,
+    find_exposed,
+    hold_open,
+    is_in,
+    is_of,
+    is_own,
+    make_mark,
+    read_mark,
+    read_state_in,
+)
+from mptk.files.staging import NEW, OLD, Staging, make_scratch, make_staging, stage_openly, tidy
 
+# The flag of renameat2(2), which Python has no function for; and its errors if the kernel or the file system lacks it.
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
@@ -27,17 +37,19 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path, then rename the file to ``path``.
 
     If ``write`` fails, ``path`` stays as it was. Several processes may write the same path. A link at ``path`` is
-    replaced, not followed. Where other users could exchange the temporary file, it is made elsewhere, and copied.
+    replaced, not followed.
 
     Raises:
         OSError: the file cannot be renamed. Errors of ``write`` pass through.
     """
     with contextlib.ExitStack() as stack:
+        # ``write`` takes a path. If other users could lead the path beside ``path`` elsewhere, the file is made among
+        # the temporary files, and copied by descriptors.
         exposed = find_exposed(path.parent) is not None
-        staging = stack.enter_context(stage_openly(path.parent) if exposed else staged(path.parent))
-        made = stack.enter_context(scratch()) if exposed else staging
+        staging = stack.enter_context(stage_openly(path.parent) if exposed else make_staging(path.parent))
+        made = stack.enter_context(make_scratch()) if exposed else staging
         write(made.folder / path.name)
-        ordinary(made)
+        set_ordinary_rights(made)
         if exposed:
             _copy_into(staging, made, path.name)
         staging.put(path.name)
@@ -45,14 +57,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def write_together(folder: Path, *names: str) -> Iterator[Path]:
-    """A temporary folder for the files ``names``. If nothing fails, they move to ``folder`` in this order.
+    """Give a temporary folder for the files ``names``. If nothing fails, they move to ``folder`` in this order.
 
     Name a file last if it refers to the others. Other files in ``folder`` stay.
     """
     tidy(folder)
-    with staged(folder) as staging:
+    with make_staging(folder) as staging:
         yield staging.folder
-        ordinary(staging)
+        set_ordinary_rights(staging)
         for name in names:
             staging.put(name)
 
@@ -62,39 +74,44 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
 
     ``kept``: files and folders in the earlier one that stay as and where they are.
 
-    At every moment the one or the other is there, if the system can exchange two names at once. Else the earlier one
-    is kept aside, and ``tidy`` puts it back.
+    At every moment the earlier or the new folder is there, if the system can exchange two names at once. If not, the
+    earlier one is kept aside for a moment; if the process dies in it, ``tidy`` puts it back.
     """
-    ordinary(staging)
+    set_ordinary_rights(staging)
     name, at, own = target.name, staging.place.at, staging.place.own
-    earlier = lies_in(at, name)
-    if earlier and stat.S_ISLNK(lstat_in(at, name).st_mode):
+    # A link was refused before the run; one that is there now was planted since.
+    earlier = is_in(at, name)
+    if earlier and stat.S_ISLNK(read_state_in(at, name).st_mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
     for each in kept:
         _carry(target / each, staging.folder / each)
+    # A rename replaces an empty folder by itself.
     if earlier:
         with hold_open(name, at) as folder:
             earlier = bool(os.listdir(folder))
+    # Last, since all before took time: does the path still lead to the folder that was filled?
     staging.check()
     if not earlier:
         os.rename(NEW, name, src_dir_fd=own, dst_dir_fd=at)
-    elif not _exchanged(NEW, name, own, at):
+    elif not _swap_names(NEW, name, own, at):
+        # For a moment nothing has the name.
         os.rename(name, OLD, src_dir_fd=at, dst_dir_fd=own)
         try:
             os.rename(NEW, name, src_dir_fd=own, dst_dir_fd=at)
         except OSError:
             os.rename(OLD, name, src_dir_fd=own, dst_dir_fd=at)
             raise
-    with contextlib.suppress(OSError):  # what is left of the earlier one is no reason to fail
+    # The result is in its place. What cannot be removed of the earlier folder, named ``new`` now, is left to ``tidy``.
+    with contextlib.suppress(OSError):
         staging.renew()
 
 
 def put_made(staging: Staging, target: Path, mode: int | None = None) -> None:
-    """Move the one file or folder that was made in the staging folder to ``target``, beside it, which is not there yet.
+    """Move what was made in the staging folder under ``target``'s name to ``target``, which is not there yet.
 
     ``mode``: its rights, if they are not the ordinary ones.
     """
-    ordinary(staging)
+    set_ordinary_rights(staging)
     if mode is not None:
         os.chmod(f"{NEW}/{target.name}", mode, dir_fd=staging.place.own)
     staging.put(target.name)
@@ -106,14 +123,15 @@ def fill_folder(folder: Path, source: Path) -> None:
 
 
 def make_marked(folder: Path, mark: str) -> None:
-    """Make a folder that has mptk's mark, the file ``mark``, from its first moment. Others may read it, not write.
+    """Make a folder that has mptk's mark, the file ``mark``, from its first moment.
 
     Raises:
         OSError: another has its name, or it cannot be made.
     """
-    with staged(folder.parent) as staging:
+    with make_staging(folder.parent) as staging:
         own = staging.place.own
-        os.chmod(NEW, lstat_in(own, NEW).st_mode & 0o755, dir_fd=own)
+        # Others may read it, but not write in it, whatever the umask says.
+        os.chmod(NEW, read_state_in(own, NEW).st_mode & 0o755, dir_fd=own)
         with hold_open(NEW, own) as new:
             make_mark(new, mark, folder.name)
         staging.check()
@@ -121,41 +139,45 @@ def make_marked(folder: Path, mark: str) -> None:
 
 
 def discard(folder: Path, mark: str | None = None) -> None:
-    """Remove a folder of this user, from one moment to the next: no half of it stays under its name.
+    """Remove a folder of this user at once: no half of it is ever left under its name.
 
     ``mark``: the file in it that must hold mptk's mark.
 
     Raises:
         MptkError: it is another user's, or has no such mark.
     """
-    with staged(folder.parent) as staging, hold_open(folder.name, staging.place.at) as own:
+    with make_staging(folder.parent) as staging, hold_open(folder.name, staging.place.at) as own:
         if not is_own(os.fstat(own)) or (mark is not None and not is_of(read_mark(own, mark), own, folder.name)):
             raise MptkError(f"{folder} was not made by mptk; remove it yourself")
+        # It is renamed into the staging folder, which is then removed. A rename takes whatever has the name at that
+        # moment, so what was taken is compared with what was opened.
         aside = f"{NEW}/{folder.name}"
         os.rename(folder.name, aside, src_dir_fd=staging.place.at, dst_dir_fd=staging.place.own)
-        if not os.path.samestat(os.fstat(own), lstat_in(staging.place.own, aside)):
+        if not os.path.samestat(os.fstat(own), read_state_in(staging.place.own, aside)):
             staging.put(folder.name)
             raise MptkError(f"{folder} was replaced while it was to be removed, and is left as it is; look at it")
 
 
-def ordinary(staging: Staging) -> None:
-    """Give everything that was made in a staging folder the rights that the user's umask leaves, which ``new`` has.
+def set_ordinary_rights(staging: Staging) -> None:
+    """Give everything that was made in a staging folder the rights that the user's umask leaves.
 
     Libraries that write through temporary files make them private.
     """
-    wanted = lstat_in(staging.place.own, NEW).st_mode & 0o777
+    # ``new`` was made with these rights. ``os.umask`` can tell the umask only by setting it, for all threads.
+    wanted = read_state_in(staging.place.own, NEW).st_mode & 0o777
     for _, folders, files, at in os.fwalk(NEW, dir_fd=staging.place.own):
         for names, mode in ((folders, wanted), (files, wanted & 0o666)):
             for name in names:
-                state = lstat_in(at, name)
-                linked = stat.S_ISREG(state.st_mode) and state.st_nlink > 1  # to what had its rights before
+                state = read_state_in(at, name)
+                # A file with several links is one of the earlier output, and keeps its rights.
+                linked = stat.S_ISREG(state.st_mode) and state.st_nlink > 1
                 if not linked and not stat.S_ISLNK(state.st_mode) and state.st_mode & 0o777 != mode:
                     os.chmod(name, mode, dir_fd=at)
 
 
 def _copy_into(staging: Staging, made: Staging, name: str) -> None:
-    """Copy a file from one staging folder into another, by no path of the other."""
-    rights = lstat_in(made.place.own, f"{NEW}/{name}").st_mode & 0o777
+    """Copy a file from one staging folder into another, by descriptors."""
+    rights = read_state_in(made.place.own, f"{NEW}/{name}").st_mode & 0o777
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN_FILE
     with (
         open(os.open(f"{NEW}/{name}", os.O_RDONLY | PLAIN_FILE, dir_fd=made.place.own), "rb") as source,
@@ -165,7 +187,7 @@ def _copy_into(staging: Staging, made: Staging, name: str) -> None:
 
 
 def _carry(source: Path, place: Path) -> None:
-    """Put a link to a file, or a folder of links, at a new path; copies if the file system has no links."""
+    """Link a file, or the files of a folder, at a new path; copy them if the file system has no links."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(place):
         raise MptkError(f"{source} is not mptk's, and the new result has that name, too; move it, and run again")
@@ -178,8 +200,9 @@ def _carry(source: Path, place: Path) -> None:
         _link(str(source), str(place))
 
 
-def _exchanged(one: str, two: str, one_at: int, two_at: int) -> bool:
+def _swap_names(one: str, two: str, one_at: int, two_at: int) -> bool:
     """Exchange two names, each in an open folder, at once. False if the kernel or the file system cannot."""
+    # By ctypes, from the C library of this process. Older ones lack the function.
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -194,11 +217,14 @@ def _exchanged(one: str, two: str, one_at: int, two_at: int) -> bool:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:
+    except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
 
 
-def json_text(
+# ---- single results: JSON, text, whatever a function writes ----
+
+
+def format_json(
     content: object,
     *,
     indent: int | None = None,
@@ -206,9 +232,9 @@ def json_text(
     ensure_ascii: bool = True,
     separators: tuple[str, str] | None = None,
 ) -> str:
-    """``content`` as JSON. NaN and infinity become null, since JSON has neither. Options as in ``json.dumps``."""
+    """``content`` as JSON. NaN and infinity become null, since JSON has neither. Options: of ``json.dumps``."""
     return json.dumps(
-        _finite(content),
+        _replace_infinite(content),
         allow_nan=False,
         indent=indent,
         sort_keys=sort_keys,
@@ -220,16 +246,16 @@ def json_text(
 def write_json(path: Path | None, content: object) -> None:
     """Write a result as JSON; nothing if ``path`` is None."""
     if path is not None:
-        write_text(path, json_text(content, indent=1) + "\n")
+        write_text(path, format_json(content, indent=1) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file in UTF-8. Otherwise as ``write_result``."""
+    """``write_result`` of a text, in UTF-8."""
     write_result(path, lambda file: file.write_text(content, encoding="utf-8"))
 
 
 def write_result(path: Path, write: Callable[[Path], object]) -> None:
-    """As ``write_file``, for a path that a user named. Its folder is made if missing; a device is written as it is.
+    """``write_file`` for a path that a user named. Its folder is made if missing.
 
     Raises:
         MptkError: it cannot be written, or is a symbolic link.
@@ -239,18 +265,18 @@ def write_result(path: Path, write: Callable[[Path], object]) -> None:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            write(path)
+            write(path)  # a device or a pipe, such as /dev/stdout: nothing may replace it
         else:
             write_file(path, write)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise make_write_error(path, error) from error
 
 
-def _finite(content: object) -> object:
+def _replace_infinite(content: object) -> object:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: _replace_infinite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [_replace_infinite(value) for value in content]
     return content

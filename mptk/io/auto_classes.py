@@ -9,13 +9,13 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from mptk.compat.transformers import model_classes
+from mptk.compat.transformers import find_auto_classes
 from mptk.errors import MptkError
 from mptk.io import modeling_nemotron_nas as nas
-from mptk.io.diffusion import DiffusersConfig, class_of
+from mptk.io.diffusion import DiffusersConfig, find_diffusers_class
 
 OWN_CODE = Path(nas.__file__)
-"""The code that mptk writes into folders. It is read from here, so mptk runs no code of such a folder."""
+"""The code that mptk writes into folders. mptk reads it from here, so it runs no code of such a folder."""
 AutoConfig.register(nas.DeciLMConfig.model_type, nas.DeciLMConfig)
 AutoModelForCausalLM.register(nas.DeciLMConfig, nas.DeciLMForCausalLM)
 
@@ -23,62 +23,69 @@ AutoModelForCausalLM.register(nas.DeciLMConfig, nas.DeciLMForCausalLM)
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
-def loader(config: PreTrainedConfig) -> str:
+def name_loader(config: PreTrainedConfig) -> str:
     """Name of what in transformers, or in diffusers, loads a checkpoint with ``config``.
 
-    It is the first auto class with the checkpoint's class, else the first that takes the config, else the checkpoint's
-    class itself: no auto class knows decoders such as ``MusicgenForCausalLM``. A class with a head (``…For…``) comes
-    before ``AutoModel``, which would leave the head out.
+    1. the first auto class with the class that the checkpoint names;
+    2. the checkpoint's class itself, if it has a head (``…For…``) and only ``AutoModel`` takes the config;
+    3. the first auto class that takes the config;
+    4. the checkpoint's class itself.
 
     Raises:
         MptkError: transformers has no class for it.
     """
     if isinstance(config, DiffusersConfig):
-        return class_of(config).__name__
+        return find_diffusers_class(config).__name__
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
-    fitting = {name: _class_names(name, config, code) for name in _auto_names()}
+    # Which auto classes take the config, and which of the checkpoint's own classes do.
+    fitting = {name: _list_class_names(name, config, code) for name in _list_auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
     saved = set(config.architectures or ())
-    named = [found.__name__ for found in map(_class_named, sorted(saved)) if found and _takes(found, config)]
+    named = [found.__name__ for found in map(_find_class, sorted(saved)) if found and _takes(found, config)]
     if taken:
+        # ``AutoModel``, the last of all, would leave the head out (2).
         heads = [name for name in named if "For" in name] if taken[0] == "AutoModel" else []
         return next((name for name in taken if fitting[name] & saved), (heads or taken)[0])
     if not named:
         raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
-    return named[0]
+    return named[0]  # no auto class knows decoders such as ``MusicgenForCausalLM`` (4)
 
 
-def opener(config: PreTrainedConfig) -> Any:
-    """The class, or the auto class of transformers, that loads a checkpoint with ``config``. Raises as ``loader``."""
-    return class_of(config) if isinstance(config, DiffusersConfig) else getattr(transformers, loader(config))
+def find_loader(config: PreTrainedConfig) -> Any:
+    """The class, or the auto class of transformers, that ``name_loader`` names."""
+    return (
+        find_diffusers_class(config)
+        if isinstance(config, DiffusersConfig)
+        else getattr(transformers, name_loader(config))
+    )
 
 
-def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
-    """The classes that transformers or diffusers has for ``config``; empty if the model brings its own."""
+def find_model_classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
+    """The classes that transformers or diffusers has for ``config``; empty if the model brings its own code."""
     if isinstance(config, DiffusersConfig):
-        return {class_of(config)}
-    name = loader(config)
-    if (found := _class_named(name)) is not None:
+        return {find_diffusers_class(config)}
+    name = name_loader(config)
+    if (found := _find_class(name)) is not None:
         return {found}
     if name in (getattr(config, "auto_map", None) or {}):
         return set()
-    return set(model_classes(name, config))
+    return set(find_auto_classes(name, config))
 
 
 @functools.cache
-def _auto_names() -> list[str]:
+def _list_auto_names() -> list[str]:
     names = {name for name in dir(transformers) if name.startswith("AutoModelFor")}
     return [*_FIRST_TASKS, *sorted(names.difference(_FIRST_TASKS)), "AutoModel"]
 
 
-def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
-    """Names of the classes that the auto class has for ``config``: transformers' and the model's own."""
-    names = {known.__name__ for known in model_classes(auto, config)}
+def _list_class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
+    """Names of the classes that an auto class has for ``config``: transformers', and the model's own (``code``)."""
+    names = {known.__name__ for known in find_auto_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 
 
-def _class_named(name: str) -> type[PreTrainedModel] | None:
-    """transformers' model of that name; None if it has none, as for an auto class."""
+def _find_class(name: str) -> type[PreTrainedModel] | None:
+    """transformers' model of that name; None if it has none, such as for the name of an auto class."""
     found = getattr(transformers, name, None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 

@@ -13,33 +13,33 @@ import platformdirs
 
 from mptk.errors import STAGED, MptkError
 from mptk.files import (
-    cannot_write,
-    claimed,
+    claim_place,
     discard,
-    json_text,
-    path_of,
+    expand_path,
+    format_json,
+    make_write_error,
+    name_write_errors,
     put_made,
     tidy,
     tidy_scratch,
     write_file,
-    writing,
 )
-from mptk.publish.manifest import SETTLED, check_manifest, file_identity, file_sha256, write_manifest
-from mptk.reading import Json, damaged, json_object
+from mptk.publish.manifest import SETTLED, check_manifest, hash_file, identify_file, write_manifest
+from mptk.reading import Json, make_damage_error, read_json_object
 
 CACHE_REMEDY = "set MPTK_CACHE to a folder with room for it"
+# Rights of a folder that only its owner can enter.
 PRIVATE = 0o700
-"""Rights of a folder that only its owner can enter."""
+# Bytes of a file below which it is as quick to hash the file as to look its digest up.
 HASHED_AT_ONCE = 1 << 20
-"""Bytes of a file below which it is as quick to hash it as to look its digest up."""
+# How deep below the cache folder something is written, and killed processes may have left something.
 CACHE_DEPTH = 2
-"""Folders below the cache folder in which something is written."""
 
 
 def cache_dir() -> Path:
     """The cache folder: ``MPTK_CACHE``, else the platform's user cache folder."""
     configured = os.environ.get("MPTK_CACHE")
-    return path_of(configured) if configured else platformdirs.user_cache_path("mptk")
+    return expand_path(configured) if configured else platformdirs.user_cache_path("mptk")
 
 
 def build_once(target: Path, build: Callable[[Path], None], mode: int | None = None) -> Path:
@@ -52,42 +52,47 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
         MptkError: the cache folder cannot be written.
     """
     if not target.exists():
-        with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
+        with (
+            claim_place(target, wait=True, remedy=CACHE_REMEDY) as staging,
+            name_write_errors(target, staging.path, CACHE_REMEDY),
+        ):
+            # Another process may have made it while this one waited.
             if not target.exists():
                 build(staging.folder / target.name)
                 put_made(staging, target, mode)
-    STAGED.add(str(target))
+    STAGED.add(str(target))  # if a cleaner removes it while it is in use, the error says so
     return target
 
 
-def private_place(*names: str) -> Path:
-    """Where a folder that nothing pins from outside lies in the cache. Users who share it have one each."""
+def locate_private_folder(*names: str) -> Path:
+    """Where a folder that no pinned hash protects lies in the cache. Users who share the cache have one each."""
     return cache_dir().joinpath(*names[:-1], f"{names[-1]}-{os.geteuid()}")
 
 
 def build_private(folder: Path, build: Callable[[Path], None]) -> Path:
-    """As ``build_once`` for a folder that nothing pins from outside: it is used only as this user made it.
+    """``build_once`` for a folder that no pinned hash protects: it is used only as this user made it.
 
-    No other user can enter it. Its files are hashed before each use; what was damaged is made anew.
+    No other user can enter it. Its files are hashed before each use. A damaged folder is made anew.
 
     Raises:
         MptkError: as ``build_once``; or another user has put something in its place.
     """
 
-    def listed(partial: Path) -> None:
+    def build_listed(partial: Path) -> None:
         build(partial)
         write_manifest(partial)
 
-    if os.path.lexists(folder) and not _as_made(folder):
+    if os.path.lexists(folder) and not _is_as_made(folder):
         if folder.lstat().st_uid != os.geteuid():
             raise MptkError(f"{folder} belongs to another user; remove it, or {CACHE_REMEDY}")
-        with claimed(folder, wait=True, remedy=CACHE_REMEDY), writing(folder, folder, CACHE_REMEDY):
-            if os.path.lexists(folder) and not _as_made(folder):
+        # Checked again under the lock: another process may have made it anew meanwhile.
+        with claim_place(folder, wait=True, remedy=CACHE_REMEDY), name_write_errors(folder, folder, CACHE_REMEDY):
+            if os.path.lexists(folder) and not _is_as_made(folder):
                 discard(folder)
-    return build_once(folder, listed, PRIVATE)
+    return build_once(folder, build_listed, PRIVATE)
 
 
-def _as_made(folder: Path) -> bool:
+def _is_as_made(folder: Path) -> bool:
     """Whether this user made a folder, no other can change it, and its files are as they were."""
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o777 != PRIVATE:
@@ -100,42 +105,44 @@ def _as_made(folder: Path) -> bool:
 
 
 def read_kept(file: Path) -> tuple[Json, str]:
-    """The object in a JSON file of the cache that a run can do without, and what is wrong with it.
+    """The object in a JSON file of the cache that a run can do without, and what is wrong with the file.
 
-    Empty if there is no such file, or nothing in it can be used.
+    Both are empty if there is no file. The object is empty if nothing in it can be used.
     """
     if not os.path.lexists(file):
         return {}, ""
     try:
-        return json_object(file, damaged(file, "it is made again")), ""
+        return read_json_object(file, make_damage_error(file, "it is made again")), ""
     except MptkError as error:
         return {}, str(error)
 
 
 def keep(file: Path, content: Json) -> str:
-    """Write such a file. Returns why it cannot be written, or an empty text: that is no reason to stop."""
-    text = json_text(content, indent=1) + "\n"
+    """Write such a file. Returns why it cannot be written, or an empty text. A run goes on without it."""
+    text = format_json(content, indent=1) + "\n"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Not as a result is written: in place of a named pipe, not into it.
+        # Not ``write_result``, which writes into a named pipe that somebody has put there. This replaces it.
         write_file(file, lambda new: new.write_text(text, encoding="utf-8"))
     except OSError as error:
-        return str(cannot_write(file, error, CACHE_REMEDY))
+        return str(make_write_error(file, error, CACHE_REMEDY))
     except MptkError as error:  # others can rename what is in the cache folder
         return str(error)
     return ""
 
 
 def read_sha256(file: Path) -> str:
-    """SHA-256 of a file. It is read once: the digest is kept in the cache for the file's identity."""
-    state = file_identity(file)
+    """SHA-256 of a file. A large file is read once: its digest is kept in the cache, under the file's identity."""
+    state = identify_file(file)
     if file.stat().st_size < HASHED_AT_ONCE:
-        return file_sha256(file)
-    place = private_place("digests", hashlib.sha256(repr(state).encode()).hexdigest()[:24])
+        return hash_file(file)
+    place = locate_private_folder("digests", hashlib.sha256(repr(state).encode()).hexdigest()[:24])
     if _is_own(place) and (kept := read_kept(place)[0]).get("file") == list(state):
         return str(kept.get("sha256"))
-    now, found = time.time_ns(), file_sha256(file)
-    if file_identity(file) == state and now - max(state[-2:]) > SETTLED:
+    # Kept only if the file did not change while it was read, nor so shortly before that one more change could leave its
+    # times as they are (``SETTLED``).
+    now, found = time.time_ns(), hash_file(file)
+    if identify_file(file) == state and now - max(state[-2:]) > SETTLED:
         keep(place, {"file": list(state), "sha256": found})
     return found
 
@@ -152,14 +159,15 @@ def _is_own(file: Path) -> bool:
 def tidy_shared() -> None:
     """Remove what killed processes left in the cache folder and among the system's temporary files."""
     tidy_scratch()
+    # Level by level: folders deeper than ``CACHE_DEPTH`` belong to whole entries, which may hold many files.
     folders = [cache_dir()]
     for _ in range(CACHE_DEPTH + 1):
         for folder in folders:
             tidy(folder)
-        folders = [each for folder in folders for each in _folders(folder)]
+        folders = [each for folder in folders for each in _list_folders(folder)]
 
 
-def _folders(folder: Path) -> list[Path]:
+def _list_folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -1,8 +1,8 @@
 """chat_templates: fill the chat templates of tokenizers and processors, which are programs of unknown origin.
 
-jinja2's sandbox keeps a template from the machine, but bounds neither its time nor its memory. So it is filled in a
-fork of this process, which the system stops at its bounds. A fork has the tokenizer and its libraries: it starts in a
-hundredth of a second, and writes what this process would write.
+jinja2's sandbox keeps a template from the machine, but bounds neither its time nor its memory. So templates are filled
+in a fork of this process, which the system stops at its bounds. A fork has the tokenizer and its libraries: it starts
+in a hundredth of a second, and writes what this process would write.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from mptk.errors import MptkError, first_line
-from mptk.files import json_text
-from mptk.reading import brief, json_of
+from mptk.errors import MptkError, take_first_line
+from mptk.files import format_json
+from mptk.reading import parse_json, shorten_text
 
+# Processor time that a template has for a chat. The longest known templates take a hundredth of a second.
 TEMPLATE_SECONDS = 5.0
-"""Processor time that a template has for a chat. The longest known ones take a hundredth of a second."""
+# Time after which it is stopped on a machine that is too busy to give it its processor time.
 WAITING_SECONDS = 60.0
-"""Time after which it is stopped on a machine that is too busy to give it its processor time."""
+# Bytes that filling templates may take beside what this process has.
 TEMPLATE_MEMORY = 1 << 29
-"""Bytes that filling templates may take beside what this process has."""
+# Bytes of the longest chat as a template writes it: this process has to take it in.
 LONGEST_CHAT = 1 << 26
-"""Most bytes of a chat as the template writes it."""
+# The signals that this process may handle, and SIGPROF, by which the system stops the fork.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPROF)
 Owner = PreTrainedTokenizerBase | ProcessorMixin | None
 Turns = Sequence[Mapping[str, Any]]
@@ -53,29 +54,32 @@ class ChatTemplate:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()
 
-    def text(self, turns: Turns, where: str, remedy: str, **options: Any) -> str:
+    def render(self, turns: Turns, where: str, remedy: str, **options: Any) -> str:
         """A chat as the template writes it. ``options``: of ``apply_chat_template``.
 
         Raises:
             MptkError: the template refuses the chat ``where``, or exceeds its time or memory; ends with ``remedy``.
         """
-        return str(self._filled(turns, where, remedy, {**options, "tokenize": False}))
+        return str(self._render(turns, where, remedy, {**options, "tokenize": False}))
 
-    def ids(self, turns: Turns, where: str, remedy: str, **options: Any) -> list[int]:
-        """The token ids of such a text; otherwise as ``text``."""
-        return list(self._filled(turns, where, remedy, {**options, "return_dict": True}))
+    def encode(self, turns: Turns, where: str, remedy: str, **options: Any) -> list[int]:
+        """The token ids of such a text; otherwise as ``render``."""
+        return list(self._render(turns, where, remedy, {**options, "return_dict": True}))
 
-    def _filled(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
+    def _render(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
         pid, pipe = self._process = self._process or _start_process(self._owner)
         late = False
         try:
+            # The timer counts only processor time, so waiting has a bound of its own.
             pipe.send((turns, options))
             if late := not pipe.poll(WAITING_SECONDS):
                 os.kill(pid, signal.SIGKILL)
-            found, refused = json_of(pipe.recv_bytes(LONGEST_CHAT).decode(), MptkError)
+            # JSON, not pickle: a template that broke out of the sandbox could send anything.
+            found, refused = parse_json(pipe.recv_bytes(LONGEST_CHAT).decode(), MptkError)
         except MptkError as error:
             found, refused = None, f"what it writes cannot be used: {error}"
-        except (OSError, EOFError):  # it was stopped, or its answer is too long
+        except (OSError, EOFError):
+            # It was stopped, or its answer is too long. The next chat gets a new process.
             ended = self._end()
             late |= os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGPROF
             bound = f"{TEMPLATE_SECONDS:.0f} s" if late else f"{TEMPLATE_MEMORY >> 20} MB"
@@ -91,19 +95,23 @@ class ChatTemplate:
         pid, pipe = self._process
         self._process = None
         pipe.close()
-        with contextlib.suppress(ChildProcessError):  # the caller's program takes note of every process that ends
+        # ChildProcessError: the caller's program itself collects every process that ends.
+        with contextlib.suppress(ChildProcessError):
             return os.waitpid(pid, 0)[1]
         return 0
 
 
 def _start_process(owner: Owner) -> tuple[int, Connection]:
     here, there = Pipe()
-    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # else one may raise in the fork, out of _answer
+    # A signal whose handler raises in the fork before ``_answer`` would let the fork go on as a second command.
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # tokenizers else warns of a fork, and in it waits for threads that are not there.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns of a fork, and waits for threads in it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the fork lacks: it waits for none
+            # Python warns that a fork lacks the threads of its process; this one waits for none.
+            warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if not pid:
             _answer(owner, there)
@@ -123,9 +131,10 @@ def _answer(owner: Owner, pipe: Connection) -> None:
         while True:
             turns, options = pipe.recv()
             signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)
-            pipe.send_bytes(json_text(_fill(owner, turns, options)).encode())
+            pipe.send_bytes(format_json(_fill(owner, turns, options)).encode())
             signal.setitimer(signal.ITIMER_PROF, 0)
-    finally:  # also after an error within the handling of an error: nothing of this process may go on here
+    finally:
+        # However it ends, not a line of this process's program may run in the fork: no finalizer, no ``finally``.
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -139,7 +148,7 @@ def _fill(owner: Any, turns: Turns, options: Mapping[str, Any]) -> tuple[object,
     except RecursionError:
         return None, "it calls itself too often"
     except Exception as error:  # noqa: BLE001  # a template of any content meets code of any class
-        return None, brief(first_line(error), 300).rstrip(".")
+        return None, shorten_text(take_first_line(error), 300).rstrip(".")
 
 
 def _isolate(kept: int) -> None:
@@ -150,14 +159,16 @@ def _isolate(kept: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    # A library that runs out of memory writes to standard error, but mptk says it in one line.
     quiet = os.open(os.devnull, os.O_WRONLY)
-    for written in {1, 2} - {kept}:  # a library that runs out of memory writes to it, and mptk says one line
+    for written in {1, 2} - {kept}:
         os.dup2(quiet, written)
     os.closerange(3, kept)
     os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    # The system bounds the whole address space, of which this process has much already.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bound = pages * resource.getpagesize() + TEMPLATE_MEMORY
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
     logging.disable()
-    gc.freeze()  # garbage of this process has finalizers that are not the fork's to run
+    gc.freeze()  # garbage of this process has finalizers, which are not the fork's to run

@@ -19,47 +19,48 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.files import json_text
-from mptk.io.text.tokens import begin
+from mptk.files import format_json
+from mptk.io.text.tokens import find_begin_tokens
 from mptk.publish.licence import CARD, NOTICES, copy_card
 
-# The spellings of transformers 4 for an entry of `rope_parameters`; a config class reads the one that it knows.
+# The spellings of transformers 4 for an entry of `rope_parameters`. A config class reads the one that it knows, and
+# ignores the other.
 _PARTIAL_ROPE = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
 _PLAIN_ROPE = {"rope_theta": ("rope_theta",)}
+# The rotary types of transformers 4. It has no spelling for others, and classes that use them misread one.
 _OLD_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-"""The rotary types of transformers 4. It has no spelling for others, and classes that use them misread one."""
 # How the tokenizer was loaded concerns this machine only.
 _LOADING_STATE = ("is_local", "local_files_only")
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", CARD, *NOTICES)
-"""What is read of a checkpoint folder beside weights. It has no pickles."""
+"""What is read of a checkpoint folder beside weights. None of these patterns matches a pickle."""
 
+# What prepares images, sound and videos; and what sentence-transformers reads to pool features.
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the tokenizer with its chat template, under a class name that transformers 4 also knows.
-
-    transformers reads the template from ``chat_template.jinja``, transformers.js from ``tokenizer_config.json``. What
-    the tokenizer puts before a text is in ``tokenizer.json``; the pipelines of transformers.js drop it without
-    ``add_bos_token``, which transformers 5 no longer writes.
-    """
+    """Write the tokenizer with its chat template, as transformers 4 and transformers.js read it, too."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     for key in _LOADING_STATE:
         settings.pop(key, None)
+    # transformers 4 refuses the new class name, and has another default for the inputs' names.
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.setdefault("model_input_names", tokenizer.model_input_names)  # transformers 4 has another default
-    if begin(tokenizer):
+    settings.setdefault("model_input_names", tokenizer.model_input_names)
+    # What the tokenizer puts before a text is in ``tokenizer.json``. The pipelines of transformers.js drop it without
+    # this field, which transformers 5 no longer writes.
+    if find_begin_tokens(tokenizer):
         settings["add_bos_token"] = True
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    # transformers reads the template from ``chat_template.jinja``, transformers.js from this file.
     if isinstance(template := tokenizer.chat_template, dict):
         template = [{"name": name, "template": each} for name, each in template.items()]
     if template:
@@ -75,7 +76,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     """
     model.save_pretrained(folder)
     config = Path(folder) / "config.json"
-    _write_json(config, portable(json.loads(config.read_text(encoding="utf-8"))))
+    _write_json(config, make_portable_config(json.loads(config.read_text(encoding="utf-8"))))
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
 
@@ -100,24 +101,24 @@ def copy_beside(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def portable(config: Mapping[str, object]) -> dict[str, object]:
+def make_portable_config(config: Mapping[str, object]) -> dict[str, object]:
     """The content of a ``config.json``, with its rotary settings also in the spelling of transformers 4.
 
-    These fields are added at the top level, beside ``rope_parameters``: ``rope_theta``; ``rope_scaling``, if the type
-    is not the default; ``partial_rotary_factor`` and its older names, if only a part of the head is rotated; and
-    ``rope_local_base_freq``, if sliding and full attention have different bases. The result loads as the same config.
-    Nested configs (the text model's in a vision-language model's) are treated the same way.
+    The fields are added at the top level, beside ``rope_parameters``. The result loads as the same config. Nested
+    configs (the text model's in a vision-language model's) are treated the same way.
     """
     written = {
-        key: portable(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        key: make_portable_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
         for key, value in config.items()
     }
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return written
+    # Models with two kinds of attention (Gemma 3) have an entry for each.
     main, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
     if not isinstance(main, Mapping) or main.get("rope_type", "default") not in _OLD_ROPES:
         return written
+    # Only classes that rotate a part of the head have the older names. All others know ``rope_theta``.
     names = _PARTIAL_ROPE if "partial_rotary_factor" in main else _PLAIN_ROPE
     legacy = {name: main[key] for key, spellings in names.items() if key in main for name in spellings}
     if main.get("rope_type", "default") != "default":
@@ -128,15 +129,17 @@ def portable(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
+
+# ---- the types of stored numbers, as safetensors names them ----
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8"}
 
 
-def stored_dtypes(folder: Path) -> Counter[str]:
-    """The types of the numbers in a folder's safetensors, as safetensors names them → how many numbers."""
+def count_stored_dtypes(folder: Path) -> Counter[str]:
+    """Type of the numbers in a folder's safetensors → how many there are of it."""
     found: Counter[str] = Counter()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
@@ -146,27 +149,28 @@ def stored_dtypes(folder: Path) -> Counter[str]:
     return found
 
 
-def dtypes_in(file: Path) -> dict[str, torch.dtype | None]:
-    """Name → floating type of each tensor in a safetensors file; None if it is no such number."""
+def read_float_types(file: Path) -> dict[str, torch.dtype | None]:
+    """Name → floating type of each tensor in a safetensors file; None if its numbers are not of these types."""
     with safe_open(file, "pt") as weights:
         return {name: _FLOATS.get(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
+def find_stored_dtype(folder: Path) -> torch.dtype:
     """The floating type of most numbers in a folder's safetensors. float32 without such numbers."""
-    counts = {name: count for name, count in stored_dtypes(folder).items() if name in _FLOATS}
+    counts = {name: count for name, count in count_stored_dtypes(folder).items() if name in _FLOATS}
     return _FLOATS[max(counts, key=lambda name: counts[name])] if counts else torch.float32
 
 
-def quantized_dtype(folder: Path) -> str | None:
+def find_quantized_dtype(folder: Path) -> str | None:
     """The type of quantised weights, if most numbers in a folder's safetensors are quantised."""
-    counts = stored_dtypes(folder)
+    counts = count_stored_dtypes(folder)
     most = max(counts, key=lambda name: counts[name], default="")
     return most if most in _QUANTIZED else None
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def fill_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give the parameters of ``model`` that are on the meta device their values."""
+    # By object: tied names are one parameter, whose numbers may be stored under any of them.
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_meta:

@@ -16,50 +16,51 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from mptk.errors import MptkError
 from mptk.io.text import sampled
 from mptk.io.text.files import Document
-from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME, SELF, TextSource, parse, shared
-from mptk.io.text.tokens import digest, token_stream, windows_of
+from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME, SELF, TextSource, parse, share_count
+from mptk.io.text.tokens import cut_windows, encode_documents, hash_windows
 from mptk.progress import Count
 
 __all__ = [
     "SELF",
-    "calibration",
     "check_ids",
     "check_length",
     "check_positions",
-    "digest",
-    "documents",
-    "evaluation_windows",
-    "file_digests",
-    "positions_of",
-    "protocol_name",
+    "find_position_limit",
+    "hash_text_files",
+    "hash_windows",
+    "list_source_names",
+    "load_calibration_windows",
+    "load_evaluation_windows",
+    "make_token_windows",
+    "name_data",
+    "read_documents",
     "read_places",
-    "source_names",
-    "token_windows",
 ]
 
-# Characters to read for each wanted token. Text has about 4 a token; more are read so that windows can be chosen, up to
-# ``_MOST`` characters more than it takes.
+# Characters to read for each wanted token. Text has about 4 a token, so 8 are enough. With a seed, up to 64 are read,
+# so that there are more windows to choose from than are wanted, but no more than ``_MOST`` characters beyond the 8.
 _CHARACTERS_A_TOKEN, _ENOUGH, _MOST = 64, 8, 64_000_000
 
 
-def documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
-    """The documents of ``data``, whole, in pieces; weights are ignored.
+def read_documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
+    """The documents of ``data``, each whole, in pieces. The sources' weights are ignored.
 
     Raises:
-        MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is text that is made up.
+        MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is made up (``self``,
+            ``random``).
     """
     if data in (SELF, RANDOM_DATA):
         raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")
     for source in parse(data):
-        yield from source.documents(tokenizer)
+        yield from source.read_documents(tokenizer)
 
 
-def source_names(data: str) -> list[str]:
+def list_source_names(data: str) -> list[str]:
     """The names of the sources that ``data`` mixes, without weights."""
     return [data] if data in (SELF, RANDOM_DATA) else [source.name for source in parse(data)]
 
 
-def token_windows(
+def make_token_windows(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -82,12 +83,13 @@ def token_windows(
     Raises:
         MptkError: the text has too few tokens for one window.
     """
-    limits = _Limits() if whole else _limits(count, length, seed)
-    stream = token_stream(([text] for text in texts), tokenizer, characters=limits.characters, tokens=limits.tokens)
-    return windows_of(stream, tokenizer, length, count, seed)
+    # Each text is one piece: it is in memory already.
+    limits = _Limits() if whole else _compute_limits(count, length, seed)
+    stream = encode_documents(([text] for text in texts), tokenizer, characters=limits.characters, tokens=limits.tokens)
+    return cut_windows(stream, tokenizer, length, count, seed)
 
 
-def evaluation_windows(
+def load_evaluation_windows(
     tokenizer: PreTrainedTokenizerBase | None,
     data: str,
     length: int = 512,
@@ -95,18 +97,18 @@ def evaluation_windows(
 ) -> Tensor:
     """Windows of ``data`` to measure on, int64 [n, length].
 
-    They are the first ``count`` of each source, shared out by weight; of a folder, windows from all of its files,
+    The sources share ``count`` by weight. A source gives its first windows; a folder, windows of all of its files,
     chosen with seed 0.
 
     Raises:
-        MptkError: as ``documents`` and ``token_windows``; ``data`` is ``self``; or there is no tokenizer.
+        MptkError: as ``read_documents`` and ``make_token_windows``; ``data`` is ``self``; or there is no tokenizer.
     """
     if data == SELF:
         raise MptkError("there is no model to write the text to measure on; give a file, folder or dataset")
-    return _shared_out(parse(data, held_out=True), _required(tokenizer), length, count, None)
+    return _share_windows(parse(data, held_out=True), _require_tokenizer(tokenizer), length, count, None)
 
 
-def calibration(
+def load_calibration_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     data: str = SELF,
@@ -122,17 +124,18 @@ def calibration(
     Text that the model writes is kept in the cache folder, for the same weights, seed and length.
 
     Raises:
-        MptkError: as ``check_length``, ``sampled.sampled``, ``documents``, ``token_windows``; or there is no tokenizer.
+        MptkError: as ``check_length``, ``sampled.sample_text``, ``read_documents``, ``make_token_windows``; or there is
+        no tokenizer.
     """
-    check_length(model, length)
+    check_length(model, length)  # before text is written or read, which takes time
     if data == SELF:
         return sampled.from_cache(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
-    windows = _shared_out(parse(data), _required(tokenizer), length, count, seed)
+    windows = _share_windows(parse(data), _require_tokenizer(tokenizer), length, count, seed)
     check_ids(model, windows)
     return windows
 
 
-def positions_of(config: PreTrainedConfig) -> int | None:
+def find_position_limit(config: PreTrainedConfig) -> int | None:
     """How many positions a model has; None if their number is not bounded, or not known."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
@@ -140,7 +143,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Raise MptkError if ``model`` has fewer than ``length`` positions."""
-    check_positions(positions_of(model.config), length, f"windows of {length} tokens")
+    check_positions(find_position_limit(model.config), length, f"windows of {length} tokens")
 
 
 def check_positions(positions: int | None, length: int, what: str) -> None:
@@ -151,6 +154,7 @@ def check_positions(positions: int | None, length: int, what: str) -> None:
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     """Raise MptkError if a token id is outside the model's vocabulary: the tokenizer is of another model."""
+    # A kernel would fail at such an id, without its name; on a GPU no other kernel would run after that.
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and ids.numel() and int(ids.max()) >= size:
         raise MptkError(
@@ -159,31 +163,32 @@ def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
         )
 
 
-def protocol_name(data: str) -> str:
+def name_data(data: str) -> str:
     """``data`` as the protocol of a measurement names it."""
     if data == SELF:
         return sampled.SAMPLED_NAME
     if data == RANDOM_DATA:
         return RANDOM_NAME
+    # Of a folder, windows are chosen, so the protocol says from what and how.
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
     return f"{data} (windows of all files of {' and '.join(folders)}, seed 0)" if folders else data
 
 
-def file_digests(*data: str | None) -> dict[str, str]:
+def hash_text_files(*data: str | None) -> dict[str, str]:
     """Path → SHA-256 of each text file that the sources ``data`` name. Data sets of the hub have none."""
-    return {path: found for source in _named(*data) for path, found in source.digests().items()}
+    return {path: found for source in _list_sources(*data) for path, found in source.hash_source_files().items()}
 
 
 def read_places(*data: str | None) -> list[Path]:
     """The files and folders that the sources ``data`` name."""
-    return [source.place for source in _named(*data) if isinstance(source.place, Path)]
+    return [source.place for source in _list_sources(*data) if isinstance(source.place, Path)]
 
 
-def _named(*data: str | None) -> list[TextSource]:
+def _list_sources(*data: str | None) -> list[TextSource]:
     return [source for each in data if each not in (None, SELF, RANDOM_DATA) for source in parse(str(each))]
 
 
-def _shared_out(
+def _share_windows(
     sources: tuple[TextSource, ...],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -192,27 +197,30 @@ def _shared_out(
 ) -> Tensor:
     """Windows of all sources, shared out by weight, in a random order if there is a seed."""
     if len(sources) == 1:
-        return _windows(sources[0], tokenizer, length, count, seed)
+        return _read_windows(sources[0], tokenizer, length, count, seed)
+    # Without a count, all windows of each source.
     counts: list[int | None] = [None] * len(sources)
     if count is not None:
-        counts = list(shared(count, [source.weight for source in sources]))
-    found = [_windows(s, tokenizer, length, n, seed) for s, n in zip(sources, counts, strict=True) if n != 0]
+        counts = list(share_count(count, [source.weight for source in sources]))
+    found = [_read_windows(s, tokenizer, length, n, seed) for s, n in zip(sources, counts, strict=True) if n != 0]
+    # Shuffled, so that the first batches are of all sources. To measure, the order is the text's.
     rows = torch.cat(found)
     return rows if seed is None else rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
 
-def _windows(
+def _read_windows(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
 ) -> Tensor:
     """Windows of one source. No more of it is read than it takes to choose ``count`` of them."""
+    # The first windows of a folder would all be of its first file.
     if source.is_folder and seed is None:
         seed = 0
-    limits = _limits(count, length, seed)
-    documents = source.documents(tokenizer, limits.characters, _ENOUGH * length, seed or 0)
-    stream = token_stream(documents, tokenizer, characters=limits.characters, tokens=limits.tokens)
+    limits = _compute_limits(count, length, seed)
+    documents = source.read_documents(tokenizer, limits.characters, _ENOUGH * length, seed or 0)
+    stream = encode_documents(documents, tokenizer, characters=limits.characters, tokens=limits.tokens)
     if not len(stream):
         raise MptkError(f"{source.name} holds no text; give a file, folder or dataset with some")
-    return windows_of(stream, tokenizer, length, count, seed)
+    return cut_windows(stream, tokenizer, length, count, seed)
 
 
 @dataclass(frozen=True)
@@ -223,7 +231,7 @@ class _Limits:
     tokens: int | None = None
 
 
-def _limits(count: int | None, length: int, seed: int | None) -> _Limits:
+def _compute_limits(count: int | None, length: int, seed: int | None) -> _Limits:
     """What it takes to choose ``count`` windows; with a seed there is more to choose from."""
     if count is None:
         return _Limits()
@@ -233,7 +241,7 @@ def _limits(count: int | None, length: int, seed: int | None) -> _Limits:
     return _Limits(characters=min(needed * _CHARACTERS_A_TOKEN, needed * _ENOUGH + _MOST))
 
 
-def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def _require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise MptkError("the model has no tokenizer to read text with; add its tokenizer files, or use --data self")
     return tokenizer

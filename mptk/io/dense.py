@@ -1,4 +1,7 @@
-"""dense: identify a folder's dense model by fingerprint, and open it. Only the user allows a download or code."""
+"""dense: identify a pruned folder's dense model by its fingerprint, and open it.
+
+Only the user's own word allows a download, or the model's Python code. The folder's report does not.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,25 @@ from pathlib import Path
 from torch import nn
 
 from mptk.errors import MptkError
-from mptk.files import json_text, path_of
+from mptk.files import expand_path, format_json
 from mptk.io import models
-from mptk.io.live import open_live, weights_fingerprint
+from mptk.io.live import hash_loaded_weights, open_live
 from mptk.io.packaged import ALIASES
 from mptk.io.resident import Resident
-from mptk.publish.manifest import file_digests
+from mptk.publish.manifest import compute_digests
 from mptk.trust import Trust
 
+# Files that make the fingerprint: what a model computes depends on them.
 _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+# Files that make a model's inputs. A run reads them, but they are not part of the fingerprint.
 _READERS = (
     *("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.model", "*.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "*processor_config.json"),
 )
-"""Files of what makes a model's inputs."""
 
 
-def files_of(model: str, *, local: bool = False) -> dict[str, Path]:
-    """Name → path of the files that a run reads of a dense model, its tokenizer's included.
+def list_model_files(model: str, *, local: bool = False) -> dict[str, Path]:
+    """Name → path of the files that a run reads of a dense model, with its tokenizer's files.
 
     ``local``: download nothing. Raises MptkError if the model is not found.
     """
@@ -36,21 +40,21 @@ def files_of(model: str, *, local: bool = False) -> dict[str, Path]:
     return {each.name: each for each in sorted(found)}
 
 
-def fingerprint(model: str, *, local: bool = False) -> str:
-    """SHA-256 of a dense model: of its config, weights and code, or of its ``.gguf`` file.
+def hash_model(model: str, *, local: bool = False) -> str:
+    """The fingerprint of a dense model: a SHA-256 of its config, weights and code, or of its ``.gguf`` file.
 
     ``local``: download nothing. Raises MptkError if the model is not found.
     """
     path = models.locate(model, local=local)
     files = [path] if path.is_file() else sorted({p for pattern in _PARTS for p in path.glob(pattern)})
-    names = ["" if path.is_file() else file.name for file in files]
-    digests = dict(zip(names, file_digests(files), strict=True))
-    return hashlib.sha256(json_text(digests, sort_keys=True).encode()).hexdigest()
+    names = ["" if path.is_file() else file.name for file in files]  # a GGUF file may be renamed
+    digests = dict(zip(names, compute_digests(files), strict=True))
+    return hashlib.sha256(format_json(digests, sort_keys=True).encode()).hexdigest()
 
 
-def absolute(model: str) -> str:
+def resolve_model_name(model: str) -> str:
     """A local model's absolute path; an alias or a hub id unchanged."""
-    path = path_of(model)
+    path = expand_path(model)
     return str(path.resolve()) if model not in ALIASES and path.exists() else model
 
 
@@ -79,7 +83,7 @@ def open_dense(
     if isinstance(model, nn.Module) or live:
         return _open_same_weights(said, expected, model, trust, resident, live)
     source = model or said
-    if fingerprint(source, local=model is None) != expected:
+    if hash_model(source, local=model is None) != expected:
         raise MptkError(f"{source} is not the dense model that was pruned: its files differ; give that one as --model")
     return models.open_weights(source, resident, trust=trust, local=model is None)
 
@@ -88,6 +92,7 @@ def _open_same_weights(
     said: str, expected: str, model: str | nn.Module | None, trust: Trust, resident: Resident, live: bool
 ) -> models.Loaded:
     """The dense model, if it has the weights that were pruned."""
+    # The fingerprint of files cannot be compared with weights in memory. The other way round works: files are opened.
     if not live:
         raise MptkError("this folder was pruned from files; give the name of that model, and not a model in memory")
     if isinstance(model, nn.Module):
@@ -98,11 +103,12 @@ def _open_same_weights(
         except MptkError as error:
             if model is not None:
                 raise
+            # ``said`` names what the model in memory came from, which need not be there or be a folder at all.
             raise MptkError(
                 f"the dense {said} was pruned in memory and is not on this disk; save it with save_pretrained(DIR) and "
                 "give --model DIR, or give the model itself to mptk.verify"
             ) from error
-    if weights_fingerprint(loaded) != expected:
+    if hash_loaded_weights(loaded) != expected:
         raise MptkError(
             f"{loaded.source} is not the dense model that was pruned: its weights differ; save that one with "
             "save_pretrained(DIR) and give --model DIR"

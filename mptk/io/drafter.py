@@ -18,23 +18,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
-from mptk.compat.transformers import ignored_on_load
-from mptk.errors import MptkError, first_line
-from mptk.io.deferred import Deferred, itself, sources
-from mptk.io.models import Loaded, filled
-from mptk.io.opening import Files
-from mptk.io.resident import Resident, stored_weight
-from mptk.io.tensors import likes_in
-from mptk.ir.program import Program
-from mptk.ir.weights import Weights
+from mptk.compat.transformers import list_ignored_weights
+from mptk.errors import MptkError, take_first_line
+from mptk.io.models import Loaded, fill_program
+from mptk.io.resident import Resident, open_stored_weight
+from mptk.io.tensors import Deferred, Files, find_own_weight, list_weight_names, read_likes
+from mptk.ir import Program, Weights
 
+# The module of a drafter that holds the layers.
 HEADS = "mtp"
-"""The module of a drafter that holds the layers."""
+# Starts the names of a decoder layer's weights in a drafter.
 BLOCK = re.compile(rf"{HEADS}\.layers\.\d+\.mtp_block\.")
-"""Starts the names of a decoder layer's weights in a drafter."""
+# The number of a layer in the names of a checkpoint that counts these layers apart from the model's.
 _NUMBERED = re.compile(r"(?:.*\.)?mtp\.layers\.(\d+)\.")
+# Checkpoints may hold the model's tables twice: end of a copy's name → the method that gives the table's module.
 _TABLES = {"embed_tokens.weight": "get_input_embeddings", "shared_head.head.weight": "get_output_embeddings"}
-"""End of the name of a copy of the model's table → the method that gives the table's module."""
 
 
 class Drafter(nn.Module):
@@ -45,9 +43,11 @@ class Drafter(nn.Module):
 
     def __init__(self, model: PreTrainedModel, heads: MtpModel) -> None:
         super().__init__()
+        # The model's children, not the model, so that its weights keep their names.
         for name, child in model.named_children():
             self.add_module(name, child)
-        self._shared = (model, heads.embed_tokens, heads.shared_head)  # no children: their weights have names already
+        # In a tuple they are no children: their weights have the model's names already.
+        self._shared = (model, heads.embed_tokens, heads.shared_head)
         del heads.embed_tokens, heads.shared_head
         self.mtp = heads
 
@@ -56,6 +56,8 @@ class Drafter(nn.Module):
         hidden = model.get_decoder()(input_ids, use_cache=False).last_hidden_state
         logits = [head(hidden)]
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        # Layer k predicts token t + 2 + k from the states at t and the embedding of token t + 1 + k. The first tokens
+        # come in again at the end, so that all logits have one length.
         for layer in range(self.mtp.num_mtp_layers):
             input_ids = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
             hidden = self.mtp.forward_layer(layer, hidden, positions, None, inputs_embeds=embed(input_ids))
@@ -67,7 +69,7 @@ class Drafter(nn.Module):
 class OpenDrafter:
     """A drafter whose weights are read when they are asked for.
 
-    ``weights``: those of the layers, by their names in ``module``. ``names``: name in ``module`` → name in the
+    ``weights``: the layers' weights, by their names in ``module``. ``names``: name in ``module`` → name in the
     checkpoint; for what the class joins (the experts of a layer), the name that the joined weight would have there.
     ``copies``: tables of the model that the checkpoint has twice; ``tables``: their names → the names in ``module``.
     """
@@ -79,18 +81,19 @@ class OpenDrafter:
     copies: Weights
 
     def with_weights(self, program: Program, model: Weights) -> Program:
-        """A program traced from ``module``, with the weights of the model and of the layers."""
-        return filled(program, self.module, model.updated(self.weights))
+        """``program``, which was traced from ``module``, with the weights of the model and of the layers."""
+        return fill_program(program, self.module, model.with_entries(self.weights))
 
 
-def stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:
+def find_stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:
     """The names of the tensors of multi-token-prediction layers in a checkpoint folder; empty if there are none."""
-    if not any("layers" in each or HEADS in each for each in ignored_on_load(model)):
+    # A class that leaves no layers out has none of these: no file need be read.
+    if not any("layers" in each or HEADS in each for each in list_ignored_weights(model)):
         return set()
-    names = {name for file in folder.glob("*.safetensors") for name in likes_in(file)}
+    names = {name for file in folder.glob("*.safetensors") for name in read_likes(file)}
     try:
         found = MtpModel.get_mtp_weights_regex(model)
-    except ValueError:  # no pattern is left
+    except ValueError:  # transformers found no pattern for such layers among the ignored ones
         return set()
     return {name for name in names if found.search(name)}
 
@@ -101,30 +104,34 @@ def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafte
     Raises:
         MptkError: transformers cannot make them of the checkpoint, or a table of theirs is not the model's.
     """
-    stored = stored_heads(loaded.model, folder)
+    stored = find_stored_heads(loaded.model, folder)
     if not stored:
         return None
+    # transformers makes the layers, with deferred weights.
     files = Files()
     try:
-        with files.unread(), _described(loaded.model, folder, stored):
+        with files.defer_reads(), _set_checkpoint(loaded.model, folder, stored):
             heads = MtpModel.from_pretrained(loaded.model)
     except (RuntimeError, ValueError, AttributeError, KeyError, StopIteration) as error:
-        raise MptkError(f"transformers cannot read them: {first_line(error)}") from error
+        raise MptkError(f"transformers cannot read them: {take_first_line(error)}") from error
+    # The layers' own weights, without the tables that they share with the model.
     own = {n: t for n, t in heads.state_dict(keep_vars=True).items() if n.startswith("layers.")}
-    names = _names({f"{HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
-    weights = files.weights(heads, resident)
+    names = _map_names({f"{HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
+    weights = files.open_weights(heads, resident)
     module = Drafter(loaded.model, heads.eval()).eval()
-    tables = _tables(loaded.model, stored)
-    if left := stored - {source for t in own.values() for source in sources(t)} - tables.keys():
+    tables = _find_tables(loaded.model, stored)
+    # Each stored tensor must have its use, or the result would lack it.
+    if left := stored - {source for t in own.values() for source in list_weight_names(t)} - tables.keys():
         raise MptkError(f"transformers does not know what {min(left)} is for")
-    copies = {name: stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
-    own_weights = Weights({f"{HEADS}.{name}": weights.entry(name) for name in own})
+    copies = {name: open_stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
+    own_weights = Weights({f"{HEADS}.{name}": weights.get_entry(name) for name in own})
     return OpenDrafter(module, own_weights, names, tables, Weights(copies))
 
 
-def _names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
+def _map_names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
     """Name in a drafter → name in the checkpoint."""
-    found = {name: source for name, tensor in tensors.items() if (source := itself(tensor)) is not None}
+    # Weights that are stored as they are show how the checkpoint names each layer. Joined weights get a name by that.
+    found = {name: source for name, tensor in tensors.items() if (source := find_own_weight(tensor)) is not None}
     starts = {}
     for name, source in found.items():
         if (block := BLOCK.match(name)) and source.endswith(rest := name[block.end() :]):
@@ -137,7 +144,7 @@ def _names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
     return found
 
 
-def _tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+def _find_tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
     """The copies of the model's tables among ``stored`` → the name of the table in the model."""
     names = {id(module): name for name, module in model.named_modules()}
     return {
@@ -149,9 +156,10 @@ def _tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _described(model: PreTrainedModel, folder: Path, stored: set[str]) -> Iterator[None]:
-    """Within it the model's config says where its checkpoint is and, if its class has no field for it, how many layers
-    there are: each attends to all tokens."""
+def _set_checkpoint(model: PreTrainedModel, folder: Path, stored: set[str]) -> Iterator[None]:
+    """Let the model's config say where its checkpoint is and, if its class has no field for it, how many layers there
+    are: each attends to all tokens."""
+    # transformers reads both from the config. The number is counted in the names, which is what the checkpoint has.
     config = model.config.get_text_config()
     numbers = {int(found[1]) for name in stored if (found := _NUMBERED.match(name))}
     added = {"num_mtp_layers": len(numbers), "mtp_layer_types": ["full_attention"] * len(numbers)}

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.io import models
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir import Samples, make_token_samples
 from mptk.progress import Count
 from mptk.trust import NO_CODE, Trust
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 LogitsFn = Callable[[Tensor], Tensor]
 """Token ids, int64 [B, T] → logits [B, T, V]. A torch module, a graph or an ONNX Runtime session."""
-
 
 Runs = Callable[[Sequence[Samples], Count], Iterator[tuple[str, int, Tensor]]]
 """Batches of samples → (name of a run, number of the batch, outputs), for each batch and each run."""
@@ -57,7 +56,7 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Count | None = None) -> Perplexity:
+def measure_perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Count | None = None) -> Perplexity:
     """The perplexity of next-token predictions on ``windows``.
 
     Args:
@@ -70,12 +69,12 @@ def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Cou
         MptkError: there is no window, windows have one token, or logits are not finite.
     """
 
-    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+    def run_batches(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         for i, batch in enumerate(batches):
             yield "", i, logits_fn(batch.tensors[0])
             progress(i + 1, len(batches))
 
-    (found,) = _measured(runs, windows, data, progress or (lambda done, total: None)).values()
+    (found,) = _measure_runs(run_batches, windows, data, progress or (lambda done, total: None)).values()
     if not math.isfinite(found.nll):
         raise MptkError(
             f"the logits on {data} are not finite; the model's weights are damaged, or too large for "
@@ -84,25 +83,27 @@ def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Cou
     return found
 
 
-def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> dict[str, float | str]:
+def measure_perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> dict[str, float | str]:
     """Name → perplexity of each of ``runs``, to 4 decimals, and their ``protocol``. ``windows``: int64 [n, T]."""
-    found = _measured(runs, windows, data, progress)
+    found = _measure_runs(runs, windows, data, progress)
     protocol = next(iter(found.values())).protocol
     values = {name: round(each.value, 4) for name, each in found.items()}
     return {**values, "metric": "perplexity", "protocol": protocol}
 
 
-def _measured(runs: Runs, windows: Tensor, data: str, progress: Count) -> dict[str, Perplexity]:
+def _measure_runs(runs: Runs, windows: Tensor, data: str, progress: Count) -> dict[str, Perplexity]:
     """Name → perplexity of each of ``runs``."""
     count, length = windows.shape
     if count == 0 or length < 2:
         raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
+    # One window at a time: its logits may take gigabytes. Sums are Python's floats, so their order hardly matters.
     rows, totals, dtype, tokens = windows.split(1), dict[str, float](), torch.float32, count * (length - 1)
-    for name, i, logits in runs([next_tokens(row) for row in rows], progress):
+    for name, i, logits in runs([make_token_samples(row) for row in rows], progress):
         predicted, target = logits[:, :-1].flatten(0, 1).float(), rows[i][:, 1:].flatten().to(logits.device)
         loss = F.cross_entropy(predicted, target, reduction="sum").item()
         totals[name], dtype = totals.get(name, 0.0) + loss, logits.dtype
     kind = str(dtype).removeprefix("torch.")
+    # By torch, which gives infinity where ``math.exp`` raises an error.
     values = {name: torch.tensor(total / tokens, dtype=torch.float64).exp().item() for name, total in totals.items()}
     return {
         name: Perplexity(values[name], total / tokens, tokens, count, length, kind, data)
@@ -132,6 +133,7 @@ def zero_shot(
             of ``include_path`` are not trusted.
     """
     check_trusted(include_path, trust)
+    # lm-eval is optional, and slow to import.
     if importlib.util.find_spec("lm_eval") is None:
         raise MptkError("lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'")
     import lm_eval
@@ -140,7 +142,7 @@ def zero_shot(
     loaded = model if isinstance(model, models.Loaded) else models.load(str(model))
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files")
-    manager = _task_manager(tasks, include_path)
+    manager = _make_task_manager(tasks, include_path)
     try:
         report = lm_eval.simple_evaluate(
             model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer),
@@ -150,9 +152,10 @@ def zero_shot(
         )
     except Exception as error:  # a task's data, templates and functions fail in any way
         raise MptkError(
-            f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}; check the network, the task's data and its "
-            "files"
+            f"lm-eval cannot run {', '.join(tasks)}: {take_first_line(error)}; check the network, the task's data and "
+            "its files"
         ) from error
+    # The numbers of each task. lm-eval's rows also have names and counts.
     return {
         task: {key: value for key, value in row.items() if isinstance(value, float)}
         for task, row in report["results"].items()
@@ -168,8 +171,9 @@ def check_trusted(include_path: str | Path | None, trust: Trust) -> None:
         )
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """A manager that knows ``tasks``. It reads lm-eval's thousands of task files only if ``include_path`` lacks one."""
+def _make_task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    """A manager that knows ``tasks``."""
+    # Tasks may all be in ``include_path``: then lm-eval's own thousands of files need not be read.
     from lm_eval.tasks import TaskManager
 
     path = None if include_path is None else str(include_path)

@@ -1,8 +1,8 @@
-"""live: a model that the caller holds in memory, in the form in which ``models.open_weights`` gives one of a folder.
+"""live: a model that the caller holds in memory, in the form in which ``models.open_weights`` gives a folder's model.
 
-Nothing of the caller's model changes: the run has a copy of its modules, whose parameters are on the meta device, and
+Nothing of the caller's model changes. The run has a copy of its modules, whose parameters are on the meta device, and
 reads the numbers from the caller's parameters, in float32 on the CPU. The copy of a plain module keeps its types, since
-its code may depend on them; its numbers are read in float64 if it has some of these.
+its code may depend on them; if some are float64, all numbers are read in float64.
 """
 
 from __future__ import annotations
@@ -21,49 +21,52 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import make_scratch
 from mptk.io import models
-from mptk.io.anew import make_anew
 from mptk.io.checkpoint import copy_beside
 from mptk.io.models import Loaded
-from mptk.ir.copies import copied
-from mptk.ir.weights import Lazy, Weights
+from mptk.io.remade import make_anew
+from mptk.ir import Lazy, Weights, copy_module
 from mptk.trust import NO_CODE, Trust
 
 
 def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trust: Trust = NO_CODE) -> Loaded:
     """A model in memory as a run takes it, with its weights as they are now.
 
-    ``tokenizer``: if None, that of the folder or hub model that a transformers model was loaded from, if it is here.
+    ``tokenizer``: if None, the tokenizer of the folder or hub model that a transformers model was loaded from, if that
+    is on this machine.
 
     Raises:
         MptkError: some weights are not in memory, or are quantised.
     """
     _check(model)
-    source, home = name_of(model), _home(model)
-    dtype = _most(model)
-    place = scratch()
-    bare = without_weights(model)
-    weakref.finalize(bare, place.close)
+    source, home = name_live_model(model), _find_folder(model)
+    dtype = _find_main_type(model)
+    place = make_scratch()
+    bare = copy_without_weights(model)
+    weakref.finalize(bare, place.close)  # later stages read the folder as long as there is the copy
     folder = place.folder
+    # Later stages read a config, a card and processors from a folder, so a transformers model gets one.
     if isinstance(model, PreTrainedModel):
         _restore_rounded(bare, model)
         _describe(model, folder, home, dtype)
         if tokenizer is None and home is not None and models.has_tokenizer(home):
             tokenizer = models.load_tokenizer(str(home), trust=trust)
     made: PreTrainedModel = bare  # type: ignore[assignment]  # any module: only the task ``module`` gets another
-    return Loaded(made, tokenizer, source, folder, trust, dtype, _weights(model), live=True)
+    return Loaded(made, tokenizer, source, folder, trust, dtype, _collect_weights(model), live=True)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_parallel(model: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
+    # One call takes off one kind of wrapper; wrappers may be nested.
     inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model if inner is model else unwrapped(inner)
+    return model if inner is model else unwrap_parallel(inner)
 
 
 @contextmanager
 def set_evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it a module is in evaluation mode; afterwards each part is in the mode that it was in."""
+    """Put a module in evaluation mode; afterwards each part is in the mode that it was in."""
+    # By part: users freeze some parts in evaluation mode while the rest trains.
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -73,16 +76,17 @@ def set_evaluating(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def name_of(model: nn.Module) -> str:
+def name_live_model(model: nn.Module) -> str:
     """What a report calls a model in memory: where it was loaded from, else its class."""
     known = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
     return str(known) or type(model).__name__
 
 
-def weights_fingerprint(loaded: Loaded) -> str:
+def hash_loaded_weights(loaded: Loaded) -> str:
     """SHA-256 of a model's weights: names, shapes and float32 numbers, of whatever type they are stored in."""
     digest, weights = hashlib.sha256(), loaded.weights
     assert weights is not None
+    # Names as the module has them, tied ones once, so that a model and the folder that it was saved to agree.
     kept = loaded.model.state_dict(keep_vars=True)
     named = {name for name, _ in loaded.model.named_parameters()} | {name for name, _ in loaded.model.named_buffers()}
     for name in sorted(named & kept.keys() & weights.keys()):
@@ -110,18 +114,19 @@ def _check(model: nn.Module) -> None:
         raise MptkError(f"this {name} is quantised, and mptk prunes float weights; load the float model")
 
 
-def without_weights(model: nn.Module) -> nn.Module:
+def copy_without_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules in evaluation mode: parameters on the meta device, buffers on the CPU.
 
     All are in float32, or in a plain module's own types.
     """
 
-    def typed(tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if not isinstance(model, PreTrainedModel) else _computed(tensor, torch.float32)
+    # Buffers are copied, as ``forward`` reads them while it is traced and may write to them.
+    def choose_type(tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if not isinstance(model, PreTrainedModel) else _choose_type(tensor, torch.float32)
 
-    bare = {id(p): torch.empty_like(p, dtype=typed(p), device="meta") for p in model.parameters()}
-    return copied(
-        model, lambda _, tensor: bare.get(id(tensor), tensor), lambda b: b.to("cpu", typed(b), copy=True)
+    bare = {id(p): torch.empty_like(p, dtype=choose_type(p), device="meta") for p in model.parameters()}
+    return copy_module(
+        model, lambda _, tensor: bare.get(id(tensor), tensor), lambda b: b.to("cpu", choose_type(b), copy=True)
     ).eval()
 
 
@@ -129,10 +134,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def _restore_rounded(bare: nn.Module, model: PreTrainedModel) -> None:
-    """Give the buffers of ``bare`` that a conversion of ``model`` to half precision rounded the class's numbers again.
+    """Give ``bare`` exact buffers again, if a conversion of ``model`` to half precision rounded them.
 
-    No checkpoint holds these buffers (rotary frequencies), so the class makes them anew when it is loaded. Others that
-    differ stay: somebody has changed them.
+    No checkpoint holds these buffers (rotary frequencies), so a folder of the model would have the exact ones.
     """
     saved = model.state_dict(keep_vars=True).keys()
     held = {n: b for n, b in bare.named_buffers() if n not in saved and b.is_floating_point()}
@@ -147,47 +151,51 @@ def _restore_rounded(bare: nn.Module, model: PreTrainedModel) -> None:
         if exact is None or exact.shape != buffer.shape:
             continue
         exact = exact.to(buffer.dtype)
+        # Only if rounding explains the difference. If not, somebody has changed the buffer, and it stays.
         if any(torch.equal(exact.to(half).to(buffer.dtype), buffer) for half in _HALVES):
             buffer.copy_(exact)
 
 
-def wide_type(model: nn.Module) -> torch.dtype:
+def choose_wide_type(model: nn.Module) -> torch.dtype:
     """The type in which a run computes: float64 if a plain module has such weights, else float32."""
     held = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
     return torch.float64 if torch.float64 in held and not isinstance(model, PreTrainedModel) else torch.float32
 
 
-def _weights(model: nn.Module) -> Weights:
-    """The parameters and saved buffers, in the run's type on the CPU when they are asked for."""
-    wide = wide_type(model)
-    entries = {name: _entry(tensor, wide) for name, tensor in model.state_dict(keep_vars=True).items()}
+def _collect_weights(model: nn.Module) -> Weights:
+    """The parameters and saved buffers. Each comes to the CPU, in the run's type, when it is asked for."""
+    wide = choose_wide_type(model)
+    entries = {name: _make_entry(tensor, wide) for name, tensor in model.state_dict(keep_vars=True).items()}
     return Weights({name: entry for name, entry in entries.items() if entry is not None})
 
 
-def _entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
-    if not isinstance(tensor, Tensor):
+def _make_entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
+    if not isinstance(tensor, Tensor):  # a module may save anything (``get_extra_state``)
         return None
-    there, dtype = tensor.detach(), _computed(tensor, wide)
+    there, dtype = tensor.detach(), _choose_type(tensor, wide)
     if not isinstance(tensor, nn.Parameter):
         return there.to("cpu", dtype, copy=True)  # forward may write to it
+    # Already as a run needs it: the caller's own memory serves, without a copy.
     if there.device.type == "cpu" and there.dtype == dtype:
-        if there.is_inference():  # made in torch.inference_mode: nothing that is trained can be made of it
+        # Nothing that is trained can be made of a tensor that torch.inference_mode made.
+        if there.is_inference():
             return Lazy(torch.empty_like(there, device="meta"), there.clone)
         return there
+    # Half precision can also be read as it is, which takes half the memory.
     held = there.dtype if there.dtype in (torch.float16, torch.bfloat16) else None
     narrow = (lambda: there.cpu()) if held is not None else None
     return Lazy(torch.empty_like(there, dtype=dtype, device="meta"), lambda: there.to("cpu", dtype), held, narrow)
 
 
-def _computed(tensor: Tensor, wide: torch.dtype) -> torch.dtype:
+def _choose_type(tensor: Tensor, wide: torch.dtype) -> torch.dtype:
     return wide if tensor.is_floating_point() else tensor.dtype
 
 
-def _most(model: nn.Module) -> torch.dtype:
+def _find_main_type(model: nn.Module) -> torch.dtype:
     """The type of most floating weights; of a plain module with several types, the one that holds them all."""
     held = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(held) > 1 and not isinstance(model, PreTrainedModel):
-        return wide_type(model)
+        return choose_wide_type(model)
     counts: dict[torch.dtype, int] = {}
     for p in model.parameters():
         if p.is_floating_point():
@@ -195,27 +203,28 @@ def _most(model: nn.Module) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
+# Model → the temporary folder that it was loaded from, which the model itself does not name (``forget_folder``).
 FOLDERS: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
-"""Model → the temporary folder that it was loaded from, which its own name does not say."""
 
 
 def forget_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Take the name of a temporary folder out of a model, so that nothing that is written of it names the folder.
+    """Take the name of a temporary folder out of a model, so that no file that the model writes names the folder.
 
-    Within this process a run that starts from the model still finds its tokenizer there.
+    A run of this process that starts from the model still finds its tokenizer there.
     """
     model.name_or_path = model.config.name_or_path = ""
     FOLDERS[model] = folder
 
 
-def _home(model: nn.Module) -> Path | None:
+def _find_folder(model: nn.Module) -> Path | None:
     """The folder that a transformers model was loaded from, if it is on this machine."""
+    # Nothing is downloaded: the caller gave a model, not a name.
     if (known := FOLDERS.get(model)) is not None and known.is_dir():
         return known
-    if not isinstance(model, PreTrainedModel) or name_of(model) == type(model).__name__:
+    if not isinstance(model, PreTrainedModel) or name_live_model(model) == type(model).__name__:
         return None
     try:
-        found = models.locate(name_of(model), local=True)
+        found = models.locate(name_live_model(model), local=True)
     except MptkError:
         return None
     return found if found.is_dir() else None
@@ -224,6 +233,7 @@ def _home(model: nn.Module) -> Path | None:
 def _describe(model: PreTrainedModel, folder: Path, home: Path | None, dtype: torch.dtype) -> None:
     """Write into ``folder`` what a run reads of a checkpoint beside its weights."""
     config = copy.deepcopy(model.config)
+    # As ``save_pretrained`` would write it: with the class, and the type of the weights as they are now.
     config.dtype, config.architectures = dtype, [type(model).__name__]
     config.save_pretrained(folder)
     if home is not None:

@@ -8,7 +8,8 @@ vLLM, SGLang, TensorRT-LLM and mlx-lm read with code of their own. Its ``block_c
      "ffn": {"no_op": false, "replace_with_linear": false, "ffn_mult": 2.0}}
 
 ``n_heads_in_group`` is the number of query heads for each KV head. ``ffn_mult`` says the feed-forward width as in
-``ffn_width``; the width itself, as ``intermediate_size``, may stand in its place. A part that is ``no_op`` is absent.
+``compute_ffn_width``; the width itself, as ``intermediate_size``, may stand in its place. A part that is ``no_op`` is
+absent.
 """
 
 from __future__ import annotations
@@ -63,19 +64,19 @@ class DeciLMForCausalLM(LlamaForCausalLM):
             )
         place = 0
         for i, fields in enumerate(config.block_configs):
-            self.model.layers[i] = _block(config, fields, place)
+            self.model.layers[i] = _build_block(config, fields, place)
             place += not fields.attention.no_op  # the cache counts only blocks with attention
         self.post_init()  # type: ignore[no-untyped-call]
 
 
-def ffn_width(fields: Fields, hidden: int) -> int:
+def compute_ffn_width(fields: Fields, hidden: int) -> int:
     """The feed-forward width that a block's ``ffn`` says."""
     if "ffn_mult" not in fields:
         return int(fields.intermediate_size)
     return -(-int(2 * fields.ffn_mult * hidden / 3) // WIDTH_STEP) * WIDTH_STEP
 
 
-def _block(config: DeciLMConfig, fields: Fields, place: int) -> nn.Module:
+def _build_block(config: DeciLMConfig, fields: Fields, place: int) -> nn.Module:
     attention, ffn = fields.attention, fields.ffn
     if attention.get("replace_with_linear") or ffn.get("replace_with_linear"):
         raise ValueError("a block with a linear layer in place of attention or feed-forward is not supported")
@@ -83,7 +84,7 @@ def _block(config: DeciLMConfig, fields: Fields, place: int) -> nn.Module:
     if not attention.no_op:
         own.num_key_value_heads = config.num_attention_heads // attention.n_heads_in_group
     if not ffn.no_op:
-        own.intermediate_size = ffn_width(ffn, config.hidden_size)
+        own.intermediate_size = compute_ffn_width(ffn, config.hidden_size)
     block: Any = LlamaDecoderLayer(own, place)
     block.self_attn.config = block.mlp.config = config  # what is set later, as the kind of attention, is set there
     if attention.no_op:

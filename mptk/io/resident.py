@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.weights import Lazy
+from mptk.ir import Lazy
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory that is used if the user names no bound."""
+"""Share of the free memory for weights and values between stages, if the user names no bound. Libraries, activations
+and logits come on top (docs/scale.md)."""
 
 
 class Resident:
@@ -34,12 +35,13 @@ class Resident:
         tensor = read()
         self._tensors[name] = tensor
         self._bytes += tensor.nbytes
+        # A tensor larger than the bound drops itself, and the caller still has it.
         while self._bytes > self.bound:
             self._bytes -= self._tensors.popitem(last=False)[1].nbytes
         return tensor
 
 
-def stored_weight(
+def open_stored_weight(
     file: Path,
     key: str,
     like: Tensor,
@@ -47,31 +49,34 @@ def stored_weight(
     held: torch.dtype | None = None,
 ) -> Lazy:
     """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file."""
-    file = file.absolute()  # the current folder may be another one when it is read
-    size = _size(file)
+    file = file.absolute()  # the current folder may change before it is read
+    size = _measure_file(file)
 
-    def narrow() -> Tensor:
+    def read_narrow() -> Tensor:
         try:
-            with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
+            # Opened for each tensor: the file's mapping is then closed with the tensor, and its pages go.
+            with safe_open(file, "pt") as opened:
                 tensor: Tensor = opened.get_tensor(key)
         except SafetensorError as error:
             raise MptkError(f"{file} was changed or damaged while it was read ({error}); start again") from error
         return tensor
 
     def make() -> Tensor:
-        if _size(file) < size:  # to touch a mapped page that is no longer there would end the process
+        # To touch a mapped page that the file no longer has would end the process (SIGBUS).
+        if _measure_file(file) < size:
             raise MptkError(f"{file} was removed or cut short while it was read; start again")
-        return resident.get(f"{file}|{key}", lambda: narrow().to(like.dtype))
+        return resident.get(f"{file}|{key}", lambda: read_narrow().to(like.dtype))
 
-    return Lazy(like, make, held, narrow if held is not None else None)
+    return Lazy(like, make, held, read_narrow if held is not None else None)
 
 
-def _size(file: Path) -> int:
+def _measure_file(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def free_memory() -> float:
+def measure_free_memory() -> float:
     """Bytes of memory that a new process can have: what is free, and what this process's control group allows."""
+    # MemAvailable counts caches that the system would give up. In a container the group's limit may be far lower.
     info, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not info.is_file():
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -81,6 +86,6 @@ def free_memory() -> float:
     return free if allowed == "max" else min(free, float(allowed))
 
 
-def memory_bound(asked: int | None) -> int:
+def choose_memory_bound(asked: int | None) -> int:
     """Bytes that weights and intermediate values may take: the user's bound, or a share of the free memory."""
-    return asked if asked is not None else int(MEMORY_SHARE * free_memory())
+    return asked if asked is not None else int(MEMORY_SHARE * measure_free_memory())

@@ -8,52 +8,56 @@ from __future__ import annotations
 
 import stat
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.compat.transformers import config_field
-from mptk.errors import MptkError, first_line
-from mptk.publish.manifest import check_whole
-from mptk.reading import Damaged, Json, brief, check_inside, damaged, json_object
+from mptk.compat.transformers import find_config_field
+from mptk.errors import MptkError, take_first_line
+from mptk.publish.manifest import check_not_rung
+from mptk.reading import Damaged, Json, check_inside, make_damage_error, read_json_object, shorten_text
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
+# transformers' names for sizes that every config of text has.
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
     "max_position_embeddings",
 )
-"""Names that transformers gives to what every config of text has."""
+# Fields that transformers may take for the name of a hub's repository with native code, which it fetches and runs. They
+# are refused even if the caller trusts the model's Python code.
 KERNELS = tuple(f"{start}{what}_implementation" for start in ("", "_") for what in ("attn", "experts"))
-"""Fields that transformers reads of a config and may take as a repository's name. They are code, whoever is trusted."""
+# No size in a config is as large. A larger one could fill the memory before any weight is read.
 LARGEST_SIZE = 1 << 31
-"""No number of a config that is a size is as large."""
+# More layers than any model has. Building them takes long, even without weights.
 MOST_LAYERS = 10_000
+# Layers may share weights (ALBERT), so a model may have more layers than weights: up to so many layers.
 SHARED = 256
-"""Number of layers up to which a model may have more layers than weights: layers may share weights."""
+# More parameters than any model has.
 PARAMETERS = 10**14
+# Bytes of the largest JSON file in a folder: a tokenizer.
 MOST_JSON = 1 << 28
-"""Bytes of the largest JSON file in a folder: a tokenizer."""
+# Bytes of the largest config.json. It is copied again and again; with the names of 21,000 classes it has 1.5 MB.
 MOST_CONFIG = 4 << 20
-"""Bytes of the largest config.json. It is copied again and again; with the names of 21,000 classes it has 1.5 MB."""
+# Tensors, and fields of metadata, that a GGUF file has at most.
 GGUF_COUNTS = 1 << 20
-"""Tensors, and fields of metadata, that a GGUF file has at most."""
 
 
 def check_folder(folder: Path) -> None:
     """Check a checkpoint folder.
 
     Raises:
-        MptkError: a file leads out of it, is damaged or no ordinary file; there is an adapter beside the model; or the
-            folder is a part of another.
+        MptkError: a file leads out of it, is damaged or is not an ordinary file; there is an adapter beside the model;
+            or the folder is a part of another.
     """
+    # Where the files lead comes first: nothing outside of the folder is opened.
     check_inside(folder)
-    check_whole(folder)
+    check_not_rung(folder)
     for file in sorted(folder.glob("*.json")):
         _check_ordinary(file, MOST_JSON)
     if (folder / ADAPTER).exists():
@@ -61,34 +65,36 @@ def check_folder(folder: Path) -> None:
             f"{folder} has an {ADAPTER}: whether an adapter is part of the model is not clear; merge it (peft's "
             "merge_and_unload) and save that, or move the adapter's files elsewhere"
         )
-    content = check_config(folder / CONFIG)
+    content = check_config_file(folder / CONFIG)
     if (folder / GENERATION).exists():
         read_object(folder / GENERATION)
+    # The number of layers must fit the files: a class builds all of its layers before it misses a weight.
     weights = sum(check_weights(file) for file in sorted(folder.glob("*.safetensors")))
-    for name, value in _numbers(content, ""):
+    for name, value in _list_numbers(content, ""):
         if "layer" in name.rpartition(".")[2] and weights and value > max(weights, SHARED):
-            raise damaged(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
+            raise make_damage_error(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
 
 
-def check_config(file: Path) -> Json:
+def check_config_file(file: Path) -> Json:
     """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
     _check_ordinary(file, MOST_CONFIG)
     content = read_object(file)
     classes = content.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-        raise damaged(file)("architectures is not a list of class names")
+        raise make_damage_error(file)("architectures is not a list of class names")
     for name in ("dtype", "torch_dtype"):
         said = content.get(name)
         if said not in (None, "auto") and not isinstance(
             getattr(torch, str(said).removeprefix("torch."), 0), torch.dtype
         ):
-            raise damaged(file)(f"{name} is {brief(repr(said))}, which is not a number type")
+            raise make_damage_error(file)(f"{name} is {shorten_text(repr(said))}, which is not a number type")
     _check_kernels(content, file)
-    for name, value in _numbers(content, ""):
+    # Any name, at any depth: classes have their own names for sizes.
+    for name, value in _list_numbers(content, ""):
         if abs(value) >= LARGEST_SIZE and isinstance(value, int):
-            raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
+            raise make_damage_error(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
         if value > MOST_LAYERS and "layer" in name.rpartition(".")[2]:
-            raise damaged(file)(f"{name} is {value}")
+            raise make_damage_error(file)(f"{name} is {value}")
     return content
 
 
@@ -99,20 +105,23 @@ def _check_kernels(content: object, file: Path) -> None:
     for name, value in content.items():
         for kernel in value.values() if isinstance(value, dict) else [value]:
             if name in KERNELS and isinstance(kernel, str) and "/" in kernel:
-                raise damaged(file, f"remove {name}")(f"{name} asks for native code of a hub, {brief(repr(kernel))}")
+                raise make_damage_error(file, f"remove {name}")(
+                    f"{name} asks for native code of a hub, {shorten_text(repr(kernel))}"
+                )
         _check_kernels(value, file)
 
 
 def read_object(file: Path) -> Json:
     """The content of a JSON file of a model. Raises MptkError if it is not an object."""
-    return json_object(file, damaged(file))
+    return read_json_object(file, make_damage_error(file))
 
 
 def check_sizes(model: str, config: PreTrainedConfig) -> None:
-    """Raise MptkError if a size of a config is below 1. What its class computes is not the config's: XLNet's has -1."""
+    """Raise MptkError if a size of a config is below 1."""
     text = config.get_text_config()
     for name in SIZES:
-        value = None if isinstance(getattr(type(text), name, None), property) else config_field(text, name)
+        # A property is not the file's: XLNet's class has -1 for a length without bound.
+        value = None if isinstance(getattr(type(text), name, None), property) else find_config_field(text, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and each < 1:
                 raise MptkError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json")
@@ -129,45 +138,64 @@ def check_weights(file: Path) -> int:
         with safe_open(file, "pt") as opened:
             return len(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise damaged(file)(first_line(error)) from error
+        raise make_damage_error(file)(take_first_line(error)) from error
 
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or no safetensors file."""
+    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or is not one."""
+    return dict(stream_tensors(file, damaged))
+
+
+def stream_tensors(file: Path, damaged: Damaged) -> Iterator[tuple[str, Tensor]]:
+    """As ``load_tensors``, one by one, so that a file may be larger than memory."""
     try:
         _check_ordinary(file)
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # it is not a mapping
+                yield name, opened.get_tensor(name)
     except (SafetensorError, OSError, MptkError) as error:
-        raise damaged(first_line(error)) from error
+        raise damaged(take_first_line(error)) from error
+
+
+def read_metadata(file: Path, damaged: Damaged) -> Mapping[str, str]:
+    """The metadata of a safetensors file. Raises as ``load_tensors``."""
+    try:
+        _check_ordinary(file)
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError, MptkError) as error:
+        raise damaged(take_first_line(error)) from error
 
 
 def check_gguf(file: Path) -> None:
     """Raise MptkError unless a file begins as a GGUF file does, with counts that one can have."""
     _check_ordinary(file)
+    # A GGUF file begins with its mark (4 bytes), a version (4), and two counts (8 each).
     with file.open("rb") as opened:
         start = opened.read(24)
     if len(start) < 24 or start[:4] != b"GGUF":
-        raise damaged(file)("it does not begin as a GGUF file does")
+        raise make_damage_error(file)("it does not begin as a GGUF file does")
     tensors, fields = struct.unpack("<QQ", start[8:])
     if max(tensors, fields) > GGUF_COUNTS:
-        raise damaged(file)(f"it claims {tensors} tensors and {fields} fields")
+        raise make_damage_error(file)(f"it claims {tensors} tensors and {fields} fields")
 
 
 def _check_ordinary(file: Path, most: int | None = None) -> None:
+    """Refuse pipes and devices, which could block or never end, and files above ``most`` bytes."""
     try:
         state = file.stat()
     except OSError as error:
-        raise damaged(file)(f"it cannot be read: {error.strerror or error}") from error
+        raise make_damage_error(file)(f"it cannot be read: {error.strerror or error}") from error
     if not stat.S_ISREG(state.st_mode):
-        raise damaged(file)("it is not an ordinary file")
+        raise make_damage_error(file)("it is not an ordinary file")
     if most is not None and state.st_size > most:
-        raise damaged(file)(f"it has {state.st_size >> 20} MB")
+        raise make_damage_error(file)(f"it has {state.st_size >> 20} MB")
 
 
-def _numbers(content: object, name: str) -> list[tuple[str, float]]:
-    """Every number of a JSON value with the names that lead to it."""
+def _list_numbers(content: object, name: str) -> list[tuple[str, float]]:
+    """Every number of a JSON value, each with the names that lead to it: ``text_config.hidden_size``."""
     if isinstance(content, dict):
-        return [found for key, value in content.items() for found in _numbers(value, f"{name}.{key}".lstrip("."))]
+        return [found for key, value in content.items() for found in _list_numbers(value, f"{name}.{key}".lstrip("."))]
     if isinstance(content, list):
-        return [found for value in content for found in _numbers(value, name)]
+        return [found for value in content for found in _list_numbers(value, name)]
     return [(name, content)] if isinstance(content, int | float) and not isinstance(content, bool) else []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mptk.errors import MptkError, did_you_mean
+from mptk.errors import MptkError, suggest_name
 
 KERNEL_BLOCK = 32
 """Block of the common 4- and 8-bit quantisers, which pad sums to it; and of the kernels for CPUs."""
@@ -17,13 +17,17 @@ _PART = re.compile(r"(?:(?P<name>[^\s=,]+)=)?(?P<divisor>[a-z0-9]{1,7})", re.ASC
 
 @dataclass(frozen=True)
 class Alignment:
-    """What narrower widths keep of the dense ones.
+    """Which multiples narrower widths keep.
 
-    If the sum over a family's units is a multiple of a divisor, it stays one; else of its half, and so on, down to
-    ``KERNEL_BLOCK``. ``every``: the divisor for all families but ``own``, which have their own. ``blocks``: further
-    divisors, of quantisers. ``devices``: how many devices share each layer; each gets the same number of whole units,
-    and its part of a sum is a multiple, too. ``engines``: the programs that must read the result
-    (``consumers.ENGINES``); empty: as the target chooses.
+    If the dense sum over a family's units is a multiple of a divisor, the narrower one is, too. If it is not, the
+    divisor's half is tried, and so on, down to ``KERNEL_BLOCK``.
+
+    Attributes:
+        every: the divisor for all families but ``own``, which have their own.
+        blocks: further divisors, of quantisers.
+        devices: how many devices share each layer. Each gets the same number of whole units, and its part of a sum is
+            a multiple, too.
+        engines: the programs that must read the result (``consumers.ENGINES``); empty: as the target chooses.
     """
 
     every: int = KERNEL_BLOCK
@@ -32,15 +36,16 @@ class Alignment:
     devices: int = 1
     engines: tuple[str, ...] = ()
 
-    def divisors(self, family: str, devices: int = 1) -> tuple[int, ...]:
+    def find_divisors(self, family: str, devices: int = 1) -> tuple[int, ...]:
         """The divisors for the sums over a family's units, which ``devices`` share."""
-        own = (*halves(self.own.get(family, self.every)), *self.blocks)
+        own = (*list_halves(self.own.get(family, self.every)), *self.blocks)
         return (*own, *(each * devices for each in own if devices > 1))
 
 
-def halves(divisor: int) -> list[int]:
+def list_halves(divisor: int) -> list[int]:
     """512 → 512, 256, 128, 64, 32."""
-    return [divisor, *(halves(divisor // 2) if divisor % (2 * KERNEL_BLOCK) == 0 else [])]
+    # A half is only tried while it is still a multiple of the block: 96 gives 96, and not 48.
+    return [divisor, *(list_halves(divisor // 2) if divisor % (2 * KERNEL_BLOCK) == 0 else [])]
 
 
 def read_alignment(
@@ -53,10 +58,12 @@ def read_alignment(
     """
     every, own = KERNEL_BLOCK, dict[str, int]()
     for part in str(text).split(","):
+        # A number, or a device's name; 0 if neither, so that all bad parts are refused by one message.
         found = _PART.fullmatch(part.strip())
-        divisor = 0 if found is None else _divisor(found["divisor"])
-        if found is None or not divisor:
-            hint = did_you_mean(part, HARDWARE, "")
+        text_of = "" if found is None else found["divisor"]
+        divisor = int(text_of) if text_of.isdecimal() else HARDWARE.get(text_of, 0)
+        if found is None or not 1 <= divisor <= 1 << 20:
+            hint = suggest_name(part, HARDWARE, "")
             raise MptkError(
                 f"align: {part[:40]!r} is not known; {f'{hint} ' if hint else ''}give a number from 1 to {1 << 20}, "
                 f"one of {', '.join(HARDWARE)}, or families with theirs, as ffn=512,hidden=256"
@@ -66,9 +73,3 @@ def read_alignment(
         else:
             every = divisor
     return Alignment(every, own, blocks, devices, engines)
-
-
-def _divisor(text: str) -> int:
-    """The divisor that a number or a device stands for; 0 if neither."""
-    number = int(text) if text.isdecimal() else HARDWARE.get(text, 0)
-    return number if 1 <= number <= 1 << 20 else 0

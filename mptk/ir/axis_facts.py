@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Term, axes_in
+from mptk.ir.axes import Axis, Term, collect_axes
 
 Dims = tuple[Term, ...]
 """One term for each dimension of a tensor."""
@@ -19,7 +19,7 @@ Results = Dims | list[Dims] | list[Dims | None]
 """The dimensions of a call's result. Several results are a list, with None for a result that is not a tensor."""
 
 Positions = Term | list[Term | None] | None
-"""The axis whose positions a value's integers are, as after an argmax. Several results are a list."""
+"""The axis whose positions a value's integers are, for example after an argmax. Several results are a list."""
 
 ArgumentPath = tuple[int | str, ...]
 """The place of an argument in a call: its position or its name, then positions in nested lists."""
@@ -102,11 +102,11 @@ class AxisFacts:
         assert isinstance(found, tuple), f"{node} has several results"
         return found
 
-    def tensors(self, node: fx.Node) -> list[Dims]:
+    def list_dims(self, node: fx.Node) -> list[Dims]:
         """The terms of each tensor among a value's results."""
-        return tensors(self.results[node])
+        return list_tensor_dims(self.results[node])
 
-    def axes(self, node: fx.Node) -> frozenset[Axis]:
+    def find_axes(self, node: fx.Node) -> frozenset[Axis]:
         """All axes of a value."""
         return self._axes[node]
 
@@ -123,17 +123,20 @@ class AxisFacts:
         found = self.notes.get(node)
         return found if isinstance(found, kind) else None
 
+    # Terms are final once the analysis is done, so their axes can be kept. Only then may this be asked.
     @cached_property
     def _axes(self) -> dict[fx.Node, frozenset[Axis]]:
-        return {node: frozenset(axes_in(t for dims in self.tensors(node) for t in dims)) for node in self.results}
+        return {
+            node: frozenset(collect_axes(t for dims in self.list_dims(node) for t in dims)) for node in self.results
+        }
 
 
-def tensors(results: Results) -> list[Dims]:
+def list_tensor_dims(results: Results) -> list[Dims]:
     """The terms of each tensor among a call's results."""
     return [dims for dims in results if dims is not None] if isinstance(results, list) else [results]
 
 
-def argument_at(node: fx.Node, path: ArgumentPath) -> fx.Node:
+def find_argument_at(node: fx.Node, path: ArgumentPath) -> fx.Node:
     """The argument of a call at a place."""
     value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
     for step in path[1:]:

@@ -46,8 +46,11 @@ class Stack:
         return {i: block.stays for i, block in enumerate(self.blocks) if block.stays}
 
     def share(self, unit: int, width: float) -> float:
-        """How much of block ``unit`` is left on average if ``width`` blocks stay and it is not known which."""
-        fixed = len(self.stay)
+        """How much of block ``unit`` is left on average if ``width`` blocks stay and it is not known which.
+
+        Costs of a width are compared before blocks are chosen.
+        """
+        fixed = len(self.stay)  # these are certain; the others share what is left
         return 1.0 if unit in self.stay else max(0.0, width - fixed) / (len(self.blocks) - fixed)
 
 
@@ -60,36 +63,37 @@ class Renumbering:
 
     kept: Mapping[str, Sequence[int]]
 
-    def new(self, name: str) -> str | None:
+    def find_new(self, name: str) -> str | None:
         """The name after the removal; None if its block is removed."""
         for module, units in self.kept.items():
-            if (at := numbered(module, name)) is not None:
+            if (at := split_block_name(module, name)) is not None:
+                # Each weight belongs to one list: nested lists are not stacks of their own.
                 unit, rest = at
-                return f"{prefix(module)}{units.index(unit)}.{rest}" if unit in units else None
+                return f"{make_prefix(module)}{units.index(unit)}.{rest}" if unit in units else None
         return name
 
-    def names(self, names: Iterable[str]) -> dict[str, str]:
+    def map_names(self, names: Iterable[str]) -> dict[str, str]:
         """New name → name, for the weights that stay."""
-        return {new: name for name in names if (new := self.new(name)) is not None}
+        return {new: name for name in names if (new := self.find_new(name)) is not None}
 
-    def old(self, weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    def restore_names(self, weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Weights after the removal under the names that they had before. ``names``: of all weights before."""
-        before = self.names(names)
+        before = self.map_names(names)
         return {before[name]: weight for name, weight in weights.items() if name in before}
 
 
-def numbered(module: str, name: str) -> tuple[int, str] | None:
-    """The number of the block of list ``module`` to which a weight belongs, and its name therein; None if to none."""
-    found = re.match(rf"{re.escape(prefix(module))}(\d+)\.(.+)", name)
+def split_block_name(module: str, name: str) -> tuple[int, str] | None:
+    """The number of the block of list ``module`` that holds a weight, and its name there; None if none does."""
+    found = re.match(rf"{re.escape(make_prefix(module))}(\d+)\.(.+)", name)
     return None if found is None else (int(found[1]), found[2])
 
 
-def prefix(module: str) -> str:
-    """What the names of a module's parts begin with."""
+def make_prefix(module: str) -> str:
+    """The beginning of the names of a module's parts; empty for the model itself."""
     return f"{module}." if module else ""
 
 
-def units_of(stacks: Iterable[Stack]) -> Iterator[tuple[fx.Node, tuple[Stack, int]]]:
+def list_block_calls(stacks: Iterable[Stack]) -> Iterator[tuple[fx.Node, tuple[Stack, int]]]:
     """Every call within a block, with its stack and the block's number."""
     for stack in stacks:
         for unit, block in enumerate(stack.blocks):

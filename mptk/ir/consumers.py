@@ -25,16 +25,21 @@ LIMITS: Mapping[Limit, str] = {
     "first_attention": "the first block must have attention",
     "even_heads": "all layers must have the same number of KV heads",
 }
-"""What a program may need of a cut, since it derives a number or has no code for it."""
+"""What a program may need of a cut, because it derives a number or lacks code for it."""
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A program. ``version``: the one tried; empty if none was. ``result``: what was seen, as docs/deploy.md says it.
+    """A program that reads a pruned folder.
 
-    ``section``: its section there. ``engine``: its name in ``--engines``; empty if it has none, as a library that loads
-    the folder through another. ``reads``: the targets that it reads. ``graph``: it reads only the ONNX graphs.
-    ``limits``: what it needs of a cut → the ``model_type`` of models for which it does not.
+    Attributes:
+        version: the one tried; empty if none was.
+        result: what was seen, in the words of docs/deploy.md.
+        section: its section there.
+        engine: its name in ``--engines``; empty if it has none, like a library that loads the folder through another.
+        reads: the targets that it reads.
+        graph: it reads only the ONNX graphs.
+        limits: what it needs of a cut → each ``model_type`` for which it does not need it.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Consumer:
         return limit in self.limits and model_type not in self.limits[limit]
 
 
+# A program has several entries if it was tried in several ways. Each target that it reads has limits of its own.
 CONSUMERS = (
     Consumer(
         "transformers",
@@ -209,7 +215,9 @@ ENGINES = tuple(sorted({each.engine for each in CONSUMERS} - {""}))
 """The values of ``--engines``."""
 
 
-def needing(limit: Limit, target: str, model_type: str = "", engines: Collection[str] = ()) -> list[Consumer]:
+def find_programs_needing(
+    limit: Limit, target: str, model_type: str = "", engines: Collection[str] = ()
+) -> list[Consumer]:
     """The programs that need this of a cut that ``target`` writes. ``engines``: only these; empty: all."""
     return [
         each
@@ -218,12 +226,12 @@ def needing(limit: Limit, target: str, model_type: str = "", engines: Collection
     ]
 
 
-def reading(target: str) -> list[str]:
+def list_engines(target: str) -> list[str]:
     """The values of ``--engines`` that read ``target``."""
     return sorted({each.engine for each in CONSUMERS if target in each.reads} - {""})
 
 
-def only_graphs(engines: Collection[str]) -> bool:
+def needs_graphs(engines: Collection[str]) -> bool:
     """Whether one of ``engines`` reads only ONNX graphs."""
     return any(each.graph for each in CONSUMERS if each.engine in engines)
 
@@ -231,7 +239,7 @@ def only_graphs(engines: Collection[str]) -> bool:
 def check_engines(engines: Collection[str], target: str) -> None:
     """Raise MptkError unless each of ``engines`` reads ``target``."""
     for engine in engines:
-        if engine not in reading(target):
-            where = " or ".join(f"--target {each}" for each in FORMS if engine in reading(each))
-            others = ", ".join(reading(target)) or "none"
+        if engine not in list_engines(target):
+            where = " or ".join(f"--target {each}" for each in FORMS if engine in list_engines(each))
+            others = ", ".join(list_engines(target)) or "none"
             raise MptkError(f"--engines {engine}: it does not read the target {target}; use {where}, or name {others}")

@@ -1,6 +1,6 @@
-"""containers: what ``forward`` returns around its tensors: a dict, a list, a named tuple, a dataclass, and their nests.
+"""containers: the dicts, lists, named tuples and dataclasses in which ``forward`` returns its tensors.
 
-A graph returns tensors in a row. A template puts them back: it is a tree of plain data, which goes into a file as JSON.
+A graph returns tensors in a row. A template puts them back. It is a tree of plain data that a file holds as JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptk.compat.torch import field_names
+from mptk.compat.torch import list_field_names
 from mptk.errors import MptkError
 
 TENSOR, CONSTANT = "tensor", "constant"
@@ -29,9 +29,9 @@ class Container:
         kind: ``tensor``, ``constant``, ``tuple``, ``list``, ``dict``, ``namedtuple`` or ``dataclass``.
         parts: its parts, in order.
         keys: of a dict, or names of fields.
-        name: of a class of one's own.
+        name: the class's, of a named tuple or a dataclass.
         value: of a constant.
-        made: the class itself, as long as the template is not read from a file.
+        made: the class itself; None if the template was read from a file.
     """
 
     kind: str
@@ -47,6 +47,7 @@ class Container:
         return self._build(lambda: next(left))
 
     def _build(self, next_tensor: Callable[[], Tensor]) -> Any:
+        # Parts are built in their order, which is the order in which ``_build_template`` took the tensors out.
         if self.kind == TENSOR:
             return next_tensor()
         if self.kind == CONSTANT:
@@ -62,7 +63,7 @@ class Container:
         return self._own_class()(**{str(key): part for key, part in named.items()})
 
     def _own_class(self) -> Callable[..., Any]:
-        """The class that ``forward`` returned or, if only a file tells of it, one with the same name and fields."""
+        """The class that ``forward`` returned; if it is only known from a file, one with the same name and fields."""
         if self.made is not None:
             return self.made
         fields = [str(key) for key in self.keys]
@@ -84,6 +85,7 @@ class Container:
         """Raises ValueError for what ``to_json`` does not write."""
         if not isinstance(data, Mapping) or depth > DEEPEST:
             raise ValueError("it tells of outputs in no known form")
+        # The file may be anyone's: names become those of classes, so they must be identifiers.
         kind, keys, name = data.get("kind"), data.get("keys", []), data.get("name", "")
         value, parts = data.get("value"), data.get("parts", [])
         known = kind in (TENSOR, CONSTANT, "tuple", "list", "dict", "namedtuple", "dataclass")
@@ -98,7 +100,7 @@ class Container:
 
 
 DEEPEST = 32
-"""Nests of outputs that are read."""
+"""How deep outputs may be nested in a file, so that reading a hostile one does not exhaust Python's stack."""
 
 
 def take_apart(output: object) -> tuple[list[Tensor], Container]:
@@ -108,32 +110,34 @@ def take_apart(output: object) -> tuple[list[Tensor], Container]:
         MptkError: it holds an object that is neither a tensor, a plain value nor one of the known containers.
     """
     tensors = list[Tensor]()
-    return tensors, _template(output, tensors)
+    return tensors, _build_template(output, tensors)
 
 
-def _template(output: object, tensors: list[Tensor]) -> Container:
+def _build_template(output: object, tensors: list[Tensor]) -> Container:
     if isinstance(output, Tensor):
         tensors.append(output)
         return Container(TENSOR)
     kind = type(output)
+    # A named tuple is a tuple, and transformers' outputs are both mappings and dataclasses: the order decides.
     if isinstance(output, CONSTANTS):
         return Container(CONSTANT, value=output)
-    if isinstance(output, tuple) and (fields := field_names(output)) is not None:
-        parts = tuple(_template(part, tensors) for part in output)
+    if isinstance(output, tuple) and (fields := list_field_names(output)) is not None:
+        parts = tuple(_build_template(part, tensors) for part in output)
         return Container("namedtuple", parts, fields, kind.__name__, made=kind)
     if isinstance(output, tuple | list):
         name = "tuple" if isinstance(output, tuple) else "list"
-        return Container(name, tuple(_template(part, tensors) for part in output))
+        return Container(name, tuple(_build_template(part, tensors) for part in output))
     if isinstance(output, Mapping):
         if not all(isinstance(key, str | int) for key in output):
             raise MptkError(
                 "forward returns a dict whose keys are neither text nor numbers; return it with text as keys"
             )
-        parts = tuple(_template(part, tensors) for part in output.values())
+        parts = tuple(_build_template(part, tensors) for part in output.values())
         return Container("dict", parts, tuple(output), made=None if kind is dict else kind)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        # Fields without ``init`` are made by the class itself, so ``build`` could not pass them.
         names = [field.name for field in dataclasses.fields(output) if field.init]
-        parts = tuple(_template(getattr(output, name), tensors) for name in names)
+        parts = tuple(_build_template(getattr(output, name), tensors) for name in names)
         return Container("dataclass", parts, tuple(names), kind.__name__, made=kind)
     if isinstance(output, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise MptkError("forward returns a size as a number, which a graph holds as one value; return tensors")

@@ -1,9 +1,14 @@
-"""families: the channels that can be cut, and the channels that must be cut with them."""
+"""families: the channels that can be cut, the channels that must be cut with them, and the widths that can be chosen.
+
+The analysis finds families: coupled channels, one group for each layer. A ``Variable`` is a width that can be chosen:
+one for all layers of a family (``ffn``), or for a single layer (``ffn.3``). Legal widths, candidates and plans give
+numbers to variables. Which layers share one is not part of the analysis, but of what a run asks for.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -11,9 +16,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from mptk.ir.axes import Axis, Index, Size, Term, leaves, occurrences
+from mptk.ir.axes import Axis, Index, Size, Term, find_occurrences, list_axes
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.blocks import Stack
+from mptk.ir.plan import split_layer
 from mptk.ir.program import Program
 from mptk.ir.weights import Lazy
 
@@ -63,15 +69,15 @@ class Group:
 
     def positions(self, member: Member) -> Index:
         """The k positions of each unit along ``member``'s dimension: indices [scopes, size, k], ascending in k."""
-        return unit_positions(member.term, self.axis, self.scope)
+        return find_unit_positions(member.term, self.axis, self.scope)
 
 
-def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
+def find_unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
     """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k], ascending in k.
 
     If ``term`` lacks an axis of the scope, each scope has all positions.
     """
-    found = occurrences(term)
+    found = find_occurrences(term)
     scopes = math.prod(a.size for a in scope)
     rows: list[list[list[int]]] = [[[] for _ in range(axis.size)] for _ in range(scopes)]
     scope_index = scope_coordinates(found, scope, term.size)
@@ -84,7 +90,7 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
     return np.array([[sorted(set(unit)) for unit in row] for row in rows], dtype=np.int64)
 
 
-def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
+def find_unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     """The unit of ``group`` at each position of a weight, for each occurrence of its axis in dimension ``dim``.
 
     An entry is scope · size + unit, −1 for no unit. Each index broadcasts against the weight: it has size 1 in
@@ -92,15 +98,15 @@ def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     """
     scope = np.zeros([1] * len(dims), dtype=np.int64)
     for outer in group.scope:
-        holder = next(d for d in (dim, *range(len(dims))) if outer in leaves(dims[d]))
-        coordinate = scope_coordinates(occurrences(dims[holder]), (outer,), dims[holder].size)
+        holder = next(d for d in (dim, *range(len(dims))) if outer in list_axes(dims[d]))
+        coordinate = scope_coordinates(find_occurrences(dims[holder]), (outer,), dims[holder].size)
         assert coordinate is not None
-        scope = scope * outer.size + _along(coordinate, holder, len(dims))
-    units = [_along(c, dim, len(dims)) for leaf, c in occurrences(dims[dim]) if leaf is group.axis]
+        scope = scope * outer.size + _reshape_along(coordinate, holder, len(dims))
+    units = [_reshape_along(c, dim, len(dims)) for leaf, c in find_occurrences(dims[dim]) if leaf is group.axis]
     return [np.where(unit < 0, -1, scope * group.size + unit) for unit in units]
 
 
-def _along(coordinate: Index, dim: int, ndim: int) -> Index:
+def _reshape_along(coordinate: Index, dim: int, ndim: int) -> Index:
     """A vector as a tensor of ``ndim`` dimensions that varies along ``dim`` only."""
     return coordinate.reshape([-1 if d == dim else 1 for d in range(ndim)])
 
@@ -118,11 +124,11 @@ def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis]
 
 @dataclass(frozen=True)
 class Family:
-    """Groups of one kind, one for each layer. They are cut to the same width, so that all layers have one shape.
+    """Groups of one kind and size, one for each layer.
 
     ``name`` and ``description`` are inferred from structure and serve people only. ``minimum`` and ``multiple`` limit
     the widths that the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
-    ``part_of``: the family that it is one layer of; empty for a whole one. ``kind``: what its units are.
+    ``kind``: what its units are.
     """
 
     kind: ClassVar[Kind] = "channels"
@@ -131,7 +137,6 @@ class Family:
     groups: tuple[Group, ...]
     minimum: int = 1
     multiple: int = 1
-    part_of: str = ""
 
     @property
     def size(self) -> int:
@@ -143,15 +148,9 @@ class Family:
         """How many choices each layer makes: 1, or one for each KV group or expert."""
         return self.groups[0].scopes
 
-    @cached_property
-    def parts(self) -> tuple[Family, ...]:
-        """A family for each layer, ``ffn.0``, ``ffn.1``, …, whose widths may differ. None if there is one layer."""
-        if len(self.groups) < 2:
-            return ()
-        return tuple(
-            replace(self, name=f"{self.name}.{layer}", groups=(group,), part_of=self.name)
-            for layer, group in enumerate(self.groups)
-        )
+    def tie(self, layers: Sequence[int] | None = None) -> Variable:
+        """The width that all layers share, or only ``layers``; the others then have widths of their own."""
+        return Variable(self.name, self, tuple(range(len(self.groups)) if layers is None else layers))
 
 
 @dataclass(frozen=True)
@@ -160,6 +159,52 @@ class Depth(Family):
 
     kind: ClassVar[Kind] = "blocks"
     stack: Stack = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A width that can be chosen: how many units of ``family`` stay in each of the ``layers`` that it ties.
+
+    ``name``: the family's name; of a single layer of several, with its number.
+    """
+
+    name: str
+    family: Family
+    layers: tuple[int, ...]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The tied layers' groups."""
+        return tuple(self.family.groups[layer] for layer in self.layers)
+
+    def list_layers(self) -> tuple[Variable, ...]:
+        """A variable for each of its layers, ``ffn.0``, ``ffn.1``, …; itself if its family has one layer."""
+        if len(self.family.groups) == 1:
+            return (self,)
+        return tuple(Variable(f"{self.family.name}.{i}", self.family, (i,)) for i in self.layers)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether it ties all layers of its family."""
+        return len(self.layers) == len(self.family.groups)
+
+    @property
+    def kind(self) -> Kind:
+        return self.family.kind
+
+    @property
+    def size(self) -> int:
+        """Its largest value: units in each layer of the dense model."""
+        return self.family.size
+
+    @property
+    def scopes(self) -> int:
+        """How many choices each layer makes."""
+        return self.family.scopes
+
+
+Variables = Mapping[str, Variable]
+"""Name → variable, in the order of the families. Each layer of each family belongs to one of them."""
 
 
 @dataclass(frozen=True)
@@ -193,14 +238,22 @@ class Analysis:
         return self
 
     def family(self, name: str) -> Family:
-        """The family of that name, a depth too, or one layer of a family. Raises KeyError for an unknown name."""
-        for family in (*self.all_families, *self._parts_of(name.rpartition(".")[0])):
+        """The family of that name, a depth too. Raises KeyError for an unknown name."""
+        for family in self.all_families:
             if family.name == name:
                 return family
         raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.all_families)}")
 
-    def _parts_of(self, name: str) -> Iterator[Family]:
-        return (part for family in self.families if family.name == name for part in family.parts)
+    def variable(self, name: str) -> Variable:
+        """The width that plans call ``name``: a family's in all its layers, or a single layer's. Raises KeyError."""
+        whole = split_layer(name)[0]
+        layers = next((f.tie().list_layers() for f in self.families if f.name == whole != name), ())
+        return next((layer for layer in layers if layer.name == name), None) or self.family(name).tie()
+
+    def make_variables(self, free: Collection[str] = ()) -> Variables:
+        """A width for each family; of the families ``free``, for each of their layers."""
+        found = (f.tie().list_layers() if f.name in free else (f.tie(),) for f in self.all_families)
+        return {variable.name: variable for variables in found for variable in variables}
 
     @property
     def all_families(self) -> tuple[Family, ...]:
@@ -216,23 +269,6 @@ class Analysis:
         """The same of the program with other tensors for some of its weights."""
         return replace(self, program=self.program.with_state(weights))
 
-    def divided(self, names: Collection[str]) -> Analysis:
-        """The same with the families ``names`` divided into their layers, as far as they have several."""
-        return self.apart(dict.fromkeys(names, ()))
-
-    def apart(self, alike: Mapping[str, Collection[int]]) -> Analysis:
-        """The same with each layer of the families ``alike`` as a family, but for the layers named, which stay one."""
-        found: list[Family] = []
-        for f in self.families:
-            layers = alike.get(f.name)
-            if layers is None or not f.parts:
-                found.append(f)
-                continue
-            if layers:
-                found.append(replace(f, groups=tuple(f.groups[i] for i in sorted(layers)), part_of=f.name))
-            found += [part for i, part in enumerate(f.parts) if i not in layers]
-        return replace(self, families=tuple(found))
-
     def sizes(self, widths: Mapping[str, Size]) -> dict[Axis, Size]:
-        """Axis sizes of the model cut to ``widths`` (family name → units kept)."""
-        return {g.axis: width for name, width in widths.items() for g in self.family(name).groups}
+        """Axis sizes of the model cut to ``widths`` (variable's name → units kept)."""
+        return {g.axis: width for name, width in widths.items() for g in self.variable(name).groups}

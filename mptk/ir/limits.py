@@ -36,12 +36,12 @@ class Limits:
     Attributes:
         conditions: what other sizes must meet for the same path through ``forward``.
         lines: (input, dimension) → the line of the source that made its size a number.
-        several: symbols of sizes that must not be 1: there the module itself computes something else.
-        note: why fewer sizes are open than might be; empty if they are not.
-        contiguous: whether inputs must be contiguous: the module asks for strides, and computes otherwise for others.
-        gradients: ``off`` if gradients must be off at the call, since the module computes otherwise while they are on;
-            ``inputs`` if only inputs may require none; else empty.
-        trains: why the program trains otherwise than the module; empty if it does not.
+        several: symbols of sizes that must not be 1, at which the module itself computes something else.
+        note: why fewer sizes are open than could be; empty if all are.
+        contiguous: whether inputs must be contiguous, since the module asks for strides and depends on them.
+        gradients: ``off`` if gradients must be off at the call, since the module computes something else while they are
+            on; ``inputs`` if only the inputs must not require them; else empty.
+        trains: why the program trains differently from the module; empty if it does not.
     """
 
     conditions: tuple[Condition, ...] = ()
@@ -69,6 +69,7 @@ def solve_size(size: SymbolicSize) -> SolvedSize | None:
     """
     if not isinstance(size, sympy.Expr) or len(size.free_symbols) != 1:
         return None
+    # f(0) is the offset. What is left divided by the symbol is a whole number only if f is linear.
     (symbol,) = size.free_symbols
     offset = size.subs(symbol, 0)
     factor = sympy.expand(size - offset) / symbol
@@ -87,13 +88,14 @@ class CallSizes:
 
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:
-        """All that the sizes must meet, beside numbers: what the trace asked for, and sizes of more than 1."""
-        symbols = {str(symbol): symbol for symbol in self.symbols()}
+        """All conditions on open sizes: what the trace asked for, and which sizes must be more than 1."""
+        symbols = {str(symbol): symbol for symbol in self.list_symbols()}
         several = [Condition(sympy.Gt(s, 1, evaluate=False)) for n, s in symbols.items() if n in self.limits.several]
         return (*self.limits.conditions, *several)
 
     def check(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raise MptkError for the first size of the inputs, in order, for which the program does not hold."""
+        # The first input with a symbol gives it its value. Expressions are checked last, when all symbols have values.
         values: dict[sympy.Symbol, int] = {}
         for k, ((_, sizes), shape) in enumerate(zip(self.inputs, shapes, strict=True)):
             if len(sizes) != len(shape):
@@ -106,48 +108,59 @@ class CallSizes:
                     values[solved.symbol] = (given - solved.offset) // solved.factor
                 fixed = values[size] if isinstance(size, sympy.Symbol) else size
                 if isinstance(fixed, int | torch.SymInt) and fixed != given:
-                    raise self._error(f"{self._dim(k, d)} must be {fixed}{self._line(k, d)}", given)
+                    raise self._make_error(f"{self._name_dim(k, d)} must be {fixed}{self._describe_line(k, d)}", given)
                 if given == 1 and str(size) in self.limits.several:
-                    raise self._error(f"{self._dim(k, d)} must be more than 1: there the module computes otherwise", 1)
+                    raise self._make_error(
+                        f"{self._name_dim(k, d)} must be more than 1: there the module computes otherwise", 1
+                    )
         self._check_expressions(values, shapes)
 
     def _check_expressions(self, values: Mapping[sympy.Symbol, int], shapes: Sequence[Sequence[int]]) -> None:
         for k, (_, sizes) in enumerate(self.inputs):
             for d, size in enumerate(sizes):
                 if not isinstance(size, int | sympy.Symbol) and _number(size, values) != shapes[k][d]:
-                    raise self._error(f"{self._dim(k, d)} must be {self._said(size)}{self._line(k, d)}", shapes[k][d])
+                    raise self._make_error(
+                        f"{self._name_dim(k, d)} must be {self._describe_expression(size)}{self._describe_line(k, d)}",
+                        shapes[k][d],
+                    )
         for condition in self.limits.conditions:
             if not _number(condition.holds, values):
                 own = condition.holds.free_symbols
-                given = ", ".join(f"{self._said(symbol)} = {n}" for symbol, n in values.items() if symbol in own)
-                raise self._error(self.say(condition), given)
+                given = ", ".join(
+                    f"{self._describe_expression(symbol)} = {n}" for symbol, n in values.items() if symbol in own
+                )
+                raise self._make_error(self.describe_condition(condition), given)
 
-    def say(self, condition: Condition) -> str:
+    def describe_condition(self, condition: Condition) -> str:
         """A condition with the names of the dimensions and its line: ``x.shape[1] < 100 (net.py:7) must hold``."""
         line = f" ({condition.line})" if condition.line else ""
-        return f"{self._said(condition.holds)}{line} must hold"
+        return f"{self._describe_expression(condition.holds)}{line} must hold"
 
     @property
     def fixed(self) -> list[str]:
-        """What the code of the model fixed, as a report says it: ``batch = 2 (module.py:7)``."""
+        """What the model's code fixed, in the words of a report: ``batch = 2 (module.py:7)``."""
         places = ((k, d, size) for k, (_, sizes) in enumerate(self.inputs) for d, size in enumerate(sizes))
-        found = [f"{self._dim(k, d)} = {size}{self._line(k, d)}" for k, d, size in places if self._line(k, d)]
-        found += [f"{self._said(c.holds)} ({c.line})" for c in self.limits.conditions if c.line]
-        found += [f"{self._named(symbol)} > 1" for symbol in sorted(self.limits.several)]
+        found = [
+            f"{self._name_dim(k, d)} = {size}{self._describe_line(k, d)}"
+            for k, d, size in places
+            if self._describe_line(k, d)
+        ]
+        found += [f"{self._describe_expression(c.holds)} ({c.line})" for c in self.limits.conditions if c.line]
+        found += [f"{self._name_symbol(symbol)} > 1" for symbol in sorted(self.limits.several)]
         return list(dict.fromkeys(found))
 
-    def held(self, dim: int) -> int | None:
-        """The one size of a dimension of all inputs; None if any other will do, or there are several."""
+    def find_fixed_size(self, dim: int) -> int | None:
+        """The fixed size that dimension ``dim`` has in all inputs; None if it is open, or the inputs differ."""
         found = {sizes[dim] for _, sizes in self.inputs if len(sizes) > dim}
         size = next(iter(found), None)
         return size if len(found) == 1 and isinstance(size, int) else None
 
-    def symbols(self) -> list[sympy.Symbol]:
+    def list_symbols(self) -> list[sympy.Symbol]:
         """The symbols of sizes that may be others, in the order of the inputs."""
         solved = (solve_size(size) for _, sizes in self.inputs for size in sizes)
         return list(dict.fromkeys(each.symbol for each in solved if each is not None))
 
-    def values(self, shapes: Sequence[Sequence[int]]) -> dict[sympy.Symbol, int]:
+    def find_values(self, shapes: Sequence[Sequence[int]]) -> dict[sympy.Symbol, int]:
         """The values of all symbols for inputs of these shapes, which the program holds for."""
         found = dict[sympy.Symbol, int]()
         for (_, sizes), shape in zip(self.inputs, shapes, strict=True):
@@ -156,23 +169,25 @@ class CallSizes:
                     found.setdefault(solved.symbol, (given - solved.offset) // solved.factor)
         return found
 
-    def shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]] | None:
+    def find_shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]] | None:
         """The shapes of the inputs for these values of all symbols; None if the program does not hold for them."""
         if not all(_number(condition.holds, values) for condition in self.conditions):
             return None
-        return self.shapes_of(values)
+        return self.compute_shapes(values)
 
-    def shapes_of(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]]:
+    def compute_shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]]:
         """The shapes of the inputs for these values of all symbols."""
         return [tuple(s if isinstance(s, int) else int(_number(s, values)) for s in sizes) for _, sizes in self.inputs]
 
-    def sides(self, values: Mapping[sympy.Symbol, int]) -> list[Sides]:
+    def find_sides(self, values: Mapping[sympy.Symbol, int]) -> list[Sides]:
         """For each condition, sizes near ``values`` that meet it and that do not. ``values``: sizes that meet all."""
+        # One symbol is moved at a time. On the unmet side only this condition may fail: sizes that another one refuses
+        # first would not test it.
         found = []
         for condition in self.conditions:
             sides = dict[bool, dict[sympy.Symbol, int]]()
             for symbol in sorted(condition.holds.free_symbols & values.keys(), key=str):
-                for size in _near(condition.holds, values[symbol]):
+                for size in _list_near_sizes(condition.holds, values[symbol]):
                     tried = {**values, symbol: size}
                     failing = [other for other in self.conditions if not _number(other.holds, tried)]
                     if not failing or failing == [condition]:
@@ -180,33 +195,35 @@ class CallSizes:
             found.append(Sides(condition, sides.get(True), sides.get(False)))
         return found
 
-    def _error(self, what: str, given: object) -> MptkError:
+    def _make_error(self, what: str, given: object) -> MptkError:
         said = given if isinstance(given, str) else f"it is {given}"
         return MptkError(
             f"this program was traced for other sizes: {what}, and {said}; "
             "give such inputs, or trace the model with an example of these sizes"
         )
 
-    def _line(self, k: int, d: int) -> str:
+    def _describe_line(self, k: int, d: int) -> str:
         line = self.limits.lines.get((self.inputs[k][0], d))
         return f" ({line})" if line else ""
 
-    def _dim(self, k: int, d: int) -> str:
+    def _name_dim(self, k: int, d: int) -> str:
         """``batch`` for the first dimension of all inputs, ``x.shape[1]`` for the second of x."""
+        # A first dimension that all inputs share is the batch.
         whole = d == 0 and len({sizes[0] for _, sizes in self.inputs if sizes}) == 1
         return "batch" if whole else f"{self.names[k]}.shape[{d}]"
 
-    def _named(self, symbol: str) -> str:
+    def _name_symbol(self, symbol: str) -> str:
         places = ((k, d) for k, (_, sizes) in enumerate(self.inputs) for d, s in enumerate(sizes) if str(s) == symbol)
-        return next((self._dim(k, d) for k, d in places), symbol)
+        return next((self._name_dim(k, d) for k, d in places), symbol)
 
-    def _said(self, expression: sympy.Basic) -> str:
+    def _describe_expression(self, expression: sympy.Basic) -> str:
         """An expression with the names of the dimensions; an equation as ``a = b``."""
         if isinstance(expression, sympy.Eq):
-            return f"{self._said(expression.lhs)} = {self._said(expression.rhs)}"
+            return f"{self._describe_expression(expression.lhs)} = {self._describe_expression(expression.rhs)}"
         if isinstance(expression, sympy.Ne):
-            return f"{self._said(expression.lhs)} != {self._said(expression.rhs)}"
-        names = {s: sympy.Symbol(self._named(str(s))) for s in expression.free_symbols}
+            return f"{self._describe_expression(expression.lhs)} != {self._describe_expression(expression.rhs)}"
+        # sympy prints Eq(a, b) and Ne(a, b), which no user writes; other relations print as they are written.
+        names = {s: sympy.Symbol(self._name_symbol(str(s))) for s in expression.free_symbols}
         return str(expression.xreplace(names))
 
 
@@ -223,19 +240,20 @@ NEAR, FARTHEST = 64, 2048
 """Sizes up to ``NEAR`` are tried, and those around a condition's own numbers up to ``FARTHEST``: more take memory."""
 
 
-def _near(holds: sympy.Basic, size: int) -> list[int]:
+def _list_near_sizes(holds: sympy.Basic, size: int) -> list[int]:
     """Other sizes, the nearest first."""
+    # A condition changes at its own numbers (x < 100), so both sides are found there or among small sizes.
     numbers = {int(n) for n in holds.atoms(sympy.Integer) if abs(int(n)) <= FARTHEST}
     around = {n + by for n in numbers for by in (-1, 0, 1) if n + by > 0}
     return sorted({*range(1, NEAR + 1), *around} - {size}, key=lambda other: (abs(other - size), other))
 
 
 def _number(expression: SymbolicSize, values: Mapping[sympy.Symbol, int]) -> Any:
-    """An expression for these values. In a trace they may be symbolic again: then the new trace has the condition, too.
+    """An expression for these values; False if it cannot be decided (a symbol without a value, a quotient by 0).
 
-    What cannot be decided (a symbol without a value, a quotient by 0) is not met.
+    While another trace runs, the values may be symbolic. The new trace then gets the condition, too.
     """
     try:
         return number_at(expression, values)
-    except (KeyError, ZeroDivisionError, OverflowError, ValueError):  # of functions of numbers outside their range
+    except (KeyError, ZeroDivisionError, OverflowError, ValueError):  # the last two: outside of a function's range
         return False

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
-from mptk.compat.torch import schema, size_expression, size_hint
+from mptk.compat.torch import express_size, find_schema, find_size_hint
 from mptk.errors import MptkError
 
 Vertex = TypeVar("Vertex", bound=Hashable)
 TYPE_CHECK = torch.ops.aten._assert_tensor_metadata.default
-"""The trace's own note of a value's type, which is another one in an autocast."""
+"""torch.export adds this check of a value's type. In an autocast the value has another type, so passes ignore it."""
 
 
-def reached(start: Iterable[Vertex], sources: Callable[[Vertex], Iterable[Vertex]]) -> set[Vertex]:
+def find_reachable(start: Iterable[Vertex], sources: Callable[[Vertex], Iterable[Vertex]]) -> set[Vertex]:
     """``start`` and everything that ``sources`` leads to from there, such as ``fx.Node.all_input_nodes``."""
+    # A list and no recursion: graphs are deeper than Python's stack.
     found, waiting = set[Vertex](), list(start)
     while waiting:
         if (node := waiting.pop()) not in found:
@@ -32,68 +33,69 @@ def reached(start: Iterable[Vertex], sources: Callable[[Vertex], Iterable[Vertex
     return found
 
 
-def op_name(node: fx.Node) -> str:
+def name_op(node: fx.Node) -> str:
     """``aten.add.Tensor`` for an ATen op, else the Python function's module and name."""
-    return target_name(node.target)
+    return name_target(node.target)
 
 
 @functools.cache
-def target_name(target: object) -> str:
+def name_target(target: object) -> str:
     """The name of a node's target."""
-    if hasattr(target, "overloadpacket"):
+    if hasattr(target, "overloadpacket"):  # an ATen op or a custom one; others are Python functions, like getitem
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
 
 
 @functools.cache
-def base_name(target: object) -> str:
+def name_base_op(target: object) -> str:
     """``add`` of ``aten.add.Tensor``."""
-    return target_name(target).split(".")[1]
+    return name_target(target).split(".")[1]
 
 
 @functools.cache
-def argument_names(target: object) -> tuple[str, ...]:
+def list_schema_arguments(target: object) -> tuple[str, ...]:
     """The names of an ATen op's arguments, in the order of its schema."""
-    signature = schema(target)
+    signature = find_schema(target)
     return tuple(a.name for a in signature.arguments) if signature is not None else ()
 
 
 @functools.cache
-def aliased_arguments(target: object, *, writes: bool) -> tuple[int, ...]:
+def find_aliased_arguments(target: object, *, writes: bool) -> tuple[int, ...]:
     """Positions of arguments in an op's schema: those it writes to, or those whose memory its result may share."""
-    signature = schema(target)
+    signature = find_schema(target)
     infos = [a.alias_info for a in signature.arguments] if signature is not None else []
     return tuple(i for i, info in enumerate(infos) if info is not None and (info.is_write or not writes))
 
 
-def storage(node: fx.Node) -> fx.Node:
-    """The value whose memory a call writes to or gives a view of; the node itself if it makes memory of its own."""
+def find_storage(node: fx.Node) -> fx.Node:
+    """The value that owns the memory of a call's result; the node itself if the call allocates."""
+    # Back from view to view. One of several results shares memory as the call itself does.
     source = node.args[0] if node.target is operator.getitem else node
     assert isinstance(source, fx.Node)
-    signature = schema(source.target)
+    signature = find_schema(source.target)
     if signature is None or not any(result.alias_info is not None for result in signature.returns):
         return node
-    given = (source.args[p] for p in aliased_arguments(source.target, writes=False) if p < len(source.args))
-    return next((storage(value) for value in given if isinstance(value, fx.Node)), node)
+    given = (source.args[p] for p in find_aliased_arguments(source.target, writes=False) if p < len(source.args))
+    return next((find_storage(value) for value in given if isinstance(value, fx.Node)), node)
 
 
-def written(node: fx.Node) -> list[fx.Node]:
+def find_written_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes to. A norm by its input's own statistics writes the running ones."""
-    if base_name(node.target) in _RUNNING and named_argument(node, _RUNNING[base_name(node.target)]):
-        found = [named_argument(node, "running_mean"), named_argument(node, "running_var")]
+    if name_base_op(node.target) in _RUNNING and get_argument(node, _RUNNING[name_base_op(node.target)]):
+        found = [get_argument(node, "running_mean"), get_argument(node, "running_var")]
     else:
-        found = [node.args[p] for p in aliased_arguments(node.target, writes=True) if p < len(node.args)]
+        found = [node.args[p] for p in find_aliased_arguments(node.target, writes=True) if p < len(node.args)]
     several = [each if isinstance(each, (list, tuple)) else [each] for each in found]
     return [value for each in several for value in each if isinstance(value, fx.Node)]
 
 
 _RUNNING = {"batch_norm": "training", "instance_norm": "use_input_stats"}
-"""Norm → the argument with which it writes running statistics. Its schema does not say so."""
+"""Norm → the argument with which it writes running statistics. ATen's schema declares these ops free of writes."""
 
 
-def named_argument(node: fx.Node, name: str, default: object = None) -> Any:  # Any: its type is the op's own
+def get_argument(node: fx.Node, name: str, default: object = None) -> Any:  # Any: its type is the op's own
     """An argument of a call by its name in the op's schema, whether it was given by position or by name."""
-    names = argument_names(node.target)
+    names = list_schema_arguments(node.target)
     if name in node.kwargs or name not in names:
         return node.kwargs.get(name, default)
     position = names.index(name)
@@ -102,32 +104,34 @@ def named_argument(node: fx.Node, name: str, default: object = None) -> Any:  # 
 
 def set_argument(node: fx.Node, name: str, value: Argument) -> None:
     """Replace an argument of a call by its name in the op's schema. A positional argument stays positional."""
-    position = argument_names(node.target).index(name)
+    position = list_schema_arguments(node.target).index(name)
     if position < len(node.args):
         node.update_arg(position, value)
     else:
         node.update_kwarg(name, value)
 
 
-def shape_of(value: Tensor) -> tuple[int, ...]:
+def resolve_shape(value: Tensor) -> tuple[int, ...]:
     """Sizes of a traced tensor."""
+    # Most shapes hold only ints. They are returned at once: the analysis asks for each value's shape many times.
     sizes = tuple(value.shape)
     for size in sizes:
         if type(size) is not int:
-            return tuple(example_size(s) for s in sizes)
+            return tuple(resolve_size(s) for s in sizes)
     return sizes
 
 
-def result_shape(node: fx.Node) -> tuple[int, ...]:
+def resolve_result_shape(node: fx.Node) -> tuple[int, ...]:
     """Sizes of a node's result. It must be one tensor."""
-    return shape_of(node.meta["val"])
+    return resolve_shape(node.meta["val"])
 
 
-def example_size(size: int | torch.SymInt) -> int:
+def resolve_size(size: int | torch.SymInt) -> int:
     """One size as an integer. Raises MptkError if the size depends on data."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    hint = size_hint(size)
+    # ``int(size)`` would make the trace hold for this size only.
+    hint = find_size_hint(size)
     if hint is None:
         raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")
     return hint
@@ -135,4 +139,4 @@ def example_size(size: int | torch.SymInt) -> int:
 
 def is_open(size: int | torch.SymInt) -> bool:
     """Whether a program holds for other values of a size than its example's: the trace may have made it one number."""
-    return isinstance(size, torch.SymInt) and not getattr(size_expression(size), "is_number", False)
+    return isinstance(size, torch.SymInt) and not getattr(express_size(size), "is_number", False)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mptk.ir.program import Program, parameter_count
+from mptk.ir.program import Program, count_parameters
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Pass(ABC):
 
     def __call__(self, program: Program) -> PassResult:
         """Run the pass with its checks: requires, run, ``check``, ensures."""
+        # The graph's invariants come before ``ensures``, which may then rely on them.
         self.requires(program)
         result = self.run(program)
         check(result.program)
@@ -92,18 +93,19 @@ class Log:
         if self.on_record is not None:
             self.on_record(record)
 
-    def as_list(self) -> list[dict[str, object]]:
+    def to_list(self) -> list[dict[str, object]]:
         return [{k: v for k, v in asdict(r).items() if v not in (None, ())} for r in self.records]
 
 
-def run(program: Program, passes: Sequence[Pass], log: Log) -> list[PassResult]:
+def run_passes(program: Program, passes: Sequence[Pass], log: Log) -> list[PassResult]:
     """Apply ``passes`` in order, each with its checks, and record them in ``log``. Returns their results."""
     results: list[PassResult] = []
+    # Each pass gets the result of the one before, and is timed together with its checks.
     for step in passes:
         with log.stage(step.name) as record:
             result = step(program)
             record.ops = (count_ops(program), count_ops(result.program))
-            record.parameters = (parameter_count(program), parameter_count(result.program))
+            record.parameters = (count_parameters(program), count_parameters(result.program))
             record.changed, record.notes = result.changed, result.notes
         results.append(result)
         program = result.program
@@ -115,17 +117,17 @@ def count_ops(program: Program) -> int:
     return sum(n.op == "call_function" for n in program.graph.graph.nodes)
 
 
-def shapes(program: Program) -> dict[str, tuple[int, ...]]:
+def list_state_shapes(program: Program) -> dict[str, tuple[int, ...]]:
     """The shape of every weight by name, for ``ensures``."""
     return {name: tuple(like.shape) for name, like in program.state.likes.items()}
 
 
 def check(program: Program) -> None:
-    """Check a program's invariants: a well-formed graph, and every weight has the shape that the graph expects."""
-    program.graph.graph.lint()
+    """Check a program's invariants: the graph is well formed, and weights have the shapes that it expects."""
+    program.graph.graph.lint()  # torch's own check: order, names, users
     weights = program.weights
-    for node in program.placeholders():
+    for node in program.list_placeholders():
         value = node.meta.get("val")
         if node.name in weights and isinstance(value, Tensor):
-            weight = program.state.like(weights[node.name])
+            weight = program.state.find_like(weights[node.name])
             assert tuple(value.shape) == tuple(weight.shape), f"{weights[node.name]}: {value.shape} != {weight.shape}"

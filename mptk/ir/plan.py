@@ -10,9 +10,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from mptk.arguments import checked
+from mptk.arguments import guard_arguments
 from mptk.errors import MptkError
-from mptk.files import json_text, write_json
+from mptk.files import format_json, write_json
 from mptk.files.outputs import check_file
 from mptk.reading import read_json
 
@@ -61,17 +61,11 @@ class Plan:
         return {name: family.width for name, family in self.families.items()}
 
     @property
-    def divided(self) -> set[str]:
-        """The families of which it names layers, each with a width of its own: ``ffn`` if it has ``ffn.3``."""
-        parts = (name.rpartition(".") for name in self.families)
-        return {whole for whole, _, layer in parts if whole and layer.isdecimal()}
-
-    @property
     def digest(self) -> str:
         """SHA-256 of the kept units and the conversions."""
         families = self.to_json()["families"]
         kept = [families, *self.conversions.values()] if self.conversions else families
-        return hashlib.sha256(json_text(kept, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(format_json(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
         """The content of a plan file (``docs/plan.md``)."""
@@ -89,7 +83,7 @@ class Plan:
             },
         }
 
-    @checked
+    @guard_arguments
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the plan as JSON (schema: ``docs/plan.md``), atomically.
 
@@ -102,7 +96,7 @@ class Plan:
         write_json(Path(path), self.to_json())
 
     @staticmethod
-    @checked
+    @guard_arguments
     def load(path: str | Path) -> Plan:
         """Read and validate a plan file. Raises MptkError with the place of the mistake."""
         where = Path(path)
@@ -133,6 +127,16 @@ class Plan:
         return Plan(parsed, meta, others)
 
 
+def split_layer(name: str) -> tuple[str, str]:
+    """``ffn.3`` → ``ffn`` and ``3``; a name without a number → itself and an empty string.
+
+    Only an analysis knows whether there is such a layer: if a model has two families ``ffn``, they are ``ffn.1`` and
+    ``ffn.2``.
+    """
+    family, _, layer = name.rpartition(".")
+    return (family, layer) if family and layer.isdecimal() else (name, "")
+
+
 def read_family(body: object, where: str, most: int = MOST_UNITS) -> FamilyPlan:
     """A family's choice, with at most ``most`` kept units in all, which are counted before they are listed."""
     if not isinstance(body, dict):
@@ -144,7 +148,7 @@ def read_family(body: object, where: str, most: int = MOST_UNITS) -> FamilyPlan:
         raise MptkError(f'{where}: "of" is more than {LARGEST_FAMILY}; no family of a model is as large')
     if not isinstance(keep, dict) or not keep:
         raise MptkError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md')
-    if width * sum(len(rows) if _scoped(rows) else 1 for rows in keep.values()) > most:
+    if width * sum(len(rows) if _has_scopes(rows) else 1 for rows in keep.values()) > most:
         raise MptkError(f"{where}: it keeps more than {MOST_UNITS} units, more than a model has; see docs/plan.md")
     return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
 
@@ -160,11 +164,11 @@ def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
 
 
 def _encode(keep: Keep) -> str | list[str]:
-    rows = [ranges(row) for row in keep]
+    rows = [encode_ranges(row) for row in keep]
     return rows[0] if len(rows) == 1 else rows
 
 
-def ranges(units: tuple[int, ...]) -> str:
+def encode_ranges(units: tuple[int, ...]) -> str:
     """``(0, 1, 2, 5)`` → ``"0-2,5"``: short to read, to write and to diff."""
     parts: list[list[int]] = []
     for unit in units:
@@ -176,18 +180,18 @@ def ranges(units: tuple[int, ...]) -> str:
 
 
 def _decode(value: Any, width: int, of: int, where: str) -> Keep:
-    rows = tuple(_units(row, width, of, where) for row in (value if _scoped(value) else [value]))
+    rows = tuple(_decode_units(row, width, of, where) for row in (value if _has_scopes(value) else [value]))
     for row in rows:
         check_units(row, width, of, where)
     return rows
 
 
-def _scoped(value: object) -> bool:
+def _has_scopes(value: object) -> bool:
     """Whether a layer has several rows of units."""
     return isinstance(value, list) and bool(value) and all(isinstance(row, (list, str)) for row in value)
 
 
-def _units(value: object, width: int, of: int, where: str) -> tuple[int, ...]:
+def _decode_units(value: object, width: int, of: int, where: str) -> tuple[int, ...]:
     if isinstance(value, list) and all(isinstance(u, int) and not isinstance(u, bool) for u in value):
         return tuple(value)
     if not isinstance(value, str):

@@ -16,11 +16,11 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
-from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
-from mptk.errors import MptkError, first_line
+from mptk.compat.torch import build_exported, express_size, tree_leaves, tree_map
+from mptk.errors import MptkError, take_first_line
 from mptk.ir.containers import Container
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
-from mptk.ir.ops import TYPE_CHECK, example_size, is_open
+from mptk.ir.ops import TYPE_CHECK, is_open, resolve_size
 from mptk.ir.samples import is_tokens
 from mptk.ir.weights import Lazy, Weights
 
@@ -30,7 +30,7 @@ TracedInputs = tuple[tuple[object, ...], dict[str, object]]
 
 @dataclass(frozen=True)
 class Types:
-    """``wide``: the floating type in which a program computes. ``own``: weight → the type that the module has it in."""
+    """``wide``: the floating type in which a program computes. ``own``: weight → its type in the traced module."""
 
     wide: torch.dtype
     own: Mapping[str, torch.dtype]
@@ -92,23 +92,24 @@ class Program:
     def length(self) -> int | None:
         """Tokens that each input of token ids must have; None if the graph holds for any number of them."""
         given = set(self.user_inputs)
-        values = [node.meta["val"] for node in self.placeholders() if node.name in given]
+        # The first input of token ids whose length is not open.
+        values = [node.meta["val"] for node in self.list_placeholders() if node.name in given]
         sizes = [value.shape[1] for value in values if isinstance(value, Tensor) and is_tokens(value)]
-        return next((example_size(size) for size in sizes if not is_open(size)), None)
+        return next((resolve_size(size) for size in sizes if not is_open(size)), None)
 
     @cached_property
     def sizes(self) -> CallSizes:
         """The sizes that its inputs may have."""
-        values = {node.name: node.meta["val"] for node in self.placeholders()}
+        values = {node.name: node.meta["val"] for node in self.list_placeholders()}
         tensors = [(name, values[name]) for name in self.user_inputs if isinstance(values[name], Tensor)]
-        found = tuple((name, sizes_in(value)) for name, value in tensors)
+        found = tuple((name, list_symbolic_sizes(value)) for name, value in tensors)
         names = self.inputs if len(self.inputs) == len(found) else tuple(name for name, _ in found)
         return CallSizes(found, names, self.limits)
 
     @property
     def input_types(self) -> tuple[torch.dtype, ...]:
         """The types of the inputs in the trace."""
-        values = {node.name: node.meta["val"] for node in self.placeholders()}
+        values = {node.name: node.meta["val"] for node in self.list_placeholders()}
         return tuple(values[name].dtype for name in self.user_inputs if isinstance(values[name], Tensor))
 
     @property
@@ -121,7 +122,7 @@ class Program:
         """Whether the weights are real: neither fake tensors nor on the meta device."""
         return self.state.real
 
-    def placeholders(self) -> Iterator[fx.Node]:
+    def list_placeholders(self) -> Iterator[fx.Node]:
         """The graph's inputs in order: weights, then the user's."""
         return (n for n in self.graph.graph.nodes if n.op == "placeholder")
 
@@ -131,18 +132,21 @@ class Program:
         Returns one tensor, or a tuple if the traced module returned several. A language model's tensor is its logits,
         [batch, sequence, vocab].
         """
-        outputs = self.graph(*self.arguments(*inputs))
+        outputs = self.graph(*self.list_arguments(*inputs))
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
 
-    def arguments(self, *inputs: Tensor) -> list[Tensor]:
+    def list_arguments(self, *inputs: Tensor) -> list[Tensor]:
         """The graph's full argument list: weights by placeholder, then ``inputs``."""
         weights, user = self.weights, iter(inputs)
-        return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.placeholders()]
+        return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.list_placeholders()]
 
     def with_state(self, state: Mapping[str, Tensor | Lazy]) -> Program:
         """The same graph with other tensors of the same shapes; a name missing in ``state`` keeps its tensor."""
+        # Names that the graph does not have (an unused head's) are dropped, so that a whole checkpoint may be given.
         given = Weights(state)
-        return replace(self, state=self.state.updated(given.selected({n: n for n in given if n in self.state})))
+        return replace(
+            self, state=self.state.with_entries(given.select_names({n: n for n in given if n in self.state}))
+        )
 
     def copy_graph(self) -> fx.GraphModule:
         """A copy of the graph that a pass may edit (node names, metadata and placeholders kept)."""
@@ -160,28 +164,29 @@ class Program:
 
     def state_dict(self) -> Weights:
         """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""
-        return self._named(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
+        return self._select_weights(lambda spec: spec.kind is InputKind.PARAMETER or bool(spec.persistent))
 
-    def module_state(self) -> Weights:
-        """``state_dict`` and the other buffers: what another trace of the module has as well.
+    def collect_module_state(self) -> Weights:
+        """``state_dict`` and the other buffers: what every trace of the module has.
 
-        Constants of a trace are not in it: those of another trace have the same names.
+        Constants are left out: another trace has other ones under the same names.
         """
-        return self._named(lambda spec: spec.kind in (InputKind.PARAMETER, InputKind.BUFFER))
+        return self._select_weights(lambda spec: spec.kind in (InputKind.PARAMETER, InputKind.BUFFER))
 
-    def _named(self, wanted: Callable[[InputSpec], bool]) -> Weights:
+    def _select_weights(self, wanted: Callable[[InputSpec], bool]) -> Weights:
         """The wanted weights, tied names included."""
+        # A tied name that is not an input of the graph has no spec, so it is added with its owner.
         found = {
             spec.target: self.aliases.get(spec.target, spec.target)
             for spec in self.signature.input_specs
             if spec.target is not None and wanted(spec)
         }
-        return self.state.selected(found | {alias: name for alias, name in self.aliases.items() if name in found})
+        return self.state.select_names(found | {alias: name for alias, name in self.aliases.items() if name in found})
 
     def module(self) -> ProgramModule:
         """An ``nn.Module`` with these weights under the traced module's names, ready for training.
 
-        It works on any ``nn.Module`` that was traced. Weights of the traced module are copied, never shared.
+        Weights are copied, never shared with the traced module.
 
         Raises:
             MptkError: the program was traced without weights.
@@ -192,8 +197,12 @@ class Program:
 
     def to_exported(self) -> ExportedProgram:
         """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""
+        # torch's verifier wants Parameters for parameters, persistent buffers beside them, and all others as constants.
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
-        state = {n: _parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
+        state = {
+            name: Parameter(t, requires_grad=False) if name in parameters and not isinstance(t, Parameter) else t
+            for name, t in self.state_dict().items()
+        }
         constants = {
             s.target: self.state[s.target]
             for s in self.signature.input_specs
@@ -205,12 +214,12 @@ class Program:
             self.signature,
             state=state,
             constants=constants,
-            example_inputs=self._example_inputs(),
+            example_inputs=self._cut_example_inputs(),
         )
 
-    def _example_inputs(self) -> TracedInputs | None:
+    def _cut_example_inputs(self) -> TracedInputs | None:
         """The inputs of the trace that are left. An input that has lost channels (a KV cache) is cut."""
-        values = {n.name: n.meta["val"] for n in self.placeholders()}
+        values = {n.name: n.meta["val"] for n in self.list_placeholders()}
         names = iter(self.exported.graph_signature.user_inputs)
 
         def fit(example: object) -> object:
@@ -219,6 +228,7 @@ class Program:
                 return example
             return example[tuple(slice(size if isinstance(size, int) else None) for size in values[name].shape)]
 
+        # A removed block's cache is no longer an input. The nesting of the rest would not fit, so they go flat.
         fitted: TracedInputs | None = tree_map(fit, self.exported.example_inputs)
         traced = self.exported.graph_signature.user_inputs
         if fitted is None or len(self.user_inputs) == len(traced):
@@ -227,33 +237,29 @@ class Program:
         return tuple(example for name, example in left if name in values), {}
 
 
-def sizes_in(value: Tensor) -> tuple[SymbolicSize, ...]:
-    """The sizes of a traced input, as numbers or as expressions."""
-    return tuple(map(_size, value.shape))
+def list_symbolic_sizes(value: Tensor) -> tuple[SymbolicSize, ...]:
+    """The sizes of a traced input: an expression if the size may be another, else a number."""
+    return tuple(
+        express_size(size) if isinstance(size, torch.SymInt) and is_open(size) else resolve_size(size)
+        for size in value.shape
+    )
 
 
-def _size(size: int | torch.SymInt) -> SymbolicSize:
-    """A size as a number, or as an expression if it may be another."""
-    return size_expression(size) if isinstance(size, torch.SymInt) and is_open(size) else example_size(size)
-
-
-def _parameter(tensor: Tensor) -> Parameter:
-    return tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
-
-
-def typical_size(program: Program) -> float:
+def compute_typical_size(program: Program) -> float:
     """The median of the root mean squares of a program's weight matrices; 1 if it has none."""
-    likes = {name: like for name in program.parameters if (like := program.state.like(name)).ndim > 1 and like.numel()}
+    likes = {
+        name: like for name in program.parameters if (like := program.state.find_like(name)).ndim > 1 and like.numel()
+    }
     return median([float(program.state[name].detach().float().square().mean().sqrt()) for name in likes] or [1.0])
 
 
-def parameter_count(program: Program) -> int:
+def count_parameters(program: Program) -> int:
     """Number of parameters in the program; a tied weight counts once."""
-    return sum(program.state.like(name).numel() for name in program.parameters)
+    return sum(program.state.find_like(name).numel() for name in program.parameters)
 
 
 class DeviceInterpreter(fx.Interpreter):
-    """An interpreter whose calls make their tensors on ``device``, wherever the graph says that they are made."""
+    """An interpreter whose calls make their tensors on ``device``, whatever device the graph names."""
 
     device: torch.device = torch.device("cpu")
 
@@ -272,7 +278,7 @@ STATE_COPY = "state"
 
 
 class Names(nn.Module):
-    """Holds what lies under a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
+    """Holds what is below a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
 
     def __getitem__(self, index: int | str) -> Any:
         return getattr(self, str(index))
@@ -281,9 +287,9 @@ class Names(nn.Module):
 class ProgramModule(nn.Module):
     """Parameters and buffers under the traced module's names, and its traced ``forward``.
 
-    Its parameters are its own: they share no memory with the program, and require gradients as the traced module's do.
-    Tied weights are one parameter. ``state_dict()`` has the names of the traced module's. Buffers that ``forward``
-    writes keep what it wrote.
+    Its parameters are its own: they share no memory with the program. They require gradients if the traced module's do.
+    Tied weights are one parameter. ``state_dict()`` has the traced module's names. Buffers that ``forward`` writes keep
+    what it wrote.
 
     ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives what the traced module
     gave: a tensor, or several in the same dicts, tuples and classes. The graph was traced in evaluation mode:
@@ -292,11 +298,13 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (plain(stateful(program.graph)),)  # in a tuple: a submodule would add its names to state_dict()
-        self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
+        # The graph is in a tuple: as a submodule it would add its own names to state_dict().
+        self._graph = (remove_type_checks(remove_state_copies(program.graph)),)
+        self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.list_placeholders()]
         self.input_names, self.positional = program.inputs, program.positional
         self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
         self._outputs, self._input_types = program.outputs, program.input_types
+        # Register each weight under its own name and under the names that are tied to it.
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
         self._types = {name: tensor.dtype for name, tensor in program.state.likes.items()}
         others: dict[str, list[str]] = {}
@@ -318,21 +326,25 @@ class ProgramModule(nn.Module):
             MptkError: they have sizes, types or strides for which the trace does not hold, or it does not hold while
                 gradients are on.
         """
-        return self.run(self._in_order(inputs, named))
+        return self.run(self._order_inputs(inputs, named))
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Run the graph on inputs in the order of the trace. Raises MptkError as ``forward``."""
+        # Sizes that were checked once are not checked again. In an export they always are: the new trace must get the
+        # conditions of this one, and its symbolic shapes must not stay in ``_met``.
         self._check_call(tensors)
         shapes = tuple(tensor.shape for tensor in tensors)
         if torch.compiler.is_exporting() or shapes not in self._met:
             self._sizes.check(shapes)
             self._met |= set() if torch.compiler.is_exporting() else {shapes}
+        # The weights are looked up at each call, since ``to()`` and users may replace them.
         given = iter(tensors)
         weights: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
         weights |= dict(self.named_buffers(remove_duplicate=False))
         arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
         device = next((tensor.device for tensor in weights.values()), None)
         graph: fx.GraphModule = self._graph[0]
+        # Compiled code is the fast way. On other devices each call that names the CPU must be redirected.
         try:
             if device is None or device.type == "cpu":
                 outputs = graph(*arguments)
@@ -341,7 +353,7 @@ class ProgramModule(nn.Module):
                 runner.device = device
                 outputs = runner.run(*arguments)
         except RuntimeError as error:
-            raise self._retyped(error) or error from None
+            raise self._explain_conversion(error) or error from None
         if self._outputs is not None:
             return self._outputs.build([each for each in outputs if isinstance(each, Tensor)])
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
@@ -349,6 +361,7 @@ class ProgramModule(nn.Module):
     def _check_call(self, tensors: Sequence[Tensor]) -> None:
         """Raise MptkError for types, strides or a gradient mode for which the trace does not hold."""
         limits = self._sizes.limits
+        # In an autocast and after a conversion, the module takes the floating types that it now computes in.
         for name, tensor, traced in zip(self._sizes.names, tensors, self._input_types, strict=False):
             if tensor.dtype != traced and not (traced.is_floating_point and self._takes(tensor.dtype)):
                 raise MptkError(f"{name} must be {traced}, as it was traced, and it is {tensor.dtype}; convert it")
@@ -392,17 +405,17 @@ class ProgramModule(nn.Module):
         names = [held.get(n.name) for n in read if isinstance(n, fx.Node)]
         return [self.get_parameter(name) for name in names if name is not None]
 
-    def _retyped(self, error: RuntimeError) -> MptkError | None:
-        """The error of a call after a conversion of the weights, as by ``double()``; None if they have their types."""
+    def _explain_conversion(self, error: RuntimeError) -> MptkError | None:
+        """The error for a call after ``double()`` or the like; None if the weights have their types."""
         if (name := self._converted) is None:
             return None
         old, new = self._types[name], self.get_parameter(name).dtype
         return MptkError(
             f"this module was converted from {old} to {new}, and its graph names types of the trace "
-            f"({first_line(error)}); convert it back, or convert the module before it is pruned"
+            f"({take_first_line(error)}); convert it back, or convert the module before it is pruned"
         )
 
-    def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
+    def _order_inputs(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
         count = sum(name is None for _, name in self._placeholders)
         if self.positional is not None and self.positional < len(inputs) <= len(self.input_names):
             said = ", ".join(self.input_names[self.positional :])
@@ -427,11 +440,12 @@ class ProgramModule(nn.Module):
             owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def plain(graph: fx.GraphModule) -> fx.GraphModule:
+def remove_type_checks(graph: fx.GraphModule) -> fx.GraphModule:
     """The same calls without checks of types, which an autocast changes, in a graph that can be pickled.
 
     torch.export's graph holds a tracer that no process can make again.
     """
+    # Copied into a new graph, which has a plain tracer.
     made = fx.Graph()
     made.output(made.graph_copy(graph.graph, {}))
     for check in made.find_nodes(op="call_function", target=TYPE_CHECK):
@@ -439,7 +453,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, made)
 
 
-def stateful(graph: fx.GraphModule) -> fx.GraphModule:
+def remove_state_copies(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph without copies of the buffers that it writes to; the graph itself without such copies."""
     if not any(STATE_COPY in node.meta for node in graph.graph.nodes):
         return graph

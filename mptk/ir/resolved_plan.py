@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, Index, Term, evaluate, leaves, occurrences
+from mptk.ir.axes import Axis, Index, Term, compute_size, find_occurrences, list_axes
 from mptk.ir.blocks import Block, Renumbering, Stack
-from mptk.ir.families import Analysis, Depth, Family, Group, scope_coordinates
+from mptk.ir.families import Analysis, Depth, Group, Variable, scope_coordinates
 from mptk.ir.plan import FamilyPlan, Plan, check_units
 
 
@@ -33,26 +33,26 @@ class Cut:
     choices: dict[Axis, KeptUnits]
     sizes: dict[Axis, int]
 
-    def units(self, axis: Axis) -> list[int] | None:
+    def list_units(self, axis: Axis) -> list[int] | None:
         """The kept units of an axis without a scope, ascending; None if it stays whole."""
         choice = self.choices.get(axis)
         return None if choice is None else [int(unit) for unit in np.flatnonzero(choice.table[0])]
 
     def size(self, term: Term) -> int:
         """Size of a dimension after the cut."""
-        return evaluate(term, self.sizes)
+        return compute_size(term, self.sizes)
 
     @property
     def removes(self) -> bool:
         """Whether the cut removes any unit."""
         return any(not choice.table.all() for choice in self.choices.values())
 
-    def touches(self, term: Term) -> bool:
-        return any(leaf in self.choices for leaf in leaves(term))
+    def has_choice(self, term: Term) -> bool:
+        return any(leaf in self.choices for leaf in list_axes(term))
 
     def mask(self, term: Term) -> npt.NDArray[np.bool_]:
         """Whether each position of a dimension stays, [size]. A choice whose scope is not in it must not vary."""
-        found = occurrences(term)
+        found = find_occurrences(term)
         stays = np.ones(term.size, dtype=bool)
         for leaf, coordinate in found:
             choice = self.choices.get(leaf)
@@ -64,43 +64,44 @@ class Cut:
             stays &= choice.table[rows, coordinate] | (coordinate < 0)
         return stays
 
-    def positions(self, term: Term) -> Index:
+    def find_positions(self, term: Term) -> Index:
         """Kept positions of a dimension, ascending."""
         return np.flatnonzero(self.mask(term))
 
-    def elsewhere(self, dims: Sequence[Term]) -> int | None:
+    def find_varying(self, dims: Sequence[Term]) -> int | None:
         """The index of a dimension along which the choice of another dimension varies; None if no choice does."""
         for term in dims:
-            own = set(leaves(term))
+            own = set(list_axes(term))
             for leaf in own & self.choices.keys():
                 for scope in self.choices[leaf].scope:
                     if scope not in own:
-                        return next(i for i, t in enumerate(dims) if scope in set(leaves(t)))
+                        return next(i for i, t in enumerate(dims) if scope in set(list_axes(t)))
         return None
 
     def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
         """Boolean mask over a whole weight: True if every dimension keeps the position."""
-        scope_dim = self.elsewhere(dims)
+        scope_dim = self.find_varying(dims)
         if scope_dim is None:
             keep = torch.ones([d.size for d in dims], dtype=torch.bool)
             for d, term in enumerate(dims):
-                if self.touches(term):
+                if self.has_choice(term):
                     shape = [-1 if i == d else 1 for i in range(len(dims))]
                     keep &= torch.from_numpy(self.mask(term)).reshape(shape)
             return keep
         rows = [
-            self._row(dims, scope_dim, s).mask_tensor(dims).select(scope_dim, s) for s in range(dims[scope_dim].size)
+            self._restrict_to_row(dims, scope_dim, s).mask_tensor(dims).select(scope_dim, s)
+            for s in range(dims[scope_dim].size)
         ]
         return torch.stack(rows, scope_dim)
 
     def slice(self, tensor: Tensor, dims: Sequence[Term]) -> Tensor:
         """The kept part of a weight, contiguous; the tensor itself if nothing is cut."""
-        scope_dim = self.elsewhere(dims)
+        scope_dim = self.find_varying(dims)
         if scope_dim is not None:
             return self._slice_rows(tensor, dims, scope_dim)
         for d, term in enumerate(dims):
-            if self.touches(term):
-                tensor = tensor.index_select(d, torch.from_numpy(self.positions(term)).to(tensor.device))
+            if self.has_choice(term):
+                tensor = tensor.index_select(d, torch.from_numpy(self.find_positions(term)).to(tensor.device))
         return tensor
 
     def scatter(self, tensor: Tensor, small: Tensor, dims: Sequence[Term]) -> Tensor:
@@ -113,17 +114,17 @@ class Cut:
         """Slice row by row: each row along ``scope_dim`` (an expert) keeps its own positions of other dimensions."""
         rest = [t for d, t in enumerate(dims) if d != scope_dim]
         kept = [
-            self._row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
-            for s in self.positions(dims[scope_dim])
+            self._restrict_to_row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
+            for s in self.find_positions(dims[scope_dim])
         ]
         return torch.stack(kept, scope_dim)
 
-    def _row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
+    def _restrict_to_row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
         """The cut at one position of a scope's dimension, at which no other dimension's choice varies along it."""
-        at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
+        at = {leaf: int(coordinate[position]) for leaf, coordinate in find_occurrences(dims[scope_dim])}
         choices = dict(self.choices)
         for d, term in enumerate(dims):
-            own = set(leaves(term))
+            own = set(list_axes(term))
             for leaf in own & self.choices.keys() if d != scope_dim else ():
                 choice = self.choices[leaf]
                 fixed = {a: at[a] for a in choice.scope if a in at and a not in own}
@@ -143,12 +144,13 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
     choices: dict[Axis, KeptUnits] = {}
     for name, chosen in plan.families.items():
         try:
-            family = analysis.family(name)
+            variable = analysis.variable(name)
         except KeyError as error:
             raise MptkError(f"plan: {error.args[0]}") from error
+        family = variable.family
         if chosen.of != family.size:
             raise MptkError(f"plan: {name} has {family.size} units in this model, not {chosen.of}")
-        unknown = set(chosen.keep) - {g.layer for g in family.groups}
+        unknown = set(chosen.keep) - {g.layer for g in variable.groups}
         if unknown:
             raise MptkError(f"plan: {name} has no layer {sorted(unknown)[0]!r}; see `mptk analyze`")
         if chosen.width < family.minimum or chosen.width % family.multiple:
@@ -156,10 +158,10 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
                 f"plan: {name} cannot have width {chosen.width}: it needs at least {family.minimum} "
                 f"and a multiple of {family.multiple}"
             )
-        for group in family.groups:
+        for group in variable.groups:
             if group.axis in choices:
                 raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
-            choices[group.axis] = KeptUnits(group.scope, _table(family, group, chosen))
+            choices[group.axis] = KeptUnits(group.scope, _build_table(variable, group, chosen))
         if isinstance(family, Depth):
             _check_blocks(name, family.stack, choices[family.stack.axis])
     return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
@@ -171,41 +173,43 @@ def _check_blocks(name: str, stack: Stack, choice: KeptUnits) -> None:
             raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")
 
 
-def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
-    """The units that a plan keeps: family → boolean [layers, scopes, size]."""
+def collect_kept_units(analysis: Analysis, cut: Cut, names: Sequence[str]) -> dict[str, Tensor]:
+    """The units that a plan keeps: variable's name → boolean [layers, scopes, size]."""
     return {
-        name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
-        for name in families
+        name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.variable(name).groups])
+        for name in names
     }
 
 
-def removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
+def list_removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
     """The blocks that a cut removes, in the graph's order."""
     return [
         block
         for stack in analysis.stacks
-        if (kept := cut.units(stack.axis)) is not None
+        if (kept := cut.list_units(stack.axis)) is not None
         for unit, block in enumerate(stack.blocks)
         if unit not in kept
     ]
 
 
-def renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
+def build_renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
     """The names that weights have after a cut."""
-    kept = {stack.module: cut.units(stack.axis) for stack in analysis.stacks}
+    kept = {stack.module: cut.list_units(stack.axis) for stack in analysis.stacks}
     return Renumbering({module: units for module, units in kept.items() if units is not None})
 
 
-def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
+def _build_table(variable: Variable, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
     keep = chosen.keep.get(group.layer)
     if keep is None:
-        raise MptkError(f"plan: {family.name} has no entry for layer {group.layer!r}; every layer needs its kept units")
+        raise MptkError(
+            f"plan: {variable.name} has no entry for layer {group.layer!r}; every layer needs its kept units"
+        )
     if not isinstance(keep, list | tuple):
-        raise MptkError(f"plan: {family.name}.{group.layer} is not a tuple of rows; give one of units for each scope")
+        raise MptkError(f"plan: {variable.name}.{group.layer} is not a tuple of rows; give one of units for each scope")
     if len(keep) not in (1, group.scopes):
-        raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
+        raise MptkError(f"plan: {variable.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
     for row in keep:
-        check_units(row, chosen.width, family.size, f"plan: {family.name}.{group.layer}")
+        check_units(row, chosen.width, variable.size, f"plan: {variable.name}.{group.layer}")
     rows = keep if len(keep) == group.scopes else keep * group.scopes
     table = np.zeros((math.prod(a.size for a in group.scope), group.size), dtype=bool)
     for stays, units in zip(table, rows, strict=True):
@@ -213,7 +217,7 @@ def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.b
     return table
 
 
-def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
+def transfer_cut(cut: Cut, source: Analysis, target: Analysis) -> Cut:
     """``cut``, of ``source``, for another program of the same model, ``target``, without axes that it lacks.
 
     Raises:
@@ -222,7 +226,7 @@ def transferred(cut: Cut, source: Analysis, target: Analysis) -> Cut:
     same = dict[Axis, Axis]()
     for name, dims in target.weights.items():
         for theirs, own in zip(source.weights.get(name, ()), dims, strict=False):
-            same.update(zip(leaves(theirs), leaves(own), strict=False))
+            same.update(zip(list_axes(theirs), list_axes(own), strict=False))
     blocks = {stack.module: stack.axis for stack in target.stacks}
     for stack in source.stacks:
         if stack.module in blocks:

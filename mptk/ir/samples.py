@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""A target that no loss counts."""
+"""A target that no loss counts: the default of torch's ``cross_entropy``."""
 POSITION = 768
-"""Numbers of an input that is not a token ids which count as one token: a patch of a vision transformer."""
+"""How many numbers of an input without token ids count as one token: a patch of a vision transformer, 16 · 16 · 3."""
 _TARGETS = "targets"
 
 
@@ -35,13 +35,15 @@ class Samples:
         return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, rows: slice | Tensor) -> Samples:
+        # A program for a fixed number of samples gets whole batches: the slice is widened to their borders.
         if isinstance(rows, slice) and self.together is not None:
             start, stop, _ = rows.indices(len(self))
             rows = slice(start // self.together * self.together, -(-stop // self.together) * self.together)
         return self.map(lambda tensor: tensor[rows])
 
-    def in_batches_of(self, count: int) -> Samples:
+    def fit_batch_size(self, count: int) -> Samples:
         """The samples for a program that takes ``count`` at once: a multiple of these, the first ones again if few."""
+        # Whole batches of the samples; if there are fewer than one batch, they repeat.
         kept = torch.arange(max(count, len(self) // count * count)) % len(self)
         return replace(self[kept], together=count)
 
@@ -57,16 +59,16 @@ class Samples:
 
     @property
     def positions(self) -> int:
-        """About how many tokens one sample is: it decides how many samples go into a batch."""
+        """About how many tokens one sample counts as. This decides how many samples go into a batch."""
         found = (x[:1].numel() if is_tokens(x) else -(-x[:1].numel() // POSITION) for x in self.tensors)
         return max(1, sum(found))
 
     def split(self, count: int) -> list[Samples]:
-        """Batches of ``count`` samples, of which the last may have fewer; or of as many as must be together."""
+        """Batches of ``count`` samples, or of ``together``. The last batch may be smaller."""
         count = self.together or count
         return [self[first : first + count] for first in range(0, len(self), count)]
 
-    def batches(self, positions: int) -> list[Samples]:
+    def make_batches(self, positions: int) -> list[Samples]:
         """Batches of about that many ``positions``, at least one sample each."""
         return self.split(max(1, positions // self.positions))
 
@@ -78,7 +80,7 @@ class Samples:
         """The samples on a device."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def shortened(self, count: int, length: int) -> Samples:
+    def shorten(self, count: int, length: int) -> Samples:
         """The first ``count`` samples without targets: token ids are cut to ``length``, other inputs stay."""
         count = self.together or count
         inputs = {n: x[:count, :length] if is_tokens(x) else x[:count] for n, x in self.inputs.items()}
@@ -91,18 +93,19 @@ class Samples:
         }
         return Samples(inputs)
 
-    def repeated(self, count: int) -> Samples:
+    def repeat(self, count: int) -> Samples:
         """The samples ``count`` times in a row."""
         return self.map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
 
-    def saved(self, prefix: str) -> dict[str, Tensor]:
+    def to_tensors(self, prefix: str) -> dict[str, Tensor]:
         """All tensors by name, for a file."""
         named = dict(self.inputs) | ({} if self.targets is None else {_TARGETS: self.targets})
         return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
 
     @staticmethod
-    def restored(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
-        """What ``saved`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
+    def from_tensors(tensors: Mapping[str, Tensor], examples: Sequence[Samples], prefix: str) -> Samples | None:
+        """What ``to_tensors`` gave, with the inputs of the first of ``examples`` that are there; None if none are."""
+        # Examples are the forms that a task's inputs may have; the first whose names are all there is the file's.
         for names in (example.inputs for example in examples):
             if all(f"{prefix}.{name}" in tensors for name in names):
                 inputs = {name: tensors[f"{prefix}.{name}"] for name in names}
@@ -110,7 +113,7 @@ class Samples:
         return None
 
 
-def concatenated(parts: Sequence[Samples]) -> Samples:
+def concatenate_samples(parts: Sequence[Samples]) -> Samples:
     """All samples of ``parts``, one after the other."""
     first = parts[0]
     targets = None if first.targets is None else torch.cat([each.targets for each in parts if each.targets is not None])
@@ -118,7 +121,7 @@ def concatenated(parts: Sequence[Samples]) -> Samples:
     return replace(first, inputs=inputs, targets=targets)
 
 
-def joined(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+def join_outputs(outputs: Tensor | Sequence[Tensor]) -> Tensor:
     """What a model gives for each sample as one row: float32 [samples, numbers], of all its outputs."""
     each = [outputs] if isinstance(outputs, Tensor) else outputs
     return torch.cat([tensor.reshape(len(tensor), -1).float() for tensor in each], 1)
@@ -129,8 +132,8 @@ def is_tokens(tensor: Tensor) -> bool:
     return tensor.ndim == 2 and not tensor.is_floating_point()
 
 
-def next_tokens(ids: Tensor) -> Samples:
+def make_token_samples(ids: Tensor) -> Samples:
     """Windows of token ids, int64 [n, length]; each position's target is the next token."""
-    targets = torch.full_like(ids, IGNORED)
+    targets = torch.full_like(ids, IGNORED)  # the last position has no next token
     targets[:, :-1] = ids[:, 1:]
     return Samples({"input_ids": ids}, targets)

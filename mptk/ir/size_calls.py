@@ -1,8 +1,8 @@
 """size_calls: conditions on sizes as calls of a graph, and back.
 
-A trace knows a condition as an expression of torch's own functions, which torch.export does not write. Here it becomes
-calls that torch.export writes and a plain loader runs: ``aten._assert_scalar(condition, message)``. So a graph refuses
-other sizes wherever it goes.
+A trace has a condition as an expression of torch's own functions, which torch.export cannot save. Here it becomes calls
+that torch.export can save and a plain loader runs: ``aten._assert_scalar(condition, message)``. So the graph itself
+refuses other sizes, in any program.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import sympy
 import torch
 from torch import fx
 
-from mptk.compat.symbols import Symbols, expression, interpret
-from mptk.compat.torch import size_expression
+from mptk.compat.symbols import Symbols, interpret, to_expression
+from mptk.compat.torch import express_size
 from mptk.errors import MptkError
 from mptk.ir.limits import CallSizes, solve_size
 from mptk.ir.size_functions import SizeOperations, SizeValue
@@ -30,10 +30,7 @@ REFUSED = "this program was traced for other sizes: "
 
 
 class SizeCalls(SizeOperations):
-    """Functions of sizes as calls of an FX graph, at its present place of insertion.
-
-    ``like``: a call whose place in the source they get.
-    """
+    """Functions of sizes as calls that are inserted into an FX graph. ``like``: whose place in the source they get."""
 
     def __init__(self, graph: fx.Graph, like: fx.Node | None = None) -> None:
         self.graph, self.meta = graph, {} if like is None else like.meta
@@ -41,7 +38,7 @@ class SizeCalls(SizeOperations):
     def apply(self, function: Callable[..., Any], *arguments: SizeValue) -> SizeValue:
         if not any(isinstance(each, fx.Node) for each in arguments):
             return function(*arguments)
-        if function is math.trunc and _is_whole(arguments[0]):  # which ONNX has only of floats
+        if function is math.trunc and _is_whole(arguments[0]):  # ONNX truncates only floats
             return arguments[0]
         call = self.graph.call_function(function, arguments)
         values = (a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments)
@@ -49,15 +46,20 @@ class SizeCalls(SizeOperations):
         return call
 
 
-def _floor(calls: SizeCalls, x: SizeValue) -> SizeValue:
+# A quotient of whole numbers is floored, ceiled and rounded in whole numbers: as a float it would be inexact for large
+# sizes (in the ONNX exporter's float32 above 2^24).
+
+
+def _write_floor(calls: SizeCalls, x: SizeValue) -> SizeValue:
     if _is_whole(x):
         return x
     return calls.floordiv(*x.args) if _is_quotient(x) else calls.floor_to_int(x)
 
 
-def _ceil(calls: SizeCalls, x: SizeValue) -> SizeValue:
+def _write_ceil(calls: SizeCalls, x: SizeValue) -> SizeValue:
     if _is_whole(x):
         return x
+    # ⌈a/b⌉ = −⌊−a/b⌋
     return calls.neg(calls.floordiv(calls.neg(x.args[0]), x.args[1])) if _is_quotient(x) else calls.ceil_to_int(x)
 
 
@@ -68,7 +70,7 @@ def _round(calls: SizeCalls, x: SizeValue, digits: None = None) -> SizeValue:
 
 
 def _is_quotient(x: SizeValue) -> bool:
-    """Whether ``x`` is a quotient of whole numbers, of which these are exact without floats."""
+    """Whether ``x`` is a quotient of whole numbers."""
     return isinstance(x, fx.Node) and x.target is operator.truediv and all(map(_is_whole, x.args))
 
 
@@ -77,8 +79,8 @@ def _is_whole(value: SizeValue) -> bool:
 
 
 WRITTEN_OUT: dict[object, Callable[..., SizeValue]] = {
-    math.ceil: _ceil,
-    math.floor: _floor,
+    math.ceil: _write_ceil,
+    math.floor: _write_floor,
     operator.and_: SizeCalls.bitwise_and,
     operator.or_: SizeCalls.bitwise_or,
     builtins.round: _round,
@@ -86,11 +88,11 @@ WRITTEN_OUT: dict[object, Callable[..., SizeValue]] = {
     operator.abs: SizeCalls.abs,
     operator.xor: SizeCalls.bitwise_xor,
 }
-"""Functions of sizes that torch.export traces and does not write → what writes them in primitive ones."""
+"""Functions of sizes that torch.export traces but cannot save → what writes them in primitive ones."""
 
 
-def _remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
-    """``a % b`` of floats by other functions; of whole numbers as it is."""
+def _write_remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
+    """``a % b`` of floats as a − b · ⌊a / b⌋; of whole numbers as it is."""
     if _is_whole(a) and _is_whole(b):
         return calls.mod(a, b)
     one, other = (calls.apply(torch.sym_float, each) for each in (a, b))
@@ -99,20 +101,20 @@ def _remainder(calls: SizeCalls, a: SizeValue, b: SizeValue) -> SizeValue:
 
 
 class ExporterCalls(SizeCalls):
-    """Functions of sizes as the ONNX exporter can write them: it has floor, and its floats are float32."""
+    """Functions of sizes for the ONNX exporter, which can write a floor, and whose floats are float32."""
 
-    steep = 2.0**100
+    steep = 2.0**100  # 2^900 is infinite in float32
 
     def floor_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
         return self.apply(math.floor, x)
 
 
-NOT_IN_ONNX: dict[object, Callable[..., SizeValue]] = {operator.mod: _remainder}
+NOT_IN_ONNX: dict[object, Callable[..., SizeValue]] = {operator.mod: _write_remainder}
 """Functions of sizes that the ONNX exporter writes wrong."""
 
 
 def write_size_functions(graph: fx.Graph, *, onnx: bool = False) -> None:
-    """Write the graph's own functions of sizes in those that torch.export can write, or the ONNX exporter, in place."""
+    """Replace the graph's functions of sizes by ones that torch.export can save, or the ONNX exporter, in place."""
     written, kind = (WRITTEN_OUT | NOT_IN_ONNX, ExporterCalls) if onnx else (WRITTEN_OUT, SizeCalls)
     for node in list(graph.nodes):
         if node.target in written and isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
@@ -123,8 +125,9 @@ def write_size_functions(graph: fx.Graph, *, onnx: bool = False) -> None:
 
 
 def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
-    """Let a graph refuse, before it computes, the sizes for which it does not hold, in place."""
+    """Insert assertions, in place: the graph refuses sizes for which it does not hold, before it computes."""
     placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    # Before all calls: they may fail on such sizes with a message of their own, or compute for long.
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         calls = SizeCalls(graph)
@@ -134,24 +137,26 @@ def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
             call.meta["val"] = placeholders[name].meta["val"].shape[d]
             return call
 
-        values = symbols_of(sizes, calls, read)
+        values = compute_symbols(sizes, calls, read)
         for condition in sizes.conditions:
             try:
                 holds = interpret(calls, values, condition.holds)
             except KeyError as error:
                 raise MptkError(
-                    f"a graph cannot hold the condition on sizes that {sizes.say(condition)}: it lacks {error}; write "
+                    f"a graph cannot hold the condition on sizes that {sizes.describe_condition(condition)}: it lacks "
+                    f"{error}; write "
                     "what depends on sizes with tensors (docs/tracing.md)"
                 ) from error
-            if isinstance(holds, fx.Node):
-                call = graph.call_function(ASSERT, (holds, REFUSED + sizes.say(condition)))
+            if isinstance(holds, fx.Node):  # not so if the condition is a constant
+                call = graph.call_function(ASSERT, (holds, REFUSED + sizes.describe_condition(condition)))
                 call.meta["val"] = None
 
 
-def symbols_of(
+def compute_symbols(
     sizes: CallSizes, operations: SizeOperations, read: Callable[[str, int], SizeValue]
 ) -> dict[sympy.Symbol, SizeValue]:
     """Symbol → its value, computed from the inputs' sizes. ``read``: gives the size of an input's dimension."""
+    # Only symbols that a condition names: each costs a few calls of the graph.
     needed = {symbol for condition in sizes.conditions for symbol in condition.holds.free_symbols}
     found = dict[sympy.Symbol, SizeValue]()
     for name, dims in sizes.inputs:
@@ -170,6 +175,8 @@ def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
 
     ``inputs``: the sizes of the graph's inputs, whose symbols the conditions have.
     """
+    # The graph's calls are run again on fresh symbolic sizes, so torch itself makes them expressions. ``own`` then puts
+    # the inputs' symbols back. Their example values are distinct, like the sizes that they stand for.
     integers, symbols = Symbols(), dict[str, sympy.Symbol]()
     known, own = dict[tuple[str, int], torch.SymInt | int](), dict[sympy.Symbol, sympy.Basic]()
     for name, dims in inputs.inputs:
@@ -183,13 +190,13 @@ def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
                 own[symbols[key]] = size
                 known[name, d] = made
             else:
-                known[name, d] = next(known[n, k] for (n, k) in known if own.get(expression(known[n, k])) == size)
+                known[name, d] = next(known[n, k] for (n, k) in known if own.get(to_expression(known[n, k])) == size)
     found = []
     for node in graph.find_nodes(op="call_function", target=ASSERT):
         holds, message = node.args
         if isinstance(holds, fx.Node) and str(message).startswith(REFUSED):
-            value = _computed(holds, known)
-            condition = size_expression(value) if isinstance(value, torch.SymBool) else sympy.sympify(value)
+            value = _compute_value(holds, known)
+            condition = express_size(value) if isinstance(value, torch.SymBool) else sympy.sympify(value)
             found.append(condition.xreplace(own))
             graph.erase_node(node)
             _erase_unused(graph, holds)
@@ -206,11 +213,11 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
         _erase_unused(graph, each)
 
 
-def _computed(node: fx.Node, known: Mapping[tuple[str, int], SizeValue]) -> SizeValue:
+def _compute_value(node: fx.Node, known: Mapping[tuple[str, int], SizeValue]) -> SizeValue:
     if node.target is READ_SIZE:
         tensor, dim = node.args
         assert isinstance(tensor, fx.Node)
         return known[tensor.name, dim]  # type: ignore[index]
-    arguments = [_computed(a, known) if isinstance(a, fx.Node) else a for a in node.args]
+    arguments = [_compute_value(a, known) if isinstance(a, fx.Node) else a for a in node.args]
     assert callable(node.target)
     return node.target(*arguments)

@@ -18,16 +18,16 @@ from mptk.compat.symbols import interpret
 from mptk.errors import MptkError
 
 SizeValue = Any
-"""A number in Python, or what a format has for one that depends on sizes."""
+"""A number in Python, or what a format has in its place: a node of a graph, a value of ONNX."""
 
 
 class SizeOperations(ABC):
-    """Functions of sizes in primitive ones: the names are those of torch's interpreter of such expressions.
+    """Functions of sizes, made of a few primitive ones. torch's interpreter of expressions calls them by these names.
 
-    A subclass gives ``apply(operator, *arguments)`` for the operators that are used here.
+    A subclass says with ``apply(operator, *arguments)`` what the primitive ones are.
 
-    ``steep``: makes at least 1 of any number that is not 0 here. It is a power of two: nothing is rounded if sympy
-    multiplies each part of a sum by it.
+    ``steep``: its product with any number of these expressions but 0 is at least 1. It is a power of two, so nothing
+    is rounded if sympy multiplies each part of a sum by it.
     """
 
     steep = 2.0**900
@@ -49,7 +49,7 @@ class SizeOperations(ABC):
         return self.apply(torch.sym_float, self.apply(math.trunc, x))
 
     def floor_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
-        """Without a choice between two values, in which an expression is written several times."""
+        """``trunc``, less 1 if that is above x. A choice of two values would write the expression several times."""
         whole = self.apply(math.trunc, x)
         rest = self.sub(x, self.apply(torch.sym_float, whole))  # ONNX mixes no types
         below = self.maximum(-1.0, self.minimum(0.0, self.mul(rest, self.steep)))  # -1 if x < whole, else 0
@@ -60,6 +60,7 @@ class SizeOperations(ABC):
 
     def round_to_int(self, x: SizeValue, dtype: torch.dtype = torch.int64) -> SizeValue:
         """To the nearest whole number, and from the middle to the even one, as Python rounds."""
+        # ⌊x + 1/2⌋ is right except in the middle between two numbers. There 1 is taken off if it is odd.
         up = self.floor_to_int(self.add(x, 0.5))
         apart = self.abs(self.sub(self.sub(self.apply(torch.sym_float, up), x), 0.5))
         beside = self.minimum(1.0, self.mul(apart, self.steep))  # 0 if x is in the middle
@@ -67,6 +68,7 @@ class SizeOperations(ABC):
 
     def round_quotient(self, a: SizeValue, b: SizeValue) -> SizeValue:
         """``round(a / b)`` of whole numbers, exactly."""
+        # a/b + 1/2 = (2a + b) / 2b. In the middle the division leaves no rest.
         both, twice = self.add(self.mul(2, a), b), self.mul(2, b)
         up = self.floordiv(both, twice)
         in_the_middle = self.sub(1, self.minimum(1, self.mod(both, twice)))
@@ -121,6 +123,7 @@ class SizeOperations(ABC):
         return self.apply(torch.sym_ite, condition, a, b)
 
     def piecewise(self, *pairs: tuple[SizeValue, SizeValue]) -> SizeValue:
+        # The last condition of a complete ``Piecewise`` is True.
         found = pairs[-1][0]
         for value, condition in reversed(pairs[:-1]):
             found = self.where(condition, value, found)
@@ -155,6 +158,7 @@ class SizeOperations(ABC):
 
     def bitwise_and(self, a: SizeValue, b: SizeValue) -> SizeValue:
         """Of a number and a mask of its last bits, which is all that torch.export can write."""
+        # x & (2^n − 1) = x % 2^n; ``mask & (mask + 1)`` is 0 for exactly these masks.
         for number, mask in ((a, b), (b, a)):
             if isinstance(mask, int) and mask > 0 and not mask & (mask + 1):
                 return self.mod(number, mask + 1)
@@ -165,6 +169,7 @@ class SizeOperations(ABC):
     def or_(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.or_, a, b)
 
+    # Both follow from ``&``: a + b counts the common bits twice.
     def bitwise_or(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.sub(self.add(a, b), self.bitwise_and(a, b))
 

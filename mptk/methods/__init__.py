@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from mptk.methods.criteria import all_criteria
+from mptk.methods.criteria import list_criteria
 from mptk.methods.maskprune.method import MaskPrune
 from mptk.methods.one_shot import OneShotMethod
-from mptk.plugins import find, with_plugins
-from mptk.protocols.chain import Method
+from mptk.plugins import find_entry, with_plugins
+from mptk.protocols import Method
 
 MASKPRUNE = MaskPrune()
 
 
-def methods() -> dict[str, Method]:
+def list_methods() -> dict[str, Method]:
     """MaskPrune, a one-shot method for each criterion, and the methods of plugins (group ``mptk.methods``), by name."""
-    one_shot = {name: OneShotMethod(criterion) for name, criterion in all_criteria().items()}
+    one_shot = {name: OneShotMethod(criterion) for name, criterion in list_criteria().items()}
     return with_plugins({MASKPRUNE.name: MASKPRUNE, **one_shot}, "mptk.methods")
 
 
 def find_method(name: str) -> Method:
     """The method of that name. Raises MptkError if there is none."""
-    return find("method", name, methods())
+    return find_entry("method", name, list_methods())

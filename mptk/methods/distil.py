@@ -17,22 +17,16 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import Sharing, sharing
-from mptk.ir.axes import axes_in
-from mptk.ir.axis_facts import Dims
-from mptk.ir.families import Analysis
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, removed_blocks
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.methods.criteria.observe import batches, find_sites
+from mptk.distributed.processes import Sharing, share_batches
+from mptk.ir import Analysis, Cut, Dims, Program, Samples, Weights, collect_axes, list_removed_blocks
+from mptk.methods.criteria.observe import find_sites, split_batches
 from mptk.methods.maskprune.train import schedule
-from mptk.methods.reconstruct import stored
+from mptk.methods.reconstruct import name_operand_weight
 from mptk.progress import Count
-from mptk.protocols.run_folder import RunFolder, kept
-from mptk.staged.partition import Flow, blocks
+from mptk.protocols import Kept, RunFolder
+from mptk.staged.partition import Flow, partition_blocks
 from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor, StagedRun
 from passes.transforms.remove_blocks import mask_blocks
@@ -43,9 +37,11 @@ STEP = 512
 JUDGING = 8
 """One step in this many is held out, to see whether training made the block better."""
 WARMUP = 0.05
+"""Share of the steps in which the rate rises."""
 FLOOR = 1e-3
-"""Positions with a smaller share of the mean square than this count as this share."""
+"""Least divisor of a position's error, as a share of the mean square. Else positions near 0 would decide the mean."""
 ERRORS = "errors"
+"""Name of a block's errors beside its weights in the folder of an unfinished run."""
 NO_BLOCK = "no cut block has matrices of its own to train, so local distillation changed nothing"
 
 
@@ -76,7 +72,7 @@ class Distilled:
         )
 
 
-def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
+def estimate_distillation(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of ``distil_blocks``: both models forward once, the small one forward and backward in each epoch."""
     s = settings
     if not s.distil_epochs:
@@ -112,23 +108,34 @@ def distil_blocks(
     """
     if not consumers:
         return None
+    # Both programs are divided at the same values, so that a block of one has its counterpart in the other.
     dense, sites = analysis.program, find_sites(analysis)
-    small, flow = _student(analysis, cut, dense.with_state(changes)), Flow(dense)
-    part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
-    given, share = _steps(dense, samples)
+    small, flow = _cut_student(analysis, cut, dense.with_state(changes)), Flow(dense)
+    part = partition_blocks(flow, [site.node for site in sites if name_operand_weight(dense, site.weight) in consumers])
+    given, share = _split_steps(dense, samples)
     teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
-    count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
+
+    # What follows the last consumer is a further stage, which is not trained.
+    count = len(part.ends)
+    gone = tuple(f"{block.module}." for block in list_removed_blocks(analysis, cut))
+    matrices = {name for site in sites if not (name := name_operand_weight(dense, site.weight)).startswith(gone)}
+    owned = _find_owned(student, matrices)
     if not any(owned[:count]):
         return None
-    runs = folder is None or not all(folder.holds(f"block-{k}.safetensors") for k in range(count))
+
+    # If an earlier run has stored every block, no model needs to run.
+    runs = folder is None or not all(folder.keeps(f"block-{k}") for k in range(count))
     shelf, errors = Spool(executor.borders), list[tuple[float, float]]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
+        # The teacher goes first: its values after the block are the targets. The student follows with the trained
+        # weights, so the next block learns to make up for this one's errors.
         if runs:
             teacher.advance(k)
-        found = kept(folder, f"block-{k}", partial(block.trained, how))
+        train = partial(block.train, how)
+        found = dict((train() if folder is None else folder.keep(f"block-{k}", train)).tensors)
         if runs:
-            student.advance(k, weights=block.weights(found))
+            student.advance(k, weights=block.join_weights(found))
         before, after = found.pop(ERRORS).tolist()
         errors.append((before, after))
         for name, weight in found.items():
@@ -138,35 +145,30 @@ def distil_blocks(
     return Distilled(shelf.weights, errors)
 
 
-def _student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
+def _cut_student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
     """The cut program with the dense program's calls; the outputs of removed blocks are multiplied by 0."""
+    # Removed blocks stay as zeros: without them the two programs could not be divided at the same values.
     small = Rewrite(analysis, cut)(changed).program
-    if removed := removed_blocks(analysis, cut):
+    if removed := list_removed_blocks(analysis, cut):
         small = replace(small, graph=small.copy_graph())
         mask_blocks(small.graph.graph, removed)
         small.graph.recompile()
     return small
 
 
-def _staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
-    """The weights ``names`` except removed blocks' weights."""
-    gone = tuple(f"{block.module}." for block in removed_blocks(analysis, cut))
-    return {name for name in names if not name.startswith(gone)}
-
-
-def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
+def _split_steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
     """The program's inputs in each step for this process, and how the processes share them."""
-    steps = batches(program, samples, STEP)
+    steps = split_batches(program, samples, STEP)
     if len(steps) > 1 and len(steps[-1]) < len(steps[0]):  # a step of fewer samples would count as much as another
         steps.pop()
-    share = sharing(min(len(step) for step in steps))
-    if len(steps[0]) % share.count:
+    share = share_batches(min(len(step) for step in steps))
+    if len(steps[0]) % share.count:  # unequal parts would weigh unequally in the mean gradient
         share = Sharing()
     return [step.chunk(share.count)[share.index].tensors for step in steps], share
 
 
-def _owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
-    """Each stage's matrices that no other stage uses, by name."""
+def _find_owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
+    """Each stage's matrices that no other stage uses, by name: training a shared one would harm the other stages."""
     weights = run.program.weights
     each = [{weights[node.name] for node in stage.weights} for stage in run.stages]
     return [
@@ -195,7 +197,9 @@ class _Block:
         self.cut, self.teacher, self.student, self.share, self.k = cut, teacher, student, share, k
         stages = teacher.stages[k], student.stages[k]
         made, theirs = set(stages[0].nodes), {node.name: node for node in stages[1].outputs}
-        learned = {axis for dims in analysis.weights.values() for axis in axes_in(dims)}
+        # An axis that weights have is one of channels. Errors are summed over these, and averaged over the others.
+        learned = {axis for dims in analysis.weights.values() for axis in collect_axes(dims)}
+        # Only results that this block makes count, not values that it passes on.
         self.ends: list[tuple[fx.Node, fx.Node, Dims, list[int]]] = []
         for node in stages[0].outputs:
             dims = analysis.facts.results.get(node)
@@ -205,21 +209,26 @@ class _Block:
                 and isinstance(dims, tuple)
                 and node.meta["val"].is_floating_point()
             ):
-                channels = [d for d, term in enumerate(dims) if learned & set(axes_in([term]))]
+                channels = [d for d, term in enumerate(dims) if learned & set(collect_axes([term]))]
                 self.ends.append((node, theirs[node.name], dims, channels))
         self.owned = owned if self.ends else {}
 
-    def trained(self, how: Schedule) -> dict[str, Tensor]:
+    def train(self, how: Schedule) -> Kept:
         """The weights of the epoch with the least error, or the initial ones if no epoch had less, and ``ERRORS``."""
         values = {node: weight.detach() for node, weight in self.student.read(self.k).items()}
         values |= {node: values[node].clone().requires_grad_() for node in self.owned}
         learned = [values[node] for node in self.owned]
+
+        # The last steps are held out. If there is only one step, it is trained on and judged by.
         steps = range(self.student.count)
         judged = steps[-max(1, len(steps) // JUDGING) :]
         taught = steps[: -len(judged)] or judged
         first = least = self._mean(values, judged)
         best = [weight.detach().clone() for weight in learned]
-        optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate, fused=True)  # there may be none
+
+        # A block may own no matrix. torch refuses an empty list of parameters, but not a group without any.
+        optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate, fused=True)
+        # A large prime keeps the orders of all blocks and seeds apart.
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + self.k)
         for epoch in range(how.epochs if learned else 0):
             for done, i in enumerate(torch.randperm(len(taught), generator=generator).tolist()):
@@ -229,9 +238,9 @@ class _Block:
             if found < least:
                 least, best = found, [weight.detach().clone() for weight in learned]
         named = {name: weight.cpu() for name, weight in zip(self.owned.values(), best, strict=True)}
-        return {**named, ERRORS: torch.tensor([first, least], dtype=torch.float64)}
+        return Kept({**named, ERRORS: torch.tensor([first, least], dtype=torch.float64)})
 
-    def weights(self, found: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+    def join_weights(self, found: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         """The student's weights in this block with the trained ones among them."""
         values = self.student.read(self.k)
         return values | {node: found[name].to(values[node].device) for node, name in self.owned.items()}
@@ -241,23 +250,24 @@ class _Block:
             group["lr"] = rate
         optimizer.zero_grad()
         with torch.enable_grad():
-            self._error(values, i).backward()
+            self._compute_error(values, i).backward()
         for node in self.owned:
             if (gradient := values[node].grad) is not None:
-                values[node].grad = self.share.total(gradient) / self.share.count
+                values[node].grad = self.share.sum_all(gradient) / self.share.count
         optimizer.step()
 
     def _mean(self, values: dict[fx.Node, Tensor], steps: Sequence[int]) -> float:
         """The mean error in some steps; 0 if the block has no results to compare."""
         if not self.ends:
             return 0.0
-        total = torch.stack([self._error(values, i) for i in steps]).mean()
-        return float(self.share.total(total)) / self.share.count
+        total = torch.stack([self._compute_error(values, i) for i in steps]).mean()
+        return float(self.share.sum_all(total)) / self.share.count
 
-    def _error(self, values: dict[fx.Node, Tensor], i: int) -> Tensor:
+    def _compute_error(self, values: dict[fx.Node, Tensor], i: int) -> Tensor:
         """The block's squared error in step ``i`` over the squares of the dense block's results, a mean of places."""
+        # Values between stages are dropped once they are taken; these are needed in each epoch.
         given = self.student.borders.take((self.k, i), keep=True)
-        found = self.student.run_stage(self.student.stages[self.k], self.student.narrowed(values), given)
+        found = self.student.run_stage(self.student.stages[self.k], self.student.cast_values(values), given)
         wanted = self.teacher.borders.take((self.k + 1, i), keep=True)
         errors = []
         for dense, small, dims, channels in self.ends:

@@ -1,8 +1,8 @@
 """drafter: cut a model's multi-token-prediction layers with the model, and prove the cut.
 
-The layers have the widths of the model's config, so the plan decides theirs: that of the model's layers with the same
-weights. The hidden channels that stay are the model's. Which units of its own a layer keeps is decided by magnitude,
-which needs no text and is the same when the cut is verified.
+The class builds these layers with the widths of the model's config. So the plan decides their widths: each gets the
+width of the model's layers with the same weights. The hidden channels that stay are the model's. Magnitude decides
+which units of its own a layer keeps: it needs no text, so verification finds the same units.
 """
 
 from __future__ import annotations
@@ -11,27 +11,19 @@ import re
 from dataclasses import replace
 
 from mptk.errors import MptkError
-from mptk.io.drafter import BLOCK, HEADS, OpenDrafter, open_drafter
-from mptk.io.resident import Resident
-from mptk.ir.families import Analysis, Family, Group
-from mptk.ir.passes import Log
-from mptk.ir.plan import FamilyPlan, Keep, Plan
-from mptk.ir.resolved_plan import renumbering, resolve_plan
-from mptk.ir.samples import Samples
-from mptk.methods.criteria import score
-from mptk.protocols.chain import Compiled
-from mptk.protocols.values import CutDrafter
+from mptk.io import BLOCK, HEADS, OpenDrafter, Resident, open_drafter
+from mptk.ir import Analysis, Family, FamilyPlan, Group, Keep, Log, Plan, Samples, build_renumbering, resolve_plan
+from mptk.methods.criteria import score_units
+from mptk.protocols import Compiled, CutDrafter
 from passes.analysis import group
-from passes.frontend.trace import trace
+from passes.frontend.trace import trace_to_program
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
-from passes.transforms.store import Store
+from passes.transforms.weight_types import Store
 from passes.verify import TOLERANCE, prove
 
 _LAYER = re.compile(r".*?layers\.\d+\.")
 """Starts the names of a decoder layer's weights in a model."""
-Kind = tuple[str, int, frozenset[tuple[str, int]]]
-"""What a group of a layer is: the kind of its family, its size, and its weights and their dimensions."""
 STAGE = "multi-token prediction"
 
 
@@ -53,26 +45,33 @@ def with_drafter(compiled: Compiled) -> Compiled:
 
 def _cut(compiled: Compiled, opened: OpenDrafter) -> CutDrafter:
     prepared, own = compiled.prepared, compiled.analysis
+
+    # What the layers cannot follow: another class, merged KV heads, names that count the model's layers.
     if compiled.written is not None and compiled.written.note:
         raise MptkError("the result is of another class")
     if any(each.fits for each in prepared.conversions):
         raise MptkError("merged KV heads are not theirs")
-    if renumbering(own, compiled.chosen.cut).kept and any(_LAYER.match(n) for n in opened.tables):
+    if build_renumbering(own, compiled.chosen.cut).kept and any(_LAYER.match(n) for n in opened.tables):
         raise MptkError("their names have the number of the model's layers, of which some were removed")
     _check_tables(compiled, opened)
-    samples = Samples({"input_ids": prepared.task.example(prepared.loaded.model).inputs["input_ids"]})
-    program = trace(opened.module, samples.tensors, dynamic=True)
+
+    # The layers read the model's hidden states, so model and layers are analysed and cut as one program.
+    samples = Samples({"input_ids": prepared.task.make_example(prepared.loaded.model).inputs["input_ids"]})
+    program = trace_to_program(opened.module, samples.tensors, dynamic=True)
     stored = Store(prepared.dtype).run(opened.with_weights(program, own.program.state_dict())).program
-    analysis = group.analyze(stored)
+    analysis = group.analyze_program(stored)
     cut = resolve_plan(analysis, plan_with_heads(own, analysis, compiled.chosen.plan))
     small = cut_program(analysis, cut, Log(), prepared.dtype)
+
     masked = mask(analysis, cut)
     (difference,) = prove(masked, {STAGE: (small.exact, TOLERANCE)}, samples, executor=prepared.executor)
     if not difference.ok:
         raise MptkError(f"their outputs differ from the masked ones by {difference.relative:.1e} of the largest")
+
+    # The layers' copies of the model's tables are written as the cut model has them: a method may have trained these.
     state, model = small.program.state_dict(), compiled.program.state_dict()
-    weights = state.selected({opened.names[name]: name for name in opened.weights})
-    return CutDrafter("", weights.updated(model.selected(opened.tables)), difference)
+    weights = state.select_names({opened.names[name]: name for name in opened.weights})
+    return CutDrafter("", weights.with_entries(model.select_names(opened.tables)), difference)
 
 
 def _check_tables(compiled: Compiled, opened: OpenDrafter) -> None:
@@ -90,42 +89,45 @@ def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
     Raises:
         MptkError: units of the model are coupled in another way if the layers are there.
     """
-    families = {name: model.family(name) for name in plan.families}
-    known = {_weights(g): (name, g.layer) for name, family in families.items() for g in family.groups}
-    kinds = {_kind(family, g, _LAYER): name for name, family in families.items() for g in family.groups}
+    # A group of the model is known by its weights; one of a layer by its kind, which a layer of the model shares.
+    variables = {name: model.variable(name) for name in plan.families}
+    known = {_find_model_weights(g): (name, g.layer) for name, v in variables.items() for g in v.groups}
+    kinds = {_describe_kind(v.family, g, _LAYER): name for name, v in variables.items() for g in v.groups}
     own = [family for family in drafter.families if any(_is_own(g) for g in family.groups)]
-    scores = score(drafter, "magnitude", families=[family.name for family in own]) if own else {}
+    scores = score_units(drafter, "magnitude", families=[family.name for family in own]) if own else {}
     made = {}
     for family in (*drafter.families, *drafter.depths):
         entries = list[tuple[str, str, Keep]]()
         for i, each in enumerate(family.groups):
-            if not _is_own(each) and (found := known.pop(_weights(each), None)) is not None:
+            # Units that the model has: the plan says which stay. Units of only the layers: as many, by magnitude.
+            if not _is_own(each) and (found := known.pop(_find_model_weights(each), None)) is not None:
                 name, layer = found
                 entries.append((name, each.layer, plan.families[name].keep[layer]))
-            elif _is_own(each) and (twin := kinds.get(_kind(family, each, BLOCK))) is not None:
+            elif _is_own(each) and (twin := kinds.get(_describe_kind(family, each, BLOCK))) is not None:
                 best = scores[family.name][i].sort(dim=-1, descending=True, stable=True).indices
                 kept = best[:, : plan.families[twin].width].sort(dim=-1).values.tolist()
                 entries.append((twin, each.layer, tuple(map(tuple, kept))))
         if entries:
             width = plan.families[entries[0][0]].width
             made[family.name] = FamilyPlan(width, family.size, {layer: keep for _, layer, keep in entries})
-    if known:
+    if known:  # groups of the plan that no group of the drafter matches
         raise MptkError(f"they couple the units of {next(iter(known.values()))[0]} in another way")
     return Plan(made)
 
 
 def _is_own(each: Group) -> bool:
     """Whether a group is of the multi-token-prediction layers only."""
-    return not _weights(each)
+    return not _find_model_weights(each)
 
 
-def _weights(each: Group) -> frozenset[tuple[str, int]]:
+def _find_model_weights(each: Group) -> frozenset[tuple[str, int]]:
     """The weights of the model that hold a group's units, and the dimensions."""
     if not each.members:  # of blocks
         return frozenset([(each.layer, 0)])
     return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{HEADS}."))
 
 
-def _kind(family: Family, each: Group, start: re.Pattern[str]) -> Kind:
+def _describe_kind(family: Family, each: Group, start: re.Pattern[str]) -> tuple[str, int, frozenset[tuple[str, int]]]:
+    """What a group of a layer is: the kind of its family, its size, and its weights and their dimensions."""
     stem = family.name.partition(".")[0]
     return stem, each.size, frozenset((start.sub("", m.weight, count=1), m.dim) for m in each.members)

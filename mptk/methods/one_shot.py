@@ -12,20 +12,15 @@ from functools import partial
 
 import torch
 
-from mptk.config.choices import FREE
-from mptk.config.settings import Settings
+from mptk.config import FREE, Settings
 from mptk.cost.estimate import Pass
-from mptk.distributed.processes import leads
-from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criterion
-from mptk.methods.division.layers import divided, ends_note
-from mptk.methods.division.trial import best, plan_of
-from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.values import Context, SampleSets
-from passes.targets.legalize import describe
+from mptk.methods.division.layers import choose_division, describe_ends
+from mptk.methods.division.trial import find_best_plan, plan_widths
+from mptk.protocols import Chosen, Context, Kept, Method, Prepared, SampleSets
+from passes.targets.legalize import describe_widths
 
 COMPARED_TOKENS = 1024
 """Calibration tokens for comparing divisions of the budget."""
@@ -50,10 +45,11 @@ class OneShotMethod(Method):
 
     @property
     def reconstructs(self) -> bool:  # type: ignore[override]
-        return "blocks" in self.criterion.judges  # gaps are made up for; docs/analysis.md has what it brings
+        # Without blocks, the layer before a gap can make up for most of it (docs/analysis.md has what that brings).
+        return "blocks" in self.criterion.judges
 
-    def refusal(self, analysis: Analysis, family: str) -> str | None:
-        return criteria.refusal(self.criterion, analysis.family(family))
+    def explain_refusal(self, analysis: Analysis, family: str) -> str | None:
+        return criteria.find_score_refusal(self.criterion, analysis.variable(family))
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         s, made, tried = settings, self.criterion, 1 if settings.search else self.splits or 1
@@ -61,7 +57,7 @@ class OneShotMethod(Method):
             f"score ({made.name})": Pass(
                 made.passes * s.windows * s.length,
                 s.length,
-                reads=2 if made.passes > 1 else 1,
+                reads=2 if made.passes > 1 else 1,  # a backward pass reads the weights again
                 gradients=made.gradients,
             ),
             "choose widths": Pass(tried * COMPARED_TOKENS, s.length),
@@ -69,52 +65,61 @@ class OneShotMethod(Method):
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         analysis, compensate = prepared.analysis, self.criterion.compensate
-        kept = None if compensate else context.folder  # to compensate takes the evidence, too
-        scores, evidence = scored(prepared, self.name, sets, context, kept)
-        every = [plan_of(prepared, scores, candidate.widths) for candidate in prepared.candidates]
+        evidence: object = None
+        if compensate is None:
+            scores = keep_scores(prepared, self.name, sets, context)
+        else:  # it needs the evidence, too, which is not kept: a resumed run measures again
+            scores, evidence = score_families(prepared, self.name, sets, context)
+
+        # Divide the budget among families: the loss on a little text decides between the candidates.
+        every = [plan_widths(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         plan, found, note = every[0], dict[str, float](), ""
         with context.stage(stage := "choose widths"):
             if len(every) > 1:
-                plans = {describe(each.widths): each for each in every}
-                samples = sets.calibration.batches(COMPARED_TOKENS)[0]
-                plan, found = best(prepared, plans, samples, partial(context.progress, stage))
+                plans = {describe_widths(each.widths): each for each in every}
+                samples = sets.calibration.make_batches(COMPARED_TOKENS)[0]
+                plan, found = find_best_plan(prepared, plans, samples, partial(context.progress, stage))
+        # Divide it over layers, from the best common widths on.
         if prepared.settings.layers == FREE:
-            plan, found = divided(prepared, scores, plan, sets, context)
+            plan, found = choose_division(prepared, scores, plan, sets, context)
         else:
-            note = ends_note(prepared, scores, plan, sets)
+            note = describe_ends(prepared, scores, plan, sets)
+
         cut = resolve_plan(analysis, plan)
         chosen = Chosen(plan, cut, losses=found, notes=(note,))
-        if compensate is None or evidence is None:  # only blocks are cut, which it does not judge
+        # Without evidence only blocks are cut, which the criterion does not judge.
+        if compensate is None or evidence is None:
             return chosen
         biases = compensate(analysis, cut, evidence)
         return replace(chosen, changes=biases.state, notes=(note, biases.statement))
 
 
-def scored(
-    prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
-) -> tuple[Scores, object]:
-    """The scores of the cut families, and the evidence behind them.
+def keep_scores(prepared: Prepared, criterion: str, sets: SampleSets, context: Context) -> Scores:
+    """The scores of the cut families, which an unfinished run keeps."""
+    kept = context.keep(SCORES, lambda: Kept(score_families(prepared, criterion, sets, context)[0]))
+    return dict(kept.tensors)
 
-    ``folder`` stores the scores; if they were stored before, there is no evidence.
-    """
-    before = None if folder is None else folder.earlier(SCORES)
-    if before is not None:
-        return before, None
+
+def score_families(prepared: Prepared, criterion: str, sets: SampleSets, context: Context) -> tuple[Scores, object]:
+    """The scores of the cut families, and the evidence behind them."""
     analysis = prepared.analysis
     with context.stage(stage := f"score ({criterion})"):
+        # ``greedy`` removes blocks one by one: it needs to go no further than the smallest candidate.
+        removals = {
+            f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates) for f in analysis.depths
+        }
         given = Calibration(
             analysis,
-            [analysis.family(name) for name in prepared.families],
+            [analysis.variable(name) for name in prepared.families],
             sets.calibration,
             prepared.settings.seed,
             prepared.task,
-            {f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates) for f in analysis.depths},
+            removals,
             prepared.calibrator,
             partial(context.progress, stage),
         )
-        scores, evidence = criteria.measured(find_criterion(criterion), given)
+        scores, evidence = criteria.measure_and_score(find_criterion(criterion), given)
+    # Units that a larger cut removed score −∞, so that this cut takes none of them back.
     stays = prepared.stays
     scores = {f: values.masked_fill(~stays[f], -torch.inf) if f in stays else values for f, values in scores.items()}
-    if folder is not None and leads():
-        folder.save(SCORES, scores)
     return scores, evidence

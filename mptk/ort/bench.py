@@ -18,20 +18,24 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from pydantic import Field
 
 from mptk.errors import MptkError
-from mptk.ort.decoder import onnx_file
-from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory, run_work
-from mptk.ort.sessions import CPU, HOST
-from mptk.ort.steps import PHASES, Case, graphs_of, lengths_of, opened, reads_encoder
-from mptk.ort.unaligned import Unaligned, time_unaligned
-from mptk.progress import Progress, silent
+from mptk.ir import KERNEL_BLOCK
+from mptk.ort.decoder import find_onnx_file
+from mptk.ort.roofline import Peaks, Roofline, compute_graph_work, measure_peak_memory, run_work
+from mptk.ort.sessions import CPU, HOST, open_session
+from mptk.ort.steps import PHASES, Case, choose_lengths, find_phase_graphs, open_stepper, takes_encoder_output
+from mptk.progress import Progress, show_nothing
 
 BENCH_FORMAT = "mptk-bench/1"
 LENGTHS = (128, 512)
+"""Tokens of a prompt, by default."""
 SESSIONS = 3
 """Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
 the life of the session."""
@@ -109,7 +113,7 @@ def bench_graphs(
     device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time ONNX graphs of one kind of model (``steps.graphs_of``).
+    """Time ONNX graphs of one kind of model (``steps.find_phase_graphs``).
 
     The graphs take turns, and every other round reverses their order. Inputs and cache are bound beforehand, so neither
     the caller's work nor the first run of a session is timed.
@@ -121,7 +125,7 @@ def bench_graphs(
         batches: batch sizes.
         threads: thread counts, each measured in its own sessions.
         rounds: turns of each graph in a case, at least 2.
-        phases: those to time, as ``prefill``; None: all.
+        phases: what to time, such as ``prefill``; None: all.
         sessions: sets of fresh sessions, over which the rounds are divided.
         device: where the graphs run, and whose peaks are measured.
         progress: called with a stage, the cases done and all cases.
@@ -132,29 +136,32 @@ def bench_graphs(
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
-    say, models = progress or silent, _of_one_kind(_distinct(graphs))
+    # The rounds are dealt out to the sets of sessions, at least one to each.
+    say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
-    cases = _cases(next(iter(models.values())), phases, lengths, batches, threads)
+    cases = _list_cases(next(iter(models.values())), phases, lengths, batches, threads)
     times: Times = {case: [[] for _ in models] for case in cases}
     peaks, ran, done = dict[int, Peaks](), list[str](), itertools.count()
 
-    def finished() -> None:
+    def report_finished() -> None:
         say("bench", next(done), len(cases) * len(shares))
 
-    finished()
+    report_finished()
+    # Sessions and peaks have one number of threads, so all cases of one number are timed together.
     for n in threads:
         own = {case: sides for case, sides in times.items() if case.threads == n}
-        peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, finished)
-    rows = [row for case in cases for row in _rows(case, models, times[case], peaks[case.threads])]
-    measured = [_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
-    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _products(models, cases, rounds, device))
+        peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, report_finished)
+    # Ratios from the times; then what needs no turns: memory, in new processes, and products of unaligned widths.
+    rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
+    measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
+    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _time_products(models, cases, rounds, device))
 
 
 GraphOf = Mapping[str, Path]
 """Phase → the graph of a model that runs in it."""
 
 
-def _cases(
+def _list_cases(
     parts: GraphOf,
     phases: Sequence[str] | None,
     lengths: Sequence[int],
@@ -162,13 +169,13 @@ def _cases(
     threads: Sequence[int],
 ) -> list[Case]:
     timed = {phase: file for phase, file in parts.items() if phases is None or phase in phases}
-    sizes = {phase: lengths_of(file, phase, lengths) for phase, file in timed.items()}
+    sizes = {phase: choose_lengths(file, phase, lengths) for phase, file in timed.items()}
     return [Case(p, n, b, t) for t in threads for p in timed for b in batches for n in sizes[p]]
 
 
-def _distinct(graphs: Mapping[str, Path]) -> dict[str, Path]:
+def _find_distinct(graphs: Mapping[str, Path]) -> dict[str, Path]:
     """Name → file of each graph, once: a folder and a file in it may be the same."""
-    files = {name: onnx_file(path) for name, path in graphs.items()}
+    files = {name: find_onnx_file(path) for name, path in graphs.items()}
     first: dict[Path, str] = {}
     for name, file in files.items():
         first.setdefault(file.resolve(), name)
@@ -177,7 +184,7 @@ def _distinct(graphs: Mapping[str, Path]) -> dict[str, Path]:
 
 def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
     """Model → its graphs. Raises MptkError unless all have the same phases."""
-    models = {name: graphs_of(file) for name, file in files.items()}
+    models = {name: find_phase_graphs(file) for name, file in files.items()}
     first, *others = models
     if other := next((name for name in others if models[name].keys() != models[first].keys()), None):
         phases = (", ".join(models[name]) for name in (other, first))
@@ -185,14 +192,15 @@ def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
     return models
 
 
-def _products(
+def _time_products(
     models: Mapping[str, GraphOf], cases: Sequence[Case], rounds: int, device: torch.device
 ) -> list[Unaligned]:
     """The products of unaligned widths in the longest case of each phase that reads tokens, with the first threads."""
     tokens = {
         case.phase: 1 if case.phase == "decode" else case.length for case in sorted(cases, key=lambda c: c.length)
     }
-    timed, found = partial(alternate, rounds=rounds), list[Unaligned]()
+    # Decode multiplies one row, prefill as many as there are tokens. A graph of several phases is read once.
+    timed, found = partial(time_alternately, rounds=rounds), list[Unaligned]()
     for name, parts in models.items():
         for file in dict.fromkeys(parts[phase] for phase in tokens):
             rows = [count for phase, count in tokens.items() if count and parts[phase] == file]
@@ -214,47 +222,49 @@ def _time_cases(
     """
     ran = list[str]()
     for index, share in enumerate(shares):
-        open_once = functools.cache(partial(opened, threads=roofline.threads, device=device))
+        # A session serves all cases of its set. The next set opens new ones, whose weights lie elsewhere in memory.
+        open_once = functools.cache(partial(open_stepper, threads=roofline.threads, device=device))
         turn = slice(None, None, -1 if index % 2 else 1)
         for case, sides in times.items():
             steppers = [open_once(parts[case.phase], case.phase in PHASES) for parts in models]
             ran = steppers[0].providers
-            found = alternate([stepper.step(case) for stepper in steppers[turn]], share)
+            found = time_alternately([stepper.step(case) for stepper in steppers[turn]], share)
             for side, more in zip(sides[turn], found, strict=True):
                 side += more
-            roofline.measure()
+            roofline.measure()  # between rounds, so that the same disturbances move the peaks
             finished()
-        del open_once, steppers
+        del open_once, steppers  # before the next set: two sets may not fit into memory
     return roofline.peaks, ran
 
 
 def _work(file: Path, case: Case) -> int:
     decodes = case.phase == "decode"
-    if case.phase not in PHASES or reads_encoder(file):
+    if case.phase not in PHASES or takes_encoder_output(file):
         work = run_work(file, case)
     else:
         past = case.length if decodes else 0
-        work = graph_work(file, sequence=1 if decodes else case.length, past=past, batch=case.batch)
+        work = compute_graph_work(file, sequence=1 if decodes else case.length, past=past, batch=case.batch)
     return work.bytes if decodes else work.flops
 
 
-def _rows(
+def _make_rows(
     case: Case, models: Mapping[str, GraphOf], times: Sequence[Sequence[float]], peaks: Peaks
 ) -> list[Measurement]:
     work = [_work(parts[case.phase], case) for parts in models.values()]
     peak = peaks.bandwidth if case.phase == "decode" else peaks.flops
     rows = []
     for name, own, mine in zip(models, times, work, strict=True):
+        # The ratio within each round, not of medians: a disturbance lasts longer than a round.
         median = statistics.median(own)
         rows.append(
             Measurement(
                 name,
                 case,
                 ms=round(median, 3),
-                iqr_ms=round(_iqr(own), 3),
+                iqr_ms=round(_compute_iqr(own), 3),
                 tokens_s=round(case.tokens / median * 1000, 1),
                 ratio=round(statistics.median(t / first for t, first in zip(own, times[0], strict=True)), 4),
-                ideal=round(mine / (work[0] or 1), 4),
+                ideal=round(mine / (work[0] or 1), 4),  # a graph without counted operations has no ratio
                 work=mine,
                 roofline=round(mine / median * 1000 / peak, 3),
             )
@@ -262,28 +272,28 @@ def _rows(
     return rows
 
 
-def _iqr(values: Sequence[float]) -> float:
+def _compute_iqr(values: Sequence[float]) -> float:
     first, _, third = statistics.quantiles(values, n=4)
     return third - first
 
 
-def _graph(name: str, parts: GraphOf, length: int, device: torch.device, say: Progress) -> Graph:
+def _measure_graph(name: str, parts: GraphOf, length: int, device: torch.device, say: Progress) -> Graph:
     say(f"peak memory of {name}", 0, 0)
     files = list(dict.fromkeys(parts.values()))
     size = sum(part.stat().st_size for file in files for part in file.parent.glob(f"{file.name}*"))
-    return Graph(name, str(files[0]), size, peak_memory(files[0], length, device))
+    return Graph(name, str(files[0]), size, measure_peak_memory(files[0], length, device))
 
 
 ROUND_S = 0.05
 """A shorter step, in seconds, is repeated within its turn, so that switching between steps does not dominate."""
 
 
-def alternate(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+def time_alternately(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Milliseconds of each step in each round. Every other round reverses their order.
 
     The steps take turns, so that disturbances of the machine affect all of them equally.
     """
-    repeats = [_repeats(step) for step in steps]
+    repeats = [_count_repeats(step) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     order = list(range(len(steps)))
     for _ in range(rounds):
@@ -296,12 +306,82 @@ def alternate(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[f
     return times
 
 
-def _repeats(step: Callable[[], object]) -> int:
+def _count_repeats(step: Callable[[], object]) -> int:
     """Number of runs of ``step`` in one turn. This also warms it up."""
-    for _ in range(2):
+    for _ in range(2):  # the first call of a session also allocates its memory
         start = time.perf_counter()
         step()
         elapsed = time.perf_counter() - start
         if elapsed > ROUND_S:
             return 1
     return min(50, int(ROUND_S / elapsed))
+
+
+@dataclass(frozen=True)
+class Unaligned:
+    """A product of float32 inputs [rows, inputs] with a weight [inputs, outputs] of a graph.
+
+    ``ms``: milliseconds at these widths; ``aligned_ms``: at the next multiples of the block.
+    """
+
+    graph: str
+    rows: int
+    inputs: int
+    outputs: int
+    ms: float
+    aligned_ms: float
+
+    @property
+    def aligned(self) -> tuple[int, int]:
+        """The next aligned widths."""
+        return round_up(self.inputs), round_up(self.outputs)
+
+
+def round_up(width: int) -> int:
+    """The next multiple of the kernels' block."""
+    return -(-width // KERNEL_BLOCK) * KERNEL_BLOCK
+
+
+def list_unaligned_weights(file: Path) -> list[tuple[int, int]]:
+    """The sizes [inputs, outputs] of the float weights in a graph of which one is not aligned, each once."""
+    graph = onnx.load(file, load_external_data=False).graph
+    sizes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    found = {sizes[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes}
+    return sorted(size for size in found if len(size) == 2 and any(width != round_up(width) for width in size))
+
+
+def build_matrix_product(
+    rows: int, inputs: int, outputs: int, threads: int, device: torch.device = CPU
+) -> Callable[[], object]:
+    """A call that multiplies [rows, inputs] with a constant weight [inputs, outputs] in ONNX Runtime."""
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, inputs])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])
+    weight = numpy_helper.from_array(np.ones((inputs, outputs), dtype=np.float32), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "product", [given], [result], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = open_session(bytes(model.SerializeToString()), device, threads=threads)
+    feeds = {"x": np.ones((rows, inputs), dtype=np.float32)}
+    return lambda: session.run(None, feeds)
+
+
+def time_unaligned(
+    name: str,
+    file: Path,
+    rows: Sequence[int],
+    threads: int,
+    device: torch.device,
+    alternate: Callable[[list[Callable[[], object]]], list[list[float]]],
+) -> list[Unaligned]:
+    """Time each unaligned weight of the graph ``name`` beside the aligned one.
+
+    ``rows``: the numbers of tokens. ``alternate`` gives milliseconds of each step in each round.
+    """
+    found = []
+    for inputs, outputs in list_unaligned_weights(file):
+        for count in rows:
+            sizes = ((inputs, outputs), (round_up(inputs), round_up(outputs)))
+            own, aligned = alternate([build_matrix_product(count, *size, threads, device) for size in sizes])
+            ms, aligned_ms = (round(statistics.median(each), 4) for each in (own, aligned))
+            found.append(Unaligned(name, count, inputs, outputs, ms, aligned_ms))
+    return found

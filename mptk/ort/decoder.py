@@ -1,9 +1,14 @@
-"""decoder: a decoder in ONNX Runtime that passes its KV cache from step to step without a copy."""
+"""decoder: decoders in ONNX Runtime, with their KV cache.
+
+``OrtDecoder`` reads token ids, or embeddings that the graphs of ``Embeddings`` make. ``OrtEncoderDecoder`` runs an
+encoder once and the decoder of its output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +19,15 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
-from mptk.io.packaged import check_folder_named
-from mptk.ort.embeddings import EMBEDDINGS, Embeddings
-from mptk.ort.sessions import CPU, memory_of, open_file
+from mptk.io import check_folder_named
+from mptk.ort.sessions import CPU, OrtGraph, locate_memory, open_file
 
+# optimum's names of files and inputs. ``passes/targets/onnx`` has them, too, but is a layer above.
 GRAPH_FILE = "model.onnx"
 MERGED_FILE = "decoder_model_merged.onnx"
 """A decoder that reads embeddings, or what an encoder gives."""
 PAST_KEYS = "past_key_values."
+"""Start of the names of a cache's inputs."""
 Ids = npt.NDArray[np.int64]
 TokensArray = npt.NDArray[np.generic]
 """Token ids, int64 [batch, n], or embeddings [batch, n, hidden]."""
@@ -45,7 +51,7 @@ class Cache:
         return int(self.mask.shape[1])
 
 
-def found_graph(path: str | Path) -> Path | None:
+def find_graph(path: str | Path) -> Path | None:
     """``path`` itself, or the main graph in ``path`` or ``path/onnx``; None if there is none."""
     path = Path(path)
     folders = (path, path / "onnx") if path.is_dir() else ()
@@ -53,18 +59,18 @@ def found_graph(path: str | Path) -> Path | None:
     return next((file for file in places if file.is_file()), None)
 
 
-def onnx_file(path: str | Path) -> Path:
-    """``found_graph``. Raises MptkError if there is none."""
-    if (file := found_graph(path)) is not None:
+def find_onnx_file(path: str | Path) -> Path:
+    """``find_graph``. Raises MptkError if there is none."""
+    if (file := find_graph(path)) is not None:
         return file
     check_folder_named(path, "export")
     missing = Path(path) / GRAPH_FILE if Path(path).is_dir() else path
     raise MptkError(f"there is no {missing}; make one with `mptk export MODEL --out DIR`")
 
 
-def model_folder(path: str | Path) -> Path:
+def find_model_folder(path: str | Path) -> Path:
     """The folder with a decoder's config and tokenizer: the graph's, or the one above if it is named ``onnx``."""
-    folder = onnx_file(path).parent
+    folder = find_onnx_file(path).parent
     return folder.parent if folder.name == "onnx" and not (folder / "config.json").is_file() else folder
 
 
@@ -84,7 +90,8 @@ class OrtDecoder:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
-        file = onnx_file(path)
+        # Refuse what is not a decoder with a cache: with the reason, if it belongs to an encoder.
+        file = find_onnx_file(path)
         self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith(PAST_KEYS)]
@@ -96,12 +103,13 @@ class OrtDecoder:
                 f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "
                 "mptk"
             )
+        # A quantised decoder reads the embeddings of its own scheme, if there are any.
         self.reads = reads[0]
         ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
         self.embeddings = Embeddings(file.parent, device, ending) if self.reads == EMBEDDINGS else None
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
-        self.memory = memory_of(self.session, device)
+        self.memory = locate_memory(self.session, device)
 
     @property
     def providers(self) -> list[str]:
@@ -122,7 +130,7 @@ class OrtDecoder:
         batch, sequence] for a model whose positions have several axes; by default they count tokens, not padding.
         """
         mask = np.ones(tokens.shape[:2], dtype=np.int64) if mask is None else mask
-        return self._run(tokens, mask, self.empty(len(tokens)), positions)
+        return self._run(tokens, mask, self.make_empty(len(tokens)), positions)
 
     def decode(self, tokens: TokensArray, cache: Cache, positions: Ids | None = None) -> tuple[LogitsArray, Cache]:
         """Run the next tokens, n in each row, after those in ``cache``, which stays usable."""
@@ -134,15 +142,15 @@ class OrtDecoder:
         """``decode``, in which some of the new tokens may be padding: ``mask`` is 0 for these."""
         return self._run(tokens, mask, cache, positions)
 
-    def logits(self, ids: Ids) -> LogitsArray:
+    def compute_logits(self, ids: Ids) -> LogitsArray:
         """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
         return self.prefill(ids)[0]
 
-    def torch_logits(self, ids: Tensor) -> Tensor:
-        """``logits`` as a tensor, for perplexity. Raises MptkError if the graph gives only the last position's."""
+    def compute_torch_logits(self, ids: Tensor) -> Tensor:
+        """``compute_logits`` as a tensor. Raises MptkError if the graph gives only the last position's."""
         if self.last_only:
             raise MptkError("the graph gives logits of the last position only; export it with --logits all")
-        return torch.from_numpy(self.logits(ids.numpy()))
+        return torch.from_numpy(self.compute_logits(ids.numpy()))
 
     @property
     def last_only(self) -> bool:
@@ -160,11 +168,11 @@ class OrtDecoder:
         """Whether the graph computes in float16."""
         return bool(self.inputs[self.past[0]].type == "tensor(float16)")
 
-    def empty(self, batch: int) -> Cache:
+    def make_empty(self, batch: int) -> Cache:
         """An empty cache."""
-        return self.filled(batch, 0)
+        return self.make_filled(batch, 0)
 
-    def filled(self, batch: int, length: int) -> Cache:
+    def make_filled(self, batch: int, length: int) -> Cache:
         """A cache of ``length`` random positions. The cost of a decoding step does not depend on its values."""
         rng = np.random.default_rng(0)
         values = {}
@@ -175,12 +183,12 @@ class OrtDecoder:
             values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
-    def bytes_of(self, batch: int) -> int:
+    def count_position_bytes(self, batch: int) -> int:
         """The size of one position in a cache of ``batch`` rows."""
         shapes = [(self.inputs[name].shape, NUMPY_TYPES[self.inputs[name].type]) for name in self.past]
         return sum(batch * shape[1] * shape[3] * np.dtype(kind).itemsize for shape, kind in shapes)
 
-    def feeds(
+    def make_feeds(
         self, tokens: TokensArray, mask: Ids, cache: Cache, positions: Ids | None = None
     ) -> dict[str, ort.OrtValue]:
         """The inputs of one step by name. The cache is not copied.
@@ -189,7 +197,7 @@ class OrtDecoder:
         """
         arrays: dict[str, TokensArray] = {self.reads: self._read(tokens), "attention_mask": mask}
         if "position_ids" in self.inputs:
-            arrays["position_ids"] = self._counted(mask, tokens.shape[1]) if positions is None else positions
+            arrays["position_ids"] = self._count_positions(mask, tokens.shape[1]) if positions is None else positions
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return {**values, **cache.values}
 
@@ -202,25 +210,27 @@ class OrtDecoder:
             return ids
         return self.embeddings(torch.from_numpy(ids)).numpy()
 
-    def _counted(self, mask: Ids, count: int) -> Ids:
+    def _count_positions(self, mask: Ids, count: int) -> Ids:
         """The positions of the last ``count`` tokens, if these count tokens and not padding."""
+        # Padding on the left has position 0, which nothing attends to. Several axes count alike for text.
         found = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -count:]
         shape = self.inputs["position_ids"].shape
         return np.broadcast_to(found, (shape[0], *found.shape)) if len(shape) > 2 else found
 
-    def binding(self, tokens: TokensArray, mask: Ids, cache: Cache) -> ort.IOBinding:
-        """Inputs (``feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before it.
+    def bind_step(self, tokens: TokensArray, mask: Ids, cache: Cache) -> ort.IOBinding:
+        """Inputs (``make_feeds``) and outputs, bound for a step that runs many times. Embeddings are looked up before.
 
         For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
         """
+        # ONNX Runtime copies nothing that is bound where it is read.
         binding = self.session.io_binding()
-        for name, value in self.feeds(tokens, mask, cache).items():
+        for name, value in self.make_feeds(tokens, mask, cache).items():
             binding.bind_ortvalue_input(name, value)
-        for name, place in zip(self.outputs, self._places(), strict=True):
+        for name, place in zip(self.outputs, self._place_outputs(), strict=True):
             binding.bind_output(name, *place)
         return binding
 
-    def _places(self) -> list[tuple[str, int]]:
+    def _place_outputs(self) -> list[tuple[str, int]]:
         """Where each output goes: logits to the CPU, and the cache to where it is read."""
         return [("cpu", 0), *[self.memory] * len(self.presents)]
 
@@ -228,6 +238,107 @@ class OrtDecoder:
         if tokens.ndim < 2 or mask.shape != tokens.shape[:2] or len(cache.mask) != len(tokens):
             raise ValueError(f"tokens {tokens.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
-        feeds = self.feeds(tokens, mask, cache, positions)
-        logits, *present = run_on_values(self.session, feeds, self.outputs, self._places())
+        feeds = self.make_feeds(tokens, mask, cache, positions)
+        logits, *present = run_on_values(self.session, feeds, self.outputs, self._place_outputs())
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)
+
+
+EMBEDDING_FILE, VISION_FILE = "embed_tokens.onnx", "vision_encoder.onnx"
+EMBEDDINGS = "inputs_embeds"
+"""The decoder's input in place of ``input_ids``."""
+IMAGE_TOKEN = "image_token"
+"""The key in a graph's metadata of the token in whose places the features of images stand."""
+
+
+class Embeddings:
+    """The graphs beside a decoder that reads embeddings.
+
+    ``ending``: of quantised graphs' names, such as ``"_q4"``. A missing graph is replaced by the float one.
+
+    Raises:
+        MptkError: there is no ``embed_tokens.onnx``, or ONNX Runtime refuses it.
+    """
+
+    def __init__(self, folder: Path, device: torch.device = CPU, ending: str = "") -> None:
+        self.folder, self.device, self.ending = folder, device, ending
+        self.tokens = self._open_graph(EMBEDDING_FILE)
+
+    @cached_property
+    def images(self) -> OrtGraph:
+        """The vision encoder. Raises MptkError if there is none."""
+        return self._open_graph(VISION_FILE)
+
+    def _open_graph(self, name: str) -> OrtGraph:
+        file = self.folder / name
+        quantized = file.with_stem(file.stem + self.ending)
+        return OrtGraph(quantized if quantized.is_file() else file, self.device)
+
+    def __call__(self, ids: Tensor, images: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The embeddings [batch, n, hidden] of token ids [batch, n], with the features of ``images`` at their tokens.
+
+        ``images``: the inputs of the vision encoder by name. Others are ignored.
+
+        Raises:
+            MptkError: there are more or fewer tokens of images than rows of features.
+        """
+        found = self.tokens({"input_ids": ids})
+        if not images:
+            return found
+        # The features of all images in a row go where the text has tokens for them.
+        marks = ids == int(self.tokens.metadata[IMAGE_TOKEN])
+        features = self.images(images)
+        if int(marks.sum()) != len(features):
+            raise MptkError(
+                f"the text has {int(marks.sum())} tokens for images, and the vision encoder makes {len(features)} of "
+                "them; correct processor_config.json"
+            )
+        return found.masked_scatter(marks[..., None], features)
+
+    def takes(self, images: Mapping[str, Tensor]) -> bool:
+        """Whether the vision encoder runs on images of these sizes."""
+        wanted = {value.name: value.shape for value in self.images.session.get_inputs()}
+        return all(
+            isinstance(size, str) or size == given
+            for name, shape in wanted.items()
+            for size, given in zip(shape, images[name].shape, strict=True)
+        )
+
+
+ENCODER_FILE = "encoder_model.onnx"
+HIDDEN = "last_hidden_state"
+DECODER_IDS = "decoder_input_ids"
+DECODER_NAMES = {"attention_mask": "encoder_attention_mask", DECODER_IDS: "input_ids", HIDDEN: "encoder_hidden_states"}
+"""Name in the model → optimum's name of the decoder's input, in the order of these inputs."""
+
+
+class OrtEncoderDecoder:
+    """The two graphs of ``mptk/tasks/encoder_decoder_form.py``.
+
+    Args:
+        file: the decoder's graph. The encoder's is beside it and of the same scheme.
+        device: see ``OrtDecoder``.
+
+    Raises:
+        MptkError: a graph is missing, or ONNX Runtime refuses it.
+    """
+
+    def __init__(self, file: Path, device: torch.device = CPU) -> None:
+        # Such as ``_q4`` of decoder_model_merged_q4.onnx.
+        ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
+        beside = file.with_name(ENCODER_FILE)
+        self.encoder, self.decoder = OrtGraph(beside.with_stem(beside.stem + ending), device), OrtGraph(file, device)
+
+    def __call__(self, inputs: Mapping[str, Tensor], calls: Sequence[int] | None = None) -> Tensor:
+        """Logits [rows, tokens, vocabulary] of the text in ``inputs``.
+
+        ``calls``: how many tokens the decoder reads in each call; None: all at once.
+        """
+        # Both caches are empty at first. The first call fills the one of the encoder's output, for the calls after it.
+        made = {**inputs, HIDDEN: self.encoder(inputs)}
+        given = {new: made[name] for name, new in DECODER_NAMES.items() if name in made}
+        ids, cache, logits = inputs[DECODER_IDS], self.decoder.make_empty(PAST_KEYS, len(inputs[DECODER_IDS])), []
+        for part in ids.split(list(calls or [ids.shape[1]]), 1):
+            found, *present = self.decoder.run_all({**given, "input_ids": part, **cache})
+            cache = dict(zip(cache, present, strict=True))
+            logits.append(found)
+        return torch.cat(logits, 1)

@@ -15,10 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.chat_templates import ChatTemplate
-from mptk.io.data import positions_of
-from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, model_folder
+from mptk.io import ChatTemplate, find_position_limit, models
+from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, find_model_folder
 from mptk.ort.sessions import CPU
 
 TokenIds = npt.NDArray[np.int64]
@@ -48,12 +46,14 @@ class Sampling:
         return np.array([self._draw(row, rng) for row in logits])
 
     def _draw(self, logits: npt.NDArray[np.float32], rng: np.random.Generator) -> int:
+        # The ``top_k`` largest, in order, without sorting the vocabulary.
         count = min(self.top_k or len(logits), len(logits))
         best = np.argpartition(logits, -count)[-count:]
         best = best[np.argsort(-logits[best], kind="stable")]
         scaled = logits[best].astype(np.float64) / self.temperature
         share = np.exp(scaled - scaled[0])
         share /= share.sum()
+        # The nucleus: the token that reaches ``top_p`` still belongs to it.
         kept = 1 + int(np.searchsorted(share.cumsum(), self.top_p)) if self.top_p < 1 else count
         share = share[:kept] / share[:kept].sum()
         return int(best[rng.choice(len(share), p=share)])
@@ -69,14 +69,14 @@ class PromptImages:
     inputs: Mapping[str, Tensor]
     positions: TokenIds | None = None
 
-    def after(self, step: int) -> TokenIds | None:
+    def find_positions(self, step: int) -> TokenIds | None:
         """The positions of the token that is written in a step, [axes, 1, 1]."""
         if self.positions is None:
             return None
         return np.full((len(self.positions), 1, 1), self.positions.max() + 1 + step)
 
 
-def generate(
+def generate_tokens(
     decoder: OrtDecoder,
     prompts: Sequence[Sequence[int]],
     *,
@@ -104,6 +104,7 @@ def generate(
     """
     if not prompts or not all(map(len, prompts)):
         raise MptkError("an empty prompt has no next token; give some text")
+    # Pad on the left with any token: the mask hides it.
     chooser, rng = sampling or Sampling(), np.random.default_rng(seed)
     width = max(map(len, prompts))
     ids = np.array([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
@@ -113,10 +114,11 @@ def generate(
     for step in range(limit):
         tokens = chooser.choose(logits[:, -1], rng)
         yield [None if end else int(token) for token, end in zip(tokens, ended, strict=True)]
+        # A row that has ended goes on with the others, and what it gives is not shown.
         ended |= np.array([int(token) in stop for token in tokens])
         if ended.all() or step + 1 == limit:
             return
-        logits, cache = decoder.decode(tokens[:, None], cache, None if images is None else images.after(step))
+        logits, cache = decoder.decode(tokens[:, None], cache, None if images is None else images.find_positions(step))
 
 
 def _read(
@@ -145,7 +147,7 @@ class TextGenerator:
     Args:
         path: the ``--out`` folder of ``prune`` or ``export``, or an ``.onnx`` file in it.
         threads: threads of one operator; 0: one for each core.
-        device: as of ``OrtDecoder``.
+        device: see ``OrtDecoder``.
 
     Raises:
         MptkError: there is no decoder, or no tokenizer beside it.
@@ -153,9 +155,9 @@ class TextGenerator:
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
         self.decoder = OrtDecoder(path, threads=threads, device=device)
-        folder = model_folder(path)
+        folder = find_model_folder(path)
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(str(folder))
-        self.positions = positions_of(models.load_config(str(folder)))
+        self.positions = find_position_limit(models.load_config(str(folder)))
         self.stop = stop_tokens(folder, self.tokenizer)
 
     def check_ids(self, ids: Iterable[int]) -> None:
@@ -176,24 +178,25 @@ class TextGenerator:
         seed: int = 0,
         images: PromptImages | None = None,
     ) -> Iterator[list[int | None]]:
-        """As ``generate``, with the model's own end tokens. At the end it sets ``speed``.
+        """As ``generate_tokens``, with the model's own end tokens. At the end it sets ``speed``.
 
         Raises:
-            MptkError: as ``generate``; a token is outside the vocabulary; or a prompt and the tokens to be written
-                have more tokens than the model has positions (``fitting`` cuts them).
+            MptkError: as ``generate_tokens``; a token is outside the vocabulary; or a prompt and the tokens to be
+                written have more tokens than the model has positions (``fit_prompts`` cuts them).
         """
-        if all(map(len, prompts)):
+        if all(map(len, prompts)):  # of an empty prompt, ``generate_tokens`` says more
             check_room(self.positions, prompts, limit)
         self.check_ids(token for prompt in prompts for token in prompt)
         began = time.perf_counter()
         first, count = 0.0, 0
-        steps = generate(
+        steps = generate_tokens(
             self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed, images=images
         )
         for tokens in steps:
             first = first or time.perf_counter() - began
             count += sum(token is not None for token in tokens)
             yield tokens
+        # The first token of each prompt belongs to the prefill. With one token each there is no rate.
         rest = time.perf_counter() - began - first
         after = count - len(prompts)
         self.speed = Speed(sum(map(len, prompts)), count, first, after / rest if after > 0 else 0.0)
@@ -223,16 +226,17 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
         raise MptkError("the tokenizer has no chat template; leave out --chat")
     with ChatTemplate(tokenizer) as template:
         chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
-        return [template.ids(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]
+        return [template.encode(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]
 
 
-def fitting(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:
+def fit_prompts(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:
     """The prompts and the number of new tokens that a model's positions hold.
 
     The start of a prompt goes first, as far as half of the positions are left to it; then new tokens are fewer.
     """
     if positions is None:
         return list(prompts), limit
+    # As many tokens of a prompt as leave room for ``limit``, but at least half of the positions.
     most = max(positions // 2, positions - limit)
     cut = [prompt[-most:] for prompt in prompts]
     return cut, min(limit, positions - max(map(len, cut), default=0))

@@ -19,12 +19,12 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from mptk.errors import MptkError
 from mptk.ort.decoder import PAST_KEYS
 from mptk.ort.sessions import CPU, open_session
-from mptk.ort.steps import PHASES, Case, graphs_of, opened, shapes_in_run, sizes_of
+from mptk.ort.steps import PHASES, Case, choose_axis_sizes, find_phase_graphs, measure_shapes, open_stepper
 
 SIDE = 1024
-"""Side of the matrices. Three of them take 12 MB, which a cache holds."""
+"""Side of the matrices. Three of them take 12 MB, which a cache holds, so the product is bound by compute."""
 READ_BYTES = 512 << 20
-"""Bytes of one read: far more than a cache holds."""
+"""Bytes of one read: far more than a cache holds, so it is bound by memory."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Roofline:
 
     def __init__(self, threads: int, device: torch.device = CPU) -> None:
         self.threads = threads
-        session = open_session(_product(), device, threads=threads)
+        session = open_session(_build_product(), device, threads=threads)
         feeds = dict.fromkeys(("left", "right"), np.ones((SIDE, SIDE), dtype=np.float32))
         self._multiply = lambda: session.run(None, feeds)
         self._memory = torch.ones(READ_BYTES // 4, device=device)
@@ -52,39 +52,42 @@ class Roofline:
 
     def measure(self) -> None:
         """Measure once more; takes a fraction of a second."""
+        # ``item`` waits for a device.
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
-            bandwidth = READ_BYTES / _seconds(lambda: self._memory.sum().item())
+            bandwidth = READ_BYTES / _time_run(lambda: self._memory.sum().item())
         finally:
             torch.set_num_threads(before)
-        flops = 2 * SIDE**3 / _seconds(self._multiply)
+        flops = 2 * SIDE**3 / _time_run(self._multiply)
         self.peaks = Peaks(max(self.peaks.flops, flops), max(self.peaks.bandwidth, bandwidth))
 
 
-def peak_memory(file: Path, length: int, device: torch.device = CPU) -> int:
+def measure_peak_memory(file: Path, length: int, device: torch.device = CPU) -> int:
     """Peak growth in bytes of a new process that runs ``file`` and the graphs of its model on ``device``, once each.
 
     A decoder runs a prompt of ``length`` tokens, another graph that many tokens if it reads any. A device's own memory
     is not counted.
-
-    Unlike ``multiprocessing``, it does not import the caller's script again.
     """
-    code = "import sys; from pathlib import Path; from {} import grown; print(grown(Path(sys.argv[1]), {}, {!r}))"
-    command = [sys.executable, "-c", code.format(__name__, length, str(device)), str(file.resolve())]
+    # Not by ``multiprocessing``, which would import the caller's script again. The number is the last word that is
+    # printed: libraries may print before.
+    code = "import sys; from pathlib import Path; from {0} import {1}; print({1}(Path(sys.argv[1]), {2}, {3!r}))"
+    code = code.format(__name__, measure_growth.__name__, length, str(device))
+    command = [sys.executable, "-c", code, str(file.resolve())]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def grown(file: Path, length: int, device: str) -> int:
-    """What ``peak_memory`` says of a new process, of this one."""
-    before = _resident("VmRSS")
-    for phase, graph in graphs_of(file).items():
+def measure_growth(file: Path, length: int, device: str) -> int:
+    """What ``measure_peak_memory`` says of a new process, of this one."""
+    # Decode takes no more than a prefill of as many tokens.
+    before = _read_resident("VmRSS")
+    for phase, graph in find_phase_graphs(file).items():
         if phase != "decode":
-            opened(graph, phase in PHASES, 1, torch.device(device)).step(Case(phase, length, 1, 1))()
-    return _resident("VmHWM") - before
+            open_stepper(graph, phase in PHASES, 1, torch.device(device)).step(Case(phase, length, 1, 1))()
+    return _read_resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def _read_resident(field: str) -> int:
     """Resident memory of this process in bytes, now (``VmRSS``) or at its peak (``VmHWM``). Linux only, else 0."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -92,21 +95,23 @@ def _resident(field: str) -> int:
     return 0
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _time_run(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _product() -> bytes:
+def _build_product() -> bytes:
     names = ("left", "right", "product")
     left, right, product = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [SIDE, SIDE]) for name in names)
     graph = helper.make_graph([helper.make_node("MatMul", names[:2], names[2:])], "product", [left, right], [product])
+    # An older opset and format, which any ONNX Runtime reads.
     opset = [helper.make_opsetid("", 21)]
     return bytes(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
 
 
 PASS_THEIR_INPUT = {"Transpose", "Identity", "Cast"}
+"""Operators through which a weight counts as read by what reads their result, not by them."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class StepWork:
     bytes: int
 
 
-def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> StepWork:
+def compute_graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> StepWork:
     """Work of a decoder: ``sequence`` new tokens after ``past`` cached ones, for each of ``batch`` sequences.
 
     Sizes come from the graph's shapes at these lengths. So if a graph gives logits of the last position, only these
@@ -134,7 +139,7 @@ def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> StepW
         "past_sequence_length": past,
         "total_sequence_length": past + sequence,
     }
-    return _work(_at_lengths(onnx.load(file, load_external_data=False), lengths), {}, past + sequence)
+    return _work(_set_lengths(onnx.load(file, load_external_data=False), lengths), {}, past + sequence)
 
 
 COUNTED = ("Attention", "Conv", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul", "MatMulNBits", "RNN")
@@ -143,35 +148,37 @@ COUNTED = ("Attention", "Conv", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "M
 
 def run_work(file: Path, case: Case) -> StepWork:
     """Work of a run of a graph on made-up inputs. Sizes that it does not tell are those of a run."""
-    model = _at_lengths(onnx.load(file, load_external_data=False), sizes_of(file, case))
-    told, read = _shapes(model), (node for node in model.graph.node if node.op_type in COUNTED)
+    # Shape inference tells most sizes. A run shows the others, of values around counted operators.
+    model = _set_lengths(onnx.load(file, load_external_data=False), choose_axis_sizes(file, case))
+    told, read = _list_shapes(model), (node for node in model.graph.node if node.op_type in COUNTED)
     values = dict.fromkeys(name for node in read for name in (*node.input, *node.output) if name)
-    found = shapes_in_run(file, [name for name in values if 0 in told.get(name, (0,))], case)
+    found = measure_shapes(file, [name for name in values if 0 in told.get(name, (0,))], case)
     for node in [node for node in model.graph.node if 0 in found.get((*node.output, "")[0], ())]:
-        model.graph.node.remove(node)  # it has nothing to compute
+        model.graph.node.remove(node)  # its result is empty, so it has nothing to compute
     return _work(model, found, None)
 
 
 def _work(model: ModelProto, more: Mapping[str, Sequence[int]], positions: int | None) -> StepWork:
     """``more``: shapes that the graph does not tell. ``positions``: that attention reads; None: by its keys' shape."""
-    graph, shapes = model.graph, {**_shapes(model), **more}
-    flops = sum(_flops(node, shapes, positions) for node in graph.node if node.op_type in COUNTED)
+    # Operations; then bytes, of the cache's inputs and of the weights.
+    graph, shapes = model.graph, {**_list_shapes(model), **more}
+    flops = sum(_count_flops(node, shapes, positions) for node in graph.node if node.op_type in COUNTED)
     cache = sum(
-        math.prod(shapes[v.name]) * _bits(v.type.tensor_type.elem_type)
+        math.prod(shapes[v.name]) * _count_bits(v.type.tensor_type.elem_type)
         for v in graph.input
         if v.name.startswith(PAST_KEYS)
     )
-    return StepWork(flops, (cache + _weight_bits(model)) // 8)
+    return StepWork(flops, (cache + _count_weight_bits(model)) // 8)
 
 
-def _shapes(model: ModelProto) -> dict[str, list[int]]:
+def _list_shapes(model: ModelProto) -> dict[str, list[int]]:
     """Value of a graph → its shape; 0 for a size that the graph does not tell."""
     graph = model.graph
     shapes = {w.name: list(w.dims) for w in graph.initializer}
     return shapes | {v.name: _shape(v) for v in (*graph.input, *graph.value_info, *graph.output)}
 
 
-def _at_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
+def _set_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
     for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in lengths:
@@ -179,8 +186,9 @@ def _at_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
-def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int | None) -> int:
-    if node.op_type == "Attention":
+def _count_flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int | None) -> int:
+    # 2 for a multiply-add, and for each number of the result as many of these as the sum is long.
+    if node.op_type == "Attention":  # queries times keys, then shares times values
         read = positions or shapes[node.input[1]][-2]
         flops = 2 * read * (math.prod(shapes[node.input[0]]) + math.prod(shapes[node.output[0]]))
     elif node.op_type == "MatMulNBits":
@@ -202,19 +210,19 @@ def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int 
     return flops
 
 
-def _weight_bits(model: ModelProto) -> int:
+def _count_weight_bits(model: ModelProto) -> int:
     """Bits of the initialisers that a node reads in full, directly or through a transpose or a cast."""
     graph = model.graph
-    weights = {w.name: math.prod(w.dims) * _bits(w.data_type) for w in graph.initializer}
+    weights = {w.name: math.prod(w.dims) * _count_bits(w.data_type) for w in graph.initializer}
     behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type in PASS_THEIR_INPUT}
     read: set[str] = set()
     for node in graph.node:
-        if node.op_type not in PASS_THEIR_INPUT:
-            read.update(_origins(node.input[1:] if node.op_type == "Gather" else node.input, behind))
+        if node.op_type not in PASS_THEIR_INPUT:  # of a table that is looked up, a run reads only some rows
+            read.update(_find_origins(node.input[1:] if node.op_type == "Gather" else node.input, behind))
     return sum(size for name, size in weights.items() if name in read)
 
 
-def _origins(names: Iterable[str], behind: Mapping[str, str]) -> Iterable[str]:
+def _find_origins(names: Iterable[str], behind: Mapping[str, str]) -> Iterable[str]:
     for name in names:
         while name in behind:
             name = behind[name]
@@ -225,5 +233,5 @@ def _shape(value: ValueInfoProto) -> list[int]:
     return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
-def _bits(data_type: int) -> int:
+def _count_bits(data_type: int) -> int:
     return ir.DataType(data_type).bitwidth

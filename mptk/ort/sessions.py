@@ -12,15 +12,16 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 
 CPU = torch.device("cpu")
 HOST = "CPUExecutionProvider"
+"""The provider that every ONNX Runtime has, and that takes the nodes that another one lacks."""
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """The entry of a session's configuration that says where the weights of a graph given as bytes are."""
 
 CACHE_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-"""Of a cache."""
+"""ONNX Runtime's name of a cache's type → torch's."""
 
 Provider = tuple[str, dict[str, str | int]]
 """Name and options, as ``InferenceSession`` takes them."""
@@ -30,10 +31,10 @@ OF_DEVICE: dict[str, Callable[[int], Provider]] = {
     "mps": lambda _: ("CoreMLExecutionProvider", {"ModelFormat": "MLProgram", "MLComputeUnits": "CPUAndGPU"}),
     "xpu": lambda index: ("OpenVINOExecutionProvider", {"device_type": f"GPU.{index}", "precision": "FP32"}),
 }
-"""Type of a device → the execution provider of its n-th one."""
+"""Type of a device → the execution provider of its n-th one, told to compute in float32."""
 
 
-def providers(device: torch.device) -> list[Provider]:
+def list_providers(device: torch.device) -> list[Provider]:
     """The execution providers for a session on ``device``: the device's own, if it is there, and the CPU's last."""
     found = [OF_DEVICE[device.type](device.index or 0)] if device.type in OF_DEVICE else []
     return [own for own in found if own[0] in ort.get_available_providers()] + [(HOST, {})]
@@ -56,7 +57,7 @@ def open_session(
     options.log_severity_level = 4  # an error is raised, and printing it too would say it twice
     for name, value in (entries or {}).items():
         options.add_session_config_entry(name, value)
-    return ort.InferenceSession(model, options, providers=providers(device))
+    return ort.InferenceSession(model, options, providers=list_providers(device))
 
 
 def open_file(file: Path, device: torch.device, threads: int = 0) -> ort.InferenceSession:
@@ -64,10 +65,10 @@ def open_file(file: Path, device: torch.device, threads: int = 0) -> ort.Inferen
     try:
         return open_session(str(file), device, threads=threads)
     except Exception as error:  # onnxruntime's errors have no base class
-        raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
+        raise MptkError(f"ONNX Runtime cannot load {file}: {take_first_line(error)}; export the model again") from error
 
 
-def memory_of(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:
+def locate_memory(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:
     """Where the session's own values can stay from run to run: the device's type and index, or the CPU's."""
     there = device.type == "cuda" and "CUDAExecutionProvider" in session.get_providers()
     return ("cuda", device.index or 0) if there else ("cpu", 0)
@@ -107,9 +108,9 @@ class OrtGraph:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first output. ``inputs`` that the graph does not have are ignored."""
-        return self.all(inputs)[0]
+        return self.run_all(inputs)[0]
 
-    def empty(self, prefix: str, rows: int) -> dict[str, Tensor]:
+    def make_empty(self, prefix: str, rows: int) -> dict[str, Tensor]:
         """An empty cache: the inputs with this prefix, each [rows, heads, 0, dim]."""
         return {
             value.name: torch.zeros(rows, value.shape[1], 0, value.shape[3], dtype=CACHE_TYPES[value.type])
@@ -117,7 +118,7 @@ class OrtGraph:
             if value.name.startswith(prefix)
         }
 
-    def all(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    def run_all(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Every output, in order."""
         feeds = {name: inputs[name].cpu().contiguous().numpy() for name in self.inputs}
         return [torch.from_numpy(output) for output in self.session.run(None, feeds)]

@@ -12,20 +12,28 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from mptk.errors import MptkError, first_line
-from mptk.ort.decoder import GRAPH_FILE, MERGED_FILE, NUMPY_TYPES, PAST_KEYS, OrtDecoder
-from mptk.ort.embeddings import VISION_FILE
-from mptk.ort.encoder_decoder import DECODER_NAMES, ENCODER_FILE, HIDDEN
+from mptk.errors import MptkError, take_first_line
+from mptk.ort.decoder import (
+    DECODER_NAMES,
+    ENCODER_FILE,
+    GRAPH_FILE,
+    HIDDEN,
+    MERGED_FILE,
+    NUMPY_TYPES,
+    PAST_KEYS,
+    VISION_FILE,
+    OrtDecoder,
+)
 from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_file, open_session
 
 PHASES = ("prefill", "decode")
-"""Of a decoder with a cache. One that reads an encoder's output reads as many positions of that."""
+"""Of a decoder with a cache. One that reads an encoder's output reads as many positions of it."""
 WHOLE_RUNS = {MERGED_FILE: "decoder", GRAPH_FILE: "run"}
 """Main graph → what a run of it is called if it has no cache."""
 PARTS = {MERGED_FILE: {"vision encoder": VISION_FILE, "encoder": ENCODER_FILE}}
 """Main graph → the other graphs of such a model that compute much."""
 PACKED = "image_grid_thw"
-"""An input that says the sizes of packed images. No made-up one suits the others."""
+"""An input with the sizes of packed images. A made-up one would not suit the other inputs."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,9 @@ class Stepper(Protocol):
         ...
 
 
-def opened(file: Path, decodes: bool, threads: int, device: torch.device = CPU) -> Stepper:
+def open_stepper(file: Path, decodes: bool, threads: int, device: torch.device = CPU) -> Stepper:
     """An open graph. ``decodes``: it is a decoder with a cache."""
-    plain = decodes and not reads_encoder(file)
+    plain = decodes and not takes_encoder_output(file)
     return Decoding(file, threads, device) if plain else WholeRun(file, threads, device)
 
 
@@ -81,16 +89,17 @@ class Decoding:
         return self.decoder.providers
 
     def step(self, case: Case) -> Callable[[], None]:
-        return decoder_step(self.decoder, case)
+        return bind_decoder_step(self.decoder, case)
 
 
-def decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
+def bind_decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
     """A call that runs one step with inputs and outputs bound beforehand. Token ids and cached values do not matter."""
     prefill = case.phase == "prefill"
-    cache = decoder.empty(case.batch) if prefill else decoder.filled(case.batch, case.length)
+    cache = decoder.make_empty(case.batch) if prefill else decoder.make_filled(case.batch, case.length)
     ids = np.zeros((case.batch, case.length if prefill else 1), dtype=np.int64)
     mask = np.ones((case.batch, cache.length + ids.shape[1]), dtype=np.int64)
-    binding = decoder.binding(ids, mask, cache)
+    # Bound once: the cost of a step does not depend on its numbers.
+    binding = decoder.bind_step(ids, mask, cache)
     return lambda: decoder.session.run_with_iobinding(binding)
 
 
@@ -106,21 +115,23 @@ class WholeRun:
 
     def step(self, case: Case) -> Callable[[], None]:
         """Raises MptkError if it does not run with ``case.length`` tokens."""
-        binding, sizes = self.session.io_binding(), sizes_of(self.file, case)
+        # The first run is not timed. It shows whether the graph takes these sizes.
+        binding, sizes = self.session.io_binding(), choose_axis_sizes(self.file, case)
         for value in self.session.get_inputs():
-            binding.bind_cpu_input(value.name, made_up(value, sizes))
+            binding.bind_cpu_input(value.name, make_up_input(value, sizes))
         for value in self.session.get_outputs():
             binding.bind_output(value.name)
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no base class
             raise MptkError(
-                f"{self.file} does not run on {case.batch} × {case.length}: {first_line(error)}; give other --lengths"
+                f"{self.file} does not run on {case.batch} × {case.length}: {take_first_line(error)}; give other "
+                "--lengths"
             ) from error
         return lambda: self.session.run_with_iobinding(binding)
 
 
-def made_up(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[np.generic]:
+def make_up_input(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[np.generic]:
     """An input: masks of ones, ids of zeros, random numbers else."""
     shape = [size if isinstance(size, int) else sizes[size] for size in value.shape]
     if value.type == "tensor(bool)":
@@ -130,20 +141,21 @@ def made_up(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[np.generic]:
     return np.full(shape, int("mask" in value.name), np.int64)
 
 
-def graphs_of(file: Path) -> dict[str, Path]:
+def find_phase_graphs(file: Path) -> dict[str, Path]:
     """Phase → the graph that runs in it, for a main graph and those of its scheme beside it."""
+    # Such as ``_q4``: the graphs beside it are taken in the same scheme, or left out.
     main = next((name for name in WHOLE_RUNS if file.stem.startswith(Path(name).stem)), GRAPH_FILE)
     ending = file.stem.removeprefix(Path(main).stem)
-    cached = any(name.startswith(PAST_KEYS) for name in axes_of(file))
+    cached = any(name.startswith(PAST_KEYS) for name in read_input_axes(file))
     found = dict.fromkeys(PHASES if cached else (WHOLE_RUNS[main],), file)
     for phase, name in PARTS.get(main, {}).items():
         part = (file.parent / name).with_stem(Path(name).stem + ending)
-        if part.is_file() and PACKED not in axes_of(part):
+        if part.is_file() and PACKED not in read_input_axes(part):
             found[phase] = part
     return found
 
 
-def axes_of(file: Path) -> dict[str, list[str | int]]:
+def read_input_axes(file: Path) -> dict[str, list[str | int]]:
     """Input of a graph → the names of its open axes, and the sizes of others.
 
     Raises:
@@ -152,21 +164,23 @@ def axes_of(file: Path) -> dict[str, list[str | int]]:
     try:
         graph = onnx.load(file, load_external_data=False).graph
     except Exception as error:  # protobuf's, which onnx does not name
-        raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
+        raise MptkError(f"ONNX Runtime cannot load {file}: {take_first_line(error)}; export the model again") from error
     return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
 
 
-def reads_encoder(file: Path) -> bool:
+def takes_encoder_output(file: Path) -> bool:
     """Whether a graph is the decoder of an encoder–decoder."""
-    return DECODER_NAMES[HIDDEN] in axes_of(file)
+    return DECODER_NAMES[HIDDEN] in read_input_axes(file)
 
 
-def sizes_of(file: Path, case: Case) -> dict[str, int]:
+def choose_axis_sizes(file: Path, case: Case) -> dict[str, int]:
     """Open axis of a graph's inputs → its size."""
-    axes = axes_of(file)
+    # An encoder's output may have a fixed length (Whisper's); else it is as long as the text.
+    axes = read_input_axes(file)
     told = axes.get(DECODER_NAMES[HIDDEN], [0, case.length])[1]
     read = told if isinstance(told, int) else case.length
     found = {name: case.length for shape in axes.values() for name in shape if isinstance(name, str)}
+    # In prefill the caches are empty. In decode they hold the text so far and the encoder's output.
     decodes = case.phase == "decode"
     known = {"decoder_sequence_length": 1} if decodes else {}
     known |= {"past_decoder_sequence_length": decodes * case.length, "past_encoder_sequence_length": decodes * read}
@@ -174,19 +188,21 @@ def sizes_of(file: Path, case: Case) -> dict[str, int]:
     return found | {name: size for name, size in known.items() if name in found}
 
 
-def lengths_of(file: Path, phase: str, lengths: Sequence[int]) -> Sequence[int]:
+def choose_lengths(file: Path, phase: str, lengths: Sequence[int]) -> Sequence[int]:
     """``lengths``, or 0 if no input has an axis of tokens."""
-    open_axes = sizes_of(file, Case(phase, length=1, batch=0, threads=1)).values()
+    # With a batch of 0, any other size than 0 is one of tokens.
+    open_axes = choose_axis_sizes(file, Case(phase, length=1, batch=0, threads=1)).values()
     return lengths if phase in PHASES or any(open_axes) else (0,)
 
 
-def shapes_in_run(file: Path, names: Sequence[str], case: Case) -> dict[str, list[int]]:
+def measure_shapes(file: Path, names: Sequence[str], case: Case) -> dict[str, list[int]]:
     """The shapes that values of a graph without a cache have in a run."""
     if not names:
         return {}
+    # The values become outputs of the graph, which is run once.
     proto = onnx.load(file, load_external_data=False)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = open_session(proto.SerializeToString(), entries={WEIGHTS_FOLDER: str(file.parent.resolve())})
-    sizes = sizes_of(file, case)
-    found = session.run(names, {value.name: made_up(value, sizes) for value in session.get_inputs()})
+    sizes = choose_axis_sizes(file, case)
+    found = session.run(names, {value.name: make_up_input(value, sizes) for value in session.get_inputs()})
     return {name: list(value.shape) for name, value in zip(names, found, strict=True)}

@@ -1,4 +1,7 @@
-"""claims: check report.json against the folder's plan, weights and files."""
+"""claims: check report.json against the folder's plan, weights and files.
+
+What can be computed again is computed again; the report's number must equal it.
+"""
 
 from __future__ import annotations
 
@@ -11,61 +14,56 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mptk.compile.changes import COMPENSATION
+from mptk.compile.cut import COMPENSATION
 from mptk.conversions import CONVERSIONS
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
-from mptk.files import json_text
-from mptk.io.untrusted import CONFIG, read_object
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, is_tokens
+from mptk.files import format_json
+from mptk.io import CONFIG, read_object
+from mptk.ir import Analysis, Plan, Program, Samples, is_tokens
 from mptk.methods import find_method
-from mptk.methods.criteria import all_criteria
-from mptk.methods.division.budget import cost_model
-from mptk.protocols.conversion import Conversion, imitated
-from mptk.protocols.report import PROVEN_ON, Report
-from mptk.publish.manifest import listed, weights_digest
-from mptk.targets import ONNX, targets
-from passes.check_cut import table_size
-from passes.targets.onnx.names import ONNX_FOLDER, bytes_of, quantized_files
+from mptk.methods.criteria import list_criteria
+from mptk.methods.division.budget import build_cost_model
+from mptk.methods.division.selection import tie_as_planned
+from mptk.protocols import PROVEN_ON, Conversion, Report, find_imitated
+from mptk.publish.manifest import hash_weight_files, list_files
+from mptk.targets import ONNX, list_targets
+from passes.check_cut import find_table_size
+from passes.targets.onnx.names import ONNX_FOLDER, count_graph_bytes, list_quantized_files
 
 LATER = "bench.json"
 """The only file that is written into a published folder."""
 
 
 def check_files(report: Report, folder: Path) -> None:
-    """Check the report's claims on files: their names, the graphs, and whether the folder is a stock checkpoint.
-
-    Raises:
-        MptkError: a claim is wrong, or a named file is missing.
-    """
-    there = listed(folder)
+    """Check the report's claims on files: their names, the graphs, and whether the folder is a stock checkpoint."""
+    # The files that the report names, and no others.
+    there = list_files(folder)
     missing = sorted(set(report.files) - set(there))
     if missing:
         raise MptkError(f"{folder} lacks {missing[0]}, which its report names; do not use it, prune the model again")
     _require("files", report.files, [name for name in there if name != LATER])
+    # What was written: the target, the float graphs unless a note says why there are none, the quantised graphs.
     settings = report.settings
-    known = targets()
-    wrote = settings.target in known and known[settings.target].wrote(folder)
-    _require("settings.target", settings.target, settings.target if wrote else _target_of(folder))
+    known = list_targets()
+    wrote = settings.target in known and known[settings.target].has_written(folder)
+    _require("settings.target", settings.target, settings.target if wrote else _find_written_target(folder))
     refused = any(note.startswith("no ONNX") for note in report.notes)
-    _require("settings.onnx", bool(settings.onnx and not refused), ONNX.wrote(folder))
-    graphs = quantized_files(folder / ONNX_FOLDER)
+    _require("settings.onnx", bool(settings.onnx and not refused), ONNX.has_written(folder))
+    graphs = list_quantized_files(folder / ONNX_FOLDER)
     _require("quantized", sorted(report.quantized), sorted(graphs))
     for scheme, said in report.quantized.items():
         _require(f"quantized.{scheme}.file", folder / said["file"] in graphs[scheme], True)
-        _require(f"quantized.{scheme}.bytes", said["bytes"], bytes_of(graphs[scheme]))
-    _require("weights_sha256", report.weights_sha256, weights_digest(folder))
+        _require(f"quantized.{scheme}.bytes", said["bytes"], count_graph_bytes(graphs[scheme]))
+    _require("weights_sha256", report.weights_sha256, hash_weight_files(folder))
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "transformers_version" in config:  # by which transformers decides how it reads some tokenizers
         _require("versions.transformers", report.versions.get("transformers"), config["transformers_version"])
 
 
-def _target_of(folder: Path) -> str:
+def _find_written_target(folder: Path) -> str:
     """The target that the folder was written for, by its content."""
-    return next((name for name, target in targets().items() if target.wrote(folder)), "none")
+    return next((name for name, target in list_targets().items() if target.has_written(folder)), "none")
 
 
 def check_numbers(
@@ -81,37 +79,38 @@ def check_numbers(
 
     ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``analysis``: of the
     model after its ``conversions``.
-
-    Raises:
-        MptkError: a claim contradicts the plan or the dense model.
     """
+    # Plan, widths, costs.
     _require("plan_sha256", report.plan_sha256, plan.digest)
-    _require("families", report.families, widths(analysis, plan))
-    compared = imitated(conversions)
-    cost = cost_model(analysis, report.settings, stored.itemsize, None if compared is None else compared.analysis)
+    _require("families", report.families, compute_widths(analysis, plan))
+    compared = find_imitated(conversions)
+    cost = build_cost_model(analysis, report.settings, stored.itemsize, None if compared is None else compared.analysis)
     _require("sparsity", report.sparsity, 1 - cost.of(plan).block / cost.dense.block)
-    for name, figures in costs(cost, plan, dense, conversions).items():
+    for name, figures in compute_costs(cost, plan, dense, conversions).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
-    rows = {each.name: each.row() for each in conversions}
+    # Conversions: their rows follow from the plan, but for what only the run knew (``told``).
+    rows = {each.name: each.to_row() for each in conversions}
     for kind in CONVERSIONS:
         said, row = getattr(report, kind.name, {}), rows.get(kind.name, {})
         require_same(kind.name, said, row | {name: said.get(name, "") for name in kind.told if row})
+    # Trained weights are taken from the folder, so only a run that trains or fits may claim any.
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
     fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or compared
     learned = fits or method.learns or settings.steps or report.changed
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
+    # Corrected biases: only some criteria make them.
     if (folder / COMPENSATION).is_file():
-        compensating = [name for name, criterion in all_criteria().items() if criterion.compensate]
+        compensating = [name for name, criterion in list_criteria().items() if criterion.compensate]
         known = settings.method if settings.method in compensating else compensating[0]
         _require("settings.method", settings.method, known)
     for d in report.proof:
         _require(f"proof.{d['stage']}", d["ok"], True)
 
 
-def proof_samples(folder: Path, examples: Sequence[Samples]) -> tuple[Samples, Samples]:
+def read_proof_samples(folder: Path, examples: Sequence[Samples]) -> tuple[Samples, Samples]:
     """The samples of the proof, unchecked, and the one of ``examples`` that is of their kind.
 
     Raises:
@@ -120,10 +119,10 @@ def proof_samples(folder: Path, examples: Sequence[Samples]) -> tuple[Samples, S
     try:
         tensors = load_file(folder / PROVEN_ON)
     except (OSError, SafetensorError) as error:
-        raise _no_inputs(folder) from error
+        raise _make_inputs_error(folder) from error
     example = next((each for each in examples if each.inputs.keys() == tensors.keys()), None)
     if example is None:
-        raise _no_inputs(folder)
+        raise _make_inputs_error(folder)
     return Samples({name: tensors[name] for name in example.inputs}), example
 
 
@@ -132,21 +131,23 @@ def check_samples(samples: Samples, folder: Path, program: Program, example: Sam
 
     ``program``: the dense one.
     """
-    fault = _no_inputs(folder)
-    nodes = (node for node in program.placeholders() if node.name in program.user_inputs)
+    # The samples are a file of the folder: too few or too short ones would make the proof blind, and ids outside the
+    # vocabulary would end it with an index error.
+    fault = _make_inputs_error(folder)
+    nodes = (node for node in program.list_placeholders() if node.name in program.user_inputs)
     for node, tensor, like in zip(nodes, samples.tensors, example.tensors, strict=True):
-        rows = table_size(node)
+        rows = find_table_size(node)
         bounded = rows is None or (tensor.numel() > 0 and int(tensor.min()) >= 0 and int(tensor.max()) < rows)
         same = tensor.dtype == like.dtype and tensor.ndim == like.ndim and len(tensor) == len(samples) > 0
         if not same or not bounded or (is_tokens(tensor) and tensor.shape[1] < min(8, like.shape[1])):
             raise fault
 
 
-def _no_inputs(folder: Path) -> MptkError:
+def _make_inputs_error(folder: Path) -> MptkError:
     return MptkError(f"{PROVEN_ON} in {folder} holds no inputs of this model; do not use the folder, prune again")
 
 
-def costs(
+def compute_costs(
     cost: CostModel,
     plan: Plan,
     dense: torch.dtype,
@@ -157,45 +158,44 @@ def costs(
     ``conversions``: the conversions that made ``cost``'s model from the dense model.
     """
     analysis = conversions[0].before.analysis if conversions else cost.analysis
-    return {"dense": cost.of_whole(analysis, dense.itemsize).as_dict(), "pruned": cost.of(plan).as_dict()}
+    return {"dense": cost.of_whole(analysis, dense.itemsize).to_dict(), "pruned": cost.of(plan).to_dict()}
 
 
-def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
-    """Family → its dense width, its width after the cut, and its layers. A depth is included if it is cut.
+def compute_widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
+    """Variable → its dense width, its width after the cut, and its layers. A depth is included if it is cut.
 
     If the plan names single layers of a family, its layers are separate entries.
     """
-    analysis = analysis.divided(plan.divided)
-    depths = [f for f in analysis.depths if f.name in plan.families]
-    found = dict[str, dict[str, int]]()
-    for f in (*analysis.families, *depths):
-        name = f.part_of if f.part_of and f.part_of not in plan.divided else f.name
-        row = found.setdefault(name, {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": 0})
-        row["layers"] += len(f.groups)
-    return found
+    return {
+        name: {"of": variable.size, "width": plan.widths.get(name, variable.size), "layers": len(variable.layers)}
+        for name, variable in tie_as_planned(analysis, plan.families).items()
+        if variable.kind == "channels" or name in plan.families
+    }
 
 
 def require_same(name: str, said: object, true: object) -> None:
     """Check one claim: the report's value ``said`` must equal ``true``, both as JSON."""
-    _require(name, said, json.loads(json_text(true)))
+    _require(name, said, json.loads(format_json(true)))
 
 
 def _require(name: str, said: object, true: object) -> None:
-    if not _same(said, true):
+    if not _is_same(said, true):
         raise MptkError(
-            f"{name} in report.json is wrong: it says {_short(said)}, but the folder and its plan give "
-            f"{_short(true)}; do not use it, and prune the model again"
+            f"{name} in report.json is wrong: it says {_shorten_json(said)}, but the folder and its plan give "
+            f"{_shorten_json(true)}; do not use it, and prune the model again"
         )
 
 
-def _same(said: object, true: object) -> bool:
+def _is_same(said: object, true: object) -> bool:
     if isinstance(true, Mapping):
-        return isinstance(said, Mapping) and said.keys() == true.keys() and all(_same(said[k], true[k]) for k in true)
-    if isinstance(true, float) and isinstance(said, int | float):
+        return (
+            isinstance(said, Mapping) and said.keys() == true.keys() and all(_is_same(said[k], true[k]) for k in true)
+        )
+    if isinstance(true, float) and isinstance(said, int | float):  # a sum that is computed again may round otherwise
         return math.isclose(said, true, rel_tol=1e-9, abs_tol=1e-12)
     return bool(said == true)
 
 
-def _short(value: object) -> str:
-    text = json_text(value)
+def _shorten_json(value: object) -> str:
+    text = format_json(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,7 +1,7 @@
 """gguf: prove a GGUF file against the folder that it was made from, when it is written and again by ``verify``.
 
-Fields and tensors are compared by mptk itself (``mptk/targets/gguf/check.py``). If llama.cpp can be imported, it must
-also compute the folder's logits and read text as the folder's tokenizer.
+mptk itself compares fields and tensors (``mptk/targets/gguf/check.py``). If llama.cpp can be imported, it must also
+compute the folder's logits and read text like the folder's tokenizer.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from gguf import GGUFReader
 from transformers import PreTrainedConfig
 
 from mptk.compat.llama_cpp import has_llama_cpp, log_probabilities
-from mptk.compile.changes import stored_weights
-from mptk.config.choices import GgufType
+from mptk.compile.cut import open_pruned_weights
+from mptk.config import GgufType
 from mptk.errors import MptkError, ProofError
-from mptk.files import path_of, scratch
-from mptk.io import models
-from mptk.io.resident import free_memory
-from mptk.ir.plan import Plan
-from mptk.protocols.report import Report
+from mptk.files import expand_path, make_scratch
+from mptk.io import measure_free_memory, models
+from mptk.ir import Plan
+from mptk.protocols import Report
 from mptk.publish.manifest import check_manifest
-from mptk.report.runs import pruned_name
-from mptk.targets.gguf.architectures import GELU, ignored_window
-from mptk.targets.gguf.check import GgufFile
-from mptk.targets.gguf.expected import TEXTS, WRITE_AGAIN
+from mptk.report.runs import name_pruned
+from mptk.targets.gguf.architectures import GELU, find_ignored_window
+from mptk.targets.gguf.check import TEXTS, WRITE_AGAIN, GgufFile
 from mptk.targets.gguf.folder import GgufFolder, Pattern
 from mptk.targets.gguf.weights import write_floats
 from mptk.targets.graph import GraphTarget
@@ -37,7 +35,7 @@ LOGITS_STAGE, TEXT_STAGE = "llama.cpp logits", "llama.cpp reads text"
 PROMPT_TOKENS = 24
 """Tokens of the prompt whose logits are compared: enough for positions to matter, and below every window."""
 MOST_TOKENS = 200
-"""Of a text to read; longer ones do not fit llama.cpp's context here."""
+"""Most tokens of a text to read; longer ones do not fit llama.cpp's context (``mptk/compat/llama_cpp.py``)."""
 LIKELIEST = 50
 """Next tokens that are compared after each prompt."""
 CLOSE, ROUNDED = 1e-3, 1e-2
@@ -48,26 +46,28 @@ SAME = 1e-5
 
 
 def open_folder(folder: str | Path, like: str | Path | None, kind: GgufType = "auto") -> GgufFolder:
-    """What the GGUF file of a pruned folder holds. ``like``: the dense model's GGUF file, or its packaged alias.
+    """What a pruned folder's GGUF file must hold. ``like``: the dense model's GGUF file, or its packaged alias.
 
     Raises:
         MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; or llama.cpp cannot compute
             it.
     """
-    place, pattern = path_of(folder), None if like is None else models.locate(str(like))
+    # The pattern is the dense model's file: its fields are taken over, except those of its weights and layers.
+    place, pattern = expand_path(folder), None if like is None else models.locate(str(like))
     if pattern is not None and pattern.is_dir():
         raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")
     report = Report.read(place if place.exists() else folder)
     check_manifest(place)
-    config = None if GraphTarget().wrote(place) else models.load_config(str(place))
+    # A graph has no config. No code of the model runs: only its config class and its tensors are read.
+    config = None if GraphTarget().has_written(place) else models.load_config(str(place))
     return GgufFolder(
         place,
-        stored_weights(place, trust=NO_CODE),
+        open_pruned_weights(place, trust=NO_CODE),
         Plan.load(place / "plan.json"),
         config,
         None if pattern is None else Pattern(pattern),
         kind,
-        pruned_name(report),
+        name_pruned(report),
     )
 
 
@@ -82,15 +82,18 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
     """
     if not has_llama_cpp():
         return [], ["llama.cpp was not asked, as it is not installed; run: pip install 'mptk[llama-cpp]'"]
+    # How it reads text, which needs no logits of the folder and so little memory.
     found, notes = list[Difference](), list[str]()
     if made.tokenizer is not None:
         found.append(_compare_reading(made, file))
     if made.config is None or not models.has_tokenizer(made.place):
         return found, [*notes, "llama.cpp's logits were not compared, as the folder has no config and tokenizer"]
-    needed = 8 * sum(like.numel() for like in made.weights.tensors.likes.values())  # in llama.cpp and in transformers
-    if needed > free_memory():
+    # Its logits, if float32 weights fit twice: 4 bytes in llama.cpp and 4 in transformers.
+    needed = 8 * sum(like.numel() for like in made.weights.tensors.likes.values())
+    if needed > measure_free_memory():
         return found, [*notes, f"llama.cpp's logits were not compared, which needs {needed / 1e9:.1f} GB of memory"]
-    with scratch() as place:
+    with make_scratch() as place:
+        # A file of narrower matrices is copied with the folder's float32 weights under its own fields.
         if GgufFile(file).common is not Kind.F32:
             copy = place.folder / file.name
             write_floats(copy, made.weights, GGUFReader(file))
@@ -100,14 +103,17 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
 
 
 def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> Difference:
-    longest = min(filter(None, (PROMPT_TOKENS, config.max_position_embeddings - 1, ignored_window(config, made.base))))
+    # Below the model's positions, and below a window that llama.cpp ignores: beyond it the logits differ rightly.
+    longest = min(
+        filter(None, (PROMPT_TOKENS, config.max_position_embeddings - 1, find_ignored_window(config, made.base)))
+    )
     ids = torch.randint(made.weights.table[0], (longest,), generator=torch.Generator().manual_seed(0))
     (found,) = _ask(made, file, [ids.tolist()])
     model = models.load_whole(str(made.place)).model
     with torch.no_grad():
         expected = model(ids[None]).logits[0, -1].log_softmax(-1)
-    wanted = torch.tensor([float(expected[token]) for token in found])
-    difference = _difference(
+    wanted = torch.tensor([float(expected[token]) for token in found])  # llama.cpp says which tokens are likeliest
+    difference = _measure_apart(
         LOGITS_STAGE, torch.tensor(list(found.values())), wanted, ROUNDED if made.base.activations is GELU else CLOSE
     )
     if not difference.ok:
@@ -119,16 +125,17 @@ def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> D
 
 
 def _compare_reading(made: GgufFolder, file: Path) -> Difference:
-    """After a text and after the tokens that it is for the folder's tokenizer, the next tokens must be the same."""
+    """llama.cpp must predict the same after a text as after the tokens that the folder's tokenizer makes of it."""
     assert made.tokenizer is not None
     pairs = [(text, made.tokenizer(text).input_ids) for text in TEXTS]
     room = MOST_TOKENS if made.config is None else min(MOST_TOKENS, made.config.max_position_embeddings)
     pairs = [(text, ids) for text, ids in pairs if len(ids) < room]
+    # One start of llama.cpp for all prompts: text, ids, text, ids, …
     found = _ask(made, file, [prompt for pair in pairs for prompt in pair])
     worst = Difference(TEXT_STAGE, 0.0, 0.0, SAME)
     for (text, _), one, other in zip(pairs, found[::2], found[1::2], strict=True):
         numbers = torch.tensor([one.get(token, -torch.inf) for token in other])
-        difference = _difference(TEXT_STAGE, numbers, torch.tensor(list(other.values())), SAME)
+        difference = _measure_apart(TEXT_STAGE, numbers, torch.tensor(list(other.values())), SAME)
         if not difference.ok:
             raise ProofError(
                 f"the proof fails: llama.cpp reads {text!r} otherwise than the folder's tokenizer; {WRITE_AGAIN}"
@@ -138,6 +145,7 @@ def _compare_reading(made: GgufFolder, file: Path) -> Difference:
 
 
 def _ask(made: GgufFolder, file: Path, prompts: list[list[int] | str]) -> list[dict[int, float]]:
+    # llama.cpp is made to write this token: it reports no probabilities for half of a letter.
     tokenizer = made.tokenizer or models.load_tokenizer(str(made.place))
     written = tokenizer("a", add_special_tokens=False).input_ids[-1]
     answer = log_probabilities(file, prompts, written, LIKELIEST)
@@ -146,6 +154,6 @@ def _ask(made: GgufFolder, file: Path, prompts: list[list[int] | str]) -> list[d
     return answer
 
 
-def _difference(stage: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Difference:
+def _measure_apart(stage: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Difference:
     apart = float((found - expected).abs().max())
     return Difference(stage, apart, apart / float(expected.abs().max()), tolerance)

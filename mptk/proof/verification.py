@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch import nn
 
-from mptk.arguments import checked
-from mptk.compat.torch import sources_forgotten, usual_state
-from mptk.compile.changes import changes_of
-from mptk.compile.cut import compile_plan
-from mptk.compile.trace import fitting, traced
-from mptk.config.settings import Settings
-from mptk.conversions import converted, planned
-from mptk.conversions.vocabulary.convert import unread_tokenizer
+from mptk.arguments import guard_arguments
+from mptk.compat.torch import forget_sources, use_default_state
+from mptk.compile.cut import COMPENSATION, compile_plan, find_changes
+from mptk.compile.trace import fit_to_program, trace_loaded
+from mptk.config import RECIPE_FILE, Settings
+from mptk.conversions import convert_model, read_plan_conversions
+from mptk.conversions.vocabulary import describe_unread_tokenizer
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
-from mptk.files import path_of
-from mptk.io.dense import open_dense
-from mptk.io.models import Loaded
-from mptk.io.packaged import check_folder_named
-from mptk.io.untrusted import read_object
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
+from mptk.errors import MptkError, ProofError
+from mptk.files import expand_path
+from mptk.io import Loaded, check_folder_named, open_dense, read_object
+from mptk.ir import Log, Plan, Samples, resolve_plan
 from mptk.methods import find_method
-from mptk.methods.division.budget import alignment
+from mptk.methods.division.budget import build_alignment
 from mptk.methods.drafter import with_drafter
-from mptk.progress import silent
-from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
+from mptk.progress import show_nothing
+from mptk.proof.claims import LATER, check_files, check_numbers, check_samples, read_proof_samples, require_same
 from mptk.proof.gguf import open_folder, run_llama_cpp
-from mptk.proof.planted import check_planted
 from mptk.proof.proof import check_proof, prove_folder
-from mptk.protocols.chain import Chosen, Prepared, stored_type
-from mptk.protocols.conversion import Analysed, Conversion
-from mptk.protocols.execution import execution
-from mptk.protocols.report import PROVEN_ON, Report, unreadable
-from mptk.protocols.values import Context
-from mptk.publish.manifest import MARKER, check_manifest, file_identity, listed
+from mptk.protocols import (
+    METRICS,
+    PROVEN_ON,
+    REPORT_FILE,
+    TRACKER,
+    Analysed,
+    Chosen,
+    Compiled,
+    Context,
+    DenseModel,
+    Opened,
+    Prepared,
+    Report,
+    Target,
+    build_executor,
+    find_stored_type,
+    make_report_error,
+)
+from mptk.publish.licence import CARD, list_notices
+from mptk.publish.manifest import MARKER, RUNGS, check_manifest, hash_file, identify_file, list_files
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
-from mptk.targets.stock_config import check_code, config_changes
-from mptk.tasks.of_folder import task_of_folder
+from mptk.targets.beside import READ
+from mptk.targets.stock_config import check_code, find_config_changes
+from mptk.tasks import find_folder_task
 from passes.analysis import group
 from passes.verify import Difference
 
 GGUF_MAGIC = b"GGUF"
+"""The first bytes of a GGUF file."""
 PRUNE_AGAIN = "do not use it, and prune the model again"
 
 
@@ -61,9 +70,9 @@ class Proof(list[Difference]):
         self.notes = notes
 
 
-@checked
-@usual_state()
-@sources_forgotten()
+@guard_arguments
+@use_default_state()
+@forget_sources()
 def verify(
     folder: str | Path,
     *,
@@ -97,45 +106,49 @@ def verify(
             meanwhile.
     """
     if is_gguf(folder):
-        with _require_unchanged(path_of(folder), *([] if like is None else [path_of(like)])):
-            return _verify_gguf(path_of(folder), like, model)
+        with _require_unchanged(expand_path(folder), *([] if like is None else [expand_path(like)])):
+            return _verify_gguf(expand_path(folder), like, model)
     if like is not None:
         raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
     check_folder_named(folder, "prune")
+    # Only these settings are the caller's. All others are the folder's, and are checked against what it holds.
     with _require_unchanged(folder):
         asked = Settings(memory=memory, device=device, trust_remote_code=trust_remote_code, proof_length=proof_length)
         return _verify_folder(folder, str(model) if isinstance(model, Path) else model, asked)
 
 
 def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings) -> Proof:
-    plan, report = plan_of(folder), Report.read(folder)
+    # What can be checked without the dense model, the cheapest first.
+    plan, report = read_folder_plan(folder), Report.read(folder)
     check_manifest(folder)
-    with _readable(folder):
+    with _explain_unreadable(folder):
         check_files(report, folder)
-    resident, executor = execution(asked)
+    # The dense model, by the digest that the report gives, and what ``prune`` made of it up to the choice.
+    resident, executor = build_executor(asked)
     loaded = open_dense(report.model, report.model_sha256, model, asked.trust, resident, live=report.live)
     check_code(loaded.path, folder)
-    context = Context(Log(), silent)
-    start, conversions, samples = _analysed(folder, report, plan, loaded, executor, context)
-    loaded, analysis = start.loaded, start.analysis
-    settings = replace(report.settings, proof_length=asked.proof_length)
-    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), start, plan)
-    prepared = replace(prepared, executor=executor, conversions=conversions)
-    assert prepared.cut is not None
-    chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, asked.trust))
+    context = Context(Log(), show_nothing)
+    dense, samples = _analyse_dense(folder, report, plan, loaded, executor, context)
+    settings = replace(report.settings, proof_length=asked.proof_length, rehome=_is_rehomed(folder, dense.model.loaded))
+    prepared = _prepare_dense(settings, dense, plan)
+    assert prepared.planned is not None
+    changes = find_changes(prepared.analysis, prepared.planned.cut, folder, report, asked.trust)
+    chosen = replace(prepared.planned, changes=changes)
     compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
-    found = {} if compiled.written is None else config_changes(compiled.written, folder)
+    found = {} if compiled.written is None else find_config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples, again=True)
     check_proof(proven.differences, PRUNE_AGAIN)
-    check_planted(compiled, (prepared.target, ONNX), folder)  # last: a fault of a known file says more
-    return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
+    check_planted(compiled, (prepared.target, ONNX), folder)  # last: the fault of a known file says more
+    return Proof(
+        proven.differences, [note for note in (proven.note, describe_unread_tokenizer(prepared.loaded, folder)) if note]
+    )
 
 
 def is_gguf(place: str | Path) -> bool:
-    """Whether a place is named as a GGUF file, or begins as one does."""
-    path = path_of(place)
+    """Whether a place is named like a GGUF file, or begins like one."""
+    path = expand_path(place)
     if path.suffix.lower() == ".gguf":
         return not path.is_dir()
     if not path.is_file():
@@ -159,51 +172,50 @@ def _verify_gguf(file: Path, like: str | Path | None, model: str | Path | nn.Mod
     return Proof([*differences, *more], [*made.notes, *notes])
 
 
-def _analysed(
+def _analyse_dense(
     folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
-) -> tuple[Analysed, tuple[Conversion, ...], Samples]:
+) -> tuple[DenseModel, Samples]:
     """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
-    task = task_of_folder(folder, report, loaded)
+    task = find_folder_task(folder, report, loaded)
     require_same("task", report.task, task.name)
-    samples, example = proof_samples(folder, task.examples(loaded.model))
+    samples, example = read_proof_samples(folder, task.make_examples(loaded.model))
+    # As in ``prune``: a trace may fix the samples' sizes, but not if the graph itself is written.
     like = samples if find_target(report.settings.target).classed else None
-    program = traced(loaded, task, executor, report.settings.length, like)
-    samples = fitting(task, program, samples, PROVEN_ON)
-    start = Analysed(loaded, task, group.analyze(program))
-    start, conversions = converted(start, planned(plan), context, executor, report.settings.length, like)
-    loaded, stored = start.loaded, stored_type(report.settings, start.loaded)
-    with _readable(folder):
+    program = trace_loaded(loaded, task, executor, report.settings.length, like)
+    samples = fit_to_program(task, program, samples, PROVEN_ON)
+    given, start = Opened(loaded, task), Analysed(loaded, task, group.analyze_program(program))
+    start, conversions = convert_model(
+        start, read_plan_conversions(plan), context, executor, report.settings.length, like
+    )
+    loaded, stored = start.loaded, find_stored_type(report.settings, start.loaded)
+    with _explain_unreadable(folder):
         check_numbers(report, folder, start.analysis, plan, loaded.dtype, stored, conversions)
         check_samples(samples, folder, start.analysis.program, example)
-    return start, conversions, samples
+    return DenseModel(given, start, conversions, executor), samples
 
 
-def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:
+def _prepare_dense(settings: Settings, dense: DenseModel, plan: Plan) -> Prepared:
     """The dense model, prepared as in ``prune``."""
-    target, method = find_target(settings.target), find_method(settings.method)
-    loaded, analysis = model.loaded, model.analysis
+    target, method, model = find_target(settings.target), find_method(settings.method), dense.model
     return Prepared(
-        source=report.model,
-        settings=settings,
-        loaded=loaded,
-        task=model.task,
-        method=method,
-        target=target,
-        analysis=analysis,
-        legal=target.legal(analysis, loaded.model, alignment(settings)),
-        cost=CostModel(analysis, itemsize=stored_type(settings, loaded).itemsize),
-        plan=plan,
-        cut=resolve_plan(analysis, plan),
+        dense,
+        model,
+        settings,
+        method,
+        target,
+        legal=target.find_legal(model.analysis, model.loaded.model, build_alignment(settings)),
+        cost=CostModel(model.analysis, itemsize=find_stored_type(settings, model.loaded).itemsize),
+        planned=Chosen(plan, resolve_plan(model.analysis, plan)),
     )
 
 
-def _rehomed(folder: Path, loaded: Loaded) -> bool:
+def _is_rehomed(folder: Path, loaded: Loaded) -> bool:
     """Whether the folder's class differs from the dense model's; a folder without a config has no class."""
     file = folder / "config.json"
     return file.is_file() and read_object(file).get("model_type") != loaded.model.config.model_type
 
 
-def plan_of(folder: str | Path) -> Plan:
+def read_folder_plan(folder: str | Path) -> Plan:
     """The plan of a pruned folder. Raises MptkError if there is none."""
     path = Path(folder) / "plan.json"
     if not path.is_file():
@@ -213,8 +225,11 @@ def plan_of(folder: str | Path) -> Plan:
 
 @contextmanager
 def _require_unchanged(*places: Path) -> Iterator[None]:
-    """Raise MptkError if somebody changed or replaced what is proven: no result, nor an error, is of what is there."""
-    before = [_files_of(place) for place in places]
+    """Raise MptkError if somebody changed or replaced the files during the proof.
+
+    Then neither a result nor an error is about what is there now, so this error replaces both.
+    """
+    before = [_identify_files(place) for place in places]
     try:
         yield
     except Exception as error:
@@ -227,24 +242,81 @@ def _check_as_before(
     places: Sequence[Path], before: Sequence[Mapping[str, tuple[int, ...]]], error: Exception | None = None
 ) -> None:
     for place, files in zip(places, before, strict=True):
-        if _files_of(place) != files:
+        if _identify_files(place) != files:
             raise MptkError(f"{place} was changed or replaced while it was verified; verify it again") from error
 
 
-def _files_of(place: Path) -> dict[str, tuple[int, ...]]:
-    """Name → identity of each file, without the time at which links to it changed."""
-    names = listed(place) if place.is_dir() else [""]
+def _identify_files(place: Path) -> dict[str, tuple[int, ...]]:
+    """Name → identity of each file. Its last part goes: it also changes if only another link to the file is made."""
+    names = list_files(place) if place.is_dir() else [""]
     found = dict[str, tuple[int, ...]]()
     for name in [*names, MARKER] if place.is_dir() else names:
         with suppress(OSError):  # it goes at this moment
-            found[name] = file_identity(place / name)[:-1]
+            found[name] = identify_file(place / name)[:-1]
     return found
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def _explain_unreadable(folder: Path) -> Iterator[None]:
     """Turn errors from wrong values in a report into a user's error."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
-        raise unreadable(folder, error) from error
+        raise make_report_error(folder, error) from error
+
+
+# ---- files that mptk would not have written ----
+
+ALWAYS = frozenset({"plan.json", REPORT_FILE, CARD, RECIPE_FILE, LATER, PROVEN_ON})
+"""Files that any folder has, or may have."""
+
+
+def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -> None:
+    """Raise ProofError if a file of ``folder`` is not one that mptk writes for this cut, or holds more than it writes.
+
+    The manifest does not help: whoever plants a file can forge it. Programs act on files by their names (an adapter, a
+    list of modules, an index of weights), and nobody knows all such names, so only what mptk writes is allowed.
+
+    ``targets``: what the folder was written for. If one is of another package and does not list its files, any may be.
+    """
+    found, settings, dense = list_files(folder), compiled.prepared.settings, compiled.prepared.loaded.path
+    for name in (each for each in (*found, MARKER) if each.endswith(".json")):
+        _check_once(folder, name)
+    known = set(ALWAYS)
+    for target in targets:
+        files = target.list_files(compiled, folder)
+        if files is None:
+            return
+        known |= files
+    # Files that depend on the run: metrics, FLAP's biases, smaller sizes of a ladder, a tokenizer, licence notices.
+    if settings.steps:
+        known |= {METRICS, *(name for name in found if name.startswith(f"{TRACKER}/"))}
+    if compiled.chosen.changes and not compiled.chosen.trained:
+        known.add(COMPENSATION)
+    if settings.shared:
+        known |= {name for name in found if name.startswith(f"{RUNGS}/")}
+    if compiled.prepared.loaded.tokenizer is None:  # of a model in memory: verify's note says that nothing reads them
+        known |= {name for name in found if any(PurePosixPath(name).match(pattern) for pattern in READ)}
+    copies = ((each, folder / each.name) for each in list_notices(dense))
+    known |= {each.name for each, copy in copies if copy.is_file() and hash_file(each) == hash_file(copy)}
+    if more := sorted(set(found) - known):
+        raise ProofError(
+            f"the proof fails: {more[0]} is not a file that mptk writes for this model; do not use {folder}, and prune "
+            "the model again"
+        )
+
+
+def _check_once(folder: Path, name: str) -> None:
+    """Raise ProofError if a JSON file has a field twice: some programs take the first, some the last."""
+
+    def check_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ProofError(
+                f"the proof fails: {name} has {twice} twice; do not use {folder}, and prune the model again"
+            )
+        return fields
+
+    json.loads((folder / name).read_text(encoding="utf-8"), object_pairs_hook=check_pairs)

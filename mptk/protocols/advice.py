@@ -7,21 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.reading import Json
 
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
-"""Default settings of an advice."""
+"""Default settings of an advice: many cuts are measured, so each must be cheap (short windows, a one-shot method)."""
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities of an advice."""
 ADVICE_FORMAT = "mptk-advice/1"
 STANDARD_ERRORS = 2.0
-"""Standard errors by which a change must stay below the tolerance."""
+"""Standard errors by which a change must stay below the tolerance: two are about 95 % of a normal distribution."""
 CALIBRATION_STEPS = 16
 """Default training steps of each cut that an advice trains."""
 TRAINED = 2
-"""Most cuts that an advice trains."""
-
+"""Most cuts that an advice trains: two, as a line through both estimates the others."""
 KNEE = 0.05
 """Least distance of a knee below the chord, as a share of the curve's height."""
 
@@ -117,14 +116,15 @@ class Advice:
         """The names of the texts."""
         return list(self.dense.texts)
 
-    def safe(self, text: str, *, recovered: bool = False) -> Point | None:
+    def find_safe(self, text: str, *, recovered: bool = False) -> Point | None:
         """The largest cut that is safe on ``text``, as all smaller ones are; None if the smallest is not.
 
-        ``recovered``: after training, by the most that the change may then be.
+        A cut above one that is not safe is safe by chance, so the search stops there. ``recovered``: after training,
+        by the most that the change may then be.
         """
         found = None
         for point in self.division:
-            most = self.after(point, text).most if recovered else point.texts[text].most
+            most = self.estimate_after(point, text).most if recovered else point.texts[text].most
             if most > self.tolerance:
                 break
             found = point
@@ -133,67 +133,69 @@ class Advice:
     @property
     def recommended(self) -> Point | None:
         """The largest cut that is safe on every text; None if there is none."""
-        return self._weakest([self.safe(text) for text in self.texts])
+        return self._find_weakest([self.find_safe(text) for text in self.texts])
 
     @property
     def recommended_after(self) -> Point | None:
         """The same after training; None if nothing was trained."""
         if self.recovery is None:
             return None
-        return self._weakest([self.safe(text, recovered=True) for text in self.texts])
+        return self._find_weakest([self.find_safe(text, recovered=True) for text in self.texts])
 
-    def _weakest(self, safe: Sequence[Point | None]) -> Point | None:
+    def _find_weakest(self, safe: Sequence[Point | None]) -> Point | None:
         found = [point for point in safe if point is not None]
         return min(found, key=lambda point: point.sparsity) if len(found) == len(safe) else None
 
     # ---- after training ----
 
-    def trained(self, point: Point) -> Point | None:
+    def find_trained(self, point: Point) -> Point | None:
         """A cut after its training; None if it was not trained."""
         points = () if self.recovery is None else self.recovery.points
         return next((each for each in points if each.widths == point.widths), None)
 
-    def given_back(self, trained: Point, text: str) -> float:
+    def compute_recovered(self, trained: Point, text: str) -> float:
         """The share of the rise on ``text`` that the training of a cut gave back; 0 without a rise."""
-        rise = self._rise(self._untrained(trained).texts[text])
-        return 1 - self._rise(trained.texts[text]) / rise if rise > 0 else 0.0
+        rise = self._compute_rise(self._find_untrained(trained).texts[text])
+        return 1 - self._compute_rise(trained.texts[text]) / rise if rise > 0 else 0.0
 
-    def after(self, point: Point, text: str) -> Range:
+    def estimate_after(self, point: Point, text: str) -> Range:
         """The change of a cut on ``text`` after training, with standard errors: measured, or estimated by trained cuts.
 
         A cut that was not trained is taken to lie between the share that each trained cut gets back and the line
         through both. Training gives back part of what the cut costs, and teaches the text itself, which helps a small
         cut as much as a large one: the line has an offset, a share has none.
         """
-        own = self.trained(point)
+        own = self.find_trained(point)
         figures = (own or point).texts[text]
-        rise, error = self._rise(figures), STANDARD_ERRORS * self._rise_error(figures)
-        rises = [rise] if own is not None else self._estimates(rise, text)
-        return Range(self._change(min(rises) - error), self._change(max(rises) + error))
+        rise, error = self._compute_rise(figures), STANDARD_ERRORS * self._compute_rise_error(figures)
+        rises = [rise] if own is not None else self._estimate_rises(rise, text)
+        return Range(self._compute_change(min(rises) - error), self._compute_change(max(rises) + error))
 
-    def _estimates(self, rise: float, text: str) -> list[float]:
+    def _estimate_rises(self, rise: float, text: str) -> list[float]:
         """What is left of a rise after training; never more, as training that makes a model worse is dropped."""
         assert self.recovery is not None
         points = self.recovery.points
-        found = [rise * (1 - self.given_back(point, text)) for point in points]
-        after = [self._rise(point.texts[text]) for point in points]
-        before = [self._rise(self._untrained(point).texts[text]) for point in points]
+        found = [rise * (1 - self.compute_recovered(point, text)) for point in points]
+        after = [self._compute_rise(point.texts[text]) for point in points]
+        before = [self._compute_rise(self._find_untrained(point).texts[text]) for point in points]
         if len(points) == TRAINED and before[0] != before[1]:
             slope = (after[1] - after[0]) / (before[1] - before[0])
             found.append(after[0] + slope * (rise - before[0]))
         return [min(each, rise) for each in found]
 
-    def _untrained(self, trained: Point) -> Point:
+    def _find_untrained(self, trained: Point) -> Point:
         return next(point for point in self.division if point.widths == trained.widths)
 
-    def _rise(self, figures: Figures) -> float:
-        """The change on the scale of its shares: of the perplexity its logarithm."""
+    def _compute_rise(self, figures: Figures) -> float:
+        """The change on a scale that adds up: as a logarithm (the rise of the loss) if the measure is perplexity."""
         return figures.rise if self.measure == "perplexity" else figures.change
 
-    def _rise_error(self, figures: Figures) -> float:
+    def _compute_rise_error(self, figures: Figures) -> float:
+        """The standard error on the scale of ``_compute_rise``: the derivative of log(1 + x) is 1 / (1 + x)."""
         return figures.error / (1 + figures.change) if self.measure == "perplexity" else figures.error
 
-    def _change(self, rise: float) -> float:
+    def _compute_change(self, rise: float) -> float:
+        # exp(709.8) is the largest float. Other measures are at least 0; a perplexity may fall.
         return math.expm1(min(rise, 700.0)) if self.measure == "perplexity" else max(rise, 0.0)
 
     @property
@@ -205,33 +207,33 @@ class Advice:
         if last is None or not last.rise:
             return None
 
-        def below(point: Point) -> float:
+        def compute_depth(point: Point) -> float:
             return point.sparsity / last.sparsity - point.rise / last.rise
 
-        best = max(self.division, key=below)
-        return best if below(best) >= KNEE else None
+        best = max(self.division, key=compute_depth)
+        return best if compute_depth(best) >= KNEE else None
 
     def to_json(self) -> Json:
         """The JSON of ``mptk advise --json``."""
-        best, safe = self.recommended, {text: self.safe(text) for text in self.texts}
+        best, safe = self.recommended, {text: self.find_safe(text) for text in self.texts}
         return {
             "format": ADVICE_FORMAT,
             **asdict(self),
-            "recovery": self._recovery_json(),
+            "recovery": self._convert_recovery(),
             "safe": {text: None if point is None else point.sparsity for text, point in safe.items()},
             "recommended": None if best is None else asdict(best),
             "knee": None if self.knee is None else self.knee.sparsity,
         }
 
-    def _recovery_json(self) -> Json | None:
+    def _convert_recovery(self) -> Json | None:
         if self.recovery is None:
             return None
-        after = {text: [asdict(self.after(point, text)) for point in self.division] for text in self.texts}
+        after = {text: [asdict(self.estimate_after(point, text)) for point in self.division] for text in self.texts}
         best = self.recommended_after
         return {**asdict(self.recovery), "after": after, "recommended": None if best is None else asdict(best)}
 
 
-def distinct(points: Sequence[Point]) -> tuple[Point, ...]:
+def sort_distinct(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points without repeated widths, by rising sparsity."""
     found = {tuple(point.widths.items()): point for point in points}
     return tuple(sorted(found.values(), key=lambda point: point.sparsity))

@@ -1,6 +1,6 @@
 """chain: the values that the stages of a run hand on, and the protocols of methods and targets.
 
-Prepared → Chosen → Compiled → Proven → Report (``report.py``). One function of ``mptk.chain`` makes each value.
+Prepared → Chosen → Compiled → Proven → Report (``report.py``). One function of ``mptk.run`` makes each value.
 
 Three things differ between runs: how units are chosen (``Method``), what is written (``Target``), and the kind of model
     (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add more by
@@ -20,29 +20,31 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.config.learning import Learning
-from mptk.config.settings import Settings
+from mptk.config import Learning, Settings
 from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel
-from mptk.distributed.processes import once, replica
-from mptk.io.models import Loaded
-from mptk.ir.alignment import Alignment
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program, typical_size
-from mptk.ir.resolved_plan import Cut, kept_units
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.protocols.conversion import Analysed, Conversion, imitated
-from mptk.protocols.origin import Origin
-from mptk.protocols.shapes import Shapes
+from mptk.distributed.processes import make_replica, run_once
+from mptk.io import Loaded
+from mptk.ir import (
+    Alignment,
+    Analysis,
+    Cut,
+    Log,
+    Plan,
+    Program,
+    Samples,
+    Variables,
+    Weights,
+    collect_kept_units,
+    compute_typical_size,
+)
+from mptk.protocols.conversion import Analysed, Conversion, DenseModel
 from mptk.protocols.task import Task
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
-from mptk.staged.staged import EXECUTOR, Executor
-from passes.targets.legalize import Candidate, LegalWidths, graph_widths
-from passes.transforms.fold_norms import epsilons
-from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
+from mptk.staged.staged import Executor
+from passes.targets.legalize import Candidate, LegalWidths, find_graph_widths
+from passes.transforms.fold_norms import find_epsilons
+from passes.transforms.insert_masks import MaskSite, find_disturbance, find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.verify import Difference
 
@@ -51,53 +53,66 @@ from passes.verify import Difference
 class Prepared:
     """An analysed dense model with the widths that the settings and the target allow.
 
-    ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget; empty if a ``plan``
-    is given, and then ``cut`` is the resolved plan. ``shapes``: the ranking of a search, of which the only candidate is
-    the best. ``executor`` runs the programs. ``conversions``: the conversions that made ``loaded`` from the user's
-    model. ``origin``: digests of the inputs. ``start``: the larger cut that the run begins with; None: the dense model.
-    ``imitates``: the reference for training and quality, if it is not the model itself or that before its conversions.
+    ``model``: what units are chosen from: the dense model or, in its shapes, a larger cut of it. ``legal``: all legal
+    widths; ``candidates``: those that meet the budget. ``planned``: the choice of a given plan, in place of candidates.
+    ``start``: the larger cut that the run begins with; None: the dense model.
     """
 
-    source: str
+    dense: DenseModel
+    model: Analysed
     settings: Settings
-    loaded: Loaded
-    task: Task
     method: Method
     target: Target
-    analysis: Analysis
     legal: LegalWidths
     cost: CostModel
-    executor: Executor = EXECUTOR
     candidates: tuple[Candidate, ...] = ()
-    plan: Plan | None = None
-    cut: Cut | None = None
-    shapes: Shapes | None = None
-    conversions: tuple[Conversion, ...] = ()
-    origin: Origin = field(default_factory=Origin)
+    planned: Chosen | None = None
     start: Chosen | None = None
-    imitates: Analysed | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """The weights of ``model``."""
+        return self.model.loaded
+
+    @property
+    def task(self) -> Task:
+        """The task of ``model``."""
+        return self.model.task
+
+    @property
+    def analysis(self) -> Analysis:
+        """The analysis of ``model``."""
+        return self.model.analysis
+
+    @property
+    def conversions(self) -> tuple[Conversion, ...]:
+        """The conversions that made ``model`` from the user's model."""
+        return self.dense.conversions
+
+    @property
+    def executor(self) -> Executor:
+        """Runs the programs."""
+        return self.dense.executor
 
     @property
     def given(self) -> Loaded:
         """The user's dense model, before conversions."""
-        return self.conversions[0].before.loaded if self.conversions else self.loaded
+        return self.dense.given.loaded
 
     @property
     def compared(self) -> Loaded:
         """The reference for training and quality: the dense model before the conversions that change its outputs."""
-        model = self.imitates or imitated(self.conversions)
-        return self.loaded if model is None else model.loaded
+        return self.dense.reference.loaded
 
     @property
     def reference(self) -> Program:
         """The program of ``compared``."""
-        model = self.imitates or imitated(self.conversions)
-        return self.analysis.program if model is None else model.analysis.program
+        return self.dense.reference.analysis.program
 
     @property
     def dtype(self) -> torch.dtype:
         """The type in which the weights are stored."""
-        return stored_type(self.settings, self.loaded)
+        return find_stored_type(self.settings, self.loaded)
 
     @property
     def calibrator(self) -> Executor:
@@ -105,32 +120,41 @@ class Prepared:
         return replace(self.executor, compute=getattr(torch, self.settings.compute_dtype))
 
     @property
+    def variables(self) -> Variables:
+        """All widths of the model, of which legal sets and candidates name some."""
+        return self.cost.variables
+
+    @property
     def families(self) -> list[str]:
-        """The families that are cut."""
-        return list(self.candidates[0].widths if self.plan is None else self.plan.families)
+        """The names of what is cut: families, or layers of them."""
+        return list(self.candidates[0].widths if self.planned is None else self.planned.plan.families)
 
     @property
     def stays(self) -> dict[str, Tensor]:
         """The units that a larger cut left to choose from: family → boolean [layers, scopes, size]. Others have all."""
-        return {} if self.start is None else kept_units(self.analysis, self.start.cut, list(self.start.plan.families))
+        return (
+            {}
+            if self.start is None
+            else collect_kept_units(self.analysis, self.start.cut, list(self.start.plan.families))
+        )
 
     @cached_property
     def under_norms(self) -> list[str]:
         """The families whose norms get other weights with their width (``passes/transforms/fold_norms.py``)."""
-        families = [self.analysis.family(name) for name in self.families]
-        return [f.name for f in families if f.kind == "channels" and epsilons(self.analysis, f)]
+        cut = [self.analysis.variable(name) for name in self.families]
+        return [v.name for v in cut if v.kind == "channels" and find_epsilons(self.analysis, v.family)]
 
     @property
     def norms_change(self) -> list[str]:
         """Those of ``under_norms`` that a plan names, or some candidate cuts."""
-        size = {name: self.analysis.family(name).size for name in self.under_norms}
+        size = {name: self.analysis.variable(name).size for name in self.under_norms}
         cut = {name for name in size if any(each.widths[name] < size[name] for each in self.candidates)}
-        return [name for name in size if self.plan is not None or name in cut]
+        return [name for name in size if self.planned is not None or name in cut]
 
     @cached_property
     def weight_size(self) -> float:
         """The median of the dense weight matrices' root mean squares, of which learning rates are a share."""
-        return once(lambda: typical_size(self.reference))
+        return run_once(lambda: compute_typical_size(self.reference))
 
     @property
     def mask_learning(self) -> Learning:
@@ -142,36 +166,36 @@ class Prepared:
         """How the cut model is trained."""
         return self.settings.learning.of_recovery(bool(self.norms_change), self.weight_size)
 
-    def dense(self, weights: bool = True) -> PreTrainedModel:
+    def copy_model(self, weights: bool = True) -> PreTrainedModel:
         """A copy of the dense module to adapt and to move; its parameters share the dense weights' memory.
 
         ``weights``: whether parameters need values; if not, they take no memory.
         """
-        return replica(self.loaded.whole() if weights else self.loaded.model, weights)
+        return make_replica(self.loaded.load_all() if weights else self.loaded.model, weights)
 
-    def teacher(self, weights: bool = True) -> PreTrainedModel:
-        """The reference module, copied as in ``dense``."""
-        return replica(self.compared.whole() if weights else self.compared.model, weights)
+    def copy_teacher(self, weights: bool = True) -> PreTrainedModel:
+        """The reference module, copied as in ``copy_model``."""
+        return make_replica(self.compared.load_all() if weights else self.compared.model, weights)
 
     @cached_property
     def mask_sites(self) -> tuple[MaskSite, ...]:
         """The mask sites of these families in the module; families that masks cannot hold have none."""
-        maskable = [name for name in self.families if disturbed(self.analysis, name) is None]
+        maskable = [name for name in self.families if find_disturbance(self.analysis, name) is None]
         return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
 
-    def sites_of(self, plan: Plan) -> list[MaskSite]:
+    def find_plan_sites(self, plan: Plan) -> list[MaskSite]:
         """The mask sites of the families that a plan cuts."""
         return [site for site in self.mask_sites if site.family in plan.families]
 
 
-def reconstructs(settings: Settings, method: Method) -> bool:
+def should_reconstruct(settings: Settings, method: Method) -> bool:
     """Whether consumers are fitted to the dense layers' outputs."""
     if settings.reconstruct is None:
         return bool(settings.distil_epochs) or (not settings.fixed and method.reconstructs)
     return settings.reconstruct
 
 
-def stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
+def find_stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
     """The type in which the result's weights are stored."""
     made: torch.dtype = loaded.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return made
@@ -197,7 +221,7 @@ class Chosen:
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Chosen:
         """Add ``weights`` as trained weights."""
-        changes = Weights(self.changes).updated(weights)
+        changes = Weights(self.changes).with_entries(weights)
         return replace(self, changes=changes, trained=tuple(changes))
 
 
@@ -243,8 +267,8 @@ class Proven:
 class Method(Protocol):
     """How to choose the units that stay.
 
-    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: by default consumers are fitted to
-    the dense layers' outputs. ``divides``: it can give each layer its own width. ``splits``: most divisions of the
+    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: by default consumers are fitted
+    to the dense layers' outputs. ``divides``: it can give each layer its own width. ``splits``: most divisions of the
     budget among families to choose from, spread over all legal ones; None: all.
     """
 
@@ -259,7 +283,7 @@ class Method(Protocol):
         """Raise MptkError if the method cannot do what the settings ask."""
         return None
 
-    def refusal(self, analysis: Analysis, family: str) -> str | None:
+    def explain_refusal(self, analysis: Analysis, family: str) -> str | None:
         """The reason why the method cannot choose among this family's units, or None."""
         return None
 
@@ -289,22 +313,24 @@ class Target(Protocol):
     ragged: bool = False
     drafts: bool = False
 
-    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+    def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         """Each family's legal widths; by default all widths that the graph's ops accept."""
-        return graph_widths(analysis, alignment)
+        return find_graph_widths(analysis, alignment)
 
     def check_program(self, program: Program) -> None:
         """Raise MptkError, before any work, if the target cannot hold a program's calls or its conditions on sizes."""
         return None
 
-    def elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
+    def find_elsewhere(self, analysis: Analysis, legal: LegalWidths, alignment: Alignment) -> LegalWidths | None:
         """Additional widths that the model's own class cannot hold but another class can; None if there are none.
 
-        ``legal``: the result of ``legal``.
+        ``legal``: the result of ``find_legal``.
         """
         return None
 
-    def home(self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]) -> str | None:
+    def name_home(
+        self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]
+    ) -> str | None:
         """The name of that other class for ``widths``, or None."""
         return None
 
@@ -320,11 +346,11 @@ class Target(Protocol):
         """Write into the existing ``folder``; returns notes for the report. ``log``: for records of passes."""
         ...
 
-    def wrote(self, folder: Path) -> bool:
+    def has_written(self, folder: Path) -> bool:
         """Whether ``folder`` was written for this target."""
         ...
 
-    def files(self, compiled: Compiled, folder: Path) -> frozenset[str] | None:
+    def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str] | None:
         """The names of the files that ``emit`` may have written, by which ``verify`` finds planted ones; None: any.
 
         Raises:
@@ -332,7 +358,7 @@ class Target(Protocol):
         """
         return None
 
-    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+    def make_checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         """The parts of ``folder`` that must equal the cut program. ``crossed``: positions that decoding must cross.
 
         Raises:
@@ -340,11 +366,11 @@ class Target(Protocol):
         """
         return Checks()
 
-    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
+    def compare_rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """Parts that may differ by rounding, as a graph in float16. They are checked last."""
         return []
 
-    def remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
+    def compare_remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
         """Write again what only a comparison with the written can prove, as a graph that is wrong for one length.
 
         ``verify`` asks for it, ``prune`` does not: it would compare its files with themselves. Returns a note; may be
@@ -355,6 +381,6 @@ class Target(Protocol):
         """
         return ""
 
-    def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
+    def list_extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """Parts that are left out of the folder if their check fails, as a quantised graph. They are checked last."""
         return []

@@ -9,14 +9,11 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from mptk.config.settings import Settings
-from mptk.io.models import Loaded
-from mptk.ir.families import Analysis
-from mptk.ir.plan import Entry
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.config import Settings
+from mptk.io import Loaded
+from mptk.ir import Analysis, Entry, Program, Samples
 from mptk.protocols.task import Task
-from mptk.staged.staged import Executor
+from mptk.staged.staged import EXECUTOR, Executor
 from passes.verify import StageOutputs
 
 
@@ -29,10 +26,19 @@ class Analysed:
     analysis: Analysis
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A dense model that is open, with its task. ``plain``: not a transformers model, so it has no stock class."""
+
+    loaded: Loaded
+    task: Task
+    plain: bool = False
+
+
 Analyse = Callable[[Loaded], Analysed]
 """Traces and analyses a converted model; the task is the original model's."""
 Change = Callable[[Analysed, Analyse], "Conversion"]
-"""Converts a model."""
+"""Converts an analysed model, and analyses the result with the function that it is given."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,10 @@ class Conversion(ABC):
     ``config_changes``: field → [old, new]. ``weights``: the fitted weights of ``after``, in its shapes.
 
     Each kind declares: ``name``: its key in a plan and in a report and, with hyphens, its option. ``stage``: its stage
-        in a run and in the proof. ``settles``: what its entry in a plan decides. ``does``: what it does to a model.
-        ``fits``: the stage that fits weights to samples; then quality is compared with the model before. It is empty if
-        both models compute the same; then quality is compared with the model after. ``told``: keys of its report row
-        that the plan lacks.
+    in a run and in the proof. ``settles``: what its entry in a plan decides. ``does``: what it does to a model.
+    ``fits``: the stage that fits weights to samples; then quality is compared with the model before. It is empty if
+    both models compute the same; then quality is compared with the model after. ``told``: keys of its report row that
+    the plan lacks.
     """
 
     name: ClassVar[str]
@@ -62,7 +68,7 @@ class Conversion(ABC):
 
     @classmethod
     @abstractmethod
-    def asked(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
         """The conversion that the settings ask for, with the caller's ``texts``; None if they ask for none.
 
         Raises:
@@ -71,7 +77,7 @@ class Conversion(ABC):
 
     @classmethod
     @abstractmethod
-    def planned(cls, entry: Entry) -> Change:
+    def from_entry(cls, entry: Entry) -> Change:
         """The conversion that a plan's entry asks for. Raises MptkError if the entry is wrong."""
 
     @property
@@ -85,10 +91,10 @@ class Conversion(ABC):
         """A note for the report; may be empty."""
 
     @abstractmethod
-    def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
+    def make_equal_pair(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         """Two programs that must give the same outputs."""
 
-    def row(self) -> dict[str, object]:
+    def to_row(self) -> dict[str, object]:
         """Its row in a report, under its name; empty if the report has no field for it."""
         return {}
 
@@ -97,7 +103,7 @@ class Conversion(ABC):
         """The changes of the config, as in a report's row."""
         return {"config_changes": {name: list(values) for name, values in self.config_changes.items()}}
 
-    def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:
+    def fit_weights(self, samples: Samples, few: Samples, executor: Executor) -> Self:
         """Fit its weights to ``samples``. ``few``: a short batch of these."""
         return self
 
@@ -107,6 +113,28 @@ class Conversion(ABC):
         return None
 
 
-def imitated(conversions: Sequence[Conversion]) -> Analysed | None:
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense model that is analysed, after its conversions. The runs of a ladder share it.
+
+    ``given``: the user's model and its task, before conversions. ``executor``: runs its programs. ``training``,
+    ``evaluation``: the caller's samples in memory, which may come from an iterator that is read only once; None: they
+    were not read yet.
+    """
+
+    given: Opened
+    model: Analysed
+    conversions: tuple[Conversion, ...] = ()
+    executor: Executor = EXECUTOR
+    training: Samples | None = None
+    evaluation: Samples | None = None
+
+    @property
+    def reference(self) -> Analysed:
+        """The reference for training and quality: the model before the conversions that change its outputs."""
+        return find_imitated(self.conversions) or self.model
+
+
+def find_imitated(conversions: Sequence[Conversion]) -> Analysed | None:
     """The reference for quality if it is not the converted model itself; else None."""
     return next((each.before for each in conversions if each.fits), None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.io.resident import Resident, memory_bound
-from mptk.ort.sessions import CPU, HOST, providers
+from mptk.io import Resident, choose_memory_bound
+from mptk.ort.sessions import CPU, HOST, list_providers
 from mptk.staged.staged import Executor
 
 RESIDENT_SHARE, STAGE_SHARE, BORDERS_SHARE = 0.5, 0.25, 0.125
@@ -15,20 +15,21 @@ RESIDENT_SHARE, STAGE_SHARE, BORDERS_SHARE = 0.5, 0.25, 0.125
 The rest is for computing a stage."""
 
 
-def execution(settings: Settings) -> tuple[Resident, Executor]:
+def build_executor(settings: Settings) -> tuple[Resident, Executor]:
     """The store of weights and the executor of programs, within the settings' memory.
 
     Raises:
         MptkError: there is no such device.
     """
-    bound, device = memory_bound(settings.memory), find_device(settings.device)
+    bound, device = choose_memory_bound(settings.memory), find_device(settings.device)
+    # A stage's weights go to the device, so its memory bounds them, too.
     stage = STAGE_SHARE * bound
-    if (room := device_memory(device)) is not None:
+    if (room := measure_device_memory(device)) is not None:
         stage = min(stage, STAGE_SHARE * room)
     return Resident(int(RESIDENT_SHARE * bound)), Executor(stage=stage, borders=BORDERS_SHARE * bound, device=device)
 
 
-def device_memory(device: torch.device) -> float | None:
+def measure_device_memory(device: torch.device) -> float | None:
     """Free bytes of the device's own memory; None if it has none or the number is unknown."""
     if device.type == "cpu":
         return None
@@ -42,6 +43,7 @@ def find_device(name: str) -> torch.device:
     Raises:
         MptkError: this machine has no such device.
     """
+    # torch.device() takes the name of any device, also of one that is not here, so each part is checked.
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return there or CPU
@@ -60,14 +62,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def session_device(name: str) -> torch.device:
+def find_session_device(name: str) -> torch.device:
     """The device of that name for ONNX Runtime; ``auto`` is the CPU if there is no provider for the accelerator.
 
     Raises:
         MptkError: this machine has no such device, or this ONNX Runtime no execution provider for it.
     """
     device = find_device(name)
-    if device.type == "cpu" or providers(device)[0][0] != HOST:
+    # The CPU's provider is the last of the list, so it is first only if there is none for this device.
+    if device.type == "cpu" or list_providers(device)[0][0] != HOST:
         return device
     if name != "auto":
         raise MptkError(

@@ -1,4 +1,7 @@
-"""onnx_form: the protocol for writing a kind of model as ONNX, and the dense model that it gets."""
+"""onnx_form: the protocol for writing a kind of model as ONNX, and the dense model that it gets.
+
+A form gets the dense model and the plan, not the cut program: a decoder is traced anew, with a KV cache, and then cut.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
-from mptk.io.models import Loaded
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.config import Settings
+from mptk.io import Loaded
+from mptk.ir import Log, Plan, Program, Samples
 from mptk.protocols.values import Checks
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.targets.onnx.names import ONNX_FILE, quantized
+from passes.targets.onnx.names import ONNX_FILE, name_quantized_file
 from passes.verify import Difference
 
 
@@ -37,16 +37,16 @@ class Dense:
     executor: Executor = EXECUTOR
     about: Mapping[str, str] = field(default_factory=dict)
 
-    def weighted(self, program: Program) -> Program:
+    def put_weights(self, program: Program) -> Program:
         """Another trace of the same model, with the weights of this one."""
         if self.program is None:
             return self.loaded.with_weights(program)
-        return self.loaded.with_weights(program).with_state(self.program.module_state())
+        return self.loaded.with_weights(program).with_state(self.program.collect_module_state())
 
-    def first(self, samples: Samples) -> Tensor:
+    def compute_first(self, samples: Samples) -> Tensor:
         """The program's first output."""
         assert self.program is not None
-        found = next(self.executor.outputs([self.program], [samples.tensors]))
+        found = next(self.executor.run_programs([self.program], [samples.tensors]))
         output: Tensor = found if isinstance(found, Tensor) else found[0]
         return output
 
@@ -63,9 +63,9 @@ class Use:
     positions: int = 0
     scheme: str = ""
 
-    def graph(self, file: Path) -> Path:
+    def find_graph(self, file: Path) -> Path:
         """The scheme's graph beside the main one in ``file``."""
-        return quantized(file, self.scheme) if self.scheme else file
+        return name_quantized_file(file, self.scheme) if self.scheme else file
 
 
 class OnnxForm(Protocol):
@@ -92,7 +92,7 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
         """Stages of the proof: functions that run the graphs of ``folder`` on ``device``, tolerances, and providers.
 
         ``settings``: the form that the graphs must have.
@@ -102,7 +102,7 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         """What the proof also runs, besides its own batches: other sizes and values, drawn by ``seed``.
 
         Empty if the stages run other sizes by themselves. ``samples``: the proof's short batch. ``longer``: whether
@@ -110,11 +110,11 @@ class OnnxForm(Protocol):
         """
         return []
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         """A function that runs a main graph as the program runs, with the graphs of its scheme beside it."""
         ...
 
-    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         """The largest difference that quantising makes. ``pairs``: its outputs and the float graph's."""
         ...
 
@@ -124,6 +124,6 @@ class OnnxForm(Protocol):
         """Write the files that programs need to find the graphs in the subfolder ``graphs`` of ``folder``."""
         return None
 
-    def half(self, folder: Path) -> bool:
+    def is_half(self, folder: Path) -> bool:
         """Whether the main graph computes in float16."""
         return False

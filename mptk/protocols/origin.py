@@ -1,4 +1,8 @@
-"""origin: digests of a run's inputs (model, tokenizer, data, plan), taken before the run begins."""
+"""origin: digests of a run's inputs (model, tokenizer, data, plan), taken before the run begins.
+
+A run takes hours, and reads its model and its data again and again. A file that changes meanwhile would give a result
+that is of neither the old inputs nor the new ones, and the proof need not notice.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mptk.config.choices import IN_MEMORY
-from mptk.config.settings import Settings
+from mptk.config import IN_MEMORY, Settings
 from mptk.errors import MptkError
-from mptk.files import json_text, path_of
-from mptk.io import data
-from mptk.io.dense import files_of, fingerprint
-from mptk.io.live import weights_fingerprint
-from mptk.io.models import Loaded
-from mptk.ir.plan import Plan
-from mptk.publish.manifest import MARKER, file_digests, file_sha256
+from mptk.files import expand_path, format_json
+from mptk.io import Loaded, data, hash_loaded_weights, hash_model, list_model_files
+from mptk.ir import Plan
+from mptk.publish.manifest import MARKER, compute_digests, hash_file
 
+# Names of inputs as messages show them.
 GIVEN_WEIGHTS, GIVEN_TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
 ADDED = '"added_tokens"'
@@ -39,72 +40,76 @@ class Origin:
 
     def require(self, now: Origin) -> None:
         """Raise MptkError if the inputs ``now`` differ: the result would mix old and new."""
-        if changed := differing(self.parts, now.parts):
+        if changed := name_differing(self.parts, now.parts):
             raise MptkError(f"{changed} changed during the run, so nothing was published; start again")
 
 
-def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | None, plan: Plan | None) -> Origin:
+def compute_origin(source: str, loaded: Loaded, settings: Settings, start: Path | None, plan: Plan | None) -> Origin:
     """Digests of the inputs of a run on ``source``. ``start``: the folder whose weights it trains. ``plan``: as read.
 
-    Unchanged files are not read again.
+    Digests of files are kept by the file system's data on them, so unchanged files are not read again.
     """
-    model, parts = _dense_parts(source, loaded)
+    model, parts = _hash_dense_parts(source, loaded)
     if settings.plan is not None and plan is not None:
         parts[settings.plan] = plan.digest
-    others = [settings.inputs, *(str(path_of(each) / MARKER) for each in (start, settings.larger) if each is not None)]
+    # Of a pruned folder only the manifest is hashed: it has the digests of all other files.
+    others = [
+        settings.inputs,
+        *(str(expand_path(each) / MARKER) for each in (start, settings.larger) if each is not None),
+    ]
     with contextlib.suppress(OSError):  # a file that cannot be read is named where it is read
-        parts |= data.file_digests(*named(settings))
-        parts |= {each: file_sha256(path_of(each)) for each in others if each is not None}
+        parts |= data.hash_text_files(*list_sources(settings))
+        parts |= {each: hash_file(expand_path(each)) for each in others if each is not None}
     return Origin(model, parts)
 
 
-def _dense_parts(source: str, loaded: Loaded) -> tuple[str, dict[str, str]]:
+def _hash_dense_parts(source: str, loaded: Loaded) -> tuple[str, dict[str, str]]:
     """The dense model's fingerprint, and digests of its parts and of the tokenizer."""
     parts: dict[str, str] = {}
     if loaded.live:
-        model = parts[GIVEN_WEIGHTS] = weights_fingerprint(loaded)
+        model = parts[GIVEN_WEIGHTS] = hash_loaded_weights(loaded)
     else:
-        files = files_of(source, local=True)
-        model, digests = fingerprint(source, local=True), file_digests(files.values())
+        files = list_model_files(source, local=True)
+        model, digests = hash_model(source, local=True), compute_digests(files.values())
         parts |= {MODEL_FILE + name: digest for name, digest in zip(files, digests, strict=True)}
     if loaded.tokenizer is not None:  # a caller may give one of his own
-        parts[GIVEN_TOKENIZER] = _digest_of(loaded.tokenizer)
+        parts[GIVEN_TOKENIZER] = _hash_tokenizer(loaded.tokenizer)
     return model, parts
 
 
 def check_dense(source: str, loaded: Loaded, origin: Origin) -> None:
     """Raise MptkError if the dense model of a run, or its tokenizer, is no longer as the run found it.
 
-    A pruned model that was not opened from its folder is computed from the dense model's weights.
+    A pruned model that was not opened from its folder is computed anew from the dense weights.
     """
-    _, now = _dense_parts(source, loaded)
-    if changed := differing({name: origin.parts.get(name) for name in now}, now):
+    _, now = _hash_dense_parts(source, loaded)
+    if changed := name_differing({name: origin.parts.get(name) for name in now}, now):
         raise MptkError(
             f"the dense {loaded.source} changed since it was pruned ({changed}); put it back, or save the pruned model "
             "and open its folder"
         )
 
 
-def check_tokenizer(loaded: Loaded, origin: Origin) -> None:
+def check_given_tokenizer(loaded: Loaded, origin: Origin) -> None:
     """Raise MptkError if the tokenizer that a run was given is no longer as the run found it."""
-    if loaded.tokenizer is not None and _digest_of(loaded.tokenizer) != origin.parts.get(GIVEN_TOKENIZER):
+    if loaded.tokenizer is not None and _hash_tokenizer(loaded.tokenizer) != origin.parts.get(GIVEN_TOKENIZER):
         raise MptkError(
             f"{GIVEN_TOKENIZER} of the dense {loaded.source} changed since it was pruned; put it back, or save the "
             "pruned model and open its folder"
         )
 
 
-def states_of(source: str) -> list[tuple[int, ...]]:
-    """The file system's data on a model's files, to notice changes; empty if they are not on this machine."""
+def read_file_states(source: str) -> list[tuple[int, ...]]:
+    """The file system's data on a model's files, to notice changes cheaply; empty if they are not on this machine."""
     try:
-        files = files_of(source, local=True).values()
+        files = list_model_files(source, local=True).values()
     except MptkError:
         return []
     states = [os.stat(file) for file in files]
     return [(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
 
 
-def check_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], where: Path) -> None:
+def check_kept_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], where: Path) -> None:
     """Raise MptkError if the caller's samples differ from the ones of the unfinished run ``where``."""
     if not all(name in kept and torch.equal(kept[name], tensor) for name, tensor in now.items()):
         raise MptkError(
@@ -112,24 +117,27 @@ def check_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], where: 
         )
 
 
-def named(settings: Settings) -> Sequence[str]:
+def list_sources(settings: Settings) -> Sequence[str]:
     """The named sources of samples and of a vocabulary."""
     sources = settings.data, settings.eval_data, settings.vocabulary
     return [source for source in sources if source not in (None, IN_MEMORY)]
 
 
-def differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """The names whose values differ, as words for a sentence; empty if all are equal."""
+def name_differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """The names whose values differ, joined by commas; empty if all are equal."""
     return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
 
 
-def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the parts of a tokenizer that make the ids, without its padding and truncation."""
+def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the parts of a tokenizer that make the ids.
+
+    Padding and truncation are left out: a call with either sets it in the tokenizer, and the ids stay the same.
+    """
     known = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
-    digest = hashlib.sha256(json_text(known, sort_keys=True).encode())
+    digest = hashlib.sha256(format_json(known, sort_keys=True).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        digest.update(json_text(tokenizer.get_vocab(), sort_keys=True).encode())
-    else:  # its text begins with how it cuts and pads
+    if backend is None:  # a tokenizer in Python
+        digest.update(format_json(tokenizer.get_vocab(), sort_keys=True).encode())
+    else:  # its JSON begins with truncation and padding, up to ``ADDED``
         digest.update("".join(backend.to_str().partition(ADDED)[1:]).encode())
     return digest.hexdigest()

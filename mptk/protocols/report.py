@@ -13,25 +13,29 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, WrapValidator, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from mptk.arguments import checked
-from mptk.config.setting import from_json, to_json
-from mptk.config.settings import Settings
+from mptk.arguments import guard_arguments
+from mptk.config import Settings, from_json, to_json
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
-from mptk.io.packaged import check_folder_named
+from mptk.io import check_folder_named
 from mptk.protocols.shapes import Shapes
 from mptk.publish.manifest import REPORT_FILE as REPORT_FILE
-from mptk.reading import Json, brief, damaged, made, read_json
+from mptk.reading import Json, make_damage_error, make_typed, read_json, shorten_text
 
 REPORT_FORMAT = "mptk-report/1"
 PROVEN_ON = "proof/inputs.safetensors"
-"""The samples of the proof, inputs by name. They are in a subfolder, as programs take any *.safetensors for weights."""
+"""The samples of the proof, inputs by name: in a subfolder, since programs take any ``*.safetensors`` for weights."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
 Number = float | None
 """Null if it is not finite."""
 ConfigChanges = Mapping[str, Sequence[object]]
 """Field of a config → [old, new]."""
+
+
+# ---- the rows of the file, as pydantic checks them ----
+#
+# A row is a mapping in the code and a TypedDict only where the file is read: other code may put more into it.
 
 
 class _Open(TypedDict):
@@ -48,7 +52,7 @@ class FamilyRow(_Open):
     layers: int
 
 
-def _narrower(row: FamilyRow) -> FamilyRow:
+def _check_narrower(row: FamilyRow) -> FamilyRow:
     if row["width"] > row["of"]:
         raise ValueError(f"it keeps {row['width']} of {row['of']}")
     return row
@@ -178,16 +182,17 @@ with_config(ConfigDict(extra="forbid"))(UsedRows)
 
 
 def _of(kind: object) -> GetPydanticSchema:
-    """The type that a file must have in a field whose value is used as plain JSON."""
+    """Check a field of a file as ``kind``, whatever its annotation in ``Report`` says."""
     return GetPydanticSchema(lambda _, schema: schema(kind))
 
 
-def _ranking(search: Row) -> Row:
+def _check_ranking(search: Row) -> Row:
     if search:
-        made(Shapes, search)
+        make_typed(Shapes, search)
     return search
 
 
+# An empty object stands for a part that was not done; any other must be whole.
 _OR_EMPTY = WrapValidator(lambda value, check: check(value) if value or not isinstance(value, dict) else value)
 Rows = Mapping[str, Row]
 
@@ -208,7 +213,7 @@ class Report:
     model: str
     model_sha256: str
     settings: Settings
-    families: Annotated[Rows, _of(Mapping[str, Annotated[FamilyRow, AfterValidator(_narrower)]])]
+    families: Annotated[Rows, _of(Mapping[str, Annotated[FamilyRow, AfterValidator(_check_narrower)]])]
     sparsity: float
     cost: Annotated[Rows, _of(CostRows)]
     splits: Annotated[Mapping[str, float], _of(Mapping[str, Number])]
@@ -229,7 +234,7 @@ class Report:
     live: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     recovery: Annotated[Row, _of(RecoveryRow)] = field(default_factory=dict)
-    search: Annotated[Row, AfterValidator(_ranking)] = field(default_factory=dict)
+    search: Annotated[Row, AfterValidator(_check_ranking)] = field(default_factory=dict)
     vocabulary: Annotated[Row, _of(VocabularyRow), _OR_EMPTY] = field(default_factory=dict)
     kv_heads: Annotated[Row, _of(HeadsRow), _OR_EMPTY] = field(default_factory=dict)
     changed: bool = False
@@ -243,27 +248,28 @@ class Report:
         write_json(folder / REPORT_FILE, self.to_json())
 
     @staticmethod
-    @checked
+    @guard_arguments
     def read(folder: str | Path) -> Report:
         """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
         check_folder_named(folder, "prune")
         path = Path(folder) / REPORT_FILE
+        # A command that was killed while it replaced the folder has left it under a hidden name: put it back first.
         tidy(path.parent.parent)
         if not path.is_file():
             raise MptkError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`")
-        data = read_json(path, damaged(path, "prune the model again"))
+        data = read_json(path, make_damage_error(path, "prune the model again"))
         if not isinstance(data, dict) or data.get("format") != REPORT_FORMAT:
             raise MptkError(f"{path} is not a {REPORT_FORMAT}; read it with the version of mptk that wrote it")
         try:
             settings = from_json(Settings, data.get("settings"), "settings")
-            return made(Report, {**data, "settings": settings})
+            return make_typed(Report, {**data, "settings": settings})
         except ValueError as error:
-            raise unreadable(folder, error) from error
+            raise make_report_error(folder, error) from error
 
 
-def unreadable(folder: str | Path, error: Exception) -> MptkError:
+def make_report_error(folder: str | Path, error: Exception) -> MptkError:
     """The error for a report with a missing or wrong field."""
-    said = brief(str(error) if isinstance(error, ValueError) else repr(error), 300)
+    said = shorten_text(str(error) if isinstance(error, ValueError) else repr(error), 300)
     return MptkError(
         f"{REPORT_FILE} in {folder} is damaged or was changed ({said}); do not use it, and prune the model again"
     )

@@ -1,49 +1,64 @@
-"""folder: the folder of an unfinished run. Files are written whole or not at all.
+"""run_folder: the folder of an unfinished run. Files are written whole or not at all.
 
 Each phase keeps its last two checkpoints and the best one. A folder is taken for an unfinished run only by mptk's mark,
-whatever its name and its files (``mptk/files/marks.py``).
+whatever its name and its files (``mptk/files/places.py``).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk.distributed.processes import leads, processes
+from mptk.distributed.processes import connect_processes, is_leader
 from mptk.errors import MptkError
 from mptk.files import (
-    cannot_write,
     discard,
+    format_json,
     hold_open,
     is_of,
     is_own,
-    json_text,
     make_mark,
     make_marked,
+    make_write_error,
     read_mark,
     tidy,
     write_file,
     write_text,
 )
-from mptk.io.untrusted import load_tensors
-from mptk.protocols.origin import differing
-from mptk.reading import Damaged, Json, damaged, json_object
+from mptk.io import load_tensors, read_metadata, stream_tensors, write_weights
+from mptk.ir import Weights
+from mptk.protocols.origin import name_differing
+from mptk.reading import Damaged, Json, make_damage_error, parse_json, read_json_object
+from mptk.staged.spool import spool_weights
 
 CHECKPOINTS_KEPT = 2
+"""If the newest checkpoint is damaged, the message asks to remove it, and the run continues from the one before."""
 SETTINGS = "settings.json"
 GIVEN = "given"
 """The digests of the run's inputs, in its settings (``mptk/protocols/origin.py``)."""
 METRICS = "metrics.jsonl"
 RUN_MARK = "mptk.mark"
+"""The file of mptk's mark in the folder."""
+FACTS = "facts"
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a stage found, as the folder of a run keeps it: tensors, and facts, which JSON holds."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -58,17 +73,19 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, settings: Json, resume: bool) -> None:
-        self.path = beside(out)
-        self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
-        file, state = self.path / SETTINGS, processes()
+        self.path = name_run_folder(out)
+        self._described = format_json(settings, indent=1, sort_keys=True) + "\n"
+        file, state = self.path / SETTINGS, connect_processes()
+        # The first process decides and cleans up. The others then see the same files, and take the same turns.
         if state.is_main_process:
             unfinished = check_unfinished(out, settings, resume)
             tidy(self.path)
             if unfinished and not resume:
                 self.remove()
-            if not (unfinished and resume):
+            if not (unfinished and resume):  # settings without stages: an earlier run ended before it kept anything
                 file.unlink(missing_ok=True)
         state.wait_for_everyone()
+        # Listed once: what this run writes itself must not count as found, or processes would differ in what they do.
         self._found = frozenset(path.name for path in self.path.glob("*"))
 
     def make(self) -> Path:
@@ -76,73 +93,74 @@ class RunFolder:
         make_run_folder(self.path)
         return self.path
 
-    def within(self, name: str) -> RunFolder:
+    def open_within(self, name: str) -> RunFolder:
         """The folder of a part of the run, in this one and of the same settings."""
-        return self.part(name, json.loads(self._described))
+        return self.open_part(name, json.loads(self._described))
 
-    def part(self, name: str, settings: Json, *, resume: bool = True) -> RunFolder:
-        """As ``within``, with settings of its own."""
+    def open_part(self, name: str, settings: Json, *, resume: bool = True) -> RunFolder:
+        """As ``open_within``, with settings of its own."""
         return RunFolder(self.make() / name, settings, resume)
 
-    def holds(self, file: str) -> bool:
-        """Whether a file existed when the run was resumed; the same in all processes."""
-        return file in self._found
+    def keep(self, name: str, make: Callable[[], Kept], *, once: bool = False, bound: float = math.inf) -> Kept:
+        """What ``make`` gave before the run was resumed; else what it gives now, which the first process stores.
 
-    def earlier(self, name: str) -> dict[str, Tensor] | None:
-        """What ``save`` wrote under that name before the run was resumed, or None."""
-        return self.tensors(name) if self.holds(f"{name}.safetensors") else None
+        This is how a run is resumed; only training has checkpoints, too, of its steps.
+
+        Args:
+            once: the first of several processes makes it, and the others read it. Else each makes its own.
+            bound: bytes of the stored tensors that stay in memory; the others go to temporary files.
+        """
+        with connect_processes().main_process_first() if once else nullcontext():
+            if self.keeps(name) or (once and self._file(name).exists()):
+                return self._read_kept(name, bound)
+            made = make()
+            if is_leader():
+                self.save(name, made.tensors, **({FACTS: format_json(made.facts)} if made.facts else {}))
+            return made
+
+    def keeps(self, name: str) -> bool:
+        """Whether something was kept under ``name`` when the run was resumed; the same in all processes."""
+        return self._file(name).name in self._found
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-        """Write ``NAME.safetensors``, whole or not at all."""
+        """Write ``NAME.safetensors``, whole or not at all. One tensor is in memory at a time."""
+        # The settings are written with the first result: only then is there something to continue.
         if not (self.make() / SETTINGS).is_file():
             write_text(self.path / SETTINGS, self._described)
-        whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
-        if processes().num_processes == 1:  # nobody else has to find the same
+        write_file(self._file(name), lambda file: write_weights(file, Weights(tensors), metadata or None))
+        if connect_processes().num_processes == 1:  # nobody else has to find the same
             self._found |= {f"{name}.safetensors"}
 
-    def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What ``save`` wrote under that name, or None. Raises MptkError if the file is damaged."""
-        return _tensors(self.path, name)
-
-    def tensor(self, name: str, key: str) -> Tensor:
-        """One tensor that ``save`` wrote under that name. Raises MptkError if the file is missing or damaged."""
-        path = self.path / f"{name}.safetensors"
-        found = load_tensors(path, _damaged(path))
-        if key not in found:
-            raise _damaged(path)(f"{key} is missing")
-        return found[key]
-
-    def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
+    def save_checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
         """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
         self.save(_name(phase, step), tensors)
-        for old in self._checkpoints(phase)[:-CHECKPOINTS_KEPT]:
+        for old in self._list_checkpoints(phase)[:-CHECKPOINTS_KEPT]:
             if best is None or old.stem != _name(phase, best):
                 old.unlink()
 
-    def checkpointed(self, phase: str, step: int) -> dict[str, Tensor]:
+    def read_checkpoint(self, phase: str, step: int) -> dict[str, Tensor]:
         """The stored state after ``step`` steps of a phase. Raises MptkError if the file is damaged."""
-        return _state(self.path / f"{_name(phase, step)}.safetensors")
+        return _read_state(self._file(_name(phase, step)))
 
-    def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
+    def read_latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
         """The number of steps and the state of a phase's newest checkpoint, or None."""
-        found = self._checkpoints(phase)
+        found = self._list_checkpoints(phase)
         if not found:
             return None
-        return int(found[-1].stem.rpartition("-")[2]), _state(found[-1])
+        return int(found[-1].stem.rpartition("-")[2]), _read_state(found[-1])
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
         with (self.make() / METRICS).open("a") as file:
             file.write(
-                json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
+                format_json({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
             )
 
-    def rewind(self, phase: str, step: int) -> None:
+    def drop_metrics(self, phase: str, step: int) -> None:
         """Drop the metrics that a resumed run will write again: the metrics of ``phase`` after ``step``."""
         path = self.path / METRICS
         if path.is_file():
-            rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
+            rows = [line for line in path.read_text().splitlines() if _is_earlier(line, phase, step)]
             write_text(path, "".join(row + "\n" for row in rows))
 
     def finish(self, folder: Path) -> None:
@@ -161,7 +179,17 @@ class RunFolder:
         if not kept - {SETTINGS, f"{name}.safetensors"}:
             self.remove()
 
-    def _checkpoints(self, phase: str) -> list[Path]:
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+    def _read_kept(self, name: str, bound: float) -> Kept:
+        """What was kept under ``name``. It is copied, since the result of a run outlives the run's folder."""
+        file = self._file(name)
+        damaged = _make_stage_error(file)
+        facts = parse_json(read_metadata(file, damaged).get(FACTS, "{}"), damaged)
+        return Kept(spool_weights(stream_tensors(file, damaged), bound), facts)
+
+    def _list_checkpoints(self, phase: str) -> list[Path]:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
 
 
@@ -171,17 +199,21 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
     Raises:
         MptkError: as ``RunFolder``; or its settings are damaged.
     """
-    path = beside(out)
+    path = name_run_folder(out)
     file = path / SETTINGS
+    # Stages that were kept make a run unfinished. Without them there is nothing to lose and nothing to continue.
     check_run_folder(path, resume)
     if not any(path.glob("*.safetensors")):
         return False
-    before = json_object(file, _damaged(file)) if os.path.lexists(file) else None
-    if not resume and (before is None or _trains(before)):
+    before = read_json_object(file, _make_stage_error(file)) if os.path.lexists(file) else None
+    # Hours of training are not thrown away without a word. A run that trains nothing is repeated as fast.
+    if not resume and (before is None or _has_training(before)):
         raise MptkError(f"{path} holds an unfinished run; add --resume to continue it, or remove it")
     if resume:
-        before, given = before or {}, json.loads(json_text(settings))
-        if GIVEN not in but and (others := differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
+        # Its inputs and its settings must be the same, and the message names the ones that are not. The settings go
+        # through JSON, so that a tuple equals the list that was read.
+        before, given = before or {}, json.loads(format_json(settings))
+        if GIVEN not in but and (others := name_differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
             raise MptkError(
                 f"{others} changed since {path} was started, so the result would mix old and new; restore what it was "
                 "started with, or remove it"
@@ -194,31 +226,34 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
     return True
 
 
-def kept_settings(out: Path) -> Json:
+def read_kept_settings(out: Path) -> Json:
     """The settings of the unfinished run beside ``out``, which is resumed; empty if there is none.
 
     Raises:
         MptkError: they are damaged; or as ``check_run_folder``.
     """
-    path, file = beside(out), beside(out) / SETTINGS
+    path, file = name_run_folder(out), name_run_folder(out) / SETTINGS
     check_run_folder(path, resume=True)
-    return json_object(file, _damaged(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
+    return read_json_object(file, _make_stage_error(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
 
 
-def kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
+def read_kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
     """What the unfinished run beside ``out`` kept under a name, or None. Raises MptkError if the file is damaged."""
-    return _tensors(beside(out), name)
+    path = name_run_folder(out) / f"{name}.safetensors"
+    return load_tensors(path, _make_stage_error(path)) if os.path.lexists(path) else None
 
 
 def check_run_folder(path: Path, resume: bool) -> None:
-    """Raise MptkError if there is something that is no unfinished run of mptk's. An empty folder is nobody's.
+    """Raise MptkError if something else than an unfinished run of mptk is at ``path``. An empty folder may be used.
 
-    With ``resume`` a copy of one is taken for one: the user has said that it is one, and its mark is made anew.
+    With ``resume`` a copy of an unfinished run is one, too: the user says so, and the copy gets a mark of its own.
     """
     if path.is_symlink():
         raise MptkError(f"{path} is a symbolic link, and the run keeps its stages there; remove the link")
     if not os.path.lexists(path):
         return
+    # By descriptor, so that nobody can exchange the folder between a look and the next. A mark holds for one folder of
+    # one owner: in a copy it is read, but is not of that folder.
     if path.is_dir():
         with hold_open(path.parent) as at, hold_open(path.name, at) as own:
             names, mark = os.listdir(own), read_mark(own, RUN_MARK)
@@ -252,7 +287,7 @@ def make_run_folder(path: Path) -> None:
     except OSError as error:
         check_run_folder(path, resume=False)  # another process of this run may have made it
         if not path.is_dir():
-            raise cannot_write(path, error) from error
+            raise make_write_error(path, error) from error
 
 
 def remove_run_folder(path: Path) -> None:
@@ -264,51 +299,39 @@ def remove_run_folder(path: Path) -> None:
             discard(path, RUN_MARK)
 
 
-def _tensors(folder: Path, name: str) -> dict[str, Tensor] | None:
-    path = folder / f"{name}.safetensors"
-    return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
-
-
-def kept(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the unfinished run kept under a name, or what ``make`` gives, which its first process then keeps."""
-    found = None if folder is None else folder.earlier(name)
-    if found is None:
-        found = make()
-        if folder is not None and leads():
-            folder.save(name, found)
-    return found
-
-
 def _name(phase: str, step: int) -> str:
     return f"{phase}-{step:08d}"
 
 
-def beside(out: Path) -> Path:
+def name_run_folder(out: Path) -> Path:
     """The folder of an unfinished run with this output."""
     return out.with_name(out.name + ".run")
 
 
-def _damaged(file: Path) -> Damaged:
-    """The error for a file from which a run cannot continue. An older checkpoint may exist beside a damaged one."""
+def _make_stage_error(file: Path) -> Damaged:
+    """The error for a file from which a run cannot continue.
+
+    Of a checkpoint only the file has to go, as an older one may be beside it; otherwise the whole folder.
+    """
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
-    return damaged(file, f"remove {what}, and start again with --resume")
+    return make_damage_error(file, f"remove {what}, and start again with --resume")
 
 
-def _state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint. Raises MptkError if it is damaged."""
-    found = load_tensors(file, _damaged(file))
+def _read_state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint. Raises MptkError if it is damaged; NaN would spoil all steps after it."""
+    found = load_tensors(file, _make_stage_error(file))
     if spoilt := next((n for n, t in found.items() if t.is_floating_point() and t.isnan().any()), None):
-        raise _damaged(file)(f"{spoilt} is not a number")
+        raise _make_stage_error(file)(f"{spoilt} is not a number")
     return found
 
 
-def _trains(settings: Json) -> bool:
-    """Whether the settings of an unfinished run ask for training or a search, which take long."""
+def _has_training(settings: Json) -> bool:
+    """Whether the settings of an unfinished run ask for training or a search, which take long; yes if in doubt."""
     learning = settings.get("learning")
     return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0
 
 
-def _earlier(line: str, phase: str, step: int) -> bool:
+def _is_earlier(line: str, phase: str, step: int) -> bool:
     try:
         row = json.loads(line)
     except json.JSONDecodeError:  # the run was stopped while it wrote

@@ -13,7 +13,7 @@ from mptk.reading import Json
 
 SHAPES_FORMAT = "mptk-shapes/1"
 WORST = 1e9
-"""The value for a loss that is not finite."""
+"""The value for a loss that is not finite: it can be compared and written as JSON, which infinity cannot."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Shape:
         """The predicted milliseconds or, without a prediction, the parameters."""
         return self.parameters if self.latency_ms is None else self.latency_ms
 
-    def beats(self, other: Shape) -> bool:
-        """Whether it reached the other's last stage, is neither dearer nor worse there, and better in one."""
+    def is_better_than(self, other: Shape) -> bool:
+        """Whether it dominates the other at the other's last stage: neither dearer nor worse, and better in one."""
         last = len(other.stages) - 1
         if len(self.stages) <= last:
             return False
@@ -90,7 +90,7 @@ class Shapes:
         """Among the shapes that reached the last stage, the one with the lowest loss."""
         return self.shapes[0]
 
-    def figure(self, loss: float) -> float | None:
+    def to_figure(self, loss: float) -> float | None:
         """A loss as the metric; None if it is not finite."""
         if loss >= WORST:
             return None
@@ -99,7 +99,7 @@ class Shapes:
     @property
     def front(self) -> tuple[Shape, ...]:
         """The Pareto front."""
-        return tuple(s for s in self.shapes if not any(other.beats(s) for other in self.shapes))
+        return tuple(s for s in self.shapes if not any(other.is_better_than(s) for other in self.shapes))
 
     def to_json(self) -> Json:
         """The JSON of ``mptk shapes --json``."""
@@ -108,11 +108,11 @@ class Shapes:
         return {"format": SHAPES_FORMAT, **asdict(self), "shapes": shapes}
 
 
-def ranked(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Sort by the stage reached, the last stage first, then by loss."""
+def rank_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Sort by the stage reached, the last stage first, then by loss: losses of different stages cannot be compared."""
     return tuple(sorted(shapes, key=lambda shape: (-len(shape.rungs), shape.loss)))
 
 
-def bounded(loss: float) -> float:
+def limit_loss(loss: float) -> float:
     """A loss that can be compared and stored: one that is not finite counts as the worst."""
     return loss if math.isfinite(loss) else WORST

@@ -1,4 +1,8 @@
-"""task: the protocol of a kind of model. mptk's own are in ``mptk/tasks``."""
+"""task: the protocol of a kind of model: what its samples, its loss, its metric and its outputs are.
+
+mptk's own are in ``mptk/tasks``. A class derives from ``Task`` and inherits the defaults, which fit a model whose
+``forward`` takes the samples' inputs by name.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.choices import IN_MEMORY
-from mptk.config.settings import Settings
-from mptk.io.data import protocol_name
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.ir.program import Program, ProgramModule
-from mptk.ir.samples import Samples
+from mptk.config import IN_MEMORY, Settings
+from mptk.io import Loaded, Runs, name_data
+from mptk.ir import Program, ProgramModule, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.onnx_form import OnnxForm
 from mptk.protocols.values import SampleSets
 from mptk.reading import Json
-from passes.frontend.trace import Flat, OpenSizes, results, uncached, unwrapped
+from passes.frontend.trace import Flat, OpenSizes, find_cache_switch, pick_results, unwrap_module
 
 
 class Task(Protocol):
@@ -39,7 +39,7 @@ class Task(Protocol):
     caches: bool = False
     onnx: OnnxForm | None = None
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""
         ...
 
@@ -51,19 +51,19 @@ class Task(Protocol):
         """Raise MptkError if the model does not compute what its class promises. ``example``: it was traced with it."""
         return None
 
-    def example(self, model: nn.Module) -> Samples:
+    def make_example(self, model: nn.Module) -> Samples:
         """A few small samples to trace the model with. The model may have no weights."""
         ...
 
-    def examples(self, model: nn.Module) -> Sequence[Samples]:
+    def make_examples(self, model: nn.Module) -> Sequence[Samples]:
         """``example``, and one of each other kind of samples that data may give."""
-        return (self.example(model),)
+        return (self.make_example(model),)
 
-    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
-        """Makes of a module and the names of its inputs what is traced. It gives the output that the loss takes."""
+    def choose_wrapper(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        """A function of a module and the names of its inputs that makes what is traced: it gives the loss's output."""
         return Flat
 
-    def like(self, example: Samples, samples: Samples) -> Samples:
+    def choose_example(self, example: Samples, samples: Samples) -> Samples:
         """An example to trace with for a program that will run on ``samples``."""
         return example
 
@@ -71,19 +71,19 @@ class Task(Protocol):
         """The sizes of ``example`` that a trace leaves open, if the class allows it."""
         return True
 
-    def further(self, model: nn.Module, samples: Samples) -> Mapping[str, Samples]:
+    def make_further(self, model: nn.Module, samples: Samples) -> Mapping[str, Samples]:
         """Inputs of other kinds that the class takes, made of ``samples``, by the end of their stage's name."""
         return {}
 
-    def parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
+    def name_parts(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         """Names that stand for families in ``--families`` and ``--keep`` → the modules that hold these families."""
         return {}
 
-    def only_length(self, program: Program) -> int | None:
+    def find_fixed_length(self, program: Program) -> int | None:
         """The tokens that each sample must have; None if any number is allowed, or samples have no tokens."""
         return program.length if self.sequences else None
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+    def draw_samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         """``count`` samples to calibrate or train on.
 
         Raises:
@@ -91,44 +91,46 @@ class Task(Protocol):
         """
         ...
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         """Samples to measure quality on."""
         ...
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
         """Samples of inputs, with the targets that the loss needs. ``data``: where the inputs come from."""
         return Samples(dict(inputs))
 
-    def named(self, model: nn.Module, data: str) -> str:
+    def name_data(self, model: nn.Module, data: str) -> str:
         """The name of ``data`` in the protocol of a measurement; ``data`` comes from the settings."""
-        return protocol_name(data)
+        return name_data(data)
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """The loss of the model's ``output``, summed over all predictions of ``samples``."""
         ...
 
-    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        """The function for gradients at the dense model; it differs from ``loss`` if the dense model minimises that."""
-        return self.loss(output, samples)
+    def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+        """For gradients at the dense model; differs from ``compute_loss`` if the dense model minimises that."""
+        return self.compute_loss(output, samples)
 
-    def predicted(self, samples: Samples) -> int:
-        """The number of terms in ``loss``."""
+    def count_predictions(self, samples: Samples) -> int:
+        """The number of terms in ``compute_loss``."""
         ...
 
     def call(self, module: nn.Module, samples: Samples, **more: Any) -> Any:
         """What a module of the class gives for samples. It may be in wrappers. ``more``: further keywords."""
-        return module(**samples.inputs, **uncached(module), **more)
+        return module(**samples.inputs, **find_cache_switch(module), **more)
 
     def read(self, called: Any) -> Any:
         """The program's outputs in what ``call`` gave."""
-        return results(called)
+        return pick_results(called)
 
-    def output(self, module: nn.Module, samples: Samples) -> Any:
+    def compute_output(self, module: nn.Module, samples: Samples) -> Any:
         """The program's outputs, computed by a module of the class or of a program."""
-        if isinstance(unwrapped(module), ProgramModule):
+        if isinstance(unwrap_module(module), ProgramModule):
             return module(**samples.inputs)
         return self.read(self.call(module, samples))
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         """Name → quality of each run, and ``protocol``: how it was measured."""
         ...

@@ -1,7 +1,8 @@
-"""values: values of a run's stages beside the chain (``chain.py``): context, samples, witness, checks."""
+"""values: what a run's stages use beside the values of ``chain.py``: context, samples, witness, checks."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mptk.errors import MptkError
-from mptk.io.models import Loaded
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.progress import Progress, within
-from mptk.protocols.run_folder import RunFolder
+from mptk.io import Loaded
+from mptk.ir import Log, Program, Samples, Weights
+from mptk.progress import Progress, enter_stage
+from mptk.protocols.run_folder import Kept, RunFolder
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
 
@@ -41,11 +39,18 @@ class Context:
     folder: RunFolder | None = None
     accelerator: Accelerator | None = None
 
+    def keep(self, name: str, make: Callable[[], Kept], *, once: bool = False, bound: float = math.inf) -> Kept:
+        """What the unfinished run kept under ``name``, or what ``make`` gives, which it then keeps.
+
+        ``once``, ``bound``: as in ``RunFolder.keep``. A run without a folder keeps nothing.
+        """
+        return make() if self.folder is None else self.folder.keep(name, make, once=once, bound=bound)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce and time a stage."""
         self.progress(name, 0, 0)
-        with self.log.stage(name), within(self.progress, name):
+        with self.log.stage(name), enter_stage(self.progress, name):
             yield
 
 
@@ -67,23 +72,25 @@ class SampleSets:
     @property
     def proof(self) -> Samples:
         """The proof's short batch."""
-        return short(self.calibration, self.sequences)
+        return shorten_samples(self.calibration, self.sequences)
 
 
-def short(samples: Samples, sequences: bool) -> Samples:
+def shorten_samples(samples: Samples, sequences: bool) -> Samples:
     """The proof's short batch of ``samples``, repeated if they are few. ``sequences``: as in their task."""
+    # Only sequences may be cut: a model may take other inputs in one length only.
     count, length = PROOF_SHAPE
-    found = samples.shortened(count, length if sequences else sys.maxsize)
+    found = samples.shorten(count, length if sequences else sys.maxsize)
     if len(found) == count or samples.together is not None:
         return found
-    return Samples(found.repeated(count).inputs)[:count]
+    return Samples(found.repeat(count).inputs)[:count]
 
 
 @dataclass(frozen=True)
 class Witness:
     """A trained model's own ``outputs`` on the proof's short batch, before its weights are adopted.
 
-    ``tolerance``: largest allowed difference of the adopted weights' outputs, relative to the largest output.
+    They show that merging adapters, or turning learned masks into a plan, lost nothing. ``tolerance``: largest allowed
+    difference of the adopted weights' outputs, relative to the largest output.
     """
 
     stage: str
@@ -153,7 +160,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of a folder, as a quantised graph.
+    """An optional part of a folder, like a quantised graph.
 
     ``name``: its file. ``check`` gives its differences, or raises ProofError. ``remove`` takes it out of the folder.
     """
@@ -163,6 +170,6 @@ class Extra:
     remove: Callable[[], None]
 
 
-def left_out(name: str, error: MptkError) -> str:
+def describe_left_out(name: str, error: MptkError) -> str:
     """The note on an optional file that could not be made or proven."""
-    return f"{name} was left out: {str(error).partition('; ')[0]}"
+    return f"{name} was left out: {str(error).partition('; ')[0]}"  # the cause without the remedy

@@ -7,43 +7,44 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import check_text, claimed, fill_folder, put_folder, tidy, writing
-from mptk.publish.manifest import edited, foreign, is_ours, write_manifest
+from mptk.files import check_text, claim_place, fill_folder, name_write_errors, put_folder, tidy
+from mptk.publish.manifest import is_ours, list_edited, list_foreign, write_manifest
 
+# Names of files in a message; the rest are counted.
 NAMES_SHOWN = 5
-"""Most names of files in a message."""
 
 
 @contextlib.contextmanager
 def publish(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``folder``, which replaces ``folder`` if no exception is raised.
+    """Give a temporary folder beside ``folder``, which replaces ``folder`` if no exception is raised.
 
     The finished folder holds ``mptk.json`` with the SHA-256 of each file. ``verify`` checks these, and a later run
     replaces only folders that have this file. What else lies in ``folder`` by then stays there, not listed.
 
     Raises:
-        MptkError: as ``check_replaceable`` and ``claimed``; or the folder cannot be written.
+        MptkError: as ``check_replaceable`` and ``claim_place``; or the folder cannot be written.
     """
     folder = Path(folder)
     check_replaceable(folder, overwrite)
-    with claimed(folder) as staging, writing(folder, staging.path):
+    with claim_place(folder) as staging, name_write_errors(folder, staging.path):
         yield staging.renew()
         staging.check()
+        # Last, so that a folder with a manifest is complete. A user may have put files into the old folder meanwhile:
+        # they are looked for at the last moment.
         write_manifest(staging.folder)
-        put_folder(staging, folder, foreign(folder) if _is_output(folder) else ())
+        put_folder(staging, folder, list_foreign(folder) if _is_output(folder) else ())
 
 
 @contextlib.contextmanager
 def amend(folder: Path) -> Iterator[Path]:
-    """A published folder to write further files in, which replaces ``folder`` if no exception is raised.
+    """Give a copy of a published folder to write further files in, which replaces ``folder`` if no exception is raised.
 
-    It starts with links to the files that are there, so replace files in it and do not write into them. Update its
-    manifest last.
+    Its files are links to the files of ``folder``: replace them, and do not write into them. Update its manifest last.
 
     Raises:
-        MptkError: as ``claimed``; or the folder cannot be written.
+        MptkError: as ``claim_place``; or the folder cannot be written.
     """
-    with claimed(folder) as staging, writing(folder, staging.path):
+    with claim_place(folder) as staging, name_write_errors(folder, staging.path):
         fill_folder(staging.renew(), folder)
         yield staging.folder
         put_folder(staging, folder)
@@ -52,10 +53,13 @@ def amend(folder: Path) -> Iterator[Path]:
 def check_replaceable(folder: Path, overwrite: bool = False) -> None:
     """Raise MptkError if a user's own files would go with ``folder``.
 
-    It is a link; or exists, is not empty and is not an output of mptk; or is one in which files were added or changed.
-    ``overwrite``: then the added ones stay, and the changed ones are replaced.
+    1. It is a link.
+    2. It is not empty, and not an output of mptk.
+    3. It is an output in which files were added or changed. With ``overwrite`` this is allowed: added files stay, and
+       changed ones are replaced.
     """
     check_text(folder)
+    # ``Path("..").name`` is "..", ``Path("/").name`` is empty: neither can be renamed.
     if folder.name in ("", ".."):
         raise MptkError(f"{folder} is not a name of a folder to write; give one, such as runs/small")
     if folder.is_symlink():
@@ -66,22 +70,17 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
         raise MptkError(f"{folder} exists and was not made by mptk; give another --out, or remove it yourself")
     if overwrite:
         return
-    tidy(folder)
+    tidy(folder)  # what killed processes left in it is not the user's
     for names, which, then in (
-        (foreign(folder), "which mptk did not write", "keeps them and replaces the rest"),
-        (edited(folder), "changed since mptk wrote it", "replaces it"),
+        (list_foreign(folder), "which mptk did not write", "keeps them and replaces the rest"),
+        (list_edited(folder), "changed since mptk wrote it", "replaces it"),
     ):
         if names:
-            raise MptkError(
-                f"{folder} holds {_some(names)}, {which}; give another --out, or add --overwrite, which {then}"
-            )
+            some = ", ".join(names[:NAMES_SHOWN])
+            some += f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            raise MptkError(f"{folder} holds {some}, {which}; give another --out, or add --overwrite, which {then}")
 
 
 def _is_output(folder: Path) -> bool:
     """Whether a folder has a manifest that lists its files."""
     return folder.is_dir() and isinstance(is_ours(folder).get("files"), dict)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{', '.join(names[:NAMES_SHOWN])}{more}"

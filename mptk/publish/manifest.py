@@ -1,6 +1,6 @@
 """manifest: ``mptk.json`` lists all files of a published folder and marks it as an output of mptk. It is written last.
 
-``{"format": "mptk-output/1", "files": {path: sha256}}``. It reveals damage and later edits, but is no signature.
+``{"format": "mptk-output/1", "files": {path: sha256}}``. It reveals damage and later edits, but is not a signature.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import json_text, write_text
+from mptk.files import format_json, write_text
 from mptk.reading import read_json
 
 MARKER = "mptk.json"
@@ -24,60 +24,62 @@ REPORT_FILE = "report.json"
 RUNGS = "rungs"
 """The subfolder with what the smaller sizes of a ladder have beside the weights that they share with the folder."""
 
+# A digest is remembered only if the file's last change is at least so many nanoseconds old: clocks of file systems are
+# coarse, and one more change in the same tick would not show in the file's times.
 SETTLED = 10**8
-"""Nanoseconds after its last change from when on a file's digest is remembered: clocks of file systems are coarse."""
-_known: dict[tuple[int, ...], str] = {}
+# Identity of a file → its digest.
+_read_known: dict[tuple[int, ...], str] = {}
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file. A file that was not touched since is not read again by this process."""
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file. A process reads a file again only if it was touched since."""
     with path.open("rb") as file:
-        key, began = file_identity(file.fileno()), time.time_ns()
-        if key not in _known:
+        key, began = identify_file(file.fileno()), time.time_ns()
+        if key not in _read_known:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if file_identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
+            # It changed while it was read, or may change without a trace.
+            if identify_file(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
                 return digest
-            _known[key] = digest
-        return _known[key]
+            _read_known[key] = digest
+        return _read_known[key]
 
 
-def file_digests(paths: Iterable[Path]) -> list[str]:
-    """``file_sha256`` of each file, some at a time."""
+def compute_digests(paths: Iterable[Path]) -> list[str]:
+    """``hash_file`` of each file, several at a time."""
+    # Threads will do: hashlib lets others run while it hashes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(file_sha256, paths))
+        return list(pool.map(hash_file, paths))
 
 
-def file_identity(file: int | Path) -> tuple[int, ...]:
-    """What changes whenever a file's content does; its times come last. ``file``: a path or a descriptor.
-
-    Nobody can set back the last one, the time when the inode changed, as ``cp -p`` sets a file's own time.
-    """
+def identify_file(file: int | Path) -> tuple[int, ...]:
+    """What changes whenever a file's content does; its two times come last. ``file``: a path or a descriptor."""
+    # Anybody can set a file's own time (``cp -p`` does), but nobody the last one, the time when the inode changed.
     state = os.stat(file)
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
-def listed(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """All files of a folder except the manifest, sorted, with ``/`` between folders."""
     paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
     return sorted(name for p in paths if (name := p.relative_to(folder).as_posix()) != MARKER)
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the folder's weight files, in the order of their names."""
-    digests = file_digests(sorted(folder.glob("*.safetensors")))
+def hash_weight_files(folder: Path) -> str:
+    """SHA-256 of the SHA-256 of each weight file of the folder, in the order of their names."""
+    digests = compute_digests(sorted(folder.glob("*.safetensors")))
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
     """Write ``mptk.json`` for the files that are in the folder now."""
-    names = listed(folder)
-    _write(folder, dict(zip(names, file_digests(folder / name for name in names), strict=True)))
+    names = list_files(folder)
+    _write(folder, dict(zip(names, compute_digests(folder / name for name in names), strict=True)))
 
 
 def update_manifest(folder: Path, *names: str) -> None:
     """Add files to the manifest of a published folder, or update their entries. Other entries stay."""
     files = read_manifest(folder)
-    _write(folder, {**files, **{name: file_sha256(folder / name) for name in names}})
+    _write(folder, {**files, **{name: hash_file(folder / name) for name in names}})
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
@@ -88,8 +90,8 @@ def read_manifest(folder: Path) -> dict[str, str]:
     return files
 
 
-def check_whole(folder: Path) -> None:
-    """Raise MptkError if a folder holds only what one size of a ladder has of its own."""
+def check_not_rung(folder: Path) -> None:
+    """Raise MptkError if a folder is one size of a ladder, which is not whole without the folder around it."""
     rungs = folder.absolute().parent
     if rungs.name == RUNGS and is_ours(rungs.parent):
         raise MptkError(
@@ -98,25 +100,23 @@ def check_whole(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise MptkError, with the name of the first such file, if a file is missing, new or changed.
-
-    So it does if the folder's report names other weights: somebody wrote the manifest again after they were lost.
-    """
-    check_whole(folder)
+    """Raise MptkError if a file is missing, new or changed, or if the folder's report names other weights."""
+    check_not_rung(folder)
     check_listed(folder, others=False)
-    _check_weights(folder)
+    _check_weights(folder)  # somebody may have written the manifest again after the weights were lost
 
 
 def check_listed(folder: Path, *, others: bool = True) -> None:
-    """As ``check_manifest``, of the files that the manifest lists. ``others``: a user may have put more beside them."""
-    files, there = read_manifest(folder), set(listed(folder))
-    if missing := files.keys() - there:  # so no name leads out of the folder
+    """``check_manifest`` for the files that the manifest lists. ``others``: whether a user may have added more."""
+    files, there = read_manifest(folder), set(list_files(folder))
+    # First, so that no file is opened under a name that leads out of the folder: the list could be anybody's.
+    if missing := files.keys() - there:
         raise MptkError(f"{min(missing)} is missing in {folder} since it was published; do not use it, write it again")
     if not others and (added := there - files.keys()):
         raise MptkError(f"{min(added)} was added in {folder} since it was published; do not use it, write it again")
     if linked := next((name for name in sorted(files) if (folder / name).is_symlink()), None):
         raise MptkError(f"{linked} in {folder} is a link, which mptk never writes; do not use it, write it again")
-    if changed := edited(folder) or [name for name in sorted(files) if not (folder / name).is_file()]:
+    if changed := list_edited(folder) or [name for name in sorted(files) if not (folder / name).is_file()]:
         raise MptkError(f"{changed[0]} in {folder} was changed since it was published; do not use it, write it again")
 
 
@@ -126,7 +126,7 @@ def _check_weights(folder: Path) -> None:
         return
     report = read_json(folder / REPORT_FILE, MptkError)
     said = report.get("weights_sha256") if isinstance(report, dict) else None
-    if said is not None and said != weights_digest(folder):
+    if said is not None and said != hash_weight_files(folder):
         raise MptkError(
             f"weights_sha256 in {REPORT_FILE} is wrong: {folder} has other weights, or none; do not use it, and prune "
             "the model again"
@@ -134,38 +134,40 @@ def _check_weights(folder: Path) -> None:
 
 
 def copy_listed(folder: Path, new: Path) -> None:
-    """Copy the files that a published folder lists. Raises MptkError if one is not as it was published."""
+    """Copy the files that a published folder lists. Raises MptkError if one was changed since."""
     files = read_manifest(folder)
     check_listed(folder)
+    # The copies are compared, too: the folder may change after the check.
     for name in files:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, new / name)
-    copies = file_digests(new / name for name in files)
+    copies = compute_digests(new / name for name in files)
     if changed := next((name for name, copy in zip(files, copies, strict=True) if copy != files[name]), None):
         raise MptkError(f"{changed} in {folder} changed while it was copied; do not use it, write it again")
 
 
-def foreign(folder: Path) -> list[str]:
+def list_foreign(folder: Path) -> list[str]:
     """Files in a published folder that its manifest does not list, and folders without any that it lists."""
     files = read_manifest(folder)
+    # Only folders with listed files are entered. Any other is the user's as a whole, and is named as one.
     inner = {place.as_posix() for name in files for place in Path(name).parents}
 
-    def found(place: Path, above: str) -> Iterator[str]:
+    def find_within(place: Path, above: str) -> Iterator[str]:
         for entry in sorted(place.iterdir()):
             name = above + entry.name
             if name in inner and entry.is_dir() and not entry.is_symlink():
-                yield from found(entry, f"{name}/")
+                yield from find_within(entry, f"{name}/")
             elif name not in files and name != MARKER:
                 yield name
 
-    return list(found(folder, ""))
+    return list(find_within(folder, ""))
 
 
-def edited(folder: Path) -> list[str]:
+def list_edited(folder: Path) -> list[str]:
     """Files that the manifest of a published folder lists, and that were changed since."""
     files = read_manifest(folder)
     there = [name for name in sorted(files) if (folder / name).is_file()]
-    digests = file_digests(folder / name for name in there)
+    digests = compute_digests(folder / name for name in there)
     return [name for name, digest in zip(there, digests, strict=True) if digest != files[name]]
 
 
@@ -180,5 +182,5 @@ def is_ours(folder: Path) -> dict[str, object]:
 
 def _write(folder: Path, files: dict[str, str]) -> None:
     write_text(
-        folder / MARKER, json_text({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n"
+        folder / MARKER, format_json({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n"
     )

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from mptk.arguments import checked
+from mptk.arguments import guard_arguments
 from mptk.errors import MptkError
 from mptk.publish.manifest import check_manifest
 
 
-@checked
-def push(
+@guard_arguments
+def push_files(
     folder: str | Path,
     repo: str,
     *,
@@ -37,6 +37,7 @@ def push(
     Raises:
         MptkError: the folder was not made by mptk, or changed since; or the hub refuses it or cannot be reached.
     """
+    # A damaged or incomplete folder is refused before anything is made on the hub.
     folder, api = Path(folder), HfApi(library_name="mptk")
     check_manifest(folder)
     if dry_run:
@@ -44,6 +45,7 @@ def push(
         lines = [f"{size / 1e6:10,.1f} MB  {name}" for name, size in sizes.items()]
         total = f"{sum(sizes.values()) / 1e6:10,.1f} MB  in {len(sizes)} files would go to {api.endpoint}/{repo}"
         return "\n".join([*lines, total])
+    # Each step may find its work done already, so a push that failed can be repeated.
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from mptk.cost.model import CostModel
-from mptk.ir.families import Analysis, Family, Member
-from mptk.protocols.report import Row
-from mptk.report.runs import model_name
-from mptk.report.view import Name, Section, Table, View, ranges
+from mptk.ir import Analysis, Family
+from mptk.protocols import Row
+from mptk.report.runs import shorten_model_name
+from mptk.report.view import Name, Section, Table, View, format_ranges
 from passes.targets.legalize import LegalWidths
-from passes.targets.width_choices import partners
+from passes.targets.width_choices import find_missing_partners
 
 ANALYSIS = "mptk-analysis/1"
 
 
-def analysis_json(
+def build_analysis_json(
     analysis: Analysis, legal: LegalWidths, model: str, parts: Sequence[Mapping[str, object]] = ()
 ) -> dict[str, object]:
     """The JSON of ``mptk analyze --json`` (``docs/analysis.md``): the families, and the axes that cannot be cut.
@@ -26,6 +26,7 @@ def analysis_json(
     ``parts``: a row for each part of the model.
     """
     cost = CostModel(analysis)
+    # Blocks that must stay are listed beside the axes that must, as they have a reason, too.
     blocked = [asdict(axis) for axis in analysis.blocked]
     for f in analysis.depths:
         for unit, why in f.stack.stay.items():
@@ -37,12 +38,13 @@ def analysis_json(
         "parameters": cost.dense.parameters,
         "block_parameters": cost.dense.block,
         "parts": list(parts),
-        "families": [_family_json(family, cost, legal) for family in analysis.all_families],
+        "families": [_convert_family(family, cost, legal) for family in analysis.all_families],
         "blocked": blocked,
     }
 
 
-def _family_json(family: Family, cost: CostModel, legal: LegalWidths) -> dict[str, object]:
+def _convert_family(family: Family, cost: CostModel, legal: LegalWidths) -> dict[str, object]:
+    # A unit is what one step of the width removes in one layer, with its weights in all matrices of the group.
     name = family.name
     return {
         "name": name,
@@ -50,25 +52,28 @@ def _family_json(family: Family, cost: CostModel, legal: LegalWidths) -> dict[st
         "width": family.size,
         "layers": len(family.groups),
         "scopes": family.scopes,
-        "parameters_per_unit": cost.parameters_per_unit(family),
+        "parameters_per_unit": cost.count_unit_parameters(family),
         "share": 1 - cost({name: 0}).parameters / cost.dense.parameters,
         "minimum": family.minimum,
         "multiple": family.multiple,
         "legal_widths": list(legal.ladders.get(name, ())),
         "refused": legal.refused.get(name),
-        "together": sorted(partners(name, {name}, legal.together)),
+        "together": sorted(find_missing_partners(name, {name}, legal.together)),
         "breaks": legal.breaks.get(name),
         "groups": [
-            {"layer": group.layer, "members": list(map(_member_json, group.members))} for group in family.groups
+            {
+                "layer": group.layer,
+                "members": [
+                    {"weight": each.weight, "dim": each.dim, "role": each.role, "layout": repr(each.term)}
+                    for each in group.members
+                ],
+            }
+            for group in family.groups
         ],
     }
 
 
-def _member_json(member: Member) -> dict[str, object]:
-    return {"weight": member.weight, "dim": member.dim, "role": member.role, "layout": repr(member.term)}
-
-
-def analysis_view(said: Row) -> View:
+def build_analysis_view(said: Row) -> View:
     """``mptk analyze``: the families, then the axes that cannot be cut, with reasons."""
     rows = [
         [
@@ -78,22 +83,22 @@ def analysis_view(said: Row) -> View:
             str(f["layers"]),
             f"{f['parameters_per_unit']:,.0f}",
             f"{f['share']:.1%}",
-            _legal(f),
+            _describe_legal(f),
         ]
         for f in said["families"]
     ]
     columns = ["family", "what it is", "width", "layers", "parameters per unit", "share", "legal widths"]
     share = said["block_parameters"] / said["parameters"]
     counts = f"{said['parameters']:,.0f} parameters, {said['block_parameters']:,.0f} of them ({share:.1%}) prunable"
-    found = [] if not said["parts"] else [Section("Parts", [_parts_table(said)])]
-    found += [Section("Families", [counts, Table("llrrrrl", columns, rows), *breaking(said["families"])])]
+    found = [] if not said["parts"] else [Section("Parts", [_build_part_table(said)])]
+    found += [Section("Families", [counts, Table("llrrrrl", columns, rows), *list_breaking(said["families"])])]
     if said["blocked"]:
-        fixed = Table("lrll", ["axis", "size", "weights", "why"], grouped(said["blocked"]))
+        fixed = Table("lrll", ["axis", "size", "weights", "why"], group_blocked(said["blocked"]))
         found.append(Section("What cannot be cut", [fixed]))
-    return View(found, f"{model_name(said['model'])}: what can be cut, and what must go with it")
+    return View(found, f"{shorten_model_name(said['model'])}: what can be cut, and what must go with it")
 
 
-def _parts_table(said: Row) -> Table:
+def _build_part_table(said: Row) -> Table:
     total = said["parameters"]
     rows = [
         [Name(p["name"]), f"{p['parameters']:,}", f"{p['parameters'] / total:.1%}", ", ".join(p["families"])]
@@ -102,14 +107,14 @@ def _parts_table(said: Row) -> Table:
     return Table("lrrl", ["part", "parameters", "share", "families"], rows)
 
 
-def _legal(family: Row) -> str:
+def _describe_legal(family: Row) -> str:
     if family["refused"]:
         return f"none: {family['refused']}"
     with_others = f", with {', '.join(family['together'])} in proportion" if family["together"] else ""
-    return ranges(family["legal_widths"]) + with_others
+    return format_ranges(family["legal_widths"]) + with_others
 
 
-def breaking(families: Sequence[Row]) -> list[str]:
+def list_breaking(families: Sequence[Row]) -> list[str]:
     """Programs that a cut breaks, each kind with the families whose cut breaks it."""
     found: dict[str, list[str]] = {}
     for f in families:
@@ -118,8 +123,9 @@ def breaking(families: Sequence[Row]) -> list[str]:
     return [f"cutting {', '.join(names)} breaks {why}; see docs/deploy.md" for why, names in found.items()]
 
 
-def grouped(blocked: Sequence[Row]) -> list[tuple[str, ...]]:
+def group_blocked(blocked: Sequence[Row]) -> list[tuple[str, ...]]:
     """Rows of axes that cannot be cut; axes with the same reason in several layers share a row."""
+    # Equal but for the layer's number, in names of weights and in reasons. A few weights and reasons are enough.
     rows: Counter[tuple[str, str, str, str]] = Counter()
     for b in blocked:
         starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", ", ".join(b["weights"][:3]))

@@ -1,4 +1,4 @@
-"""runs: read the data of a pruned folder that reports show."""
+"""runs: read what reports show of pruned folders, name folders and models, and find which runs may be compared."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from mptk.ir.plan import FamilyPlan, Plan
+from mptk.files import format_json
+from mptk.ir import FamilyPlan, Plan, split_layer
 from mptk.ort.bench import Bench
-from mptk.protocols.report import REPORT_FILE, Report, Row
+from mptk.protocols import REPORT_FILE, Report, Row
 from mptk.publish.manifest import RUNGS
-from mptk.reading import damaged, json_of, made, read_as, read_text
-from mptk.report.view import ranges
+from mptk.reading import make_damage_error, make_typed, parse_json, read_as, read_text
+from mptk.report.view import format_count, format_ranges
 
 _REMEDY = "remove that file, or prune again"
 
@@ -43,15 +44,17 @@ class Run:
     @property
     def kept(self) -> dict[str, FamilyPlan]:
         """The kept units of cut families. Layers with different widths are joined to one family."""
+        # A plan of single layers names them FAMILY.LAYER. A chart shows the whole family, with as many columns as the
+        # widest layer has. A layer that the plan does not name keeps all of its units.
         found = {name: family for name, family in self.plan.families.items() if family.width < family.of}
-        for whole in sorted(self.plan.divided):
-            rows = {n: row for n, row in self.report.families.items() if n.rpartition(".")[0] == whole}
-            parts = {name: found.pop(name).keep for name in rows if name in found}
-            scopes = max(len(kept) for keep in parts.values() for kept in keep.values())
+        for family in sorted({split_layer(name)[0] for name in self.plan.families} - self.plan.families.keys()):
+            rows = {name: row for name, row in self.report.families.items() if split_layer(name)[0] == family}
+            layers = {name: found.pop(name).keep for name in rows if name in found}
+            scopes = max(len(kept) for keep in layers.values() for kept in keep.values())
             of = max(row["of"] for row in rows.values())
             entire = {"": (tuple(range(of)),) * scopes}
-            keep = {f"{name}{layer}": kept for name in rows for layer, kept in parts.get(name, entire).items()}
-            found[whole] = FamilyPlan(max(row["width"] for row in rows.values()), of, keep)
+            keep = {f"{name}{layer}": kept for name in rows for layer, kept in layers.get(name, entire).items()}
+            found[family] = FamilyPlan(max(row["width"] for row in rows.values()), of, keep)
         return found
 
 
@@ -61,39 +64,40 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         MptkError: a folder is not a pruned folder, or one of its files is damaged.
     """
-    return [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, name_folders(folders), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
     """Report, plan, timings and metrics of a pruned folder. Raises MptkError as ``read_runs``."""
     report, plan = Report.read(folder), Plan.load(folder / "plan.json")
-    return Run(name, report, plan, read_bench(folder), _metrics(folder / "metrics.jsonl"))
+    return Run(name, report, plan, read_bench(folder), _read_metrics(folder / "metrics.jsonl"))
 
 
 def read_bench(folder: Path) -> Bench | None:
     """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
+    # lexists, not exists: a link that leads nowhere is damage, and not a folder without timings.
     file = folder / "bench.json"
-    return read_as(Bench, file, damaged(file, _REMEDY)) if os.path.lexists(file) else None
+    return read_as(Bench, file, make_damage_error(file, _REMEDY)) if os.path.lexists(file) else None
 
 
-def _metrics(file: Path) -> dict[str, list[Row]]:
+def _read_metrics(file: Path) -> dict[str, list[Row]]:
     """Phase of training → its steps. Raises MptkError if the file is damaged."""
     phases: dict[str, list[Row]] = {}
     if not os.path.lexists(file):
         return phases
-    wrong = damaged(file, _REMEDY)
+    wrong = make_damage_error(file, _REMEDY)
     for number, line in enumerate(read_text(file, wrong).splitlines(), 1):
         try:
             if line:
-                row = json_of(line, wrong)
-                phases.setdefault(made(MetricsLine, row)["phase"], []).append(row)
+                row = parse_json(line, wrong)
+                phases.setdefault(make_typed(MetricsLine, row)["phase"], []).append(row)
         except ValueError as error:
             raise wrong(f"line {number} is not a step of training ({error})") from error
     return phases
 
 
 class MetricsLine(TypedDict):
-    """The fields of each line of ``metrics.jsonl``, beside metrics."""
+    """The fields of each line of ``metrics.jsonl``, beside the metrics themselves."""
 
     phase: str
     step: int
@@ -105,17 +109,17 @@ def with_rungs(folders: Sequence[Path]) -> list[Path]:
     If the sizes share weights, the folder is the largest.
     """
 
-    def rungs(folder: Path) -> list[Path]:
+    def list_rungs(folder: Path) -> list[Path]:
         own = (folder / REPORT_FILE).exists()
         found = [each.parent for each in (folder / RUNGS if own else folder).glob(f"*/{REPORT_FILE}")]
         return [folder] * own + sorted(found, key=lambda each: Report.read(each).sparsity) or [folder]
 
-    return [rung for folder in folders for rung in rungs(folder)]
+    return [rung for folder in folders for rung in list_rungs(folder)]
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
+def name_folders(folders: Sequence[Path]) -> list[str]:
     """The last parts of each path, as few as distinguish them. A folder that is given twice has one name."""
-    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    paths = [Path(os.path.abspath(folder)) for folder in folders]  # ``.`` and ``..`` have no name of their own
     for count in range(1, max((len(path.parts) for path in paths), default=1)):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(set(paths)):
@@ -123,43 +127,46 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def model_name(model: str) -> str:
+def shorten_model_name(model: str) -> str:
     """A short name of a model: a hub id, also of a cached snapshot, or the last part of an absolute path."""
     if not os.path.isabs(model):
         return model
+    # The hub's cache: …/models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"/models--([^/]+)/snapshots/", model)
     return cached[1].replace("--", "/") if cached else Path(model).name
 
 
-def pruned_name(report: Report) -> str:
-    """A name of the pruned model that says so."""
-    return f"{model_name(report.model)}, pruned by {report.sparsity:.0%}"
+def name_pruned(report: Report) -> str:
+    """A name of the pruned model for files of other programs."""
+    return f"{shorten_model_name(report.model)}, pruned by {report.sparsity:.0%}"
 
 
-def legal_widths(report: Report, family: str) -> str:
+def describe_legal(report: Report, family: str) -> str:
     """The widths of a family that the target can hold, in words."""
     if family not in report.legal:
         return "not recorded"
     widths = report.legal[family]["widths"]
-    return ranges(widths) if len(widths) > 1 else "none narrower"
+    return format_ranges(widths) if len(widths) > 1 else "none narrower"
 
 
-def whole(report: Report, family: str) -> str:
-    """The reason why a family was not cut, or not further."""
+def explain_uncut(report: Report, family: str) -> str:
+    """The reason why a family was not cut, or not further: the first that applies, the surest first."""
     settings, here = report.settings, report.families[family]
     legal = report.legal.get(family)
     narrower = None if legal is None else [w for w in legal["widths"] if w < here["width"]]
+    # It was cut: what set the width?
     if here["width"] < here["of"]:
         if settings.plan is not None or family in settings.widths:
             return "this width was given"
         if narrower == []:
             return "no narrower width is legal"
         return "the budget was met at this width"
+    # It is whole. The target may forbid a cut, the settings may, or the method chose so.
     if legal is not None and legal["refused"]:
         return str(legal["refused"])
     if narrower == []:
         return "no narrower width is legal"
-    names = {family, family.rpartition(".")[0]}  # of a layer also its family's
+    names = {family, split_layer(family)[0]}  # of a layer also its family's
     if names & {*settings.keep}:
         return "kept whole on request (--keep)"
     if settings.plan is not None:
@@ -168,6 +175,79 @@ def whole(report: Report, family: str) -> str:
         return "not among the requested --families"
     if settings.only_layers is not None and here["layers"] == 1 and "." in family:
         return f"outside of the requested --layers {settings.layers}"
+    # A family of one group runs through all layers, like the hidden width. By default it is left whole.
     if here["layers"] == 1 and not settings.families:
         return "runs through all layers: cut only if asked for"
     return "the chosen division of the budget keeps it whole"
+
+
+# ---- which runs may be compared ----
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """Runs of one dense model, with quality measured in one way. ``apart``: how they differ from the first group."""
+
+    runs: tuple[Run, ...]
+    apart: str = ""
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def rises(self) -> bool:
+        """Whether more is better. A report does not say so, but a perplexity is at least 1 and a share at most 1."""
+        return bool(self.first.report.quality["dense"] <= 1)
+
+
+def name_group(number: int, group: Comparable) -> str:
+    """The title of a group. ``number``: counts from 0, the group that the others are compared with."""
+    return f"{number + 1}. {group.first.report.quality['metric']} of {format_count(len(group.runs), 'run')}"
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
+    """Groups of runs that may be compared, the largest first, and the runs without a measured quality."""
+    measured = [run for run in runs if run.measured]
+    groups: dict[str, list[Run]] = {}
+    for run in measured:
+        groups.setdefault(format_json([text for _, text in list_terms(run)]), []).append(run)
+    ordered = sorted(groups.values(), key=lambda group: -len(group))
+    found = [Comparable(tuple(group), describe_difference(ordered[0][0], group[0])) for group in ordered]
+    return found, [run for run in runs if not run.measured]
+
+
+def list_terms(run: Run) -> list[tuple[str, object]]:
+    """All values that must be equal in two runs to compare their quality, each with a description.
+
+    The dense model's own value is last: it differs, too, if any other does.
+    """
+    report = run.report
+    windows = report.data.get("evaluation", {}).get("inputs")
+    return [
+        ("another dense model", report.model_sha256),
+        ("another kind of model", report.task),
+        ("another metric", report.quality["metric"]),
+        ("another protocol", report.quality["protocol"]),
+        ("other text", windows),
+        ("another value of the dense model", report.quality["dense"]),
+    ]
+
+
+def describe_difference(one: Run, other: Run) -> str:
+    """The differences in ``list_terms``, in words; the last one only if nothing else differs."""
+    pairs = zip(list_terms(one), list_terms(other), strict=True)
+    found = [name for (name, here), (_, there) in pairs if here != there]
+    return ", ".join(found[:-1] if len(found) > 1 and found[-1] == list_terms(one)[-1][0] else found)
+
+
+def find_front(group: Comparable) -> list[Run]:
+    """The runs on the Pareto front of removed share and quality."""
+    sign = -1 if group.rises else 1
+    points = [(run.report.sparsity, sign * run.report.quality["pruned"]) for run in group.runs]
+
+    def is_beaten(point: tuple[float, float]) -> bool:
+        return any(x >= point[0] and y <= point[1] and (x, y) != point for x, y in points)
+
+    kept = [run for run, point in zip(group.runs, points, strict=True) if not is_beaten(point)]
+    return sorted(kept, key=lambda run: run.report.sparsity)

@@ -1,19 +1,29 @@
-"""sections: make views of a report, of timings, of a search, of a proof and of an estimate."""
+"""sections: the views of a report, of timings, of a search, of a proof and of an estimate.
+
+The terminal, the model card and the HTML page render the same views, so a figure is worded once, here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from mptk.config.settings import Settings
-from mptk.cost.estimate import Estimate, duration, size_text
-from mptk.ir.alignment import KERNEL_BLOCK
+from mptk.config import Settings
+from mptk.cost.estimate import Estimate, describe_duration, describe_size
+from mptk.ir import KERNEL_BLOCK
 from mptk.ort.bench import Bench
-from mptk.protocols.report import Report, Row
-from mptk.protocols.shapes import Shapes
-from mptk.reading import made
-from mptk.report.compare import Comparable, front, grouped, heading
-from mptk.report.runs import Run, legal_widths, model_name, whole
+from mptk.protocols import Report, Row, Shapes
+from mptk.reading import make_typed
+from mptk.report.runs import (
+    Comparable,
+    Run,
+    describe_legal,
+    explain_uncut,
+    find_front,
+    group_runs,
+    name_group,
+    shorten_model_name,
+)
 from mptk.report.view import (
     Bad,
     Good,
@@ -22,11 +32,11 @@ from mptk.report.view import (
     Share,
     Table,
     View,
-    difference,
-    figure,
-    large,
-    megabytes,
-    plural,
+    format_count,
+    format_difference,
+    format_figure,
+    format_large,
+    format_megabytes,
 )
 
 COSTS = {
@@ -48,62 +58,72 @@ QUALITY, CONTINUATIONS, TIMES, RUN = "Quality", "What they write", "Latency in O
 FRONT = "★ Pareto-optimal at its stage: no shape that reached it is both cheaper and better"
 
 
-def prune_view(
+def build_prune_view(
     report: Report, bench: Bench | None = None, texts: Mapping[str, tuple[str, str]] = MappingProxyType({})
 ) -> View:
     """The view of a run: the cut, the quality, the proof, the speed, and how the folder was made.
 
     ``texts``: as in ``Run``.
     """
-    found = [Section(CUT_TITLE, [widths(report), costs(report)]), Section(QUALITY, quality(report))]
+    # What a reader asks first comes first: what was cut, and how good is it? Sections without content are left out.
+    found = [
+        Section(CUT_TITLE, [build_width_table(report), build_cost_table(report)]),
+        Section(QUALITY, describe_quality(report)),
+    ]
     if texts:
         said = [[Name(each) for each in (prompt, *written)] for prompt, written in texts.items()]
         found.append(Section(CONTINUATIONS, [Table("lll", ["prompt", "dense", "pruned"], said)]))
     if report.search:
-        found.append(Section(SEARCH_TITLE, ranking(made(Shapes, report.search))))
+        found.append(Section(SEARCH_TITLE, describe_ranking(make_typed(Shapes, report.search))))
     if report.splits:
+        # The method took the lowest loss, so the first row is the one that was taken.
         tried = sorted(report.splits.items(), key=lambda split: split[1])
         rows = [
-            [Name(f"{widths} (taken)" if not row else widths), figure(loss)] for row, (widths, loss) in enumerate(tried)
+            [Name(f"{widths} (taken)" if not row else widths), format_figure(loss)]
+            for row, (widths, loss) in enumerate(tried)
         ]
         table = Table("lr", ["widths", "loss on calibration text"], rows)
         found.append(Section("Divisions of the budget that were tried", [table]))
-    found.append(Section(PROOF_TITLE, [proof(report.proof), proof_note(report)]))
+    found.append(Section(PROOF_TITLE, [build_proof_table(report.proof), describe_proof(report)]))
     if bench is not None:
-        found.append(Section(TIMES, timings(bench)))
-    return View([*found, Section(RUN, about(report))], f"{model_name(report.model)} pruned{_by(report.settings)}")
+        found.append(Section(TIMES, describe_timings(bench)))
+    return View(
+        [*found, Section(RUN, build_run_section(report))],
+        f"{shorten_model_name(report.model)} pruned{_name_choice(report.settings)}",
+    )
 
 
-def _by(settings: Settings) -> str:
+def _name_choice(settings: Settings) -> str:
     if settings.plan is not None:
         return " by a plan"
     return "" if settings.fixed else f" by {settings.method}"
 
 
-def widths(report: Report) -> Table:
+def build_width_table(report: Report) -> Table:
     """Each cut family, tokens and KV heads: width, legal widths, and why it was not cut further."""
     rows = [
         [
             Name(name),
             str(row["layers"]),
-            _width(row, "width"),
-            legal_widths(report, name),
-            whole(report, name),
+            _format_width(row, "width"),
+            describe_legal(report, name),
+            explain_uncut(report, name),
         ]
         for name, row in report.families.items()
     ]
+    # Conversions before the cut have widths, too, but no legal ones: the user gave the number.
     for name, row in (("vocabulary", report.vocabulary), ("KV heads, merged", report.kv_heads)):
         if row:
-            rows.append([name, "", _width(row, "kept"), "", ""])
+            rows.append([name, "", _format_width(row, "kept"), "", ""])
     return Table("lrrll", ["family", "layers", "width", "legal widths", "why not more"], rows)
 
 
-def _width(row: Row, kept: str) -> Share:
+def _format_width(row: Row, kept: str) -> Share:
     of, width = row["of"], row[kept]
     return Share(f"{of} → {width}" if width < of else f"{of}", width / of)
 
 
-def costs(report: Report) -> Table:
+def build_cost_table(report: Report) -> Table:
     """Both models' costs."""
     dense, pruned = report.cost["dense"], report.cost["pruned"]
     rows = []
@@ -117,8 +137,9 @@ def costs(report: Report) -> Table:
     return Table("lrrr", ["", "dense", "pruned", "removed"], rows)
 
 
-def quality(report: Report) -> list[Table | str]:
+def describe_quality(report: Report) -> list[Table | str]:
     """Quality and size of each model."""
+    # A run that is stopped after publishing leaves a proven folder without quality.
     found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
     if not found:
         return ["Not measured, since the run was stopped earlier; run mptk eval."]
@@ -126,45 +147,49 @@ def quality(report: Report) -> list[Table | str]:
     for scheme, row in report.quantized.items():
         rows.append((f"pruned, {scheme} in ONNX Runtime", row.get("quality"), row["bytes"]))
     said = [
-        [name, *_changed(value, found["dense"], figure), *_changed(size, sizes["dense"], megabytes)]
+        [
+            name,
+            *_format_change(value, found["dense"], format_figure),
+            *_format_change(size, sizes["dense"], format_megabytes),
+        ]
         for name, value, size in rows
     ]
     return [
         Table("lrrrr", ["model", Name(found["metric"]), "change", "size", "change"], said),
         Name(f"{found['metric']}: {found['protocol']}"),
-        *further_figures(found),
+        *list_further_figures(found),
     ]
 
 
-def further_figures(found: Row) -> list[str]:
+def list_further_figures(found: Row) -> list[str]:
     """A line for each figure beside the metric: its value for each model."""
     return [
-        Name(f"{name}: {', '.join(f'{figure(value)} {model}' for model, value in values.items())}")
+        Name(f"{name}: {', '.join(f'{format_figure(value)} {model}' for model, value in values.items())}")
         for name, values in found.items()
         if isinstance(values, Mapping)
     ]
 
 
-def _changed(value: float | None, dense: float, shown: Callable[[float], str]) -> list[str]:
-    """A value, and its change from the dense model's in percent."""
+def _format_change(value: float | None, dense: float, shown: Callable[[float], str]) -> list[str]:
+    """A value, and its change from the dense model's in percent; the dense model itself has none."""
     if value is None:
         return ["not measured", ""]
     return [shown(value), "" if value == dense or not dense else f"{value / dense - 1:+.1%}"]
 
 
-def proof(rows: Sequence[Row]) -> Table:
-    """Each stage's difference from the masked dense model, its tolerance, and why a tolerance was widened."""
+def build_proof_table(rows: Sequence[Row]) -> Table:
+    """Each stage's difference, its tolerance, and why a tolerance was widened."""
     found = []
     for row in rows:
         said = ", ".join([row[key] for key in ("widened", "ran", "failure") if row.get(key)])
         held = (Good if row["ok"] else Bad)(", ".join(filter(None, ["ok" if row["ok"] else "FAILED", said])))
         found.append(
-            [Name(row["stage"]), *(difference(row[key]) for key in ("max_abs", "relative", "tolerance")), held]
+            [Name(row["stage"]), *(format_difference(row[key]) for key in ("max_abs", "relative", "tolerance")), held]
         )
     return Table("lrrrl", ["stage", "absolute", "relative", "tolerance", "result"], found)
 
 
-def proof_note(report: Report) -> str:
+def describe_proof(report: Report) -> str:
     """A sentence on what the proof compared."""
     return (
         "Each stage is compared with the dense model whose removed units are masked, on samples of up to "
@@ -173,12 +198,12 @@ def proof_note(report: Report) -> str:
     )
 
 
-def proof_view(rows: Sequence[Row]) -> View:
+def build_proof_view(rows: Sequence[Row]) -> View:
     """``mptk verify``: a proof."""
-    return View([Section("", [proof(rows)])])
+    return View([Section("", [build_proof_table(rows)])])
 
 
-def about(report: Report) -> list[Table | str]:
+def build_run_section(report: Report) -> list[Table | str]:
     """How the folder was made, and notes."""
     settings, versions = report.settings, [f"{name} {found}" for name, found in report.versions.items()]
     chosen = f"{settings.method}, {settings.steps} training steps, seed {settings.seed}"
@@ -186,24 +211,25 @@ def about(report: Report) -> list[Table | str]:
     rows += [[n, f"{d['source']}, {d['samples']} samples"] for n, d in report.data.items() if n != "files"]
     rows.append(["versions", ", ".join([f"mptk {report.mptk}", *versions])])
     how = Table("ll", ["", ""], [[name, Name(said)] for name, said in rows])
-    return [how, stages(report), *map(Name, report.notes)]
+    return [how, build_stage_table(report), *map(Name, report.notes)]
 
 
-def stages(report: Report) -> Table:
-    """The ten stages of the run that took longest."""
+def build_stage_table(report: Report) -> Table:
+    """The ten stages of the run that took longest: passes are stages, too, so there may be dozens."""
     slowest = sorted(report.stages, key=lambda stage: -stage["seconds"])[:10]
     longest = max((stage["seconds"] for stage in slowest), default=0) or 1
     rows = [[Name(s["name"]), Share(f"{s['seconds']:.1f}", s["seconds"] / longest)] for s in slowest]
     return Table("lr", ["longest stages", "seconds"], rows)
 
 
-def bench_view(bench: Bench) -> View:
+def build_bench_view(bench: Bench) -> View:
     """``mptk bench``: timings of graphs."""
-    return View([Section("", timings(bench))])
+    return View([Section("", describe_timings(bench))])
 
 
-def timings(bench: Bench) -> list[Table | str]:
+def describe_timings(bench: Bench) -> list[Table | str]:
     """Each graph in each case, the size of each graph, and the machine's peaks."""
+    # The timings; then how large each graph is on disk and in memory.
     rows = [
         [
             str(row.case),
@@ -218,19 +244,22 @@ def timings(bench: Bench) -> list[Table | str]:
         for row in bench.rows
     ]
     columns = ["case", "graph", "threads", "ms", "a second", "ratio", "ideal ratio", "of the peak"]
-    sizes = [[Name(graph.name), megabytes(graph.bytes), megabytes(graph.memory)] for graph in bench.graphs]
+    sizes = [
+        [Name(graph.name), format_megabytes(graph.bytes), format_megabytes(graph.memory)] for graph in bench.graphs
+    ]
+    # The machine: its peaks, of which a row says what share a graph reached, and what ran on it.
     peaks = [
-        f"{plural(threads, 'thread')}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
+        f"{format_count(threads, 'thread')}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
         f"{peak.bandwidth / 1e9:.1f} GB/s read"
         for threads, peak in bench.peaks.items()
     ]
     ran = Name(f"ONNX Runtime {bench.onnxruntime}, {', '.join(bench.providers)}")
     how = f"Median of {bench.rounds} alternating rounds. Times hold for the machine that measured them."
     tables = [Table("llrrrrrr", columns, rows), Table("lrr", ["graph", "files", "memory"], sizes)]
-    return [*tables, *unaligned(bench), *peaks, ran, how]
+    return [*tables, *describe_unaligned(bench), *peaks, ran, how]
 
 
-def unaligned(bench: Bench) -> list[Table | str]:
+def describe_unaligned(bench: Bench) -> list[Table | str]:
     """What widths cost that are no multiples of the kernels' block; empty if all are multiples."""
     if not bench.unaligned:
         return []
@@ -251,26 +280,27 @@ def unaligned(bench: Bench) -> list[Table | str]:
     ]
 
 
-def comparison_view(runs: Sequence[Run]) -> View:
+def build_comparison_view(runs: Sequence[Run]) -> View:
     """Pruned folders side by side; only runs that may be compared share a table."""
-    groups, unmeasured = grouped(runs)
-    found = [Section(heading(number, group), compared(group)) for number, group in enumerate(groups)]
+    groups, unmeasured = group_runs(runs)
+    found = [Section(name_group(number, group), describe_group(group)) for number, group in enumerate(groups)]
     if unmeasured:
         names = ", ".join(run.name for run in unmeasured)
         found.append(Section("Not compared", [Name(f"quality was not measured: {names}")]))
     return View(found, f"{len(runs)} pruned models side by side")
 
 
-def compared(group: Comparable) -> list[Table | str]:
+def describe_group(group: Comparable) -> list[Table | str]:
     """Runs that may be compared, and the dense model."""
-    first, best = group.first.report, [run.name for run in front(group)]
+    first, best = group.first.report, [run.name for run in find_front(group)]
     several = len(group.runs) > 1
     rows = [
-        [Name(f"{run.name} ★" if several and run.name in best else run.name), *_compared(run.report)]
+        [Name(f"{run.name} ★" if several and run.name in best else run.name), *_build_run_row(run.report)]
         for run in group.runs
     ]
-    size, metric = megabytes(first.cost["dense"]["bytes"]), first.quality["metric"]
-    rows.append(["dense", "", "", f"{0:.1%}", size, figure(first.quality["dense"]), ""])
+    size, metric = format_megabytes(first.cost["dense"]["bytes"]), first.quality["metric"]
+    rows.append(["dense", "", "", f"{0:.1%}", size, format_figure(first.quality["dense"]), ""])
+    # A front needs at least two runs. How a group differs from the first says why it has a table of its own.
     columns = ["run", "method", "steps", "removed", "size", Name(metric), "widths"]
     apart = [f"Not comparable with the first group: {group.apart}."] if group.apart else []
     star = ["★ Pareto-optimal: no other run of this table removes as much and is as good"] if several else []
@@ -278,20 +308,25 @@ def compared(group: Comparable) -> list[Table | str]:
     return [*apart, *about, Table("llrrrrl", columns, rows), *star]
 
 
-def _compared(report: Report) -> list[str]:
+def _build_run_row(report: Report) -> list[str]:
     cut = [f"{name} {row['width']}" for name, row in report.families.items() if row["width"] < row["of"]]
-    figures = [f"{report.sparsity:.1%}", megabytes(report.cost["pruned"]["bytes"]), figure(report.quality["pruned"])]
+    figures = [
+        f"{report.sparsity:.1%}",
+        format_megabytes(report.cost["pruned"]["bytes"]),
+        format_figure(report.quality["pruned"]),
+    ]
     return [Name(report.settings.method), str(report.settings.steps), *figures, Name(", ".join(cut))]
 
 
-def shapes_view(found: Shapes) -> View:
+def build_shapes_view(found: Shapes) -> View:
     """``mptk shapes``: a search."""
-    title = f"{plural(len(found.shapes), 'shape')} of {model_name(found.model)}, by {found.metric}"
-    return View([Section(SEARCH_TITLE, ranking(found))], title)
+    title = f"{format_count(len(found.shapes), 'shape')} of {shorten_model_name(found.model)}, by {found.metric}"
+    return View([Section(SEARCH_TITLE, describe_ranking(found))], title)
 
 
-def ranking(found: Shapes) -> list[Table | str]:
+def describe_ranking(found: Shapes) -> list[Table | str]:
     """Each shape with its costs and its losses: the dense model, then the best first."""
+    # Columns appear only if any shape has their values: fitting, a latency, and each rung of training.
     front, fits, timed = found.front, found.best.reconstructed is not None, found.dense.latency_ms is not None
     tokens = sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
     rows = []
@@ -303,9 +338,9 @@ def ranking(found: Shapes) -> list[Table | str]:
                 "dense" if not number else f"{number} ★" if shape in front else f"{number}",
                 *(str(shape.widths[family]) for family in found.best.widths),
                 f"{shape.sparsity:.1%}",
-                large(shape.parameters),
+                format_large(shape.parameters),
                 *([] if shape.latency_ms is None else [f"{shape.latency_ms:.2f}"]),
-                *("" if loss is None else figure(found.figure(loss)) for loss in losses),
+                *("" if loss is None else format_figure(found.to_figure(loss)) for loss in losses),
             ]
         )
     columns = ["shape", *map(Name, found.best.widths), "removed", "parameters", *["ms"] * timed, "masked"]
@@ -314,15 +349,16 @@ def ranking(found: Shapes) -> list[Table | str]:
     return [table, FRONT, Name(f"{found.metric}: {found.protocol}")]
 
 
-def estimate_view(found: Estimate) -> View:
+def build_estimate_view(found: Estimate) -> View:
     """Memory, disk space and time that a run needs, part by part."""
+    # Each part, then the sum of the parts, behind which a line ends the block. Disk space is shown even if it is none.
     rows: list[list[str]] = []
     ends = []
     for what, parts, said in (
-        ("memory", {**found.needed, **found.held}, size_text),
-        (f"memory on {found.device}", found.there, size_text),
-        ("disk", {**found.output, **found.temporary}, size_text),
-        ("time", found.seconds, duration),
+        ("memory", {**found.needed, **found.held}, describe_size),
+        (f"memory on {found.device}", found.there, describe_size),
+        ("disk", {**found.output, **found.temporary}, describe_size),
+        ("time", found.seconds, describe_duration),
     ):
         if parts or what == "disk":
             whole = {**parts, "in all": sum(parts.values())}
@@ -331,7 +367,7 @@ def estimate_view(found: Estimate) -> View:
     return View([Section("", [Table("llr", ["", "for", "about"], rows, ends), f"A run {found}."])])
 
 
-def rerun_view(rows: Sequence[Row]) -> View:
+def build_rerun_view(rows: Sequence[Row]) -> View:
     """``mptk rerun``: the compared values, before and now, and a sentence."""
     cells = [
         [row["what"], str(row["before"]), str(row["now"]), Good("same") if row["same"] else Bad("DIFFERS")]

@@ -1,11 +1,13 @@
 """view: a result as plain values for renderers: sections with tables and sentences.
 
-``sections`` and ``analysis`` make views. A console prints a view as it is; ``markdown`` and ``page/`` render it.
+``sections``, ``analysis`` and ``advice`` make views. A console prints a view as it is; ``render_markdown`` makes
+Markdown of it, and ``page/`` HTML.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +15,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Drawn
 from rich.text import Text
 
-from mptk.plain import plain
+from mptk.plain import escape_text
+
+# Kinds of text. They are strings, so a renderer that does not know a kind prints it all the same.
 
 
 class Name(str):
-    """Text that comes from a model, a file or a library. Markdown shows it as code."""
+    """Text that comes from a model, a file or a library. Markdown shows it as code, in which nothing is markup."""
 
 
 class Good(str):
@@ -65,13 +69,14 @@ class View:
     title: str = ""
 
     def __rich__(self) -> RenderableType:
-        return rendered(self)
+        title = [_make_text(self.title, "bold")] if self.title else []
+        return Group(*title, *(part for section in self.sections for part in _render_section(section)))
 
 
 # ---- figures and lists as people read them ----
 
 
-def figure(value: float | None) -> str:
+def format_figure(value: float | None) -> str:
     """A perplexity or another metric: two decimals, or four if it is at most 1. Null in JSON means infinity or NaN."""
     if value is None:
         return "not finite"
@@ -80,30 +85,31 @@ def figure(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
-def difference(value: float | None) -> str:
+def format_difference(value: float | None) -> str:
     """A difference or a tolerance: two digits and a power of ten."""
     return "not finite" if value is None else f"{value:.1e}" if value else "0"
 
 
-def megabytes(size: float) -> str:
+def format_megabytes(size: float) -> str:
     """Bytes as ``1,234 MB`` or ``0.2 MB``."""
     return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
-def large(value: float) -> str:
+def format_large(value: float) -> str:
     """``134.5 M``: three or four digits and a unit."""
+    # Thousands begin at 10,000: 1,234 is as short as 1.2 k and says more.
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == ' k' else size):.1f}{unit}"
     return f"{value:,.0f}"
 
 
-def plural(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """``1 thread``, ``4 threads``."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def ranges(widths: Sequence[int]) -> str:
+def format_ranges(widths: Sequence[int]) -> str:
     """``32…1536 step 32`` if the widths are evenly spaced, else a list."""
     if len(widths) > 3:
         steps = {b - a for a, b in itertools.pairwise(widths)}
@@ -116,26 +122,67 @@ def ranges(widths: Sequence[int]) -> str:
 # ---- a view on a terminal ----
 
 
-def rendered(view: View) -> Group:
-    """The sections in order, as tables and lines of text."""
-    title = [_text(view.title, "bold")] if view.title else []
-    return Group(*title, *(part for section in view.sections for part in _lines(section)))
+def _render_section(section: Section) -> list[RenderableType]:
+    title = [_make_text(section.title, "bold")] if section.title else []
+    return [*title, *(_make_text(part) if isinstance(part, str) else _draw_table(part) for part in section.parts)]
 
 
-def _lines(section: Section) -> list[RenderableType]:
-    title = [_text(section.title, "bold")] if section.title else []
-    return [*title, *(_text(part) if isinstance(part, str) else _table(part) for part in section.parts)]
-
-
-def _table(table: Table) -> Drawn:
+def _draw_table(table: Table) -> Drawn:
     drawn = Drawn(show_header=any(table.columns))
     for column, align in zip(table.columns, table.align, strict=True):
-        drawn.add_column(_text(column), justify="right" if align == "r" else "left")
+        drawn.add_column(_make_text(column), justify="right" if align == "r" else "left")
     for number, row in enumerate(table.rows):
-        cells = (_text(cell, "red" if isinstance(cell, Bad) else "") for cell in row)
+        cells = (_make_text(cell, "red" if isinstance(cell, Bad) else "") for cell in row)
         drawn.add_row(*cells, end_section=number in table.ends)
     return drawn
 
 
-def _text(said: str, style: str = "") -> Text:
-    return Text(plain(said), style)  # before rich drops control characters
+def _make_text(said: str, style: str = "") -> Text:
+    return Text(escape_text(said), style)  # before rich drops control characters
+
+
+# ---- a view as Markdown ----
+
+
+# What Markdown could act on. ``www.`` and ``://`` begin links in GitHub's dialect without any brackets.
+_ACTS = re.compile(r"([\\`*_{}\[\]<>#|~&!@]|(?<=www)\.|:(?=//))")
+
+
+def format_code(said: object) -> str:
+    """``said`` as a code span on one line, which cannot become markup or a link."""
+    # A span ends at a run of as many backticks as it began with, so the fence is a run that the text lacks. A space
+    # keeps a backtick at an end of the text apart from it.
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
+    runs = [len(run) for run in re.findall(r"`+", line)]
+    fence = "`" * next(n for n in range(1, len(runs) + 2) if n not in runs)
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line}{space}{fence}" if line else "–"
+
+
+def render_markdown(view: View) -> str:
+    """The sections in order, each with a heading if it has a title."""
+    return "\n\n".join(
+        f"## {render_text(s.title)}\n\n{render_parts(s.parts)}" if s.title else render_parts(s.parts)
+        for s in view.sections
+    )
+
+
+def render_parts(parts: Sequence[Table | str]) -> str:
+    """Tables and paragraphs."""
+    return "\n\n".join(render_text(part) if isinstance(part, str) else _render_table(part) for part in parts)
+
+
+def render_text(said: str) -> str:
+    """``said`` on one line: a name as code, other text with escaped markup."""
+    return format_code(said) if isinstance(said, Name) else _ACTS.sub(r"\\\1", " ".join(said.split()))
+
+
+def _render_table(table: Table) -> str:
+    bars = ["---:" if align == "r" else "---" for align in table.align]
+    cells = ([_render_cell(cell) for cell in row] for row in table.rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(map(_render_cell, table.columns)), bars, *cells))
+
+
+def _render_cell(said: str) -> str:
+    # A bar ends a cell even inside a code span.
+    return format_code(said).replace("|", "\\|") if isinstance(said, Name) else render_text(said)

@@ -10,16 +10,16 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from mptk.files import Staging, scratch
-from mptk.ir.weights import Lazy, Weights
+from mptk.files import Staging, make_scratch
+from mptk.ir import Lazy, Weights
 
 Values = dict[fx.Node, Any]
 """Values of a graph: tensors, sizes, or lists of these."""
 
 Layout = Callable[[Tensor], Tensor]
 
+# Bytes of the smallest tensor that goes to a file: below that, files cost more than they free.
 SMALLEST_FILE = 1 << 16
-"""Bytes of the smallest tensor that goes to a file."""
 
 
 class Spool:
@@ -56,7 +56,7 @@ class Spool:
         return found
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor under ``name``, added to one that is there already."""
+        """Keep a tensor under ``name``. If one is there already, keep their sum."""
         before = self.take(name).get(name) if name in self._kept else None
         self.put(name, {name: tensor if before is None else before + tensor})
         self._likes[name] = tensor.to("meta")
@@ -64,23 +64,23 @@ class Spool:
     @property
     def weights(self) -> Weights:
         """What was added, by name."""
-        return Weights({name: Lazy(like, partial(self._one, name)) for name, like in self._likes.items()})
+        return Weights({name: Lazy(like, partial(self._take_tensor, name)) for name, like in self._likes.items()})
 
-    def _one(self, name: str) -> Tensor:
+    def _take_tensor(self, name: str) -> Tensor:
         tensor: Tensor = self.take(name, keep=True)[name]
         return tensor
 
     def _write(self, tensor: Tensor) -> tuple[Path, Layout]:
-        if self._staging is None:
-            self._staging = scratch()
+        if self._staging is None:  # most spools write no file
+            self._staging = make_scratch()
         self._count += 1
         file = self._staging.folder / str(self._count)
-        flat, layout = _flattened(tensor.detach())
+        flat, layout = _flatten_tensor(tensor.detach())
         save_file({"value": flat.cpu()}, file)
         return file, layout
 
 
-def spooled(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weights:
+def spool_weights(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weights:
     """The weights, each with its name, in a spool of their own."""
     spool = Spool(bound)
     for name, weight in weights:
@@ -88,14 +88,12 @@ def spooled(weights: Iterable[tuple[str, Tensor]], bound: float) -> Weights:
     return spool.weights
 
 
-def _flattened(tensor: Tensor) -> tuple[Tensor, Layout]:
-    """The numbers of a tensor in the order of its memory, each once, and what gives it its old layout.
-
-    Kernels round differently in another layout.
-    """
+def _flatten_tensor(tensor: Tensor) -> tuple[Tensor, Layout]:
+    """The numbers of a tensor in the order of its memory, each once, and what gives it its old layout."""
+    # Kernels round differently in another layout, and a staged run must give the numbers of one in memory.
     strides = list(tensor.stride())
     order = sorted(range(tensor.ndim), key=strides.__getitem__, reverse=True)
-    once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]
+    once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]  # an expanded dimension
     back = [order.index(d) for d in range(tensor.ndim)]
     shape, device = tensor.shape, tensor.device
     return once.permute(order).contiguous(), lambda flat: flat.to(device).permute(back).expand(shape)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mptk.config.settings import Settings
-from mptk.plugins import find, with_plugins
-from mptk.protocols.chain import Target
+from mptk.config import Settings
+from mptk.plugins import find_entry, with_plugins
+from mptk.protocols import Target
 from mptk.targets.graph import GraphTarget
 from mptk.targets.nemotron_nas import NemotronNasTarget
 from mptk.targets.onnx import OnnxTarget
@@ -15,16 +15,16 @@ TARGETS: dict[str, Target] = {t.name: t for t in (StockTarget(), NemotronNasTarg
 """The values of ``--target``. Each can also write ONNX."""
 
 
-def targets() -> dict[str, Target]:
+def list_targets() -> dict[str, Target]:
     """Targets of mptk and of plugins (group ``mptk.targets``), by name."""
     return with_plugins(TARGETS, "mptk.targets")
 
 
 def find_target(name: str) -> Target:
     """The target of that name. Raises MptkError for an unknown name."""
-    return find("target", name, targets())
+    return find_entry("target", name, list_targets())
 
 
-def written(target: Target, settings: Settings) -> tuple[Target, ...]:
+def list_run_targets(target: Target, settings: Settings) -> tuple[Target, ...]:
     """All targets that a run writes: ``target``, which decides the legal widths, and ONNX if requested."""
     return (target, ONNX) if settings.onnx else (target,)

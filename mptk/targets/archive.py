@@ -7,7 +7,7 @@ say of its program (names of inputs, tied names, conditions on sizes) is in it a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,21 +17,30 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 
-from mptk.compat.torch import build_exported, quiet_exporter
-from mptk.errors import MptkError, first_line
-from mptk.files import json_text, scratch
-from mptk.io.archive import EXTRA, read_archive
-from mptk.ir.containers import Container
-from mptk.ir.limits import CallSizes, Condition, Limits
-from mptk.ir.program import Program, sizes_in, stateful
-from mptk.ir.size_calls import assert_sizes, take_assertions, write_size_functions
-from mptk.ir.weights import Weights
-from mptk.reading import Damaged, damaged, json_of, made
-from passes.frontend.trace import own_state
+from mptk.compat.torch import build_exported, hide_exporter_logs
+from mptk.errors import MptkError, take_first_line
+from mptk.files import format_json, make_scratch
+from mptk.io import EXTRA, read_archive
+from mptk.ir import (
+    CallSizes,
+    Condition,
+    Container,
+    Limits,
+    Program,
+    Weights,
+    assert_sizes,
+    list_symbolic_sizes,
+    remove_state_copies,
+    take_assertions,
+    write_size_functions,
+)
+from mptk.reading import Damaged, make_damage_error, make_typed, parse_json
+from passes.frontend.trace import copy_written_state
 
 ARCHIVE = "model.pt2"
+"""torch.export's own ending."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,9 @@ class Beside:
     positional: int | None
 
 
-def saved_names(program: Program) -> list[str]:
+def list_saved(program: Program) -> list[str]:
     """The names in ``state`` of parameters and persistent buffers. The others are constants of the graph."""
+    # In the order of ``state``, which is the module's.
     kinds = ((spec.kind, spec.persistent, program.weights.get(spec.arg.name)) for spec in program.signature.input_specs)
     saved = {name for kind, kept, name in kinds if kind is InputKind.PARAMETER or (kind is InputKind.BUFFER and kept)}
     return [name for name in program.state if name in saved]
@@ -64,30 +74,33 @@ def saved_names(program: Program) -> list[str]:
 
 def write_archive(file: Path, program: Program) -> None:
     """Write a program's graph and constants. Raises MptkError if torch cannot write one of its calls."""
-    graph, signature = _untied(program)
+    # The graph states its conditions on sizes itself, since plain torch asks nobody else.
+    graph, signature = _merge_tied(program)
     write_size_functions(graph.graph)
     assert_sizes(graph.graph, program.sizes)
     graph.recompile()
+    # Blanks in place of weights; constants as they are.
     kinds = {spec.target: spec.kind for spec in signature.input_specs}
-    saved = saved_names(program)
-    state = {name: _blank(program.state.like(name)) for name in saved}
+    saved = list_saved(program)
+    state = {name: _make_blank(program.state.find_like(name)) for name in saved}
     for name in saved:
         if kinds[name] is InputKind.PARAMETER:
             state[name] = nn.Parameter(state[name], requires_grad=name not in program.frozen)
     constants = {name: program.state[name].contiguous() for name in program.state if name not in state}
     for node in graph.graph.nodes:
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}  # no paths of this machine
+    # Written with what the graph does not say, in an entry of its own.
     found = build_exported(program.exported, graph, signature, state=state, constants=constants, example_inputs=None)
     try:
-        with quiet_exporter("torch.export"):
-            torch.export.save(found, file, extra_files={EXTRA: json_text(asdict(_beside(program)))})
+        with hide_exporter_logs("torch.export"):
+            torch.export.save(found, file, extra_files={EXTRA: format_json(asdict(_describe_program(program)))})
     except Exception as error:  # torch's writer has no base class of errors
         raise MptkError(
-            f"torch.export cannot write the graph ({first_line(error)}); open it in this process"
+            f"torch.export cannot write the graph ({take_first_line(error)}); open it in this process"
         ) from error
 
 
-def _beside(program: Program) -> Beside:
+def _describe_program(program: Program) -> Beside:
     limits = program.limits
     return Beside(
         list(program.inputs),
@@ -105,9 +118,9 @@ def _beside(program: Program) -> Beside:
     )
 
 
-def _untied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
-    """The graph with one input for each weight, and no copies of state."""
-    graph, gone = stateful(program.copy_graph()), set[str]()
+def _merge_tied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
+    """The graph with one input for each weight, and no copies of state. ``Beside`` has the other names of tied ones."""
+    graph, gone = remove_state_copies(program.copy_graph()), set[str]()
     first: dict[str, fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op == "placeholder" and node.name in program.weights:
@@ -117,34 +130,28 @@ def _untied(program: Program) -> tuple[fx.GraphModule, ExportGraphSignature]:
                 graph.graph.erase_node(node)
                 gone.add(node.name)
     graph.recompile()
-    specs = [_named(spec, program.weights) for spec in program.signature.input_specs if spec.arg.name not in gone]
+    kept = (spec for spec in program.signature.input_specs if spec.arg.name not in gone)
+    specs = [replace(spec, target=program.weights.get(spec.arg.name, spec.target)) for spec in kept]
     return graph, replace(program.signature, input_specs=specs)
 
 
-def _named(spec: InputSpec, weights: Mapping[str, str]) -> InputSpec:
-    return replace(spec, target=weights.get(spec.arg.name, spec.target))
-
-
-def _blank(like: Tensor) -> Tensor:
+def _make_blank(like: Tensor) -> Tensor:
     """A tensor that takes the memory of one number: NaN, so that nobody takes it for a weight."""
     value = float("nan") if like.is_floating_point() or like.is_complex() else 0
     return torch.full((1,), value, dtype=like.dtype).as_strided(like.shape, [0] * like.ndim)
 
 
 def check_archive(program: Program) -> None:
-    """Write a program's graph and read it back.
-
-    Raises:
-        MptkError: one of its calls, or a condition on sizes, cannot be written or is not read.
-    """
-    with scratch() as place:
+    """Write a program's graph and read it back. Raises MptkError if a call or a condition on sizes gets lost."""
+    with make_scratch() as place:
         file = place.folder / ARCHIVE
         write_archive(file, program)
         try:
             open_archive(file, program.state)
         except MptkError as error:
             raise MptkError(
-                f"mptk cannot read the graph that torch.export writes of this module ({first_line(error)}); write what "
+                f"mptk cannot read the graph that torch.export writes of this module ({take_first_line(error)}); "
+                "write what "
                 "depends on sizes with tensors (docs/tracing.md)"
             ) from error
 
@@ -155,52 +162,55 @@ def open_archive(file: Path, weights: Weights) -> Program:
     Raises:
         MptkError: the archive is missing or damaged, holds what could run code, or its weights are others.
     """
+    # 1. What the graph does not say, checked against the types of ``Beside``.
     exported, text = read_archive(file)
-    said = damaged(file)
+    said = make_damage_error(file)
     try:
-        beside = made(Beside, json_of(text, said))
+        beside = make_typed(Beside, parse_json(text, said))
     except ValueError as error:
         raise said(str(error)) from error
+    # 2. The weights, for the archive's blanks.
     graph, signature = exported.graph_module, exported.graph_signature
     likes = exported.state_dict
     for name, like in likes.items():
-        if name not in weights or weights.like(name).shape != like.shape:
+        if name not in weights or weights.find_like(name).shape != like.shape:
             raise said(f"{name} is missing beside it, or of another shape")
-    kept = weights.selected({name: name for name in likes})
-    state = kept.changed({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
-    conditions = take_assertions(graph.graph, _sizes_of(exported))
-    own_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})
+    kept = weights.select_names({name: name for name in likes})
+    state = kept.with_edits({name: partial(Tensor.to, dtype=like.dtype) for name, like in likes.items()})
+    # 3. The conditions on sizes, out of the graph: the passes know them only as limits of a program.
+    conditions = take_assertions(graph.graph, _find_sizes(exported))
+    copy_written_state(graph.graph, {spec.arg.name for spec in signature.input_specs if spec.target is not None})
     graph.recompile()
     return Program(
         graph,
         signature,
-        state.updated(exported.constants),
+        state.with_entries(exported.constants),
         beside.aliases,
         exported,
         tuple(beside.inputs),
-        _limits(beside, conditions, said),
+        _read_limits(beside, conditions, said),
         frozenset(beside.frozen),
-        outputs=_outputs(beside, said),
+        outputs=_read_outputs(beside, said),
         positional=beside.positional,
     )
 
 
-def _outputs(beside: Beside, said: Damaged) -> Container | None:
+def _read_outputs(beside: Beside, said: Damaged) -> Container | None:
     try:
         return None if beside.outputs is None else Container.from_json(beside.outputs)
     except ValueError as error:
         raise said(str(error)) from error
 
 
-def _sizes_of(exported: ExportedProgram) -> CallSizes:
+def _find_sizes(exported: ExportedProgram) -> CallSizes:
     """The sizes of an export's inputs."""
     user = set(exported.graph_signature.user_inputs)
     nodes = [n for n in exported.graph.find_nodes(op="placeholder") if n.name in user]
-    found = tuple((n.name, sizes_in(n.meta["val"])) for n in nodes if isinstance(n.meta["val"], Tensor))
+    found = tuple((n.name, list_symbolic_sizes(n.meta["val"])) for n in nodes if isinstance(n.meta["val"], Tensor))
     return CallSizes(found, tuple(name for name, _ in found), Limits())
 
 
-def _limits(beside: Beside, conditions: Sequence[sympy.Basic], said: Damaged) -> Limits:
+def _read_limits(beside: Beside, conditions: Sequence[sympy.Basic], said: Damaged) -> Limits:
     """What the graph asserts, with what is known of it. Assertions of sizes above 1 come last."""
     count = len(beside.condition_lines)
     if len(conditions) != count + len(beside.several):

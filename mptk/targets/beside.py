@@ -12,31 +12,27 @@ from typing import NoReturn
 from safetensors import safe_open
 
 from mptk.errors import ProofError
-from mptk.files import scratch
-from mptk.io.checkpoint import copy_processors, save_tokenizer
-from mptk.io.diffusion import others
-from mptk.io.models import Loaded
-from mptk.io.untrusted import read_object
-from mptk.publish.manifest import file_digests, listed
-from mptk.tasks.transformers_js import CONFIG_KEY
+from mptk.files import make_scratch
+from mptk.io import Loaded, copy_processors, list_pipeline_files, read_object, save_tokenizer
+from mptk.publish.manifest import compute_digests, list_files
+from mptk.tasks.runtimes import CONFIG_KEY
 
 READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_templates/*", "*processor_config.json")
 """Files that a tokenizer or a processor reads if they exist."""
 
 
 def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bool = True) -> None:
-    """Compare files in ``folder`` with the files that ``write`` makes, JSON field by field.
+    """Raise ProofError unless the files that ``write`` makes are in ``folder``, equal, JSON field by field.
 
     ``all_known``: whether a tokenizer or a processor may read no other files.
-
-    Raises:
-        ProofError: a file is missing or differs, or there is a further one that a tokenizer or a processor reads.
     """
-    with scratch() as place:
+    # The expected files are made anew, so nothing in ``folder`` is taken at its word.
+    with make_scratch() as place:
         write(place.folder)
-        names = listed(place.folder)
+        names = list_files(place.folder)
         for name in names:
-            _same(name, folder / name, place.folder / name)
+            _check_same(name, folder / name, place.folder / name)
+    # One more file may change how a tokenizer reads, although every other file is right.
     if not all_known:
         return
     more = sorted({path.relative_to(folder).as_posix() for pattern in READ for path in folder.glob(pattern)} - {*names})
@@ -44,10 +40,10 @@ def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bo
         fail(f"{more[0]} is not a file of the dense model")
 
 
-def _same(name: str, file: Path, expected: Path) -> None:
+def _check_same(name: str, file: Path, expected: Path) -> None:
     if not file.is_file():
         fail(f"{name} is missing")
-    if filecmp.cmp(file, expected, shallow=False):
+    if filecmp.cmp(file, expected, shallow=False):  # the bytes; JSON may also differ in its layout
         return
     if file.suffix == ".json":
         compare(name, read_object(file), read_object(expected))
@@ -64,7 +60,7 @@ def write_beside(loaded: Loaded, folder: Path, *, same_features: bool) -> None:
 
 def write_pipeline(loaded: Loaded, folder: Path) -> None:
     """Copy the other parts of a diffusers model's pipeline, if it has one: ``folder`` is then a whole pipeline."""
-    for name, file in others(loaded.path).items():
+    for name, file in list_pipeline_files(loaded.path).items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
@@ -72,11 +68,12 @@ def write_pipeline(loaded: Loaded, folder: Path) -> None:
 
 def check_pipeline(loaded: Loaded, folder: Path) -> None:
     """Raise ProofError unless the other parts are as in the dense model's pipeline."""
-    known = others(loaded.path)
+    known = list_pipeline_files(loaded.path)
     for name in known:
         if not (folder / name).is_file():
             fail(f"{name} is missing")
-    digests = file_digests([*known.values(), *(folder / name for name in known)])
+    # All digests in one call, which reads several files at a time.
+    digests = compute_digests([*known.values(), *(folder / name for name in known)])
     for name, one, other in zip(known, digests, digests[len(known) :], strict=False):
         if one != other:
             fail(f"{name} is not the dense pipeline's")
@@ -85,7 +82,7 @@ def check_pipeline(loaded: Loaded, folder: Path) -> None:
 WeightFile = tuple[frozenset[str], Mapping[str, str]]
 """The names of a file's tensors, and what its header says beside them."""
 UNCHECKED = frozenset({"transformers_version", CONFIG_KEY})
-"""Fields that only say who wrote a file, and the fields that follow from the graphs (``check_config``)."""
+"""Fields that only say who wrote a file, and the fields that follow from the graphs (``check_written_config``)."""
 
 
 def check_keys(name: str, found: JsonObject, expected: JsonObject) -> None:
@@ -93,8 +90,8 @@ def check_keys(name: str, found: JsonObject, expected: JsonObject) -> None:
 
     A loader may act on a field that the class of the config drops when it is loaded. What is missing has its default.
     """
-    there = dict(leaves(expected))
-    for path, value in leaves({key: value for key, value in found.items() if key not in UNCHECKED}):
+    there = dict(walk_fields(expected))
+    for path, value in walk_fields({key: value for key, value in found.items() if key not in UNCHECKED}):
         require(name, path, value, there.get(path, MISSING))
 
 
@@ -111,7 +108,9 @@ def check_weight_files(folder: Path, expected: Mapping[str, WeightFile]) -> None
 
 
 CONFIG_STAGE = "config"
+"""The proof's name for the comparison of files."""
 MISSING = object()
+"""Of a field that is not there. None would be a value of JSON."""
 LISTED = 8
 """A longer list is compared element by element, so that the message names the first difference."""
 CHARACTERS_SHOWN = 60
@@ -120,12 +119,8 @@ JsonObject = Mapping[str, object]
 
 
 def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str] = frozenset()) -> None:
-    """All fields must be equal, except the ``listed`` ones and the fields in them.
-
-    Raises:
-        ProofError: a field differs; the message names file and field.
-    """
-    one, other = dict(leaves(found)), dict(leaves(expected))
+    """Raise ProofError, with file and field, unless all fields outside the ``listed`` ones are equal."""
+    one, other = dict(walk_fields(found)), dict(walk_fields(expected))
     for path in sorted(one.keys() | other.keys()):
         if not any(path == name or path.startswith(f"{name}.") for name in listed):
             require(file, path, one.get(path, MISSING), other.get(path, MISSING))
@@ -133,8 +128,12 @@ def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str]
 
 def require(file: str, field: str, found: object, expected: object) -> None:
     """Raise ProofError unless a field has the expected value and type."""
+    # Python says True == 1 == 1.0, but programs read them as other things.
     if type(found) is not type(expected) or found != expected:
-        fail(f"{field} of {file} is {_said(found)}, but {_said(expected)} in the dense model cut to the plan")
+        fail(
+            f"{field} of {file} is {_format_field(found)}, but {_format_field(expected)} in the dense model cut to "
+            "the plan"
+        )
 
 
 def fail(what: str) -> NoReturn:
@@ -142,17 +141,17 @@ def fail(what: str) -> NoReturn:
     raise ProofError(f"the proof fails at '{CONFIG_STAGE}': {what}; do not use it, and prune the model again")
 
 
-def leaves(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
+def walk_fields(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted path → value of each field that is not an object with fields of its own."""
     for key, value in body.items():
-        inner = _inner(value)
+        inner = _list_inner_fields(value)
         if inner:
-            yield from leaves(inner, f"{prefix}{key}.")
+            yield from walk_fields(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _inner(value: object) -> JsonObject:
+def _list_inner_fields(value: object) -> JsonObject:
     """The fields of an object, and of a long list or a list of objects; empty for other values."""
     if isinstance(value, Mapping):
         return value
@@ -161,6 +160,6 @@ def _inner(value: object) -> JsonObject:
     return {}
 
 
-def _said(value: object) -> str:
+def _format_field(value: object) -> str:
     text = "missing" if value is MISSING else json.dumps(value, default=str)
     return text if len(text) <= CHARACTERS_SHOWN else f"{text[: CHARACTERS_SHOWN - 3]}..."

@@ -12,33 +12,36 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
-from mptk.errors import MptkError, ProofError, first_line
-from mptk.files import scratch
-from mptk.io import models
-from mptk.io.checkpoint import save_tokenizer
-from mptk.io.data import positions_of
-from mptk.io.models import Loaded
-from mptk.io.untrusted import read_object
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, is_tokens
-from mptk.protocols.chain import Compiled, Prepared, Target
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import Checks, Extra, SampleSets, left_out
-from mptk.publish.manifest import listed
+from mptk.config import Settings
+from mptk.errors import MptkError, ProofError, take_first_line
+from mptk.files import make_scratch
+from mptk.io import Loaded, find_position_limit, models, read_object, save_tokenizer
+from mptk.ir import Log, Program, Samples, is_tokens
+from mptk.protocols import (
+    Checks,
+    Compiled,
+    Dense,
+    Extra,
+    OnnxForm,
+    Prepared,
+    SampleSets,
+    Target,
+    Use,
+    describe_left_out,
+)
+from mptk.publish.manifest import list_files
 from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.exporting import EXPORTER, VERSION, use_apart
-from mptk.tasks.transformers_js import write_entry
+from mptk.tasks.runtimes import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import (
     ENDINGS,
     ONNX_FILE,
     ONNX_FOLDER,
-    data_file,
-    float_file,
-    quantized,
-    quantized_files,
+    list_quantized_files,
+    name_data_file,
+    name_float_file,
+    name_quantized_file,
 )
 from passes.targets.onnx.structure import compare_constants, compare_structures, compare_with_weights
 from passes.targets.onnx.tensors import read_lazily
@@ -55,10 +58,11 @@ class OnnxTarget(Target):
     summary = "ONNX, a decoder's with a KV cache, beside another target"
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
+        # ONNX is written beside another target. If it fails, the folder is right without it.
         prepared, out = compiled.prepared, folder / ONNX_FOLDER
         out.mkdir()
         try:
-            form = form_for(prepared)
+            form = choose_onnx_form(prepared)
             notes = _export(compiled, form, prepared.settings, sets.calibration, out, log)
         except MptkError as error:
             if prepared.settings.strict:
@@ -67,41 +71,46 @@ class OnnxTarget(Target):
             return [f"no ONNX: {error}"]
         if compiled.written is not None:
             generation = getattr(prepared.loaded.model, "generation_config", None)
-            notes += describe(form, compiled.written.stock.config, generation, folder, prepared.settings.strict)
+            notes += describe_graphs(form, compiled.written.stock.config, generation, folder, prepared.settings.strict)
         else:
-            notes.append(_alone(prepared.loaded, out))
+            notes.append(_write_alone(prepared.loaded, out))
         return notes
 
-    def files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
+    def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
         form, there = compiled.prepared.task.onnx, folder / ONNX_FOLDER
         if form is None or not there.is_dir():
             return frozenset()
+        # Any scheme's graphs may be there; ``list_extras`` checks those that are.
         names = [Path(name) for name in form.graphs]
-        graphs = [str(each) for name in names for each in (name, *(quantized(name, scheme) for scheme in ENDINGS))]
-        data = [data_file(name) for name in graphs if (there / name).is_file()]
+        graphs = [
+            str(each) for name in names for each in (name, *(name_quantized_file(name, scheme) for scheme in ENDINGS))
+        ]
+        data = [name_data_file(name) for name in graphs if (there / name).is_file()]
         beside: list[str] = []
-        if compiled.written is None:
-            with scratch() as place:
-                _alone(compiled.prepared.loaded, place.folder)
-                beside = listed(place.folder)
+        if compiled.written is None:  # transformers decides which files a tokenizer has
+            with make_scratch() as place:
+                _write_alone(compiled.prepared.loaded, place.folder)
+                beside = list_files(place.folder)
         own = (f"{ONNX_FOLDER}/{name}" for name in (*graphs, *data, *beside))
         return frozenset([*own, *form.described])
 
-    def wrote(self, folder: Path) -> bool:
+    def has_written(self, folder: Path) -> bool:
         return next((folder / ONNX_FOLDER).glob("*.onnx"), None) is not None
 
-    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+    def make_checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         form = compiled.prepared.task.onnx
         if form is None or not (folder / ONNX_FOLDER).is_dir():
             return Checks()
         loaded = compiled.prepared.loaded
         if compiled.written is None:
-            check_beside(folder / ONNX_FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
+            check_beside(folder / ONNX_FOLDER, partial(_write_alone, loaded), all_known=loaded.tokenizer is not None)
         _check_weights(form, compiled, folder / ONNX_FOLDER)
-        use = Use(crossed, positions(compiled))
-        return form.stages(folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings)
+        use = Use(crossed, count_model_positions(compiled))
+        return form.list_stages(
+            folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings
+        )
 
-    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
+    def compare_rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """For a main graph in float16: the weights' error over the rounding limit, and the logits' in nats per token.
 
         Its float32 graph is written to a temporary folder.
@@ -109,16 +118,17 @@ class OnnxTarget(Target):
         Raises:
             ProofError: the graph cannot be read or run, or a weight differs by more than rounding allows.
         """
+        # Rounding is compared with the float32 graph, which this folder lacks.
         form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
-        if form is None or not main.is_file() or not form.half(folder / ONNX_FOLDER):
+        if form is None or not main.is_file() or not form.is_half(folder / ONNX_FOLDER):
             return []
-        with scratch() as staging:
+        with make_scratch() as staging:
             settings = replace(compiled.prepared.settings, onnx_dtype="float32", quantize=())
             _export(compiled, form, settings, batches[0], staging.folder, Log())
             pairs = [(main, staging.folder / ONNX_FILE)]
-            return _quantized(form, compiled.prepared.executor.device, pairs, "fp16", batches)
+            return _compare_quantized(form, compiled.prepared.executor.device, pairs, "fp16", batches)
 
-    def remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
+    def compare_remade(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> str:
         """Write the float graphs again and compare them with the folder's, node for node and weight for weight.
 
         Returns a note if they differ, but another version of an exporter wrote the folder's.
@@ -129,10 +139,11 @@ class OnnxTarget(Target):
         form, graphs = compiled.prepared.task.onnx, folder / ONNX_FOLDER
         if form is None or not graphs.is_dir():
             return ""
-        with scratch() as staging:
+        with make_scratch() as staging:
             _export(compiled, form, replace(compiled.prepared.settings, quantize=()), batches[0], staging.folder, Log())
             for name in form.graphs:
                 found, again = read_lazily(graphs / name), read_lazily(staging.folder / name)
+                # Exporters change from version to version, which is not a fault of the folder.
                 written, now = found.metadata_props.get(EXPORTER), again.metadata_props[EXPORTER]
                 apart = compare_structures(found, again, UNLIKE) or compare_constants(found, again)
                 if apart and written != now:
@@ -143,53 +154,54 @@ class OnnxTarget(Target):
                     )
         return ""
 
-    def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
+    def list_extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
         """The quantised graphs, with differences as in ``rounded``, and the files that describe the graphs."""
         form, device = compiled.prepared.task.onnx, compiled.prepared.executor.device
         if form is None:
             return []
 
-        settings, reached = compiled.prepared.settings, positions(compiled)
+        settings, reached = compiled.prepared.settings, count_model_positions(compiled)
 
         def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
-            found = _quantized(form, device, [(file, float_file(file)) for file in files], scheme, batches)
-            stages = form.stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
-            return [*found, *_in_use(scheme, [run for run, _ in stages.values()], batches)]
+            # The weights against the float graph's, then each use of the graph against its own outputs.
+            found = _compare_quantized(form, device, [(file, name_float_file(file)) for file in files], scheme, batches)
+            stages = form.list_stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
+            return [*found, *_compare_use(scheme, [run for run, _ in stages.values()], batches)]
 
-        graphs = quantized_extras(folder / ONNX_FOLDER, form, check)
+        graphs = list_quantized(folder / ONNX_FOLDER, form, check)
         described = [
-            Extra(name, partial(_described, form, compiled, folder, name), (folder / name).unlink)
+            Extra(name, partial(_check_described, form, compiled, folder, name), (folder / name).unlink)
             for name in form.described
             if (folder / name).is_file()
         ]
         return [*graphs, *described]
 
 
-def positions(compiled: Compiled) -> int:
+def count_model_positions(compiled: Compiled) -> int:
     """How many positions the model has; 0 if it is not known."""
     model = compiled.prepared.loaded.model
-    return (positions_of(model.config) or 0) if isinstance(model, PreTrainedModel) else 0
+    return (find_position_limit(model.config) or 0) if isinstance(model, PreTrainedModel) else 0
 
 
-def form_for(prepared: Prepared) -> OnnxForm:
+def choose_onnx_form(prepared: Prepared) -> OnnxForm:
     """How to write the model as ONNX. Raises MptkError if that is impossible."""
+    # Both refusals cost nothing: they come before any export.
     task = prepared.task
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
-    if (length := task.only_length(prepared.analysis.program)) is not None:
+    if (length := task.find_fixed_length(prepared.analysis.program)) is not None:
         raise MptkError(
             f"the trace holds only for {length} tokens, so a graph would take no other length; leave out ONNX"
         )
     return task.onnx
 
 
-def describe(
+def describe_graphs(
     form: OnnxForm, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, strict: bool = True
 ) -> list[str]:
     """Write the files that programs need to load the graphs of a checkpoint ``folder``; returns notes on missing ones.
 
-    Raises:
-        MptkError: ``strict``, and a file cannot be written.
+    Raises MptkError if a file cannot be written and ``strict``.
     """
     write_entry(folder, ONNX_FOLDER)
     try:
@@ -197,11 +209,11 @@ def describe(
     except MptkError as error:
         if strict:
             raise
-        return [left_out(name, error) for name in form.described]
+        return [describe_left_out(name, error) for name in form.described]
     return []
 
 
-def quantized_extras(
+def list_quantized(
     folder: Path, form: OnnxForm, check: Callable[[str, Sequence[Path]], list[Difference]]
 ) -> list[Extra]:
     """The quantised graphs of an ``onnx`` folder, those of one scheme together.
@@ -209,8 +221,9 @@ def quantized_extras(
     ``check``: compares a scheme's graphs, the main one first, with the float ones.
     """
     found = list[Extra]()
-    for scheme, files in quantized_files(folder).items():
-        files.sort(key=lambda file: float_file(file).name != form.graphs[0])
+    for scheme, files in list_quantized_files(folder).items():
+        # The main graph first: it names the scheme's entry in a report, and it is the one that is compared by outputs.
+        files.sort(key=lambda file: name_float_file(file).name != form.graphs[0])
         found.append(
             Extra(f"{folder.name}/{files[0].name}", partial(check, scheme, files), partial(remove_graphs, files))
         )
@@ -221,19 +234,20 @@ def remove_graphs(files: Sequence[Path]) -> None:
     """Remove graphs from the ``onnx`` folder of a checkpoint and from its config's entries."""
     for file in files:
         file.unlink()
-        file.with_name(data_file(file.name)).unlink(missing_ok=True)
+        file.with_name(name_data_file(file.name)).unlink(missing_ok=True)
     checkpoint = files[0].parent.parent
     if (checkpoint / "config.json").is_file():
         write_entry(checkpoint, ONNX_FOLDER)
 
 
-def _described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> list[Difference]:
+def _check_described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> list[Difference]:
     """Raise ProofError unless a file that describes the graphs agrees with config, plan and graphs."""
     written = compiled.written
     if written is None:
         fail(f"{name} is there, but graphs without a checkpoint have no such file")
+    # Write it again, for the folder's own graphs, and compare.
     generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
-    with scratch() as place:
+    with make_scratch() as place:
         (place.folder / ONNX_FOLDER).symlink_to((folder / ONNX_FOLDER).absolute())
         form.describe(written.stock.config, generation, place.folder, ONNX_FOLDER)
         if not (place.folder / name).is_file():
@@ -242,12 +256,12 @@ def _described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> l
     return []
 
 
-def _alone(loaded: Loaded, folder: Path) -> str:
+def _write_alone(loaded: Loaded, folder: Path) -> str:
     """Write config and tokenizer beside graphs without a checkpoint; returns a note on them."""
     if loaded.tokenizer is None or not isinstance(loaded.model, PreTrainedModel):
         return ""
     save_tokenizer(loaded.tokenizer, folder)
-    models.config_in(loaded).save_pretrained(folder)
+    models.read_stored_config(loaded).save_pretrained(folder)
     if loaded.model.can_generate() and loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
     return f"{ONNX_FOLDER}/config.json is the dense model's: use it for text and its end, not for the graph's widths"
@@ -271,32 +285,33 @@ def _check_weights(form: OnnxForm, compiled: Compiled, folder: Path) -> None:
             raise ProofError(f"the proof fails at 'ONNX weights' of {name}: {wrong}; do not use it")
 
 
-def _in_use(scheme: str, runs: Sequence[Program | StageOutputs], batches: Sequence[Samples]) -> list[Difference]:
+def _compare_use(scheme: str, runs: Sequence[Program | StageOutputs], batches: Sequence[Samples]) -> list[Difference]:
     """Compare how a quantised graph is used with its own outputs for whole samples, which the first run gives.
 
     Nothing if the graph gives only some of these.
     """
+    # The first run gives whole rows; the others use caches and padding. A graph of last positions has no whole rows.
     pairs = list[tuple[Tensor | Placed, Tensor]]()
     for batch in batches:
-        plain, *others = (_outputs(run, batch) for run in runs)
+        plain, *others = (_run_outputs(run, batch) for run in runs)
         wholes = [each.outputs if isinstance(each, Placed) else each for each in plain]
-        if any(isinstance(each, Placed) and each.places.shape[1] != _length(batch) for each in plain):
+        if any(isinstance(each, Placed) and each.places.shape[1] != _find_length(batch) for each in plain):
             return []
         pairs += [pair for other in others for pair in zip(other, wholes, strict=True)]
     return [use_apart(scheme, pairs)] if pairs else []
 
 
-def _outputs(run: Program | StageOutputs, batch: Samples) -> Sequence[Tensor | Placed]:
+def _run_outputs(run: Program | StageOutputs, batch: Samples) -> Sequence[Tensor | Placed]:
     assert not isinstance(run, Program)
     found = run(batch)
     return [found] if isinstance(found, Tensor | Placed) else found
 
 
-def _length(batch: Samples) -> int:
+def _find_length(batch: Samples) -> int:
     return max((tensor.shape[1] for tensor in batch.tensors if is_tokens(tensor)), default=0)
 
 
-def _quantized(
+def _compare_quantized(
     form: OnnxForm,
     device: torch.device,
     files: Sequence[tuple[Path, Path]],
@@ -304,15 +319,16 @@ def _quantized(
     batches: Sequence[Samples],
 ) -> list[Difference]:
     """Compare graphs, the main one first, with the float32 graphs beside them, and what they compute together."""
+    # Weights of every graph, outputs of the main one.
     file = files[0][0]
     try:
         share = max(check_quantized(whole, file, scheme) for file, whole in files)
-        runs = [form.outputs(graph, device) for graph in files[0]]
+        runs = [form.make_runner(graph, device) for graph in files[0]]
         pairs = [(runs[0](batch), runs[1](batch)) for batch in batches]
     except MptkError:
         raise
     except Exception as error:  # ONNX and ONNX Runtime share no error class
         raise ProofError(
-            f"the proof fails at '{scheme} weights': {file.name} does not run ({first_line(error)})"
+            f"the proof fails at '{scheme} weights': {file.name} does not run ({take_first_line(error)})"
         ) from error
-    return [Difference(f"{scheme} weights", share, share, 1.0), form.rounding(scheme, pairs)]
+    return [Difference(f"{scheme} weights", share, share, 1.0), form.measure_rounding(scheme, pairs)]

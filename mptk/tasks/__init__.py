@@ -1,26 +1,28 @@
-"""tasks: kinds of models, and how to load a model as one of them. One file a task."""
+"""tasks: kinds of models, and how to load a model as one of them. One file a task.
+
+A file also has the task's ONNX form, or ``NAME_form.py`` does. ``exporting`` has what the forms share.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.auto_classes import classes_of
-from mptk.io.models import Loaded
-from mptk.io.resident import Resident
+from mptk.io import Loaded, Resident, find_model_classes, load_tensors, models
 from mptk.plugins import with_plugins
-from mptk.protocols.onnx_form import OnnxForm
-from mptk.protocols.task import Task
-from mptk.tasks.causal_lm import CausalLM, wrong_kind
+from mptk.protocols import PROVEN_ON, OnnxForm, Report, Task
+from mptk.tasks.causal_lm import CausalLM, make_kind_error
 from mptk.tasks.classifier import CTC, SEGMENTATION, TOKEN_CLASSES, Classifier
 from mptk.tasks.diffusion import AUTOENCODING, DENOISING
 from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.image_text import ImageText
 from mptk.tasks.masked_lm import MaskedLM
+from mptk.tasks.module import Module, make_example_samples
 from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, FORECASTS, MASKS
 from mptk.tasks.seq2seq import Seq2Seq
 from mptk.trust import NO_CODE, Trust
@@ -37,6 +39,8 @@ HEAD_TASKS: tuple[Task, ...] = (
     DEPTH,
     FORECASTS,
 )
+# The first task that takes a model has it, so the order counts: a vision-language model could also be taken for a
+# decoder, and a dual encoder for a bare encoder.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -53,7 +57,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def tasks() -> dict[str, Task]:
+def list_tasks() -> dict[str, Task]:
     """mptk's and plugins' tasks (group ``mptk.tasks``), by name."""
     return with_plugins(TASKS, "mptk.tasks")
 
@@ -65,57 +69,57 @@ def open_task(model: str, resident: Resident, *, trust: Trust = NO_CODE) -> tupl
         MptkError: as ``models.load``; or no task takes the model, which is checked before weights are read.
     """
     config = models.load_config(model, trust=trust)
-    task = _find(model, config, classes_of(config))
+    task = _find(model, config, find_model_classes(config))
     loaded = models.open_weights(model, resident, trust=trust)
     return loaded, task.bind(loaded)
 
 
-def kind_of(model: str, *, trust: Trust = NO_CODE) -> Task:
+def find_task(model: str, *, trust: Trust = NO_CODE) -> Task:
     """The task of a model, from only its config. Raises MptkError if there is no such model, or no task takes it."""
     config = models.load_config(model, trust=trust)
-    return _find(model, config, classes_of(config))
+    return _find(model, config, find_model_classes(config))
 
 
-def task_of(loaded: Loaded) -> Task:
+def bind_task(loaded: Loaded) -> Task:
     """The task of a loaded model. Raises MptkError if no task takes it."""
     return _find(loaded.source, loaded.model.config, {type(loaded.model)}).bind(loaded)
 
 
 def _find(model: str, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> Task:
     reasons: dict[str, str] = {}
-    if (task := _first(config, classes, reasons)) is not None:
+    if (task := _find_first(config, classes, reasons)) is not None:
         return task
     said = " and ".join(f"no {what}: {why}" for what, why in reasons.items())
-    raise wrong_kind(model, said)
+    raise make_kind_error(model, said)
 
 
-def _first(
+def _find_first(
     config: PreTrainedConfig, classes: set[type[PreTrainedModel]], reasons: dict[str, str] | None = None
 ) -> Task | None:
     """The first task that takes the classes of a model; ``reasons`` gets why each one before it does not."""
-    for task in tasks().values():
-        if (reason := task.refusal(config, classes)) is None:
+    for task in list_tasks().values():
+        if (reason := task.explain_refusal(config, classes)) is None:
             return task
         if reasons is not None:
             reasons[task.summary] = reason
     return None
 
 
-def form_of(model: PreTrainedModel) -> OnnxForm | None:
+def find_task_form(model: PreTrainedModel) -> OnnxForm | None:
     """The ONNX form of the first task that takes the model; None if no task does, or it has none."""
-    task = _first(model.config, {type(model)})
+    task = _find_first(model.config, {type(model)})
     return None if task is None else task.onnx
 
 
-def known_task(model: nn.Module) -> Task | None:
+def match_task(model: nn.Module) -> Task | None:
     """The first task that takes a transformers model's class; None for another module, or if no task does."""
-    return _first(model.config, {type(model)}) if isinstance(model, PreTrainedModel) else None
+    return _find_first(model.config, {type(model)}) if isinstance(model, PreTrainedModel) else None
 
 
 def check_decoder(model: str, *, trust: Trust = NO_CODE) -> None:
     """Raise MptkError if a model is not a causal language model by its config."""
     config = models.load_config(model, trust=trust)
-    reason = CAUSAL_LM.refusal(config, classes_of(config))
+    reason = CAUSAL_LM.explain_refusal(config, find_model_classes(config))
     if reason is not None:
         raise MptkError(
             f"{model} is no {CAUSAL_LM.summary}: {reason}; `mptk analyze` shows what can be cut in it, and "
@@ -132,6 +136,22 @@ def load_decoder(model: str, *, trust: Trust = NO_CODE) -> Loaded:
     check_decoder(model, trust=trust)
     loaded = models.load_whole(model, trust=trust)
     with torch.no_grad():
-        example = CAUSAL_LM.example(loaded.model)
+        example = CAUSAL_LM.make_example(loaded.model)
         CAUSAL_LM.check(loaded, lambda batch: getattr(loaded.model(**batch.inputs), "logits", None), example)
     return loaded
+
+
+def find_folder_task(folder: Path, report: Report, loaded: Loaded) -> Task:
+    """The task that a folder was pruned as. A module gets the example inputs of its proof."""
+    inputs = load_folder_inputs(folder, report)
+    return bind_task(loaded) if inputs is None else Module(make_example_samples(loaded.model, inputs))
+
+
+def load_folder_inputs(folder: Path, report: Report) -> dict[str, Tensor] | None:
+    """The example inputs of a folder that was pruned as a module; None if it was not."""
+    if report.task != Module.name:
+        return None
+    return load_tensors(
+        folder / PROVEN_ON,
+        lambda why: MptkError(f"{folder} has no {PROVEN_ON} ({why}); do not use the folder, prune again"),
+    )

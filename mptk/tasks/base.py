@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.ir.samples import IGNORED, Samples
+from mptk.io import Loaded, Runs
+from mptk.ir import IGNORED, Samples
 from mptk.progress import Count, Progress
-from mptk.protocols.task import Task
+from mptk.protocols import Task
 from mptk.reading import Json
-from mptk.tasks.inputs import Inputs, inputs_of
+from mptk.tasks.inputs import Inputs, choose_inputs
 
 SummedFigure = Callable[[Tensor, Tensor], Tensor]
 """A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
@@ -29,23 +28,23 @@ SummedFigure = Callable[[Tensor, Tensor], Tensor]
 class ModelTask(Task):
     """A task of a transformers model: ``made`` makes its samples of the inputs that its class reads."""
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         """What the model reads."""
-        return inputs_of(model)
+        return choose_inputs(model)
 
-    def example(self, model: nn.Module) -> Samples:
-        return Samples(self.kind(model).example(model))
+    def make_example(self, model: nn.Module) -> Samples:
+        return Samples(self.find_inputs(model).make_example(model))
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        found = self.kind(loaded.model).calibration(loaded, settings, count, progress)
-        return self.made(loaded, found, settings.data, settings.seed)
+    def draw_samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        found = self.find_inputs(loaded.model).draw_calibration(loaded, settings, count, progress)
+        return self.make_samples(loaded, found, settings.data, settings.seed)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        found = self.kind(loaded.model).evaluation(loaded, settings)
-        return self.made(loaded, found, settings.eval_data or settings.data, settings.seed + 1)
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        found = self.find_inputs(loaded.model).draw_evaluation(loaded, settings)
+        return self.make_samples(loaded, found, settings.eval_data or settings.data, settings.seed + 1)
 
-    def named(self, model: nn.Module, data: str) -> str:
-        return self.kind(model).named(data)
+    def name_data(self, model: nn.Module, data: str) -> str:
+        return self.find_inputs(model).name_data(data)
 
 
 class ComparedTask(ModelTask):
@@ -53,18 +52,19 @@ class ComparedTask(ModelTask):
 
     compares = True
 
-    def predicted(self, samples: Samples) -> int:
+    def count_predictions(self, samples: Samples) -> int:
         return len(samples)
 
 
 @torch.no_grad()
-def compared(
+def measure_figures(
     runs: Runs, batches: Sequence[Samples], figures: Mapping[str, SummedFigure], progress: Progress, protocol: str
 ) -> Json:
-    """What ``Task.quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
+    """What ``Task.measure_quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
 
     The first run, ``dense``, is what each run is compared with.
     """
+    # Runs come batch by batch, in each batch the dense model first: its output is the reference of the others.
     first, *others = figures
     sums: dict[str, dict[str, float]] = {figure: {} for figure in figures}
     reference: Any = None
@@ -77,7 +77,7 @@ def compared(
     return {**found[first], "metric": first, **{name: found[name] for name in others}, "protocol": protocol}
 
 
-def known_to(
+def explain_unlisted(
     lists: Iterable[Mapping[str, str | Sequence[str]]],
     config: PreTrainedConfig,
     classes: set[type[PreTrainedModel]],
@@ -98,11 +98,11 @@ def known_to(
 class TokenTask(ModelTask):
     """A task whose samples' targets are token ids at the positions of the logits."""
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the negative log-likelihoods of the targets, in nats."""
         targets = samples.targets
         assert targets is not None
-        if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.predicted(samples):
+        if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.count_predictions(samples):
             raise MptkError(
                 "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
                 "more tokens; use magnitude or random for other models"
@@ -110,16 +110,18 @@ class TokenTask(ModelTask):
         flat = output.flatten(0, -2).float()
         return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def predicted(self, samples: Samples) -> int:
+    def count_predictions(self, samples: Samples) -> int:
         assert samples.targets is not None
         return int((samples.targets != IGNORED).sum())
 
     @torch.no_grad()
-    def perplexities(self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str) -> Json:
+    def compute_perplexities(
+        self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str
+    ) -> Json:
         """What ``quality`` gives: run → e to the mean loss of a target, to 4 decimals."""
         rows, totals = samples.split(1), dict[str, float]()
         for name, i, logits in runs(rows, partial(progress, metric)):
-            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
-        tokens = self.predicted(samples)
+            totals[name] = totals.get(name, 0.0) + float(self.compute_loss(logits, rows[i].to(logits.device)))
+        tokens = self.count_predictions(samples)
         found = {name: round(math.exp(total / tokens), 4) for name, total in totals.items()}
         return {**found, "metric": metric, "protocol": protocol}

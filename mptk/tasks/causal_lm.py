@@ -13,17 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.choices import IN_MEMORY
+from mptk.config import IN_MEMORY
 from mptk.errors import MptkError
-from mptk.io.evaluation import Runs, perplexities
-from mptk.io.models import Loaded
-from mptk.ir.samples import Samples, next_tokens
+from mptk.io import Loaded, Runs, measure_perplexities
+from mptk.ir import Samples, make_token_samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.tasks.base import TokenTask
 from mptk.tasks.decoder_form import DecoderForm
 from mptk.tasks.inputs import Inputs
-from mptk.tasks.inputs.text import TEXT_LENGTH, TextWindows, example_ids
+from mptk.tasks.inputs.text import TEXT_LENGTH, TextWindows, make_example_ids
 
 
 class CausalLM(TokenTask):
@@ -34,7 +33,7 @@ class CausalLM(TokenTask):
     caches = True
     onnx = DecoderForm()
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         name = min((c.__name__ for c in classes), default=type(config).__name__)
         if getattr(config, "is_encoder_decoder", False):
             return f"{name} has an encoder and a decoder"
@@ -45,33 +44,37 @@ class CausalLM(TokenTask):
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
-        # a trace may not hold for fewer tokens than it was made with
-        ids = example_ids(1, TEXT_LENGTH + 1).repeat(2, 1)
+        # Two texts with the same first token: its logits differ only if the model looks at later ones. They are longer
+        # than the example, since a trace may not hold for fewer tokens than it was made with.
+        ids = make_example_ids(1, TEXT_LENGTH + 1).repeat(2, 1)
         ids[1, 1:] += 1
-        found = run(next_tokens(ids))
+        found = run(make_token_samples(ids))
         name = type(loaded.model).__name__
-        vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)  # a model's own config may lack it
+        # The config of a class with code of its own may have no ``vocab_size``.
+        vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape or found.shape[2] < vocabulary:
-            raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
+            raise make_kind_error(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
         first = found[:, 0].float()
-        if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():
-            raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
+        if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():  # more than rounding
+            raise make_kind_error(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         return TextWindows()
 
-    def example(self, model: nn.Module) -> Samples:
-        return next_tokens(example_ids())
+    def make_example(self, model: nn.Module) -> Samples:
+        return make_token_samples(make_example_ids())
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
-        return next_tokens(inputs["input_ids"])
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
+        return make_token_samples(inputs["input_ids"])
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:
         ids = sets.evaluation.inputs["input_ids"]
-        return perplexities(runs, ids, data=sets.source, progress=partial(progress, "perplexity"))
+        return measure_perplexities(runs, ids, data=sets.source, progress=partial(progress, "perplexity"))
 
 
-def wrong_kind(model: str, what: str) -> MptkError:
+def make_kind_error(model: str, what: str) -> MptkError:
     """The error for a model that no task takes. ``what``: what it is not, and why."""
     return MptkError(
         f"{model} is {what}; `mptk prune` takes it with examples of what it reads, --inputs FILE (docs/kinds.md)"

@@ -15,14 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples
+from mptk.io import Runs
+from mptk.ir import Samples
 from mptk.progress import Progress
-from mptk.protocols.onnx_form import OnnxForm
-from mptk.protocols.values import SampleSets
+from mptk.protocols import OnnxForm, SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import ComparedTask, compared, known_to
-from mptk.tasks.exporting import features_apart
+from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
+from mptk.tasks.exporting import compare_features
 from mptk.tasks.model_form import LOGITS, ModelForm
 from passes.verify import Difference
 
@@ -31,10 +30,10 @@ AutoLists = Sequence[Mapping[str, str | Sequence[str]]]
 
 
 class PixelForm(ModelForm):
-    """Its logits have the classes in the second dimension."""
+    """Its logits have the classes in the second dimension, and ``compare_logits`` wants them in the last."""
 
-    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return features_apart(scheme, pairs)
+    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return compare_features(scheme, pairs)
 
 
 OF_LOGITS = ModelForm(LOGITS)
@@ -44,8 +43,9 @@ OF_LOGITS = ModelForm(LOGITS)
 class Classifier(ComparedTask):
     """ViT, ConvNeXt, Swin, VideoMAE, BertForSequenceClassification, Wav2Vec2ForSequenceClassification.
 
-    ``lists``: of its classes. ``gives``: what they give. ``dim``: the dimension of the classes in the logits. Any other
-    dimension after the first is of positions, over which figures are means. ``classes``: whether it is the last one.
+    ``lists``: transformers' lists of the models. ``gives``: what these give, in words. ``dim``: the dimension of the
+    classes in the logits; ``classes``: whether it is the last one. Other dimensions after the first are positions, over
+    which figures are means.
     """
 
     name: str = "classification"
@@ -61,30 +61,33 @@ class Classifier(ComparedTask):
     classes: bool = True
     onnx: OnnxForm = OF_LOGITS
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to(self.lists, config, classes, f"give {self.gives}")
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the KL divergences from the dense model's distributions (``targets``: its logits), in nats."""
         assert samples.targets is not None
-        return divergence(output, samples.targets, self.dim)
+        return sum_divergence(output, samples.targets, self.dim)
 
-    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the cross entropies with the dense model's likeliest classes: the divergence has no slope there."""
         assert samples.targets is not None
-        logits, reference = (rows(each, self.dim) for each in (output, samples.targets))
+        logits, reference = (flatten_positions(each, self.dim) for each in (output, samples.targets))
         likeliest = reference.argmax(-1).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), likeliest, reduction="sum") / logits.shape[1]
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
-        figures = {"agreement": partial(agreed, dim=self.dim), "divergence": partial(divergence, dim=self.dim)}
+        figures = {
+            "agreement": partial(sum_agreement, dim=self.dim),
+            "divergence": partial(sum_divergence, dim=self.dim),
+        }
         what = "samples" if self.name == Classifier.name else "samples' positions"
         protocol = (
             f"{sets.source}: share of {len(samples)} {what} that get the dense model's likeliest class; "
             "divergence: mean KL divergence from its distribution, in nats"
         )
-        return compared(runs, samples.split(1), figures, progress, protocol)
+        return measure_figures(runs, samples.split(1), figures, progress, protocol)
 
 
 TOKEN_CLASSES = Classifier(
@@ -107,18 +110,19 @@ SEGMENTATION = Classifier(
 )
 
 
-def rows(logits: Tensor, dim: int) -> Tensor:
+def flatten_positions(logits: Tensor, dim: int) -> Tensor:
     """Logits [samples, positions, classes]. ``dim``: where the classes are."""
     last = logits.movedim(dim, -1)
-    return last[:, None] if last.ndim == 2 else last.flatten(1, -2)
+    return last[:, None] if last.ndim == 2 else last.flatten(1, -2)  # a class for a sample is one position
 
 
-def agreed(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
+def sum_agreement(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
     """Sum over samples of the share of positions with the same likeliest class."""
-    return (rows(logits, dim).argmax(-1) == rows(reference, dim).argmax(-1)).float().mean(1).sum()
+    found, expected = (flatten_positions(each, dim).argmax(-1) for each in (logits, reference))
+    return (found == expected).float().mean(1).sum()
 
 
-def divergence(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
+def sum_divergence(logits: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
     """Σ KL(reference ‖ logits) over samples, of the mean over positions, in nats."""
-    found, expected = (rows(each, dim).float().log_softmax(-1) for each in (logits, reference))
+    found, expected = (flatten_positions(each, dim).float().log_softmax(-1) for each in (logits, reference))
     return F.kl_div(found, expected, log_target=True, reduction="sum") / found.shape[1]

@@ -14,20 +14,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError, ProofError
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir import Log, Plan, Program, Samples, make_token_samples
 from mptk.ort.decoder import GRAPH_FILE, Cache, Ids, OrtDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import about, cut, logits_apart, quantised
-from mptk.tasks.genai import GENAI_FILE, write_genai_config
+from mptk.protocols import PROOF_SHAPE, Checks, Dense, OnnxForm, Use
+from mptk.tasks.exporting import MOST_ROWS, compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
 from mptk.tasks.inputs.image_forms import POSITIONS
-from mptk.tasks.sizes import MOST_ROWS
+from mptk.tasks.runtimes import GENAI_FILE, write_genai_config
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
@@ -38,27 +33,30 @@ PADDED_TOKENS = 3
 
 @dataclass(frozen=True)
 class DecodingCase:
-    """A way to run a decoder, and the stage of the proof that it is.
+    """A way to run a decoder; ``stage``: its name in the proof.
 
-    ``steps``: tokens of each call after the prompt; they cross each border, and end the sequence. ``padded``: the side
-    on which prompts, each of another length, are padded; empty: all have the same length.
+    ``steps``: tokens of the short calls that cross each border and end the sequence. ``padded``: the side on which
+    prompts of several lengths are padded; empty: all have the same length.
     """
 
     stage: str
     steps: tuple[int, ...] = ()
     padded: str = ""
 
-    def calls(self, rows: int, length: int, crossed: Sequence[int]) -> tuple[list[int], list[int]]:
+    def split_calls(self, rows: int, length: int, crossed: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of each row's prompt, and of each call after them, in samples [rows, length].
 
         Padding between prompt and answer counts in a window, also in torch: then only the prompt is comparable.
         """
         if self.padded:
+            # 1. Padded prompts, each of another length: the longest, then two and one thirds of it, again and again.
             longest = max(1, min(LONGEST_PROMPT, length - sum(self.steps)))
             if self.padded == "right" and any(longest + PADDED_TOKENS + sum(self.steps) > border for border in crossed):
-                return replace(self, steps=()).calls(rows, length, ())
+                return replace(self, steps=()).split_calls(rows, length, ())
             prompts = [max(1, longest * (SHARES - row % SHARES) // SHARES) for row in range(rows)]
             return prompts, list(self.steps)
+        # 2. Prompts of one length. Before each border and before the end the calls are short (``steps``), so that one
+        # of them crosses it; between these the tokens go in one call.
         borders = [border - sum(self.steps) // 2 for border in crossed if border + sum(self.steps) <= length]
         starts = [max(1, start) for start in (*borders, length - sum(self.steps))] if self.steps else []
         cuts = {start + done for start in starts for done in accumulate(self.steps, initial=0)}
@@ -69,6 +67,7 @@ class DecodingCase:
 LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
+"""Tokens of the calls after the prompt: a token behind another, several behind a cache, a token behind several."""
 CASES = (
     DecodingCase("ONNX Runtime prefill"),
     DecodingCase("ONNX Runtime padded left", STEPS, "left"),
@@ -77,7 +76,7 @@ CASES = (
 )
 """What the proof runs, on several short rows and on one long row."""
 SIZES_STAGE = "ONNX Runtime sizes"
-"""The stage that runs ``size_cases``, and a cache as long as the model has positions."""
+"""The stage that runs ``draw_size_cases``, and a cache as long as the model has positions."""
 SEVERAL_NEW = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
 """Tokens of one call: a kernel may change at a power of two, and an exporter may fix a small number."""
 FAR_BYTES = 1 << 26
@@ -94,45 +93,50 @@ class DecoderForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
         step(0, 0, "trace a decoding step")
-        run = None if dense.program is None else lambda ids: dense.first(next_tokens(ids))
+        # Without a program the model holds the weights and is the reference itself.
+        run = None if dense.program is None else lambda ids: dense.compute_first(make_token_samples(ids))
         program = trace_decoder(
-            model, logits=settings.logits, weights=dense.weighted, dense=run, executor=dense.executor
+            model, logits=settings.logits, weights=dense.put_weights, dense=run, executor=dense.executor
         )
+        # The graph is translated in float32 and then converted.
         if wanted != "auto" and model.dtype is not torch.float32:
             raise MptkError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
-        program = cut(program, dense, plan, log)
+        program = cut_to_plan(program, dense, plan, log)
         step(0, 0, "translate the graph")
-        said = {"objective": settings.objective, **about(dense, plan)}
+        said = {"objective": settings.objective, **make_graph_metadata(dense, plan)}
         half, objective = wanted == "float16", settings.objective
         file = emit_onnx(program, folder, objective=objective, half=half, metadata=said, log=log)
+        # int4 is rounded for this text (GPTQ).
         text = None if samples is None else samples.inputs["input_ids"]
-        return quantised(dense, [file], text, log)
+        return write_quantized_graphs(dense, [file], text, log)
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        decoder = opened(use.graph(folder / GRAPH_FILE), device, settings)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        decoder = open_proof_decoder(use.find_graph(folder / GRAPH_FILE), device, settings)
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
-        runs: dict[str, StageOutputs] = {case.stage: partial(decoded, decoder, case, use.crossed) for case in CASES}
-        runs[SIZES_STAGE] = partial(sized, decoder, use.positions)
+        runs: dict[str, StageOutputs] = {
+            case.stage: partial(decode_samples, decoder, case, use.crossed) for case in CASES
+        }
+        runs[SIZES_STAGE] = partial(decode_sizes, decoder, use.positions)
         stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
         return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         decoder = OrtDecoder(file, device=device)
-        return lambda samples: torch.from_numpy(decoder.logits(samples.inputs["input_ids"].numpy()))
+        return lambda samples: torch.from_numpy(decoder.compute_logits(samples.inputs["input_ids"].numpy()))
 
-    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return logits_apart(scheme, pairs)
+    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return compare_logits(scheme, pairs)
 
     def describe(
         self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
     ) -> None:
         write_genai_config(config, generation, folder, f"{graphs}/{GRAPH_FILE}")
 
-    def half(self, folder: Path) -> bool:
+    def is_half(self, folder: Path) -> bool:
         return OrtDecoder(folder).half
 
 
-def opened(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
+def open_proof_decoder(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
     """A decoder to prove. Raises ProofError if it has logits of other positions than the settings ask for."""
     decoder = OrtDecoder(file, device=device)
     if decoder.last_only != (settings.logits == "last"):
@@ -143,23 +147,24 @@ def opened(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
     return decoder
 
 
-def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
+def decode_samples(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
     """The logits of the prompts and of all calls after them, with their positions.
 
     ``samples``: of what the decoder reads, and positions, [samples, axes, length], if they do not count tokens. If
     prompts are padded and calls follow, there is one more row, whose prompt is only padding.
     """
     tokens = samples.inputs[decoder.reads]
-    prompts, calls = case.calls(len(tokens), tokens.shape[1], crossed)
+    prompts, calls = case.split_calls(len(tokens), tokens.shape[1], crossed)
     of = torch.arange(len(tokens))
+    # One more row starts with only padding, and then gets the first sample's tokens.
     if case.padded and calls:
         prompts, of = [*prompts, 0], torch.cat([of, of[:1]])
     width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
     first = torch.stack([_place(count, width, case.padded) for count in prompts])
-    return called(decoder, samples, of, first, calls)
+    return decode_calls(decoder, samples, of, first, calls)
 
 
-def called(
+def decode_calls(
     decoder: OrtDecoder, samples: Samples, of: Tensor, first: Tensor, calls: Sequence[int], cache: Cache | None = None
 ) -> Placed:
     """The logits of a first call and of those after it, with their positions.
@@ -171,37 +176,37 @@ def called(
     numbered = None if numbered is None else numbered[of]
     places, logits = list[Tensor](), list[Tensor]()
     done = (first >= 0).sum(1, keepdim=True)
-    cache = decoder.empty(len(of)) if cache is None else cache
-    for place in (first, *(done + before + torch.arange(n) for n, before in zip(calls, _before(calls), strict=True))):
+    cache = decoder.make_empty(len(of)) if cache is None else cache
+    before = list(accumulate(calls, initial=0))[:-1]  # the tokens of all calls before each
+    for place in (first, *(done + start + torch.arange(n) for n, start in zip(calls, before, strict=True))):
+        # The cache keeps the mask of the calls before; this is the new tokens' part.
         mask = (place >= 0).long().numpy()
-        found, cache = decoder.step(_at(tokens, place).numpy(), mask, cache, _numbers(numbered, place))
+        found, cache = decoder.step(
+            _gather_places(tokens, place).numpy(), mask, cache, _gather_numbers(numbered, place)
+        )
         logits.append(torch.from_numpy(found.copy()))
         places.append(place[:, -1:] if decoder.last_only else place)
     return Placed(torch.cat(logits, 1), torch.cat(places, 1), of)
 
 
-def _before(calls: Sequence[int]) -> list[int]:
-    """The tokens of all calls before each."""
-    return list(accumulate(calls, initial=0))[:-1]
-
-
-def sized(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
-    """The logits of ``size_cases``, and behind a cache of padding that fills the model's ``positions`` (0: unknown)."""
+def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
+    """The logits of ``draw_size_cases``, and those behind a cache of padding as long as ``positions`` (0: unknown)."""
     tokens = samples.inputs[decoder.reads]
     runs = list[Placed]()
-    for rows, (first, *calls) in size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):
+    for rows, (first, *calls) in draw_size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):
         of = torch.arange(rows) % len(tokens)
-        runs.append(called(decoder, samples, of, torch.arange(first).expand(rows, -1), calls))
-    past = min(positions, FAR_BYTES // decoder.bytes_of(len(tokens))) - FAR_TOKENS
+        runs.append(decode_calls(decoder, samples, of, torch.arange(first).expand(rows, -1), calls))
+    # A cache of padding: its values must not matter, wherever a position's number, or a number of bytes, becomes large.
+    past = min(positions, FAR_BYTES // decoder.count_position_bytes(len(tokens))) - FAR_TOKENS
     if past > 0 and tokens.shape[1] >= FAR_TOKENS:
-        filled = decoder.filled(len(tokens), past)
+        filled = decoder.make_filled(len(tokens), past)
         far = Cache(filled.values, np.zeros_like(filled.mask))
         of, first_tokens = torch.arange(len(tokens)), torch.arange(FAR_TOKENS).expand(len(tokens), -1)
-        runs.append(called(decoder, samples, of, first_tokens, (), far))
-    return as_rows(runs)
+        runs.append(decode_calls(decoder, samples, of, first_tokens, (), far))
+    return join_runs(runs)
 
 
-def as_rows(runs: Sequence[Placed]) -> Placed:
+def join_runs(runs: Sequence[Placed]) -> Placed:
     """Runs with different numbers of rows and tokens as one, in which each output is a row."""
     flat = [
         (run.outputs.flatten(0, 1)[:, None], run.places.reshape(-1, 1), run.of, run.places.shape[1]) for run in runs
@@ -210,7 +215,7 @@ def as_rows(runs: Sequence[Placed]) -> Placed:
     return Placed(torch.cat([x for x, *_ in flat]), torch.cat([x for _, x, *_ in flat]), torch.cat(of))
 
 
-def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
+def draw_size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
     """Rows, and the tokens of each call, at most ``length`` together.
 
     For the proof's short rows: one token at a time, so that every length of the cache is met; each number of rows up to
@@ -218,11 +223,13 @@ def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
     each power of two beyond these, and beside it.
     """
     if length > PROOF_SHAPE[1]:
+        # Cuts at powers of two and beside them, at which kernels change.
         powers = [1 << i for i in range(PROOF_SHAPE[1].bit_length(), length.bit_length())]
         cuts = sorted({near for power in powers for near in range(power - 1, power + 3) if near < length} | {length})
         yield 1, [later - sooner for sooner, later in pairwise([0, *cuts])]
         return
     yield 1, [1] * length
+    # Every number of rows gets one token, and each other count goes to the rows that have the least work.
     calls = {rows: [1] for rows in range(1, MOST_ROWS + 1)}
     for count in SEVERAL_NEW:
         fitting = [rows for rows, found in calls.items() if sum(found) + count <= length]
@@ -234,15 +241,15 @@ def size_cases(seed: str, length: int) -> Iterator[tuple[int, list[int]]]:
         yield rows, found
 
 
-def _at(values: Tensor, places: Tensor) -> Tensor:
+def _gather_places(values: Tensor, places: Tensor) -> Tensor:
     """The values [rows, length, …] at some positions of each row, zeros at padding: [rows, n, …]."""
     found = values[torch.arange(len(values))[:, None], places.clamp(min=0)]
     return found.masked_fill((places < 0).reshape(*places.shape, *[1] * (values.ndim - 2)), 0)
 
 
-def _numbers(positions: Tensor | None, places: Tensor) -> Ids | None:
+def _gather_numbers(positions: Tensor | None, places: Tensor) -> Ids | None:
     """The numbers of the positions [rows, axes, length] at some places, [axes, rows, n], if there are any."""
-    return None if positions is None else _at(positions.transpose(1, 2), places).permute(2, 0, 1).numpy()
+    return None if positions is None else _gather_places(positions.transpose(1, 2), places).permute(2, 0, 1).numpy()
 
 
 def _place(count: int, width: int, side: str) -> Tensor:

@@ -12,26 +12,27 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.io.diffusion import DiffusersConfig
-from mptk.ir.samples import Samples
+from mptk.io import DiffusersConfig
+from mptk.ir import Samples
 from mptk.tasks.model_form import ModelForm
 from mptk.tasks.numbers import Numbers
-from passes.frontend.trace import Flat, unwrapped
+from passes.frontend.trace import Flat, unwrap_module
 
 OUT_SAMPLE = "out_sample"
 """Optimum's name of what these models give."""
 
 CAPTION_MASK = "encoder_attention_mask"
+"""PixArt's mask of its captions' padding: it has a dimension of tokens without channels."""
 
 
 @dataclass(frozen=True)
 class Diffusion(Numbers):
-    """Fields as of ``Numbers``. ``main``: the input by which the kind is known."""
+    """Fields as in ``Numbers``. ``main``: the input by which the kind is known."""
 
     main: str = "timestep"
     sequences = False
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if isinstance(config, DiffusersConfig) and all(each.main_input_name == self.main for each in classes):
             return None
         return f"{type(config).__name__} is not of diffusers"
@@ -43,13 +44,13 @@ class Diffusion(Numbers):
             for name, tensor in example.inputs.items()
         }
 
-    def like(self, example: Samples, samples: Samples) -> Samples:
+    def choose_example(self, example: Samples, samples: Samples) -> Samples:
         few = Samples(samples.inputs)
-        return few[: len(example)] if len(few) >= len(example) else few.repeated(len(example))
+        return few[: len(example)] if len(few) >= len(example) else few.repeat(len(example))
 
 
-def encoded_and_decoded(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What an autoencoder makes of images, and the latents' mean and log variance: so no cut may touch the latents."""
+def run_autoencoder(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The decoded images, and the latents' mean and log variance: as outputs of the program, no cut may touch them."""
     latents = module.encode(images).latent_dist
     return module.decode(latents.mode())[0], latents.parameters
 
@@ -58,7 +59,7 @@ class Encoded(Flat):
     """An autoencoder called with images, which also gives the latents."""
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return encoded_and_decoded(self.module, *inputs)
+        return run_autoencoder(self.module, *inputs)
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ class Autoencoding(Diffusion):
 
     main: str = "sample"
 
-    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+    def choose_wrapper(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
         return Encoded
 
     def call(self, module: nn.Module, samples: Samples, **more: Any) -> tuple[Tensor, Tensor]:
-        """``encoded_and_decoded`` by way of ``forward``, which the wrappers of several processes need."""
-        whole, latents = unwrapped(module), list[Any]()
+        """``run_autoencoder`` by way of ``forward``, which the wrappers of several processes need."""
+        whole, latents = unwrap_module(module), list[Any]()
 
         def encode(images: Tensor) -> Any:
             latents.append(type(whole).encode(whole, images))

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples
+from mptk.io import Runs
+from mptk.ir import Samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import ComparedTask, compared, known_to
+from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
 from mptk.tasks.model_form import FEATURES, ModelForm
 
 
@@ -30,50 +30,51 @@ class Encoder(ComparedTask):
     onnx = ModelForm(FEATURES)
     classes = False
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):
             return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
-        return known_to((MODEL_MAPPING_NAMES,), config, classes, "give features")
+        return explain_unlisted((MODEL_MAPPING_NAMES,), config, classes, "give features")
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's features (``targets``)."""
         assert samples.targets is not None
-        return errors(output, samples.targets).sum()
+        return compute_feature_errors(output, samples.targets).sum()
 
-    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        return projection(output, samples)
+    def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+        return compute_projection(output, samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
-        samples, figures = sets.evaluation, {"cosine": _alike, "distance": distances}
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+        samples, figures = sets.evaluation, {"cosine": _sum_cosines, "distance": sum_feature_distances}
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "
             "with the dense model's; distance: of all features, relative to their norm"
         )
-        return compared(runs, samples.split(1), figures, progress, protocol)
+        return measure_figures(runs, samples.split(1), figures, progress, protocol)
 
 
-def projection(features: Tensor, samples: Samples) -> Tensor:
+def compute_projection(features: Tensor, samples: Samples) -> Tensor:
     """A random projection of the features, for gradients where the distance from the dense model's has no slope.
 
     With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
     """
+    # Signs follow from the samples, so that they do not depend on batches, processes or the order of calls.
     seed = zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
     signs = torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return (features.float() * signs.to(features.device)).sum()
 
 
-def errors(features: Tensor, reference: Tensor) -> Tensor:
+def compute_feature_errors(features: Tensor, reference: Tensor) -> Tensor:
     """‖f − f*‖² / ‖f*‖² of each sample."""
     apart = (features.float() - reference.float()).flatten(1).square().sum(1)
     return apart / reference.float().flatten(1).square().sum(1).clamp_min(1e-12)
 
 
-def distances(features: Tensor, reference: Tensor) -> Tensor:
+def sum_feature_distances(features: Tensor, reference: Tensor) -> Tensor:
     """Σ ‖f − f*‖ / ‖f*‖ over samples."""
-    return errors(features, reference).sqrt().sum()
+    return compute_feature_errors(features, reference).sqrt().sum()
 
 
-def _alike(features: Tensor, reference: Tensor) -> Tensor:
+def _sum_cosines(features: Tensor, reference: Tensor) -> Tensor:
     pooled, other = (mean_of_positions(f.float()) for f in (features, reference))
     return F.cosine_similarity(pooled, other, dim=-1).sum()
 

@@ -6,50 +6,52 @@ no output meanwhile: the plan may cut its channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export.graph_signature import TensorArgument
+from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mptk.compat.torch import check
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ort.decoder import MERGED_FILE
-from mptk.ort.encoder_decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, OrtEncoderDecoder
+from mptk.ir import Log, Plan, Samples
+from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks import sizes
+from mptk.protocols import PROOF_SHAPE, Checks, Dense, OnnxForm, Use
 from mptk.tasks.decoder_form import CASES
 from mptk.tasks.exporting import (
     CHANGED,
     Traced,
-    about,
     check_float,
-    cut,
-    equal,
-    logits_apart,
-    quantised,
-    stages_of,
-    traced_as,
+    compare_logits,
+    cut_to_plan,
+    draw_row_counts,
+    draw_texts,
+    is_same_output,
+    list_output_names,
+    list_proof_stages,
+    make_graph_metadata,
+    replace_outputs,
+    trace_named,
+    write_quantized_graphs,
 )
-from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.base import Named
-from mptk.tasks.inputs.text import example_ids
+from mptk.tasks.inputs.text import make_example_ids
 from mptk.tasks.model_form import LOGITS
 from mptk.tasks.padding import IDS, with_mask
-from passes.frontend.trace_decoder import PAST, CacheLayerShape, cache_argument, cache_shapes, filled_cache, zeros
+from passes.frontend.trace_decoder import (
+    PAST,
+    CacheLayerShape,
+    cache_argument,
+    cache_shapes,
+    fill_cache,
+    make_zero_cache,
+)
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import Axes, Interface
 from passes.targets.onnx.extract import GraphPart
@@ -94,9 +96,12 @@ class EncoderDecoderStep(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, inputs, strict=True))
         text, read = ([x for name, x in given.items() if f".{side}." in name] for side in SIDES)
+        # Otherwise the trace would give each layer's cache a length of its own.
         for part in (text, read):
             check(all(x.shape[2] == part[0].shape[2] for x in part))
-        cache = EncoderDecoderCache(filled_cache(text), filled_cache(read, RestLayer))
+        cache = EncoderDecoderCache(fill_cache(text), fill_cache(read, RestLayer))
+        # transformers takes a layer marked as updated as it is. Unmarked, it computes keys and values of the encoder's
+        # output again, and ``RestLayer`` takes the ones that the cache lacks: all in the first call, none later.
         cache.is_updated = dict.fromkeys(cache.is_updated, False)
         named: dict[str, Any] = {name: x for name, x in given.items() if not name.startswith(CACHE)}
         output = self.module(**named, **{self.cache_argument: cache}, use_cache=True)
@@ -115,15 +120,20 @@ class EncoderDecoderForm(OnnxForm):
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         model = dense.loaded.model
-        example = {**inputs_of(model).example(model), DECODER_IDS: example_ids(length=5)}
-        past = caches(cache_shapes(model, example))
-        shown = Samples(example) if samples is None else samples.shortened(*PROOF_SHAPE)
-        traced, padding = traced_as(dense, EncoderDecoderStep, {**example, **past}, shown, lambda output, _: output)
+        # Trace with both caches, as a program that gives all outputs.
+        example = {**choose_inputs(model).make_example(model), DECODER_IDS: make_example_ids(length=5)}
+        past = make_trace_caches(cache_shapes(model, example))
+        shown = Samples(example) if samples is None else samples.shorten(*PROOF_SHAPE)
+        traced, padding = trace_named(dense, EncoderDecoderStep, {**example, **past}, shown, lambda output, _: output)
         check_continues(traced, dense, with_mask(shown.inputs))
-        *outputs, hidden = output_names(traced.program)
-        program = cut(with_outputs(traced.program, outputs), dense, plan, log, dense.program)
-        program = with_outputs(program, [*output_names(program), hidden])
+
+        # The hidden state between the graphs is no output while the plan cuts, since outputs keep their channels.
+        *outputs, hidden = list_output_names(traced.program)
+        program = cut_to_plan(replace_outputs(traced.program, outputs), dense, plan, log, dense.program)
+        program = replace_outputs(program, [*list_output_names(program), hidden])
         step(0, 0, "translate the graph")
+
+        # Both graphs are parts of the one that is emitted: each begins at its inputs and ends at its outputs.
         given = [name for name in traced.names if name not in past]
         kept = list(past)[: len(program.user_inputs) - len(given)]  # the caches of the layers that stay
         names = {name: new for name, new in DECODER_NAMES.items() if name in (*given, HIDDEN)}
@@ -131,49 +141,49 @@ class EncoderDecoderForm(OnnxForm):
         emit_onnx(
             program,
             folder,
-            Interface({name: input_axes(name) for name in (*given, *kept)}, (LOGITS, *present, HIDDEN)),
+            Interface({name: name_decoder_axes(name) for name in (*given, *kept)}, (LOGITS, *present, HIDDEN)),
             parts={
                 ENCODER_FILE: GraphPart({name: name for name in given if name != DECODER_IDS}, (HIDDEN,)),
                 MERGED_FILE: GraphPart(names | {name: name for name in kept}, (LOGITS, *present)),
             },
             objective=dense.settings.objective,
-            metadata=about(dense, plan) | padding,
+            metadata=make_graph_metadata(dense, plan) | padding,
             log=log,
         )
-        notes = quantised(dense, [folder / name for name in self.graphs], None, log)
+        notes = write_quantized_graphs(dense, [folder / name for name in self.graphs], None, log)
         return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        run = OrtEncoderDecoder(use.graph(folder / MERGED_FILE), device)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        run = OrtEncoderDecoder(use.find_graph(folder / MERGED_FILE), device)
 
-        def steps(samples: Samples) -> Tensor:
+        def run_steps(samples: Samples) -> Tensor:
             ids = samples.inputs[DECODER_IDS]
-            prompts, calls = CASES[-1].calls(len(ids), ids.shape[1], use.crossed)
+            prompts, calls = CASES[-1].split_calls(len(ids), ids.shape[1], use.crossed)
             return run(with_mask(samples.inputs), [prompts[0], *calls])
 
-        return stages_of(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": steps})
+        return list_proof_stages(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": run_steps})
 
-    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
-        found = sizes.texts if longer and IDS in samples.inputs else sizes.rows
+    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+        found = draw_texts if longer and IDS in samples.inputs else draw_row_counts
         return list(found(samples, seed))
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         run = OrtEncoderDecoder(file, device)
         return lambda samples: run(with_mask(samples.inputs))
 
-    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return logits_apart(scheme, pairs)
+    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return compare_logits(scheme, pairs)
 
 
-def caches(shapes: Sequence[CacheLayerShape]) -> Named:
+def make_trace_caches(shapes: Sequence[CacheLayerShape]) -> Named:
     """Both caches to trace with, under optimum's names."""
     layers, places = range(len(shapes) // 2), zip(shapes, (PAST, POSITIONS_READ) * len(shapes), strict=False)
     names = [f"{CACHE}{layer}.{side}.{part}" for layer in layers for side in SIDES for part in ("key", "value")]
-    found = [x for shape, length in places for x in zeros([shape], 2, length)]
+    found = [x for shape, length in places for x in make_zero_cache([shape], 2, length)]
     return dict(zip(names, found, strict=True))
 
 
-def input_axes(name: str) -> Axes:
+def name_decoder_axes(name: str) -> Axes:
     """The names of an input's axes."""
     side = next((side for side in SIDES if f".{side}." in name), None)
     if side is None:
@@ -185,36 +195,11 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
     """Raise MptkError if the logits after a cache differ from a whole text's."""
     executor, ids = dense.executor, inputs[DECODER_IDS]
     caches = [name for name in traced.names if name.startswith(CACHE)]
+    # Half of the text, then the other half behind the cache of the first.
     first, second = (ids.shape[1] + 1) // 2, slice((ids.shape[1] + 1) // 2, None)
-    start, *present, _ = traced.all(executor, {**inputs, DECODER_IDS: ids[:, :first]})
+    start, *present, _ = traced.run_all(executor, {**inputs, DECODER_IDS: ids[:, :first]})
     cache = dict(zip(caches, present, strict=True))
     end = traced.run(executor, {**inputs, DECODER_IDS: ids[:, second], **cache})
-    if not equal(torch.cat([start, end], 1), traced.run(executor, inputs)):
+    if not is_same_output(torch.cat([start, end], 1), traced.run(executor, inputs)):
         name = type(dense.loaded.model).__name__
         raise MptkError(f"{name} with its own cache computes other logits than for the whole text")
-
-
-def output_names(program: Program) -> list[str]:
-    """The names of the values that a program returns, in order."""
-    return [node.name for node in program.graph.graph.output_node().args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
-
-
-def with_outputs(program: Program, names: Sequence[str]) -> Program:
-    """``program`` with the values of these names as its outputs.
-
-    What an analysis may cut depends on the outputs, and passes keep the names of values. So a value can be taken from
-    the outputs for an analysis, and be made an output again after the cut.
-
-    Raises:
-        MptkError: there is no such value.
-    """
-    module = program.copy_graph()
-    values = {node.name: node for node in module.graph.nodes}
-    if missing := [name for name in names if name not in values]:
-        raise MptkError(f"the graph has no value {missing[0]} after the cut")
-    module.graph.output_node().args = (tuple(values[name] for name in names),)
-    module.recompile()
-    signature = copy.deepcopy(program.signature)
-    like = signature.output_specs[0]
-    specs = [replace(like, arg=TensorArgument(name=name)) for name in names]
-    return replace(program, graph=module, signature=replace(signature, output_specs=specs))

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mptk.config.choices import IN_MEMORY
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.ir.samples import IGNORED, Samples, next_tokens
+from mptk.config import IN_MEMORY
+from mptk.io import Loaded, Runs
+from mptk.ir import IGNORED, Samples, make_token_samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import TokenTask, known_to
-from mptk.tasks.causal_lm import wrong_kind
+from mptk.tasks.base import TokenTask, explain_unlisted
+from mptk.tasks.causal_lm import make_kind_error
 from mptk.tasks.image_text_form import ImageTextForm
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import EXAMPLES, Named
@@ -33,23 +32,23 @@ from mptk.tasks.inputs.image_forms import (
     KNOWN_SIZES,
     PIXELS,
     POSITIONS,
-    arguments,
-    constants,
-    known,
-    other_size,
+    arrange_inputs,
+    find_trace_constants,
+    hold_constants,
+    make_other_size,
 )
-from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, image_token, others, with_images
-from mptk.tasks.inputs.text import TEXT_LENGTH, example_ids
+from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, find_image_token, shift_tokens, with_images
+from mptk.tasks.inputs.text import TEXT_LENGTH, make_example_ids
 from mptk.tasks.padding import IDS, TYPES
-from passes.frontend.trace import Flat, uncached, unwrapped
+from passes.frontend.trace import Flat, find_cache_switch, unwrap_module
 
 
-def called(model: Any, inputs: Mapping[str, Tensor]) -> Named:
+def make_call_inputs(model: Any, inputs: Mapping[str, Tensor]) -> Named:
     """``arguments``, and which tokens are text (1) if the class lets all tokens see later ones unless it is told."""
-    found, text = arguments(inputs), model.config.get_text_config()
+    found, text = arrange_inputs(inputs), model.config.get_text_config()
     told = TYPES in inspect.signature(model.forward).parameters
     if told and getattr(text, "use_bidirectional_attention", False) is True:
-        found[TYPES] = (inputs[IDS] != image_token(model)).long()
+        found[TYPES] = (inputs[IDS] != find_image_token(model)).long()
     return found
 
 
@@ -67,11 +66,12 @@ class Pictured(Flat):
         self.numbers, self.marks = dict(numbers), marks
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        named = called(self.module, dict(zip(self.names, inputs, strict=True)))
-        with known(named.get(PIXELS), self.numbers, self.marks) as held:
+        named = make_call_inputs(self.module, dict(zip(self.names, inputs, strict=True)))
+        with hold_constants(named.get(PIXELS), self.numbers, self.marks) as held:
             output = self.module(**named | held, **self.keywords, return_dict=True)
         features = getattr(getattr(output, "image_outputs", None), "last_hidden_state", None)
         logits: Tensor = output.logits
+        # Without this the trace would drop the tower's unused parts, whose weights the checkpoint holds.
         return logits if features is None else logits + 0.0 * features.sum()
 
 
@@ -83,46 +83,47 @@ class ImageText(TokenTask):
     sequences = False
     onnx = ImageTextForm()
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):
             return f"{type(config).__name__} has an encoder and a decoder"
         if not all(hasattr(c, "get_image_features") for c in classes):
             return f"{min(c.__name__ for c in classes)} has no get_image_features"
-        return known_to((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
+        return explain_unlisted((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")
 
-    def wrapped(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
-        marks = int((example.inputs[IDS] == image_token(model)).sum())
-        return partial(Pictured, numbers=constants(model, example.inputs), marks=marks)
+    def choose_wrapper(self, model: nn.Module, example: Samples) -> Callable[[nn.Module, Sequence[str]], Flat]:
+        marks = int((example.inputs[IDS] == find_image_token(model)).sum())
+        return partial(Pictured, numbers=find_trace_constants(model, example.inputs), marks=marks)
 
     def open_sizes(self, example: Samples) -> Mapping[str, tuple[int, ...]]:
         """Text length and, if the trace holds no images' sizes, batch. Images have one size, for which tokens stand."""
+        # A trace that holds the sizes of images holds their number, too.
         batch = () if example.inputs.keys() & KNOWN_SIZES else (0,)
         length = {IDS: (1,), POSITIONS: (2,)}
         return {name: (*batch, *length.get(name, ())) for name in example.inputs}
 
     def call(self, module: nn.Module, samples: Samples, **more: Any) -> Any:
-        return module(**called(unwrapped(module), samples.inputs), **uncached(module), **more)
+        return module(**make_call_inputs(unwrap_module(module), samples.inputs), **find_cache_switch(module), **more)
 
-    def like(self, example: Samples, samples: Samples) -> Samples:
+    def choose_example(self, example: Samples, samples: Samples) -> Samples:
         """Images of the size of the data's: the trace holds it. Text without images if the data has none."""
         few = Samples(samples.inputs)
-        return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeated(EXAMPLES)
+        return few[:EXAMPLES] if len(few) >= EXAMPLES else few.repeat(EXAMPLES)
 
-    def further(self, model: Any, samples: Samples) -> Mapping[str, Samples]:
+    def make_further(self, model: Any, samples: Samples) -> Mapping[str, Samples]:
         """The text without images, or with images of noise if it has none; and with images of another size if the
         class takes several."""
         ids = samples.inputs[IDS]
-        text = torch.where(ids == image_token(model), others(model, ids), ids)
+        text = torch.where(ids == find_image_token(model), shift_tokens(model, ids), ids)
         cases = {"without images": Samples({IDS: text})}
         if PIXELS not in samples.inputs:
             found = with_images(model, text[:EXAMPLES, -TEXT_LENGTH:], torch.Generator().manual_seed(1))
             cases = {"with images": Samples(found)}
-        if (resized := other_size(model)) is not None:
+        if (resized := make_other_size(model)) is not None:
             found = with_images(model, text[:EXAMPLES, -TEXT_LENGTH:], torch.Generator().manual_seed(1), resized)
             cases["with images of another size"] = Samples(found)
         return cases
 
-    def parts(self, model: Any) -> Mapping[str, Sequence[str]]:
+    def name_parts(self, model: Any) -> Mapping[str, Sequence[str]]:
         """Vision tower and language model as transformers finds them; what else has parameters is the projector."""
         names = {module: name for name, module in model.named_modules()}
         tower, decoder = names[model.get_encoder(modality="image")], names[model.get_decoder()]
@@ -138,41 +139,44 @@ class ImageText(TokenTask):
     def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
         ids = example.inputs[IDS]
         changed = ids.clone()
-        changed[:, -1] = others(loaded.model, ids[:, -1])
+        # Only the last token differs, so no other token's logits may.
+        changed[:, -1] = shift_tokens(loaded.model, ids[:, -1])
         found, other = (run(Samples({**example.inputs, IDS: each})) for each in (ids, changed))
         name = type(loaded.model).__name__
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
-            raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
-        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():
-            raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
+            raise make_kind_error(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
+        if (found - other)[:, :-1].abs().max() > 1e-4 * found.abs().max():  # more than rounding
+            raise make_kind_error(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         return ImagesWithText()
 
-    def example(self, model: nn.Module) -> Samples:
-        return Samples(self.kind(model).example(model))
+    def make_example(self, model: nn.Module) -> Samples:
+        return Samples(self.find_inputs(model).make_example(model))
 
-    def examples(self, model: nn.Module) -> Sequence[Samples]:
+    def make_examples(self, model: nn.Module) -> Sequence[Samples]:
         """With images, and without."""
-        return self.example(model), Samples({IDS: example_ids()})
+        return self.make_example(model), Samples({IDS: make_example_ids()})
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
-        """Each text token is to be predicted, but those that fill up a short text."""
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
+        """Each text token is to be predicted, except the ones that fill up a short text."""
         given = {name: tensor for name, tensor in inputs.items() if name != FILLED}
-        targets = next_tokens(given[IDS]).targets
+        targets = make_token_samples(given[IDS]).targets
         assert targets is not None
-        targets = targets.masked_fill(targets == image_token(loaded.model), IGNORED)
+        targets = targets.masked_fill(targets == find_image_token(loaded.model), IGNORED)
         if FILLED in inputs:
             ends = inputs[FILLED][:, None] - 1
             targets = targets.masked_fill(torch.arange(targets.shape[1]) >= ends, IGNORED)
         return Samples(given, targets)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, shown = sets.evaluation, "without images"
         if (pixels := samples.inputs.get(PIXELS)) is not None:
             shown = f"each with an image ({' x '.join(map(str, pixels.shape[1:]))})"
         protocol = (
-            f"{sets.source}: perplexity of the text of {len(samples)} samples, {shown}, {self.predicted(samples):,} "
-            "tokens predicted"
+            f"{sets.source}: perplexity of the text of {len(samples)} samples, {shown}, "
+            f"{self.count_predictions(samples):,} tokens predicted"
         )
-        return self.perplexities(runs, samples, progress, "perplexity", protocol)
+        return self.compute_perplexities(runs, samples, progress, "perplexity", protocol)

@@ -18,23 +18,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ort.decoder import MERGED_FILE, OrtDecoder
-from mptk.ort.embeddings import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, VISION_FILE
+from mptk.ir import Log, Plan, Program, Samples
+from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
 from mptk.progress import step
-from mptk.protocols.onnx_form import Dense, OnnxForm, Use
-from mptk.protocols.values import Checks, Further
+from mptk.protocols import Checks, Dense, Further, OnnxForm, Use
 from mptk.staged.staged import Executor
-from mptk.tasks.decoder_form import CASES, SIZES_STAGE, decoded, opened, sized
-from mptk.tasks.encoder_decoder_form import output_names, with_outputs
-from mptk.tasks.exporting import about, check_float, cut, equal, logits_apart, quantised
-from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, PIXELS, POSITIONS, AnyImages, arguments, computed
-from mptk.tasks.inputs.image_text import ImagesWithText, image_token
+from mptk.tasks.decoder_form import CASES, SIZES_STAGE, decode_samples, decode_sizes, open_proof_decoder
+from mptk.tasks.exporting import (
+    check_float,
+    compare_logits,
+    cut_to_plan,
+    is_same_output,
+    list_output_names,
+    make_graph_metadata,
+    replace_outputs,
+    write_quantized_graphs,
+)
+from mptk.tasks.inputs.image_forms import (
+    GRIDS,
+    IMAGE_SIZES,
+    PIXELS,
+    POSITIONS,
+    AnyImages,
+    arrange_inputs,
+    make_grid_function,
+)
+from mptk.tasks.inputs.image_text import ImagesWithText, find_image_token
 from mptk.tasks.padding import IDS
 from passes.frontend.trace_decoder import (
     CacheLayerShape,
@@ -42,16 +53,17 @@ from passes.frontend.trace_decoder import (
     LogitsScope,
     cache_shapes,
     export_step,
-    first_positions,
+    list_first_positions,
+    make_zero_cache,
     step_inputs,
-    zeros,
 )
 from passes.pipelines import emit_onnx
-from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, decoder_interface
+from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, make_decoder_interface
 from passes.targets.onnx.extract import GraphPart
 from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
 IMAGE_FEATURES, MERGED = "image_features", "merged_embeds"
+"""Names of values at which the graph is divided, beside the embeddings."""
 TRACED_IMAGES = 3
 """Images to trace with."""
 WITH_SEVERAL = 5
@@ -74,24 +86,26 @@ class PicturedStep(DecoderStep):
 
     def __init__(self, module: PreTrainedModel, images: Mapping[str, Tensor], logits: LogitsScope = "all") -> None:
         super().__init__(module, logits)
-        self.names, self.token = tuple(images), image_token(module)
-        self.computed = computed(module, images[GRIDS]) if GRIDS in images else None
+        self.names, self.token = tuple(images), find_image_token(module)
+        self.computed = make_grid_function(module, images[GRIDS]) if GRIDS in images else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         images, (ids, *others) = inputs[: len(self.names)], inputs[len(self.names) :]
-        features = self.features(dict(zip(self.names, images, strict=True)))
+        features = self.encode_images(dict(zip(self.names, images, strict=True)))
         embedding: Any = self.module.get_input_embeddings()
+        # The image's token may have no row in the table. Its embedding is replaced anyway.
         known = torch.where(ids == self.token, 0, ids) if self.token >= embedding.num_embeddings else ids
         embeds = embedding(known)
         merged = embeds.masked_scatter((ids == self.token)[..., None], features.to(embeds.dtype))
         return (*self.step({EMBEDDINGS: merged}, *others), features, embeds, merged)
 
-    def features(self, images: Mapping[str, Tensor]) -> Tensor:
+    def encode_images(self, images: Mapping[str, Tensor]) -> Tensor:
         """A row for each token of an image, [tokens, hidden]."""
         module: Any = self.module
         more = {} if self.computed is None else self.computed(images[GRIDS], images[PIXELS])
         with AnyImages():
             output = module.get_image_features(**images, **more, return_dict=True)
+            # Such features enter the decoder in later layers, and its graph has no input for them.
             if getattr(output, "deepstack_features", None):
                 raise MptkError(f"{type(self.module).__name__} adds features of images to layers of its decoder")
             found = getattr(output, "pooler_output", output)
@@ -110,78 +124,94 @@ class ImageTextForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
         model, shapes = dense.loaded.model, cache_shapes(dense.loaded.model)
-        shown = Samples(ImagesWithText().example(model))
-        given = shown if samples is None else beside(shown, samples.shortened(2, sys.maxsize))
+        shown = Samples(ImagesWithText().make_example(model))
+        # The trace is checked on these: whole samples, since a cut could divide an image's tokens.
+        given = shown if samples is None else add_shown_images(shown, samples.shorten(2, sys.maxsize))
         step(0, 0, "trace a decoding step")
-        whole, images = stepped(dense, given, shapes)
-        *outputs, features, embeds, merged = output_names(whole)
-        program = cut(with_outputs(whole, outputs), dense, plan, log, dense.program)
+        whole, images = trace_image_step(dense, given, shapes)
+
+        # The three values between the graphs are no outputs while the plan cuts, since outputs keep their channels.
+        *outputs, features, embeds, merged = list_output_names(whole)
+        program = cut_to_plan(replace_outputs(whole, outputs), dense, plan, log, dense.program)
         step(0, 0, "translate the graph")
+
+        # The graph is emitted once, with all outputs, and divided.
         axes = AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES
-        decoder = decoder_interface(program, axes, before=len(images))
+        decoder = make_decoder_interface(program, axes, before=len(images))
         read = {MERGED: EMBEDDINGS} | {name: name for name in decoder.inputs if name != IDS}
         emit_onnx(
-            with_outputs(program, [*output_names(program), features, embeds, merged]),
+            replace_outputs(program, [*list_output_names(program), features, embeds, merged]),
             folder,
-            Interface({**image_axes(images), **decoder.inputs}, (*decoder.outputs, IMAGE_FEATURES, EMBEDDINGS, MERGED)),
+            Interface(
+                {**name_image_axes(images), **decoder.inputs}, (*decoder.outputs, IMAGE_FEATURES, EMBEDDINGS, MERGED)
+            ),
             parts={
                 VISION_FILE: GraphPart({name: name for name in images}, (IMAGE_FEATURES,)),
                 EMBEDDING_FILE: GraphPart({IDS: IDS}, (EMBEDDINGS,)),
                 MERGED_FILE: GraphPart(read, tuple(decoder.outputs)),
             },
             objective=settings.objective,
-            metadata={"objective": settings.objective, IMAGE_TOKEN: str(image_token(model)), **about(dense, plan)},
+            metadata={
+                "objective": settings.objective,
+                IMAGE_TOKEN: str(find_image_token(model)),
+                **make_graph_metadata(dense, plan),
+            },
             log=log,
         )
-        return quantised(dense, [folder / name for name in self.graphs], None, log)
+        return write_quantized_graphs(dense, [folder / name for name in self.graphs], None, log)
 
-    def stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        decoder = opened(use.graph(folder / MERGED_FILE), device, settings)
+    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
+        decoder = open_proof_decoder(use.find_graph(folder / MERGED_FILE), device, settings)
         runs: dict[str, StageOutputs] = {
-            case.stage: partial(pictured, decoder, partial(decoded, decoder, case, use.crossed)) for case in CASES
+            case.stage: partial(run_with_images, decoder, partial(decode_samples, decoder, case, use.crossed))
+            for case in CASES
         }
-        runs[SIZES_STAGE] = partial(pictured, decoder, partial(sized, decoder, use.positions), tiles=TILES)
+        runs[SIZES_STAGE] = partial(
+            run_with_images, decoder, partial(decode_sizes, decoder, use.positions), tiles=TILES
+        )
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
             name: (run, RUNTIME_TOLERANCE) for name, run in runs.items()
         }
-        run = partial(pictured, decoder, partial(decoded, decoder, CASES[-1], ()))
+        # Images of another size run only if the vision encoder takes them: its trace may hold one size.
+        run = partial(run_with_images, decoder, partial(decode_samples, decoder, CASES[-1], ()))
         ran = decoder.providers[0]
-        further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(taken, decoder), ran)}
+        further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(can_encode_images, decoder), ran)}
         return Checks(stages=stages, ran=dict.fromkeys(stages, ran), further=further)
 
-    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         decoder = OrtDecoder(file, device=device)
-        return lambda samples: pictured(decoder, partial(decoded, decoder, CASES[0], ()), samples).outputs
+        return lambda samples: run_with_images(decoder, partial(decode_samples, decoder, CASES[0], ()), samples).outputs
 
-    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return logits_apart(scheme, pairs)
+    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return compare_logits(scheme, pairs)
 
 
-def images_in(samples: Samples) -> dict[str, Tensor]:
+def select_image_inputs(samples: Samples) -> dict[str, Tensor]:
     """The inputs of images, as the class takes them. Sizes in pixels are left out: a graph would hold them."""
-    return {name: x for name, x in arguments(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
+    return {name: x for name, x in arrange_inputs(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
 
 
-def pictured(decoder: OrtDecoder, run: Callable[[Samples], Placed], samples: Samples, tiles: int = 1) -> Placed:
+def run_with_images(decoder: OrtDecoder, run: Callable[[Samples], Placed], samples: Samples, tiles: int = 1) -> Placed:
     """What ``run`` gives for the embeddings of samples with images.
 
     ``tiles``: how many times the graphs of embeddings get all samples at once; the last ones' are taken.
     """
     assert decoder.embeddings is not None
-    tiled = samples.repeated(tiles)
-    read = {EMBEDDINGS: decoder.embeddings(tiled.inputs[IDS], images_in(tiled))[-len(samples) :]}
+    tiled = samples.repeat(tiles)
+    # Several times as many images at once show whether the vision encoder takes any number; the last copy is compared.
+    read = {EMBEDDINGS: decoder.embeddings(tiled.inputs[IDS], select_image_inputs(tiled))[-len(samples) :]}
     numbered = {name: x for name, x in samples.inputs.items() if name == POSITIONS}
     return run(Samples(read | numbered))
 
 
-def taken(decoder: OrtDecoder, samples: Samples) -> bool:
+def can_encode_images(decoder: OrtDecoder, samples: Samples) -> bool:
     """Whether the vision encoder runs on the images of samples, if these have any."""
     assert decoder.embeddings is not None
-    images = images_in(samples)
+    images = select_image_inputs(samples)
     return not images or decoder.embeddings.takes(images)
 
 
-def image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
+def name_image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
     """The names of the axes of the inputs of images."""
     rank = images[PIXELS].ndim
     if GRIDS in images:
@@ -189,16 +219,14 @@ def image_axes(images: Mapping[str, Tensor]) -> dict[str, Axes]:
     return {PIXELS: ("image_batch_size", *IMAGE_AXES) if rank == WITH_SEVERAL else IMAGE_AXES}
 
 
-def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -> tuple[Program, dict[str, Tensor]]:
-    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images.
-
-    Raises:
-        MptkError: the model cannot be traced so for any number of images; or a step computes other logits than
-            ``dense.program`` does for the same ``samples``.
-    """
+def trace_image_step(
+    dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]
+) -> tuple[Program, dict[str, Tensor]]:
+    """The program of a ``PicturedStep`` with the weights of the dense model, and an example of its inputs of images."""
     model = dense.loaded.model
-    name, images = type(model).__name__, images_in(several_images(samples))
+    name, images = type(model).__name__, select_image_inputs(take_several_images(samples))
     reads: Any = model
+    # A class that needs the sizes in pixels computes with them in Python, and a graph would hold them as numbers.
     sizes = signature(reads.get_image_features).parameters.get(IMAGE_SIZES)
     if sizes is not None and sizes.default is Parameter.empty:
         raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
@@ -209,18 +237,21 @@ def stepped(dense: Dense, samples: Samples, shapes: Sequence[CacheLayerShape]) -
         inputs = (*inputs[:2], inputs[2].expand(axes, -1, -1).contiguous(), *inputs[3:])
     given = [(x, (0, 1) if x.ndim == WITH_SEVERAL else (0,)) for x in images.values()]
     assert dense.program is not None
-    expected = dense.first(Samples({name: samples.inputs[name] for name in dense.program.inputs}))[:, -1:]
-    for first in first_positions(made):
+    expected = dense.compute_first(Samples({name: samples.inputs[name] for name in dense.program.inputs}))[:, -1:]
+
+    # Some classes count positions from another number than 0: the first one with which a step gives the whole
+    # sequence's logits is right.
+    for first in list_first_positions(made):
         made.first_position = first
-        program = dense.weighted(export_step(made, inputs, given))
+        program = dense.put_weights(export_step(made, inputs, given))
         check_open(program, name)
-        if equal(last_logits(program, dense.executor, samples, shapes), expected):
+        if is_same_output(compute_last_logits(program, dense.executor, samples, shapes), expected):
             return program, images
     raise MptkError(f"one decoding step of {name} with its own cache computes other logits than the whole sequence")
 
 
-def beside(shown: Samples, samples: Samples) -> Samples:
-    """Samples with images: texts without any get those of ``shown``, and no token that stands for them."""
+def add_shown_images(shown: Samples, samples: Samples) -> Samples:
+    """Samples with images: texts without any get the images of ``shown``, and no token that stands for them."""
     if PIXELS in samples.inputs:
         return samples
     ids, inputs = samples.inputs[IDS], dict(shown.inputs)
@@ -229,7 +260,7 @@ def beside(shown: Samples, samples: Samples) -> Samples:
     return Samples({**inputs, IDS: ids})
 
 
-def several_images(samples: Samples) -> Samples:
+def take_several_images(samples: Samples) -> Samples:
     """``TRACED_IMAGES`` of the samples, to trace with; several images in each if samples may have several."""
     few = samples[torch.arange(TRACED_IMAGES) % len(samples)]
     if GRIDS in few.inputs:
@@ -239,21 +270,23 @@ def several_images(samples: Samples) -> Samples:
 
 def check_open(program: Program, name: str) -> None:
     """Raise MptkError if a step takes only one number of images."""
-    values = {node.name: node.meta["val"] for node in program.placeholders()}
+    values = {node.name: node.meta["val"] for node in program.list_placeholders()}
     count = str(values[program.user_inputs[0]].shape[0])
     if count.isdigit():
         raise MptkError(f"the trace of {name} runs only on {count} images")
 
 
-def last_logits(program: Program, executor: Executor, samples: Samples, shapes: Sequence[CacheLayerShape]) -> Tensor:
+def compute_last_logits(
+    program: Program, executor: Executor, samples: Samples, shapes: Sequence[CacheLayerShape]
+) -> Tensor:
     """The last position's logits [rows, 1, vocab] of a step, in two calls."""
-    ids, images = samples.inputs[IDS], images_in(samples)
+    ids, images = samples.inputs[IDS], select_image_inputs(samples)
     rows, length = ids.shape
     counted = torch.arange(length).expand(rows, -1)
-    positions = arguments(samples.inputs).get(POSITIONS, counted)
-    cache, logits = zeros(shapes, rows, 0), ids
+    positions = arrange_inputs(samples.inputs).get(POSITIONS, counted)
+    cache, logits = make_zero_cache(shapes, rows, 0), ids
     for new in (slice(0, length - LAST), slice(length - LAST, length)):
         given = (*images.values(), ids[:, new], torch.ones_like(ids[:, : new.stop]), positions[..., new], *cache)
-        logits, *found = next(executor.outputs([program], [given]))
+        logits, *found = next(executor.run_programs([program], [given]))
         cache = found[: len(cache)]
     return logits[:, -1:]

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from mptk.config.choices import IN_MEMORY
+from mptk.config import IN_MEMORY
 from mptk.errors import MptkError
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
-from mptk.ir.samples import IGNORED, Samples
+from mptk.io import RANDOM_DATA, Loaded, Runs
+from mptk.ir import IGNORED, Samples
 from mptk.progress import Progress
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import TokenTask, known_to
+from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.text import TextWindows
 from mptk.tasks.model_form import LOGITS, ModelForm
@@ -30,6 +28,7 @@ from mptk.tasks.model_form import LOGITS, ModelForm
 STRIDE = 7
 """One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
 FIRST = 3
+"""The first masked position."""
 
 
 class MaskedLM(TokenTask):
@@ -39,36 +38,38 @@ class MaskedLM(TokenTask):
     summary = "masked language model"
     onnx = ModelForm(LOGITS)
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        return explain_unlisted((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
 
-    def kind(self, model: nn.Module) -> Inputs:
+    def find_inputs(self, model: nn.Module) -> Inputs:
         return TextWindows()
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+    def make_samples(
+        self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
+    ) -> Samples:
         """Windows with some tokens masked. Random inputs and token ids in memory do without a mask token."""
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
         if mask is None and data not in (RANDOM_DATA, IN_MEMORY):
             raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
-        return masked(inputs["input_ids"], mask or 0)
+        return mask_tokens(inputs["input_ids"], mask or 0)
 
-    def loss(self, output: Tensor, samples: Samples) -> Tensor:
-        """As of other models of tokens. Perceiver gives logits of all its positions: those after the window go."""
+    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
+        """The loss of ``TokenTask``. Perceiver gives logits of all its positions: those after the window go."""
         assert samples.targets is not None
         if isinstance(output, Tensor):
             output = output[:, : samples.targets.shape[1]]
-        return super().loss(output, samples)
+        return super().compute_loss(output, samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
-            f"{STRIDE} masked, {self.predicted(samples):,} predicted"
+            f"{STRIDE} masked, {self.count_predictions(samples):,} predicted"
         )
-        return self.perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
+        return self.compute_perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
 
 
-def masked(ids: Tensor, mask: int) -> Samples:
+def mask_tokens(ids: Tensor, mask: int) -> Samples:
     """Windows of token ids, int64 [n, length], with some replaced by ``mask``; these are the targets."""
     hidden = (torch.arange(ids.shape[1], device=ids.device) % STRIDE == FIRST).expand(ids.shape)
     return Samples({"input_ids": ids.masked_fill(hidden, mask)}, ids.masked_fill(~hidden, IGNORED))

@@ -14,27 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.choices import IN_MEMORY, INPUTS
-from mptk.config.settings import Settings
-from mptk.errors import MptkError, exhausted, first_line
-from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
-from mptk.io.untrusted import load_tensors
-from mptk.ir.copies import separate
-from mptk.ir.samples import Samples, joined
+from mptk.config import IN_MEMORY, INPUTS, Settings
+from mptk.errors import MptkError, find_exhaustion, take_first_line
+from mptk.io import Loaded, Runs, load_tensors
+from mptk.ir import Samples, join_outputs, separate
 from mptk.progress import Count, Progress
-from mptk.protocols.onnx_form import Dense, OnnxForm
-from mptk.protocols.task import Task
-from mptk.protocols.values import SampleSets
+from mptk.protocols import Dense, OnnxForm, SampleSets, Task
 from mptk.reading import Json
-from mptk.tasks.base import compared
-from mptk.tasks.encoder import errors, projection
+from mptk.tasks.base import measure_figures
+from mptk.tasks.encoder import compute_feature_errors, compute_projection
 from mptk.tasks.exporting import Traced
-from mptk.tasks.inputs.base import ordered
+from mptk.tasks.inputs.base import order_samples
 from mptk.tasks.model_form import AXES, ModelForm
-from mptk.tasks.numbers import Outputs, apart
+from mptk.tasks.numbers import Outputs, sum_output_distances
 from mptk.tasks.padding import IDS
-from passes.frontend.trace import argument_names
+from passes.frontend.trace import list_forward_arguments
 from passes.targets.onnx.emit import Axes
 
 BATCH_POSITIONS = 2048
@@ -54,19 +48,20 @@ class Module(Task):
     sequences = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "onnx", ModuleForm(OUTPUT, inputs=self.given.inputs))
+        # The form names the graph's inputs by the examples. The dataclass is frozen.
+        object.__setattr__(self, "onnx", ModuleForm("output", inputs=self.given.inputs))
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any], example: Samples) -> None:
         try:
             found = run(self.given)
         except RuntimeError as error:
-            if (lacking := exhausted(error)) is not None:
+            if (lacking := find_exhaustion(error)) is not None:
                 raise lacking from error
             raise MptkError(
-                f"{loaded.source} does not run on its example inputs ({first_line(error)}); give other ones"
+                f"{loaded.source} does not run on its example inputs ({take_first_line(error)}); give other ones"
             ) from error
         each = [found] if isinstance(found, Tensor) else found
         if not each or any(tensor.ndim < 1 or len(tensor) != len(self.given) for tensor in each):
@@ -76,45 +71,47 @@ class Module(Task):
                 "samples in their first dimension, as its inputs have"
             )
 
-    def example(self, model: nn.Module) -> Samples:
+    def make_example(self, model: nn.Module) -> Samples:
         return self.given
 
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+    def draw_samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         return self._read(settings.data)[:count]
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         return self._read(settings.eval_data or settings.data)[: settings.eval_windows]
 
     def _read(self, data: str) -> Samples:
         """The samples of a file of inputs; without one the example inputs."""
         if not data.endswith(INPUTS):
             return self.given
-        return ordered(_as_samples(named_inputs((), read_inputs(data), self.given.inputs), data), self.given.inputs)
+        return order_samples(
+            _make_samples(name_tensors((), read_inputs(data), self.given.inputs), data), self.given.inputs
+        )
 
-    def named(self, model: nn.Module, data: str) -> str:
+    def name_data(self, model: nn.Module, data: str) -> str:
         return data if data.endswith(INPUTS) else IN_MEMORY
 
-    def loss(self, output: Outputs, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense module's outputs (``targets``) in one row."""
         assert samples.targets is not None
-        return errors(joined(output), joined(samples.targets)).sum()
+        return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
 
-    def sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
-        return projection(joined(output), samples)
+    def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
+        return compute_projection(join_outputs(output), samples)
 
-    def predicted(self, samples: Samples) -> int:
+    def count_predictions(self, samples: Samples) -> int:
         return len(samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
-        batches = sets.evaluation.batches(BATCH_POSITIONS)
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+        batches = sets.evaluation.make_batches(BATCH_POSITIONS)
         protocol = (
             f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
             "module's, relative to their norm"
         )
-        return compared(runs, batches, {"distance": apart}, progress, protocol)
+        return measure_figures(runs, batches, {"distance": sum_output_distances}, progress, protocol)
 
 
-def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:
+def make_example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:
     """Example inputs, by position or by name, as samples under the names of ``forward``'s arguments.
 
     One sample becomes two, since a trace takes a size of 1 for a constant.
@@ -122,13 +119,14 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
     Raises:
         MptkError: ``forward`` has no names for them, or they are not tensors with samples in their first dimension.
     """
-    names, plain = argument_names(module), not isinstance(module, PreTrainedModel)
-    found = _in_order(names, named_inputs(names, inputs, None if plain else torch.float32))
-    samples = _as_samples(found, "example inputs")
-    return samples if len(samples) > 1 else samples.repeated(2)
+    # A transformers model is loaded in float32; a plain module keeps the types that its inputs have.
+    names, plain = list_forward_arguments(module), not isinstance(module, PreTrainedModel)
+    found = _order_inputs(names, name_tensors(names, inputs, None if plain else torch.float32))
+    samples = _make_samples(found, "example inputs")
+    return samples if len(samples) > 1 else samples.repeat(2)
 
 
-def _as_samples(inputs: dict[str, Tensor], what: str) -> Samples:
+def _make_samples(inputs: dict[str, Tensor], what: str) -> Samples:
     """Samples of these inputs. Raises MptkError unless all have as many; ``what``: what the error calls them."""
     sizes = {len(tensor) if tensor.ndim else 0 for tensor in inputs.values()}
     if len(sizes) != 1 or sizes == {0}:
@@ -137,7 +135,7 @@ def _as_samples(inputs: dict[str, Tensor], what: str) -> Samples:
     return Samples(inputs)
 
 
-def _in_order(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _order_inputs(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs in the order of ``names``, then the inputs that ``forward`` takes by ``**``, in alphabetical order."""
     others = sorted(inputs.keys() - set(names))
     return {name: inputs[name] for name in (*names, *others) if name in inputs}
@@ -158,7 +156,7 @@ def read_inputs(file: str | Path) -> dict[str, Tensor]:
     )
 
 
-def named_inputs(
+def name_tensors(
     names: Sequence[str],
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     dtype: torch.dtype | Mapping[str, Tensor] | None = torch.float32,
@@ -170,6 +168,7 @@ def named_inputs(
     Raises:
         MptkError: there are more than names, or one is not a tensor of numbers.
     """
+    # Give each input a name.
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, Mapping):
@@ -181,14 +180,19 @@ def named_inputs(
                 )
             raise MptkError(f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict")
         inputs = dict(zip(names, inputs, strict=False))
+
+    # Only dense tensors of numbers.
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
         raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
-    # what was made in torch.inference_mode cannot be trained on
+
+    # Own tensors: what was made in torch.inference_mode cannot be trained on.
     plain = [tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs.values()]
+    # One tensor that is given for two inputs becomes two, and a trace takes them for two.
     found = dict(zip(inputs, separate([tensor.cpu() for tensor in plain]), strict=True))
+    # Numbers of a file get the types of the examples: whole ones for whole ones, fractions for fractions.
     if isinstance(dtype, Mapping):
         whole = [name for name in dtype.keys() & found.keys() if not is_fraction(dtype[name])]
         found |= {name: found[name].to(dtype[name].dtype) for name in whole if not is_fraction(found[name])}
@@ -213,9 +217,6 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")
 
 
-OUTPUT = "output"
-
-
 @dataclass(frozen=True)
 class ModuleForm(ModelForm):
     """``model.onnx`` with ``output``, or ``output_0``, ``output_1``, … of several.
@@ -225,7 +226,7 @@ class ModuleForm(ModelForm):
 
     inputs: Mapping[str, Tensor] = field(kw_only=True)
 
-    def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+    def trace_model(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         program = dense.program
         assert program is not None
         if program.keeps_state:
@@ -234,11 +235,11 @@ class ModuleForm(ModelForm):
             )
         (results,) = program.graph.graph.output_node().args
         count = len(results) if isinstance(results, tuple | list) else 1
-        return Traced(program, list(self.inputs), tuple(f"{OUTPUT}_{i}" for i in range(count) if count > 1)), {}
+        return Traced(program, list(self.inputs), tuple(f"{self.output}_{i}" for i in range(count) if count > 1)), {}
 
-    def batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
+    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
         return []  # what a module's inputs may be, only its author knows
 
-    def axes(self, name: str, rank: int) -> Axes:
+    def name_axes(self, name: str, rank: int) -> Axes:
         known = name in AXES or name == IDS
-        return super().axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))
+        return super().name_axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))

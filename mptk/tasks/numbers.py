@@ -12,15 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from mptk.io.evaluation import Runs
-from mptk.ir.samples import Samples, joined
+from mptk.io import Runs
+from mptk.ir import Samples, join_outputs
 from mptk.progress import Progress
-from mptk.protocols.onnx_form import OnnxForm
-from mptk.protocols.values import SampleSets
+from mptk.protocols import OnnxForm, SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import ComparedTask, compared, known_to
+from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
 from mptk.tasks.classifier import AutoLists
-from mptk.tasks.encoder import distances, errors, projection
+from mptk.tasks.encoder import compute_feature_errors, compute_projection, sum_feature_distances
 from mptk.tasks.model_form import ModelForm
 from mptk.tasks.padding import IDS
 
@@ -29,7 +28,7 @@ Outputs = Tensor | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Numbers(ComparedTask):
-    """Fields as of ``Classifier``. ``ending``: of the names of classes that do it and are in no list."""
+    """Fields as in ``Classifier``. ``ending``: how the names of models end that are in no list of transformers."""
 
     name: str
     summary: str
@@ -39,38 +38,38 @@ class Numbers(ComparedTask):
     ending: str = ""
     classes = False
 
-    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+    def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if self.ending and classes and all(each.__name__.endswith(self.ending) for each in classes):
             return None
-        return known_to(self.lists, config, classes, f"give {self.gives}")
+        return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
 
-    def loss(self, output: Outputs, samples: Samples) -> Tensor:
+    def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's numbers (``targets``)."""
         assert samples.targets is not None
-        return errors(joined(output), joined(samples.targets)).sum()
+        return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
 
-    def sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
-        return projection(joined(output), samples)
+    def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
+        return compute_projection(join_outputs(output), samples)
 
-    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
+    def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the distance of {self.gives} from the dense model's, "
             "relative to their norm"
         )
-        return compared(runs, samples.split(1), {"distance": apart}, progress, protocol)
+        return measure_figures(runs, samples.split(1), {"distance": sum_output_distances}, progress, protocol)
 
 
 class AnswerForm(ModelForm):
     """Its outputs have a number for each token."""
 
-    def unpadded(self, output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    def remove_padding(self, output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         return output[:, : inputs[IDS].shape[1]]
 
 
-def apart(output: Outputs, reference: Outputs) -> Tensor:
+def sum_output_distances(output: Outputs, reference: Outputs) -> Tensor:
     """Σ ‖f − f*‖ / ‖f*‖ over samples, of all outputs."""
-    return distances(joined(output), joined(reference))
+    return sum_feature_distances(join_outputs(output), join_outputs(reference))
 
 
 ANSWERS = Numbers(
@@ -107,5 +106,5 @@ FORECASTS = Numbers(
     (auto.MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES,),
     "the next values of a series",
     ModelForm("prediction_outputs"),
-    "ForPrediction",
+    "ForPrediction",  # transformers lists PatchTST's classes in no list of forecasters
 )

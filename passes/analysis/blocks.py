@@ -19,12 +19,20 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from mptk.ir.axes import Axis, resolve
-from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.blocks import Block, Stack, numbered, prefix
-from mptk.ir.ops import base_name, reached
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation, module_paths
+from mptk.ir import (
+    Axis,
+    AxisFacts,
+    Block,
+    Program,
+    SourceLocation,
+    Stack,
+    find_reachable,
+    list_module_paths,
+    make_prefix,
+    name_base_op,
+    resolve,
+    split_block_name,
+)
 
 _ADDITIONS = frozenset({"add", "add_"})
 Lists = dict[str, dict[int, set[fx.Node]]]
@@ -33,25 +41,27 @@ Lists = dict[str, dict[int, set[fx.Node]]]
 
 def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
     """The stacks of the program of which at least one block can be removed, in the graph's order."""
-    lists = _lists(program.graph.graph)
+    lists = _find_module_lists(program.graph.graph)
     found: list[Stack] = []
+    # Outer lists first, by the depth of their path. A list inside a stack that was found goes with its blocks.
     for module in sorted(lists, key=lambda path: path.count(".") if path else -1):
-        if any(numbered(other.module, module) for other in found):
+        if any(split_block_name(other.module, module) for other in found):
             continue
-        blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
+        blocks = _BlockSearch(program, facts, module, lists[module]).find_blocks()
+        # The only block of a list cannot be removed.
         if len(blocks) > 1 and any(not block.stays for block in blocks):
             found.append(Stack(module, Axis(len(blocks)), tuple(blocks)))
     order = {node: i for i, node in enumerate(program.graph.graph.nodes)}
     return tuple(sorted(found, key=lambda stack: order[stack.blocks[0].output]))
 
 
-def why_none(program: Program, facts: AxisFacts) -> str:
+def explain_no_stack(program: Program, facts: AxisFacts) -> str:
     """Why a program has no stack, in a few words about its list of modules with the most calls."""
-    lists = _lists(program.graph.graph)
+    lists = _find_module_lists(program.graph.graph)
     if not lists:
         return "no list of modules"
     module = max(lists, key=lambda path: sum(map(len, lists[path].values())))
-    blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
+    blocks = _BlockSearch(program, facts, module, lists[module]).find_blocks()
     if len(lists[module]) == 1:
         return f"{module} has one block"
     if not blocks:
@@ -59,11 +69,11 @@ def why_none(program: Program, facts: AxisFacts) -> str:
     return next(f"every block stays: {block.stays}" for block in blocks)
 
 
-def _lists(graph: fx.Graph) -> Lists:
+def _find_module_lists(graph: fx.Graph) -> Lists:
     """Every list of modules, numbered from 0 without a gap, with the calls of each module."""
     found: Lists = {}
     for node in graph.nodes:
-        for path in module_paths(node) if node.op == "call_function" else ():
+        for path in list_module_paths(node) if node.op == "call_function" else ():
             parent, _, number = path.rpartition(".")
             if number.isdigit():
                 found.setdefault(parent, {}).setdefault(int(number), set()).add(node)
@@ -79,41 +89,45 @@ class _BlockSearch:
     module: str
     modules: Mapping[int, set[fx.Node]]
 
-    def blocks(self) -> list[Block]:
+    def find_blocks(self) -> list[Block]:
         """The blocks in their order; none if one of the modules is not a residual block."""
         found: list[Block] = []
         for unit in sorted(self.modules):
+            # A block's ends: a value that leaves it, and a value outside to which it adds on the way there.
             nodes = self.modules[unit]
             exits = [node for node in self.facts.graph.nodes if node in nodes and not nodes.issuperset(node.users)]
-            ends = [(x, y) for y in reversed(exits) for x in self._carried(y, nodes)]
+            ends = [(x, y) for y in reversed(exits) for x in self._find_residual_inputs(y, nodes)]
             if not ends:
                 return []
+            # Several pairs may fit. The block that continues the one before is meant; else the last value that leaves.
             before = found[-1].output if found else None
             x, y = next(((x, y) for x, y in ends if x is before), ends[0])
             caches = {i: o for i, o in self.facts.caches.items() if o in nodes}
-            path = f"{prefix(self.module)}{unit}"
+            path = f"{make_prefix(self.module)}{unit}"
+            # Why it stays: what else leaves it, and whether its result counts.
             others = [e for e in exits if e is not y]
-            reason = next(self._reasons(unit, nodes, others, set(caches.values())), _unread(y, nodes))
+            reason = next(self._find_reasons(unit, nodes, others, set(caches.values())), _explain_unread(y, nodes))
             found.append(Block(path, x, y, frozenset(nodes), caches, reason))
         return found
 
-    def _carried(self, y: fx.Node, nodes: set[fx.Node]) -> list[fx.Node]:
+    def _find_residual_inputs(self, y: fx.Node, nodes: set[fx.Node]) -> list[fx.Node]:
         """The values outside ``nodes`` with the axes of ``y`` to which the block adds on the way to ``y``."""
         if not isinstance(self.facts.results.get(y), tuple):
             return []
         products = {product.node for product in self.facts.contractions}
 
-        def sources(state: tuple[fx.Node, bool]) -> list[tuple[fx.Node, bool]]:
+        # Walk back from y. A state is a node and whether an addition was on the way. A sum of products ends the way.
+        def list_sources(state: tuple[fx.Node, bool]) -> list[tuple[fx.Node, bool]]:
             node, added = state
             if node not in nodes or node in products:
                 return []
-            added = added or base_name(node.target) in _ADDITIONS
+            added = added or name_base_op(node.target) in _ADDITIONS
             return [(source, added) for source in node.all_input_nodes]
 
-        ways = reached([(y, False)], sources)
-        return sorted(node for node, added in ways if added and node not in nodes and self._alike(node, y))
+        ways = find_reachable([(y, False)], list_sources)
+        return sorted(node for node, added in ways if added and node not in nodes and self._is_alike(node, y))
 
-    def _alike(self, x: fx.Node, y: fx.Node) -> bool:
+    def _is_alike(self, x: fx.Node, y: fx.Node) -> bool:
         """Whether two values have the same axes, sizes and type."""
         if not isinstance(self.facts.results.get(x), tuple):
             return False
@@ -121,45 +135,51 @@ class _BlockSearch:
         dims = [tuple(map(resolve, self.facts.dims(value))) for value in (x, y)]
         return dims[0] == dims[1] and one.shape == other.shape and one.dtype == other.dtype
 
-    def _reasons(self, unit: int, nodes: set[fx.Node], exits: Sequence[fx.Node], caches: set[fx.Node]) -> Iterator[str]:
+    def _find_reasons(
+        self, unit: int, nodes: set[fx.Node], exits: Sequence[fx.Node], caches: set[fx.Node]
+    ) -> Iterator[str]:
         """Why a block cannot be removed."""
+        # Other values of it that are used outside, except its cache as an output of the graph.
         for node in exits:
             users = [user for user in node.users if user not in nodes and not (node in caches and user.op == "output")]
-            if users and self._made_within(node, nodes):
+            if users and self._is_made_within(node, nodes):
                 yield f"{_place(users[0])} uses {SourceLocation(node)}"
+        # Memory that it changes for others. Views that are made later follow the result, so they need no check.
         for call, changed in self.facts.writes.items():
-            before = (v for v in changed if v not in nodes and v < call)  # views that are made later follow the result
+            before = (v for v in changed if v not in nodes and v < call)
             if call in nodes and (other := next(before, None)) is not None:
                 yield f"{SourceLocation(call)} writes into {other.name}, which is not its own"
-        for node in self.program.placeholders():
+        # Weights of it that others use, under its name or under one of their own.
+        for node in self.program.list_placeholders():
             name = self.program.weights.get(node.name)
-            if name is not None and self._owns(name, unit) and not nodes.issuperset(node.users):
+            if name is not None and self._is_in_unit(name, unit) and not nodes.issuperset(node.users):
                 yield f"{_place(next(user for user in node.users if user not in nodes))} uses its {name}"
         for alias, name in self.program.aliases.items():
-            if self._owns(name, unit) and not self._owns(alias, unit):
+            if self._is_in_unit(name, unit) and not self._is_in_unit(alias, unit):
                 yield f"{alias} is the same weight as its {name}"
 
-    def _made_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
-        """Whether a value is made of weights or activations in the block; if not, it needs none of what is removed."""
-        within = reached([node], lambda source: nodes.intersection(source.all_input_nodes))
+    def _is_made_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
+        """Whether a value depends on weights or activations in the block. If not, it is there without the block."""
+        within = find_reachable([node], lambda source: nodes.intersection(source.all_input_nodes))
         return not within.isdisjoint(self.facts.results)
 
-    def _owns(self, name: str, unit: int) -> bool:
-        at = numbered(self.module, name)
+    def _is_in_unit(self, name: str, unit: int) -> bool:
+        at = split_block_name(self.module, name)
         return at is not None and at[0] == unit
 
 
-def _unread(result: fx.Node, nodes: set[fx.Node]) -> str:
-    """Why a block stays whose result counts zero times: its class counts the others from the end of the list."""
+def _explain_unread(result: fx.Node, nodes: set[fx.Node]) -> str:
+    """The reason to keep a block whose result is multiplied by 0: the class takes a layer from the list's end."""
+    # ``mptk/tasks/image_text.py`` adds 0.0 · features.sum() to the logits, so that the trace has these blocks at all.
     sums = [user for user in result.users if user not in nodes]
-    factors = [user for node in sums if base_name(node.target) == "sum" for user in node.users]
-    zero = factors and all(base_name(user.target) == "mul" and 0.0 in user.args for user in factors)
+    factors = [user for node in sums if name_base_op(node.target) == "sum" for user in node.users]
+    zero = factors and all(name_base_op(user.target) == "mul" and 0.0 in user.args for user in factors)
     return "the model leaves its result out" if zero and len(factors) == len(sums) else ""
 
 
 def _place(node: fx.Node) -> str:
     """The module that a call is in, for people."""
-    paths = module_paths(node)
+    paths = list_module_paths(node)
     return paths[-1] if paths else "the model's output"
 
 
@@ -167,6 +187,7 @@ def name_stacks(stacks: Sequence[Stack]) -> list[str]:
     """A name for each: ``layers``; if there are several, with the part of its path that tells it from the others."""
     if len(stacks) == 1:
         return ["layers"]
+    # The first part of the paths in which all differ: encoder.layers and decoder.layers → encoder, decoder.
     parts = [stack.module.split(".") for stack in stacks]
     for place in range(min(map(len, parts), default=0)):
         words = [path[place] for path in parts]

@@ -19,16 +19,17 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedConfig
 
-from mptk.ir.ops import op_name
-from mptk.ir.program import Program
+from mptk.ir import Program, name_base_op
 
 MARGIN = 8
 """Positions that a proof needs beyond a border: a few steps after it, and a few in case the border is inexact."""
 _BORDER_FIELDS = re.compile(r"window|chunk|local_attention|original_max_position_embeddings")
 _LIMITS = re.compile(r"^max_(\w+_)?position|^n_positions$")
+"""Fields with the number of positions: ``max_position_embeddings``, Whisper's ``max_target_positions``, GPT-2's."""
 _POSITIONS = "max_position_embeddings"
 _COMPARED = {"sub", "rsub", "add", "floor_divide", "div", "remainder", "fmod", "lt", "le", "gt", "ge", "clamp"}
 _MADE = {"full", "scalar_tensor"}
+"""Ops that fill a tensor with one number."""
 _CARRYING = {"lift_fresh_copy", "detach_", "detach", "to", "_to_copy", "clone", "expand", "unsqueeze"}
 
 
@@ -64,8 +65,9 @@ def reach(program: Program, *configs: PreTrainedConfig, bound: int, least: int =
     ``bound``: the longest sequence of a proof, in tokens. The model's own number of positions is a bound, too, unless
     its rope type allows more. ``least``: the tokens of a proof without borders, if these bounds allow them.
     """
-    found = set(graph_borders(program)).union(*(config_borders(config.to_dict()) for config in configs))
-    longest = min((n for config in configs for n in _limits(config)), default=None)
+    # 0 and 1 are in every graph (x − 1), and each proof crosses them.
+    found = set(find_graph_borders(program)).union(*(find_config_borders(config.to_dict()) for config in configs))
+    longest = min((n for config in configs for n in _find_position_limits(config)), default=None)
     usable = sorted(b for b in found if b > 1 and (longest is None or b + MARGIN <= longest))
     crossed = tuple(b for b in usable if b + MARGIN <= bound)
     plain = min(least, bound, least if longest is None else longest - MARGIN)
@@ -76,70 +78,76 @@ def reach(program: Program, *configs: PreTrainedConfig, bound: int, least: int =
     )
 
 
-def config_borders(config: Mapping[str, object]) -> Iterator[int]:
+def find_config_borders(config: Mapping[str, object]) -> Iterator[int]:
     """Borders in a config."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from config_borders(value)
+            yield from find_config_borders(value)
         elif _BORDER_FIELDS.search(str(key)):
             values = value if isinstance(value, list | tuple) else [value]
             yield from (v for v in values if type(v) is int and v > 0)
     positions = config.get(_POSITIONS)
-    if type(positions) is int and _dynamic(config):
+    if type(positions) is int and _has_dynamic_rope(config):
         yield positions
 
 
-def graph_borders(program: Program) -> Iterator[int]:
+def find_graph_borders(program: Program) -> Iterator[int]:
     """Integers in the graph with which positions are compared, or by which they are shifted or divided."""
     parameters = {s.arg.name for s in program.signature.input_specs if s.kind is InputKind.PARAMETER}
-    numbers = _numbers(program)
+    numbers = _find_integers(program)
     learned: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
+        # What depends on a parameter is not a position. The walk is in the graph's order, so inputs are known.
         if node.name in parameters or any(n in learned for n in node.all_input_nodes):
             learned.add(node)
-        elif node.op == "call_function" and _name(node) in _COMPARED and any(map(_whole, node.all_input_nodes)):
+        elif (
+            node.op == "call_function"
+            and name_base_op(node.target) in _COMPARED
+            and any(map(_is_integral, node.all_input_nodes))
+        ):
             for argument in (*node.args, *node.kwargs.values()):
                 value = numbers.get(argument) if isinstance(argument, fx.Node) else argument
-                if type(value) is int:
+                if type(value) is int:  # ``isinstance`` would take True for 1
                     yield abs(value)
 
 
-def _numbers(program: Program) -> dict[fx.Node, int]:
+def _find_integers(program: Program) -> dict[fx.Node, int]:
     """Node → its value, if it is one integer: a constant of the model, or a tensor filled with one."""
     found: dict[fx.Node, int] = {}
     weights = program.weights
     for node in program.graph.graph.nodes:
         if node.op == "placeholder" and node.name in weights and program.has_values:
-            like = program.state.like(weights[node.name])
+            like = program.state.find_like(weights[node.name])
             if like.numel() == 1 and not like.is_floating_point() and not like.is_complex():
                 found[node] = int(program.state[weights[node.name]].item())
-        elif node.op == "call_function" and _name(node) in _MADE:
+        elif node.op == "call_function" and name_base_op(node.target) in _MADE:
             found.update((node, a) for a in node.args if type(a) is int)
-        elif len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in found and _name(node) in _CARRYING:
+        elif (
+            len(node.all_input_nodes) == 1
+            and node.all_input_nodes[0] in found
+            and name_base_op(node.target) in _CARRYING
+        ):
             found[node] = found[node.all_input_nodes[0]]
     return found
 
 
-def _name(node: fx.Node) -> str:
-    return op_name(node).split(".")[1]
-
-
-def _whole(node: fx.Node) -> bool:
+def _is_integral(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
-def _dynamic(config: Mapping[str, object]) -> bool:
+def _has_dynamic_rope(config: Mapping[str, object]) -> bool:
     """Whether a rope type of this config depends on the number of positions."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
+    # Some models have a rope for each kind of layer. Older configs write ``type`` for ``rope_type``.
     kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
     return any(isinstance(k, Mapping) and "dynamic" in str(k.get("rope_type", k.get("type"))) for k in kinds)
 
 
-def _limits(config: PreTrainedConfig) -> Iterator[int]:
+def _find_position_limits(config: PreTrainedConfig) -> Iterator[int]:
     """The numbers of positions in a model's config, unless its rope type allows more."""
     own = config.get_text_config()
-    if _dynamic(own.to_dict()):
+    if _has_dynamic_rope(own.to_dict()):
         return
     found = {name: getattr(own, name, None) for name in (_POSITIONS, *own.to_dict())}
     yield from (n for name, n in found.items() if _LIMITS.search(name) and type(n) is int and n > 0)

@@ -14,16 +14,24 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.errors import MptkError
-from mptk.ir.axes import axis
-from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Results, argument_at
-from mptk.ir.ops import example_size, op_name, result_shape, shape_of
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import find_writes, nodes_in
-from passes.analysis.dependence import find_dependence
+from mptk.ir import (
+    ArgumentPath,
+    AxisFacts,
+    Dims,
+    Program,
+    Results,
+    SourceLocation,
+    find_argument_at,
+    make_axis,
+    name_op,
+    resolve_result_shape,
+    resolve_shape,
+    resolve_size,
+)
+from passes.analysis.dependence import find_dependence, find_writes, list_nodes
 from passes.analysis.rules import POINTWISE, load_rules
 from passes.analysis.rules.context import RuleContext, Value
-from passes.analysis.rules.table import Result, Rule, find_rule, single
+from passes.analysis.rules.table import Result, Rule, find_rule, get_single_dims
 
 
 def propagate(program: Program) -> AxisFacts:
@@ -50,6 +58,7 @@ class _Walk:
         self.notes: dict[fx.Node, object] = {}
 
     def run(self) -> AxisFacts:
+        # All others are constants, which get their axes where they are used (``_convert_argument``).
         for node in self.graph.nodes:
             if node in self.depends.variables:
                 self.results[node] = self._visit(node)
@@ -59,7 +68,7 @@ class _Walk:
             results=self.results,
             weights=self.weights,
             constant_uses=self.constant_uses,
-            zeros=self._zeros(),
+            zeros=self._find_zeros(),
             contractions=self.context.contractions,
             reductions=self.context.reductions,
             inner=self.context.inner_values,
@@ -72,14 +81,15 @@ class _Walk:
 
     def _visit(self, node: fx.Node) -> Results:
         if node.op == "placeholder":
-            return self._placeholder(node)
+            return self._make_input_dims(node)
         if node.target is operator.getitem:
             return self._take(node)
-        return self._apply(_rule_of(node), node)
+        return self._apply(_choose_rule(node), node)
 
-    def _placeholder(self, node: fx.Node) -> Dims:
+    def _make_input_dims(self, node: fx.Node) -> Dims:
         """The terms of a weight, of a cache, or of a user's input to which the model writes."""
-        dims = tuple(axis(size) for size in result_shape(node))
+        # A weight under two placeholders (a tied one) has the same terms for both.
+        dims = tuple(make_axis(size) for size in resolve_result_shape(node))
         if node.name in self.program.weights:
             return self.weights.setdefault(self.program.weights[node.name], dims)
         if node not in self.depends.caches:
@@ -102,53 +112,55 @@ class _Walk:
         """Apply the rule: return the results' terms, and store its note and positions."""
         if rule.positions == "freeze":
             self.context.freeze_positions(node)
-        arguments = [self._argument(node, (i,), a) for i, a in enumerate(node.args)]
-        keywords = {name: self._argument(node, (name,), a) for name, a in node.kwargs.items()}
+        arguments = [self._convert_argument(node, (i,), a) for i, a in enumerate(node.args)]
+        keywords = {name: self._convert_argument(node, (name,), a) for name, a in node.kwargs.items()}
         result = rule.propagate(self.context, node, *arguments, **keywords)
         result = result if isinstance(result, Result) else Result(result)
-        _check(node, result.dims)
+        _check(node, result.dims)  # a plugin's rule may be wrong
         if result.note is not None:
             self.notes[node] = result.note
         positions = result.positions
         if positions is None and rule.positions == "carry":
-            positions = self.context.carried(node, result.dims)
+            positions = self.context.find_carried_positions(node, result.dims)
         if positions is not None:
             self.context.positions_in[node] = positions
         return result.dims
 
-    def _argument(self, node: fx.Node, path: ArgumentPath, argument: Argument) -> object:
+    def _convert_argument(self, node: fx.Node, path: ArgumentPath, argument: Argument) -> object:
         """An argument as the rule sees it: tensors are values, symbolic sizes are integers."""
         if isinstance(argument, (list, tuple)):
-            return [self._argument(node, (*path, i), a) for i, a in enumerate(argument)]
+            return [self._convert_argument(node, (*path, i), a) for i, a in enumerate(argument)]
         if not isinstance(argument, fx.Node):
             return argument
+        # A size that the graph computes: rules see its value in the example.
         value = argument.meta.get("val")
         if not isinstance(value, Tensor):
-            return example_size(value) if isinstance(value, (int, torch.SymInt)) else value
+            return resolve_size(value) if isinstance(value, (int, torch.SymInt)) else value
         if argument in self.depends.variables:
-            return Value(argument, single(self.results[argument]))
-        dims = tuple(axis(size) for size in shape_of(value))
+            return Value(argument, get_single_dims(self.results[argument]))
+        # A constant: fresh axes for this use. The user's data cannot be cut; tables and masks can.
+        dims = tuple(make_axis(size) for size in resolve_shape(value))
         if argument in self.depends.data:
             self.context.freeze_input(dims, node)
         self.constant_uses.setdefault(node, []).append((path, dims))
         return Value(argument, dims)
 
-    def _zeros(self) -> set[fx.Node]:
+    def _find_zeros(self) -> set[fx.Node]:
         """The constants that calls use and that are zero everywhere."""
-        used = {argument_at(node, path) for node, uses in self.constant_uses.items() for path, _ in uses}
+        used = {find_argument_at(node, path) for node, uses in self.constant_uses.items() for path, _ in uses}
         written = set[fx.Node]().union(*self.writes.values())
         return {node for node in used if self.context.is_zero(node, written)}
 
     def _freeze_outputs(self) -> None:
         """Freeze the axes of every output except caches, which come back as inputs."""
-        for value in nodes_in(self.graph.output_node().args[0]):
+        for value in list_nodes(self.graph.output_node().args[0]):
             if value in self.depends.variables and value not in self.depends.caches.values():
-                positions = self.context.positions_of(value)
-                for d in (*single(self.results[value]), *([] if positions is None else [positions])):
+                positions = self.context.find_positions(value)
+                for d in (*get_single_dims(self.results[value]), *([] if positions is None else [positions])):
                     self.context.freeze(d, "it is the model's output", value)
 
 
-def _rule_of(node: fx.Node) -> Rule:
+def _choose_rule(node: fx.Node) -> Rule:
     """The op's rule. An op that torch tags as pointwise needs no rule of its own: it ties broadcast axes."""
     found = find_rule(node)
     if found is not None:
@@ -156,7 +168,7 @@ def _rule_of(node: fx.Node) -> Rule:
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return POINTWISE
     raise MptkError(
-        f"no axis rule for {op_name(node)} ({SourceLocation(node)}); register one with mptk.rule, "
+        f"no axis rule for {name_op(node)} ({SourceLocation(node)}); register one with mptk.rule, "
         "see docs/adding-an-op.md"
     )
 
@@ -168,4 +180,4 @@ def _check(node: fx.Node, results: Results) -> None:
     for dims, tensor in pairs:
         if dims is not None and isinstance(tensor, Tensor):
             sizes = tuple([d.size for d in dims])
-            assert sizes == shape_of(tensor), f"rule of {op_name(node)}: {sizes}, not {shape_of(tensor)}"
+            assert sizes == resolve_shape(tensor), f"rule of {name_op(node)}: {sizes}, not {resolve_shape(tensor)}"

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, leaves
-from mptk.ir.families import Analysis, Group, Member
+from mptk.ir import Analysis, Axis, Group, Member, list_axes
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def find_shared_heads(analysis: Analysis, name: str) -> list[tuple[SharedHeads, 
     """
     found = []
     for group in analysis.family(name).groups:
-        ways = tuple(_readings(group))
+        ways = tuple(_list_readings(group))
         if not ways:
             where = group.layer or "the model"
             raise MptkError(
@@ -54,29 +53,35 @@ def find_shared_heads(analysis: Analysis, name: str) -> list[tuple[SharedHeads, 
     return found
 
 
-def _readings(group: Group) -> Iterator[SharedHeads]:
+def _list_readings(group: Group) -> Iterator[SharedHeads]:
     """The ways to tell what each member is."""
+    # Outputs sum over query heads and value channels. Values have the group's axis and those channels, and no more.
     outputs = tuple(m for m in group.members if m.role == "consumer")
     rest = [m for m in group.members if m.role != "consumer"]
-    summed = {leaf for m in outputs for leaf in leaves(m.term)} - {group.axis}
-    values = tuple(m for m in rest if set(leaves(m.term)) - summed == {group.axis} and len(set(leaves(m.term))) == 2)
+    summed = {leaf for m in outputs for leaf in list_axes(m.term)} - {group.axis}
+    values = tuple(
+        m for m in rest if set(list_axes(m.term)) - summed == {group.axis} and len(set(list_axes(m.term))) == 2
+    )
+    # What outputs sum over besides the group and the value channels is the axis of query heads.
     others = [m for m in rest if m not in values]
-    heads = summed - {leaf for m in values for leaf in leaves(m.term)}
-    if len(outputs) != 1 or len(heads) > 1 or not _one_matrix(values):
+    heads = summed - {leaf for m in values for leaf in list_axes(m.term)}
+    if len(outputs) != 1 or len(heads) > 1 or not _is_one_matrix(values):
         return
+    # Queries have the axis of query heads, and keys do not.
     if heads:
         (axis,) = heads
-        parts = [tuple(m for m in others if (axis in leaves(m.term)) == asked) for asked in (True, False)]
-        if all(map(_one_matrix, parts)):
+        parts = [tuple(m for m in others if (axis in list_axes(m.term)) == asked) for asked in (True, False)]
+        if all(map(_is_one_matrix, parts)):
             yield SharedHeads(group.layer, group.axis, axis, parts[0], parts[1], values, outputs)
         return
+    # One query head for each KV head: queries and keys look alike, so the caller gets both readings to try.
     modules = list(dict.fromkeys(m.weight.rpartition(".")[0] for m in others))
     parts = [tuple(m for m in others if m.weight.startswith(f"{module}.")) for module in modules]
-    if len(parts) == 2 and all(map(_one_matrix, parts)):
+    if len(parts) == 2 and all(map(_is_one_matrix, parts)):
         yield SharedHeads(group.layer, group.axis, None, parts[0], parts[1], values, outputs)
         yield SharedHeads(group.layer, group.axis, None, parts[1], parts[0], values, outputs)
 
 
-def _one_matrix(members: Sequence[Member]) -> bool:
+def _is_one_matrix(members: Sequence[Member]) -> bool:
     """Whether they are one weight, or one with its bias."""
     return sum(m.role == "producer" for m in members) == 1 and len({m.weight for m in members}) == len(members) <= 2

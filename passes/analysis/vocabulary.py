@@ -8,10 +8,9 @@ from torch import fx
 
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, leaves, resolve
-from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name
+from mptk.ir import Analysis, Axis, list_axes, name_base_op, resolve
 
+# Calls through which token ids stay token ids.
 _MOVES = ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice", "detach")
 
 
@@ -39,18 +38,20 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
         MptkError: it looks up nothing by token ids, or tables of several sizes.
     """
     program, facts = analysis.program, analysis.facts
-    inputs = [node for node in program.placeholders() if node.name in program.user_inputs]
+    inputs = [node for node in program.list_placeholders() if node.name in program.user_inputs]
     names = program.inputs or tuple(node.name for node in inputs)
+    # The tables that token ids index. Several tables of one size (per-layer embeddings) are cut alike.
     looked_up: set[Axis] = set()
     for node, name in zip(inputs, names, strict=True):
         if name.endswith("input_ids"):
-            looked_up.update(axis for table in tables_of(node) for axis in leaves(resolve(facts.dims(table)[0])))
+            looked_up.update(axis for table in find_tables(node) for axis in list_axes(resolve(facts.dims(table)[0])))
     sizes = sorted({axis.size for axis in looked_up})
     if len(sizes) != 1:
         found = " and ".join(map(str, sizes)) or "no"
         raise MptkError(
             f"the model looks up {found} rows by token ids, and one table is trimmed; leave out --vocabulary"
         )
+    # The output's last dimension: a tied head has the table's axis; an untied one has its own, of the same size.
     axes, predicted = set(looked_up), False
     outputs = [n for n in tree_leaves(program.graph.graph.output_node().args[0]) if isinstance(n, fx.Node)]
     last = resolve(facts.dims(outputs[0])[-1])
@@ -59,16 +60,16 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
     return Vocabulary(sizes[0], frozenset(axes), tuple(name.endswith("input_ids") for name in names), predicted)
 
 
-def tables_of(node: fx.Node) -> set[fx.Node]:
+def find_tables(node: fx.Node) -> set[fx.Node]:
     """The tables whose rows a value of integers picks, also through views."""
     found: set[fx.Node] = set()
     for user in node.users:
         if user.op != "call_function":
             continue
-        op = base_name(user.target)
+        op = name_base_op(user.target)
         if op == "embedding" and user.args[1] is node:
             assert isinstance(user.args[0], fx.Node)
             found.add(user.args[0])
         elif op in _MOVES:
-            found |= tables_of(user)
+            found |= find_tables(user)
     return found

@@ -14,11 +14,8 @@ from collections.abc import Set as AbstractSet
 
 from torch import fx
 
-from mptk.ir.axes import Axis, axes_in, coordinates, leaves
-from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.ops import base_name
-from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import nodes_in
+from mptk.ir import Axis, AxisFacts, SourceLocation, collect_axes, count_coordinates, list_axes, name_base_op
+from passes.analysis.dependence import list_nodes
 from passes.analysis.rules import POINTWISE
 from passes.analysis.rules.table import find_rule
 
@@ -35,27 +32,33 @@ def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
         for axis in axes:
             spoilers.setdefault(axis, []).append(f"{reason} ({SourceLocation(node)})")
 
+    # A product is zero if either operand is.
     for product in facts.contractions:
         safe = zeros.get(product.left[0], set()) | zeros.get(product.right[0], set())
-        spoil((a for a in leaves(product.axis) if a not in safe), "summed over while not zero", product.node)
+        spoil((a for a in list_axes(product.axis) if a not in safe), "summed over while not zero", product.node)
+    # The masked reference leaves removed channels out of all other kinds of reductions (``masked_reference.py``).
     for reduction in facts.reductions:
         if reduction.kind in ("sum", "mean"):
             safe = zeros.get(reduction.source, set())
             verb = "averaged" if reduction.kind == "mean" else "summed"
-            spoil((a for a in leaves(reduction.axis) if a not in safe), f"{verb} over while not zero", reduction.node)
+            spoil(
+                (a for a in list_axes(reduction.axis) if a not in safe), f"{verb} over while not zero", reduction.node
+            )
     for node in facts.results:
-        spoil(_infinite(node, zeros), "infinite where it is zero", node)
+        spoil(_find_infinite_axes(node, zeros), "infinite where it is zero", node)
     return spoilers
 
 
 def find_divisors(facts: AxisFacts) -> dict[fx.Node, set[Axis]]:
-    """Weight → the axes along which calls would be infinite if it were zero there, as Snake's α in sin²(αx)/α.
+    """Weight → the axes along which calls would be infinite if it were zero there, such as Snake's α in sin²(αx)/α.
 
-    What is divided by such a weight is zero by other weights, or the axis is spoiled: so the weight need not be zero.
+    The masked model keeps the numbers of such a weight. The quotient must then be zero by other weights; if it is not,
+    the axis is spoiled.
     """
     zeros, found = propagate_zeros(facts), dict[fx.Node, set[Axis]]()
     for node in facts.results:
-        axes = _infinite(node, zeros)
+        axes = _find_infinite_axes(node, zeros)
+        # Back from the divisor to all weights that it is made of.
         waiting = [n for n in node.all_input_nodes if axes and facts.is_weight(n) and axes & zeros[n]]
         while waiting:
             source = waiting.pop()
@@ -75,11 +78,11 @@ INFINITE_AT_ZERO = frozenset(
 POWERS = frozenset({"pow", "pow_", "float_power", "float_power_"})
 
 
-def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
+def _find_infinite_axes(node: fx.Node, zeros: Zeros) -> set[Axis]:
     """The axes along which a call has no finite value if its operand is zero there."""
     if node.op != "call_function":
         return set()
-    name = base_name(node.target)
+    name = name_base_op(node.target)
     operand: object = None
     if name in DIVISIONS:
         operand = node.args[1]
@@ -94,8 +97,9 @@ def propagate_zeros(facts: AxisFacts) -> Zeros:
     A cache is zero along an axis if every value added to it is. This is assumed of its input until the output confirms
     it.
     """
-    caches = {node: set(facts.axes(node)) for node in facts.caches}
+    caches = {node: set(facts.find_axes(node)) for node in facts.caches}
     multiplicities = functools.cache(functools.partial(find_multiplicities, facts))
+    # A greatest fixed point: the assumption only shrinks, so this ends.
     while True:
         zeros = _Propagation(facts, caches, multiplicities).run()
         confirmed = {node: caches[node] & zeros[facts.caches[node]] for node in caches}
@@ -110,9 +114,10 @@ def find_multiplicities(facts: AxisFacts, node: fx.Node) -> Mapping[Axis, int]:
     In an outer sum x_i + x_j over one axis, each operand is zero along its own coordinate only, so the result is zero
     along neither.
     """
+    # Axes with one coordinate, nearly all, are left out: the common case of an empty result is then quick.
     counts: dict[Axis, int] = {}
-    for dims in facts.tensors(node):
-        for a, n in coordinates(dims, each=True).items():
+    for dims in facts.list_dims(node):
+        for a, n in count_coordinates(dims, each=True).items():
             if n > 1:
                 counts[a] = max(n, counts.get(a, 0))
     return counts
@@ -133,20 +138,21 @@ class _Propagation:
         return self.zeros
 
     def _visit(self, node: fx.Node) -> set[Axis]:
-        axes = self.facts.axes(node)
+        axes = self.facts.find_axes(node)
+        # This is the assumption: a weight is zero along all its axes, unless something is divided by it.
         if node.op == "placeholder":
             return set(axes.difference(self.facts.divisors.get(node, ())))
         if node.target is operator.getitem:
             return self.zeros[node.all_input_nodes[0]] & axes
-        return self._result(node) & axes
+        return self._find_zero_axes(node) & axes
 
-    def _result(self, node: fx.Node) -> set[Axis]:
+    def _find_zero_axes(self, node: fx.Node) -> set[Axis]:
         """The axes along which the result of a call is zero, by the rule of its op."""
         rule = find_rule(node) or POINTWISE
-        zero = functools.partial(self._operand, node)
+        zero = functools.partial(self._find_operand_zeros, node)
         if callable(rule.zero):
             return rule.zero(node, zero, self.facts)
-        operands = list(nodes_in([*node.args, *node.kwargs.values()]))
+        operands = list(list_nodes([*node.args, *node.kwargs.values()]))
         if rule.zero == "drop":
             return set()
         if rule.zero == "keep":
@@ -156,10 +162,11 @@ class _Propagation:
         found: set[Axis] = set().union(*map(zero, operands))
         if rule.zero == "any":
             return found
+        # A concatenation: an operand without the axis has no removed positions of it.
         assert rule.zero == "join", f"{rule.zero} is no kind of zero"
-        return found.difference(*(self._axes_of_use(node, v) - zero(v) for v in operands))
+        return found.difference(*(self._find_use_axes(node, v) - zero(v) for v in operands))
 
-    def _operand(self, node: fx.Node, value: object) -> set[Axis]:
+    def _find_operand_zeros(self, node: fx.Node, value: object) -> set[Axis]:
         """The axes along which an operand is zero. It must have as many coordinates along them as the result.
 
         A constant that holds zeros only is zero along each axis of which the result has one coordinate.
@@ -167,25 +174,25 @@ class _Propagation:
         if not isinstance(value, fx.Node):
             return set()
         if value in self.facts.zeros:
-            return {a for a in self.facts.axes(node) if self.multiplicities(node).get(a, 1) == 1}
+            return {a for a in self.facts.find_axes(node) if self.multiplicities(node).get(a, 1) == 1}
         found = self.zeros.get(value, set())
         if not found or not (several := self.multiplicities(node)):
             return found
         held = self.multiplicities(value)
         return {a for a in found if held.get(a, 1) >= several.get(a, 1)}
 
-    def _axes_of_use(self, node: fx.Node, value: fx.Node) -> AbstractSet[Axis]:
+    def _find_use_axes(self, node: fx.Node, value: fx.Node) -> AbstractSet[Axis]:
         """The axes of an operand at this call (a constant has its own axes at each use)."""
         if value in self.facts.results:
-            return self.facts.axes(value)
-        return axes_in(t for _, dims in self.facts.constant_uses.get(node, []) for t in dims)
+            return self.facts.find_axes(value)
+        return collect_axes(t for _, dims in self.facts.constant_uses.get(node, []) for t in dims)
 
     def _write_back(self, node: fx.Node) -> None:
         """If a call writes numbers other than zero, no value that shares the target's memory is zero there.
 
         Axes that the target lacks do not change: the target is a view of fixed positions along them.
         """
-        lost = self.facts.axes(node) - self.zeros[node]
+        lost = self.facts.find_axes(node) - self.zeros[node]
         for changed in self.facts.writes.get(node, ()):
             if changed in self.zeros:
                 self.zeros[changed] = self.zeros[changed] - lost

@@ -1,4 +1,4 @@
-"""bound: an end for a trace with symbolic sizes, whose expressions take minutes to simplify for some modules."""
+"""bound: a time limit for a trace with symbolic sizes, whose expressions take minutes to simplify for some modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 from mptk.errors import MptkError
 
 RESEND_SECONDS = 1.0
-"""Seconds after which the signal comes again, if the code that it stopped went on."""
+"""Seconds after which the signal comes again, since a destructor or a bare ``except`` may have swallowed the stop."""
 
 
 class Late(MptkError):
@@ -19,14 +19,14 @@ class Late(MptkError):
 
 
 class _Stop(BaseException):
-    """Goes through code that catches every Exception, as torch's does around its expressions."""
+    """Not an Exception: torch catches every Exception around its expressions, and would go on."""
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, what: str) -> Iterator[None]:
-    """Within it no more than ``seconds`` of processor time are computed, so that a busy machine changes nothing.
+def limit_processor_time(seconds: float, what: str) -> Iterator[None]:
+    """Stop the code inside after ``seconds`` of processor time, so that a busy machine makes no difference.
 
-    Only the main thread can be stopped; in others there is no bound.
+    Python runs signal handlers only in the main thread. In other threads there is no limit.
 
     Raises:
         Late: it would take more.
@@ -45,11 +45,11 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, RESEND_SECONDS)
     try:
         yield
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)  # inside, so that a signal at the last moment is caught, too
     except _Stop:
         pass
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-    if late:
+    if late:  # also if the code inside swallowed the stop and went on to its end
         raise Late(f"{what} takes more than {seconds:g} s of computing; trace it with fewer symbolic sizes")

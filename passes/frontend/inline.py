@@ -1,8 +1,8 @@
 """inline: move regions that only set a mode into the graph around them.
 
-torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a separate graph. ``inline``
-moves the calls of these graphs into the exported program's graph, each with its module and source line. The program
-computes the same numbers. The modes:
+torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a separate graph.
+``inline_regions`` moves the calls of these graphs into the exported program's graph, each with its module and source
+line. The program computes the same numbers. The modes:
 
 1. gradients off: no number depends on them, but training does. A value that leaves such a region is detached, so that
    no gradient goes back into it. Gradients on: the calls as they are;
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mptk.errors import MptkError
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import SourceLocation
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -34,12 +34,13 @@ REGION_ARGUMENT: dict[object, int] = {AUTOCAST: 4, GRADIENTS: 1}
 """The position of the region's graph in each call's arguments. Later arguments are the graph's inputs."""
 
 
-def inline(exported: ExportedProgram) -> None:
+def inline_regions(exported: ExportedProgram) -> None:
     """Move the calls of all regions that set a mode into the graph of ``exported``, in place.
 
     Raises:
         MptkError: autocast is on for the device of a region's tensors.
     """
+    # Values that leave a region get other names, so the signature's outputs must follow both steps.
     renamed = _inline(exported.graph_module, casts=frozenset())
     for old, new in renamed.items():
         exported.graph_signature.replace_all_uses(old, new)
@@ -54,7 +55,7 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
     for node in list(module.graph.nodes):
         if node.target in REGION_ARGUMENT:
             renamed |= _inline_call(module, node, casts)
-        elif casts & _devices(node):
+        elif casts & _list_devices(node):
             raise MptkError(
                 f"autocast is on around {SourceLocation(node)}, and its casts are not in a traced graph; cast "
                 "explicitly there, or trace the model with autocast off"
@@ -69,6 +70,7 @@ def _detach(graph: fx.Graph) -> dict[str, str]:
         value = node.meta.get("val")
         if not node.meta.get(OFF, False) or not (isinstance(value, Tensor) and value.is_floating_point()):
             continue
+        # A user within the region needs no detach: it is made while gradients are off, too.
         later = [user for user in node.users if not user.meta.get(OFF, False)]
         if not later:
             continue
@@ -95,18 +97,21 @@ def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -
     if node.target is AUTOCAST:
         device, _, enabled = cast("tuple[str, object, bool]", node.args[:3])
         casts = casts | {device} if enabled else casts - {device}
+    # Regions within this one first: the mode that they set on their calls stays (case 4).
     _inline(region, casts)
     if node.target is GRADIENTS and node.args[0] is False:
-        for call in region.graph.nodes:  # a region within this one has its own mode already
+        for call in region.graph.nodes:
             if call.op == "call_function":
                 call.meta.setdefault(OFF, True)
     elif node.target is GRADIENTS:
         for call in region.graph.nodes:
             call.meta.setdefault(OFF, False)
+    # What the region holds (graphs of control flow) moves to the outer module, under a name that is free there.
     for nested in region.graph.find_nodes(op="get_attr"):
         name = f"{place}_{nested.target}"
         module.add_module(name, region.get_submodule(nested.target))
         nested.target = name
+    # Copy the calls, then let the users of each result read it directly and not through ``getitem``.
     placeholders = region.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, node.args[position + 1 :], strict=True))
     with module.graph.inserting_before(node):
@@ -125,7 +130,7 @@ def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -
     return renamed
 
 
-def _devices(node: fx.Node) -> set[str]:
+def _list_devices(node: fx.Node) -> set[str]:
     """The devices of a call's results; none for the choice of one of several results."""
     if node.op != "call_function" or node.target is operator.getitem:
         return set()

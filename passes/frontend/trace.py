@@ -13,37 +13,45 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mptk.compat.torch import (
     FakeTensorMode,
-    assumed,
     drop_tracked_inputs,
-    located,
-    origin,
-    uncached_operators,
+    find_size_origin,
+    list_guards,
+    record_locations,
+    stop_operator_cache,
 )
-from mptk.errors import MptkError, first_line
-from mptk.ir.containers import Container, take_apart
-from mptk.ir.copies import copied, separate
-from mptk.ir.limits import Condition, Limits
-from mptk.ir.ops import is_open, storage, written
-from mptk.ir.program import STATE_COPY, Program, ProgramModule
-from mptk.ir.source_location import source_line
-from mptk.ir.weights import Weights
-from passes.frontend.inline import inline
+from mptk.errors import MptkError, take_first_line
+from mptk.ir import (
+    STATE_COPY,
+    Condition,
+    Container,
+    Limits,
+    Program,
+    ProgramModule,
+    Weights,
+    copy_module,
+    find_source_line,
+    find_storage,
+    find_written_arguments,
+    is_open,
+    separate,
+    take_apart,
+)
+from passes.frontend.inline import inline_regions
 
 TRACED_BATCH, TRACED_LENGTH = 2, 7
-
+"""Size of the default example. Neither is 1, which torch.export takes for a constant, and they differ."""
 
 SEVERAL = frozenset(["start_logits", "end_logits", "pred_boxes"])
-"""Names that transformers gives to the results of heads that give several."""
+"""Names that transformers gives to the results of heads that have several."""
 
 
-def results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
-    """What counts of a transformers model's output: the first (logits or last hidden state), or several of its head."""
+def pick_results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[Tensor, ...]:
+    """The results of a transformers model that count: the first (logits or last hidden state), or all of its head."""
     if isinstance(output, Tensor):
         return output
     names = output.keys() if isinstance(output, ModelOutput) else ()
@@ -55,7 +63,10 @@ def results(output: Tensor | Sequence[Tensor] | ModelOutput) -> Tensor | tuple[T
 
 
 class Returned:
-    """What ``forward`` returned its tensors in. torch.export puts back attributes of a module, but not of this."""
+    """What ``forward`` returned its tensors in.
+
+    A trace runs ``forward``, and torch.export then restores the module's attributes, but not those of this object.
+    """
 
     container: Container | None = None
 
@@ -63,36 +74,37 @@ class Returned:
 class Flat(nn.Module):
     """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
-    ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
-    transformers model it returns only what ``results`` says. The model also returns its cache, which would count as a
-    use of the heads if it were an output of the graph. ``returned``: what the last call returned the tensors in.
+    ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. Of a transformers
+    model it returns only what ``pick_results`` says: the cache, as an output of the graph, would count as a use of the
+    heads. ``returned``: what the last call returned the tensors in.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.module, self.names = module, tuple(names)
-        self.keywords = uncached(module)
+        self.keywords = find_cache_switch(module)
         self.returned = Returned()
-        first = () if isinstance(module, PreTrainedModel) else argument_names(module)[: len(names)]
-        self.named = bool(names) and self.names != first  # else by position, as a forward hook reads its inputs
+        first = () if isinstance(module, PreTrainedModel) else list_forward_arguments(module)[: len(names)]
+        self.named = bool(names) and self.names != first  # else by position: forward hooks see only these
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         named = dict(zip(self.names, inputs, strict=True)) if self.named else {}
-        with assignments_written(self.module):
+        with write_assignments(self.module):
             output = self.module(*(() if named else inputs), **named, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
-            return results(output)
+            return pick_results(output)
         tensors, container = take_apart(output)
         self.returned.container = container
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 @contextlib.contextmanager
-def assignments_written(module: nn.Module) -> Iterator[None]:
-    """Within it ``module`` runs. A buffer that it assigns a tensor of the same shape to is written in place instead.
+def write_assignments(module: nn.Module) -> Iterator[None]:
+    """Run ``module`` inside. If it assigns a tensor to a buffer of the same shape, the buffer is written in place.
 
-    A trace takes an assignment for a value of this one call. Buffers of a transformers model are caches of constants.
+    A trace records a write, but takes an assignment for a value of this one call.
     """
+    # A transformers model assigns only caches of constants, such as rotary tables.
     before = {} if isinstance(module, PreTrainedModel) else dict(module.named_buffers())
     yield
     for name, buffer in before.items():
@@ -103,24 +115,26 @@ def assignments_written(module: nn.Module) -> Iterator[None]:
             setattr(module.get_submodule(owner), leaf, buffer)
 
 
-def unwrapped(module: nn.Module) -> Any:
-    """The module inside the wrappers of several processes and of adapters."""
+def unwrap_module(module: nn.Module) -> Any:
+    """The module inside the wrappers of distributed training and of adapters."""
+    # Wrappers like DistributedDataParallel have no config; a model with a part named ``module`` may have one.
     while (inner := getattr(module, "module", None)) is not None and not hasattr(module, "config"):
         module = inner
     of_adapter = getattr(module, "get_base_model", None)
     return of_adapter() if callable(of_adapter) else module
 
 
-def uncached(module: nn.Module) -> dict[str, bool]:
+def find_cache_switch(module: nn.Module) -> dict[str, bool]:
     """The keyword that keeps a cache out of a transformers module's outputs, if it takes one."""
-    module = unwrapped(module)
-    accepted = _signature(module).parameters
+    module = unwrap_module(module)
+    accepted = _read_signature(module).parameters
+    # Some models take ``use_cache`` among **kwargs. Then only the config says that they know it.
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     caches = "use_cache" in accepted or (takes_any and hasattr(getattr(module, "config", None), "use_cache"))
     return {"use_cache": False} if caches else {}
 
 
-def _signature(module: nn.Module) -> inspect.Signature:
+def _read_signature(module: nn.Module) -> inspect.Signature:
     """The arguments of ``forward``. Raises MptkError for a TorchScript module, which hides them."""
     if isinstance(module, torch.jit.ScriptModule):
         raise MptkError(
@@ -140,7 +154,7 @@ OpenSizes = bool | tuple[int, ...] | Mapping[str, tuple[int, ...]]
 """Which sizes of the inputs are symbolic: all or none, some dimensions of each, or dimensions by the input's name."""
 
 
-def trace(
+def trace_to_program(
     module: nn.Module,
     example_inputs: ExampleInputs | None = None,
     *,
@@ -155,11 +169,12 @@ def trace(
         example_inputs: tensors for ``forward``, by position or by name. None: token ids [2, 7], for a language model.
         dynamic: make every size of the inputs symbolic if the model allows it. The program then runs on other batch
             sizes and sequence lengths; export takes 2-4 times as long. Or the dimensions whose sizes are symbolic.
-        wrap: calls the module with the inputs of these names and gives its output.
+        wrap: makes the wrapper that is traced, from the module and the names of the inputs.
 
     Raises:
         MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
     """
+    # The inputs, by name and in order, and which of their sizes are open.
     if example_inputs is None:
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
@@ -173,30 +188,32 @@ def trace(
         sizes = {"inputs": tuple(dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in names)}
     else:
         sizes = dynamic
+    # Trace a copy: ``forward`` may change the module. The program keeps the user's own as its source.
     try:
-        exported = export_program(wrap(copied(module), names), given, dynamic=sizes)
+        exported = export_program(wrap(copy_module(module), names), given, dynamic=sizes)
     except MptkError:
         if not torch.is_grad_enabled():
             raise
         with torch.no_grad():  # some writes in place run only without gradients
-            exported = export_program(wrap(copied(module), names), given, dynamic=sizes)
+            exported = export_program(wrap(copy_module(module), names), given, dynamic=sizes)
     found = replace(exported, source=wrap(module, names))
     if found.has_values:  # export may have changed the copy's buffers
         found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
-    arguments = names or argument_names(module)[: len(given)]
+    # The names of the inputs, and how many of them are ``forward``'s first arguments in its own order.
+    arguments = names or list_forward_arguments(module)[: len(given)]
     if len(arguments) != len(given):
         return replace(found, inputs=())
-    pairs = zip(arguments, argument_names(module), strict=False)
+    pairs = zip(arguments, list_forward_arguments(module), strict=False)
     positional = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     return replace(found, inputs=arguments, positional=positional)
 
 
-def argument_names(module: nn.Module) -> tuple[str, ...]:
+def list_forward_arguments(module: nn.Module) -> tuple[str, ...]:
     """The arguments that ``forward`` takes by position."""
     if isinstance(module, ProgramModule):
         return module.input_names[: module.positional]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    return tuple(name for name, p in _signature(module).parameters.items() if p.kind in kinds)
+    return tuple(name for name, p in _read_signature(module).parameters.items() if p.kind in kinds)
 
 
 def export_program(
@@ -210,38 +227,42 @@ def export_program(
     ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, except sizes of 1, which a trace takes
     for constants), some of these dimensions, or the ``dynamic_shapes`` of torch.export.
     """
+    # The open dimensions of each input.
     if dynamic is True or isinstance(dynamic, tuple):
         dims = range(max((t.ndim for t in inputs), default=0)) if dynamic is True else dynamic
         dynamic = {"inputs": tuple({d: Dim.AUTO for d in dims if d < t.ndim and t.shape[d] != 1} for t in inputs)}
     try:
         with (
-            uncached_operators(),
-            located(),
-            evaluating(wrapper),
-            fake_weights(wrapper, inputs) as fake_inputs,
-            torch.set_grad_enabled(torch.is_grad_enabled() and not isinstance(_inner(wrapper), PreTrainedModel)),
+            stop_operator_cache(),
+            record_locations(),
+            hold_evaluation_mode(wrapper),
+            place_fake_weights(wrapper, inputs) as fake_inputs,
+            torch.set_grad_enabled(
+                torch.is_grad_enabled() and not isinstance(_find_user_module(wrapper), PreTrainedModel)
+            ),
         ):
             exported = torch.export.export(wrapper, separate(fake_inputs), dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
         raise
     except Exception as error:
         raise MptkError(
-            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {first_line(error)}; "
+            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: "
+            f"{take_first_line(error)}; "
             "see docs/tracing.md for the usual causes"
         ) from error
-    drop_tracked_inputs(exported)
-    return program_from_exported(exported, wrapper)
+    drop_tracked_inputs(exported)  # otherwise the fake inputs stay in memory for ever
+    return build_program(exported, wrapper)
 
 
-def _inner(wrapper: nn.Module) -> Any:
+def _find_user_module(wrapper: nn.Module) -> Any:
     module = wrapper.module
     assert isinstance(module, nn.Module)
-    return unwrapped(module)
+    return unwrap_module(module)
 
 
 @contextlib.contextmanager
-def evaluating(wrapper: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a time; then each module is in its own mode again."""
+def hold_evaluation_mode(wrapper: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; then each module is in its own mode again."""
     training = {module: module.training for module in wrapper.modules()}
     wrapper.eval()
     try:
@@ -252,7 +273,7 @@ def evaluating(wrapper: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+def place_fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """If the weights are on meta, give the module fake CPU weights during the export.
 
     Meta tensors would lose the values of index constants that the forward makes. Fake tensors keep the values and take
@@ -266,6 +287,7 @@ def fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tup
         yield inputs
         return
     originals = dict(tensors)
+    # Tied weights must stay one object, by which ``build_program`` knows them.
     fakes: dict[int, Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for name, tensor in tensors:
@@ -290,16 +312,19 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(owner, leaf, tensor)
 
 
-def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Program:
+def build_program(exported: ExportedProgram, wrapper: nn.Module) -> Program:
     """The Program of an export of ``wrapper``: graph, weights under the user module's own names, tied names.
 
     Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so a
     weight that does not reach the output does not count as used. Regions that only set a mode are inlined.
     """
+    # Clean the graph. ``torch.vmap`` opens levels with calls that nothing reads, and which must stay.
     _check_constants(exported, wrapper)
-    inline(exported)
+    inline_regions(exported)
     graph = exported.graph_module
-    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _opens_vmap(n))
+    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _is_vmap_level(n))
+    # Of the names of a tied weight, the one with the most uses in the graph owns it. Export may make inputs of the
+    # others, too.
     users = {n.name: len(n.users) for n in graph.graph.nodes if n.op == "placeholder"}
     weights = {**exported.state_dict, **exported.constants}
     specs = [spec for spec in exported.graph_signature.input_specs if spec.target is not None]
@@ -310,19 +335,33 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
     for name in sorted(named, key=lambda name: -used.get(name, -1)):
         owner = first.setdefault(id(named[name]), name)
         if owner != name:
-            aliases[_public(name)] = _public(owner)
-    own_state(graph.graph, {spec.arg.name for spec in specs})
+            aliases[_strip_wrapper(name)] = _strip_wrapper(owner)
+    copy_written_state(graph.graph, {spec.arg.name for spec in specs})
     graph.recompile()
-    state = Weights({_public(s.target): weights[s.target] for s in specs if _public(s.target) not in aliases})
+    # Weights and signature under the user's names.
+    state = Weights(
+        {_strip_wrapper(s.target): weights[s.target] for s in specs if _strip_wrapper(s.target) not in aliases}
+    )
     names = tuple(getattr(wrapper, "names", ()))
-    frozen = frozenset(_public(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
-    signature = _public_signature(exported.graph_signature)
+    frozen = frozenset(_strip_wrapper(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
+    signature = exported.graph_signature
+    renamed = [s if s.target is None else replace(s, target=_strip_wrapper(s.target)) for s in signature.input_specs]
     container = wrapper.returned.container if isinstance(wrapper, Flat) else None
-    return Program(graph, signature, state, aliases, exported, names, limits_of(graph.graph), frozen, outputs=container)
+    return Program(
+        graph,
+        replace(signature, input_specs=renamed),
+        state,
+        aliases,
+        exported,
+        names,
+        find_size_limits(graph.graph),
+        frozen,
+        outputs=container,
+    )
 
 
 def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
-    """Raise MptkError if the trace holds a value of its example for a constant: a tensor of symbolic size."""
+    """Raise MptkError if the trace took a value of its example for a constant: then the constant's size is symbolic."""
     for constant in exported.constants.values():
         if isinstance(constant, Tensor) and any(isinstance(size, torch.SymInt) for size in constant.shape):
             raise MptkError(
@@ -331,49 +370,55 @@ def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
             )
 
 
-def _public_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
-    renamed = [s if s.target is None else replace(s, target=_public(s.target)) for s in signature.input_specs]
-    return replace(signature, input_specs=renamed)
-
-
-def _opens_vmap(node: fx.Node) -> bool:
+def _is_vmap_level(node: fx.Node) -> bool:
     """Whether a call opens or closes a level of ``torch.vmap`` (masks are made under it): it counts without users."""
     return str(getattr(node.target, "__name__", "")).endswith("crement_nesting")
 
 
-def _public(name: str) -> str:
+def _strip_wrapper(name: str) -> str:
     """The user's name of a weight: without the tracing wrapper's ``module.``."""
     return name.removeprefix("module.")
 
 
+# For mypy, a tensor's sizes are ints even after ``isinstance``; a TypeGuard overrides that.
 def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
     return isinstance(size, torch.SymInt)
 
 
-def limits_of(graph: fx.Graph) -> Limits:
+def find_size_limits(graph: fx.Graph) -> Limits:
     """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
+    # The symbolic sizes of all inputs. If one became a number, the line that made it one.
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
     places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
     sizes = {place: size for place, size in places if _is_symbolic(size)}
-    lines = {place: line for place, s in sizes.items() if not is_open(s) and (line := source_line(origin(s)))}
+    lines = {
+        place: line for place, s in sizes.items() if not is_open(s) and (line := find_source_line(find_size_origin(s)))
+    }
+    # The guards of Python code, each once. What a kernel asked does not matter: the graph holds the same call anyway.
     conditions = {
-        guard.holds: Condition(guard.holds, source_line(guard.stack))
-        for guard in assumed(sizes.values())
+        guard.holds: Condition(guard.holds, find_source_line(guard.stack))
+        for guard in list_guards(sizes.values())
         if not guard.kernel and guard.holds not in (sympy.true, sympy.false)
     }
     return Limits(tuple(conditions.values()), lines)
 
 
-def own_state(graph: fx.Graph, weights: Collection[str]) -> None:
-    """Clone each of the placeholders ``weights`` that a call of the graph writes to, in place.
+def copy_written_state(graph: fx.Graph, weights: Collection[str]) -> None:
+    """Insert a clone of each of the placeholders ``weights`` to which a call of the graph writes, in place.
 
-    So a program starts each time from the state that it holds, and running it changes neither it nor the user's module.
-    ``ProgramModule`` has buffers of its own, leaves the copies out and keeps its state.
+    So each run starts from the state that the program holds, and changes neither the program nor the user's module.
+    ``ProgramModule`` has its own buffers, so it drops the clones and keeps its state.
     """
-    targets = {storage(target) for node in graph.nodes if node.op == "call_function" for target in written(node)}
+    targets = {
+        find_storage(target)
+        for node in graph.nodes
+        if node.op == "call_function"
+        for target in find_written_arguments(node)
+    }
     state = [node for node in graph.nodes if node.op == "placeholder" and node in targets and node.name in weights]
     for node in state:
+        # The copy comes first of all calls. For messages, it has the place in the source of the weight's first use.
         first = min(node.users)
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
             copy = graph.call_function(torch.ops.aten.clone.default, (node,))

@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mptk.compat.torch import FakeTensorMode, check
 from mptk.errors import MptkError
-from mptk.ir.program import Program
+from mptk.ir import Program
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.frontend.trace import evaluating, export_program
+from passes.frontend.trace import export_program, hold_evaluation_mode
 
 BATCH, SEQUENCE, PAST = 2, 11, 23
 """Example sizes. They are distinct, and neither they nor PAST + SEQUENCE = 34 are likely to occur in a config."""
@@ -57,8 +57,10 @@ class DecoderStep(nn.Module):
         self.module = module
         accepted = inspect.signature(module.forward).parameters
         self.cache_argument = cache_argument(module)
+        # ``trace_decoder`` tries other numbers for the first position if 0 gives other logits.
         self.first_position = 0 if "position_ids" in accepted else None
         self.keywords: dict[str, int] = {"use_cache": True}
+        # The model's own switch saves the output projection of all other positions. Without it they are sliced off.
         if logits == "last" and "logits_to_keep" in accepted:
             self.keywords["logits_to_keep"] = 1
         self.slice_last = logits == "last" and "logits_to_keep" not in accepted
@@ -73,10 +75,12 @@ class DecoderStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The outputs for new ``tokens``, by the argument: ids [B, S] or embeddings [B, S, hidden]."""
         (new,) = tokens.values()
+        # Tell torch.export that the mask covers past and new tokens. Otherwise it is a third, unrelated length.
         check(attention_mask.shape[1] == past[0].shape[2] + new.shape[1])
-        cache = filled_cache(past)
+        cache = fill_cache(past)
         keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
         if self.first_position is not None:
+            # No addition of 0: it would be a call in every graph.
             keywords["position_ids"] = position_ids + self.first_position if self.first_position else position_ids
         logits: Tensor = self.module(**tokens, **keywords).logits
         if self.slice_last:
@@ -89,14 +93,14 @@ def cache_argument(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
-def filled_cache(past: Iterable[Tensor], kind: type[DynamicLayer] = DynamicLayer) -> DynamicCache:
+def fill_cache(past: Iterable[Tensor], kind: type[DynamicLayer] = DynamicLayer) -> DynamicCache:
     """A cache that holds ``past``: key, value, key, value, ..., each [batch, heads, tokens, dim]."""
     cache = DynamicCache()
     tensors = iter(past)
     for key in tensors:
         layer = kind()
         layer.keys, layer.values = key, next(tensors)
-        layer.device, layer.is_initialized = key.device, True
+        layer.device, layer.is_initialized = key.device, True  # otherwise the first update replaces what it holds
         cache.layers.append(layer)
     return cache
 
@@ -131,10 +135,11 @@ def trace_decoder(
     shapes = cache_shapes(model)
     inputs = step_inputs(shapes)
     step = DecoderStep(model, logits)
-    for first in first_positions(step):
+    # No config says from where a model counts positions. So each way is traced, until the logits are the model's own.
+    for first in list_first_positions(step):
         step.first_position = first
         program = weights(export_step(step, inputs))
-        if not program.has_values or _agrees(program, model, shapes, dense, executor):
+        if not program.has_values or _has_model_logits(program, model, shapes, dense, executor):
             return program
     raise MptkError(
         f"one decode step of {type(model).__name__} with its own cache computes other logits than the whole sequence; "
@@ -145,7 +150,7 @@ def trace_decoder(
 def export_step(
     step: DecoderStep, inputs: tuple[Tensor, ...], before: Sequence[tuple[Tensor, Collection[int]]] = ()
 ) -> Program:
-    """Export for all lengths. If the model slices a table of positions, export for the lengths of that table.
+    """Export for all lengths; if the model slices a table of positions, for the lengths that the table has.
 
     ``before``: inputs that the step takes before ``inputs``, each with the dimensions whose sizes are open.
     """
@@ -153,14 +158,15 @@ def export_step(
     given = (*(tensor for tensor, _ in before), *inputs)
     others = [dict.fromkeys(dims, Dim.AUTO) for _, dims in before]
     try:
-        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs))})
+        return export_program(step, given, dynamic={"inputs": (*others, *_list_open_sizes(inputs))})
     except MptkError:
+        # Past and new tokens share the table, and a symbolic size is at least 2: so each has at most ``longest`` − 2.
         if not isinstance(longest, int) or longest - 2 <= PAST:
             raise
-        return export_program(step, given, dynamic={"inputs": (*others, *_dynamic(inputs, longest - 2))})
+        return export_program(step, given, dynamic={"inputs": (*others, *_list_open_sizes(inputs, longest - 2))})
 
 
-def _dynamic(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[int, object]]:
+def _list_open_sizes(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[int, object]]:
     """The open sizes of a step's inputs. ``longest``: most new tokens, and most past tokens; None: any number."""
     batch, sequence, past = (
         Dim("batch_size"),
@@ -172,7 +178,7 @@ def _dynamic(inputs: Sequence[Tensor], longest: int | None = None) -> list[dict[
     return [tokens, {0: batch, 1: Dim.AUTO}, numbers, *({0: batch, 2: past} for _ in cache)]
 
 
-def first_positions(step: DecoderStep) -> list[int | None]:
+def list_first_positions(step: DecoderStep) -> list[int | None]:
     """Candidates for ``first_position``: 0, padding id + 1 (some models reserve the numbers below), None."""
     padding = getattr(step.module.config.get_text_config(), "pad_token_id", None)
     if step.first_position is None:
@@ -181,7 +187,7 @@ def first_positions(step: DecoderStep) -> list[int | None]:
 
 
 @torch.no_grad()
-def _agrees(
+def _has_model_logits(
     program: Program,
     model: PreTrainedModel,
     shapes: list[CacheLayerShape],
@@ -189,23 +195,25 @@ def _agrees(
     executor: Executor,
 ) -> bool:
     """Whether a prompt and two more tokens get the logits of the model's plain forward, which sets positions itself."""
+    # Padding ids would get positions of their own. Ids below 3 are often special tokens.
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[token for token in range(3, 9) if token != padding]])
     positions = torch.arange(ids.shape[1])[None]
-    cache = zeros(shapes, 1, 0)
+    cache = make_zero_cache(shapes, 1, 0)
     if dense is None:
-        with evaluating(model):
+        with hold_evaluation_mode(model):
             expected = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
     else:
         expected = dense(ids)[:, -1]
 
     def step(start: int, end: int, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
         given = (ids[:, start:end], torch.ones_like(ids[:, :end]), positions[:, start:end], *past)
-        made: tuple[Tensor, ...] = next(executor.outputs([program], [given]))
+        made: tuple[Tensor, ...] = next(executor.run_programs([program], [given]))
         return made
 
     _, *cache = step(0, ids.shape[1] - 2, cache)
     found = step(ids.shape[1] - 2, ids.shape[1], cache)[0][:, -1].to(expected.device)
+    # Rounding moves logits by far less, and a wrong position or mask by far more: 3e-4 in float32.
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
@@ -213,7 +221,7 @@ def _agrees(
 class FilledCache(nn.Module):
     """Calls a model with named tensors and returns the keys and values of its cache, flat.
 
-    Of an encoder–decoder: each layer's keys and values of the text, then those of what it reads of the encoder.
+    For an encoder–decoder: each layer's keys and values of the text, then the ones that it reads from the encoder.
     """
 
     def __init__(self, module: PreTrainedModel, names: Sequence[str]) -> None:
@@ -225,14 +233,15 @@ class FilledCache(nn.Module):
         output = self.module(**dict(zip(self.names, inputs, strict=True)), use_cache=True)
         cache = output["cache"] if "cache" in output else output.get("past_key_values")
         both = isinstance(cache, EncoderDecoderCache)
+        # A subclass may hold more than keys and values, so only the exact type will do.
         parts = (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,)
         if not all(type(part) is DynamicCache for part in parts):
             raise MptkError(f"{type(self.module).__name__} returns no cache that holds only keys and values; {ONLY}")
         layers = enumerate(zip(*(part.layers for part in parts), strict=True))
-        return tuple(x for index, layer in layers for part in layer for x in _keys_values(index, part))
+        return tuple(x for index, layer in layers for part in layer for x in _read_keys_values(index, part))
 
 
-def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
+def _read_keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
     if (
         not isinstance(layer, DynamicLayer)
         or layer.keys is None
@@ -252,20 +261,20 @@ def cache_shapes(model: PreTrainedModel, example: Mapping[str, Tensor] | None = 
         MptkError: the cache holds anything but keys and values, or the forward fails.
     """
     given = {"input_ids": torch.ones(BATCH, SEQUENCE, dtype=torch.long)} if example is None else example
-    tensors = _fake_cache(FilledCache(model, list(given)), tuple(given.values()))
+    tensors = _make_fake_cache(FilledCache(model, list(given)), tuple(given.values()))
     return [
         CacheLayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
         for key, value in zip(tensors[::2], tensors[1::2], strict=True)
     ]
 
 
-def _fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _make_fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             named = [*filled.named_parameters(), *filled.named_buffers()]
             weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
             cache: tuple[Tensor, ...] = torch.func.functional_call(filled, weights, tuple(x.clone() for x in given))
-    except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
+    except RuntimeError:  # a kernel without a fake version. In an export, which takes longer, models avoid these
         program = export_program(filled, given)
         outputs = cast("Sequence[fx.Node]", program.graph.graph.output_node().args[0])
         cache = tuple(node.meta["val"] for node in outputs)
@@ -279,7 +288,7 @@ def _fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Tensor,
     return cache
 
 
-def zeros(shapes: Iterable[CacheLayerShape], batch: int, length: int) -> list[Tensor]:
+def make_zero_cache(shapes: Iterable[CacheLayerShape], batch: int, length: int) -> list[Tensor]:
     """A cache of zeros: key, value, key, value, ..., each [batch, heads, length, dim]."""
     return [
         torch.zeros(batch, shape.heads, length, dim, dtype=shape.dtype)
@@ -293,4 +302,4 @@ def step_inputs(shapes: Iterable[CacheLayerShape]) -> tuple[Tensor, ...]:
     input_ids = torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1
     attention_mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long)
     position_ids = torch.arange(PAST, PAST + SEQUENCE).expand(BATCH, -1).contiguous()
-    return input_ids, attention_mask, position_ids, *zeros(shapes, BATCH, PAST)
+    return input_ids, attention_mask, position_ids, *make_zero_cache(shapes, BATCH, PAST)

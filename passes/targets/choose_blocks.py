@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from mptk.errors import MptkError
-from mptk.ir.blocks import Stack
+from mptk.ir import Stack
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 
@@ -26,12 +26,12 @@ def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stoc
     best = tuple(sorted([*stack.stay, *free[: width - len(stack.stay)]]))
     if stock is None:
         return best
-    found = stock.shorter({stack.module: best})
+    found = stock.find_depth_config({stack.module: best})
     if isinstance(found, StockConfig):
         return best
-    kinds = stock.pattern(stack.module, width)
-    other = None if kinds is None else best_sequence(*kinds, scores, stack.stay)
-    if other is None or not isinstance(stock.shorter({stack.module: other}), StockConfig):
+    kinds = stock.find_pattern(stack.module, width)
+    other = None if kinds is None else find_best_sequence(*kinds, scores, stack.stay)
+    if other is None or not isinstance(stock.find_depth_config({stack.module: other}), StockConfig):
         raise MptkError(
             f"the stock class does not hold {width} of the {len(scores)} blocks of {stack.module}: {found}; choose "
             "another number, or use --target graph"
@@ -39,7 +39,7 @@ def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stoc
     return other
 
 
-def best_sequence(
+def find_best_sequence(
     kinds: Sequence[object], wanted: Sequence[object], scores: Sequence[float], stay: Collection[int]
 ) -> tuple[int, ...] | None:
     """The blocks of the wanted kinds, in this order, with the largest sum of scores; None if no blocks fit.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -14,19 +14,32 @@ from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
-from mptk.ir.alignment import Alignment
-from mptk.ir.axes import Term, evaluate, leaves
-from mptk.ir.families import Analysis, Family
-from mptk.ir.ops import op_name
-from mptk.ir.plan import ranges
+from mptk.ir import (
+    Alignment,
+    Analysis,
+    Family,
+    Term,
+    Variables,
+    compute_size,
+    encode_ranges,
+    list_axes,
+    name_op,
+    split_layer,
+)
 from passes.analysis.rules.contract import ROW_BYTES
 from passes.frontend.trace import Flat
 from passes.targets.choose_blocks import choose_blocks
-from passes.targets.derived import derived_families
+from passes.targets.derived import find_derived_families
 from passes.targets.stock.learn import Stock
-from passes.targets.stock.travel import breaks
-from passes.targets.width_choices import WidthChoices, Widths, closed, proportional, width_choices
-from passes.transforms.fold_norms import epsilons
+from passes.targets.stock.travel import find_breaking_cuts
+from passes.targets.width_choices import (
+    WidthChoices,
+    Widths,
+    keep_complete_families,
+    list_proportional_widths,
+    list_width_choices,
+)
+from passes.transforms.fold_norms import find_epsilons
 
 DEFAULT_ALIGNMENT = Alignment()
 NO_RATIO = "it and its partners have no common legal width"
@@ -43,11 +56,11 @@ class LegalWidths:
     """What a target allows.
 
     Attributes:
-        ladders: family → its legal widths, the dense one last.
-        refused: family that cannot be cut → the reason.
+        ladders: variable → its legal widths, the dense one last. A target gives them for families; ``tie``, for others.
+        refused: variable that cannot be cut → the reason.
         accepts: widths → the reason why their combination is refused, or None.
         stock: what the model's own config class can express; None for a target without a stock class.
-        left: family that ``portable`` leaves out of the default cut → the reason.
+        left: family that ``keep_portable_families`` leaves out of the default cut → the reason.
         together: sets of families that can only be cut together.
     """
 
@@ -61,25 +74,36 @@ class LegalWidths:
     @cached_property
     def breaks(self) -> Mapping[str, str]:
         """Family → programs, other than transformers, that break if it is cut (``stock/travel.py``)."""
-        return {} if self.stock is None else breaks(self.stock, self.ladders)
+        return {} if self.stock is None else find_breaking_cuts(self.stock, self.ladders)
+
+    def tie(self, variables: Variables) -> LegalWidths:
+        """The legal widths of ``variables``: each has those of its family."""
+        every = variables.values()
+        ladders = {v.name: ladder for name, ladder in self.ladders.items() for v in every if v.family.name == name}
+        refused = {v.name: why for name, why in self.refused.items() for v in every if v.family.name == name}
+        return replace(self, ladders=ladders, refused=refused)
+
+    def keep_whole(self, names: Iterable[str]) -> LegalWidths:
+        """The same, but that the variables ``names`` have only their dense width."""
+        return replace(self, ladders={**self.ladders, **{name: self.ladders[name][-1:] for name in names}})
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Widths (family → units kept), their sparsity, and the unevenness of the cut across families (0: even)."""
+    """Widths (variable → units kept), their sparsity, and the unevenness of the cut across families (0: even)."""
 
     widths: Mapping[str, int]
     sparsity: float
     unevenness: float
 
 
-def graph_widths(analysis: Analysis, alignment: Alignment = DEFAULT_ALIGNMENT) -> LegalWidths:
+def find_graph_widths(analysis: Analysis, alignment: Alignment = DEFAULT_ALIGNMENT) -> LegalWidths:
     """Legal widths for the rewritten graph: all widths that its ops accept and that are aligned."""
-    ladders = {f.name: aligned(f, alignment) for f in analysis.all_families}
+    ladders = {f.name: list_aligned_widths(f, alignment) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
 
-def stock_widths(
+def find_stock_widths(
     analysis: Analysis, stock: Stock, alignment: Alignment = DEFAULT_ALIGNMENT, *, rehome: bool = False
 ) -> LegalWidths:
     """Legal widths for a stock transformers checkpoint: all widths that the model's own config class can express.
@@ -87,12 +111,12 @@ def stock_widths(
     Args:
         analysis: of the model.
         stock: the result of ``discover``.
-        alignment: see ``aligned``.
+        alignment: see ``list_aligned_widths``.
         rehome: also allow widths that only the class's validators refuse; another class may hold such a model
             (``stock/rehome.py``).
     """
     together = tuple(stock.together)
-    refused = {n: r.about(n) for n, r in stock.refusals.items() if not any(n in group for group in together)}
+    refused = {n: r.to_sentence(n) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused |= stock.derived
     depths = {family.name: family for family in analysis.depths}
 
@@ -110,59 +134,63 @@ def stock_widths(
             width = widths.get(family.name, family.size)
             if width < family.size and (why := shorter(family.name, width)) is not None:
                 return why
-        refusal = stock.accepts(widths)
+        refusal = stock.check_widths(widths)
         return None if refusal is None or (rehome and refusal.config is not None) else str(refusal)
 
-    ladders, rows = {}, grouped_rows(analysis)
+    ladders, rows = {}, find_grouped_rows(analysis)
     for family in analysis.families:
-        narrower = [] if family.name in refused else [w for w in aligned(family, alignment) if w < family.size]
-        widths = [w for w in narrower if _whole(family, w, rows)]
+        narrower = (
+            [] if family.name in refused else [w for w in list_aligned_widths(family, alignment) if w < family.size]
+        )
+        widths = [w for w in narrower if _keeps_multiples(family, w, rows)]
         joint = any(family.name in group for group in together)
         ladders[family.name] = (*(w for w in widths if joint or accepts({family.name: w}) is None), family.size)
-    joint_ladders = _joint(ladders, together, accepts)
+    joint_ladders = _find_joint_widths(ladders, together, accepts)
     refused |= {name: NO_RATIO for name, ladder in joint_ladders.items() if len(ladder) == 1}
     ladders |= joint_ladders
     for family in analysis.depths:
         why = accepts({family.name: family.size - 1})
-        counted = why is None or stock.pattern(family.groups[0].layer, family.size - 1) is not None
-        ladders[family.name] = aligned(family, alignment) if counted else (family.size,)
+        counted = why is None or stock.find_pattern(family.groups[0].layer, family.size - 1) is not None
+        ladders[family.name] = list_aligned_widths(family, alignment) if counted else (family.size,)
         refused |= {} if counted else {family.name: str(why)}
     found = LegalWidths(ladders, refused, accepts, stock, together=together)
-    return readable(found, alignment.engines) if alignment.engines else found
+    return refuse_breaking(found, alignment.engines) if alignment.engines else found
 
 
-def readable(target: LegalWidths, engines: Collection[str]) -> LegalWidths:
+def refuse_breaking(target: LegalWidths, engines: Collection[str]) -> LegalWidths:
     """Refuse the families whose cut breaks one of ``engines``."""
     assert target.stock is not None
-    why = {name: f"cutting it breaks {what}" for name, what in breaks(target.stock, target.ladders, engines).items()}
-    whole = {name: target.ladders[name][-1:] for name in why}
-    return replace(target, ladders={**target.ladders, **whole}, refused={**target.refused, **why})
+    why = {
+        name: f"cutting it breaks {what}"
+        for name, what in find_breaking_cuts(target.stock, target.ladders, engines).items()
+    }
+    return replace(target.keep_whole(why), refused={**target.refused, **why})
 
 
-def grouped_rows(analysis: Analysis) -> list[tuple[Term, int]]:
+def find_grouped_rows(analysis: Analysis) -> list[tuple[Term, int]]:
     """The rows of products of experts, and a number that their lengths must stay multiples of.
 
     A trace in float32 shows transformers' own op for them, and the class calls torch's, whose rows are multiples of 16
     bytes. A checkpoint may be loaded in a type of two bytes.
     """
-    nodes = [n for n in analysis.facts.results if op_name(n) == "transformers.grouped_mm_fallback.default"]
+    nodes = [n for n in analysis.facts.results if name_op(n) == "transformers.grouped_mm_fallback.default"]
     terms = [analysis.facts.dims(n.all_input_nodes[operand])[-1] for n in nodes for operand in (0, 1)]
     return [(term, math.gcd(term.size, ROW_BYTES // 2)) for term in terms]
 
 
-def _whole(family: Family, width: int, rows: Sequence[tuple[Term, int]]) -> bool:
+def _keeps_multiples(family: Family, width: int, rows: Sequence[tuple[Term, int]]) -> bool:
     """Whether rows keep their multiples if the family is cut to a width."""
     sizes = {group.axis: width for group in family.groups}
-    return all(evaluate(term, sizes) % step == 0 for term, step in rows)
+    return all(compute_size(term, sizes) % step == 0 for term, step in rows)
 
 
-def _joint(
+def _find_joint_widths(
     ladders: Mapping[str, tuple[int, ...]], together: Sequence[frozenset[str]], accepts: Accepts
 ) -> dict[str, tuple[int, ...]]:
     """For families in ``ladders`` that are only cut together: the widths that occur in a cut of their group."""
     found: dict[str, set[int]] = {}
     for group in together:
-        for widths in proportional(ladders, sorted(group)):
+        for widths in list_proportional_widths(ladders, sorted(group)):
             if accepts(widths) is None:
                 for name, width in widths.items():
                     found.setdefault(name, {ladders[name][-1]}).add(width)
@@ -173,9 +201,9 @@ def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
     """Learn which families the stock class of ``model`` can express."""
     families = {f.name: f.size for f in analysis.families}
     own = {g.axis for f in analysis.families for g in f.groups}
-    others = {leaf.size for dims in analysis.weights.values() for d in dims for leaf in leaves(d) if leaf not in own}
-    norms = {family.name: epsilons(analysis, family) for family in analysis.families}
-    derived = derived_families(analysis)
+    others = {leaf.size for dims in analysis.weights.values() for d in dims for leaf in list_axes(d) if leaf not in own}
+    norms = {family.name: find_epsilons(analysis, family) for family in analysis.families}
+    derived = find_derived_families(analysis)
 
     shapes = functools.partial(cut_shapes, analysis)
 
@@ -192,18 +220,18 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
     shapes = {}
     for name, like in analysis.program.state_dict().likes.items():
         dims = analysis.weights.get(aliases.get(name, name))
-        shapes[name] = tuple(like.shape) if dims is None else tuple(evaluate(d, sizes) for d in dims)
+        shapes[name] = tuple(like.shape) if dims is None else tuple(compute_size(d, sizes) for d in dims)
     return shapes
 
 
-def aligned(family: Family, alignment: Alignment = DEFAULT_ALIGNMENT) -> tuple[int, ...]:
+def list_aligned_widths(family: Family, alignment: Alignment = DEFAULT_ALIGNMENT) -> tuple[int, ...]:
     """Widths that the graph accepts and that keep the dense sums' alignment. Whole units stay on each device.
 
     Units that several devices hold at once, as KV heads fewer than devices, are not cut.
     """
     members = [m for g in family.groups[:1] for m in g.members if m.role == "consumer"]
     devices = alignment.devices if is_layered(family) else 1  # all hold the residual width whole
-    steps = alignment.divisors(family.part_of or family.name, devices)
+    steps = alignment.find_divisors(family.name, devices)
     kept = [(m.term, step) for m in members for step in steps if m.term.size % step == 0]
     if devices > 1:
         units = [(m.term, family.groups[0].positions(m).shape[-1]) for m in members]  # and a unit's length in the sum
@@ -216,28 +244,33 @@ def aligned(family: Family, alignment: Alignment = DEFAULT_ALIGNMENT) -> tuple[i
     return tuple(
         w
         for w in range(first, family.size + 1, family.multiple)
-        if w == family.size or all(evaluate(t, {axis: w}) % step == 0 for t, step in kept)
+        if w == family.size or all(compute_size(t, {axis: w}) % step == 0 for t, step in kept)
     )
 
 
-def portable(analysis: Analysis, target: LegalWidths, named: Collection[str] = ()) -> LegalWidths:
+def keep_portable_families(analysis: Analysis, target: LegalWidths, named: Collection[str] = ()) -> LegalWidths:
     """Leave out of the default cut the families whose cut breaks a program, if that leaves any family.
 
     ``named``: families that the settings name, which are not left out.
     """
-    cut = [name for name in default_families(analysis, target) if name not in named]
+    cut = [name for name in choose_default_families(analysis.make_variables(), target) if name not in named]
     left = {name: f"cutting it breaks {target.breaks[name]}" for name in cut if name in target.breaks}
-    return replace(target, left=left) if closed([n for n in cut if n not in left], target.together) else target
+    return (
+        replace(target, left=left)
+        if keep_complete_families([n for n in cut if n not in left], target.together)
+        else target
+    )
 
 
-def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """The families that are cut by default: those inside layers, if the target can express them; else all."""
-    cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1 and f.name not in target.left]
-    layered = closed([f.name for f in cut if is_layered(f)], target.together)
-    return layered or closed([f.name for f in cut], target.together)
+def choose_default_families(variables: Variables, target: LegalWidths) -> list[str]:
+    """What is cut by default: channels inside layers, if the target can express them; else all channels."""
+    channels = [v for v in variables.values() if v.kind == "channels"]
+    cut = [v for v in channels if len(target.ladders[v.name]) > 1 and v.name not in target.left]
+    layered = keep_complete_families([v.name for v in cut if is_layered(v.family)], target.together)
+    return layered or keep_complete_families([v.name for v in cut], target.together)
 
 
-def unbeaten(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:
+def drop_useless_widths(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:
     """Remove widths of ``families`` that save nothing over a wider one while all other families are uncut."""
     ladders = dict(target.ladders)
     joint: frozenset[str] = frozenset().union(*target.together)
@@ -258,32 +291,32 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     """
     if not families:
         return []
-    finest, rest = _finest(target, families)
-    choices = [_thinned(ladder) for ladder in rest]
+    finest, rest = _split_finest(target, families)
+    choices = [_reduce_ladder(ladder) for ladder in rest]
     while choices and math.prod(map(len, choices)) > COMBINATIONS:
         choices = [c[::2] if c[-1] in c[::2] else [*c[::2], c[-1]] for c in choices]
     found: dict[tuple[int, ...], Candidate] = {}
     for combination in itertools.product(*choices):
         widths = {name: width for chosen in combination for name, width in chosen.items()}
-        for chosen in _around(cost, widths, finest, sparsity):
+        for chosen in _find_nearest_choices(cost, widths, finest, sparsity):
             full = widths | chosen
             key = tuple(full[name] for name in families)
             if key not in found and target.accepts(full) is None:
-                found[key] = Candidate(full, cost.sparsity(full), _unevenness(cost, full))
+                found[key] = Candidate(full, cost.compute_sparsity(full), _compute_unevenness(cost, full))
     return sorted(found.values(), key=lambda c: abs(c.sparsity - sparsity))
 
 
-def finest_families(target: LegalWidths, families: Sequence[str]) -> list[str]:
+def find_finest_families(target: LegalWidths, families: Sequence[str]) -> list[str]:
     """The families with the most legal widths; they bring a combination of the others to the budget.
 
     One of ``families``, or several that can only be cut together.
     """
-    return [*_finest(target, families)[0][-1]]
+    return [*_split_finest(target, families)[0][-1]]
 
 
-def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[WidthChoices, list[WidthChoices]]:
+def _split_finest(target: LegalWidths, families: Sequence[str]) -> tuple[WidthChoices, list[WidthChoices]]:
     """The entry with the most choices, and the others."""
-    found = width_choices(target.ladders, target.together, families)
+    found = list_width_choices(target.ladders, target.together, families)
     finest = max(range(len(found)), key=lambda i: len(found[i]))
     return found[finest], [ladder for i, ladder in enumerate(found) if i != finest]
 
@@ -299,8 +332,8 @@ def choose_candidates(
     """The candidates within ``tolerance`` of the budget, the most even first; else the nearest, if within ``NEAREST``.
 
     With a ``count``, each combination of the families other than ``finest`` occurs once, with the width nearest to the
-    budget, and ``spread`` takes ``count`` of them. No candidate is dropped only for being uneven. ``others``: a further
-    remedy in the error, beside the nearest widths.
+    budget, and ``pick_candidates`` takes ``count`` of them. No candidate is dropped only for being uneven. ``others``:
+    a further remedy in the error, beside the nearest widths.
 
     Raises:
         MptkError: no candidate is that near. The message names the nearest ones.
@@ -308,16 +341,16 @@ def choose_candidates(
     least = min((abs(c.sparsity - sparsity) for c in candidates), default=1.0)
     near = [c for c in candidates if abs(c.sparsity - sparsity) <= max(tolerance, least)]
     if least <= max(tolerance, NEAREST):
-        kept = near if count is None else spread(_once(near, finest), count)
+        kept = near if count is None else pick_candidates(_drop_repeats(near, finest), count)
         return sorted(kept, key=lambda c: c.unevenness)
-    nearest = "; ".join(f"{c.sparsity:.3f} with {describe(c.widths)}" for c in candidates[:3])
+    nearest = "; ".join(f"{c.sparsity:.3f} with {describe_widths(c.widths)}" for c in candidates[:3])
     raise MptkError(
         f"no legal widths give sparsity {sparsity:.3f}; nearest: {nearest or 'none, nothing can be cut'}. "
         f"Ask for one of these; or {others}"
     )
 
 
-def _once(candidates: Sequence[Candidate], finest: Collection[str]) -> list[Candidate]:
+def _drop_repeats(candidates: Sequence[Candidate], finest: Collection[str]) -> list[Candidate]:
     """The first candidate of each combination of the families other than ``finest``."""
     found: dict[tuple[int, ...], Candidate] = {}
     for candidate in candidates:
@@ -325,7 +358,7 @@ def _once(candidates: Sequence[Candidate], finest: Collection[str]) -> list[Cand
     return list(found.values())
 
 
-def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+def pick_candidates(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     """At most ``count`` candidates, as different as possible.
 
     The most even one is taken first, then always the one whose widths, as shares of the widest, are farthest from all
@@ -343,33 +376,33 @@ def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     return [candidates[i] for i in taken]
 
 
-def describe(widths: Mapping[str, int]) -> str:
+def describe_widths(widths: Mapping[str, int]) -> str:
     """``heads=6, ffn.3-26=1024``: layers of one width together."""
     found: dict[tuple[str, int], list[int]] = {}
     for name, width in widths.items():
-        whole, _, layer = name.rpartition(".")
-        single = [int(layer)] if whole and layer.isdecimal() else []
-        found.setdefault((whole if single else name, width), []).extend(single)
+        family, layer = split_layer(name)
+        found.setdefault((family, width), []).extend([int(layer)] if layer else [])
     return ", ".join(
-        f"{name}{'.' if layers else ''}{ranges(tuple(layers))}={width}" for (name, width), layers in found.items()
+        f"{name}{'.' if layers else ''}{encode_ranges(tuple(layers))}={width}"
+        for (name, width), layers in found.items()
     )
 
 
-def _around(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: float) -> WidthChoices:
+def _find_nearest_choices(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: float) -> WidthChoices:
     """The two choices of ``finest`` around the budget, by bisection, since sparsity falls with width."""
     low, high = 0, len(finest) - 1
-    if cost.sparsity(widths | finest[low]) <= sparsity:
+    if cost.compute_sparsity(widths | finest[low]) <= sparsity:
         return [finest[low]]
     while high - low > 1:
         middle = (low + high) // 2
-        if cost.sparsity(widths | finest[middle]) > sparsity:
+        if cost.compute_sparsity(widths | finest[middle]) > sparsity:
             low = middle
         else:
             high = middle
     return [finest[low], finest[high]]
 
 
-def _thinned(ladder: WidthChoices) -> WidthChoices:
+def _reduce_ladder(ladder: WidthChoices) -> WidthChoices:
     """At most ``LADDER_POINTS`` evenly spread choices, with the dense one."""
     if len(ladder) <= LADDER_POINTS:
         return ladder
@@ -377,12 +410,12 @@ def _thinned(ladder: WidthChoices) -> WidthChoices:
     return [ladder[round(i * step)] for i in range(LADDER_POINTS)]
 
 
-def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:
+def _compute_unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:
     """The largest minus the smallest kept share. Families with common weights (attention's) count as one share."""
     kept: dict[frozenset[str], float] = {}
     for name, width in widths.items():
-        family = cost.analysis.family(name)
-        weights = frozenset(m.weight for m in family.groups[0].members) or frozenset((name,))
+        variable = cost.variables[name]
+        weights = frozenset(m.weight for m in variable.groups[0].members) or frozenset((name,))
         same = next((k for k in kept if k & weights), weights)
-        kept[same | weights] = kept.pop(same, 1.0) * width / family.size
+        kept[same | weights] = kept.pop(same, 1.0) * width / variable.size
     return max(kept.values()) - min(kept.values())

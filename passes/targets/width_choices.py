@@ -13,15 +13,15 @@ WidthChoices = list[Widths]
 """The choices, ascending. All have the same families."""
 
 
-def width_choices(
+def list_width_choices(
     ladders: Mapping[str, Sequence[int]], together: Iterable[frozenset[str]], families: Sequence[str]
 ) -> list[WidthChoices]:
     """The choices among the ``families``, whose legal widths are ``ladders``."""
     groups = [group for group in together if group <= {*families}]
-    return [proportional(ladders, members) for members in _connected(families, groups)]
+    return [list_proportional_widths(ladders, members) for members in _group_connected(families, groups)]
 
 
-def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> WidthChoices:
+def list_proportional_widths(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> WidthChoices:
     """The legal widths of ``families`` in proportion to their dense widths, or with the only width left to some."""
     sizes = {name: ladders[name][-1] for name in families}
     leader = max(families, key=lambda name: (len(ladders[name]) > 1, -sizes[name]))
@@ -33,15 +33,15 @@ def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) 
     return choices
 
 
-def closed(families: Sequence[str], together: Collection[frozenset[str]]) -> list[str]:
+def keep_complete_families(families: Sequence[str], together: Collection[frozenset[str]]) -> list[str]:
     """``families`` without any that can be cut only with a family that is not among them."""
     left = list(families)
-    while stuck := [name for name in left if partners(name, left, together)]:
+    while stuck := [name for name in left if find_missing_partners(name, left, together)]:
         left = [name for name in left if name not in stuck]
     return left
 
 
-def partners(name: str, families: Collection[str], together: Collection[frozenset[str]]) -> frozenset[str]:
+def find_missing_partners(name: str, families: Collection[str], together: Collection[frozenset[str]]) -> frozenset[str]:
     """The families that must be cut with ``name`` but are not among ``families``."""
     missing = [group - {*families} for group in together if name in group]
     return min(missing, key=len, default=frozenset())
@@ -54,7 +54,7 @@ def _follow(ladder: Sequence[int], product: int, by: int) -> int | None:
     return width if not rest and width in ladder else None
 
 
-def _connected(families: Sequence[str], groups: Iterable[frozenset[str]]) -> list[list[str]]:
+def _group_connected(families: Sequence[str], groups: Iterable[frozenset[str]]) -> list[list[str]]:
     """The ``families`` in sets that share no group."""
     parts = [[name] for name in families]
     for group in groups:

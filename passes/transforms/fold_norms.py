@@ -8,7 +8,7 @@ The scale is folded only if the whole norm matches:
 1. ``mean``, + eps, then ``rsqrt``, a power of −1/2, 1/√ or a division by √; or the op ``rms_norm``;
 2. then only products and changes of type or shape, each used once, up to a product with the weight;
 3. every use of the weight is in a norm with the same scale.
-Otherwise the scale stays in the graph, which is still right. A stock class cannot hold a scale, so ``unfoldable``
+Otherwise the scale stays in the graph, which is still right. A stock class cannot hold a scale, so ``find_unfoldable``
 refuses such a family before the cut.
 """
 
@@ -22,13 +22,21 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import leaves
-from mptk.ir.families import Analysis, Family
-from mptk.ir.ops import TYPE_CHECK, base_name, named_argument, target_name
-from mptk.ir.passes import Pass, PassResult, shapes
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation
-from mptk.ir.weights import Edit
+from mptk.ir import (
+    TYPE_CHECK,
+    Analysis,
+    Edit,
+    Family,
+    Pass,
+    PassResult,
+    Program,
+    SourceLocation,
+    get_argument,
+    list_axes,
+    list_state_shapes,
+    name_base_op,
+    name_target,
+)
 from passes.analysis.rules.resizer import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
@@ -71,58 +79,61 @@ class FoldNorms(Pass):
         copied = replace(program, graph=graph)
         folded: dict[str, Edit] = {}
         epsilons: dict[float, float] = {}
-        found = _foldable(copied, (n for n in graph.graph.nodes if scale_of(n) is not None))
+        # Only norms that ``rewrite`` scaled. All norms of a weight have one factor (case 3), so the first tells it.
+        found = _find_foldable(copied, (n for n in graph.graph.nodes if scale_of(n) is not None))
         for weight, norms in found.items():
-            factor = _factor(norms[0])
+            factor = _compute_factor(norms[0])
             offset = norms[0].offset
             name = program.weights[weight.name]
-            folded[name] = partial(_scaled, factor=factor, offset=offset)
+            folded[name] = partial(_scale_weight, factor=factor, offset=offset)
             for norm in norms:
                 old, new = _shrink_epsilon(norm)
                 epsilons[old] = new
                 graph.graph.erase_node(norm.root)
         graph.recompile()
         notes = [f"epsilon {old:g} → {new:g}" for old, new in epsilons.items()]
-        result = replace(copied, state=program.state.changed(folded))
+        result = replace(copied, state=program.state.with_edits(folded))
         return Folded(result, bool(found), tuple(notes), epsilons=epsilons)
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names and shapes."""
-        assert shapes(after) == shapes(before), "a weight has another shape"
+        assert list_state_shapes(after) == list_state_shapes(before), "a weight has another shape"
 
 
-def _scaled(weight: Tensor, factor: float, offset: float) -> Tensor:
+def _scale_weight(weight: Tensor, factor: float, offset: float) -> Tensor:
+    # In float32, so that a bfloat16 weight is rounded only once.
     return ((weight.float() + offset) * factor - offset).to(weight.dtype)
 
 
-def unfoldable(analysis: Analysis, family: Family) -> str | None:
+def find_unfoldable(analysis: Analysis, family: Family) -> str | None:
     """The place (op, module, line) at which a cut of ``family`` leaves a scale that no weight can take; or None."""
-    means, found = _over(analysis, family)
+    # On the dense graph, which has no scales yet: what matches there matches after the cut.
+    means, found = _find_means(analysis, family)
     folded = {norm.root for norms in found.values() for norm in norms}
     return next((str(SourceLocation(node)) for node in means if node not in folded), None)
 
 
-def epsilons(analysis: Analysis, family: Family) -> dict[str, float]:
+def find_epsilons(analysis: Analysis, family: Family) -> dict[str, float]:
     """Weight → the epsilon of its norm, which a cut of ``family`` changes."""
-    _, found = _over(analysis, family)
-    return {analysis.program.weights[weight.name]: _epsilon(norms[0]) for weight, norms in found.items()}
+    _, found = _find_means(analysis, family)
+    return {analysis.program.weights[weight.name]: _read_epsilon(norms[0]) for weight, norms in found.items()}
 
 
-def _over(analysis: Analysis, family: Family) -> tuple[dict[fx.Node, None], dict[fx.Node, list[Norm]]]:
-    """The means over a family's channels, and those that a weight can make up for, as ``_foldable`` gives them."""
+def _find_means(analysis: Analysis, family: Family) -> tuple[dict[fx.Node, None], dict[fx.Node, list[Norm]]]:
+    """The means over a family's channels, and of these the foldable ones, by weight."""
     axes = {g.axis for g in family.groups}
-    means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
-    return means, _foldable(analysis.program, iter(means))
+    means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(list_axes(r.axis))}
+    return means, _find_foldable(analysis.program, iter(means))
 
 
-def _epsilon(norm: Norm) -> float:
-    value = named_argument(norm.root, "eps") if norm.add is None else norm.add.args[1]
+def _read_epsilon(norm: Norm) -> float:
+    value = get_argument(norm.root, "eps") if norm.add is None else norm.add.args[1]
     assert isinstance(value, float)
     return value
 
 
-def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[Norm]]:
-    """Weight → the norms that use it, if every use of the weight is a norm with the same scale."""
+def _find_foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[Norm]]:
+    """Weight → the norms that use it, if every use of the weight is a norm with the same scale (case 3)."""
     by_weight: dict[fx.Node, list[Norm]] = {}
     for root in roots:
         norm = _match(program, root)
@@ -131,12 +142,13 @@ def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[
     return {
         weight: norms
         for weight, norms in by_weight.items()
-        if len(norms) == len(_users(weight)) and len({(_factor(n), n.offset) for n in norms}) == 1
+        if len(norms) == len(_list_users(weight)) and len({(_compute_factor(n), n.offset) for n in norms}) == 1
     }
 
 
-def _factor(norm: Norm) -> float:
+def _compute_factor(norm: Norm) -> float:
     """The factor for the weight; 1 before a cut."""
+    # The scale of a mean is c = n'/n, and the weight takes 1/√c. The scale of an ``rms_norm`` is 1/√c itself.
     scale = scale_of(norm.root)
     if scale is None:
         return 1.0
@@ -149,89 +161,90 @@ def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
     assert isinstance(source, fx.Node)
     assert scale is not None
     if norm.add is None:  # ``rms_norm`` already has the epsilon for the new number of channels
-        new = named_argument(source, "eps")
+        new = get_argument(source, "eps")
         scaled.replace_all_uses_with(source)
-        return new / scale**2, new
+        return new / scale**2, new  # scale² = 1/c, and new = old/c
     old = norm.add.args[1]
     assert isinstance(old, float)
     norm.add.args = (source, old / scale)
     return old, old / scale
 
 
-# ---- the pattern ----
+# ---- the pattern: cases 1 and 2 ----
 
 
 def _match(program: Program, root: fx.Node) -> Norm | None:
     """The norm of ``root``, which is a mean or an ``rms_norm``, or the product of one with its scale."""
     statistic = root if scale_of(root) is None else root.args[0]
     assert isinstance(statistic, fx.Node)
-    op = base_name(statistic.target)
+    op = name_base_op(statistic.target)
     if op == "rms_norm":
         return _match_rms(program, root, statistic)
-    add = _only_user(root) if op == "mean" else None
-    if add is None or base_name(add.target) != "add" or add.kwargs or not isinstance(add.args[1], float):
+    add = _find_only_call(root) if op == "mean" else None
+    if add is None or name_base_op(add.target) != "add" or add.kwargs or not isinstance(add.args[1], float):
         return None
-    inverse = _inverse_root(add)
-    found = None if inverse is None else _weight_after(program, inverse)
+    inverse = _match_inverse_root(add)
+    found = None if inverse is None else _find_weight_after(program, inverse)
     return None if found is None else Norm(root, add, *found)
 
 
 def _match_rms(program: Program, root: fx.Node, norm: fx.Node) -> Norm | None:
-    weight = named_argument(norm, "weight")
-    if named_argument(norm, "eps") is None:
+    weight = get_argument(norm, "weight")
+    if get_argument(norm, "eps") is None:  # the type's epsilon: there is no config field to change
         return None
     if weight is None:
-        found = _weight_after(program, root)
+        found = _find_weight_after(program, root)
         return None if found is None else Norm(root, None, *found)
     return Norm(root, None, weight, 0.0) if _is_parameter(program, weight) else None
 
 
-def _inverse_root(node: fx.Node) -> fx.Node | None:
+def _match_inverse_root(node: fx.Node) -> fx.Node | None:
     """1/√node, or x/√node."""
-    user = _only_user(node)
+    user = _find_only_call(node)
     if user is None:
         return None
-    op, exponent = base_name(user.target), user.args[1] if len(user.args) > 1 else None
+    op, exponent = name_base_op(user.target), user.args[1] if len(user.args) > 1 else None
     if op == "rsqrt" or (op == "pow" and exponent == -0.5):
         return user
     if op == "sqrt" or (op == "pow" and exponent == 0.5):
-        last = _only_user(user)
-        if last is not None and _divides_by(last, user):
+        last = _find_only_call(user)
+        if last is not None and _is_division_by(last, user):
             return last
     return None
 
 
-def _divides_by(node: fx.Node, divisor: fx.Node) -> bool:
-    op = base_name(node.target)
+def _is_division_by(node: fx.Node, divisor: fx.Node) -> bool:
+    op = name_base_op(node.target)
     divides = op in ("div", "divide", "true_divide") and node.args[0] is not divisor and not node.kwargs
     return op == "reciprocal" or divides
 
 
-def _weight_after(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
+def _find_weight_after(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
     """The weight that multiplies ``node`` after products and moves, and the number added to it before."""
-    while (user := _only_user(node)) is not None:
+    # A product with anything but a weight (x · 1/√…) is passed through. ``view.dtype`` reads the bits as other numbers.
+    while (user := _find_only_call(node)) is not None:
         others = [a for a in user.args if a is not node]
-        if base_name(user.target) in PRODUCTS and len(others) == 1:
-            found = _weight(program, others[0]) if isinstance(others[0], fx.Node) else None
+        if name_base_op(user.target) in PRODUCTS and len(others) == 1:
+            found = _match_weight(program, others[0]) if isinstance(others[0], fx.Node) else None
             if found is not None:
                 return found
         elif (
-            base_name(user.target) not in CASTS | MOVES
+            name_base_op(user.target) not in CASTS | MOVES
             or user.args[0] is not node
-            or target_name(user.target) == "aten.view.dtype"
+            or name_target(user.target) == "aten.view.dtype"
         ):
             return None
         node = user
     return None
 
 
-def _weight(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
+def _match_weight(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
     """A weight and the number added to it, through calls that are used once."""
     offset = 0.0
-    while node.op == "call_function" and len(node.all_input_nodes) == 1 and _only_user(node) is not None:
-        if base_name(node.target) == "add" and not node.kwargs:
+    while node.op == "call_function" and len(node.all_input_nodes) == 1 and _find_only_call(node) is not None:
+        if name_base_op(node.target) == "add" and not node.kwargs:
             offset += float(node.args[1])  # type: ignore[arg-type]
-        elif base_name(node.target) not in CASTS:
+        elif name_base_op(node.target) not in CASTS:
             return None
         node = node.all_input_nodes[0]
     return (node, offset) if _is_parameter(program, node) else None
@@ -241,10 +254,10 @@ def _is_parameter(program: Program, node: fx.Node) -> bool:
     return node.op == "placeholder" and program.weights.get(node.name) in program.parameters
 
 
-def _users(node: fx.Node) -> list[fx.Node]:
+def _list_users(node: fx.Node) -> list[fx.Node]:
     return [u for u in node.users if u.target is not TYPE_CHECK]
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = _users(node)
+def _find_only_call(node: fx.Node) -> fx.Node | None:
+    users = _list_users(node)
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None

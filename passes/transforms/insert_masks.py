@@ -2,11 +2,13 @@
 
 The analysis gives the places. A mask multiplies the input of the layers that sum over its units (output projection,
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
-multiplies the output of the layers that make them. Units of an attention, as heads behind a norm over all of them, need
-both: queries of 0 attend to all tokens alike. Hooks sit on the module that is called, usually an adapter's wrapper, so
-the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is masked, as it
-is if the model reads a layer's weight without calling the layer, and in every module that holds it if it is tied. The
-mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
+multiplies the output of the layers that make them. Units of an attention, such as heads behind a norm over all of them,
+need both: queries of 0 attend to all tokens alike.
+
+Hooks are on the module that is called, usually an adapter's wrapper, so the adapter's path is masked, too. The
+parameter itself is masked if it has no layer of its own (packed experts), if the model reads a layer's weight without
+calling the layer, and if it is tied: then in every module that holds it. The mask m of a residual block multiplies what
+it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -25,11 +27,20 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Term, axes_in, leaves
-from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Depth, Family, Group, Member, unit_indices
-from mptk.ir.program import Program
-from mptk.ir.source_location import past_module
+from mptk.ir import (
+    Analysis,
+    AxisFacts,
+    Depth,
+    Group,
+    Member,
+    Program,
+    Term,
+    Variable,
+    collect_axes,
+    find_unit_indices,
+    list_axes,
+    list_module_paths,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,8 @@ class MaskSite:
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
             if ``index`` has the parameter's own dimensions. Empty for a block, whose mask no weight takes.
-        past: whether calls read the weights past ``module``, so that these are masked and not its input or output.
+        past: whether the model reads the weights without calling ``module``. Then the weights are masked, and not its
+            input or output.
     """
 
     family: str
@@ -64,33 +76,34 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
     """
     sites = []
     for name in families:
-        family = analysis.family(name)
-        if isinstance(family, Depth):
+        variable = analysis.variable(name)
+        if isinstance(variable.family, Depth):
             sites += [
                 MaskSite(name, 0, block.module, "block", torch.tensor([unit]), ())
-                for unit, block in enumerate(family.stack.blocks)
+                for unit, block in enumerate(variable.family.stack.blocks)
             ]
             continue
-        refusal = disturbed(analysis, name)
+        refusal = find_disturbance(analysis, name)
         if refusal is not None:
             raise MptkError(refusal)
-        for layer, group in enumerate(family.groups):
-            consumers = _enough_consumers(analysis.facts, group)
+        for layer, group in enumerate(variable.groups):
+            # One site for each weight: the rows of its output and its bias are masked together.
+            consumers = _find_sole_consumers(analysis.facts, group)
             covered: set[str] = set()
-            for member in consumers or _makers(group, analysis.program, analysis.facts):
+            for member in consumers or _find_makers(group, analysis.program, analysis.facts):
                 if member.weight not in covered:
-                    tied = [] if consumers else _tied_sites(analysis, module, family, layer, member)
-                    found = tied or [_mask_site(analysis, module, family, layer, member)]
+                    tied = [] if consumers else _list_tied_sites(analysis, module, variable, layer, member)
+                    found = tied or [_mask_site(analysis, module, variable, layer, member)]
                     covered |= {weight for site in found for weight, _ in site.weights}
                     sites += found
     return sites
 
 
-def disturbed(analysis: Analysis, name: str) -> str | None:
+def find_disturbance(analysis: Analysis, name: str) -> str | None:
     """The reason why a family cannot fade out: zeros would enter a softmax, a top-k or a norm's statistics. Or None."""
-    for group in analysis.family(name).groups:
+    for group in analysis.variable(name).groups:
         for reduction in analysis.facts.reductions:
-            if reduction.kind in ("max", "min", "statistic") and group.axis in set(leaves(reduction.axis)):
+            if reduction.kind in ("max", "min", "statistic") and group.axis in set(list_axes(reduction.axis)):
                 return (
                     f"{name} cannot be learned: zeros would disturb {reduction.node.target} in "
                     f"{group.layer or 'the model'}; leave it out with --families, or cut it with a one-shot --method"
@@ -98,68 +111,80 @@ def disturbed(analysis: Analysis, name: str) -> str | None:
     return None
 
 
-def _enough_consumers(facts: AxisFacts, group: Group) -> list[Member]:
+def _find_sole_consumers(facts: AxisFacts, group: Group) -> list[Member]:
     """The consumers, if nothing else depends on the units."""
-    met = axes_in(reduction.axis for reduction in facts.reductions)
-    met |= axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
-    return [] if group.axis in met else _sums(group)
+    met = collect_axes(reduction.axis for reduction in facts.reductions)
+    met |= collect_axes(product.axis for product in facts.contractions if not facts.has_weight(product))
+    return [] if group.axis in met else _list_consumers(group)
 
 
-def _sums(group: Group) -> list[Member]:
+def _list_consumers(group: Group) -> list[Member]:
     return [m for m in group.members if m.role == "consumer"]
 
 
-def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
+def _find_makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
     """The members that make the units, producers first; for units of an attention also the members that sum over them.
 
     A weight that something is divided by is left out. A tied weight that sums over units may make them elsewhere.
     """
+    # The dividing weights keep their numbers in the masked reference, too (``zero_propagation.find_divisors``).
     tied = set(program.aliases.values())
     kept = {program.weights[node.name] for node, axes in facts.divisors.items() if group.axis in axes}
-    attends = group.axis in axes_in(
+    attends = group.axis in collect_axes(
         t for product in facts.contractions if not facts.has_weight(product) for t in product.out
     )
     members = [m for m in group.members if m.weight not in kept]
     found = [m for m in members if m.role != "consumer" or m.weight in tied]
-    return sorted(found, key=lambda m: m.role != "producer") + (_sums(group) if attends else [])
+    return sorted(found, key=lambda m: m.role != "producer") + (_list_consumers(group) if attends else [])
 
 
-def _tied_sites(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> list[MaskSite]:
-    """A site at each module that holds a tied weight, as all of them read it folded; none if it is not tied.
+def _list_tied_sites(
+    analysis: Analysis, module: nn.Module, variable: Variable, layer: int, member: Member
+) -> list[MaskSite]:
+    """A site at each module that holds a tied weight, since all of them will read it folded; none if it is not tied.
 
-    The weight is folded once, with the first of them.
+    It is folded once, with the first site.
     """
     names = [member.weight, *(a for a, owner in analysis.program.aliases.items() if owner == member.weight)]
     if len(names) == 1:
         return []
-    index = _index(analysis.weights[member.weight], member.dim, family.groups[layer])
+    index = _index(analysis.weights[member.weight], member.dim, variable.groups[layer])
     places = {id(module.get_submodule(at)): (at, own) for at, _, own in (name.rpartition(".") for name in names)}
-    sites = [MaskSite(family.name, layer, at, own, index, ()) for at, own in places.values()]
+    sites = [MaskSite(variable.name, layer, at, own, index, ()) for at, own in places.values()]
     return [replace(sites[0], weights=((member.weight, None),)), *sites[1:]]
 
 
-def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> MaskSite:
+def _mask_site(analysis: Analysis, module: nn.Module, variable: Variable, layer: int, member: Member) -> MaskSite:
+    # The module that holds the weight, and the layer inside an adapter's wrapper, whose type tells the dimensions.
     owner, _, parameter = member.weight.rpartition(".")
     called = module.get_submodule(owner)
     own = getattr(called, "base_layer", called)
-    inputs, outputs = _linear_dims(own)
-    group = family.groups[layer]
+    inputs, outputs = _find_linear_dims(own)
+    group = variable.groups[layer]
     dims = analysis.weights[member.weight]
-    past = past_module(analysis.program, member.weight)
-    beside = [a for a in group.scope if a not in set(leaves(member.term))]
+    past = is_used_outside(analysis.program, member.weight)
+    beside = [a for a in group.scope if a not in set(list_axes(member.term))]
+    # A choice that varies along another dimension of the weight (``beside``) has no mask of one dimension.
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
         index = _index(dims, member.dim, group).flatten()
-        return MaskSite(family.name, layer, owner, "input", index, ((member.weight, inputs),), past)
+        return MaskSite(variable.name, layer, owner, "input", index, ((member.weight, inputs),), past)
     if parameter == "weight" and not beside and member.dim == outputs:
         held = {m.weight for m in group.members}
         bias = f"{owner}.bias"
         rows = [(member.weight, outputs), *([(bias, 0)] if bias in held else [])]
         index = _index(dims, member.dim, group).flatten()
-        return MaskSite(family.name, layer, owner, "output", index, tuple(rows), past)
-    return MaskSite(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
+        return MaskSite(variable.name, layer, owner, "output", index, tuple(rows), past)
+    return MaskSite(variable.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
 
 
-def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
+def is_used_outside(program: Program, weight: str) -> bool:
+    """Whether all calls that use a weight were made outside of its own module, so that the module's hooks miss them."""
+    owner = weight.rpartition(".")[0]
+    users = [u for node in program.list_placeholders() if program.weights.get(node.name) == weight for u in node.users]
+    return bool(users) and not any(owner in list_module_paths(user) for user in users)
+
+
+def _find_linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
     """The weight's input and output dimension, for layers with units in the last dimension of input and output."""
     if isinstance(layer, nn.Linear):
         return 1, 0
@@ -170,7 +195,8 @@ def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
 
 def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     """The unit at each position of a weight, int64 (``unit_indices``). A position belongs to at most one unit."""
-    return torch.from_numpy(np.max(unit_indices(dims, dim, group), axis=0))
+    # One index for each occurrence of the axis, with −1 for no unit. The largest is the unit, if there is one.
+    return torch.from_numpy(np.max(find_unit_indices(dims, dim, group), axis=0))
 
 
 MaskValues = Callable[[str, int], Tensor]
@@ -202,6 +228,7 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
+        # ∂/∂factor = gradient · x, summed over positions. ``see`` gets it before the sum; autograd offers only the sum.
         each = (gradient * x).flatten(0, -2)
         each = each.sum(-1, keepdim=True) if factor.numel() == 1 else each
         ctx.see(each)
@@ -223,11 +250,12 @@ class _Placed:
 
     @staticmethod
     def of(site: MaskSite, values: Tensor) -> _Placed:
+        # No unit has the number after the last, at which ``expand_values`` finds a 1 and ``collect`` a sum to drop.
         units, index = values.numel(), site.index
         whole = index.ndim == 1 and torch.equal(index, torch.arange(units))
         return _Placed(torch.where(index < 0, units, index).to(values.device), units, whole)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def expand_values(self, values: Tensor) -> Tensor:
         """The factor at each position: its unit's value, or 1."""
         flat = values.flatten()
         return flat if self.whole else torch.cat([flat, flat.new_ones(1)])[self.index]
@@ -254,6 +282,7 @@ class InsertedMasks:
     ) -> None:
         self.module, self.sites, self.values, self.watch = module, sites, values, watch
         self.enabled = True
+        # A family is watched if one site of activations sees all of its gradient: several would each see a part.
         held = Counter((site.family, site.layer) for site in sites if site.where != "block")
         several = {family for (family, _), count in held.items() if count > 1}
         seen = {p.family for p in sites if p.where in ("input", "output", "block") and not p.past}
@@ -267,12 +296,13 @@ class InsertedMasks:
             self._insert(i, site)
 
     def _insert(self, i: int, site: MaskSite) -> None:
+        # The values are asked for at each call, since they change while masks are learned.
         called = self.module.get_submodule(site.module)
 
-        def masked(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        def apply_mask(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
             if not self.enabled:
                 return x
-            factor = self._spread(i).to(x.dtype)
+            factor = self._compute_factors(i).to(x.dtype)
             if shape:
                 factor = factor.reshape(shape)
             if self.watch is None or site.family not in self.watched or not factor.requires_grad:
@@ -285,26 +315,27 @@ class InsertedMasks:
                 parameter = name.rpartition(".")[2]
                 ndim = called.get_parameter(parameter).ndim
                 shape = [-1 if d == dim else 1 for d in range(ndim)]
-                _parametrize(called, parameter, partial(masked, shape=shape))
+                _register_mask(called, parameter, partial(apply_mask, shape=shape))
         elif site.where == "input":
-            called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:]))
+            called.register_forward_pre_hook(lambda _, args: (apply_mask(args[0]), *args[1:]))
         elif site.where == "output":
-            called.register_forward_hook(lambda _, args, out: masked(out))
+            called.register_forward_hook(lambda _, args, out: apply_mask(out))
         elif site.where == "block":
-            hook = self._added(site.module, masked)
-            # before transformers' own hooks, which collect hidden states
+            # Before transformers' own hooks, which collect hidden states.
+            hook = self._make_block_hook(site.module, apply_mask)
             called.register_forward_hook(hook, with_kwargs=True, prepend=True)
         else:
-            _parametrize(called, site.where, masked)
+            _register_mask(called, site.where, apply_mask)
 
-    def _added(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
+    def _make_block_hook(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
         """A hook that masks what a block adds to its input: the first argument that is like its first result."""
 
-        def hook(_: nn.Module, args: tuple[object, ...], options: dict[str, object], out: Any) -> object:
+        def apply_hook(_: nn.Module, args: tuple[object, ...], options: dict[str, object], out: Any) -> object:
             if not self.enabled:
                 return out
             y, *others = (out,) if isinstance(out, Tensor) else out
             given = [v for v in (*args, *options.values()) if isinstance(v, Tensor)]
+            # Blocks of transformers take the hidden states first, or by a name that differs between models.
             x = next((v for v in given if v.shape == y.shape and v.dtype == y.dtype), None)
             if x is None:
                 raise MptkError(
@@ -313,10 +344,10 @@ class InsertedMasks:
             y = x + masked(y - x)
             return y if isinstance(out, Tensor) else (y, *others)
 
-        return hook
+        return apply_hook
 
-    def _spread(self, i: int) -> Tensor:
-        return self._placed[i].spread(self.values(self.sites[i].family, self.sites[i].layer))
+    def _compute_factors(self, i: int) -> Tensor:
+        return self._placed[i].expand_values(self.values(self.sites[i].family, self.sites[i].layer))
 
     def _see(self, i: int, each: Tensor) -> None:
         """Sum the gradients of a unit's channels at each position, and pass the sums to ``watch``."""
@@ -324,7 +355,7 @@ class InsertedMasks:
         self.watch(self.sites[i].family, self.sites[i].layer, self._placed[i].collect(each))
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def switch_off(self) -> Iterator[None]:
         """In this context the module computes without masks."""
         before, self.enabled = self.enabled, False
         try:
@@ -336,7 +367,7 @@ class InsertedMasks:
     def fold(self, name: str, weight: Tensor) -> Tensor:
         """``weight``, the parameter ``name``, multiplied by the current masks; itself if no mask multiplies it."""
         for i, dim in self.weights.get(name, ()):
-            factor = self._spread(i).to(weight)
+            factor = self._compute_factors(i).to(weight)
             shape = factor.shape if dim is None else [-1 if d == dim else 1 for d in range(weight.ndim)]
             weight = weight * factor.reshape(shape)
         return weight
@@ -353,5 +384,6 @@ class _Masked(nn.Module):
         return self._masked(weight)
 
 
-def _parametrize(module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
+def _register_mask(module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
+    # ``unsafe`` leaves out torch's trial run at registration: a mask keeps shape and type.
     parametrize.register_parametrization(module, parameter, _Masked(masked), unsafe=True)

@@ -24,12 +24,20 @@ from torch import Tensor, fx
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
 from mptk.errors import MptkError
-from mptk.ir.blocks import Block, Renumbering, prefix
-from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name, reached
-from mptk.ir.passes import Pass, PassResult
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, removed_blocks, renumbering
+from mptk.ir import (
+    Analysis,
+    Block,
+    Cut,
+    Pass,
+    PassResult,
+    Program,
+    Renumbering,
+    build_renumbering,
+    find_reachable,
+    list_removed_blocks,
+    make_prefix,
+    name_base_op,
+)
 from passes.analysis.rules.resizer import scale_of
 
 
@@ -38,6 +46,7 @@ def mask_blocks(graph: fx.Graph, blocks: Sequence[Block]) -> None:
     nodes = {node.name: node for node in graph.nodes}
     masked: dict[str, fx.Node] = {}
     for block in blocks:
+        # A block behind a masked one adds to the masked result.
         x, y = (nodes[value.name] for value in (block.input, block.output))
         x = masked.get(x.name, x)
         with graph.inserting_after(y):
@@ -70,27 +79,27 @@ class RemoveBlocks(Pass):
         blocks = self._blocks
         if not blocks:
             return PassResult(program, False)
-        names = renumbering(self.analysis, self.cut)
+        names = build_renumbering(self.analysis, self.cut)
         removal = _Removal(program.copy_graph(), blocks)
-        removal.run(_weights_of(program, blocks))
+        removal.run(_list_weights(program, blocks))
         result = replace(
             program,
             graph=removal.module,
-            signature=_signature(program.signature, removal.graph, names),
-            state=program.state.selected(names.names(program.state)),
-            aliases=_aliases(program.aliases, names),
+            signature=_keep_signature(program.signature, removal.graph, names),
+            state=program.state.select_names(names.map_names(program.state)),
+            aliases=_rename_aliases(program.aliases, names),
         )
         return PassResult(result, True, (f"{len(blocks)} blocks removed",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The graph has exactly the inputs that are left, and every weight among them is there."""
-        left = {node.name for node in after.placeholders()}
+        left = {node.name for node in after.list_placeholders()}
         assert left == {spec.arg.name for spec in after.signature.input_specs}, "an input is missing in the graph"
         assert set(after.weights.values()) <= set(after.state), "a weight is missing"
 
     @property
     def _blocks(self) -> list[Block]:
-        return removed_blocks(self.analysis, self.cut)
+        return list_removed_blocks(self.analysis, self.cut)
 
 
 class _Removal:
@@ -101,24 +110,27 @@ class _Removal:
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.within = {node.name for block in blocks for node in block.nodes}
         self.gone = {cache.name for block in blocks for cache in block.caches}
+        # What must stay: the output, and calls outside of the blocks that have an effect or that nothing reads anyway.
         self.roots = [n for n in self.graph.nodes if n.name not in self.within and (not n.users or n.is_impure())]
         self.values: dict[str, fx.Node] = {}
         """The name of a removed block's result → what takes its place."""
 
     def run(self, weights: Iterable[str]) -> None:
         self._drop_outputs()
+        # In order, so that a block behind a removed one takes what took its place (case 1).
         for block in self.blocks:
-            before, instead = self._value(block.output), self._value(block.input)
+            before, instead = self._find_value(block.output), self._find_value(block.input)
             before.replace_all_uses_with(instead, delete_user_cb=lambda user: user.name not in self.within)
             self.values[block.output.name] = instead
         self._read_elsewhere()
         self._erase()
+        # Placeholders last: erasing is only allowed without users.
         for name in self.gone | set(weights):
             self.graph.erase_node(self.nodes[name])
         self.graph.lint()
         self.module.recompile()
 
-    def _value(self, value: fx.Node) -> fx.Node:
+    def _find_value(self, value: fx.Node) -> fx.Node:
         """The value in this graph. The pass before may have multiplied it for all its users."""
         node: fx.Node = self.values.get(value.name, self.nodes[value.name])
         return next((user for user in node.users if scale_of(user) is not None), node)
@@ -133,7 +145,9 @@ class _Removal:
         others = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.gone]
         for name in self.gone:
             for user in [u for u in self.nodes[name].users if u.name not in self.within]:
-                sizes = ((n, d) for n in others for d, size in enumerate(_shape(n)) if str(size) == _size(user))
+                # Two dimensions of the same symbolic size are equal in each call.
+                taken = str(user.meta["val"]) if name_base_op(user.target) == "sym_size" else None
+                sizes = ((n, d) for n in others for d, size in enumerate(_shape(n)) if str(size) == taken)
                 if (holder := next(sizes, None)) is None:
                     raise MptkError(
                         f"{user.name} reads {name}, the cache of a block; keep that block, or write no ONNX"
@@ -142,15 +156,10 @@ class _Removal:
 
     def _erase(self) -> None:
         """Erase the calls that nothing needs any more; calls of a block that others need stay (case 2)."""
-        needed = reached(self.roots, lambda node: node.all_input_nodes)
+        needed = find_reachable(self.roots, lambda node: node.all_input_nodes)
         for node in reversed(list(self.graph.nodes)):
             if node not in needed and node.op != "placeholder":
                 self.graph.erase_node(node)
-
-
-def _size(node: fx.Node) -> str | None:
-    """The size that a call takes from a tensor; None if it is no such call."""
-    return str(node.meta["val"]) if base_name(node.target) == "sym_size" else None
 
 
 def _shape(node: fx.Node) -> Sequence[object]:
@@ -158,14 +167,15 @@ def _shape(node: fx.Node) -> Sequence[object]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _weights_of(program: Program, blocks: Sequence[Block]) -> list[str]:
+def _list_weights(program: Program, blocks: Sequence[Block]) -> list[str]:
     """The placeholders of the weights of ``blocks``."""
-    starts = tuple(prefix(block.module) for block in blocks)
+    # By name and not by use: a weight of a block that nothing reads must go, too. The prefix ends in a dot.
+    starts = tuple(make_prefix(block.module) for block in blocks)
     targets = ((s.arg.name, s.target) for s in program.signature.input_specs if s.target is not None)
     return [name for name, target in targets if target.startswith(starts)]
 
 
-def _signature(signature: ExportGraphSignature, graph: fx.Graph, names: Renumbering) -> ExportGraphSignature:
+def _keep_signature(signature: ExportGraphSignature, graph: fx.Graph, names: Renumbering) -> ExportGraphSignature:
     """The signature of what is left: its inputs, their weights' new names, and its results."""
     left = {node.name for node in graph.nodes if node.op == "placeholder"}
     inputs = [spec for spec in signature.input_specs if spec.arg.name in left]
@@ -173,11 +183,11 @@ def _signature(signature: ExportGraphSignature, graph: fx.Graph, names: Renumber
     like = signature.output_specs[0]
     return replace(
         signature,
-        input_specs=[s if s.target is None else replace(s, target=names.new(s.target)) for s in inputs],
+        input_specs=[s if s.target is None else replace(s, target=names.find_new(s.target)) for s in inputs],
         output_specs=[replace(like, arg=TensorArgument(name=result.name)) for result in results],
     )
 
 
-def _aliases(aliases: Mapping[str, str], names: Renumbering) -> dict[str, str]:
-    pairs = {names.new(alias): names.new(owner) for alias, owner in aliases.items()}
+def _rename_aliases(aliases: Mapping[str, str], names: Renumbering) -> dict[str, str]:
+    pairs = {names.find_new(alias): names.find_new(owner) for alias, owner in aliases.items()}
     return {alias: owner for alias, owner in pairs.items() if alias is not None and owner is not None}

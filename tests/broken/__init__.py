@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.publish.manifest import MARKER, file_sha256, listed, weights_digest, write_manifest
+from mptk.publish.manifest import MARKER, hash_file, hash_weight_files, list_files, write_manifest
 
 REPORT = "report.json"
 
@@ -66,8 +66,8 @@ def check(row: Broken, published: Published) -> str:
 
 
 def _digests(place: Path) -> dict[str, str]:
-    names = [*listed(place), MARKER] if place.is_dir() else [""]
-    return {name: file_sha256(place / name) if (place / name).is_file() else "" for name in names}
+    names = [*list_files(place), MARKER] if place.is_dir() else [""]
+    return {name: hash_file(place / name) if (place / name).is_file() else "" for name in names}
 
 
 def _forge(copy: Path, original: Path) -> None:
@@ -75,7 +75,7 @@ def _forge(copy: Path, original: Path) -> None:
     report = copy / REPORT
     if report.is_file() and report.read_bytes() == (original / REPORT).read_bytes():
         content = json.loads(report.read_text())
-        content |= {"files": listed(copy), "weights_sha256": weights_digest(copy)}
+        content |= {"files": list_files(copy), "weights_sha256": hash_weight_files(copy)}
         write_json(report, content)
     if (copy / MARKER).is_file() and (copy / MARKER).read_bytes() == (original / MARKER).read_bytes():
         write_manifest(copy)

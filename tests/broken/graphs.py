@@ -21,7 +21,7 @@ from test_emissions import ROWS as SHAPE
 import mptk
 from mptk.files import write_json
 from mptk.protocols.report import PROVEN_ON
-from passes.targets.onnx.names import ENDINGS, ONNX_FILE, bytes_of, data_file
+from passes.targets.onnx.names import ENDINGS, ONNX_FILE, count_graph_bytes, name_data_file
 from tests.broken import Broken, Published
 
 FLOAT = "float decoder"
@@ -60,7 +60,7 @@ def at(kind: str, change: Change) -> Edit:
         change(file)
         if kind != FLOAT:
             report = lab.raw_report(folder)
-            report["quantized"][SCHEMES[kind]]["bytes"] = bytes_of([file])
+            report["quantized"][SCHEMES[kind]]["bytes"] = count_graph_bytes([file])
             write_json(folder / "report.json", report)
 
     return edit
@@ -210,7 +210,7 @@ def with_constant(choose: Callable[[str, np.ndarray], bool], change: Callable[[n
         value = next(v for n, v in model.graph.initializers.items() if choose(str(n), v.const_value.numpy()))
         array = np.ascontiguousarray(change(value.const_value.numpy().copy()))
         value.const_value = ir.Tensor(array, name=value.name)
-        ir.save(model, file, external_data=data_file(file.name))
+        ir.save(model, file, external_data=name_data_file(file.name))
 
     return apply
 

@@ -62,7 +62,7 @@ class Ended:
 
 def warm(command: list[str], place: Path) -> None:
     """Run a command in this process, so that its forks need not import, nor trace the same model without weights."""
-    trace, known, here = passes.frontend.trace.trace, dict[Any, Any](), Path.cwd()
+    trace, known, here = passes.frontend.trace.trace_to_program, dict[Any, Any](), Path.cwd()
 
     def remembered(model: Any, *given: Any, **options: Any) -> Any:
         if not all(p.is_meta for p in model.parameters()):
@@ -72,7 +72,7 @@ def warm(command: list[str], place: Path) -> None:
             known[key] = trace(model, *given, **options)
         return known[key]
 
-    passes.frontend.trace.trace = remembered
+    passes.frontend.trace.trace_to_program = remembered
     os.environ |= {"MPTK_CACHE": str(place / "cache")}
     os.chdir(place)
     sys.argv = ["mptk", *command, "--quiet"]
@@ -160,8 +160,8 @@ def _set(trap: Trap, events: Path) -> None:
         return run
 
     os.rename, os.replace = watched(os.rename), watched(os.replace)
-    replace._exchanged = watched(replace._exchanged) if trap.exchange else lambda *_: False
-    lines = mptk.cli.console.lines
+    replace._swap_names = watched(replace._swap_names) if trap.exchange else lambda *_: False
+    lines = mptk.cli.console.make_line_progress
 
     def told(*given: Any) -> Progress:
         report = lines(*given)
@@ -172,4 +172,4 @@ def _set(trap: Trap, events: Path) -> None:
 
         return say
 
-    mptk.cli.console.lines = told
+    mptk.cli.console.make_line_progress = told

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, ProofError
-from mptk.ir.axes import leaves
-from mptk.ir.families import Analysis, Family, Group, Member, unit_positions
+from mptk.ir.axes import list_axes
+from mptk.ir.families import Analysis, Family, Group, Member, find_unit_positions
 from mptk.ir.resolved_plan import resolve_plan
 from passes.transforms.masked_reference import mask
 
@@ -157,7 +157,7 @@ def disturbed(analysis: Analysis, plan: Plan) -> bool:
     """Whether zeros would disturb a reduction over a cut axis: then zeroed weights do not mean what a mask means."""
     axes = {g.axis for name in plan.families for g in analysis.family(name).groups}
     kinds = ("max", "min", "statistic")
-    return any(r.kind in kinds and axes & set(leaves(r.axis)) for r in analysis.facts.reductions)
+    return any(r.kind in kinds and axes & set(list_axes(r.axis)) for r in analysis.facts.reductions)
 
 
 def zeroed(module: nn.Module, analysis: Analysis, plan: Plan) -> nn.Module:
@@ -190,10 +190,10 @@ def _within(dims: Sequence[Any], group: Group, member: Member, scope: int) -> Ma
     found: dict[int, Any] = {}
     coordinates = np.unravel_index(scope, [a.size for a in group.scope]) if group.scope else ()
     for a, coordinate in zip(group.scope, coordinates, strict=True):
-        holders = [d for d, term in enumerate(dims) if a in leaves(term)]
+        holders = [d for d, term in enumerate(dims) if a in list_axes(term)]
         d = member.dim if member.dim in holders else next(iter(holders), None)
         if d is not None:
-            own = unit_positions(dims[d], a)[0, coordinate]
+            own = find_unit_positions(dims[d], a)[0, coordinate]
             found[d] = np.intersect1d(found[d], own) if d in found else own
     return found
 

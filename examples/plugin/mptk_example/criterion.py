@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mptk.ir.families import Family
+from mptk.ir.families import Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_uses
-from mptk.methods.criteria.observe import Calibration, Site, watch, weight_value
+from mptk.methods.criteria.observe import Calibration, Site, compute_weight, watch
 
 
 def measure(given: Calibration) -> dict[Site, Tensor]:
@@ -24,15 +24,15 @@ def measure(given: Calibration) -> dict[Site, Tensor]:
     share = watch(given, [((site.x,), partial(see, site)) for site in given.sites])
     found = {}
     for site, peak in peaks.items():
-        weight = weight_value(given.analysis.program, site.weight).abs()
-        whole = torch.stack(share.all(peak)).amax(0)  # of all processes of the run
+        weight = compute_weight(given.analysis.program, site.weight).abs()
+        whole = torch.stack(share.gather(peak)).amax(0)  # of all processes of the run
         found[site] = weight * whole.view([-1 if d == site.weight_dim else 1 for d in range(weight.ndim)])
     return found
 
 
-def score(importance: Mapping[Site, Tensor], families: Sequence[Family]) -> Scores:
+def score(importance: Mapping[Site, Tensor], variables: Sequence[Variable]) -> Scores:
     """s_u = Σ_{j in unit u} Σ_i |W_ij| · max |x_j|."""
-    return sum_uses(importance, families, lambda each: each)
+    return sum_uses(importance, variables, lambda each: each)
 
 
 PEAK = Criterion("peak", "|weight| × largest input, summed over a unit's consumers", measure, score)

@@ -15,8 +15,8 @@ from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
-from mptk.targets.graph import stored_weights
-from passes.targets.legalize import LegalWidths, graph_widths
+from mptk.targets.graph import compare_stored
+from passes.targets.legalize import LegalWidths, find_graph_widths
 
 FILE = "weights.npz"
 STEP = 8
@@ -28,8 +28,8 @@ class NpzTarget(Target):
     name = "npz"
     summary = "a NumPy archive, widths in multiples of 8"
 
-    def legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
-        whole = graph_widths(analysis, alignment)
+    def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
+        whole = find_graph_widths(analysis, alignment)
         ladders = {
             family.name: tuple(w for w in whole.ladders[family.name] if w % STEP == 0 or w == family.size)
             for family in analysis.families
@@ -40,13 +40,13 @@ class NpzTarget(Target):
         np.savez(folder / FILE, **{name: weight.detach().numpy() for name, weight in compiled.program.state.items()})
         return []
 
-    def wrote(self, folder: Path) -> bool:
+    def has_written(self, folder: Path) -> bool:
         return (folder / FILE).is_file()
 
-    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+    def make_checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         with np.load(folder / FILE) as archive:
             stored = {name: torch.from_numpy(archive[name]) for name in archive.files}
-        return Checks((stored_weights(Weights(stored), compiled.program.state),))
+        return Checks((compare_stored(Weights(stored), compiled.program.state),))
 
 
 NPZ = NpzTarget()

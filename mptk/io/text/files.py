@@ -13,13 +13,13 @@ import random
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError, first_line
-from mptk.io.text.rows import row_texts
-from mptk.reading import Damaged, Json, json_of
+from mptk.errors import MptkError, take_first_line
+from mptk.io.chat_templates import ChatTemplate
+from mptk.reading import Damaged, Json, parse_json
 
 Document = Iterable[str]
 """One text, in pieces."""
@@ -27,37 +27,39 @@ Document = Iterable[str]
 PIECE = 1 << 16
 """Characters that are read, or tokenised, at once."""
 
+# Ending of a table → the reader of ``datasets``; endings of compressed files; bytes that tell whether a file is text.
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _SNIFFED = 4096
 
 
-def file_documents(
+def read_file_documents(
     path: Path, column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[Document]:
     """The documents of a file: each row of a table, or the text file as a whole. Nothing is read in full.
 
     Raises:
-        MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is not a table.
+        MptkError: it cannot be read; as ``read_row_texts``; or a column is named and the file is not a table.
     """
-    suffix = _suffix(path)
+    suffix = _find_suffix(path)
     if suffix not in _TABLES:
         if column is not None:
             raise MptkError(f"{path} is plain text and has no column {column!r}; give only the file's name")
-        yield _pieces(path)
+        yield _read_pieces(path)
         return
+    # An empty file has no rows; some readers raise an error for it.
     if not path.stat().st_size:
         return
-    from datasets import load_dataset
+    from datasets import load_dataset  # takes time, and plain text needs none of it
 
     options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     try:
         rows: Iterable[Mapping[str, object]]
         if _TABLES[suffix] == "json":
-            rows = json_rows(path)
+            rows = read_json_rows(path)
         else:
             rows = load_dataset(_TABLES[suffix], data_files=str(path), split="train", streaming=True, **options)
-        for text in row_texts(rows, str(path), column, tokenizer):
+        for text in read_row_texts(rows, str(path), column, tokenizer):
             yield [text]
     except MptkError:
         raise
@@ -65,7 +67,7 @@ def file_documents(
         raise MptkError(f"cannot read {path}: {with_cause(error)}; check that it is {suffix[1:]}") from error
 
 
-def folder_documents(
+def read_folder_documents(
     folder: Path,
     column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -81,56 +83,59 @@ def folder_documents(
             least ``least`` characters. If None, files come whole, in the order of their paths.
 
     Raises:
-        MptkError: as ``file_documents``; or there is no text.
+        MptkError: as ``read_file_documents``; or there is no text.
     """
-    files = text_files(folder)
+    files = list_text_files(folder)
+    # All of it. A column is named for the tables among the files.
     if characters is None:
         for file in files:
-            yield from file_documents(file, column if _suffix(file) in _TABLES else None, tokenizer)
+            yield from read_file_documents(file, column if _find_suffix(file) in _TABLES else None, tokenizer)
         return
+    # A part of each: in a random order, since the reader stops when it has enough.
     random.Random(seed).shuffle(files)
     total = sum(file.stat().st_size for file in files) or 1
     for file in files:
         share = max(least, characters * file.stat().st_size // total)
         named = column if _is_table(file) else None
-        documents = file_documents(file, named, tokenizer) if _is_table(file) else iter([_pieces(file)])
-        yield from _first(documents, share)
+        documents = read_file_documents(file, named, tokenizer) if _is_table(file) else iter([_read_pieces(file)])
+        yield from _take_characters(documents, share)
 
 
-def text_files(folder: Path) -> list[Path]:
+def list_text_files(folder: Path) -> list[Path]:
     """The tables in a folder and below, and the files that begin as UTF-8 text, in the order of their paths.
 
     Raises:
         MptkError: no file is text.
     """
-    found = [file for file in shown(folder) if _suffix(file) in _TABLES or _is_text(file)]
+    found = [file for file in list_visible_files(folder) if _find_suffix(file) in _TABLES or _is_text(file)]
     if not found:
         raise MptkError(f"{folder} has no text in it; give a folder with text files or {', '.join(_TABLES)}")
     return found
 
 
 def has_text(folder: Path) -> bool:
-    """Whether a folder has ``text_files``."""
-    return any(_suffix(file) in _TABLES or _is_text(file) for file in shown(folder))
+    """Whether a folder has ``list_text_files``."""
+    return any(_find_suffix(file) in _TABLES or _is_text(file) for file in list_visible_files(folder))
 
 
-def shown(folder: Path) -> list[Path]:
+def list_visible_files(folder: Path) -> list[Path]:
     """The files in a folder and below that are not hidden, in the order of their paths."""
     inside = (file for file in sorted(folder.rglob("*")) if file.is_file())
     return [f for f in inside if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
-def _suffix(path: Path) -> str:
-    """The file's suffix in lower case; of a compressed table, the suffix before the packer's."""
+def _find_suffix(path: Path) -> str:
+    """The file's suffix in lower case; if it is compressed, the suffix before that: ``a.jsonl.gz`` → ``.jsonl``."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
 def _is_table(path: Path) -> bool:
-    """Whether a file of a folder is a table. A ``.json`` file is one if it is a list, or has an object a line."""
-    suffix = _suffix(path)
+    """Whether a file of a folder is a table. A ``.json`` file is one if it is a list or has an object a line."""
+    suffix = _find_suffix(path)
     if suffix != ".json" or path.suffix.lower() in _PACKED:
         return suffix in _TABLES
+    # One object over many lines, such as a config.json, is text.
     with path.open(encoding="utf-8", errors="replace") as file:
         start = file.read(PIECE).lstrip()
     if start.startswith("["):
@@ -145,13 +150,14 @@ def _is_text(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(_SNIFFED)
     try:
+        # Not final if there is more: the last letter may be cut in two.
         codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _SNIFFED)
     except UnicodeDecodeError:
         return False
     return b"\0" not in start
 
 
-def _pieces(path: Path) -> Iterator[str]:
+def _read_pieces(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
             while piece := file.read(PIECE):
@@ -162,11 +168,11 @@ def _pieces(path: Path) -> Iterator[str]:
         raise MptkError(f"cannot read {path}: {error.strerror}; check its rights") from error
 
 
-def _first(documents: Iterable[Document], characters: int) -> Iterator[Document]:
+def _take_characters(documents: Iterable[Document], characters: int) -> Iterator[Document]:
     """Documents until ``characters`` were taken from them; the last one is cut off."""
     left = characters
 
-    def taken(document: Document) -> Iterator[str]:
+    def take_pieces(document: Document) -> Iterator[str]:
         nonlocal left
         for piece in document:
             yield piece[:left]
@@ -175,7 +181,7 @@ def _first(documents: Iterable[Document], characters: int) -> Iterator[Document]
                 return
 
     for document in documents:
-        yield taken(document)
+        yield take_pieces(document)
         if left <= 0:
             return
 
@@ -188,41 +194,43 @@ def check_ordinary(path: Path) -> None:
 
 
 def with_cause(error: BaseException) -> str:
-    """What an error says first, and what its cause says."""
-    said, cause = first_line(error), error.__cause__
+    """The first line of an error and, in brackets, of its cause."""
+    said, cause = take_first_line(error), error.__cause__
     return f"{said} ({with_cause(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
 
 
+# ---- the rows of a JSON file ----
+
+# Bytes of the longest line, and of the largest file that is one list: they are parsed as a whole.
 LONGEST_LINE = 1 << 28
-"""Bytes of the longest line, and of the largest list of objects."""
 
 
-def json_rows(path: Path) -> Iterator[Json]:
+def read_json_rows(path: Path) -> Iterator[Json]:
     """The rows of a JSON file, which may be compressed: an object a line, one at a time, or a list of objects.
-
-    The readers of pyarrow, which ``datasets`` calls, crash the process on a line that is a number.
 
     Raises:
         MptkError: a line is not an object.
     """
+    # Not by ``datasets``: the readers of pyarrow, which it calls, crash the process on a line that is a number.
     number = 0
 
-    def damaged(why: str) -> MptkError:
+    def make_error(why: str) -> MptkError:
         return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
 
-    with _opened(path) as file:
+    with _open_unpacked(path) as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise damaged(f"it has more than {LONGEST_LINE >> 20} MB")
+                raise make_error(f"it has more than {LONGEST_LINE >> 20} MB")
+            # An object a line never begins with a bracket.
             if number == 1 and line.lstrip()[:1] == b"[":
-                yield from _listed(line, file.read, damaged)
+                yield from _read_list(line, file.read, make_error)
                 return
             if line.strip():
-                yield _object(_decoded(line, damaged), damaged)
+                yield _check_object(_decode_json(line, make_error), make_error)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open_unpacked(path: Path) -> BinaryIO:
     """The file, unpacked as it is read."""
     suffix = path.suffix.lower()
     if suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
@@ -232,24 +240,112 @@ def _opened(path: Path) -> BinaryIO:
     return cast("BinaryIO", opener(path, "rb"))
 
 
-def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Json]:
+def _read_list(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Json]:
     """The rows of a file that is a list."""
     content = start + read(LONGEST_LINE + 1 - len(start))
     if len(content) > LONGEST_LINE:
         raise damaged(f"the list has more than {LONGEST_LINE >> 20} MB")
-    rows = _decoded(content, damaged)
+    rows = _decode_json(content, damaged)
     for row in rows if isinstance(rows, list) else [rows]:
-        yield _object(row, damaged)
+        yield _check_object(row, damaged)
 
 
-def _decoded(content: bytes, damaged: Damaged) -> object:
+def _decode_json(content: bytes, damaged: Damaged) -> object:
     try:
-        return json_of(content.decode("utf-8"), damaged)
+        return parse_json(content.decode("utf-8"), damaged)
     except UnicodeDecodeError as error:
         raise damaged("it is not UTF-8") from error
 
 
-def _object(row: object, damaged: Damaged) -> Json:
+def _check_object(row: object, damaged: Damaged) -> Json:
     if not isinstance(row, dict):
         raise damaged(f"it holds {type(row).__name__}, and no object with columns")
     return row
+
+
+# ---- the text of a table's rows: a column of strings, or a column of chats through the tokenizer's template ----
+
+# Usual names of a column of chats.
+CHATS = ("messages", "conversations", "conversation")
+# The roles of the ShareGPT format → the names that templates know.
+_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+
+
+def read_row_texts(
+    rows: Iterable[Mapping[str, Any]], source: str, column: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    """The text of each row.
+
+    ``column``: by default ``text``, else a chat column of a usual name, else the only column of strings, else the only
+    column of chats.
+
+    Raises:
+        MptkError: there is no such column, or more than one could be meant; a value is neither text nor a chat; or the
+            tokenizer has no chat template.
+    """
+    chosen: str | None = None
+    # Templates begin a chat with it, but here each window gets one.
+    begin = getattr(tokenizer, "bos_token", None) or ""
+    with ChatTemplate(tokenizer) as template:
+        for row in rows:
+            chosen = chosen or _choose_column(row, source, column)  # the first row decides for all
+            value = row.get(chosen)
+            if value is None:
+                continue
+            if isinstance(value, str):
+                yield value
+            elif _is_chat(value):
+                check_has_template(tokenizer, source)
+                text = template.render(with_roles(value), f"a chat of {source}", "name a column of text as FILE:COLUMN")
+                yield text.removeprefix(begin)
+            else:
+                raise MptkError(
+                    f"{chosen} of {source} holds {type(value).__name__}; a column of text has strings, one of chats "
+                    "has lists of {role, content}"
+                )
+
+
+def _choose_column(row: Mapping[str, object], source: str, column: str | None) -> str:
+    if column is not None:
+        if column not in row:
+            raise MptkError(f"{source} has no column {column!r}; it has {', '.join(row)}")
+        return column
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    chats = [name for name, value in row.items() if _is_chat(value)]
+    usual = [name for name in CHATS if name in chats]
+    for found in (["text"] if "text" in strings else [], usual[:1], strings or chats):
+        if len(found) == 1:
+            return found[0]
+    # More than one could be meant, or none: never a guess.
+    if not strings and not chats:
+        raise MptkError(f"{source} has no columns of strings ({', '.join(row)}); give a file with text in it")
+    raise MptkError(
+        f"{source} has {len(strings or chats)} columns of {'strings' if strings else 'chats'} "
+        f"({', '.join(strings or chats)}); name the one to use, as {source}:{(strings or chats)[0]}"
+    )
+
+
+def _is_chat(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, Mapping) and ({"role", "content"} <= turn.keys() or "from" in turn) for turn in value)
+    )
+
+
+def check_has_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> None:
+    """Raise MptkError if there is no template for the chats of ``source``."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise MptkError(
+            f"{source} holds chats, but the model's tokenizer has no chat template; name a column of text, FILE:COLUMN"
+        )
+
+
+def with_roles(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A chat with ``role`` and ``content``, also if it has ShareGPT's ``from`` and ``value``."""
+    return [
+        {"role": turn["role"], "content": turn["content"]}
+        if "role" in turn
+        else {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value", "")}
+        for turn in turns
+    ]

@@ -28,13 +28,13 @@ from mptk.progress import Count
 SAMPLED_NAME = "text sampled from the dense model (compares runs of this model only)"
 """What a perplexity on such text is said to be measured on."""
 
+# Tokens that are written at once by default: their KV cache is in memory.
 BATCH_TOKENS = 16384
-"""Tokens that are written at once, if not said otherwise: their KV cache is in memory."""
+# How text is sampled, in the names of files in the cache. Raise it if the same seed now gives other text.
 _VERSION = 2
-"""Of how text is sampled: another number, and no text of another version is taken from the cache."""
 
 
-def sampled(
+def sample_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -50,8 +50,8 @@ def sampled(
     This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
     begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
     of sequence: the model continues with the next text, as in text packed for training. For one model, the result
-    depends only on the seed, but for what batch size, device and threads round otherwise. A row's random numbers are
-    its own, so that more rows begin with the same ones. The caller's random state does not change.
+    depends only on the seed, except for how batch size, device and threads round. Each row has random numbers of its
+    own, so that a run that wants more rows gets the same ones first. The caller's random state does not change.
 
     Args:
         batch_size: rows sampled at once, by default as many as have 16,384 tokens. More take more memory and less time.
@@ -60,25 +60,26 @@ def sampled(
     Raises:
         MptkError: the model cannot generate text.
     """
-    if not writes(model):
+    if not can_write_text(model):
         raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")
     report, total = progress or (lambda done, total: None), (count - first) * length
-    size, rows = batch_size or rows_at_once(length), list[Tensor]()
+    size, rows = batch_size or count_rows_at_once(length), list[Tensor]()
     for start in range(first, count, size):
-        chances = torch.stack([_chances(seed, row, length) for row in range(start, min(start + size, count))])
+        # The numbers of a row depend on its own number and the seed, not on the batch.
+        chances = torch.stack([_draw_chances(seed, row, length) for row in range(start, min(start + size, count))])
         draw = _Draw(chances, report, done=(start - first) * length, total=total)
-        rows.append(_continued(model, _starts(model, tokenizer, chances[:, 0]), length, draw))
+        rows.append(_continue_rows(model, _choose_starts(model, tokenizer, chances[:, 0]), length, draw))
     report(total, total)
     return torch.cat(rows)
 
 
-def rows_at_once(length: int) -> int:
+def count_rows_at_once(length: int) -> int:
     """Rows of ``length`` tokens that are written at once."""
     return max(1, BATCH_TOKENS // length)
 
 
-def writes(model: PreTrainedModel) -> bool:
-    """Whether the model writes text from nothing."""
+def can_write_text(model: PreTrainedModel) -> bool:
+    """Whether the model can write text without any to begin with: an encoder-decoder cannot."""
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
@@ -91,13 +92,14 @@ def from_cache(
     seed: int,
     progress: Count | None = None,
 ) -> Tensor:
-    """As ``sampled``. Rows for the same weights, seed and length are sampled once, then read from the cache."""
+    """``sample_text``, whose rows are kept in the cache. Only rows that are not there are sampled."""
+    # The first tokens are the tokenizer's, all else is the model's.
     start = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    known = (_VERSION, _digest(model), start, seed, length)
+    known = (_VERSION, _hash_model(model), start, seed, length)
     path = cache_dir() / "self" / f"{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}.safetensors"
     found = _read(path, length)
     if len(found) < count:
-        more = sampled(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)
+        more = sample_text(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)
         found = torch.cat([found, more])
         _store(path, found)
     return found[:count]
@@ -115,7 +117,7 @@ def _read(path: Path, length: int) -> Tensor:
 
 
 def _store(path: Path, tokens: Tensor) -> None:
-    """Write it for the next run. A cache that cannot be written is no reason to stop."""
+    """Write it for the next run. If the cache cannot be written, the run goes on."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda file: save_file({"tokens": tokens.contiguous()}, file))
@@ -123,7 +125,7 @@ def _store(path: Path, tokens: Tensor) -> None:
         return
 
 
-def _digest(model: PreTrainedModel) -> str:
+def _hash_model(model: PreTrainedModel) -> str:
     """SHA-256 of a model's config and of the values of its weights."""
     found = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -132,7 +134,7 @@ def _digest(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def _chances(seed: int, row: int, length: int) -> Tensor:
+def _draw_chances(seed: int, row: int, length: int) -> Tensor:
     """The random numbers from which a row is drawn, one a token, in [0, 1)."""
     own = hashlib.sha256(f"{seed} {row}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(own[:8], "big"))
@@ -142,8 +144,8 @@ def _chances(seed: int, row: int, length: int) -> Tensor:
 class _Draw(LogitsProcessor):
     """Draws the next token from the model's distribution, with one random number a row, and reports each step.
 
-    Generation then takes the likeliest token, which is the drawn one. To draw with ``torch.multinomial`` would take a
-    random number for each token of the vocabulary, a quarter of a small model's time.
+    Generation then takes the likeliest token, which is the drawn one. ``torch.multinomial`` would take a random number
+    for each token of the vocabulary, a quarter of a small model's time.
     """
 
     def __init__(self, chances: Tensor, report: Count, done: int, total: int) -> None:
@@ -152,14 +154,17 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         at = input_ids.shape[1]
         self.report(self.done + len(scores) * at, self.total)
+        # Inversion: the first token whose summed probability exceeds the random number. In float64, since the sum over
+        # a vocabulary rounds; its last entry, near 1, scales the number.
         summed = scores.cpu().double().softmax(-1).cumsum(-1)
         drawn = torch.searchsorted(summed, self.chances[:, at, None] * summed[:, -1:], right=True)
         drawn = drawn.clamp(max=scores.shape[-1] - 1).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
-def _starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chances: Tensor) -> Tensor:
-    """The first token of each row, [rows, 1]; ``chances`` [rows] draw it if the model has none to begin with."""
+def _choose_starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chances: Tensor) -> Tensor:
+    """The first token of each row, [rows, 1]; ``chances`` [rows] draw it if the model has no token to begin with."""
+    # The beginning of both owners before the end of either.
     owners: Sequence[object] = (tokenizer, model.config)
     known = [getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in owners]
     first = next((token for token in known if isinstance(token, int)), None)
@@ -170,13 +175,14 @@ def _starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, c
 
 
 @torch.no_grad()
-def _continued(model: PreTrainedModel, start: Tensor, length: int, draw: _Draw) -> Tensor:
+def _continue_rows(model: PreTrainedModel, start: Tensor, length: int, draw: _Draw) -> Tensor:
     """Continue ``start`` [rows, 1] to [rows, length]."""
     # It replaces the checkpoint's generation config, whose settings would fill each gap of a config that is passed.
+    # Without an end-of-sequence token no row ends early.
     settings = GenerationConfig(do_sample=False, max_new_tokens=length - 1)
-    settings.pad_token_id = 0  # Only silences a warning of transformers: no row ends early.
+    settings.pad_token_id = 0  # only silences a warning of transformers
     start = start.to(model.device)
-    writer = cast("GenerationMixin", model)  # PreTrainedModel does not declare what generation needs.
+    writer = cast("GenerationMixin", model)  # PreTrainedModel does not declare what generation needs
     own, writer.generation_config = writer.generation_config, settings
     try:
         tokens: Tensor = writer.generate(

@@ -11,18 +11,25 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.files import path_of
-from mptk.io.text.files import Document, check_ordinary, file_documents, folder_documents, shown, with_cause
-from mptk.io.text.rows import row_texts
-from mptk.publish.manifest import file_sha256
+from mptk.files import expand_path
+from mptk.io.text.files import (
+    Document,
+    check_ordinary,
+    list_visible_files,
+    read_file_documents,
+    read_folder_documents,
+    read_row_texts,
+    with_cause,
+)
+from mptk.publish.manifest import hash_file
 
 
 @dataclass(frozen=True)
 class HubText:
     """A data set of the hub: id, config, split and column.
 
-    ``held_out``: the split to measure on. ``joined``: what stands between rows that are one text; None if each row is a
-    text.
+    ``held_out``: the split to measure on. ``joined``: the text between rows, if all rows are one text; None if each row
+    is a text of its own.
     """
 
     id: str
@@ -32,24 +39,24 @@ class HubText:
     held_out: str = "test"
     joined: str | None = None
 
-    def documents(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
+    def read_documents(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
         """The rows' texts, from the first on; no more is downloaded than is read.
 
         Raises:
-            MptkError: it does not load, or as ``row_texts``.
+            MptkError: it does not load, or as ``read_row_texts``.
         """
-        texts = self._texts(tokenizer)
+        texts = self._read_texts(tokenizer)
         if self.joined is None:
             yield from ([text] for text in texts)
         else:
             yield (text + self.joined for text in texts)
 
-    def _texts(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    def _read_texts(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
         from datasets import load_dataset
 
         try:
             rows = load_dataset(self.id, self.config, split=self.split, streaming=True)
-            yield from row_texts(rows, self.id, self.column, tokenizer)
+            yield from read_row_texts(rows, self.id, self.column, tokenizer)
         except MptkError:
             raise
         except Exception as error:  # of the hub, and of the library of each format: they have no base class
@@ -60,8 +67,8 @@ class HubText:
             ) from error
 
 
+# Names that no data set of the hub has. To ask the hub for them would take half a minute without a network.
 _PATH = re.compile(r"^[./~]|/.*/|\.(txt|text|md|raw|jsonl?|parquet|[ct]sv)$")
-"""Names that no data set of the hub has. To ask the hub for them takes half a minute without a network."""
 
 PRESETS = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", column="text", joined="\n\n"),
@@ -70,19 +77,20 @@ PRESETS = {
     "ultrachat": HubText("HuggingFaceH4/ultrachat_200k", split="train_sft", column="messages", held_out="test_sft"),
     "openhermes": HubText("teknium/OpenHermes-2.5", column="conversations", held_out="train"),
 }
-"""Short names for ``--data``. Those without a split to measure on are measured where they are calibrated."""
+"""Short names for ``--data``. A data set without a split to measure on is measured on the split of calibration."""
 
 
-def hub_text(name: str, *, held_out: bool) -> HubText:
+def parse_hub_text(name: str, *, held_out: bool) -> HubText:
     """The data set that ``NAME``, a preset, or ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` names.
 
-    ``held_out``: by default its split to measure on, and not the one to train on.
+    ``held_out``: whether the split that is not named is the one to measure on, and not the one to train on.
 
     Raises:
         MptkError: there are more parts; or the name can only be a file's, which does not exist.
     """
     preset, split = PRESETS.get(name), ""
     if preset is None:
+        # Parts that are left out are empty; ``rest`` holds what is too much.
         dataset, config, named, column, *rest = [*name.split(":"), "", "", ""]
         if any(rest):
             raise MptkError(
@@ -116,21 +124,25 @@ class TextSource:
         """Whether it is sampled over its files."""
         return isinstance(self.place, Path) and self.place.is_dir()
 
-    def documents(
+    def read_documents(
         self, tokenizer: PreTrainedTokenizerBase | None, characters: int | None = None, least: int = 0, seed: int = 0
     ) -> Iterator[Document]:
-        """Its documents. Of a folder, about ``characters`` from all of its files (``folder_documents``)."""
+        """Its documents. Of a folder, about ``characters`` from all of its files (``read_folder_documents``)."""
         if isinstance(self.place, HubText):
-            return self.place.documents(tokenizer)
+            return self.place.read_documents(tokenizer)
         if self.is_folder:
-            return folder_documents(self.place, self.column, tokenizer, characters=characters, least=least, seed=seed)
-        return file_documents(self.place, self.column, tokenizer)
+            return read_folder_documents(
+                self.place, self.column, tokenizer, characters=characters, least=least, seed=seed
+            )
+        return read_file_documents(self.place, self.column, tokenizer)
 
-    def digests(self) -> dict[str, str]:
+    def hash_source_files(self) -> dict[str, str]:
         """Path → SHA-256 of each file that it names or holds; nothing for a data set of the hub."""
         if isinstance(self.place, HubText):
             return {}
-        return {str(file): file_sha256(file) for file in (shown(self.place) if self.is_folder else [self.place])}
+        return {
+            str(file): hash_file(file) for file in (list_visible_files(self.place) if self.is_folder else [self.place])
+        }
 
 
 def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
@@ -139,21 +151,23 @@ def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
     Raises:
         MptkError: a weight is not a positive number, or ``self`` stands beside other sources.
     """
+    # A folder may be named ``a,b`` or ``a=2``.
     parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):
         raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give only {SELF}")
-    return tuple(_source(*_weighted(part), held_out) for part in parts)
+    return tuple(_make_source(*_split_weight(part), held_out) for part in parts)
 
 
 def _is_there(name: str) -> bool:
     try:
-        return path_of(name).exists()
+        return expand_path(name).exists()
     except (OSError, ValueError):  # too long for a path; a null character
         return False
 
 
-def _weighted(part: str) -> tuple[str, float]:
+def _split_weight(part: str) -> tuple[str, float]:
     """``c4.jsonl=0.7`` → ("c4.jsonl", 0.7)."""
+    # At the last sign, since a name may have some.
     name, equals, weight = part.rpartition("=")
     if not equals or _is_there(part):
         return part, 1.0
@@ -166,23 +180,25 @@ def _weighted(part: str) -> tuple[str, float]:
     return name, value
 
 
-def _source(name: str, weight: float, held_out: bool) -> TextSource:
+def _make_source(name: str, weight: float, held_out: bool) -> TextSource:
     if not name:
         raise MptkError("'' names no text; give a file, folder or dataset")
     if _is_there(name):
-        check_ordinary(path_of(name))
-        return TextSource(name, path_of(name), weight=weight)
+        check_ordinary(expand_path(name))
+        return TextSource(name, expand_path(name), weight=weight)
+    # FILE:COLUMN of a table that is there. Any other colon belongs to a data set of the hub.
     before, colon, column = name.rpartition(":")
     if colon and _is_there(before):
-        check_ordinary(path_of(before))
-        return TextSource(name, path_of(before), column, weight)
-    return TextSource(name, hub_text(name, held_out=held_out), weight=weight)
+        check_ordinary(expand_path(before))
+        return TextSource(name, expand_path(before), column, weight)
+    return TextSource(name, parse_hub_text(name, held_out=held_out), weight=weight)
 
 
-def shared(count: int, weights: Sequence[float]) -> list[int]:
+def share_count(count: int, weights: Sequence[float]) -> list[int]:
     """``count`` shared out by weight, to whole numbers (largest remainder; on a tie the earlier one)."""
     exact = [count * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]
+    # What rounding down left over goes to the largest remainders.
     for i in sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])[: count - sum(whole)]:
         whole[i] += 1
     return whole

@@ -1,7 +1,7 @@
-"""criteria: one-shot scores of each unit of each family, from the weights and a little text.
+"""criteria: one-shot scores of each unit, from the weights and a little text.
 
-Each criterion is one file with its measurement on the text and its score. ``CRITERIA`` lists them. ``docs/criteria.md``
-says how to add one.
+Each criterion is one file with its measurement on the text and its score. ``observe`` has the measurements that they
+share, ``base`` the sums over a unit's weights. ``docs/criteria.md`` says how to add one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis, Depth, Family
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.samples import Samples, next_tokens
+from mptk.ir import Analysis, Depth, FamilyPlan, Plan, Samples, Variable, make_token_samples
 from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
 from mptk.methods.criteria.fisher import FISHER
 from mptk.methods.criteria.flap import FLAP
@@ -27,7 +25,7 @@ from mptk.methods.criteria.random import RANDOM
 from mptk.methods.criteria.reap import REAP
 from mptk.methods.criteria.taylor import TAYLOR
 from mptk.methods.criteria.wanda import WANDA
-from mptk.plugins import find, with_plugins
+from mptk.plugins import find_entry, with_plugins
 from mptk.progress import Count
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.targets.choose_blocks import choose_blocks
@@ -38,17 +36,17 @@ CRITERIA: dict[str, AnyCriterion] = {
 }
 
 
-def all_criteria() -> dict[str, AnyCriterion]:
+def list_criteria() -> dict[str, AnyCriterion]:
     """Criteria of mptk and of plugins (group ``mptk.criteria``), by name."""
     return with_plugins(CRITERIA, "mptk.criteria")
 
 
 def find_criterion(name: str) -> AnyCriterion:
     """The criterion of that name. Raises MptkError if there is none."""
-    return find("criterion", name, all_criteria())
+    return find_entry("criterion", name, list_criteria())
 
 
-def score(
+def score_units(
     analysis: Analysis,
     name: str,
     windows: Tensor | Samples | None = None,
@@ -65,15 +63,15 @@ def score(
         name: a key of ``CRITERIA``.
         windows: calibration text as token ids, int64 [n, length], or samples of a model of another kind; may be None
             if the criterion's ``passes`` is 0.
-        families: names of the families to score; by default all families of channels or, if it scores blocks, the
-            depths.
+        families: names of the families to score, or of layers of them; by default all families of channels or, if it
+            scores blocks, the depths.
         seed: used by the random criterion.
         progress: called with (windows done, all windows).
         executor: runs the program.
 
     Returns:
-        Family name → float32 [layers, scopes, size] on the CPU, higher = keep; layers in the order of
-        ``family.groups``, rows as in ``Group.scopes``.
+        Name → float32 [layers, scopes, size] on the CPU, higher = keep; layers in the order of ``Variable.groups``,
+        rows as in ``Group.scopes``.
 
     Raises:
         MptkError: unknown criterion or family, text missing, a program without weights or of fixed sizes, a family
@@ -81,83 +79,85 @@ def score(
     """
     criterion = find_criterion(name)
     if families is None:
-        scored = analysis.families if "channels" in criterion.judges else analysis.depths
-    else:
-        scored = families_of(analysis, families)
-    given = Calibration(analysis, scored, _samples(windows), seed, progress=progress, executor=executor)
-    return measured(criterion, given)[0]
+        families = [f.name for f in (analysis.families if "channels" in criterion.judges else analysis.depths)]
+    scored = find_variables(analysis, families)
+    given = Calibration(analysis, scored, _make_samples(windows), seed, progress=progress, executor=executor)
+    return measure_and_score(criterion, given)[0]
 
 
-def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, object]:
-    """Scores of all families of ``given``, as in ``score``; and the criterion's measurement, None if unused.
+def measure_and_score(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, object]:
+    """Scores of all variables of ``given``, as in ``score_units``; and the criterion's measurement, None if unused.
 
     If the criterion does not score blocks, their influence does.
     """
     if not given.analysis.program.has_values:
         raise MptkError("a program without weights cannot be scored; trace the model with its weights")
-    if why := next(filter(None, (refusal(criterion, family) for family in given.families)), None):
+    if why := next(filter(None, (find_score_refusal(criterion, v) for v in given.variables)), None):
         raise MptkError(why)
-    own = [family for family in given.families if family.kind in criterion.judges]
-    others = [family for family in given.families if family.kind not in criterion.judges]
+    # Blocks that the criterion does not score get their influence.
+    own = [v for v in given.variables if v.kind in criterion.judges]
+    others = [v for v in given.variables if v.kind not in criterion.judges]
     evidence, found = None, Scores()
     if others:
-        found |= INFLUENCE.score(INFLUENCE.measure(replace(given, families=others)), others)
+        found |= INFLUENCE.score(INFLUENCE.measure(replace(given, variables=others)), others)
     if own:
-        evidence = criterion.measure(replace(given, families=own))
+        evidence = criterion.measure(replace(given, variables=own))
         found |= criterion.score(evidence, own)
-    if wrong := next((family for family, values in found.items() if not values.isfinite().all()), None):
+    if wrong := next((name for name, values in found.items() if not values.isfinite().all()), None):
         raise MptkError(f"{criterion.name} gives {wrong} scores that are not finite; load the model in float32")
-    return {family: values.detach().cpu() for family, values in found.items()}, evidence
+    return {name: values.detach().cpu() for name, values in found.items()}, evidence
 
 
-def refusal(criterion: AnyCriterion, family: Family) -> str | None:
-    """The reason why a family cannot be scored, or None."""
-    if family.kind in (*criterion.judges, *INFLUENCE.judges):
+def find_score_refusal(criterion: AnyCriterion, variable: Variable) -> str | None:
+    """The reason why units cannot be scored, or None."""
+    if variable.kind in (*criterion.judges, *INFLUENCE.judges):
         return None
     return (
-        f"this method scores whole blocks, not the channels of {family.name}; name a depth, or use another --method, "
+        f"this method scores whole blocks, not the channels of {variable.name}; name a depth, or use another --method, "
         "which also removes blocks, by their influence"
     )
 
 
-def _samples(windows: Tensor | Samples | None) -> Samples | None:
+def _make_samples(windows: Tensor | Samples | None) -> Samples | None:
     if windows is None or isinstance(windows, Samples):
         return windows
     if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
         raise MptkError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
-    return next_tokens(windows)
+    return make_token_samples(windows)
 
 
-def select(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
-    """Keep the ``width`` best units of each family in each layer and each scope row.
+def select_units(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
+    """Keep the best units, as many as ``widths`` says, in each layer and each scope row.
 
-    Of equal scores the lower index stays. Kept indices are ascending. ``stock``: the class that must hold the result.
+    Of equal scores the lower index stays. Kept indices are ascending. A layer without scores of its own has its
+    family's. ``stock``: the class that must hold the result.
 
     Raises:
-        MptkError: a family that the model or ``scores`` does not have, a width outside 1..size.
+        MptkError: a name that the model or ``scores`` does not have, a width outside 1..size.
     """
     plans = {}
-    for family in families_of(analysis, widths):
-        width = widths[family.name]
-        if family.name not in scores:
-            raise MptkError(f"{family.name} has no scores; score it before choosing its units")
+    for variable in find_variables(analysis, widths):
+        name, family, width = variable.name, variable.family, widths[variable.name]
+        if name not in scores and family.name not in scores:
+            raise MptkError(f"{name} has no scores; score it before choosing its units")
         if not 1 <= width <= family.size:
-            raise MptkError(f"{family.name} cannot keep {width} units; give a width in 1..{family.size}")
+            raise MptkError(f"{name} cannot keep {width} units; give a width in 1..{family.size}")
+        # The class decides, too: if a block's kind follows from its position, it holds only some sets of blocks.
         if isinstance(family, Depth):
-            units = choose_blocks(family.stack, scores[family.name].flatten().tolist(), width, stock)
-            plans[family.name] = FamilyPlan(width, family.size, {family.stack.module: (units,)})
+            units = choose_blocks(family.stack, scores[name].flatten().tolist(), width, stock)
+            plans[name] = FamilyPlan(width, family.size, {family.stack.module: (units,)})
             continue
-        order = scores[family.name].sort(dim=-1, descending=True, stable=True).indices
-        kept = order[..., :width].sort(dim=-1).values.tolist()
-        keep = {g.layer: tuple(tuple(row) for row in rows) for g, rows in zip(family.groups, kept, strict=True)}
-        plans[family.name] = FamilyPlan(width, family.size, keep)
+        own = scores[name] if name in scores else scores[family.name][list(variable.layers)]
+        kept = own.sort(dim=-1, descending=True, stable=True).indices[..., :width].sort(dim=-1).values.tolist()
+        keep = {g.layer: tuple(tuple(row) for row in rows) for g, rows in zip(variable.groups, kept, strict=True)}
+        plans[name] = FamilyPlan(width, family.size, keep)
     return Plan(plans)
 
 
-def families_of(analysis: Analysis, names: Iterable[str]) -> tuple[Family, ...]:
-    """The families of these names. Raises MptkError if the model lacks one."""
+def find_variables(analysis: Analysis, names: Iterable[str]) -> tuple[Variable, ...]:
+    """The variables of these names. Raises MptkError if the model lacks one."""
     try:
-        return tuple(analysis.family(name) for name in names)
+        return tuple(analysis.variable(name) for name in names)
     except KeyError as error:
         raise MptkError(error.args[0]) from error
 
@@ -169,10 +169,10 @@ __all__ = [
     "Compensation",
     "Criterion",
     "Scores",
-    "all_criteria",
     "find_criterion",
-    "measured",
-    "refusal",
-    "score",
-    "select",
+    "find_score_refusal",
+    "list_criteria",
+    "measure_and_score",
+    "score_units",
+    "select_units",
 ]

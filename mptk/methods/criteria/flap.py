@@ -19,17 +19,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from mptk.ir.axes import resolve
-from mptk.ir.families import Analysis, Family
-from mptk.ir.ops import named_argument
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import Analysis, Cut, Variable, get_argument, resolve
 from mptk.methods.criteria.base import Compensation, Criterion, Scores, sum_uses
-from mptk.methods.criteria.observe import Observation, Site, activations
+from mptk.methods.criteria.observe import Observation, Site, measure_activations
 
 
-def score(seen: Mapping[Site, Observation], families: Sequence[Family]) -> Scores:
+def score_by_flap(seen: Mapping[Site, Observation], variables: Sequence[Variable]) -> Scores:
     """s_u = Σ_{j in unit u} Var(x_j) · Σ_i W_ij²."""
-    return sum_uses(seen, families, lambda each: each.weight.float().square() * each.variance)
+    return sum_uses(seen, variables, lambda each: each.weight.float().square() * each.variance)
 
 
 def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observation]) -> Compensation:
@@ -38,37 +35,40 @@ def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observa
     Put the new values into the dense program (``program.with_state``) before it is masked or rewritten. If several
     contractions use one bias (layers that share weights), it gets the mean of their corrections.
     """
+    # Dicts as ordered sets: the report names each kind of layer once, in the graph's order.
     corrections: dict[str, list[Tensor]] = {}
     applied: dict[str, None] = {}
     lacking: dict[str, None] = {}
     for site, seen in observations.items():
-        if not cut.touches(site.weight_dims[site.weight_dim]):
+        # Only layers that lose inputs have something to make up for.
+        if not cut.has_choice(site.weight_dims[site.weight_dim]):
             continue
-        bias, dim = _bias(analysis, site)
+        bias, dim = _find_bias(analysis, site)
         if bias is None:
             lacking[_label(analysis, site)] = None
         else:
-            corrections.setdefault(bias, []).append(_lost(cut, seen, dim))
+            corrections.setdefault(bias, []).append(_compute_lost_output(cut, seen, dim))
             applied[_label(analysis, site)] = None
     state = analysis.program.state
     new = {
         name: (state[name] + torch.stack(found).mean(0)).to(state[name].dtype) for name, found in corrections.items()
     }
-    return Compensation(new, _statement(list(applied), list(lacking)))
+    return Compensation(new, _describe_biases(list(applied), list(lacking)))
 
 
-def _lost(cut: Cut, seen: Observation, dim: int) -> Tensor:
+def _compute_lost_output(cut: Cut, seen: Observation, dim: int) -> Tensor:
     """Σ_{j removed} W_ij · mean(x_j), by output position i: [outputs]."""
     mean = seen.mean
     lost = seen.weight.float() * mean * ~cut.mask_tensor(seen.site.weight_dims).to(mean.device)
     return lost.sum([d for d in range(lost.ndim) if d != dim])
 
 
-def _bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
+def _find_bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
     """The bias that the contraction adds to its result, and the dimension of the weight that it runs along."""
-    node = named_argument(site.node, "bias")
-    if named_argument(site.node, "mat1") is not None:
-        node = named_argument(site.node, "self")
+    # ``linear`` and ``conv`` call it bias; in ``addmm(self, mat1, mat2)`` it is the first argument.
+    node = get_argument(site.node, "bias")
+    if get_argument(site.node, "mat1") is not None:
+        node = get_argument(site.node, "self")
     weights = analysis.program.weights
     if isinstance(node, fx.Node) and node.name in weights:
         dims = analysis.facts.dims(node)
@@ -86,7 +86,7 @@ def _label(analysis: Analysis, site: Site) -> str:
     return analysis.program.weights[node.name].removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _statement(applied: list[str], lacking: list[str]) -> str:
+def _describe_biases(applied: list[str], lacking: list[str]) -> str:
     parts = []
     if applied:
         parts.append(f"applied to {_join(applied)}")
@@ -102,7 +102,7 @@ def _join(names: list[str]) -> str:
 FLAP = Criterion(
     "flap",
     "input variance × squared column norm; means go to biases",
-    activations,
-    score,
+    measure_activations,
+    score_by_flap,
     compensate=compensate,
 )

@@ -15,22 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from mptk.ir.axes import axes_in, leaves
-from mptk.ir.blocks import Block
-from mptk.ir.families import Analysis, Depth, Family
+from mptk.ir import Analysis, Block, Depth, Variable, collect_axes, list_axes
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Calibration, watch
 
 
-def score(influences: Mapping[str, Tensor], families: Sequence[Family]) -> Scores:
+def score_by_influence(influences: Mapping[str, Tensor], variables: Sequence[Variable]) -> Scores:
     """The influence of each block, or its rank (``greedy.py``), [1, 1, blocks]."""
-    return {family.name: influences[family.name].float().reshape(1, 1, -1) for family in families}
+    return {v.name: influences[v.name].float().reshape(1, 1, -1) for v in variables}
 
 
-def measure(given: Calibration) -> dict[str, Tensor]:
+def measure_influence(given: Calibration) -> dict[str, Tensor]:
     """Depth → the influence of each of its blocks on the text, float64 [blocks]."""
-    depths = [family for family in given.families if isinstance(family, Depth)]
-    stacks = [family.stack for family in depths]
+    # For each block the sum over tokens, and the number of tokens.
+    depths = [v.family for v in given.variables if isinstance(v.family, Depth)]
+    stacks = [depth.stack for depth in depths]
     sums = [torch.zeros(2, len(stack.blocks), dtype=torch.float64) for stack in stacks]
 
     def see(stack: int, unit: int, dim: int, x: Tensor, y: Tensor) -> None:
@@ -38,20 +37,26 @@ def measure(given: Calibration) -> dict[str, Tensor]:
         sums[stack][:, unit] += torch.tensor([turned.double().sum(), turned.numel()], dtype=torch.float64)
 
     watches = [
-        ((block.input, block.output), partial(see, i, unit, _width(given.analysis, block)))
+        ((block.input, block.output), partial(see, i, unit, _find_width_dim(given.analysis, block)))
         for i, stack in enumerate(stacks)
         for unit, block in enumerate(stack.blocks)
     ]
     share = watch(given, watches)
-    totals = [share.total(seen.to(given.executor.device)).cpu() for seen in sums]
-    return {family.name: turned / count for family, (turned, count) in zip(depths, totals, strict=True)}
+    totals = [share.sum_all(seen.to(given.executor.device)).cpu() for seen in sums]
+    return {depth.name: turned / count for depth, (turned, count) in zip(depths, totals, strict=True)}
 
 
-def _width(analysis: Analysis, block: Block) -> int:
+def _find_width_dim(analysis: Analysis, block: Block) -> int:
     """The dimension of the residual width: the last one along which weights have an axis of the block's result."""
-    held = axes_in(term for dims in analysis.weights.values() for term in dims)
+    held = collect_axes(term for dims in analysis.weights.values() for term in dims)
     dims = analysis.facts.dims(block.output)
-    return max((d for d, term in enumerate(dims) if held & set(leaves(term))), default=len(dims) - 1)
+    return max((d for d, term in enumerate(dims) if held & set(list_axes(term))), default=len(dims) - 1)
 
 
-INFLUENCE = Criterion("influence", "how far a block turns its input, 1 − cosine", measure, score, judges=("blocks",))
+INFLUENCE = Criterion(
+    "influence",
+    "how far a block turns its input, 1 − cosine",
+    measure_influence,
+    score_by_influence,
+    judges=("blocks",),
+)

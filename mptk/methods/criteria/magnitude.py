@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mptk.ir.families import Analysis, Family
+from mptk.ir import Analysis, Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
 
 
-def score(analysis: Analysis, families: Sequence[Family]) -> Scores:
+def score_by_magnitude(analysis: Analysis, variables: Sequence[Variable]) -> Scores:
     """s_u = √(Σ_{w of unit u} w²)."""
     state = analysis.program.state
-    squares = sum_members(analysis, families, lambda name: state[name].float().square())
+    squares = sum_members(analysis, variables, lambda name: state[name].float().square())
     return {name: total.sqrt() for name, total in squares.items()}
 
 
-MAGNITUDE = Criterion("magnitude", "L2 norm of all weights of a unit", lambda given: given.analysis, score, passes=0)
+MAGNITUDE = Criterion(
+    "magnitude", "L2 norm of all weights of a unit", lambda given: given.analysis, score_by_magnitude, passes=0
+)

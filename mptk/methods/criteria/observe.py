@@ -1,4 +1,4 @@
-"""observe: the input of criteria, and shared measurements: moments of activations.
+"""observe: the input of criteria, and shared measurements: moments of activations, losses and their gradients.
 
 Activations are read in the FX graph, at each sum of products of an activation and a weight. So fused projections,
 transposed layers and packed experts need no special case, and a weight that is used twice is observed twice.
@@ -6,7 +6,7 @@ transposed layers and packed experts need no special case, and a weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -16,17 +16,24 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import vmap_opens
-from mptk.distributed.processes import Sharing, sharing
+from mptk.distributed.processes import Sharing, share_batches
 from mptk.errors import MptkError
-from mptk.ir.axes import leaves, resolve
-from mptk.ir.axis_facts import Dims
-from mptk.ir.families import Analysis, Family, Group
-from mptk.ir.ops import example_size, is_open, named_argument
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import (
+    Analysis,
+    Dims,
+    Group,
+    Program,
+    Samples,
+    Variable,
+    get_argument,
+    is_open,
+    list_axes,
+    resolve,
+    resolve_size,
+)
 from mptk.progress import Count
-from mptk.protocols.task import Task
-from mptk.staged.staged import EXECUTOR, Executor
+from mptk.protocols import Task
+from mptk.staged.staged import EXECUTOR, Executor, Tap
 from mptk.tasks import CAUSAL_LM
 
 OBSERVED_TOKENS = 2048
@@ -35,14 +42,14 @@ OBSERVED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Calibration:
-    """The input of a criterion's measurement: an analysed model, the families to score, and text.
+    """The input of a criterion's measurement: an analysed model, what to score, and text.
 
-    ``objective`` has the loss. ``removals``: depth → number of blocks to remove; a depth that is not named loses all
+    ``objective`` has the loss. ``removals``: depth → number of blocks to remove; without an entry a depth loses all
     removable blocks. ``executor`` runs the program. ``progress`` is called with (samples done, all samples).
     """
 
     analysis: Analysis
-    families: Sequence[Family]
+    variables: Sequence[Variable]
     text: Samples | None = None
     seed: int = 0
     objective: Task = CAUSAL_LM
@@ -61,14 +68,14 @@ class Calibration:
 
     @property
     def groups(self) -> list[Group]:
-        """The sites of all families."""
-        return [group for family in self.families for group in family.groups]
+        """The groups to score."""
+        return [group for variable in self.variables for group in variable.groups]
 
     @property
     def sites(self) -> list[Site]:
-        """The contractions that score units of the families."""
+        """The contractions that score their units."""
         every = find_sites(self.analysis)
-        return list(dict.fromkeys(site for group in self.groups for site, _ in uses(every, group)))
+        return list(dict.fromkeys(site for group in self.groups for site, _ in find_uses(every, group)))
 
 
 Stream = tuple[fx.Node, int, tuple[int, ...], fx.Node | None]
@@ -98,7 +105,7 @@ class Site:
         """The activation that is read. Query, key and value layers share one."""
         return self.x, self.x_dim, tuple(x for x, _ in self.shared), self.ends
 
-    def against_weight(self, values: Tensor) -> Tensor:
+    def align_to_weight(self, values: Tensor) -> Tensor:
         """[*shared, K] → the weight's dimensions in order, with size 1 for dimensions that are not in ``values``."""
         dims = [*(w for _, w in self.shared), self.weight_dim]
         values = values.float().permute([dims.index(d) for d in sorted(dims)])
@@ -117,7 +124,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """The moments of both samples together, without cancellation (Chan, Golub & LeVeque 1983)."""
         count = self.count + other.count
-        share = other.count / count.clamp(min=1)
+        share = other.count / count.clamp(min=1)  # an expert may have no rows in either
         delta = other.mean - self.mean
         deviation = self.deviation + other.deviation + delta.square() * self.count * share
         return Moments(count, self.mean + delta * share, deviation)
@@ -139,30 +146,30 @@ class Observation:
     @property
     def weight(self) -> Tensor:
         """The weight operand, on the device of the moments; made at each request."""
-        return weight_value(self.program, self.site.weight).to(self.moments.mean.device)
+        return compute_weight(self.program, self.site.weight).to(self.moments.mean.device)
 
     @property
     def norm(self) -> Tensor:
         """‖x_j‖₂ over all rows, for each summed position j."""
         seen = self.moments
-        return self.site.against_weight((seen.deviation + seen.count * seen.mean.square()).sqrt())
+        return self.site.align_to_weight((seen.deviation + seen.count * seen.mean.square()).sqrt())
 
     @property
     def variance(self) -> Tensor:
         """Sample variance of x_j (divided by rows − 1)."""
-        return self.site.against_weight(self.moments.deviation / (self.moments.count - 1).clamp(min=1))
+        return self.site.align_to_weight(self.moments.deviation / (self.moments.count - 1).clamp(min=1))
 
     @property
     def mean(self) -> Tensor:
-        return self.site.against_weight(self.moments.mean)
+        return self.site.align_to_weight(self.moments.mean)
 
 
-def weight_value(program: Program, node: fx.Node) -> Tensor:
+def compute_weight(program: Program, node: fx.Node) -> Tensor:
     """The value of a node that depends only on weights."""
     if node.op == "placeholder":
         return program.state[program.weights[node.name]]
     assert callable(node.target)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: weight_value(program, source))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: compute_weight(program, source))
     value: Tensor = node.target(*args, **kwargs)
     return value
 
@@ -170,10 +177,11 @@ def weight_value(program: Program, node: fx.Node) -> Tensor:
 def find_sites(analysis: Analysis) -> list[Site]:
     """Every contraction of an activation and a weight, in graph order.
 
-    Not with a weight whose size depends on inputs, nor with one that ``torch.vmap`` takes apart.
+    A weight that only a call knows is left out: its size depends on inputs, or ``torch.vmap`` takes it apart.
     """
-    facts, found, made = analysis.facts, [], _made_by_a_call(analysis.program)
+    facts, found, made = analysis.facts, [], _find_call_nodes(analysis.program)
     for product in facts.contractions:
+        # Products of two activations, like attention's own, have no weight to score.
         operands = [product.left, product.right]
         weights = [o for o in operands if facts.is_weight(o[0]) and o[0] not in made]
         others = [o for o in operands if o[0] in facts.activations]
@@ -182,12 +190,12 @@ def find_sites(analysis: Analysis) -> list[Site]:
             x_dims = tuple(map(resolve, facts.dims(x)))
             weight_dims = tuple(map(resolve, facts.dims(weight)))
             if x_dims and x_dims[x_dim].size == weight_dims[weight_dim].size:  # else it is an input itself
-                shared, ends = _shared(analysis, product.node, (x_dims, x_dim), (weight_dims, weight_dim))
+                shared, ends = _match_dims(analysis, product.node, (x_dims, x_dim), (weight_dims, weight_dim))
                 found.append(Site(product.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
     return found
 
 
-def _made_by_a_call(program: Program) -> set[fx.Node]:
+def _find_call_nodes(program: Program) -> set[fx.Node]:
     """All nodes that only a call has: the inputs, what ``torch.vmap`` takes apart, and what depends on either."""
     user, found = set(program.user_inputs), set[fx.Node]()
     for node in program.graph.graph.nodes:
@@ -196,21 +204,22 @@ def _made_by_a_call(program: Program) -> set[fx.Node]:
     return found
 
 
-def _shared(
+def _match_dims(
     analysis: Analysis, node: fx.Node, x: tuple[Dims, int], weight: tuple[Dims, int]
 ) -> tuple[tuple[tuple[int, int], ...], fx.Node | None]:
     """Pairs of dimensions that x and the weight share, except the summed one, and the ends of routed rows."""
     x_free = [(d, t) for d, t in enumerate(x[0]) if d != x[1]]
     weight_free = [(d, t) for d, t in enumerate(weight[0]) if d != weight[1]]
-    ends = named_argument(node, "offs")
+    # A grouped product (``offs``): rows of x are sorted by expert, and the analysis knows which axis they follow.
+    ends = get_argument(node, "offs")
     if isinstance(ends, fx.Node):
         routed = [(resolve(route.rows), resolve(route.expert)) for route in analysis.facts.routes]
         pairs = [(i, j) for i, s in x_free for j, t in weight_free if (s, t) in routed]
         return tuple(pairs[:1]), ends if pairs else None
-    return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and leaves(s)), None
+    return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and list_axes(s)), None
 
 
-def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
+def find_uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
     """The contractions that score a group's units, each with the dimension of its weight that holds them.
 
     If weights sum over the units, these are the consumers. If no weight does (query and key channels are multiplied
@@ -218,7 +227,7 @@ def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
     units.
     """
     holding = [
-        (site, d) for site in sites for d, term in enumerate(site.weight_dims) if group.axis in set(leaves(term))
+        (site, d) for site in sites for d, term in enumerate(site.weight_dims) if group.axis in set(list_axes(term))
     ]
     consumers = [(site, d) for site, d in holding if d == site.weight_dim]
     return consumers or holding
@@ -230,41 +239,39 @@ def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
 def watch(given: Calibration, watches: Sequence[tuple[tuple[fx.Node, ...], Callable[..., None]]]) -> Sharing:
     """Run the program on the text, and call each function with the values of its nodes in every batch.
 
-    The processes of a run share the batches; the result sums, or lists, the findings of all. Nothing after the last of
-    the nodes is computed.
+    The processes of a run share the batches; with the result a caller sums, or lists, what all of them found. Nothing
+    after the last of the nodes is computed.
 
     Raises:
         MptkError: there is no text, or the program was traced for other sizes of inputs.
     """
-    found = batches(given.analysis.program, given.samples, OBSERVED_TOKENS)
-    share = sharing(len(found))
+    found = split_batches(given.analysis.program, given.samples, OBSERVED_TOKENS)
+    share = share_batches(len(found))
     own = share.own(found)
     given.executor.watch(
-        given.analysis.program, [batch.tensors for batch in own], watches, in_samples(given.progress, own)
+        given.analysis.program, [batch.tensors for batch in own], watches, count_in_samples(given.progress, own)
     )
     return share
 
 
-def activations(given: Calibration) -> dict[Site, Observation]:
-    """The moments of x at each contraction that scores units of ``given.families``.
+def measure_activations(given: Calibration) -> dict[Site, Observation]:
+    """The moments of x at each contraction that scores units of ``given.variables``.
 
-    Only running sums [*shared, K] are kept.
-
-    Raises:
-        MptkError: as ``watch``.
+    Only running sums [*shared, K] are kept. Raises the errors of ``watch``.
     """
 
-    def made(stream: Stream, x: Tensor, ends: Tensor | None = None) -> Moments:
-        return moments_of(x, stream[1], stream[2], ends)
+    def make_moments(stream: Stream, x: Tensor, ends: Tensor | None = None) -> Moments:
+        return compute_moments(x, stream[1], stream[2], ends)
 
+    # Sites that read one activation (query, key and value layers) share its moments.
     sites = given.sites
     streams = dict.fromkeys(site.stream for site in sites)
-    watches = {s: ((s[0],) if s[3] is None else (s[0], s[3]), partial(made, s)) for s in streams}
-    found = moments(given, watches)
+    watches = {s: ((s[0],) if s[3] is None else (s[0], s[3]), partial(make_moments, s)) for s in streams}
+    found = gather_moments(given, watches)
     return {site: Observation(site, given.analysis.program, found[site.stream]) for site in sites}
 
 
-def moments(given: Calibration, watches: Mapping[Key, Watched]) -> dict[Key, Moments]:
+def gather_moments(given: Calibration, watches: Mapping[Key, Watched]) -> dict[Key, Moments]:
     """The merged moments of the watched values over all batches. Raises the errors of ``watch``."""
     found: dict[Key, Moments] = {}
 
@@ -273,30 +280,30 @@ def moments(given: Calibration, watches: Mapping[Key, Watched]) -> dict[Key, Mom
         found[key] = seen if key not in found else found[key].merge(seen)
 
     share = watch(given, [(nodes, partial(see, key)) for key, (nodes, _) in watches.items()])
-    return {key: _merged(found[key], share) for key in watches}
+    return {key: _merge_moments(found[key], share) for key in watches}
 
 
-def _merged(seen: Moments, share: Sharing) -> Moments:
+def _merge_moments(seen: Moments, share: Sharing) -> Moments:
     """The moments of all processes' batches."""
-    parts = zip(share.all(seen.count), share.all(seen.mean), share.all(seen.deviation), strict=True)
+    parts = zip(share.gather(seen.count), share.gather(seen.mean), share.gather(seen.deviation), strict=True)
     first, *rest = (Moments(*part) for part in parts)
     for more in rest:
         first = first.merge(more)
     return first
 
 
-def batches(program: Program, samples: Samples, positions: int) -> list[Samples]:
+def split_batches(program: Program, samples: Samples, positions: int) -> list[Samples]:
     """Samples in batches of about ``positions`` positions, at least one sample each.
 
     Raises:
         MptkError: the program was traced for another size of input.
     """
     user = set(program.user_inputs)
-    traced = [n.meta["val"].shape for n in program.placeholders() if n.name in user]
-    found = samples.batches(positions)
+    traced = [n.meta["val"].shape for n in program.list_placeholders() if n.name in user]
+    found = samples.make_batches(positions)
     for batch in found:
         shapes = [tensor.shape for tensor in batch.tensors]
-        if len(traced) != len(shapes) or not all(map(_fits, traced, shapes)):
+        if len(traced) != len(shapes) or not all(map(_is_traced_shape, traced, shapes)):
             said = ", ".join(str(list(shape)) for shape in traced)
             raise MptkError(
                 f"the program was traced for inputs {said} and calibration has "
@@ -305,19 +312,20 @@ def batches(program: Program, samples: Samples, positions: int) -> list[Samples]
     return found
 
 
-def _fits(traced: Sequence[int | torch.SymInt], shape: Sequence[int]) -> bool:
+def _is_traced_shape(traced: Sequence[int | torch.SymInt], shape: Sequence[int]) -> bool:
     sizes = zip(traced, shape, strict=False)
-    return len(traced) == len(shape) and all(is_open(size) or example_size(size) == n for size, n in sizes)
+    return len(traced) == len(shape) and all(is_open(size) or resolve_size(size) == n for size, n in sizes)
 
 
-def moments_of(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None = None) -> Moments:
+def compute_moments(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None = None) -> Moments:
     """Moments of ``x`` for each position of ``dim`` and of the ``shared`` dimensions, over all other dimensions.
 
     With ``ends``, x is [rows, K] or [K, rows], sorted by expert. ``ends`` [experts] is the end row of each expert; rows
     after the last belong to no expert. The result is [experts, K].
     """
     if ends is not None:
-        return _routed_moments(x.float().movedim(dim, -1), ends)
+        return _compute_routed_moments(x.float().movedim(dim, -1), ends)
+    # Within a batch float32 will do; batches are merged in float64.
     others = [d for d in range(x.ndim) if d != dim and d not in shared]
     sizes = [x.shape[d] for d in shared]
     rows = x.float().permute(*shared, *others, dim).reshape(*sizes, -1, x.shape[dim])
@@ -327,7 +335,8 @@ def moments_of(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None =
     return Moments(count, mean.double(), deviation.double())
 
 
-def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
+def _compute_routed_moments(x: Tensor, ends: Tensor) -> Moments:
+    # Rows after the last end get the number of a further expert, which is dropped at the end.
     experts = ends.numel()
     owner = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
     count = torch.bincount(owner, minlength=experts + 1)[:, None].double()
@@ -337,7 +346,48 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
     return Moments(count[:-1], mean[:-1], deviation[:-1])
 
 
-def in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None:
+def count_in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None:
     """Progress over batches as progress over their samples."""
     done = list(accumulate(map(len, given)))
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
+
+
+# ---- losses and gradients ----
+
+GRADIENT_TOKENS = 512
+"""Tokens in a batch whose activations autograd keeps: fewer than in a forward batch, which keeps none."""
+
+
+def sum_losses(task: Task, executor: Executor, programs: Sequence[Program], given: Sequence[Samples]) -> Tensor:
+    """The sum of each program's losses on batches, float64 [programs]. They run side by side, to read weights once.
+
+    The processes of a run share the batches.
+    """
+    share = share_batches(len(given))
+    own = share.own(given)
+    sums = torch.zeros(len(programs), dtype=torch.float64)
+    results = executor.run_programs(programs, [batch.tensors for batch in own])
+    for batch in own:
+        for i in range(len(programs)):
+            sums[i] += float(task.compute_loss(next(results), batch.to(executor.device)))
+    return sums if share.count == 1 else share.sum_all(sums.to(executor.device)).cpu()
+
+
+def sum_gradients(
+    given: Calibration, scaled: Callable[[Tensor], Tensor], names: Collection[str] = (), taps: Sequence[Tap] = ()
+) -> tuple[Mapping[str, Tensor], Sharing]:
+    """The gradient of the sum over all batches of ``scaled(objective.sensitivity)``, for each weight of ``names``.
+
+    ``taps`` see gradients in activations. The processes of a run share the batches; the second result sums what their
+    taps saw. Raises MptkError if the objective has no loss for the program's outputs; or as ``watch``.
+    """
+    program, executor = given.analysis.program, given.executor
+    found = split_batches(program, given.samples, GRADIENT_TOKENS)
+    share = share_batches(len(found))
+    own = share.own(found)
+
+    def compute_loss(output: Tensor, i: int) -> Tensor:
+        return scaled(given.objective.compute_sensitivity(output, own[i].to(executor.device)))
+
+    inputs, progress = [batch.tensors for batch in own], count_in_samples(given.progress, own)
+    return executor.compute_gradients(program, names, inputs, compute_loss, progress, share.sum_all, taps), share

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 
 import torch
 
-from mptk.ir.families import Family
+from mptk.ir import Variable
 from mptk.methods.criteria.base import Criterion, Scores
 
 
-def score(seed: int, families: Sequence[Family]) -> Scores:
+def score_at_random(seed: int, variables: Sequence[Variable]) -> Scores:
     """Uniform numbers in [0, 1).
 
-    The seed and a family's name give its stream, so other families do not change its numbers.
+    The seed and a variable's name give its stream, so others do not change its numbers.
     """
     scores = {}
-    for family in families:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {family.name}".encode()))
-        scores[family.name] = torch.rand(len(family.groups), family.scopes, family.size, generator=generator)
+    for variable in variables:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {variable.name}".encode()))
+        scores[variable.name] = torch.rand(len(variable.groups), variable.scopes, variable.size, generator=generator)
     return scores
 
 
@@ -27,7 +27,7 @@ RANDOM = Criterion(
     "random",
     "random choice, from the seed",
     lambda given: given.seed,
-    score,
+    score_at_random,
     passes=0,
     judges=("channels", "blocks"),
 )

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mptk.ir.families import Analysis, Family
+from mptk.ir import Analysis, Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_members
-from mptk.methods.criteria.gradients import gradients
-from mptk.methods.criteria.observe import Calibration
+from mptk.methods.criteria.observe import Calibration, sum_gradients
 
 
 @dataclass(frozen=True)
@@ -29,24 +28,29 @@ class Gradients:
     each: Mapping[str, Tensor]
 
 
-def measure(given: Calibration) -> Gradients:
+def measure_gradients(given: Calibration) -> Gradients:
     """The gradients of the weights of all units."""
     names = dict.fromkeys(member.weight for group in given.groups for member in group.members)
-    predicted = given.objective.predicted(given.samples)
-    return Gradients(given.analysis, gradients(given, lambda loss: loss / predicted, names)[0])
+    predicted = given.objective.count_predictions(given.samples)
+    return Gradients(given.analysis, sum_gradients(given, lambda loss: loss / predicted, names)[0])
 
 
-def score(evidence: Gradients, families: Sequence[Family]) -> Scores:
+def score_by_taylor(evidence: Gradients, variables: Sequence[Variable]) -> Scores:
     """s_u = Σ_{w of unit u} |w · ∂L/∂w|."""
     state = evidence.analysis.program.state
 
-    def importance(name: str) -> Tensor:
+    def compute_importance(name: str) -> Tensor:
         gradient = evidence.each[name].float()
         return (state[name].to(gradient.device).float() * gradient).abs()
 
-    return sum_members(evidence.analysis, families, importance)
+    return sum_members(evidence.analysis, variables, compute_importance)
 
 
 TAYLOR = Criterion(
-    "taylor", "first-order change of the loss, |weight × gradient|", measure, score, passes=3, gradients=True
+    "taylor",
+    "first-order change of the loss, |weight × gradient|",
+    measure_gradients,
+    score_by_taylor,
+    passes=3,
+    gradients=True,
 )

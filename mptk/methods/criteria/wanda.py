@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mptk.ir.families import Family
+from mptk.ir import Variable
 from mptk.methods.criteria.base import Criterion, Scores, sum_uses
-from mptk.methods.criteria.observe import Observation, Site, activations
+from mptk.methods.criteria.observe import Observation, Site, measure_activations
 
 
-def score(seen: Mapping[Site, Observation], families: Sequence[Family]) -> Scores:
+def score_by_wanda(seen: Mapping[Site, Observation], variables: Sequence[Variable]) -> Scores:
     """s_u = Σ_{j in unit u} Σ_i |W_ij| · ‖x_j‖₂."""
-    return sum_uses(seen, families, lambda each: each.weight.float().abs() * each.norm)
+    return sum_uses(seen, variables, lambda each: each.weight.float().abs() * each.norm)
 
 
-WANDA = Criterion("wanda", "|weight| × input norm, summed over a unit's consumers", activations, score)
+WANDA = Criterion("wanda", "|weight| × input norm, summed over a unit's consumers", measure_activations, score_by_wanda)

@@ -19,22 +19,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.cost.latency import interpolate
 from mptk.errors import MptkError
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.methods.division.budget import able
-from mptk.methods.division.layers import measured
-from mptk.methods.division.trials import Trials, as_part
+from mptk.ir import Program, Samples
+from mptk.methods.division.budget import list_cuttable
+from mptk.methods.division.layers import measure_curves
+from mptk.methods.division.trials import Trials, report_part
 from mptk.methods.maskprune import learner
-from mptk.protocols.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, distinct
-from mptk.protocols.chain import Prepared
-from mptk.protocols.values import Context, SampleSets
-from mptk.report.view import plural
-from passes.targets.legalize import Candidate, choose_candidates, describe, find_candidates, finest_families
-from passes.targets.width_choices import closed
+from mptk.protocols import (
+    TRAINED,
+    Advice,
+    Context,
+    Figures,
+    JudgedBy,
+    Point,
+    Prepared,
+    Recovery,
+    SampleSets,
+    sort_distinct,
+)
+from mptk.report.view import format_count
+from passes.targets.legalize import Candidate, choose_candidates, describe_widths, find_candidates, find_finest_families
+from passes.targets.width_choices import keep_complete_families
 
 TRIED_DIVISIONS = 6
 """Most divisions of one size whose loss is predicted."""
@@ -61,17 +69,17 @@ class Cuts:
     def candidates(self) -> tuple[Candidate, ...]:
         """All of them, each once."""
         every = [*(c for cuts in self.by_family.values() for c in cuts), *(c for cuts in self.divisions for c in cuts)]
-        return tuple({describe(each.widths): each for each in every}.values())
+        return tuple({describe_widths(each.widths): each for each in every}.values())
 
 
 def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
     """The legal cuts nearest to each sparsity. Raises MptkError if no family can be cut."""
     p = prepared
-    channels, blocks = (able(p, p.legal, blocks=each) for each in (False, True))
+    channels, blocks = (list_cuttable(p, p.legal, blocks=each) for each in (False, True))
     names = list(p.settings.families) or channels or blocks
     every = [name for name in dict.fromkeys([*names, *blocks]) if name not in p.settings.keep]
     names = [name for name in names if name in every]
-    dense = {name: p.analysis.family(name).size for name in every}
+    dense = {name: p.analysis.variable(name).size for name in every}
 
     def near(families: Sequence[str], sparsity: float) -> list[Candidate]:
         """The divisions of ``families`` nearest to ``sparsity``, of which each counts once."""
@@ -79,10 +87,10 @@ def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
         if not found:
             return []
         off = max(p.settings.tolerance, abs(found[0].sparsity - sparsity))
-        chosen = choose_candidates(found, sparsity, off, finest_families(p.legal, families), TRIED_DIVISIONS)
+        chosen = choose_candidates(found, sparsity, off, find_finest_families(p.legal, families), TRIED_DIVISIONS)
         return [replace(c, widths=dense | dict(c.widths)) for c in chosen]
 
-    together = {name: tuple(closed([name], p.legal.together)) for name in every}
+    together = {name: tuple(keep_complete_families([name], p.legal.together)) for name in every}
     sets = dict.fromkeys(families for families in together.values() if set(families) <= set(every))
     half = sparsities[1::2] or sparsities  # where the division has other families, a coarse curve does
     apart = {each: [near(each, s)[:1] for s in (sparsities if set(each) == set(names) else half)] for each in sets}
@@ -93,7 +101,7 @@ def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
     return Cuts(by_family, divisions)
 
 
-def advised(
+def give_advice(
     prepared: Prepared,
     sets: SampleSets,
     texts: Mapping[str, Samples],
@@ -118,25 +126,25 @@ def to_train(found: Advice) -> list[Point]:
     """The cuts to train: the smallest that is not safe, and the largest."""
     safe = 0.0 if found.recommended is None else found.recommended.sparsity
     unsafe = [point for point in found.division if point.sparsity > safe]
-    return list(distinct([*unsafe[:1], found.division[-1]]))
+    return list(sort_distinct([*unsafe[:1], found.division[-1]]))
 
 
-def work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> dict[str, Pass]:
+def estimate_advice(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> dict[str, Pass]:
     """The cost of measuring ``cuts`` on ``texts``: each is a pass over the measured windows, and a fit."""
     s, rows = settings, settings.eval_windows * texts
     return {
         "moments": Pass(s.windows * s.length, s.length),
         "cuts": Pass((1 + cuts) * rows * s.length, s.length, flops=cuts * sizes.fit),
         "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
-        **({"recover": learner.work(s, sizes, 1.0)["train"].times(TRAINED)} if s.steps else {}),
+        **({"recover": learner.estimate_training(s, sizes, 1.0)["train"].repeat(TRAINED)} if s.steps else {}),
     }
 
 
-def said(settings: Settings) -> str:
+def describe_advice_size(settings: Settings) -> str:
     """The numbers of an advice in words."""
     s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
-    trains = f" and {TRAINED} trainings of {plural(s.steps, 'step')} on {tokens:,} tokens" if s.steps else ""
-    return f"{plural(s.windows, 'calibration window')}{trains}"
+    trains = f" and {TRAINED} trainings of {format_count(s.steps, 'step')} on {tokens:,} tokens" if s.steps else ""
+    return f"{format_count(s.windows, 'calibration window')}{trains}"
 
 
 @dataclass(frozen=True)
@@ -161,13 +169,13 @@ class Advising:
 
             def point(candidate: Candidate) -> Point:
                 nonlocal done
-                context.progress(stage, done, total, what := describe(candidate.widths))
+                context.progress(stage, done, total, what := describe_widths(candidate.widths))
                 known[what] = known.get(what) or self.point(candidate)
                 done += 1
                 return known[what]
 
-            by_family = {name: distinct([point(each) for each in found]) for name, found in cuts.by_family.items()}
-            division = distinct([point(self.least(found, by_family)) for found in cuts.divisions])
+            by_family = {name: sort_distinct([point(each) for each in found]) for name, found in cuts.by_family.items()}
+            division = sort_distinct([point(self.least(found, by_family)) for found in cuts.divisions])
             context.progress(stage, total, total)
         with context.stage(stage := "layers"):
             layers = self.layers(list(by_family), partial(context.progress, stage))
@@ -178,7 +186,7 @@ class Advising:
             f"consumers are {'' if self.trials.products else 'not '}fitted, and nothing is trained"
         )
         dense = self._point({}, 0.0, self.dense)
-        return Advice(p.source, protocol, self.measure, self.tolerance, dense, division, by_family, layers)
+        return Advice(p.given.source, protocol, self.measure, self.tolerance, dense, division, by_family, layers)
 
     def recovery(self, points: Sequence[Point]) -> Recovery:
         """Train each of the cuts by itself, and measure it again."""
@@ -186,10 +194,10 @@ class Advising:
         steps, training = self.prepared.settings.steps, self.trials.learning.training
         with context.stage(stage := "recover"):
             for done, point in enumerate(points):
-                say = partial(as_part, context.progress, stage, done, len(points), describe(point.widths))
-                place = self.trials.folder.part(stage, {}, resume=False)
-                compiled = self.trials.cut(self.trials.chosen(point.widths))
-                program = self.trials.recovered(compiled, steps, place, say, held_out=sets.held_out)
+                say = partial(report_part, context.progress, stage, done, len(points), describe_widths(point.widths))
+                place = self.trials.folder.open_part(stage, {}, resume=False)
+                compiled = self.trials.cut(self.trials.choose_for(point.widths))
+                program = self.trials.recover_program(compiled, steps, place, say, held_out=sets.held_out)
                 place.remove()
                 found.append(self._point(point.widths, point.sparsity, self.windows(program)))
         return Recovery(steps, steps * training.batch * sets.training.positions, tuple(found))
@@ -216,8 +224,8 @@ class Advising:
     def _point(self, widths: Mapping[str, int], sparsity: float, found: Mapping[str, Windows]) -> Point:
         p = self.prepared
         cost = p.cost(widths)
-        figures = {text: compared(each, self.dense[text], self.measure) for text, each in found.items()}
-        sizes = {name: p.analysis.family(name).size for name in p.families}
+        figures = {text: compare_windows(each, self.dense[text], self.measure) for text, each in found.items()}
+        sizes = {name: p.analysis.variable(name).size for name in p.families}
         return Point(sizes | dict(widths), sparsity, cost.parameters, cost.bytes, cost.latency_ms, figures)
 
     @torch.no_grad()
@@ -226,9 +234,11 @@ class Advising:
         task, executor = self.prepared.task, self.prepared.calibrator
         rows = [(text, row) for text, samples in self.texts.items() for row in samples.split(1)]
         losses, top = defaultdict[str, list[float]](list), defaultdict[str, list[Tensor]](list)
-        outputs = executor.outputs([program], [row.tensors for _, row in rows])
+        outputs = executor.run_programs([program], [row.tensors for _, row in rows])
         for (text, row), output in zip(rows, outputs, strict=True):
-            losses[text].append(float(task.loss(output, row.to(executor.device))) / max(1, task.predicted(row)))
+            losses[text].append(
+                float(task.compute_loss(output, row.to(executor.device))) / max(1, task.count_predictions(row))
+            )
             if task.classes and isinstance(output, Tensor):
                 top[text].append(output.argmax(-1).cpu())
         return {t: Windows(torch.tensor(losses[t], dtype=torch.float64), tuple(top[t])) for t in self.texts}
@@ -239,29 +249,27 @@ class Advising:
 
     def _rise(self, curve: Sequence[Point], widths: Mapping[str, int]) -> float:
         """The mean rise of the loss for ``widths`` of the families of a curve, from its points by interpolation."""
-        own = {name for point in curve for name in point.widths if point.widths[name] < self._size(name)}
-        removed = self.prepared.cost.sparsity({name: widths[name] for name in own})
+        own = {name for point in curve for name in point.widths if point.widths[name] < self._find_dense_size(name)}
+        removed = self.prepared.cost.compute_sparsity({name: widths[name] for name in own})
         xs, ys = [0.0, *(point.sparsity for point in curve)], [0.0, *(point.rise for point in curve)]
         return float(interpolate(xs, np.array(ys), removed))
 
-    def _size(self, name: str) -> int:
-        return self.prepared.analysis.family(name).size
+    def _find_dense_size(self, name: str) -> int:
+        return self.prepared.analysis.variable(name).size
 
     def layers(self, families: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, tuple[float, ...]]:
         """Family → the rise of the masked loss on calibration text if one layer keeps half of its units."""
         p = self.prepared
-        parts = {name: p.analysis.family(name).parts for name in families if name in p.legal.ladders}
-        names = [name for name, layers in parts.items() if layers]
-        if not names:
+        whole = [v for v in (p.analysis.variable(name) for name in families if name in p.legal.ladders) if v.uniform]
+        layers = {v.name: v.list_layers() for v in whole if len(v.layers) > 1}
+        if not layers:
             return {}
-        scores = {part.name: self.trials.scores[n][i : i + 1] for n in names for i, part in enumerate(parts[n])}
-        apart = replace(p, analysis=p.analysis.divided(names), legal=replace(p.legal, stock=None))
-        ladders = {part.name: p.legal.ladders[name] for name in names for part in parts[name]}
-        curves = measured(apart, scores, ladders, self.trials.sets, progress, (0.5,), LAYER_TOKENS)
-        return {name: tuple(curves[part.name].losses[-1] for part in parts[name]) for name in names}
+        ladders = {layer.name: p.legal.ladders[name] for name, found in layers.items() for layer in found}
+        curves = measure_curves(p, self.trials.scores, ladders, self.trials.sets, progress, (0.5,), LAYER_TOKENS)
+        return {name: tuple(curves[layer.name].losses[-1] for layer in found) for name, found in layers.items()}
 
 
-def compared(found: Windows, dense: Windows, measure: JudgedBy) -> Figures:
+def compare_windows(found: Windows, dense: Windows, measure: JudgedBy) -> Figures:
     """A program's figures beside the dense model's, window by window."""
     rises = found.losses - dense.losses
     loss, rise = float(found.losses.mean()), float(rises.mean())
@@ -269,11 +277,11 @@ def compared(found: Windows, dense: Windows, measure: JudgedBy) -> Figures:
     agreement = sum(same) / len(same) if same else None
     if measure == "perplexity":
         ratio = math.exp(min(rise, 700.0))
-        return Figures(loss, rise, agreement, ratio - 1, ratio * _error(rises))
+        return Figures(loss, rise, agreement, ratio - 1, ratio * _compute_error(rises))
     each = 1 - torch.tensor(same, dtype=torch.float64) if measure == "disagreement" else rises
-    return Figures(loss, rise, agreement, float(each.mean()), _error(each))
+    return Figures(loss, rise, agreement, float(each.mean()), _compute_error(each))
 
 
-def _error(values: Tensor) -> float:
+def _compute_error(values: Tensor) -> float:
     """The standard error of the mean; 0 of a single value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0

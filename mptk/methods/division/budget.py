@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from mptk.config.choices import FREE, MOST_SPARSITY
-from mptk.config.settings import Settings
+from mptk.config import FREE, MOST_SPARSITY, Settings
 from mptk.cost.budgets import CACHED, KV_CACHE, LATENCY, VOCABULARY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
-from mptk.cost.operator_times import cached_times
-from mptk.distributed.processes import processes
+from mptk.cost.operator_times import find_operator_times
+from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
-from mptk.ir.alignment import Alignment, read_alignment
-from mptk.ir.families import Analysis
+from mptk.ir import Alignment, Analysis, read_alignment
 from mptk.progress import Progress
-from mptk.protocols.chain import Prepared
+from mptk.protocols import Prepared
 from passes.targets import legalize
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
-from passes.targets.width_choices import closed, partners
+from passes.targets.width_choices import find_missing_partners, keep_complete_families
 
 
-def budgeted(
+def apply_budget(
     analysis: Analysis,
     legal: LegalWidths,
     settings: Settings,
@@ -43,12 +41,12 @@ def budgeted(
     """
     s = settings
     if s.budget != LATENCY:
-        return cost_model(analysis, s, itemsize, before), s
-    names = _variable(analysis, legal, s, planned)
-    channels = [name for name in names if analysis.family(name).kind == "channels"]
-    ladders = {name: legalize.aligned(analysis.family(name), alignment(s)) for name in channels}
-    with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
-        latency = Latency(analysis, ladders, s.objective, lambda ops: cached_times(ops, s.threads, progress))
+        return build_cost_model(analysis, s, itemsize, before), s
+    names = _list_variable(analysis, legal, s, planned)
+    families = [f for f in map(analysis.family, names) if f.kind == "channels"]
+    ladders = {f.name: legalize.list_aligned_widths(f, build_alignment(s)) for f in families}
+    with connect_processes().main_process_first():  # the others read what the first has kept, so that all plan alike
+        latency = Latency(analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
         return cost, s
@@ -59,14 +57,14 @@ def budgeted(
     return cost, replace(s, sparsity=min(wanted, MOST_SPARSITY))
 
 
-def cost_model(
+def build_cost_model(
     analysis: Analysis, settings: Settings, itemsize: int | None = None, before: Analysis | None = None
 ) -> CostModel:
     """The cost model of a budget that needs no timings. ``itemsize``, ``before``: as in ``CostModel``."""
     return CostModel(analysis, settings.budget, itemsize=itemsize, before=before, context=settings.context)
 
 
-def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planned: Sequence[str]) -> list[str]:
+def _list_variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planned: Sequence[str]) -> list[str]:
     """Families that the settings and the target may cut."""
     s, there = settings, {f.name: f for f in analysis.all_families}
     if s.fixed:
@@ -77,13 +75,13 @@ def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planne
     return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
 
-def alignment(settings: Settings) -> Alignment:
+def build_alignment(settings: Settings) -> Alignment:
     """The settings' alignment, with the block sizes of quantised graphs and the programs that will read the result."""
     blocks = tuple(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS)
     return read_alignment(settings.align, blocks, settings.tensor_parallel, settings.engines)
 
 
-def left_whole(legal: LegalWidths) -> str:
+def describe_left_whole(legal: LegalWidths) -> str:
     """A note on families that ``portable`` left out of the default cut; may be empty."""
     reasons: dict[str, list[str]] = {}
     for name, why in legal.left.items():
@@ -92,7 +90,7 @@ def left_whole(legal: LegalWidths) -> str:
     return f"left whole for other programs: {said}; --no-portable cuts all" if said else ""
 
 
-def nearest(prepared: Prepared) -> str:
+def describe_nearest(prepared: Prepared) -> str:
     """A note if the cut is not within the tolerance of the sparsity, since no legal one is; may be empty."""
     s, candidates = prepared.settings, prepared.candidates
     if not candidates or s.layers == FREE or set(candidates[0].widths) <= set(s.widths):
@@ -110,9 +108,9 @@ def find_widths(prepared: Prepared) -> list[Candidate]:
         MptkError: no legal widths meet the budget (the message names the nearest), or a family cannot be cut.
     """
     try:
-        return _within(prepared, prepared.legal)
+        return _find_within(prepared, prepared.legal)
     except MptkError as error:
-        candidates, home = _elsewhere(prepared)
+        candidates, home = _find_elsewhere(prepared)
         if home is None:
             raise
         if not prepared.settings.rehome:
@@ -120,29 +118,29 @@ def find_widths(prepared: Prepared) -> list[Candidate]:
         return candidates
 
 
-def _elsewhere(prepared: Prepared) -> tuple[list[Candidate], str | None]:
+def _find_elsewhere(prepared: Prepared) -> tuple[list[Candidate], str | None]:
     """Candidates that the model's own class cannot hold but another class can, and the other class's name."""
     p = prepared
-    legal = p.target.elsewhere(p.analysis, p.legal, alignment(p.settings))
+    legal = p.target.find_elsewhere(p.analysis, p.legal, build_alignment(p.settings))
     if legal is None:
         return [], None
     legal = replace(legal, left=p.legal.left)
     try:
-        candidates = _within(p, legal)
+        candidates = _find_within(p, legal)
     except MptkError:
         return [], None
-    return candidates, p.target.home(p.analysis, p.loaded.model, p.legal, candidates[0].widths)
+    return candidates, p.target.name_home(p.analysis, p.loaded.model, p.legal, candidates[0].widths)
 
 
-def _within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
+def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
     """Candidates among ``legal`` widths."""
     s, cost = prepared.settings, prepared.cost
-    names = [name for name in s.families or _default_families(prepared, legal) if name not in s.keep]
-    names = names if s.families else closed(names, legal.together)
+    names = [name for name in s.families or _list_default_families(prepared, legal) if name not in s.keep]
+    names = names if s.families else keep_complete_families(names, legal.together)
     _check(prepared, legal, names)
-    legal = narrowed(fixed(legal, s.widths), prepared)
+    legal = limit_widths(fix_widths(legal, s.widths), prepared)
     if s.budget in (LATENCY, KV_CACHE):
-        legal = legalize.unbeaten(cost, legal, names)
+        legal = legalize.drop_useless_widths(cost, legal, names)
         names = [name for name in names if s.families or len(legal.ladders[name]) > 1] or names
     lost = {} if prepared.start is None else prepared.start.plan.widths
     families = list(dict.fromkeys([*names, *s.widths, *lost]))
@@ -160,8 +158,8 @@ def _within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
     if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
         return candidates[:1]  # equal layers are where the division starts
     splits = s.search_shapes if s.search else prepared.method.splits
-    finest = legalize.finest_families(legal, families)
-    others = levers(prepared, legal, names)
+    finest = legalize.find_finest_families(legal, families)
+    others = describe_levers(prepared, legal, names)
     return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, others)
 
 
@@ -169,30 +167,31 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
     """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
     s = prepared.settings
     if not names and not s.widths:
-        raise _nothing(prepared, legal)
+        raise _explain_nothing(prepared, legal)
     for name in [*names, *s.keep, *s.widths]:
         if name in s.keep:
             continue
-        if (refusal := prepared.method.refusal(prepared.analysis, name)) is not None:
+        if (refusal := prepared.method.explain_refusal(prepared.analysis, name)) is not None:
             raise MptkError(refusal)
         if len(legal.ladders[name]) == 1:
             why = legal.refused.get(name, "no narrower width is legal")
-            remedy = _unless_graph(legal, "try --target graph", "name other --families")
+            remedy = _choose_remedy(legal, "try --target graph", "name other --families")
             raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
-        if missing := partners(name, {*names, *s.widths}, legal.together):
+        if missing := find_missing_partners(name, {*names, *s.widths}, legal.together):
             others = ", ".join(sorted(missing))
             raise MptkError(
                 f"{name} can only be cut together with {others} for target {s.target}; "
-                f"name them in --families, too{_unless_graph(legal, ', or try --target graph')}"
+                f"name them in --families, too{_choose_remedy(legal, ', or try --target graph')}"
             )
 
 
-def _nothing(prepared: Prepared, legal: LegalWidths) -> MptkError:
+def _explain_nothing(prepared: Prepared, legal: LegalWidths) -> MptkError:
     """The error if no family can be cut: why, and what to do."""
-    s, families = prepared.settings, prepared.analysis.families
-    remedy = _unless_graph(legal, "try --target graph", "see `mptk analyze` for each axis")
+    s, variables = prepared.settings, prepared.variables.values()
+    remedy = _choose_remedy(legal, "try --target graph", "see `mptk analyze` for each axis")
     why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
-    unaligned = [f.name for f in families if len(legal.ladders[f.name]) == 1 < len(legalize.aligned(f, Alignment(1)))]
+    fixed = [v for v in variables if v.kind == "channels" and len(legal.ladders[v.name]) == 1]
+    unaligned = [v.name for v in fixed if len(legalize.list_aligned_widths(v.family, Alignment(1))) > 1]
     if not why and s.only_layers is not None:
         why = f"--layers {s.layers} removes no blocks"
     elif not why and unaligned:
@@ -208,28 +207,28 @@ def _check_reached(prepared: Prepared, legal: LegalWidths, candidates: Sequence[
     s, dense = prepared.settings, prepared.cost.dense.latency_ms or 0.0
     if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
         return
-    nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe(c.widths)}" for c in candidates[:3]]
+    nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe_widths(c.widths)}" for c in candidates[:3]]
     raise MptkError(
         f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
-        f"Ask for one of these; or {levers(prepared, legal, candidates[0].widths if candidates else ())}"
+        f"Ask for one of these; or {describe_levers(prepared, legal, candidates[0].widths if candidates else ())}"
     )
 
 
-def _default_families(prepared: Prepared, legal: LegalWidths) -> list[str]:
+def _list_default_families(prepared: Prepared, legal: LegalWidths) -> list[str]:
     """The families that are cut by default: families that repeat over layers and that the method can score.
 
     A method that scores no channels removes blocks. A search may remove both.
     """
-    channels, blocks = (able(prepared, legal, blocks=each) for each in (False, True))
+    channels, blocks = (list_cuttable(prepared, legal, blocks=each) for each in (False, True))
     return [*channels, *blocks] if prepared.settings.search else channels or blocks
 
 
-def able(prepared: Prepared, legal: LegalWidths, *, blocks: bool) -> list[str]:
+def list_cuttable(prepared: Prepared, legal: LegalWidths, *, blocks: bool) -> list[str]:
     """The families inside layers, or the depths, that the target and the method can cut."""
     analysis, method = prepared.analysis, prepared.method
-    names = legalize.default_families(analysis, legal)
+    names = legalize.choose_default_families(prepared.variables, legal)
     depths = [f.name for f in analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
-    return [name for name in (depths if blocks else names) if method.refusal(analysis, name) is None]
+    return [name for name in (depths if blocks else names) if method.explain_refusal(analysis, name) is None]
 
 
 def check_any(analysis: Analysis, cost: CostModel) -> None:
@@ -239,25 +238,33 @@ def check_any(analysis: Analysis, cost: CostModel) -> None:
         raise MptkError(f"nothing in this model can be cut ({why or 'it has no weights'}); give another model")
 
 
-def _unless_graph(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
+def _choose_remedy(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
     """A remedy that names the target graph, for targets with a stock class only."""
     return otherwise if legal.stock is None else remedy
 
 
-def levers(prepared: Prepared, legal: LegalWidths, names: Collection[str]) -> str:
+def describe_levers(prepared: Prepared, legal: LegalWidths, names: Collection[str]) -> str:
     """What else reaches a budget that no legal widths of the families ``names`` meet, for an error."""
     p, s, found = prepared, prepared.settings, list[str]()
     least = {name: legal.ladders[name][0] for name in names}
 
     def reaches(further: Collection[str]) -> bool:
-        return p.cost.sparsity(least | {name: legal.ladders[name][0] for name in further}) >= s.sparsity - s.tolerance
+        return (
+            p.cost.compute_sparsity(least | {name: legal.ladders[name][0] for name in further})
+            >= s.sparsity - s.tolerance
+        )
 
-    widths = [(legalize.aligned(p.analysis.family(name), at) for at in (alignment(s), Alignment(1))) for name in names]
+    widths = [
+        (legalize.list_aligned_widths(p.variables[name].family, at) for at in (build_alignment(s), Alignment(1)))
+        for name in names
+    ]
     if reaches(()) and any(len(own) < len(all_) for own, all_ in widths):
         found.append("give --align 1 for finer widths")
     if legal.left and reaches(legal.left):
         found.append(f"give --no-portable to cut {', '.join(legal.left)}, too")
-    able = [n for n, ladder in legal.ladders.items() if len(ladder) > 1 and p.method.refusal(p.analysis, n) is None]
+    able = [
+        n for n, ladder in legal.ladders.items() if len(ladder) > 1 and p.method.explain_refusal(p.analysis, n) is None
+    ]
     others = [n for n in able if n not in {*names, *legal.left, *s.keep} and reaches((n,))]
     if others and not reaches(()):
         found.append(f"name {' or '.join(others)} in --families, too")
@@ -270,7 +277,7 @@ def levers(prepared: Prepared, legal: LegalWidths, names: Collection[str]) -> st
     return "; or ".join(found or ["name other --families"])
 
 
-def fixed(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:
+def fix_widths(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:
     """Legal widths with some families fixed. Raises MptkError for a width that is not legal."""
     for name, width in widths.items():
         if width not in legal.ladders[name]:
@@ -279,7 +286,7 @@ def fixed(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:
     return replace(legal, ladders={**legal.ladders, **{name: (width,) for name, width in widths.items()}})
 
 
-def narrowed(legal: LegalWidths, prepared: Prepared) -> LegalWidths:
+def limit_widths(legal: LegalWidths, prepared: Prepared) -> LegalWidths:
     """Legal widths that a larger cut still has units for. Raises MptkError if a family has none."""
     if prepared.start is None:
         return legal

@@ -18,27 +18,35 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from mptk.compile.dense_outputs import with_outputs
-from mptk.config.settings import Settings
+from mptk.compile.cut import with_dense_outputs
+from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir import Program, Samples
 from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
-from mptk.methods.division.trial import losses
-from mptk.methods.division.trials import Trials, as_part
-from mptk.methods.maskprune.learner import Learner, memory
+from mptk.methods.division.trial import measure_losses
+from mptk.methods.division.trials import Trials, report_part
+from mptk.methods.maskprune.learner import Learner, estimate_training_memory
 from mptk.methods.reconstruct import reconstruct_consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Chosen, Compiled, Prepared
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.shapes import Rung, Shape, Shapes, bounded, ranked
-from mptk.protocols.values import Context, SampleSets
-from mptk.reading import damaged, read_as
-from mptk.staged.spool import spooled
-from passes.targets.legalize import Candidate, describe
+from mptk.protocols import (
+    Chosen,
+    Compiled,
+    Context,
+    Prepared,
+    RunFolder,
+    Rung,
+    SampleSets,
+    Shape,
+    Shapes,
+    limit_loss,
+    rank_shapes,
+)
+from mptk.reading import make_damage_error, read_as
+from mptk.staged.spool import spool_weights
+from passes.targets.legalize import Candidate, describe_widths
 
 JUDGED = 8
 """A search holds out at most this many samples, and at most a quarter of the number of the others."""
@@ -56,79 +64,82 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
             "a search holds out samples to measure shapes on, and there is only one sample; give more --data"
         )
     search = Search(prepared, sets, context, context.folder)
-    found = search.climbed()
+    found = search.try_candidates()
     task, s = prepared.task, prepared.settings
     protocol = (
         f"mean loss on {len(search.samples)} samples of {search.samples.positions} tokens of "
-        f"{task.named(prepared.loaded.model, s.data)}, which nothing was fitted to or trained on; units by "
+        f"{task.name_data(prepared.loaded.model, s.data)}, which nothing was fitted to or trained on; units by "
         f"{search.criterion} from {len(sets.calibration)} other samples"
     )
     metric: Literal["perplexity", "loss"] = "perplexity" if task.classes and not task.compares else "loss"
-    return Shapes(prepared.source, protocol, metric, search.dense(), ranked(found))
+    return Shapes(prepared.given.source, protocol, metric, search.dense(), rank_shapes(found))
 
 
-def winner(prepared: Prepared, found: Shapes) -> Prepared:
+def fix_winner(prepared: Prepared, found: Shapes) -> Prepared:
     """``prepared`` with only the widths of the best shape, as if ``--width`` had fixed them."""
     settings = replace(prepared.settings, widths=dict(found.best.widths), search=False)
     candidates = find_widths(replace(prepared, settings=settings))
-    return replace(prepared, candidates=tuple(candidates), shapes=found)
+    return replace(prepared, candidates=tuple(candidates))
 
 
 # ---- how tokens are spent ----
 
 
-def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
+def estimate_search(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of a search."""
     s = settings
     if not s.search:
         return {}
-    measured = s.search_shapes * 2 * kept * judged(s.windows) * s.length
+    measured = s.search_shapes * 2 * kept * count_judged(s.windows) * s.length
     fits = s.search_shapes * sizes.fit * bool(s.reconstruct)
     learns = find_method(s.method).learns and s.trial_tokens > 0
     fits += s.search_finalists * sizes.fit * learns
-    trains = memory(s, sizes, kept) if s.trial_tokens else 0
+    trains = estimate_training_memory(s, sizes, kept) if s.trial_tokens else 0
     return {
         "shapes": Pass(s.windows * s.length + measured, s.length, flops=fits),
         "train shapes": Pass(4 * s.trial_tokens, s.length, reads=0, training=trains),
     }
 
 
-def judged(samples: int) -> int:
+def count_judged(samples: int) -> int:
     """Number of samples that a search holds out, given the number of the others."""
     return min(JUDGED, max(1, samples // 4))
 
 
-def rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
+def plan_search_rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
     """Number of shapes and of steps in each rung. ``shapes``: the number of all shapes.
 
     Raises:
         MptkError: there are too few tokens for one step of each shape.
     """
-    alive, tokens = _alive(settings, shapes), settings.trial_tokens
+    alive, tokens = _count_alive(settings, shapes), settings.trial_tokens
     if alive[0] < 2 or not tokens:
         return []
-    least, step = least_tokens(settings, shapes), settings.learning.training.batch * settings.length
+    least, step = count_least_tokens(settings, shapes), settings.learning.training.batch * settings.length
     if tokens < least:
         raise MptkError(
             f"{tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
             f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch"
         )
-    return [(count, (tokens * least_steps(settings) << rung) // least) for rung, count in enumerate(alive)]
+    return [(count, (tokens * count_least_steps(settings) << rung) // least) for rung, count in enumerate(alive)]
 
 
-def least_tokens(settings: Settings, shapes: int | None = None) -> int:
-    """Tokens with which the first rung has ``least_steps`` for each of its shapes. ``shapes``: the number of all."""
-    alive = _alive(settings, settings.search_finalists if shapes is None else shapes)
-    steps = sum(n << rung for rung, n in enumerate(alive)) * least_steps(settings)
+def count_least_tokens(settings: Settings, shapes: int | None = None) -> int:
+    """Tokens with which the first rung has ``count_least_steps`` for each of its shapes.
+
+    ``shapes``: the number of all.
+    """
+    alive = _count_alive(settings, settings.search_finalists if shapes is None else shapes)
+    steps = sum(n << rung for rung, n in enumerate(alive)) * count_least_steps(settings)
     return steps * settings.learning.training.batch * settings.length
 
 
-def least_steps(settings: Settings) -> int:
+def count_least_steps(settings: Settings) -> int:
     """Fewest steps of a shape in the first rung: one, or two of masks and one of recovery."""
     return 3 if find_method(settings.method).learns else 1
 
 
-def _alive(settings: Settings, shapes: int) -> list[int]:
+def _count_alive(settings: Settings, shapes: int) -> list[int]:
     """Number of shapes in each rung."""
     alive = [min(settings.search_finalists, shapes)]
     while alive[-1] > 2:
@@ -136,13 +147,13 @@ def _alive(settings: Settings, shapes: int) -> list[int]:
     return alive
 
 
-def searched(settings: Settings) -> int:
+def count_searched(settings: Settings) -> int:
     """Number of training samples of the shape that is trained longest."""
-    planned = rungs(settings, settings.search_finalists) if settings.search else []
+    planned = plan_search_rungs(settings, settings.search_finalists) if settings.search else []
     return sum(steps for _, steps in planned) * settings.learning.training.batch
 
 
-def finalists(shapes: Sequence[Shape], dense: Mapping[str, int], count: int) -> list[int]:
+def choose_finalists(shapes: Sequence[Shape], dense: Mapping[str, int], count: int) -> list[int]:
     """The numbers of ``count`` shapes to train: good and different ones.
 
     First the best shape for each set of cut families, then the best of the others.
@@ -167,27 +178,27 @@ class Search(Trials):
 
     compiled: dict[int, Compiled] = field(default_factory=dict)
 
-    def climbed(self) -> list[Shape]:
+    def try_candidates(self) -> list[Shape]:
         """Each candidate after its last trial."""
         candidates, context = self.prepared.candidates, self.context
-        known = [self.kept(i) for i in range(len(candidates))]
+        known = [self.read_shape(i) for i in range(len(candidates))]
         if None in known:
             _ = self.scores, self.products  # stages of their own
         shapes = []
         with context.stage(stage := "shapes"):
             for i, (candidate, shape) in enumerate(zip(candidates, known, strict=True)):
-                context.progress(stage, i, len(candidates), describe(candidate.widths))
-                shapes.append(shape or self.keep(i, self.measured(candidate)))
+                context.progress(stage, i, len(candidates), describe_widths(candidate.widths))
+                shapes.append(shape or self.keep(i, self.measure_shape(candidate)))
             context.progress(stage, len(candidates), len(candidates))
-        if planned := rungs(self.prepared.settings, len(shapes)):
+        if planned := plan_search_rungs(self.prepared.settings, len(shapes)):
             with context.stage("train shapes"):
                 self._halve(shapes, planned)
         return shapes
 
     def _halve(self, shapes: list[Shape], planned: Sequence[tuple[int, int]]) -> None:
         """Train the best of ``shapes``, in place, in rungs of (number of shapes, steps)."""
-        dense = {name: self.prepared.analysis.family(name).size for name in self.prepared.families}
-        alive = finalists(shapes, dense, planned[0][0])
+        dense = {name: self.prepared.analysis.variable(name).size for name in self.prepared.families}
+        alive = choose_finalists(shapes, dense, planned[0][0])
         done, total = 0, sum(count for count, _ in planned)
         for rung, (count, steps) in enumerate(planned):
             alive.sort(key=lambda i: shapes[i].stages[rung])
@@ -195,9 +206,9 @@ class Search(Trials):
             del alive[count:]
             for i in alive:
                 if len(shapes[i].rungs) <= rung:
-                    what = describe(shapes[i].widths)
-                    say = partial(as_part, self.context.progress, "train shapes", done, total, what)
-                    shapes[i] = self.keep(i, self.trained(i, shapes[i], steps, say))
+                    what = describe_widths(shapes[i].widths)
+                    say = partial(report_part, self.context.progress, "train shapes", done, total, what)
+                    shapes[i] = self.keep(i, self.train_shape(i, shapes[i], steps, say))
                 done += 1
         self._forget(alive)
         self.context.progress("train shapes", done, total)
@@ -207,11 +218,11 @@ class Search(Trials):
         """The samples for measuring losses."""
         assert self.sets.held_out is not None
         held_out = self.sets.held_out[:JUDGED]  # training may hold out more
-        return with_outputs(self.prepared, held_out) if self.prepared.task.compares else held_out
+        return with_dense_outputs(self.prepared, held_out) if self.prepared.task.compares else held_out
 
-    def measured(self, candidate: Candidate) -> Shape:
+    def measure_shape(self, candidate: Candidate) -> Shape:
         """A candidate's losses before training: masked and, if consumers are fitted, with fitted consumers."""
-        masked, *fitted = [self._loss(program) for program in self.programs(candidate.widths)]
+        masked, *fitted = [self._measure_loss(program) for program in self.programs(candidate.widths)]
         cost = self.prepared.cost(candidate.widths)
         return Shape(
             candidate.widths,
@@ -222,15 +233,15 @@ class Search(Trials):
             fitted[0] if fitted else None,
         )
 
-    def trained(self, number: int, shape: Shape, steps: int, say: Progress) -> Shape:
+    def train_shape(self, number: int, shape: Shape, steps: int, say: Progress) -> Shape:
         """Train the shape for a further rung of ``steps`` steps. Its checkpoint stays while it is in the search."""
         if number not in self.compiled:
             self.compiled[number] = self.cut(self.units(number, say))
         compiled, batch = self.compiled[number], self.learning.training.batch
         seen = steps * batch * self.sets.training.positions + (shape.rungs[-1].tokens if shape.rungs else 0)
         taken, in_all = compiled.chosen.steps, seen // (batch * self.sets.training.positions)
-        program = self.recovered(compiled, in_all - taken, self._place(number), say, used=taken * batch)
-        loss = min(shape.loss, self._loss(program))
+        program = self.recover_program(compiled, in_all - taken, self._place(number), say, used=taken * batch)
+        loss = min(shape.loss, self._measure_loss(program))
         return replace(shape, rungs=(*shape.rungs, Rung(seen, loss)))
 
     def units(self, number: int, say: Progress) -> Chosen:
@@ -240,36 +251,36 @@ class Search(Trials):
         """
         p, sets = self.prepared, self.sets
         if not p.method.learns:
-            return self.chosen(p.candidates[number].widths)
-        learning = replace(p.settings.learning, steps=rungs(p.settings, len(p.candidates))[0][1])
+            return self.choose_for(p.candidates[number].widths)
+        learning = replace(p.settings.learning, steps=plan_search_rungs(p.settings, len(p.candidates))[0][1])
         own = replace(p, candidates=(p.candidates[number],), settings=replace(p.settings, learning=learning))
         place = self._place(number, "-masks")
         masks = replace(own.mask_learning, tracker="none")
         learner = Learner(self.accelerator, own, sets.training, masks, place, say, scored=self.folder)
         chosen = learner.learn(sets)
-        changes = spooled(chosen.changes.items(), p.executor.borders)
+        changes = spool_weights(chosen.changes.items(), p.executor.borders)
         if self.products is not None:
-            sites, cut = own.sites_of(chosen.plan), chosen.cut
+            sites, cut = own.find_plan_sites(chosen.plan), chosen.cut
             changes = reconstruct_consumers(p.analysis, sites, cut, changes, sets.calibration, None, p.calibrator)
         return replace(chosen, changes=changes)
 
     def dense(self) -> Shape:
         """The dense model as a shape, for comparison."""
         cost = self.prepared.cost.dense
-        widths = {family: self.prepared.analysis.family(family).size for family in self.prepared.families}
-        return Shape(widths, 0.0, cost.parameters, cost.latency_ms, self._loss(self.prepared.reference))
+        widths = {family: self.prepared.analysis.variable(family).size for family in self.prepared.families}
+        return Shape(widths, 0.0, cost.parameters, cost.latency_ms, self._measure_loss(self.prepared.reference))
 
-    def _loss(self, program: Program) -> float:
-        return bounded(*losses(self.prepared, [lambda: program], self.samples))
+    def _measure_loss(self, program: Program) -> float:
+        return limit_loss(*measure_losses(self.prepared, [lambda: program], self.samples))
 
     # ---- what is kept ----
 
-    def kept(self, number: int) -> Shape | None:
+    def read_shape(self, number: int) -> Shape | None:
         """The stored shape of that number, if there is one with the same widths."""
         path = self._file(number)
         if not path.is_file():
             return None
-        shape = read_as(Shape, path, damaged(path, "remove it, and start again with --resume"))
+        shape = read_as(Shape, path, make_damage_error(path, "remove it, and start again with --resume"))
         return shape if dict(shape.widths) == dict(self.prepared.candidates[number].widths) else None
 
     def keep(self, number: int, shape: Shape) -> Shape:
@@ -282,7 +293,7 @@ class Search(Trials):
 
     def _place(self, number: int, phase: str = "") -> RunFolder:
         """Where the training of a shape keeps its checkpoints."""
-        return self.folder.part(f"{_name(number)}{phase}", {})
+        return self.folder.open_part(f"{_name(number)}{phase}", {})
 
     def _forget(self, numbers: Iterable[int]) -> None:
         """Remove the checkpoints of shapes that are trained no further."""

@@ -10,24 +10,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mptk.compile.cut import compile_plan, small_model
-from mptk.config.learning import Learning
-from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Lazy, Weights
-from mptk.methods.criteria import all_criteria
+from mptk.compile.cut import build_small_model, compile_plan
+from mptk.config import Learning
+from mptk.ir import Lazy, Log, Program, Samples, Weights, resolve_plan
+from mptk.methods.criteria import list_criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.criteria.wanda import WANDA
-from mptk.methods.division.trial import plan_of
+from mptk.methods.division.trial import plan_widths
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.one_shot import scored
+from mptk.methods.one_shot import keep_scores
 from mptk.methods.reconstruct import Products, gather_products
-from mptk.progress import Progress, silent
-from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.values import Context, SampleSets
+from mptk.progress import Progress, show_nothing
+from mptk.protocols import Chosen, Compiled, Context, Prepared, RunFolder, SampleSets, should_reconstruct
 from passes.pipelines import cut_program
 
 
@@ -44,31 +38,31 @@ class Trials:
     def criterion(self) -> str:
         """The criterion that chooses units."""
         method = self.prepared.settings.method
-        return method if method in all_criteria() else WANDA.name
+        return method if method in list_criteria() else WANDA.name
 
     @cached_property
     def scores(self) -> Scores:
         """Scores of all units."""
-        return scored(self.prepared, self.criterion, self.sets, self.context, self.folder)[0]
+        return keep_scores(self.prepared, self.criterion, self.sets, self.context)
 
     @cached_property
     def products(self) -> Products | None:
         """The sums that consumers are fitted with; None if they are not fitted."""
         p = self.prepared
-        if not reconstructs(p.settings, p.method):
+        if not should_reconstruct(p.settings, p.method):
             return None
         with self.context.stage(stage := "moments"):
             say = partial(self.context.progress, stage)
-            cuts = [resolve_plan(p.analysis, plan_of(p, self.scores, each.widths)) for each in p.candidates]
+            cuts = [resolve_plan(p.analysis, plan_widths(p, self.scores, each.widths)) for each in p.candidates]
             return gather_products(p.analysis, p.mask_sites, cuts, self.sets.calibration, say, p.calibrator)
 
-    def chosen(self, widths: Mapping[str, int]) -> Chosen:
+    def choose_for(self, widths: Mapping[str, int]) -> Chosen:
         """The best units for ``widths``, and the consumers fitted to them on demand."""
-        plan = plan_of(self.prepared, self.scores, widths)
+        plan = plan_widths(self.prepared, self.scores, widths)
         cut = resolve_plan(self.prepared.analysis, plan)
         if self.products is None:
             return Chosen(plan, cut)
-        changes = self.products.fitted(cut)
+        changes = self.products.fit_layers(cut)
         return Chosen(plan, cut, changes, tuple(changes))
 
     def programs(self, widths: Mapping[str, int]) -> Iterator[Program]:
@@ -76,14 +70,16 @@ class Trials:
 
         It is one program, whose weights change when the second is asked for: to cut takes time.
         """
-        analysis, chosen = self.prepared.analysis, self.chosen(widths)
+        analysis, chosen = self.prepared.analysis, self.choose_for(widths)
         dense = analysis.program.state
         now: Mapping[str, Tensor] = dense
 
         def weight(name: str) -> Tensor:
             return now[name]
 
-        weights = Weights({name: Lazy(dense.like(name).to("meta"), partial(weight, name)) for name in chosen.changes})
+        weights = Weights(
+            {name: Lazy(dense.find_like(name).to("meta"), partial(weight, name)) for name in chosen.changes}
+        )
         changed = replace(analysis, program=analysis.program.with_state(weights))
         program = cut_program(changed, chosen.cut, Log(), torch.float32).exact
         yield program
@@ -105,9 +101,9 @@ class Trials:
 
     def cut(self, chosen: Chosen) -> Compiled:
         """The model cut to a choice, in the form of the target."""
-        return compile_plan(self.prepared, chosen, self.sets.calibration, Context(Log(), silent))
+        return compile_plan(self.prepared, chosen, self.sets.calibration, Context(Log(), show_nothing))
 
-    def recovered(
+    def recover_program(
         self,
         compiled: Compiled,
         steps: int,
@@ -122,7 +118,7 @@ class Trials:
         ``place`` keeps checkpoints: a run that ended there after fewer steps goes on. ``used``, ``held_out``: as in
         ``Learner.recover``.
         """
-        small = small_model(compiled, compiled.program.state_dict())
+        small = build_small_model(compiled, compiled.program.state_dict())
         learner = Learner(self.accelerator, self.prepared, self.sets.training, self.learning, place, say)
         found = learner.recover(small, steps, self.sets.proof, used, held_out)
         assert found is not None
@@ -131,7 +127,7 @@ class Trials:
         return compiled.program.with_state(named)
 
 
-def as_part(
+def report_part(
     progress: Progress,
     stage: str,
     done: int,

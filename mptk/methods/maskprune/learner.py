@@ -5,7 +5,7 @@ The phases use the solver, the training loop, the adapters and the teacher of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,65 +14,77 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mptk.compat.accelerate import without_autocast
-from mptk.compat.peft import adapters_off
-from mptk.config.choices import FREE
-from mptk.config.learning import Learning
-from mptk.config.settings import Settings
+from mptk.compat.peft import adapt_as_named, is_lora_refused, switch_off_adapters
+from mptk.config import FREE, Learning, Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.distributed.processes import accelerator, anywhere, gathered, holds, leads, placed
+from mptk.distributed.processes import (
+    find_module_blocks,
+    gather_tensor,
+    gather_tensors,
+    holds,
+    is_anywhere,
+    is_leader,
+    make_accelerator,
+    place_model,
+)
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import kept_units, resolve_plan
-from mptk.ir.samples import Samples
-from mptk.methods.criteria import Scores, score, select
+from mptk.ir import Samples, collect_kept_units, resolve_plan
+from mptk.methods.criteria import Scores, score_units, select_units
 from mptk.methods.criteria.wanda import WANDA
-from mptk.methods.division.layers import ends_note
-from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
+from mptk.methods.division.layers import describe_ends
 from mptk.methods.maskprune.losses import cross_entropy
-from mptk.methods.maskprune.optimizers import products
 from mptk.methods.maskprune.solver import Solver
-from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, fingerprint
+from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.together import Together
-from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, on_host, run_module
+from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, count_product_tokens, move_to_host, run_module
 from mptk.progress import Progress
-from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.run_folder import TRACKER, RunFolder, kept
-from mptk.protocols.task import Task
-from mptk.protocols.values import SampleSets, Witness
+from mptk.protocols import TRACKER, Chosen, Kept, Prepared, RunFolder, SampleSets, Task, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
 TRAINING_START_S = 0.7
-"""Seconds for each layer to make and place the models that are trained, and to store what they start with."""
+"""Seconds for each layer to make and place the models that are trained, and to store their initial state."""
 SALIENCY = "saliency"
 """Name of the scores from before training in the folder of an unfinished run."""
 
 
-def work(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
+def estimate_training(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
     """The cost of learning masks and of recovery together: of both models, in each step and on held-out samples."""
     s, training = settings, settings.learning.training
     if not s.steps:
         return {}
+    # In a step the teacher goes forward, the student forward and backward, and backward costs as much as two passes.
+    # The held-out samples, up to a batch, go forward before the first step, at each checkpoint and at the end.
     batches = s.steps * (1 + 3 * kept) + (2 + s.steps // training.save_every) * (1 + kept)
-    tokens = batches * training.batch * s.length + s.steps * kept * products(settings.learning, sizes.hidden)
-    return {"train": Pass(tokens, s.length, reads=0, training=memory(s, sizes, kept), fixed=TRAINING_START_S)}
+    products = s.steps * kept * count_product_tokens(settings.learning, sizes.hidden)
+    tokens = batches * training.batch * s.length + products
+    memory = estimate_training_memory(s, sizes, kept)
+    return {"train": Pass(tokens, s.length, reads=0, training=memory, fixed=TRAINING_START_S)}
 
 
-def memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
+def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
     """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
 
     ``kept``: the share of the parameters that stay.
     """
     s, tokens = settings.learning, settings.learning.training.micro * settings.length
+    # All weights: a gradient and two moments of each, 4 bytes a number. LoRA: these and the adapters themselves, in a
+    # layer about 8 rank × hidden numbers.
     states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    # What autograd keeps of a token in a block, in hidden and inner sizes. With checkpointing only one block's are
+    # there, and what enters each block.
     layers = 1 if s.gradient_checkpointing else sizes.layers
     activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    # Logits of both models, and their temporary copies in the loss.
     return states + activations + 4 * 4 * tokens * sizes.vocab
 
 
@@ -83,9 +95,9 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
         MptkError: the batch does not divide over the processes, or the tracker is not installed.
     """
     tracker = None if settings.tracker == "none" else settings.tracker
-    if tracker is not None and leads():
+    if tracker is not None and is_leader():
         folder.make()  # with its mark, before the tracker makes it
-    made = accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
+    made = make_accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
     if tracker is not None:
         if not made.log_with:
             raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
@@ -141,7 +153,7 @@ class Learner:
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the teacher's weights, computed in the first process, and the precision if it is less."""
-        found = [fingerprint(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
+        found = [hash_model_weights(self.prepared.copy_teacher()) if self.accelerator.is_main_process else ""]
         less = "" if self.settings.precision == "no" else f"-{self.settings.precision}"
         return f"{broadcast_object_list(found)[0]}{less}"
 
@@ -154,32 +166,41 @@ class Learner:
         same. Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
         (``processes.holds``) get no changes and no witness.
         """
-        chosen = self._learned(sets)
+        # Models and optimizer live only in the inner call: after it, accelerate holds the last references to them.
+        chosen = self._learn_masks(sets)
         self.accelerator.free_memory()
         return chosen
 
-    def _learned(self, sets: SampleSets) -> Chosen:
+    def _learn_masks(self, sets: SampleSets) -> Chosen:
+        # Score units before training, unless a checkpoint of the loop holds the solver's later state.
         prepared, analysis = self.prepared, self.prepared.analysis
         student, masks, solver, loop = self.begin()
-        if self.folder.latest("masks") is None:
-            before = partial(self._scores, student, solver, sets.calibration)
-            solver.load(kept(self.scored or self.folder, SALIENCY, before))
+        if self.folder.read_latest("masks") is None:
+            before = partial(self._score_units, student, solver, sets.calibration)
+            solver.load(dict((self.scored or self.folder).keep(SALIENCY, before).tensors))
         loop.run()
+
+        # Units by their last scores, at the widths that the solver fixed.
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
-        scores = {family: solver.scores(family).cpu() for family in widths}
-        plan = select(analysis, scores, widths, stock=prepared.legal.stock)
+        scores = {family: solver.compute_scores(family).cpu() for family in widths}
+        plan = select_units(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
-        solver.harden(kept_units(analysis, cut, list(widths)))
-        outputs = self.outputs(loop.student, sets.proof)
-        state = gathered(changed(student, masks, analysis.program.state), keep=self.keeps)
+
+        # The class may hold other units than the tail left (whole blocks), so masks follow the plan. The outputs are
+        # computed with masks and adapters in place: the proof compares them with the merged weights'.
+        solver.harden(collect_kept_units(analysis, cut, list(widths)))
+        outputs = self.compute_outputs(loop.student, sets.proof)
+        state = gather_tensors(collect_changed_weights(student, masks, analysis.program.state), keep=self.keeps)
         witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
-        notes = () if prepared.settings.layers == FREE else (ends_note(prepared, scores, plan, sets),)
+        notes = () if prepared.settings.layers == FREE else (describe_ends(prepared, scores, plan, sets),)
         return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=self.settings.mask_steps)
 
     def begin(self) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
+        # Widths in which all candidates agree are given; the others are learned.
         prepared, candidates = self.prepared, self.prepared.candidates
-        shapes = {family: _shape(prepared.analysis, family) for family in prepared.families}
+        variables = {name: prepared.analysis.variable(name) for name in prepared.families}
+        shapes = {name: (len(v.groups), v.scopes, v.size) for name, v in variables.items()}
         given = {
             family: width
             for family, width in candidates[0].widths.items()
@@ -194,40 +215,46 @@ class Learner:
                 f"a step that learns masks has {batch} windows, which do not divide over {count} processes; "
                 f"give --batch {whole.mask_parts * count}"
             )
+        # A step of the settings is several of the solver's (``mask_parts``), each with a part of the batch.
         steps = whole.mask_steps * whole.mask_parts
         stays = {family: units.to(device) for family, units in prepared.stays.items()}
         solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays)
-        past = {site.module for site in prepared.mask_sites if site.past}
-        student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
-        masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
-        recompute(student, self.settings.gradient_checkpointing)
-        dense = partial(_dense, prepared.task, student, masks)
-        teacher = self._teacher(dense if prepared.compared is prepared.loaded else self._another())
 
+        # Modules whose weights are read past them get no adapter: LoRA would have no effect there.
+        past = {site.module for site in prepared.mask_sites if site.past}
+        student = adapt(prepared.copy_model(self.keeps), self.rank, self.settings.training.seed, past)
+        masks = InsertedMasks(unwrap_adapters(student), prepared.mask_sites, solver.get_mask, solver.watch)
+        recompute(student, self.settings.gradient_checkpointing)
+
+        # The student without masks and adapters is the dense model: a second copy is needed only for another teacher.
+        dense = partial(_run_dense, prepared.task, student, masks)
+        teacher = self._make_teacher(dense if prepared.compared is prepared.loaded else self._make_separate_teacher())
+
+        # Once the target has reached the budget, widths are rounded to legal ones, and only masks and LoRA move.
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
             solver.step(tokens)
             if not solver.fixed and solver.step_count >= solver.ramp * solver.steps:
-                solver.fix(nearest_candidate(candidates, solver.widths(), shapes))
-            return solver.metrics()
+                solver.fix(find_nearest_candidate(candidates, solver.compute_widths(), shapes))
+            return solver.collect_metrics()
 
         extra = (solver.state, solver.load)
-        loop = self._loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
+        loop = self._make_loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _scores(self, student: PeftModel, solver: Solver, calibration: Samples) -> dict[str, Tensor]:
+    def _score_units(self, student: PeftModel, solver: Solver, calibration: Samples) -> Kept:
         """The state of the solver before any training: with the prior and the saliency."""
-        solver.prior = {family: values.to(solver.device) for family, values in self._prior(calibration).items()}
-        self._saliency(student, solver, calibration)
-        return solver.state()
+        solver.prior = {family: values.to(solver.device) for family, values in self._score_prior(calibration).items()}
+        self._estimate_saliency(student, solver, calibration)
+        return Kept(solver.state())
 
-    def _prior(self, calibration: Samples) -> Scores:
+    def _score_prior(self, calibration: Samples) -> Scores:
         """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""
         families, say = self.prepared.families, partial(self.progress, "activations")
         analysis, executor = self.prepared.analysis, self.prepared.calibrator
-        return score(analysis, WANDA.name, calibration, families=families, progress=say, executor=executor)
+        return score_units(analysis, WANDA.name, calibration, families=families, progress=say, executor=executor)
 
-    def _saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
+    def _estimate_saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
         """Estimate F before any training, from gradients of the task's loss in the masks, which are all 1.
 
         A batch has ``micro`` samples over all processes, rounded up to a multiple of their number. So F does not
@@ -235,23 +262,23 @@ class Learner:
         """
         acc = self.accelerator
         together = -(-self.settings.training.micro // acc.num_processes) * acc.num_processes
-        repeated = calibration.repeated(-(-together // len(calibration)))
+        repeated = calibration.repeat(-(-together // len(calibration)))  # at least one whole batch
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
-            with adapters_off(student):
+            with switch_off_adapters(student):  # they change nothing before training, and cost time
                 own = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
-                self._sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
+                self._compute_sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
             self._average(solver)
             solver.observe(len(part) * part.positions)
             solver.clear()
             self.progress("saliency", done, len(parts))
 
-    def _sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+    def _compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         """The mean of the function whose gradient is the saliency, on this process's part of a batch."""
         task = self.prepared.task
         if task.classes and samples.targets is not None and not task.compares:
             return cross_entropy(output, samples.targets)  # in chunks: logits are large
-        return task.sensitivity(output, samples) / task.predicted(samples)
+        return task.compute_sensitivity(output, samples) / task.count_predictions(samples)
 
     def _average(self, solver: Solver) -> None:
         """Average gradients over processes, so that all of them take the same step."""
@@ -275,29 +302,33 @@ class Learner:
         witness holds the outputs of these on ``batch``, before adapters are merged. Only the first process gets them.
         """
         watch = None if held_out is None or not steps else Watch(held_out)
-        recovered = self._recovered(small, steps, batch, used, watch)
+        recovered = self._recover_weights(small, steps, batch, used, watch)
         self.accelerator.free_memory()
         return recovered if self.accelerator.is_main_process else None
 
-    def _recovered(self, small: nn.Module, steps: int, batch: Samples, used: int, watch: Watch | None) -> Recovered:
-        loop = self.recovery(small, steps, used, watch)
+    def _recover_weights(
+        self, small: nn.Module, steps: int, batch: Samples, used: int, watch: Watch | None
+    ) -> Recovered:
+        loop = self.make_recovery(small, steps, used, watch)
         loop.run()
-        outputs = self.outputs(loop.student, batch)
+        # Before adapters are merged: the proof compares these outputs with the merged weights'.
+        outputs = self.compute_outputs(loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
-        state = merged(student) if self.rank else student.named_parameters()
-        trained = gathered(state, keep=self.accelerator.is_main_process)
+        state = merge_adapters(student) if self.rank else student.named_parameters()
+        trained = gather_tensors(state, keep=self.accelerator.is_main_process)
         return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
 
     def recover_all(self, student: Together, steps: int, batch: Samples, held_out: Samples | None) -> list[Recovered]:
         """Train all sizes of ``student`` at once; returns what each became. Arguments as in ``recover``."""
         watch = None if held_out is None else Watch(held_out)
-        loop = self._loop(student, self._teacher(self._another()), steps, "recovery", watch=watch, sizes=student.views)
+        teacher = self._make_teacher(self._make_separate_teacher())
+        loop = self._make_loop(student, teacher, steps, "recovery", watch=watch, sizes=student.views)
         loop.run()
         without_autocast(self.accelerator, loop.student)
         found = []
         for i, view in enumerate(student.views):
-            witness = Witness("trained model", self.outputs(view, batch), self.tolerance)
-            found.append(Recovered(gathered(student.weights(i).items(), keep=True), witness, watch))
+            witness = Witness("trained model", self.compute_outputs(view, batch), self.tolerance)
+            found.append(Recovered(gather_tensors(student.compute_weights(i).items(), keep=True), witness, watch))
         self.accelerator.free_memory()
         return found
 
@@ -305,11 +336,12 @@ class Learner:
     def tolerance(self) -> float:
         """Largest difference of the trained model and its stored weights, relative to the largest output."""
         acc = self.accelerator
-        if acc.is_fsdp2 and self.settings.precision != "no":  # its blocks compute in half precision even after training
+        # Shards compute in half precision even after training; elsewhere autocast is switched off for the outputs.
+        if acc.is_fsdp2 and self.settings.precision != "no":
             return HALF_TOLERANCE
         return TOLERANCE if acc.device.type == "cpu" else RUNTIME_TOLERANCE
 
-    def recovery(self, small: nn.Module, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
+    def make_recovery(self, small: nn.Module, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
         """The loop that trains the cut model."""
         settings = self.settings
         if self.rank:
@@ -318,38 +350,41 @@ class Learner:
         else:
             student = small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
-        return self._loop(student, self._teacher(self._another()), steps, "recovery", first_row=used, watch=watch)
+        return self._make_loop(
+            student, self._make_teacher(self._make_separate_teacher()), steps, "recovery", first_row=used, watch=watch
+        )
 
     # ---- shared ----
 
-    def _another(self) -> Callable[[Samples, bool], Output]:
+    def _make_separate_teacher(self) -> Callable[[Samples, bool], Output]:
         """A function that runs a teacher that is separate from the student."""
 
+        # Placed at the first call: with a cached teacher there may be none.
         @cache
-        def dense() -> Any:  # with a cached teacher it may never run
-            return placed(self.accelerator, self.prepared.teacher(self.keeps))
+        def load_dense() -> Any:  # with a cached teacher it may never run
+            return place_model(self.accelerator, self.prepared.copy_teacher(self.keeps))
 
-        return lambda samples, hidden: run_module(self.prepared.task, dense(), samples, hidden=hidden)
+        return lambda samples, hidden: run_module(self.prepared.task, load_dense(), samples, hidden=hidden)
 
     @torch.no_grad()
-    def outputs(self, student: nn.Module, batch: Samples) -> Tensor | tuple[Tensor, ...]:
+    def compute_outputs(self, student: nn.Module, batch: Samples) -> Tensor | tuple[Tensor, ...]:
         """The trained student's outputs in evaluation mode. All processes call it; shards stay in half precision."""
         acc = self.accelerator
         if not acc.is_fsdp2:
             student = without_autocast(acc, student)
-        return on_host(self.prepared.task.output(student.eval(), batch.to(acc.device)))
+        return move_to_host(self.prepared.task.compute_output(student.eval(), batch.to(acc.device)))
 
-    def _loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:
+    def _make_loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:
         """A loop of the run. ``more``: its other fields."""
 
-        def say(done: int, total: int, metrics: Metrics) -> None:
+        def report(done: int, total: int, metrics: Metrics) -> None:
             self.progress(phase, done, total, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
         task, training = self.prepared.task, self.settings.training
         given = (self.accelerator, student, teacher, task, self.samples, steps, training, phase, self.folder)
-        return Loop(*given, progress=say, **more)
+        return Loop(*given, progress=report, **more)
 
-    def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
+    def _make_teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
         acc, shared = self.accelerator, self.settings.teacher_cache
         hidden, top = bool(self.settings.training.losses.hidden_loss), TOP if self.prepared.task.classes else 0
@@ -357,17 +392,20 @@ class Learner:
         live = torch.no_grad()(acc.autocast()(lambda given: run(given.to(acc.device), hidden)))
         if self.settings.teacher == "live":
             return live
+        # A folder of the run belongs to one teacher. A folder that runs share has a subfolder for each.
         folder = self.folder.make() / "teacher" if shared is None else Path(shared) / self.fingerprint
-        return CachedTeacher(live, folder, top, partial(anywhere, acc), acc.device)
+        return CachedTeacher(live, folder, top, partial(is_anywhere, acc), acc.device)
 
 
-def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def collect_changed_weights(
+    student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Each weight that learning changed, by name: adapters merged, masks folded, one at a time. Dense shapes.
 
     ``dense``: the dense model's weights.
     """
     adapted = set()
-    for name, weight in merged(student):
+    for name, weight in merge_adapters(student):
         adapted.add(name)
         yield name, masks.fold(name, weight)
     for name in masks.weights:
@@ -375,26 +413,77 @@ def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor
             yield name, masks.fold(name, dense[name])
 
 
-def nearest_candidate(
+def find_nearest_candidate(
     candidates: Sequence[Candidate], learned: Mapping[str, float], shapes: Mapping[str, tuple[int, int, int]]
 ) -> dict[str, int]:
     """The widths of the candidate nearest to the learned widths, measured as shares of the dense widths."""
 
-    def distance(candidate: Candidate) -> float:
+    def compute_distance(candidate: Candidate) -> float:
         return sum(((width - learned[family]) / shapes[family][2]) ** 2 for family, width in candidate.widths.items())
 
-    return dict(min(candidates, key=distance).widths)
+    return dict(min(candidates, key=compute_distance).widths)
 
 
-def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
-    family = analysis.family(name)
-    return len(family.groups), family.scopes, family.size
-
-
-def _dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
+def _run_dense(task: Task, student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
-    with masks.disabled(), adapters_off(student):
+    with masks.switch_off(), switch_off_adapters(student):
         return run_module(task, student, samples, hidden=hidden)
 
 
-__all__ = ["Learner", "nearest_candidate", "start_training"]
+# ---- LoRA (Hu et al. 2021, arXiv 2106.09685) with peft ----
+
+
+def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
+    """``model`` with LoRA of ``rank`` and scale 2 on all linear layers but the head. Its own weights are frozen.
+
+    ``seed``: of the adapters' initial weights. ``but``: modules without adapters.
+    """
+    # A tied head is the embedding, too: an adapter that is merged into it would change both.
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    names = [name for name in linear if name not in but and not is_lora_refused(model, name)]
+    if not names:
+        raise MptkError(
+            f"{type(model).__name__} has no linear layer for LoRA, with which masks are learned; give a one-shot "
+            "--method, as wanda, and no --rank"
+        )
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())  # GPT-2's layers hold [in, out]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
+    with torch.random.fork_rng(devices=[]), adapt_as_named():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def unwrap_adapters(model: PeftModel) -> nn.Module:
+    """The wrapped module, whose submodules keep their names."""
+    return model.base_model.get_submodule("model")
+
+
+def merge_adapters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Each adapted layer's (weight name, weight plus adapter), one at a time, on the device. The model does not change.
+
+    If weights are sharded over processes, all processes must call it, and each gets whole weights.
+    """
+    for name, layer in unwrap_adapters(model).named_modules():
+        if isinstance(layer, Linear):
+            with torch.no_grad():
+                weight = gather_tensor(
+                    layer.get_base_layer().get_parameter("weight") + layer.get_delta_weight("default")
+                )
+            yield f"{name}.weight", weight
+
+
+def recompute(model: nn.Module, on: bool) -> None:
+    """Switch gradient checkpointing of the blocks on or off.
+
+    transformers' own gradient checkpointing needs training mode, which would switch dropout on.
+    """
+    for block in find_module_blocks(model):
+        # An attribute of the instance hides the class's method; without it the method is back.
+        if on:
+            vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+        else:
+            vars(block).pop("forward", None)
+
+
+__all__ = ["Learner", "find_nearest_candidate", "start_training"]

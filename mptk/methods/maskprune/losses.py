@@ -3,8 +3,8 @@
 Cross entropy and divergence are means over positions, in nats. The hidden error is relative and has no unit.
 
 With a large vocabulary the losses cost as much as several layers, and their temporary tensors take most of the memory.
-So ``class_losses`` computes both losses and their gradient together, a few positions at a time. Student and teacher go
-through one softmax each, and only the gradient is kept for the backward pass.
+So ``compute_class_losses`` computes both losses and their gradient together, a few positions at a time. Student and
+teacher go through one softmax each, and only the gradient is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mptk.config.learning import LossWeights
-from mptk.distributed.processes import widest
-from mptk.ir.samples import IGNORED
+from mptk.config import LossWeights
+from mptk.distributed.processes import find_widest_float
+from mptk.ir import IGNORED
 
 CHUNK = 2**20
 """Logits that are processed at once. They should fit the processor's cache."""
@@ -38,10 +38,10 @@ class TopLogits:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of ``logits`` [..., classes] on ``targets`` [...]; ``IGNORED`` ones do not count."""
-    return class_losses(logits, targets, None, LossWeights(kl=0.0))["loss"]
+    return compute_class_losses(logits, targets, None, LossWeights(kl=0.0))["loss"]
 
 
-def class_losses(
+def compute_class_losses(
     logits: Tensor, targets: Tensor, teacher: Tensor | TopLogits | None, weights: LossWeights
 ) -> dict[str, Tensor]:
     """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student); also each term if its weight is not 0.
@@ -65,21 +65,21 @@ def class_losses(
     return {"loss": loss} | ({"lm": lm} if weights.lm else {}) | ({"kl": kl} if weights.kl else {})
 
 
-def distilled(
+def compute_distillation_losses(
     output: Tensor, targets: Tensor | None, teacher: Tensor | TopLogits | None, weights: LossWeights, *, classes: bool
 ) -> dict[str, Tensor]:
-    """``class_losses`` if the model gives logits of ``classes``, else the error of its features.
+    """``compute_class_losses`` if the model gives logits of ``classes``, else the error of its features.
 
     Without ``targets`` the class that the teacher finds likeliest is the target. The features' error is
     ‖f − f*‖² / ‖f* − mean f*‖², f* of the teacher.
     """
     if not classes:
         assert isinstance(teacher, Tensor)
-        return {"loss": hidden_error([output], [teacher])}
+        return {"loss": compute_hidden_error([output], [teacher])}
     if targets is None:
         assert teacher is not None
         targets = teacher.argmax(-1) if isinstance(teacher, Tensor) else teacher.tokens[..., 0]
-    return class_losses(output, targets, teacher, weights)
+    return compute_class_losses(output, targets, teacher, weights)
 
 
 class _Context(Protocol):
@@ -102,22 +102,25 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: _Context, logits: Tensor, targets: Tensor, weights: LossWeights, *teacher: Tensor
     ) -> tuple[Tensor, ...]:
+        # The weight of each position in the two means: the loss is their weighted sum.
         known = targets != IGNORED
         of_lm = weights.lm / known.sum().clamp_min(1) * known
         of_kl = weights.kl / len(logits)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        wide = widest(logits.device)
+        wide = find_widest_float(logits.device)
         lm, kl = logits.new_zeros(2, dtype=wide).unbind()
         rows = max(1, CHUNK // logits.shape[1])
         for at in (slice(first, first + rows) for first in range(0, len(logits), rows)):
+            # Cross entropy: log Σ exp z − z of the target. An ignored target is -100, which no index may be.
             z = logits[at].float()
             p = z.softmax(-1)
             total = _log_total(z, p)
             target = targets[at].clamp_min(0)[:, None]
             lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=wide)
+            # p becomes the gradient in place, since another tensor of this size would not fit the cache.
             share = of_lm[at, None].float()
             if weights.kl:
-                found, p = _divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
+                found, p = _compute_divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
                 kl = kl + found
             else:
                 p.mul_(share)
@@ -132,6 +135,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Taken out of the context and scaled in place: it is as large as the logits.
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None
         return gradient.mul_(gradients[0]), *[None] * (len(ctx.needs_input_grad) - 1)
@@ -142,15 +146,19 @@ def _log_total(z: Tensor, p: Tensor) -> Tensor:
     return z.amax(-1) - p.amax(-1).log()
 
 
-def _divergence(
+def _compute_divergence(
     z: Tensor, p: Tensor, total: Tensor, teacher: Sequence[Tensor], of_lm: Tensor, of_kl: float
 ) -> tuple[Tensor, Tensor]:
     """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, which overwrites ``p`` [rows, vocab]."""
+    # 1. The teacher's whole logits t: log q − log p = (t − log Σ exp t) − (z − log Σ exp z).
     if len(teacher) == 1:
         t = teacher[0].float()
         q = t.softmax(-1)
         apart = (t - z).sub_((_log_total(t, q) - total)[:, None])
-        return torch.linalg.vecdot(q, apart).sum(dtype=widest(z.device)), p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
+        found = torch.linalg.vecdot(q, apart).sum(dtype=find_widest_float(z.device))
+        return found, p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
+    # 2. Its top k: r is the teacher's probability of all other tokens together, ``others`` the student's. The bound
+    # keeps its logarithm finite.
     tokens, logs, rest = teacher[0], teacher[1].float(), teacher[2].float()
     q, r, seen = logs.exp(), rest.exp(), p.gather(-1, tokens)
     others = 1 - seen.sum(-1).clamp(max=1 - 1e-6)
@@ -162,16 +170,17 @@ def _divergence(
     return found, gradient.scatter_add_(-1, tokens, of_kl * (spread * seen - q))
 
 
-def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def compute_hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of ‖h − h*‖² / ‖h* − mean h*‖²: h of the student, h* of the teacher, [batch, length, hidden]."""
     errors = []
     for ours, theirs in zip(student, teacher, strict=True):
+        # Without the mean, since a large constant part of the states would hide their error.
         spread = (theirs - theirs.mean(tuple(range(theirs.ndim - 1)))).square().sum().clamp_min(1e-12)
         errors.append((ours - theirs).float().square().sum() / spread)
     return torch.stack(errors).mean()
 
 
-def shorten(logits: Tensor, k: int) -> TopLogits:
+def shorten_logits(logits: Tensor, k: int) -> TopLogits:
     """The k likeliest tokens of ``logits`` [..., vocab], their log probabilities, and the other tokens' together."""
     logs = logits.float().log_softmax(-1)
     top = logs.topk(min(k, logs.shape[-1]), -1)

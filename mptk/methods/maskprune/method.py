@@ -6,22 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from mptk.config.choices import FREE
-from mptk.config.settings import Settings
+from mptk.config import FREE, Settings
 from mptk.cost.estimate import Pass
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
-from mptk.methods.division.layers import divided
-from mptk.methods.division.trial import plan_of
+from mptk.ir import Analysis
+from mptk.methods.division.layers import choose_division
+from mptk.methods.division.trial import plan_widths
 from mptk.methods.maskprune.learner import Learner
-from mptk.methods.one_shot import scored
-from mptk.protocols.chain import Chosen, Method, Prepared
-from mptk.protocols.run_folder import RunFolder, kept
-from mptk.protocols.values import Context, SampleSets
+from mptk.methods.one_shot import keep_scores
+from mptk.protocols import Chosen, Context, Kept, Method, Prepared, SampleSets
 from passes.targets.legalize import Candidate
-from passes.transforms.insert_masks import disturbed
+from passes.transforms.insert_masks import find_disturbance
 
 DIVISION = "division"
 """Name of the layers' widths in the folder of an unfinished run."""
@@ -43,10 +39,11 @@ class MaskPrune(Method):
         if settings.learning.precision == "fp16":
             raise MptkError("masks are learned from gradients, which fp16 scales; use --precision bf16 or no")
 
-    def refusal(self, analysis: Analysis, family: str) -> str | None:
-        return disturbed(analysis, family)
+    def explain_refusal(self, analysis: Analysis, family: str) -> str | None:
+        return find_disturbance(analysis, family)
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
+        # Activations take one pass; the gradients in the masks, also each token's own, about four.
         s = settings
         return {"score": Pass(5 * s.windows * s.length, s.length, reads=2)}
 
@@ -55,29 +52,28 @@ class MaskPrune(Method):
         assert context.accelerator is not None
         learning, found = prepared.mask_learning, dict[str, float]()
         if prepared.settings.layers == FREE:
-            prepared, found = divided_over_layers(prepared, sets, context, context.folder)
+            prepared, found = divide_over_layers(prepared, sets, context)
         with context.stage("learn masks"):
             learner = Learner(context.accelerator, prepared, sets.training, learning, context.folder, context.progress)
             chosen = learner.learn(sets)
         return replace(chosen, losses=found)
 
 
-def divided_over_layers(
-    prepared: Prepared, sets: SampleSets, context: Context, folder: RunFolder
-) -> tuple[Prepared, dict[str, float]]:
-    """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers.
+def divide_over_layers(prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Prepared, dict[str, float]]:
+    """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers."""
 
-    ``folder`` keeps both.
-    """
+    def find() -> Kept:
+        # The division is chosen one-shot, since learned widths are the same in all layers. It starts from the widths
+        # that cut all families most evenly.
+        scores = keep_scores(prepared, "wanda", sets, context)
+        equal = plan_widths(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
+        plan, losses = choose_division(prepared, scores, equal, sets, context)
+        sizes = {name: plan.widths.get(name, prepared.analysis.variable(name).size) for name in prepared.families}
+        both = (*sizes.items(), *losses.items())
+        return Kept({name: torch.tensor(value, dtype=torch.float64) for name, value in both})
 
-    def find() -> dict[str, Tensor]:
-        scores, _ = scored(prepared, "wanda", sets, context, folder)
-        equal = plan_of(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
-        plan, losses = divided(prepared, scores, equal, sets, context)
-        sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
-
-    found = kept(folder, DIVISION, find)
+    # Widths and losses are in one file, by name: the names of families are widths, the others losses.
+    found = context.keep(DIVISION, find).tensors
     widths = {name: int(found[name]) for name in prepared.families}
     losses = {name: float(loss) for name, loss in found.items() if name not in widths}
-    return replace(prepared, candidates=(Candidate(widths, prepared.cost.sparsity(widths), 0.0),)), losses
+    return replace(prepared, candidates=(Candidate(widths, prepared.cost.compute_sparsity(widths), 0.0),)), losses

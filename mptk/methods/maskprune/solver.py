@@ -23,17 +23,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mptk.config.learning import Rates
-from mptk.distributed.processes import widest
+from mptk.config import Rates
+from mptk.distributed.processes import find_widest_float
 from mptk.errors import MptkError
-from mptk.methods.criteria.fisher import beyond_noise, tempered
+from mptk.methods.criteria.fisher import combine_curvature, subtract_noise
 
 Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost, as a share of the dense model's."""
 
 EPSILON = 1e-12
+"""Least divisor, and least price."""
 DIVERGED = 1e100
+"""A price above this shows that no widths meet the budget. It is far from float64's largest number, so the error still
+has the price."""
 LARGEST_EXPONENT = 700.0
+"""exp(709) is the largest in float64."""
 ROUNDS = 120
 """Least number of updates of widths and z. They need this many, and cost nothing compared with a step of the model."""
 
@@ -71,80 +75,89 @@ class Solver:
         stays: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
-        self.rates, self.ramp, self.given = (rates or Rates()).over(steps), ramp, dict(given or {})
+        self.rates, self.ramp, self.given = (rates or Rates()).divide_over(steps), ramp, dict(given or {})
         self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")
+
+        # m: 1, or 0 for the units that a larger cut removed.
         whole = {family: torch.ones(shape, dtype=torch.bool, device=self.device) for family, shape in shapes.items()}
         self.stays = {family: (stays or {}).get(family, units) for family, units in whole.items()}
         self.masks = {family: units.float().requires_grad_() for family, units in self.stays.items()}
-        self.fisher, self.drift, self.last, self.squares = (self._zeros() for _ in range(4))
+
+        # F, d, the last g, and the sum of squares of the tokens' gradients since the last ``observe``.
+        self.fisher, self.drift, self.last, self.squares = (self._make_zeros() for _ in range(4))
         self.prior: dict[str, Tensor] = {}
+
+        # s, z, and their start. A row of a larger cut keeps as many units as any other, so one row tells s.
         self.gone = {family: float((~units[0, 0]).sum()) for family, units in self.stays.items()}
         self.removed = dict(self.gone)
-        self.begin = resource(self.widths()) if stays else 1.0
+        self.begin = resource(self.compute_widths()) if stays else 1.0
         self.fixed: dict[str, int] = {}
         self.z = 0.0
         self.step_count = self.seen = self.tokens = 0
 
-    def _zeros(self) -> dict[str, Tensor]:
-        dtype = widest(self.device)
+    def _make_zeros(self) -> dict[str, Tensor]:
+        dtype = find_widest_float(self.device)
         return {family: torch.zeros(shape, dtype=dtype, device=self.device) for family, shape in self.shapes.items()}
 
     # ---- derived values ----
 
-    def applied(self, family: str, layer: int) -> Tensor:
+    def get_mask(self, family: str, layer: int) -> Tensor:
         """The mask that the model applies, [scopes, size]."""
         return self.masks[family][layer]
 
-    def saliency(self, family: str) -> Tensor:
+    def compute_saliency(self, family: str) -> Tensor:
         """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].
 
         F̂ is the geometric mean of F and the prior P², scaled to the mean of F over a layer's units. The two estimates
         have different errors, so their mean ranks units better than either. For a block F̂ is F.
         """
-        fisher = self.curvature(family)
+        fisher = self.compute_curvature(family)
         if family in self.prior and family not in self.blocks:
-            fisher = tempered(fisher, self.prior[family])
-        return 0.5 * fisher + self.beyond(family)
+            fisher = combine_curvature(fisher, self.prior[family])
+        return 0.5 * fisher + self.compute_beyond(family)
 
-    def scores(self, family: str) -> Tensor:
+    def compute_scores(self, family: str) -> Tensor:
         """The scores of units, [layers, scopes, size], the lowest removed first: v or, for blocks, the prior.
 
         Those of units that a larger cut removed are −∞.
         """
-        scores = self.prior[family] if family in self.blocks else self.saliency(family)
+        scores = self.prior[family] if family in self.blocks else self.compute_saliency(family)
         return scores.masked_fill(~self.stays[family], -torch.inf)
 
     def order(self, family: str) -> Tensor:
         """The units of each layer and scope row in the order of removal; blocks that must stay come last."""
-        scores = self.scores(family).clone()
+        scores = self.compute_scores(family).clone()
         for unit in self.blocks.get(family, ()):
             scores[..., unit] = torch.inf
         return scores.argsort(dim=-1, stable=True)
 
-    def beyond(self, family: str) -> Tensor:
+    def compute_beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two standard errors, so that noise gives 0."""
+        # F is the variance of one token's gradient, d a moving average of means over ``tokens``. Such an average has
+        # (1 − memory) / (1 + memory) of the variance of one term.
         drift, memory = self.drift[family], self.rates.drift
-        error = (self.curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
-        return beyond_noise(drift, error)
+        error = (self.compute_curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
+        return subtract_noise(drift, error)
 
-    def curvature(self, family: str) -> Tensor:
+    def compute_curvature(self, family: str) -> Tensor:
         """F: the running average, corrected for its start at 0."""
         return self.fisher[family] / max(1 - self.rates.fisher**self.seen, EPSILON)
 
-    def widths(self) -> dict[str, float]:
+    def compute_widths(self) -> dict[str, float]:
         return {family: shape[2] - self.removed[family] for family, shape in self.shapes.items()}
 
-    def tail(self, family: str) -> Tensor:
+    def mark_tail(self, family: str) -> Tensor:
         """The first ⌈s⌉ units to remove in each layer and scope row: boolean [layers, scopes, size]."""
         return self.order(family).argsort(dim=-1) < math.ceil(self.removed[family])
 
-    def target(self) -> float:
+    def compute_target(self) -> float:
         """The budget of the current step. It falls to B over the ramp, along a cubic (Zhu & Gupta 2017).
 
         It begins with 1 or, after a larger cut, with that one's cost.
         """
+        # The cubic cuts fast while many units cost nothing, and slowly near B.
         done = min(1.0, (self.step_count + 1) / max(1.0, self.ramp * self.steps))
         return self.budget + (self.begin - self.budget) * (1 - done) ** 3
 
@@ -170,21 +183,24 @@ class Solver:
             if not m.grad.isfinite().all():
                 raise MptkError(f"the gradient of {family}'s masks is not finite; lower --lr or train in float32")
             g = m.grad.to(self.last[family].dtype)
+            # g is a mean over n tokens: n times the squares of what each adds is the mean square of one token's.
             if self.squares[family].any():
                 noise = (tokens * self.squares[family] - g.square()).clamp_min(0)
-            else:
+            else:  # the first batch has no earlier one: its own square stands in
                 noise = 0.5 * tokens * (g - self.last[family]).square() if self.seen else tokens * g.square()
             self.fisher[family].mul_(self.rates.fisher).add_(noise, alpha=1 - self.rates.fisher)
             self.last[family] = g
             self.squares[family].zero_()
         self.seen += 1
         self.tokens = tokens
+        # After F of all families, whose correction depends on ``seen``.
         for family, m in self.masks.items():
-            beyond = -self.last[family] - self.curvature(family) * (1 - m.detach().to(self.last[family].dtype))
+            beyond = -self.last[family] - self.compute_curvature(family) * (1 - m.detach().to(self.last[family].dtype))
             self.drift[family].mul_(self.rates.drift).add_(beyond, alpha=1 - self.rates.drift)
 
     def step(self, tokens: int) -> None:
         """Update everything except θ from the gradients in ``masks``, then clear the gradients."""
+        # The order of the equations in docs/maskprune.md: F and d, then s and z, and m for the new s.
         self.observe(tokens)
         for _ in range(self.rounds):
             self._resize()
@@ -196,13 +212,13 @@ class Solver:
     def _project(self) -> None:
         """m ← 0 in the tail, 1 elsewhere."""
         for family, m in self.masks.items():
-            m.copy_((~self.tail(family)).float())
+            m.copy_((~self.mark_tail(family)).float())
 
     def _resize(self) -> None:
         """One update of the widths, then one of z. Given widths follow the budget's ramp."""
         if self.fixed:
             return
-        ramped = (self.begin - self.target()) / (self.begin - self.budget) if self.budget < self.begin else 1.0
+        ramped = (self.begin - self.compute_target()) / (self.begin - self.budget) if self.budget < self.begin else 1.0
         for family, width in self.given.items():
             gone = self.gone[family]
             self.removed[family] = gone + ramped * (self.shapes[family][2] - gone - width)
@@ -218,48 +234,48 @@ class Solver:
         exceeds the budget. The division by a + b makes the step independent of their unit. The first call sets z to the
         mean price at which a = b.
         """
-        losses = {family: self._marginal(family) for family in free}
-        slopes = {family: self._slope(family) for family in free}
+        losses = {family: self._predict_marginal(family) for family in free}
+        slopes = {family: self._compute_slope(family) for family in free}
         if self.z <= 0:
             prices = [losses[family] / slopes[family] for family in free if slopes[family] > EPSILON]
             self.z = max(sum(prices) / max(1, len(prices)), EPSILON)
-        price = self.z * math.exp(10 * self.rates.urgency * self._excess())
+        # Rates are totals over all updates; z's are for a budget that is missed by a tenth, hence the 10.
+        price = self.z * math.exp(10 * self.rates.urgency * self._compute_excess())
         rate = self.rates.width / (self.steps * self.rounds)
         for family in free:
             size, saved = self.shapes[family][2], price * slopes[family]
             direction = (saved - losses[family]) / max(saved + losses[family], EPSILON)
             moved = self.removed[family] + rate * size * direction
-            self.removed[family] = min(max(moved, self.gone[family]), self._most(family))
+            self.removed[family] = min(max(moved, self.gone[family]), self._count_removable(family))
 
     def _move_price(self) -> None:
         """z ← z · exp(η_z (R − B)): it stays above 0, and falls once the budget is met."""
         rate = 10 * self.rates.price / (self.steps * self.rounds)
-        self.z *= math.exp(min(rate * self._excess(), LARGEST_EXPONENT))
-        self._require(self.z, f"dual z is {self.z:.3g} at {self.resource(self.widths()):.3f} of the cost")
-
-    def _excess(self) -> float:
-        """R − B: the cost above the current budget, as a share of the dense cost."""
-        return self.resource(self.widths()) - self.target()
-
-    def _require(self, dual: float, what: str) -> None:
-        if not 0 <= dual < DIVERGED:
+        self.z *= math.exp(min(rate * self._compute_excess(), LARGEST_EXPONENT))
+        if not 0 <= self.z < DIVERGED:
             raise MptkError(
-                f"step {self.step_count}: the {what}, so the budget of {self.budget:.3f} cannot be met; ask for less"
+                f"step {self.step_count}: the dual z is {self.z:.3g} at {self.resource(self.compute_widths()):.3f} of "
+                f"the cost, so the budget of {self.budget:.3f} cannot be met; ask for less"
             )
 
-    def _marginal(self, family: str) -> float:
+    def _compute_excess(self) -> float:
+        """R − B: the cost above the current budget, as a share of the dense cost."""
+        return self.resource(self.compute_widths()) - self.compute_target()
+
+    def _predict_marginal(self, family: str) -> float:
         """Σ_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
-        values = self.saliency(family).clamp_min(0).gather(-1, self.order(family))
+        # A negative v counts as 0: a price must not become negative.
+        values = self.compute_saliency(family).clamp_min(0).gather(-1, self.order(family))
         k = min(math.ceil(self.removed[family]), self.shapes[family][2] - 1)
         return float(values[..., k].sum())
 
-    def _most(self, family: str) -> float:
+    def _count_removable(self, family: str) -> float:
         """The most units that can be removed."""
         return float(self.shapes[family][2] - max(1, len(self.blocks.get(family, ()))))
 
-    def _slope(self, family: str) -> float:
+    def _compute_slope(self, family: str) -> float:
         """−∂R/∂s: the cost that one more unit saves, by a central difference."""
-        widths = self.widths()
+        widths = self.compute_widths()
         below, above = max(widths[family] - 0.5, 0.0), widths[family] + 0.5
         return (self.resource(widths | {family: above}) - self.resource(widths | {family: below})) / (above - below)
 
@@ -281,10 +297,10 @@ class Solver:
         for family, m in self.masks.items():
             m.copy_(kept[family]) if family in kept else m.fill_(1)
 
-    def metrics(self) -> dict[str, float]:
+    def collect_metrics(self) -> dict[str, float]:
         """Cost, target, widths and z."""
-        widths = {f"width/{family}": width for family, width in self.widths().items()}
-        return {"cost": self.resource(self.widths()), "target": self.target(), "z": self.z, **widths}
+        widths = {f"width/{family}": width for family, width in self.compute_widths().items()}
+        return {"cost": self.resource(self.compute_widths()), "target": self.compute_target(), "z": self.z, **widths}
 
     # ---- checkpoints ----
 
@@ -292,11 +308,11 @@ class Solver:
         """The state that a resumed run needs: name → tensor."""
         counts = [self.z, self.step_count, self.seen, self.tokens, bool(self.fixed)]
         removed = {family: torch.tensor(count, dtype=torch.float64) for family, count in self.removed.items()}
-        each = {**self._tensors(), "removed": removed, "prior": self.prior}
+        each = {**self._collect_tensors(), "removed": removed, "prior": self.prior}
         found = {f"solver.{family}.{name}": t.detach() for name, of in each.items() for family, t in of.items()}
         return {"solver.z": torch.tensor(counts, dtype=torch.float64), **found}
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+    def _collect_tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"mask": self.masks, "fisher": self.fisher, "drift": self.drift, "last": self.last}
 
     @torch.no_grad()
@@ -304,11 +320,11 @@ class Solver:
         """Restore what ``state`` returned."""
         z, count, seen, tokens, fixed = tensors["solver.z"].tolist()
         self.z, self.step_count, self.seen, self.tokens = z, int(count), int(seen), int(tokens)
-        for name, of in self._tensors().items():
+        for name, of in self._collect_tensors().items():
             for family, tensor in of.items():
                 tensor.copy_(tensors[f"solver.{family}.{name}"])
         self.removed = {family: float(tensors[f"solver.{family}.removed"]) for family in self.shapes}
         priors = {family: tensors.get(f"solver.{family}.prior") for family in self.shapes}
         self.prior = {family: prior.to(self.device) for family, prior in priors.items() if prior is not None}
         if fixed:
-            self.fix({family: round(width) for family, width in self.widths().items()})
+            self.fix({family: round(width) for family, width in self.compute_widths().items()})

@@ -13,22 +13,19 @@ from torch import Tensor, nn
 
 from mptk.errors import MptkError
 from mptk.files import tidy, write_file
-from mptk.io.untrusted import load_tensors
-from mptk.ir.samples import Samples
-from mptk.methods.maskprune.losses import TopLogits, shorten
+from mptk.io import load_tensors
+from mptk.ir import Samples
+from mptk.methods.maskprune.losses import TopLogits, shorten_logits
 
 TeacherOutputs = tuple[Tensor | TopLogits, Sequence[Tensor] | None]
 """Logits or their shortened form, and each layer's hidden states [batch, length, hidden] or None."""
-
-
 Output = tuple[Tensor, Sequence[Tensor] | None]
 """A model's output (logits or features), and each layer's hidden states if they were asked for."""
-
 
 TOP = 64
 """Number of tokens kept of each distribution."""
 OUTPUT = "output"
-"""The name of what is kept whole, in its file."""
+"""Name of an output that is kept whole, in its file."""
 
 
 class CachedTeacher:
@@ -56,41 +53,43 @@ class CachedTeacher:
         tidy(folder)
 
     def __call__(self, samples: Samples) -> TeacherOutputs:
-        files = [self._file([tensor[row] for tensor in samples.tensors]) for row in range(len(samples))]
+        # Outputs are always read back, also just after they were computed: so each epoch sees the same rounded numbers.
+        files = [self._locate([tensor[row] for tensor in samples.tensors]) for row in range(len(samples))]
         if self.wanted(not all(file.is_file() for file in files)):
             self._keep(samples, files)
-        found = [load_tensors(file, partial(_damaged, file)) for file in files]
+        found = [load_tensors(file, partial(_explain_damage, file)) for file in files]
         device = self.device or samples.tensors[0].device
         each = {name: torch.stack([f[name] for f in found]).to(device) for name in found[0]}
         if not self.k:
             return each[OUTPUT], None
         return TopLogits(each["tokens"].long(), each["logs"].float(), each["rest"].float()), None
 
-    def _file(self, sample: Sequence[Tensor]) -> Path:
+    def _locate(self, sample: Sequence[Tensor]) -> Path:
         digest = hashlib.sha256()
         for tensor in sample:
             digest.update(tensor.contiguous().numpy().tobytes())
-        name = digest.hexdigest()[:32]
-        return self.folder / f"{name}-{self.k}.safetensors"
+        return self.folder / f"{digest.hexdigest()[:32]}-{self.k}.safetensors"
 
     def _keep(self, samples: Samples, files: list[Path]) -> None:
         """Run all samples together, even if some are cached: a resumed run must get identical numbers."""
         output, _ = self.live(samples)
         for file, rows in ((f, r) for f, r in zip(files, output, strict=True) if not f.is_file()):
-            kept = self._shortened(rows) if self.k else {OUTPUT: rows}
+            kept = self._shorten_rows(rows) if self.k else {OUTPUT: rows}
             write_file(file, partial(save_file, {name: t.contiguous().cpu() for name, t in kept.items()}))
 
-    def _shortened(self, logits: Tensor) -> dict[str, Tensor]:
-        top = shorten(logits, self.k)
+    def _shorten_rows(self, logits: Tensor) -> dict[str, Tensor]:
+        # int32 and float16: a window's file has 6 bytes for each kept token of each position.
+        top = shorten_logits(logits, self.k)
         return {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}
 
 
-def _damaged(file: Path, why: str) -> MptkError:
+def _explain_damage(file: Path, why: str) -> MptkError:
     return MptkError(f"{file} is not a teacher's output ({why}); remove it, and it is computed again")
 
 
-def fingerprint(model: nn.Module) -> str:
+def hash_model_weights(model: nn.Module) -> str:
     """A name for a model's weights: equal for equal weights, different for others."""
+    # Sums in float64 in place of the bytes: these would have to be copied to the host and hashed.
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         x = p.detach().double()

@@ -16,22 +16,21 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import AdamW
 
-from mptk.config.learning import Training
-from mptk.distributed.processes import full, gathered, prepare, shard_like, widest
+from mptk.config import Learning, Training
+from mptk.distributed.processes import find_widest_float, gather_tensor, gather_tensors, prepare_training, shard_like
 from mptk.errors import MptkError
-from mptk.ir.samples import Samples, joined
-from mptk.methods.maskprune.losses import distilled, hidden_error
-from mptk.methods.maskprune.optimizers import optimizer_of
+from mptk.ir import ProgramModule, Samples, join_outputs
+from mptk.methods.maskprune.losses import compute_distillation_losses, compute_hidden_error
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.task import Task
-from passes.frontend.trace import unwrapped
+from mptk.protocols import RunFolder, Task
+from passes.frontend.trace import unwrap_module
 
 NAME = "held-out"
-"""The metric in the log of a phase."""
+"""Name of the held-out loss in the log of a phase."""
 STATE = "watched"
-"""The losses in a checkpoint."""
+"""Name of the held-out losses in a checkpoint."""
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Watch:
         if STATE in state:
             self.losses = {int(step): loss for step, loss in state[STATE].tolist()}
 
-    def row(self, source: str, every: int) -> dict[str, object]:
+    def to_row(self, source: str, every: int) -> dict[str, object]:
         """The report's row. ``source``: of the samples. ``every``: steps between two measurements."""
         when = f"before training, every {every} steps and at the end"
         return {
@@ -104,7 +103,7 @@ class Loop:
         accelerator: made from the run's settings; it prepares ``student`` here.
         student: a module of ``task``. Parameters that require a gradient are trained.
         samples: the training samples.
-        steps: number of steps. ``rows`` gives the samples of each.
+        steps: number of steps. ``pick_rows`` gives the samples of each.
         each_step: called with the tokens of the step, after the backward passes and before the optimiser; returns
             metrics.
         extra: state that checkpoints also hold.
@@ -131,8 +130,9 @@ class Loop:
     def __post_init__(self) -> None:
         given = self.student
         trained = {n for n, p in given.named_parameters() if p.requires_grad}
-        self.student, self.optimizer = prepare(self.accelerator, given, optimizer_of(given, self.settings))
-        self.parameters = {n: p for n, p in given.named_parameters() if n in trained}  # FSDP2 replaced them
+        self.student, self.optimizer = prepare_training(self.accelerator, given, make_optimizer(given, self.settings))
+        # Looked up again by name: FSDP2 has replaced the parameters by shards.
+        self.parameters = {n: p for n, p in given.named_parameters() if n in trained}
         self.sizes = self.sizes or (self.student,)
 
     def run(self) -> None:
@@ -141,18 +141,20 @@ class Loop:
         Raises:
             MptkError: the loss or a gradient is not finite; the last good checkpoint is kept.
         """
+        # The weights from before the first step may turn out to be the best ones, so they are measured and stored.
         start = self._restore()
         if self.watch is not None and start not in self.watch.losses:
-            self.watch.add(start, self._held_out(self.watch.samples))
+            self.watch.add(start, self._measure_held_out(self.watch.samples))
             self._save(start)
         for step in range(start, self.steps):
             began = time.perf_counter()
             metrics, tokens = self._step(step)
             metrics["tokens/s"] = tokens / (time.perf_counter() - began)
             done = step + 1
+            # Measure before the checkpoint: it keeps the losses, and the folder keeps the best checkpoint.
             saves = done % self.settings.save_every == 0 or done == self.steps
             if saves and self.watch is not None:
-                self.watch.add(done, self._held_out(self.watch.samples))
+                self.watch.add(done, self._measure_held_out(self.watch.samples))
                 metrics[NAME] = self.watch.losses[done]
             if self.accelerator.is_main_process:
                 self.folder.log(self.phase, done, metrics)
@@ -163,42 +165,48 @@ class Loop:
         if self.watch is not None:
             self._adopt(self.watch.best)
 
-    def rows(self, step: int) -> Tensor:
+    def pick_rows(self, step: int) -> Tensor:
         """The samples of ``step``, as row numbers. Each epoch takes all samples in a random order of its own."""
         first = self.first_row + step * self.settings.batch
-        return shuffled(first, self.settings.batch, len(self.samples), self.settings.seed)
+        return draw_epoch_rows(first, self.settings.batch, len(self.samples), self.settings.seed)
 
     def _step(self, step: int) -> tuple[Metrics, int]:
         acc, settings = self.accelerator, self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, self.steps, settings.warmup)
-        own = self.rows(step).chunk(acc.num_processes)[acc.process_index]
+
+        # Each process takes its part of the batch, in parts that fit memory. A part counts by its number of samples.
+        own = self.pick_rows(step).chunk(acc.num_processes)[acc.process_index]
         parts = list(own.split(settings.micro))
         sums: dict[str, Tensor] = {}
         for i, rows in enumerate(parts):
             share = len(rows) / len(own)
-            with self._synchronised(i == len(parts) - 1):
-                for losses in self._losses(self.samples[rows]):
+            with self._synchronize_if_last(i == len(parts) - 1):
+                for losses in self._compute_losses(self.samples[rows]):
                     acc.backward(losses["loss"] * share)
                     for name, value in losses.items():
                         sums[name] = sums.get(name, 0) + value.detach() * share
+
+        # Nothing is updated before losses and gradients are known to be finite: the last checkpoint stays good.
         metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
-        metrics["gradient"] = float(full(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
+        metrics["gradient"] = float(gather_tensor(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
         self._require_finite(metrics, step)
+
+        # The solver of masks reads their gradients, which belong to the weights from before the step.
         tokens = settings.batch * self.samples.positions
         metrics |= self.each_step(tokens)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics, tokens
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def _synchronize_if_last(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients over processes after the last part of a step only."""
         if last:
             return contextlib.nullcontext()
         without: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self.student)
         return without
 
-    def _losses(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
+    def _compute_losses(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
         """The losses of each size, which are to be propagated back before the next size runs."""
         weights, task = self.settings.losses, self.task
         compares = weights.kl or weights.hidden_loss or task.compares
@@ -206,25 +214,29 @@ class Loop:
         own = samples.to(self.accelerator.device)
         for i, size in enumerate(self.sizes):
             output, hidden = run_module(task, size, own, hidden=bool(weights.hidden_loss))
-            found = distilled(output, own.targets, target, weights, classes=task.classes)
+            found = compute_distillation_losses(output, own.targets, target, weights, classes=task.classes)
             if weights.hidden_loss:
                 assert states is not None
                 assert hidden is not None
-                found["hidden"] = hidden_error(hidden[1:], states[1:])
+                found["hidden"] = compute_hidden_error(hidden[1:], states[1:])
                 found["loss"] = found["loss"] + weights.hidden_loss * found["hidden"]
             yield found | ({f"loss of size {i + 1}": found["loss"]} if len(self.sizes) > 1 else {})
+            # In-place distillation: the smaller sizes imitate the largest one, and not the teacher.
             if compares and not i:
                 target, states = output.detach(), None if hidden is None else [state.detach() for state in hidden]
 
     @torch.no_grad()
-    def _held_out(self, samples: Samples) -> float:
+    def _measure_held_out(self, samples: Samples) -> float:
         """The mean loss on ``samples``, whose windows the processes share. It does not depend on their number."""
+        # One sample at a time, so the mean is the same whatever the number of processes. ``fewest``: the samples that
+        # the trace of a graph needs at least.
         acc, count = self.accelerator, len(samples)
-        each, fewest = -(-count // acc.num_processes), getattr(unwrapped(self.student), "fewest", 1)
-        total = torch.zeros((), dtype=widest(acc.device), device=acc.device)
+        each, fewest = -(-count // acc.num_processes), getattr(unwrap_module(self.student), "fewest", 1)
+        total = torch.zeros((), dtype=find_widest_float(acc.device), device=acc.device)
+        # Every process runs as many samples, since a sharded model needs all of them; those too many do not count.
         for row in range(acc.process_index * each, (acc.process_index + 1) * each):
-            one = samples[row % count : row % count + 1].repeated(fewest)
-            losses = self._losses(one)  # all must run a sharded model
+            one = samples[row % count : row % count + 1].repeat(fewest)
+            losses = self._compute_losses(one)
             total = total + sum(found["loss"] for found in losses) * (row < count)
         return float(acc.reduce(total, "sum")) / count
 
@@ -242,14 +254,14 @@ class Loop:
         state = self._state()  # shards are gathered from all processes
         if self.accelerator.is_main_process:
             best = None if self.watch is None else self.watch.best
-            self.folder.checkpoint(self.phase, step, state, best)
+            self.folder.save_checkpoint(self.phase, step, state, best)
 
     def _adopt(self, step: int) -> None:
         """Go back to the weights after ``step`` steps."""
         if step == self.steps:
             return
         self.accelerator.wait_for_everyone()  # the first process writes
-        state = self.folder.checkpointed(self.phase, step)
+        state = self.folder.read_checkpoint(self.phase, step)
         with torch.no_grad():
             for n, p in self.parameters.items():
                 p.copy_(shard_like(state[f"parameter.{n}"], p))
@@ -261,7 +273,7 @@ class Loop:
         parameters += [
             (f"optimizer.{key}.{n}", value) for n, p in self.parameters.items() for key, value in moments[p].items()
         ]
-        state = gathered(parameters, keep=self.accelerator.is_main_process)
+        state = gather_tensors(parameters, keep=self.accelerator.is_main_process)
         state["rng"] = torch.get_rng_state()
         if self.watch is not None:
             state[STATE] = self.watch.state()
@@ -269,15 +281,17 @@ class Loop:
 
     @torch.no_grad()
     def _restore(self) -> int:
-        latest = self.folder.latest(self.phase)
+        # Metrics of steps after the checkpoint are written again.
+        latest = self.folder.read_latest(self.phase)
         if self.accelerator.is_main_process:
-            self.folder.rewind(self.phase, latest[0] if latest else 0)
+            self.folder.drop_metrics(self.phase, latest[0] if latest else 0)
         self.accelerator.wait_for_everyone()
         if latest is None:
             return 0
         step, state = latest
         for n, p in self.parameters.items():
             p.copy_(shard_like(state[f"parameter.{n}"], p))
+            # Names are "optimizer.KEY.PARAMETER". Moments have the parameter's shape; AdamW's counter is a scalar.
             values = {
                 k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n
             }
@@ -295,20 +309,20 @@ class Loop:
 def run_module(task: Task, module: nn.Module, samples: Samples, *, hidden: bool = False) -> Output:
     """A module's output on ``samples``, and its hidden states if ``hidden``."""
     if not hidden:
-        output, states = task.output(module, samples), None
+        output, states = task.compute_output(module, samples), None
     else:
         found = task.call(module, samples, output_hidden_states=True)
         output, states = task.read(found), getattr(found, "hidden_states", None)
         if states is None:
             raise MptkError("this model gives no hidden states to compare; leave out --hidden-loss")
-    return output if isinstance(output, Tensor) else joined(output), states
+    return output if isinstance(output, Tensor) else join_outputs(output), states
 
 
-def on_host(outputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+def move_to_host(outputs: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """Whole outputs in float32 on the host."""
     if isinstance(outputs, Tensor):
-        return full(outputs).float().cpu()
-    return tuple(full(each).float().cpu() for each in outputs)
+        return gather_tensor(outputs).float().cpu()
+    return tuple(gather_tensor(each).float().cpu() for each in outputs)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -319,8 +333,9 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def shuffled(first: int, length: int, count: int, seed: int) -> Tensor:
+def draw_epoch_rows(first: int, length: int, count: int, seed: int) -> Tensor:
     """Entries ``first`` to ``first + length − 1`` of all epochs in a row: each is a random order of ``count`` rows."""
+    # A step may lie in two epochs. A large prime keeps the orders of all epochs and seeds apart.
     wanted = range(first, first + length)
     orders = {
         epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -329,4 +344,102 @@ def shuffled(first: int, length: int, count: int, seed: int) -> Tensor:
     return torch.stack([orders[i // count][i % count] for i in wanted])
 
 
-__all__ = ["Loop", "Metrics", "Teacher", "Training", "schedule", "shuffled"]
+# ---- the optimizers: AdamW, and Muon for the matrices of a model whose own weights are trained ----
+
+MUON_RATE = 12.0
+"""Muon's rate as a multiple of AdamW's. At 12 it was best, and at 20 the loss rose (``benchmarks/recovery.md``)."""
+MOMENTUM, SIZE = 0.95, 0.2
+"""``SIZE``: root mean square of an update at a rate of 1, about that of AdamW's updates (arXiv 2502.16982)."""
+ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
+"""The steps of the Newton–Schulz iteration, and the coefficients of its quintic (Jordan et al. 2024)."""
+PRODUCT_TOKENS = 8
+"""Tokens of a forward pass that take as long as a step's products, over the hidden size: 7.9 for SmolLM2-135M on one
+core in float32, 4.3 in bfloat16."""
+BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+"""Whether this processor multiplies in bfloat16. If not, torch emulates it, which takes minutes a step."""
+
+
+def make_optimizer(student: nn.Module, settings: Training) -> AdamW:
+    """The optimizer of all parameters that require a gradient. A group's ``peak`` is its highest rate."""
+    rate, trained = settings.lr, [p for p in student.parameters() if p.requires_grad]
+    assert rate is not None
+    if settings.optimizer == "adamw":
+        return AdamW([{"params": trained, "peak": rate}], lr=rate, weight_decay=0.0, fused=True)
+    chosen = {id(p) for p in find_matrices(student)}
+    return Muon([p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen], rate)
+
+
+def count_product_tokens(settings: Learning, hidden: int) -> float:
+    """Tokens of a forward pass of the dense model that take as long as Muon's products in a step."""
+    return 0.0 if settings.rank or settings.training.optimizer == "adamw" else PRODUCT_TOKENS * hidden
+
+
+def find_matrices(model: nn.Module) -> list[Tensor]:
+    """Parameters with two dimensions, except tables with a row for each token: embeddings and a language model's head.
+
+    Muon is for matrices that multiply vectors. A token's row is trained by itself.
+    """
+    tables = [p for module in model.modules() for p in _find_tables(module) if p.ndim == 2]
+    rows = max((len(p) for p in tables), default=None)
+    own = {id(p) for p in tables}
+    # A head that is not tied to the embedding is known by its number of rows.
+    return [p for p in model.parameters() if p.ndim == 2 and id(p) not in own and len(p) != rows]
+
+
+def _find_tables(module: nn.Module) -> Sequence[Tensor]:
+    if isinstance(module, ProgramModule):
+        return module.tables
+    return [module.weight] if isinstance(module, nn.Embedding) else []
+
+
+class Muon(AdamW):
+    """Steps along the nearest orthogonal matrix to the momentum (Jordan et al. 2024), like ``torch.optim.Muon``.
+
+    torch's own always multiplies in bfloat16, and does not know shards: here each process computes whole matrices.
+    ``others``: parameters that AdamW trains, at ``rate``.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float) -> None:
+        groups = [
+            {"params": matrices, "peak": MUON_RATE * rate, "muon": True},
+            {"params": others, "peak": rate, "muon": False},
+        ]
+        super().__init__([group for group in groups if group["params"]], lr=rate, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change each parameter that has a gradient."""
+        # AdamW's step sees only its own groups.
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    self._turn(p, p.grad, group["lr"])
+
+    def _turn(self, p: Tensor, gradient: Tensor, rate: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        update = make_orthogonal(gather_tensor(gradient.lerp(state["momentum"], MOMENTUM)))  # Nesterov's momentum
+        # An orthogonal matrix has a root mean square of 1 / √(its longer side).
+        p.add_(shard_like(update, p), alpha=-rate * SIZE * max(update.shape) ** 0.5)
+
+
+def make_orthogonal(matrix: Tensor) -> Tensor:
+    """About the nearest matrix whose singular values are all 1: theirs are from 0.7 to 1.2."""
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]  # x xᵀ is the smaller product if x is wide
+    x = matrix.T if tall else matrix
+    x = x.bfloat16() if x.device.type != "cpu" or BFLOAT16 else x.float()
+    x = x / x.norm().clamp(min=1e-7)  # the iteration converges for singular values of at most 1
+    for _ in range(ITERATIONS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+__all__ = ["Loop", "Metrics", "Teacher", "Training", "draw_epoch_rows", "schedule"]

@@ -1,7 +1,8 @@
-"""charts: the charts of a pruned folder and of timings, one function each."""
+"""charts: the charts of pruned folders, timings, advice and searches, one function each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,24 +12,25 @@ import numpy as np
 
 from mptk.files import write_result
 from mptk.files.outputs import PLOT_MARK
-from mptk.ir.plan import FamilyPlan
+from mptk.ir import FamilyPlan
 from mptk.ort.bench import Bench
-from mptk.plain import plain
-from mptk.report.compare import Comparable, front
-from mptk.report.page.svg import BAD, INK, PAPER, QUIET, SERIES, WIDTH, Svg, chart, save
-from mptk.report.runs import Run, model_name
-from mptk.report.view import plural
+from mptk.plain import escape_text
+from mptk.protocols import WORST, Advice, Point, Shape, Shapes
+from mptk.report.advice import name_text
+from mptk.report.page.svg import BAD, INK, PAPER, QUIET, SERIES, WIDTH, Svg, draw_chart, save
+from mptk.report.runs import Comparable, Run, find_front, shorten_model_name
+from mptk.report.view import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CELLS = 192
-"""Most columns in a map of units."""
+"""Most columns in a map of units: with more, cells are too thin to be seen."""
 STAGE_NAME = 26
 """Most characters of the name of a stage of the proof."""
 FAINT = 1e-10
-"""Position of a difference of zero on a scale of powers of ten."""
+"""Position of a difference of zero on a scale of powers of ten, which has no zero."""
 TRACES = (
     ("loss", ("loss", "lm", "kl")),
     ("cost", ("cost", "target")),
@@ -38,7 +40,7 @@ TRACES = (
 """Title → the metrics that it shows; a name that ends in ``/`` is a prefix."""
 
 
-def kept_units(family: FamilyPlan) -> np.ndarray:
+def map_kept_units(family: FamilyPlan) -> np.ndarray:
     """Whether each unit is kept, layers × units; nan beyond the units of a layer."""
     rows = []
     for keep in family.keep.values():
@@ -52,14 +54,15 @@ def kept_units(family: FamilyPlan) -> np.ndarray:
     return whole
 
 
-def kept_chart(run: Run, name: str) -> Svg | None:
+def draw_kept_chart(run: Run, name: str) -> Svg | None:
     """The units of a family, a row for each layer; of many units, each layer's share. None if it would say nothing."""
-    kept = kept_units(run.kept[name])
+    kept = map_kept_units(run.kept[name])
     shares = np.nanmean(kept, axis=1)
     if kept.shape[1] > CELLS:
-        return None if np.ptp(shares) == 0 else _shares_chart(run, name, shares)
+        return None if np.ptp(shares) == 0 else _draw_shares_chart(run, name, shares)
+    # A picture, not bars: thousands of cells as shapes would be megabytes of SVG.
     image = np.zeros((*kept.shape, 4))
-    image[..., :3] = (0.16, 0.47, 0.84)  # an image has its own colours: one that shows on white and on black
+    image[..., :3] = (0.16, 0.47, 0.84)  # style sheets do not reach into a picture: a colour for white and for black
     image[..., 3] = np.nan_to_num(kept)
     tall = min(3.6, max(0.25, 0.09 * len(kept)))
 
@@ -68,15 +71,15 @@ def kept_chart(run: Run, name: str) -> Svg | None:
         axes.set_xlabel("unit")
         axes.set_ylabel("layer" if len(kept) > 1 else "")
         axes.locator_params(integer=True)
-        if len(kept) == 1:
+        if len(kept) == 1:  # a family of one group has no layers to number
             axes.set_yticks([])
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
 
-    return chart(draw, f"{run.name}: kept units of {name}", 0.7 + tall)
+    return draw_chart(draw, f"{run.name}: kept units of {name}", 0.7 + tall)
 
 
-def _shares_chart(run: Run, name: str, shares: np.ndarray) -> Svg:
+def _draw_shares_chart(run: Run, name: str, shares: np.ndarray) -> Svg:
     def draw(axes: Axes) -> None:
         axes.bar(range(len(shares)), 100 * shares, color=SERIES[0])
         axes.set_xlabel("layer")
@@ -84,14 +87,16 @@ def _shares_chart(run: Run, name: str, shares: np.ndarray) -> Svg:
         axes.set_ylim(0, 100)
         axes.locator_params(axis="x", integer=True)
 
-    return chart(draw, f"{run.name}: share of {name} that each layer keeps", 1.8)
+    return draw_chart(draw, f"{run.name}: share of {name} that each layer keeps", 1.8)
 
 
-def trace_charts(run: Run, phase: str) -> list[Svg]:
+def draw_trace_charts(run: Run, phase: str) -> list[Svg]:
     """The metrics of a training phase that change."""
     rows = run.metrics[phase]
     return [
-        trace_chart(run, phase, title, lines) for title, keys in TRACES if rows and (lines := _lines(run, rows, keys))
+        draw_trace_chart(run, phase, title, lines)
+        for title, keys in TRACES
+        if rows and (lines := _collect_lines(run, rows, keys))
     ]
 
 
@@ -99,13 +104,14 @@ Line = tuple[list[str], list[float]]
 """Metrics that are equal in all steps, and their values."""
 
 
-def _lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[Line]:
+def _collect_lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[Line]:
     """The metrics that the keys name, except ones that are always zero."""
     found: list[Line] = []
     for name in (n for key in keys for n in rows[0] if n == key or (key.endswith("/") and n.startswith(key))):
         family = run.report.families.get(name.removeprefix("width/"))
         dense = 1 if family is None or "/" not in name else family["of"]
-        values = [_number(row.get(name)) / dense for row in rows]
+        # Metrics with the same curve (widths that are cut together) are one line with both names.
+        values = [_read_metric(row.get(name)) / dense for row in rows]
         alike = next((names for names, other in found if np.allclose(values, other, rtol=1e-4, equal_nan=True)), None)
         if alike is not None:
             alike.append(name)
@@ -114,19 +120,20 @@ def _lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) 
     return found
 
 
-def _number(value: object) -> float:
+def _read_metric(value: object) -> float:
     """A logged number; null in JSON means that it is not finite."""
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
+def draw_trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
     """Metrics of a phase of training over its steps, widths as shares of the dense ones."""
     steps = [row["step"] for row in run.metrics[phase]]
 
     def draw(axes: Axes) -> None:
         for number, (names, values) in enumerate(lines):
+            # Colours and dashes have other periods, so 12 lines differ, and some also without colours.
             colour, style = SERIES[number % len(SERIES)], ("-", "--", "-.", ":")[number % 4]
-            label = ", ".join(short(name.removeprefix("width/")) for name in names)
+            label = ", ".join(shorten_name(name.removeprefix("width/")) for name in names)
             axes.plot(steps, values, style, color=colour, label=label, marker="o" if len(steps) == 1 else "")
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -136,26 +143,27 @@ def trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
         if len(lines) > 1 or len(lines[0][0]) > 1:
             axes.legend(loc="best", handlelength=2.2)
 
-    return chart(draw, f"{run.name}: {title} in phase {phase}", 2.3)
+    return draw_chart(draw, f"{run.name}: {title} in phase {phase}", 2.3)
 
 
-def proof_chart(run: Run) -> Svg:
+def draw_proof_chart(run: Run) -> Svg:
     """Each stage of the proof: a dot for its difference, on a scale of powers of ten, and a mark for its tolerance."""
     proof = run.report.proof
 
     def draw(axes: Axes) -> None:
-        axes.set_yticks(range(len(proof)), [short(stage["stage"], STAGE_NAME) for stage in proof])
+        # A row for each stage, the first at the top.
+        axes.set_yticks(range(len(proof)), [shorten_name(stage["stage"], STAGE_NAME) for stage in proof])
         axes.set_ylim(len(proof) - 0.4, -0.6)
         axes.set_xscale("log")
         for row, stage in enumerate(proof):
-            found, most = _number(stage["relative"]), stage["tolerance"]
+            found, most = _read_metric(stage["relative"]), stage["tolerance"]
             colour = SERIES[0] if stage["ok"] else BAD
-            place = min(max(found, FAINT), 1e3) if found == found else 1e3
+            place = min(max(found, FAINT), 1e3) if found == found else 1e3  # not a number: at the far end
             axes.plot([FAINT, place], [row, row], color=colour, linewidth=1)
             axes.plot(place, row, "o" if found else "D", color=colour, markerfacecolor=colour if found else PAPER)
             if most:
                 axes.plot(most, row, "|", color=INK, markersize=11, markeredgewidth=1.6)
-        axes.set_xlim(FAINT / 3, None)
+        axes.set_xlim(FAINT / 3, None)  # room for a diamond at 0
         axes.locator_params(axis="x", numticks=7)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         axes.set_xlabel("relative difference")
@@ -164,67 +172,70 @@ def proof_chart(run: Run) -> Svg:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
 
-    return chart(draw, f"{run.name}: each stage of the proof, and its tolerance", 0.6 + 0.27 * len(proof))
+    return draw_chart(draw, f"{run.name}: each stage of the proof, and its tolerance", 0.6 + 0.27 * len(proof))
 
 
-def bench_chart(run: Run, bench: Bench) -> Svg:
+def draw_bench_chart(run: Run, bench: Bench) -> Svg:
     """The timings of a run's graphs."""
     label = f"{run.name}: times in ONNX Runtime over those of {bench.graphs[0].name}, and the ideal"
-    return chart(partial(bench_bars, bench=bench), label, bench_height(bench))
+    return draw_chart(partial(draw_bench_bars, bench=bench), label, compute_bench_height(bench))
 
 
-def plot_bench(bench: Bench, path: Path) -> None:
+def write_bench_plot(bench: Bench, path: Path) -> None:
     """Draw the timings into ``path``; its suffix names the format (png, svg, pdf)."""
     mark = {"Software" if path.suffix.lower() == ".png" else "Creator": PLOT_MARK}
 
     def write(figure: Figure) -> None:
         write_result(path, partial(figure.savefig, metadata=mark))
 
-    save(partial(bench_bars, bench=bench), bench_height(bench), 1.6 * WIDTH, write)
+    save(partial(draw_bench_bars, bench=bench), compute_bench_height(bench), 1.6 * WIDTH, write)
 
 
-def bench_height(bench: Bench) -> float:
-    """The inches that ``bench_bars`` needs."""
+def compute_bench_height(bench: Bench) -> float:
+    """The inches that ``draw_bench_bars`` needs."""
     graphs, cases = len(bench.graphs), len({row.case for row in bench.rows})
     return 0.9 + 0.22 * -(-graphs // 2) + cases * max(0.45, 0.24 * graphs)
 
 
-def bench_bars(axes: Axes, bench: Bench) -> None:
+def draw_bench_bars(axes: Axes, bench: Bench) -> None:
     """Draw a bar for each graph in each case: its time relative to the first graph's. A mark is the ideal."""
+    # A group of bars for each case. The first graph's bar is 1 everywhere, and the others are to be read against it.
     cases = list(dict.fromkeys(row.case for row in bench.rows))
     graphs = [graph.name for graph in bench.graphs]
     tall = 0.8 / len(graphs)
     for row in bench.rows:
         at, index = cases.index(row.case), graphs.index(row.graph)
         place = at + (index - (len(graphs) - 1) / 2) * tall
-        label = "_" if at else short(plain(row.graph))
+        label = "_" if at else shorten_name(escape_text(row.graph))  # matplotlib leaves "_" out of legends
         axes.barh(place, row.ratio, tall * 0.85, color=SERIES[index % len(SERIES)], label=label)
         axes.text(row.ratio + 0.02, place, f" {row.ms:.1f} ms", va="center", size=8.5)
         if index:
             ends, ideal = [place - tall * 0.5, place + tall * 0.5], "_" if at or index > 1 else "ideal"
             axes.plot([row.ideal] * 2, ends, color=INK, linewidth=2, solid_capstyle="butt", label=ideal)
-    axes.set_yticks(range(len(cases)), [f"{case}\n{plural(case.threads, 'thread')}" for case in cases])
+    axes.set_yticks(range(len(cases)), [f"{case}\n{format_count(case.threads, 'thread')}" for case in cases])
     axes.set_ylim(len(cases) - 0.45, -0.55)
     axes.set_xlim(0, 1.25 * max(row.ratio for row in bench.rows))
-    axes.set_xlabel(f"time / time of {short(plain(graphs[0]))}")
+    axes.set_xlabel(f"time / time of {shorten_name(escape_text(graphs[0]))}")
     axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.2)
     axes.tick_params(axis="y", length=0)
 
 
-def pareto_chart(group: Comparable) -> Svg:
+def draw_pareto_chart(group: Comparable) -> Svg:
     """Quality over the share of block parameters that was removed. The line is the Pareto front of several runs."""
     metric, dense = str(group.first.report.quality["metric"]), group.first.report.quality["dense"]
-    best = front(group)
+    best = find_front(group)
 
     def draw(axes: Axes) -> None:
         if len(group.runs) > 1:
+            # The front begins at the dense model, which removes nothing.
             line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
             axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
-        axes.plot(0, dense, "D", color=INK, label=f"dense {model_name(group.first.report.model)}"[:44])
+        axes.plot(0, dense, "D", color=INK, label=f"dense {shorten_model_name(group.first.report.model)}"[:44])
         for number, run in enumerate(group.runs):
+            # Another marker once all colours are used.
             colour, marker = SERIES[number % len(SERIES)], "os^vPX"[number // len(SERIES) % 6]
             x, y = 100 * run.report.sparsity, run.report.quality["pruned"]
-            label = f"{short(run.name)} ({run.report.settings.method})"
+            label = f"{shorten_name(run.name)} ({run.report.settings.method})"
             axes.plot(x, y, marker, color=colour, markersize=8, label=label)
         axes.set_xlabel("block parameters removed (%)")
         axes.set_ylabel(f"{metric} ({'more' if group.rises else 'less'} is better)")
@@ -232,9 +243,186 @@ def pareto_chart(group: Comparable) -> Svg:
         axes.figure.legend(loc="outside lower left", ncols=1)
 
     label = f"{metric} over the share removed, of {', '.join(run.name for run in group.runs)}"
-    return chart(draw, label, 2.7 + 0.2 * len(group.runs))
+    return draw_chart(draw, label, 2.7 + 0.2 * len(group.runs))
 
 
-def short(name: str, most: int = 24) -> str:
-    """A name that fits a legend: its end, which distinguishes paths."""
+def shorten_name(name: str, most: int = 24) -> str:
+    """A name that fits a legend: its end, in which paths differ."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+# ---- what is measured before a cut: an advice, and a search of the shape ----
+
+
+def format_percent(value: float, _: object) -> str:
+    """A number of percent as an axis shows it."""
+    return f"{value:g} %"
+
+
+def draw_change_chart(found: Advice) -> Svg:
+    """The change on each text over the share removed, with two standard errors, and the tolerance as a line."""
+    xs = [100 * point.sparsity for point in found.division]
+
+    def draw(axes: Axes) -> None:
+        for number, text in enumerate(found.texts):
+            colour = SERIES[number % len(SERIES)]
+            ys = [100 * point.texts[text].change for point in found.division]
+            errors = [100 * (point.texts[text].most - point.texts[text].change) for point in found.division]
+            axes.errorbar(xs, ys, errors, color=colour, marker="o", markersize=4, label=name_text(text))
+            if found.recovery is not None:
+                after = [found.estimate_after(point, text) for point in found.division]
+                least, most = [100 * each.least for each in after], [100 * each.most for each in after]
+                axes.fill_between(xs, least, most, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(100 * found.tolerance, color=BAD, linewidth=1, linestyle="--")
+        # Linear up to the tolerance, where the decision is; logarithmic above, where a ruined model may be at 10,000 %.
+        axes.set_yscale("symlog", linthresh=100 * found.tolerance)
+        axes.set_ylim(bottom=100 * find_lowest(found))
+        axes.yaxis.set_major_formatter(format_percent)
+        label_removed(axes, RISES[found.measure])
+
+    return draw_chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
+
+
+def find_lowest(found: Advice) -> float:
+    """The lowest change before and after training, at most 0."""
+    cuts = [(point, text) for point in found.division for text in found.texts]
+    after = [] if found.recovery is None else [found.estimate_after(point, text).least for point, text in cuts]
+    return min([0.0, *(point.texts[text].change for point, text in cuts), *after])
+
+
+def label_removed(axes: Axes, what: str) -> None:
+    """Finish a chart of ``what`` over the share removed."""
+    axes.xaxis.set_major_formatter(format_percent)
+    axes.set_xlabel("removed")
+    axes.set_ylabel(what)
+    axes.grid(linewidth=0.6)
+    axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.6)
+
+
+RISES = {
+    "perplexity": "rise of the perplexity",
+    "disagreement": "samples with another prediction",
+    "loss": "loss against the dense outputs",
+}
+
+
+def draw_agreement_chart(found: Advice) -> Svg | None:
+    """The share of positions with the dense model's top-1 prediction, over the share removed; None without logits."""
+    if any(figures.agreement is None for figures in found.dense.texts.values()):
+        return None
+
+    def draw(axes: Axes) -> None:
+        xs = [0.0, *(100 * point.sparsity for point in found.division)]
+        for number, text in enumerate(found.texts):
+            ys = [100 * (point.texts[text].agreement or 0.0) for point in (found.dense, *found.division)]
+            axes.plot(xs, ys, "o-", color=SERIES[number % len(SERIES)], markersize=4, label=name_text(text))
+        axes.yaxis.set_major_formatter(format_percent)
+        label_removed(axes, "same top-1 prediction")
+
+    return draw_chart(draw, "agreement with the dense model over the share removed", 3.2)
+
+
+def draw_families_chart(found: Advice) -> Svg:
+    """The mean rise of the loss over the share removed: of each family by itself, and of the division."""
+
+    def draw(axes: Axes) -> None:
+        for number, (name, points) in enumerate(found.families.items()):
+            _draw_line(axes, found, points, SERIES[number % len(SERIES)], name)
+        if len(found.families) > 1:
+            _draw_line(axes, found, found.division, QUIET, "as pruned", "--")
+        label_removed(axes, "rise of the loss")
+
+    return draw_chart(draw, "rise of the loss over the share removed, family by family", 3.2)
+
+
+def _draw_line(axes: Axes, found: Advice, points: tuple[Point, ...], colour: str, label: str, style: str = "-") -> None:
+    rises = [point.rise for point in points]
+    known = [(100 * point.sparsity, rise) for point, rise in zip(points, rises, strict=True) if math.isfinite(rise)]
+    xs, ys = [0.0, *(x for x, _ in known)], [0.0, *(y for _, y in known)]
+    axes.plot(xs, ys, marker="o", linestyle=style, color=colour, markersize=4, label=label)
+
+
+def draw_layers_chart(rises: tuple[float, ...], name: str) -> Svg:
+    """The rise of the loss if one layer has half of its units: a bar a layer."""
+
+    def draw(axes: Axes) -> None:
+        axes.bar(range(len(rises)), rises, color=SERIES[0], width=0.7)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("rise of the loss")
+        axes.grid(axis="y", linewidth=0.6)
+
+    return draw_chart(draw, f"rise of the loss if one layer of {name} has half of its units", 2.6)
+
+
+def draw_front_chart(found: Shapes) -> Svg:
+    """The metric over the cost. Rings: before training. Dots: after. The line is the Pareto front."""
+    best = sorted(found.front, key=lambda shape: shape.cost)
+
+    def draw(axes: Axes) -> None:
+        points = [(_scale_cost(shape), _compute_figure(found, shape.loss)) for shape in best if shape.loss < WORST]
+        axes.plot(*zip(*points, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
+        for number, shape in _list_drawn(found):
+            x, (first, *_, last) = (
+                _scale_cost(shape),
+                (*_compute_figures(found, shape), _compute_figure(found, shape.loss)),
+            )
+            # A ring for the loss before any training, a dot for the last, and a line between them.
+            axes.plot([x, x], [first, last], color=SERIES[0], linewidth=1)
+            axes.plot(x, first, "o", color=QUIET, markerfacecolor="none", markersize=6)
+            if shape.rungs:
+                axes.plot(x, last, "o", color=SERIES[0], markersize=6)
+            if shape.rungs or shape in best:
+                axes.annotate(f"{number}", (x, last), (6, 5), textcoords="offset points", size=9)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.4g}")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
+        axes.locator_params(axis="x", nbins=6)
+        axes.set_xlabel(name_cost(found))
+        axes.set_ylabel(f"{found.metric} (less is better)")
+        axes.grid(linewidth=0.6)
+
+    return draw_chart(draw, f"{found.metric} over {name_cost(found)} of {len(found.shapes)} shapes", 3.2)
+
+
+def draw_training_chart(found: Shapes) -> Svg | None:
+    """The metric of each trained shape over its training tokens; None if no shape was trained."""
+    trained = [(number, shape) for number, shape in _list_drawn(found) if shape.rungs]
+    if not trained:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, shape in trained:
+            tokens = [0, *(rung.tokens for rung in shape.rungs)]
+            colour = SERIES[(number - 1) % len(SERIES)]
+            axes.plot(tokens, _compute_figures(found, shape), "o-", color=colour, markersize=4, label=f"{number}")
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel(found.metric)
+        axes.grid(axis="y", linewidth=0.6)
+        axes.figure.legend(loc="outside right upper", title="shape", handlelength=1.4)
+
+    return draw_chart(draw, f"{found.metric} of the shapes that were trained, over tokens", 3.2)
+
+
+def name_cost(found: Shapes) -> str:
+    """What ``Shape.cost`` counts."""
+    return "parameters (millions)" if found.dense.latency_ms is None else "predicted milliseconds"
+
+
+def _scale_cost(shape: Shape) -> float:
+    return shape.cost if shape.latency_ms is not None else shape.cost / 1e6
+
+
+def _list_drawn(found: Shapes) -> list[tuple[int, Shape]]:
+    """The shapes whose losses are finite, with their numbers in the table."""
+    return [(n, shape) for n, shape in enumerate(found.shapes, 1) if max(shape.stages) < WORST]
+
+
+def _compute_figures(found: Shapes, shape: Shape) -> Sequence[float]:
+    return [_compute_figure(found, loss) for loss in shape.stages]
+
+
+def _compute_figure(found: Shapes, loss: float) -> float:
+    value = found.to_figure(loss)
+    assert value is not None
+    return value

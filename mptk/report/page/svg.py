@@ -1,7 +1,7 @@
 """svg: charts as inline SVG. Their colours come from the style sheet, so they follow light and dark mode.
 
-matplotlib draws. Its SVG is rewritten: colours become CSS variables, text stays text, and names of elements get a
-prefix for each chart, since one page holds many charts.
+matplotlib draws. Its SVG is rewritten: colours become CSS variables, text stays text, and ids get a prefix for each
+chart: an id must be unique in a page, and matplotlib gives each chart the same ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mptk.plain import plain
+from mptk.plain import escape_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WIDTH = 5.0
 """Width in inches: 360 units, so that a phone shows the text in full size."""
 
+# In matplotlib these are colours of a light page. In the SVG they are only keys of ``CSS``.
 INK, QUIET, LINE, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
 SERIES = ("#2a78d6", "#d9601a", "#1f9254", "#8455d1", "#c23f83", "#1a8a94")
 BAD = "#cf222e"
@@ -51,10 +52,10 @@ STYLE: dict[object, object] = {
     "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 1.4,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mptk",
+    "svg.fonttype": "none",  # text as text, not as outlines: it can be searched, and takes less space
+    "svg.hashsalt": "mptk",  # the same chart has the same ids, so a page of the same run has the same bytes
     "text.color": INK,
-    "text.parse_math": False,  # names are no formulas
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "text.usetex": False,
     "xtick.color": QUIET,
     "xtick.labelsize": 9,
@@ -62,6 +63,7 @@ STYLE: dict[object, object] = {
     "ytick.labelcolor": INK,
     "ytick.labelsize": 9.5,
 }
+# matplotlib writes xlink:href. HTML knows only href.
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
@@ -80,6 +82,8 @@ def save(draw: Callable[[Axes], None], height: float, width: float, write: Calla
     import matplotlib
     from matplotlib.figure import Figure
 
+    # From the defaults, so that a user's matplotlibrc changes no page. A Figure without pyplot needs no display, and
+    # leaves the caller's figures alone.
     settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE}
     settings.pop("backend", None)  # to name one would load it
     with matplotlib.rc_context(settings):
@@ -88,20 +92,23 @@ def save(draw: Callable[[Axes], None], height: float, width: float, write: Calla
         write(figure)
 
 
-def chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
+def draw_chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
     """An SVG element with a chart; ``draw`` fills its axes. Screen readers read ``label``."""
+    # Without the date, so that equal charts are equal files.
     file = io.StringIO()
     save(draw, height, width, lambda f: f.savefig(file, format="svg", transparent=True, metadata={"Date": None}))
-    return inline(plain(file.getvalue()), label)  # XML has no place for control characters
+    return inline_svg(escape_text(file.getvalue()), label)  # XML has no place for control characters
 
 
-def inline(drawn: str, label: str) -> Svg:
+def inline_svg(drawn: str, label: str) -> Svg:
     """matplotlib's SVG as an element of a page. ``label`` is its name for screen readers."""
     root = ET.fromstring(drawn)
+    # Metadata names the tool; matplotlib's style element would hold for the whole page.
     for parent in root.iter():
         for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):  # rules for the page stand in its style sheet
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
                 parent.remove(child)
+    # The prefix comes from the content, so it is the same for the same chart. Ids that nothing uses go.
     own = hashlib.sha256(f"{label}\0{drawn}".encode()).hexdigest()[:8]
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", drawn))
     for element in root.iter():
@@ -112,14 +119,14 @@ def inline(drawn: str, label: str) -> Svg:
             if name == "id" and value not in used:
                 del element.attrib[name]
             else:
-                element.set(name, _adapted(name, value, own))
-    for name in ("width", "height", "version"):
+                element.set(name, _adapt_value(name, value, own))
+    for name in ("width", "height", "version"):  # the style sheet gives the width; viewBox keeps the ratio
         root.attrib.pop(name, None)
-    root.attrib |= {"class": "chart", "role": "img", "aria-label": plain(label)}
+    root.attrib |= {"class": "chart", "role": "img", "aria-label": escape_text(label)}
     return Svg(ET.tostring(root, encoding="unicode"))
 
 
-def _adapted(name: str, value: str, own: str) -> str:
+def _adapt_value(name: str, value: str, own: str) -> str:
     """An attribute's value with the page's colours, and with the prefix ``own`` in names."""
     if name == "id":
         return f"{own}-{value}"

@@ -2,5 +2,5 @@
 
 ``architectures``: what llama.cpp expects of each kind of model, as data, and the fields of the config. ``tokenizer``:
 the vocabulary. ``weights``: the tensors. ``folder``: all of these together, and the dense model's file, from which they
-may also come.
+may also come. ``check`` reads a file back, and derives what it must have apart from the code that writes it.
 """

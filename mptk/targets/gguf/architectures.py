@@ -20,6 +20,7 @@ from mptk.reading import Json
 
 WeightChange = Callable[[Tensor, int], Tensor]
 """A weight and the size of a head → the tensor of the file."""
+# transformers' names of what llama.cpp computes as one activation.
 SILU, GELU, RELU2 = ("silu", "swish"), ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("relu2",)
 
 
@@ -31,7 +32,7 @@ class Architecture:
         name: the architecture of the file.
         activations: names of the activation that it computes.
         changes: pattern of a tensor's name in the file → how it differs from the weight.
-        square: whether heads x size of a head must be the hidden size.
+        square: whether heads × size of a head must be the hidden size.
         period: each ``period``-th layer attends to all tokens and the others to a window; 0: all layers to all tokens.
         fixed: fields of the config that it does not read → the value that it computes with.
         written: fields of the file that the transformers class has built in.
@@ -48,49 +49,53 @@ class Architecture:
     counted: bool = False
 
 
-def paired(weight: Tensor, head_dim: int) -> Tensor:
+def permute_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder rows [heads · head_dim, …]: rotated pairs are i and i + head_dim/2 before, and neighbours after."""
     rest = weight.shape[1:]
     return weight.view(-1, 2, head_dim // 2, *rest).transpose(1, 2).reshape(weight.shape)
 
 
-def regrouped(weight: Tensor, head_dim: int) -> Tensor:
+def group_projections(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder rows [heads · 3 · head_dim, …], query, key and value of each head, to [3 · heads · head_dim, …]."""
     return weight.view(-1, 3, head_dim, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
 
 
-def transposed(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows are output channels."""
+def transpose_weight(weight: Tensor, head_dim: int) -> Tensor:
+    """The weight of a ``Conv1D`` of transformers, whose rows are inputs."""
     return weight.t()
 
 
-def shifted(weight: Tensor, head_dim: int) -> Tensor:
-    """The scale of a norm that multiplies by 1 + weight."""
+def shift_scale(weight: Tensor, head_dim: int) -> Tensor:
+    """The scale of a norm that multiplies by 1 + weight: llama.cpp multiplies by the weight."""
     return weight + 1
 
 
-def flat(weight: Tensor, head_dim: int) -> Tensor:
+def flatten_weight(weight: Tensor, head_dim: int) -> Tensor:
     """One row as a vector."""
     return weight.flatten()
 
 
-PAIRED = {r"\.attn_[qk]\.": paired}
-SHIFTED = {r"norm\.weight$": shifted}
+PAIRED = {r"\.attn_[qk]\.": permute_pairs}
+SHIFTED = {r"norm\.weight$": shift_scale}
 LLAMA = Architecture("llama", changes=PAIRED)
+# What rows below have in common. A value of ``fixed`` is a function of the config.
 
 
-def _always(value: object) -> Callable[[object], object]:
+def _give_always(value: object) -> Callable[[object], object]:
     return lambda config: value
 
 
-def _every_fourth(config: PreTrainedConfig) -> list[int]:
+def _mark_fourth_layers(config: PreTrainedConfig) -> list[int]:
     return [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
 
 
-ALL_EXPERTS = {"decoder_sparse_step": _always(1), "mlp_only_layers": _always([])}
+ALL_EXPERTS = {"decoder_sparse_step": _give_always(1), "mlp_only_layers": _give_always([])}
+"""All layers have experts."""
 UNGROUPED = {"num_key_value_heads": lambda config: config.num_attention_heads}
+"""Each query head has keys of its own."""
 SIGMOID = {"expert_gating_func": ExpertGatingFuncType.SIGMOID}
 GEMMA_SCALE = {"query_pre_attn_scalar": lambda config: config.head_dim}
+"""Attention's scale follows from the size of a head."""
 
 ARCHITECTURES = {
     "llama": LLAMA,
@@ -99,39 +104,39 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2", square=True),
     "qwen2_moe": Architecture(
         "qwen2moe",
-        changes={"ffn_gate_inp_shexp": flat},
+        changes={"ffn_gate_inp_shexp": flatten_weight},
         square=True,
-        fixed={**ALL_EXPERTS, "norm_topk_prob": _always(False)},
+        fixed={**ALL_EXPERTS, "norm_topk_prob": _give_always(False)},
     ),
     "qwen3": Architecture("qwen3"),
-    "qwen3_moe": Architecture("qwen3moe", fixed={**ALL_EXPERTS, "norm_topk_prob": _always(True)}),
+    "qwen3_moe": Architecture("qwen3moe", fixed={**ALL_EXPERTS, "norm_topk_prob": _give_always(True)}),
     "gemma": Architecture("gemma", GELU, SHIFTED),
     "gemma2": Architecture("gemma2", GELU, SHIFTED, period=2, fixed=GEMMA_SCALE),
     "gemma3_text": Architecture("gemma3", GELU, SHIFTED, period=6, fixed=GEMMA_SCALE),
-    "phi": Architecture("phi2", GELU, square=True, fixed={"qk_layernorm": _always(False)}),
+    "phi": Architecture("phi2", GELU, square=True, fixed={"qk_layernorm": _give_always(False)}),
     "phi3": Architecture("phi3", square=True),
     "gpt2": Architecture(
         "gpt2",
         GELU,
-        {r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$": transposed},
+        {r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$": transpose_weight},
         square=True,
-        fixed={"scale_attn_weights": _always(True), "scale_attn_by_inverse_layer_idx": _always(False)},
+        fixed={"scale_attn_weights": _give_always(True), "scale_attn_by_inverse_layer_idx": _give_always(False)},
     ),
-    "gpt_bigcode": Architecture("starcoder", GELU, square=True, fixed={"scale_attn_weights": _always(True)}),
-    "gpt_neox": Architecture("gptneox", GELU, {r"\.attn_qkv\.": regrouped}, square=True),
-    "starcoder2": Architecture("starcoder2", GELU, square=True, fixed={"use_bias": _always(True)}),
-    "stablelm": Architecture("stablelm", square=True, fixed={"qk_layernorm": _always(False)}),
+    "gpt_bigcode": Architecture("starcoder", GELU, square=True, fixed={"scale_attn_weights": _give_always(True)}),
+    "gpt_neox": Architecture("gptneox", GELU, {r"\.attn_qkv\.": group_projections}, square=True),
+    "starcoder2": Architecture("starcoder2", GELU, square=True, fixed={"use_bias": _give_always(True)}),
+    "stablelm": Architecture("stablelm", square=True, fixed={"qk_layernorm": _give_always(False)}),
     "olmo": Architecture("olmo", changes=PAIRED, square=True, written={"layer_norm_eps": 1e-5}),
     "olmo2": Architecture("olmo2", square=True),
     "olmoe": Architecture(
         "olmoe",
         square=True,
-        fixed={"norm_topk_prob": _always(False), **UNGROUPED},
+        fixed={"norm_topk_prob": _give_always(False), **UNGROUPED},
     ),
     "granite": Architecture("granite", changes=PAIRED),
-    "cohere": Architecture("command-r", square=True, fixed={"use_qk_norm": _always(False)}),
+    "cohere": Architecture("command-r", square=True, fixed={"use_qk_norm": _give_always(False)}),
     "cohere2": Architecture("cohere2", square=True, period=4),
-    "smollm3": Architecture("smollm3", changes=PAIRED, fixed={"no_rope_layers": _every_fourth}),
+    "smollm3": Architecture("smollm3", changes=PAIRED, fixed={"no_rope_layers": _mark_fourth_layers}),
     "arcee": Architecture("arcee", RELU2, PAIRED),
     "nemotron": Architecture("nemotron", RELU2, SHIFTED, square=True),
     "seed_oss": Architecture("seed_oss"),
@@ -144,7 +149,7 @@ ARCHITECTURES = {
     "cwm": LLAMA,
     "ministral3": Architecture("mistral3", changes=PAIRED),
     "exaone": Architecture("exaone"),
-    "exaone4": Architecture("exaone4", square=True, fixed={"sliding_window": _always(None)}),
+    "exaone4": Architecture("exaone4", square=True, fixed={"sliding_window": _give_always(None)}),
     "jais2": Architecture("jais2", RELU2),
     "glm": Architecture("chatglm", square=True),
     "olmo3": Architecture("olmo2", square=True, period=4),
@@ -152,17 +157,19 @@ ARCHITECTURES = {
         "falcon",
         GELU,
         square=True,
-        fixed={name: _always(name == "multi_query") for name in ("multi_query", "new_decoder_architecture", "alibi")},
+        fixed={
+            name: _give_always(name == "multi_query") for name in ("multi_query", "new_decoder_architecture", "alibi")
+        },
     ),
-    "glm4_moe": Architecture("glm4moe", fixed={"n_group": _always(1)}, written=SIGMOID, counted=True),
-    "dots1": Architecture("dots1", fixed={"n_group": _always(1), **UNGROUPED}, written=SIGMOID, counted=True),
+    "glm4_moe": Architecture("glm4moe", fixed={"n_group": _give_always(1)}, written=SIGMOID, counted=True),
+    "dots1": Architecture("dots1", fixed={"n_group": _give_always(1), **UNGROUPED}, written=SIGMOID, counted=True),
     "ernie4_5_moe": Architecture(
-        "ernie4_5-moe", changes={"exp_probs_b": flat}, fixed={"moe_layer_interval": _always(1)}
+        "ernie4_5-moe", changes={"exp_probs_b": flatten_weight}, fixed={"moe_layer_interval": _give_always(1)}
     ),
     "granitemoe": Architecture("granitemoe", changes=PAIRED),
     "granitemoeshared": Architecture("granitemoe", changes=PAIRED),
 }
-
+"""``model_type`` → what llama.cpp expects."""
 
 COPIED = {
     "context_length": ("max_position_embeddings",),
@@ -181,7 +188,7 @@ COPIED = {
     "parallel_residual": ("use_parallel_residual",),
     "clamp_kqv": ("clip_qkv",),
 }
-"""GgufSetting → its names in a config."""
+"""Setting of gguf's writer → its names in a config, the first of which counts."""
 YARN = {
     "rope_scaling_yarn_ext_factor": "extrapolation_factor",
     "rope_scaling_yarn_attn_factor": "attention_factor",
@@ -190,68 +197,71 @@ YARN = {
     "rope_scaling_yarn_log_mul": "mscale_all_dim",
     "attn_temperature_scale": "llama_4_scaling_beta",
 }
+"""The same for the fields of YaRN's ``rope_parameters``."""
 FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 DIVISORS = (FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)
-"""Divisors of the rotary frequencies: tensors that the file has and the model has not."""
+"""Divisors of the rotary frequencies: tensors that the file has and the model does not have."""
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+"""The activation's names in a config, the first of which counts."""
 GgufSetting = tuple[str, object]
 
 
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """What llama.cpp expects of the model.
-
-    Raises:
-        MptkError: mptk does not know, or llama.cpp computes the model with other numbers than the config's.
-    """
+def find_architecture(config: PreTrainedConfig) -> Architecture:
+    """What llama.cpp expects of the model. Raises MptkError if it would compute the model with other numbers."""
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise MptkError(
             f"mptk cannot write {config.model_type} models as GGUF, only {', '.join(ARCHITECTURES)}; use llama.cpp's "
             "converter"
         )
+    # What llama.cpp has built in must be what the config says: numbers, the activation, the order of windows.
     for name, wanted in found.fixed.items():
         if (has := getattr(config, name, wanted(config))) != wanted(config):
-            raise _other(config, f"{name} {has}", f"{wanted(config)}")
+            raise _make_unlike_error(config, f"{name} {has}", f"{wanted(config)}")
     activation = next((getattr(config, name) for name in ACTIVATIONS if getattr(config, name, None)), None)
     if activation not in found.activations:
-        raise _other(config, f"the activation {activation}", " or ".join(found.activations))
-    if found.period and _windows(config) != [(i + 1) % found.period != 0 for i in range(config.num_hidden_layers)]:
-        raise _other(config, "other sliding layers", f"a full layer after each {found.period - 1} sliding ones")
+        raise _make_unlike_error(config, f"the activation {activation}", " or ".join(found.activations))
+    windows = [(i + 1) % found.period != 0 for i in range(config.num_hidden_layers)] if found.period else []
+    if windows and [kind == "sliding_attention" for kind in config.layer_types] != windows:
+        raise _make_unlike_error(
+            config, "other sliding layers", f"a full layer after each {found.period - 1} sliding ones"
+        )
     return found
 
 
-def head_dim(config: PreTrainedConfig) -> int:
+def find_head_dim(config: PreTrainedConfig) -> int:
     """The size of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def write_settings(writer: GGUFWriter, config: PreTrainedConfig, architecture: Architecture) -> None:
     """Write what a cut does not change. The widths come from the weights."""
-    for name, value in (*_copied(config), *_rope(config), *architecture.written.items()):
+    for name, value in (*_list_copied(config), *_list_rope(config), *architecture.written.items()):
         getattr(writer, f"add_{name}")(value)
-    writer.add_rope_dimension_count(rope_dim(config))
+    writer.add_rope_dimension_count(find_rope_dim(config))
     if architecture.period:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(architecture.period)
 
 
-def ignored_window(config: PreTrainedConfig, architecture: Architecture) -> int | None:
+def find_ignored_window(config: PreTrainedConfig, architecture: Architecture) -> int | None:
     """The length of the window to which layers attend, if llama.cpp lets them attend to all tokens."""
     window = getattr(config, "sliding_window", None)
+    # Without a list of types, a window holds for all layers.
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if architecture.period or not window or "sliding_attention" not in kinds:
         return None
     return int(window) if window < config.max_position_embeddings else None
 
 
-def rope_dim(config: PreTrainedConfig) -> int:
+def find_rope_dim(config: PreTrainedConfig) -> int:
     """How many channels of a head are rotated."""
-    return int(head_dim(config) * _rope_parameters(config).get("partial_rotary_factor", 1.0))
+    return int(find_head_dim(config) * _find_rope(config).get("partial_rotary_factor", 1.0))
 
 
-def rope_divisors(config: PreTrainedConfig) -> dict[str, Tensor]:
+def compute_rope_divisors(config: PreTrainedConfig) -> dict[str, Tensor]:
     """The tensors that scale rotary frequencies, by name."""
-    rope = _rope_parameters(config)
+    rope = _find_rope(config)
     if rope.get("rope_type") == "longrope":
         return {
             name: torch.tensor(rope[key])
@@ -259,22 +269,24 @@ def rope_divisors(config: PreTrainedConfig) -> dict[str, Tensor]:
         }
     if rope.get("rope_type") != "llama3":
         return {}
+    # llama.cpp divides its own frequencies by the tensor: plain frequencies over those of transformers.
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
-    size = rope_dim(config)
+    size = find_rope_dim(config)
     return {FREQUENCIES: rope["rope_theta"] ** (-torch.arange(0, size, 2).float() / size) / scaled}
 
 
-def _copied(config: PreTrainedConfig) -> Iterator[GgufSetting]:
+def _list_copied(config: PreTrainedConfig) -> Iterator[GgufSetting]:
     for key, names in COPIED.items():
         value = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
         if value is not None:
             yield key, value
 
 
-def _rope(config: PreTrainedConfig) -> Iterator[GgufSetting]:
-    rope, sliding = _rope_parameters(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
+def _list_rope(config: PreTrainedConfig) -> Iterator[GgufSetting]:
+    rope, sliding = _find_rope(config), (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
     if not rope:
         return
+    # ``swa``: of the layers with a window, which may rotate otherwise.
     yield "rope_freq_base", rope["rope_theta"]
     if sliding is not None:
         yield "rope_freq_base_swa", sliding["rope_theta"]
@@ -288,23 +300,20 @@ def _rope(config: PreTrainedConfig) -> Iterator[GgufSetting]:
         yield "rope_scaling_type", RopeScalingType.LONGROPE
         yield "rope_scaling_attn_factors", ROPE_INIT_FUNCTIONS["longrope"](config)[1]
     elif kind not in ("default", "llama3"):
-        raise _other(config, f"rotary embeddings of type {kind}", "default, linear, llama3, longrope or yarn")
+        raise _make_unlike_error(
+            config, f"rotary embeddings of type {kind}", "default, linear, llama3, longrope or yarn"
+        )
     if rope.get("original_max_position_embeddings") and kind in ("yarn", "longrope"):
         yield "rope_scaling_orig_ctx_len", rope["original_max_position_embeddings"]
 
 
-def _rope_parameters(config: PreTrainedConfig) -> Json:
+def _find_rope(config: PreTrainedConfig) -> Json:
     """The rotary settings of the layers that attend to all tokens; empty without rotary embeddings."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
 
 
-def _windows(config: PreTrainedConfig) -> list[bool]:
-    """Whether each layer attends to a window."""
-    return [kind == "sliding_attention" for kind in config.layer_types]
-
-
-def _other(config: PreTrainedConfig, has: str, wanted: str) -> MptkError:
+def _make_unlike_error(config: PreTrainedConfig, has: str, wanted: str) -> MptkError:
     return MptkError(
         f"this {config.model_type} model has {has}, and llama.cpp computes such models with {wanted}; use the folder "
         "in another program"

@@ -15,28 +15,26 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.config.choices import GgufType
-from mptk.errors import MptkError, first_line
+from mptk.config import GgufType
+from mptk.errors import MptkError, take_first_line
 from mptk.files.outputs import GGUF_MARK
-from mptk.io import models
-from mptk.io.untrusted import check_gguf
-from mptk.ir.plan import Plan
-from mptk.ir.weights import Weights
-from mptk.reading import damaged
+from mptk.io import check_gguf, models
+from mptk.ir import Plan, Weights
+from mptk.reading import make_damage_error
 from mptk.targets.gguf.architectures import (
     ARCHITECTURES,
     DIVISORS,
     FREQUENCIES,
     Architecture,
-    architecture_of,
-    head_dim,
-    ignored_window,
-    rope_divisors,
+    compute_rope_divisors,
+    find_architecture,
+    find_head_dim,
+    find_ignored_window,
     write_settings,
 )
 from mptk.targets.gguf.check import GgufFile, check_fields, check_tensors
 from mptk.targets.gguf.tokenizer import write_tokenizer
-from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arranged
+from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arrange_weights
 from passes.verify import Difference
 
 DROPPED = (
@@ -47,7 +45,7 @@ DROPPED = (
     "general.size_label",
     "quantize.",
 )
-"""Prefixes of fields that describe the pattern's own weights."""
+"""Prefixes of fields that describe the pattern's own weights, and would be wrong for others."""
 TOKENS = "tokenizer.ggml.tokens"
 WRITER = "general.source.writer"
 """The field that marks a file as mptk's, which a later one may replace."""
@@ -62,7 +60,7 @@ class GgufField:
     items: GGUFValueType | None
 
 
-def _field(field: ReaderField) -> GgufField:
+def _read_field(field: ReaderField) -> GgufField:
     items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
     return GgufField(field.contents(), field.types[0], items)
 
@@ -75,26 +73,28 @@ class Pattern:
     """
 
     def __init__(self, file: Path) -> None:
+        # Bounds first: the reader trusts the sizes that a file says.
         check_gguf(file)
         self.file = file
         try:
             self.reader = GGUFReader(file)
-            self.fields = {field.name: _field(field) for field in self.reader.fields.values()}
-            self.architecture = str(self._value("general.architecture"))
-            hidden, heads = (int(self._own(name)) for name in ("embedding_length", "attention.head_count"))
+            self.fields = {field.name: _read_field(field) for field in self.reader.fields.values()}
+            self.architecture = str(self._read_value("general.architecture"))
+            hidden, heads = (
+                int(self._read_value(f"{self.architecture}.{name}"))
+                for name in ("embedding_length", "attention.head_count")
+            )
+            # A file may leave the size of a head out if it is hidden size / heads.
             length = self.fields.get(f"{self.architecture}.attention.key_length")
             self.head_dim = hidden // heads if length is None else int(length.value)
-            self.tokens = len(self._value(TOKENS))
+            self.tokens = len(self._read_value(TOKENS))
             self.shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in self.reader.tensors}
         except MptkError:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
-            raise damaged(file)(first_line(error)) from error
+            raise make_damage_error(file)(take_first_line(error)) from error
 
-    def _own(self, name: str) -> Any:
-        return self._value(f"{self.architecture}.{name}")
-
-    def _value(self, name: str) -> Any:
+    def _read_value(self, name: str) -> Any:
         if name not in self.fields:
             raise MptkError(
                 f"{self.file} has no {name}, so it is not a language model; give the GGUF file of the dense model"
@@ -103,33 +103,34 @@ class Pattern:
 
     def fill(self, writer: GGUFWriter) -> None:
         """Write the fields that the writer does not have yet."""
-        for name, field in self._kept():
+        for name, field in self._list_kept():
             own = name.startswith(f"{self.architecture}.")
             key = f"{writer.arch}.{name.removeprefix(f'{self.architecture}.')}" if own else name
-            if key not in writer.kv_data[0]:
+            if key not in writer.kv_data[0]:  # what follows from the folder counts more
                 writer.add_key_value(key, field.value, field.type, sub_type=field.items)
 
     @property
     def values(self) -> dict[str, object]:
         """The fields that hold for a cut model, too, without the architecture before their names."""
-        return {name.removeprefix(f"{self.architecture}."): field.value for name, field in self._kept()}
+        return {name.removeprefix(f"{self.architecture}."): field.value for name, field in self._list_kept()}
 
-    def _kept(self) -> Iterator[tuple[str, GgufField]]:
+    def _list_kept(self) -> Iterator[tuple[str, GgufField]]:
         """Fields that describe neither the pattern's own weights nor single layers."""
         own = f"{self.architecture}."
         for name, field in self.fields.items():
             if not name.startswith(DROPPED) and not (name.startswith(own) and field.items is not None):
                 yield name, field
 
-    def tensor(self, name: str) -> dict[str, Tensor]:
+    def read_tensor(self, name: str) -> dict[str, Tensor]:
         """The float32 tensor ``name`` by its name, if the file has it."""
         return {each.name: torch.from_numpy(each.data.copy()) for each in self.reader.tensors if each.name == name}
 
     def check(self, names: set[str], table: tuple[int, int], free: set[str]) -> None:
         """Raise MptkError if a model with these tensors and this embedding table was not cut from the pattern's model.
 
-        ``free``: tensors that may be in only one of both.
+        ``free``: tensors that only one of the two may have.
         """
+        # The same tokens, and no more channels. Then the same tensors in each layer; layers themselves may be gone.
         dense = self.shapes.get("token_embd.weight", (0, 0))
         if table[0] != dense[0] or table[0] != self.tokens or table[1] > dense[1]:
             raise MptkError(
@@ -146,6 +147,7 @@ class Pattern:
 
 
 FIELDS, TENSORS = "GGUF fields", "GGUF tensors"
+"""The stages of the proof."""
 MOST_ROUNDED = 0.15
 """Errors of numbers are given as shares of the largest one of their tensor; 4 bits have steps of an eighth of it, and
 the scale of a block is itself rounded. Each number is checked against its own block's bound."""
@@ -180,21 +182,24 @@ class GgufFolder:
         kind: GgufType,
         name: str = "",
     ) -> None:
+        # What llama.cpp expects of the model: by its config or, for a graph, by the dense model's file.
         self.place, self.config, self.pattern, self.name = place, config, pattern, name or place.name
         if config is not None:
-            self.base, size, divisors = architecture_of(config), head_dim(config), rope_divisors(config)
+            self.base, size, divisors = find_architecture(config), find_head_dim(config), compute_rope_divisors(config)
         else:
-            dense = _dense(place, plan, pattern)
-            self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.tensor(FREQUENCIES)
+            dense = _check_graph_pattern(place, plan, pattern)
+            self.base, size, divisors = ARCHITECTURES[EQUAL], dense.head_dim, dense.read_tensor(FREQUENCIES)
         self.tokenizer = None if pattern is not None else models.load_tokenizer(str(place))
+        # The tensors, in the file's names and form.
         tied = bool(getattr(config, "tie_word_embeddings", False))
-        tensors = arranged(weights, self.base, size, tied=tied)
+        tensors = arrange_weights(weights, self.base, size, tied=tied)
         self.head_dim = size
-        self.weights = GgufWeights(tensors.updated(divisors), self.base, size, kind)
+        self.weights = GgufWeights(tensors.with_entries(divisors), self.base, size, kind)
         if pattern is not None:
             _check_pattern(pattern, self.base, self.weights)
+        # What llama.cpp does otherwise, though the file is right.
         self.notes, self.proof = list(self.weights.notes), list[Difference]()
-        if config is not None and (window := ignored_window(config, self.base)):
+        if config is not None and (window := find_ignored_window(config, self.base)):
             ignored = f"llama.cpp attends to all tokens: after {window} tokens its results differ from the folder's"
             self.notes.append(ignored)
 
@@ -217,7 +222,7 @@ class GgufFolder:
         found = GgufFile(out)
         # Of narrow matrices most may be float16, so the commonest type is only the likeliest one that was asked for.
         asked: list[GgufType] = [found.type, *get_args(GgufType)]
-        kinds = [self.weights.kinds_as(kind) for kind in asked]
+        kinds = [self.weights.choose_kinds(kind) for kind in asked]
         worst = check_tensors(found, self.weights.tensors, kinds)
         known = {} if self.pattern is None else self.pattern.values
         check_fields(found, self.config, self.tokenizer, known, self.base, self.head_dim, self.name)
@@ -234,7 +239,7 @@ class GgufFolder:
             write_tokenizer(writer, self.place, self.tokenizer, self.weights.table[0])
 
 
-def _dense(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:
+def _check_graph_pattern(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:
     """The pattern of a graph, which must be one of LLaMA."""
     if pattern is None:
         raise MptkError(f"{place} is a graph without a config; give the dense model's GGUF file by --like")
@@ -242,6 +247,7 @@ def _dense(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:
         raise MptkError(
             f"{pattern.file} holds a {pattern.architecture} model; of graphs, mptk writes only {EQUAL} models as GGUF"
         )
+    # Without a config nothing else says what a cut of another family would mean.
     cut = {name for name, choice in plan.families.items() if choice.width < choice.of}
     if odd := {name for name in cut if name.partition(".")[0] not in GGUF_FAMILIES}:
         raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(GGUF_FAMILIES)}")

@@ -19,15 +19,18 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from mptk.config.choices import GgufType
+from mptk.config import GgufType
 from mptk.errors import MptkError
-from mptk.ir.weights import Weights
-from mptk.targets.gguf.architectures import Architecture, shifted
+from mptk.ir import Weights
+from mptk.targets.gguf.architectures import Architecture, shift_scale
 
 EQUAL, RAGGED = "llama", "deci"
+"""llama.cpp's architectures of LLaMA's block: with one width for all layers, and with lists of widths."""
 HELD = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+"""Type of a stored weight → the file's, if none is asked for. A weight of another type is refused."""
 ARCHITECTURE = "general.architecture"
 TABLE, HEAD = "token_embd.weight", "output.weight"
+"""The embedding table and the output matrix."""
 FULL = re.compile(r"position_embd|ffn_gate_inp")
 """Matrices that llama.cpp takes only in float32."""
 BUFFER = "inv_freq"
@@ -41,7 +44,8 @@ RENAMED = {
     ".mlp.gate.moe_statics.": ".mlp.moe_statics.",
     ".e_score_correction_bias": ".e_score_correction.bias",
 }
-"""Parts of names that transformers' classes have → as gguf's table of names has them."""
+"""Parts of names that transformers' classes have → as gguf's table of names has them. In this order: the first one also
+has the second in it."""
 
 
 @dataclass(frozen=True)
@@ -54,46 +58,46 @@ class LayerWidths:
     experts: int = 0
 
 
-def arranged(weights: Weights, architecture: Architecture, head_dim: int, *, tied: bool) -> Weights:
-    """The weights under the names and in the form of the file. ``tied``: the embedding table is the output matrix, too.
-
-    Raises:
-        MptkError: a file of this architecture has no such tensor.
-    """
+def arrange_weights(weights: Weights, architecture: Architecture, head_dim: int, *, tied: bool) -> Weights:
+    """The weights under the file's names and in its form. ``tied``: the embedding table is the output matrix, too."""
+    # gguf's own table of names, long enough for the largest number in any name: a layer's, or an expert's.
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     counted = [int(number) for weight in weights for number in re.findall(r"\.(\d{1,5})\.", weight)]
     known = gguf.get_tensor_name_map(arch, max(counted, default=-1) + 1)
     sources: dict[str, str] = {}
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     scales: dict[str, Callable[[Tensor], Tensor]] = {}
-    for weight, part, half in _parts(weights):
+    for weight, part, half in _split_parts(weights):
+        # 1. Its name in the file.
         name = known.get_name(part, try_suffixes=(".weight", ".bias"))
         if name is None and part.removesuffix(".weight") in gguf.TensorNameMap.mappings_cfg[gguf.MODEL_TENSOR.OUTPUT]:
             name = HEAD  # of a model that has one weight for both
         if name is None:
-            raise _unknown(architecture, weight)
+            raise _make_weight_error(architecture, weight)
         name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        # 2. How it differs from the weight. A shift computes; all other changes only move numbers (``moves``).
         sources[name] = weight
         if half is not None:
-            changes[name] = partial(_half, half)
+            changes[name] = partial(_take_half, half)
         for pattern, change in architecture.changes.items():
             if re.search(pattern, name):
-                (scales if change is shifted else changes)[name] = partial(_with, change, head_dim)
-    if HEAD in sources and (tied or TABLE not in sources):  # one weight for both, under one name or the other
+                (scales if change is shift_scale else changes)[name] = partial(_with, change, head_dim)
+    # 3. One weight for table and output matrix, under one name or the other. llama.cpp takes the table for both.
+    if HEAD in sources and (tied or TABLE not in sources):
         sources.setdefault(TABLE, sources.pop(HEAD))
     if HEAD in sources and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[arch]:
-        raise _unknown(architecture, sources[HEAD])
-    return weights.selected(sources).changed(changes, moves=True).changed(scales)
+        raise _make_weight_error(architecture, sources[HEAD])
+    return weights.select_names(sources).with_edits(changes, moves=True).with_edits(scales)
 
 
-def _unknown(architecture: Architecture, weight: str) -> MptkError:
+def _make_weight_error(architecture: Architecture, weight: str) -> MptkError:
     return MptkError(
         f"a GGUF file of a {architecture.name} model cannot hold {weight}; use the folder in another program"
     )
 
 
-def _parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
-    """Each weight, the name of a part of it for gguf, and which half the part is; None: it is the whole."""
+def _split_parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
+    """Each weight, the name for gguf of a part of it, and which half the part is (None: the whole)."""
     for weight in weights:
         name = weight
         for old, new in RENAMED.items():
@@ -107,7 +111,7 @@ def _parts(weights: Weights) -> Iterator[tuple[str, str, int | None]]:
             yield weight, name, None
 
 
-def _half(half: int, weight: Tensor) -> Tensor:
+def _take_half(half: int, weight: Tensor) -> Tensor:
     return weight.chunk(2, dim=-2)[half]
 
 
@@ -120,7 +124,7 @@ class GgufWeights:
     first with experts; ``notes``: what a user should know.
 
     Args:
-        tensors: the weights as the file has them (``arranged``).
+        tensors: the weights as the file has them (``arrange_weights``).
         architecture: what llama.cpp expects.
         head_dim: the size of a head.
         kind: the type of the matrices; auto: the type in which each is stored.
@@ -131,14 +135,15 @@ class GgufWeights:
 
     def __init__(self, tensors: Weights, architecture: Architecture, head_dim: int, kind: GgufType) -> None:
         self.tensors, self.base, self.head_dim, self.type = tensors, architecture, head_dim, kind
-        self.kinds = self.kinds_as(kind)
-        self.layers = self._layers()
+        self.kinds = self.choose_kinds(kind)
+        self.layers = self._measure_layers()
         self.leading = next((i for i, layer in enumerate(self.layers) if layer.experts), len(self.layers))
         self._check_widths()
 
     @property
     def architecture(self) -> str:
         """The name of the file's architecture."""
+        # Layers with experts may have other widths than the leading ones without: these are two numbers in any file.
         blocks = {(layer.ffn, layer.experts) for layer in self.layers}
         heads = {(layer.heads, layer.groups) for layer in self.layers}
         ragged = len(heads) > 1 or len(blocks) > len({experts > 0 for _, experts in blocks})
@@ -147,7 +152,7 @@ class GgufWeights:
     @property
     def table(self) -> tuple[int, int]:
         """Tokens and hidden size."""
-        rows, hidden = self.tensors.like(TABLE).shape
+        rows, hidden = self.tensors.find_like(TABLE).shape
         return rows, hidden
 
     @property
@@ -162,12 +167,14 @@ class GgufWeights:
         describe(writer)
         _write_tensors(writer, self.tensors, self.kinds)
 
-    def kinds_as(self, kind: GgufType) -> dict[str, Kind]:
+    def choose_kinds(self, kind: GgufType) -> dict[str, Kind]:
         """The type of each tensor if the matrices are of type ``kind``."""
-        return {name: self._kind(name, kind) for name in self.tensors}
+        return {name: self._choose_kind(name, kind) for name in self.tensors}
 
-    def _kind(self, name: str, asked: GgufType) -> Kind:
-        like, held = self.tensors.like(name), self.tensors.narrow(name).dtype
+    def _choose_kind(self, name: str, asked: GgufType) -> Kind:
+        # Vectors, and some matrices, are float32 whatever was asked for. A row that the type's blocks do not fill is
+        # float16. 4 or 5 bits are too coarse for the table and the output matrix.
+        like, held = self.tensors.find_like(name), self.tensors.read_narrow(name).dtype
         if held not in HELD:
             raise MptkError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32")
         if like.ndim == 1 or FULL.search(name):
@@ -178,19 +185,20 @@ class GgufWeights:
             return Kind.F16
         return Kind.Q8_0 if block > 1 and name in (TABLE, HEAD) else kind
 
-    def _layers(self) -> list[LayerWidths]:
+    def _measure_layers(self) -> list[LayerWidths]:
         blocks = {int(name.split(".")[1]) for name in self.tensors if name.startswith("blk.")}
         try:
-            return [self._layer(i) for i in range(max(blocks, default=-1) + 1)]
+            return [self._measure_layer(i) for i in range(max(blocks, default=-1) + 1)]
         except KeyError as error:
             raise MptkError(
                 f"the folder has no {error.args[0]}, which a {self.base.name} model has; use it in another program"
             ) from error
 
-    def _layer(self, i: int) -> LayerWidths:
+    def _measure_layer(self, i: int) -> LayerWidths:
         def shape(name: str) -> torch.Size:
-            return self.tensors.like(f"blk.{i}.{name}.weight").shape
+            return self.tensors.find_like(f"blk.{i}.{name}.weight").shape
 
+        # The input of the attention's output is the queries' width, also if query, key and value are one tensor.
         size, queries = self.head_dim, shape("attn_output")[1]
         fused, experts = f"blk.{i}.attn_qkv.weight" in self.tensors, f"blk.{i}.ffn_down_exps.weight" in self.tensors
         keys = (shape("attn_qkv")[0] - queries) // 2 if fused else shape("attn_k")[0]
@@ -199,12 +207,13 @@ class GgufWeights:
         ffn = shape("ffn_down_exps" if experts else "ffn_down")[-1]
         return LayerWidths(queries // size, keys // size, ffn, shape("ffn_down_exps")[0] if experts else 0)
 
-    def _shared_width(self) -> int:
+    def _count_shared(self) -> int:
         """Channels of the experts that all tokens use; 0 if there are none."""
         name = f"blk.{self.leading}.ffn_down_shexp.weight"
-        return self.tensors.like(name).shape[1] if name in self.tensors else 0
+        return self.tensors.find_like(name).shape[1] if name in self.tensors else 0
 
     def _check_widths(self) -> None:
+        # What llama.cpp's code for the architecture takes for granted.
         first, hidden, sparse = self.layers[0], self.table[1], self.layers[self.leading :]
         if self.architecture == RAGGED and (self.base.name != EQUAL or sparse):
             raise MptkError(
@@ -213,9 +222,9 @@ class GgufWeights:
             )
         if not all(layer.experts for layer in sparse):
             raise MptkError("llama.cpp has layers without experts only before the others; use the folder elsewhere")
-        if sparse and self.base.counted and self._shared_width() % sparse[0].ffn:
+        if sparse and self.base.counted and self._count_shared() % sparse[0].ffn:
             raise MptkError(
-                f"{self._shared_width()} shared channels are no multiple of an expert's {sparse[0].ffn}, as llama.cpp "
+                f"{self._count_shared()} shared channels are no multiple of an expert's {sparse[0].ffn}, as llama.cpp "
                 f"expects of {self.base.name} models; cut both by the same share"
             )
         if self.base.square and first.heads * self.head_dim != hidden:
@@ -238,16 +247,18 @@ class GgufWeights:
         writer.add_vocab_size(rows)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
+        # Experts: the first layer with any speaks for all.
         for sparse in self.layers[self.leading : self.leading + 1]:
             writer.add_expert_count(sparse.experts)
             writer.add_expert_feed_forward_length(sparse.ffn)
             writer.add_leading_dense_block_count(self.leading)
-            if shared := self._shared_width():
+            if shared := self._count_shared():
                 writer.add_expert_shared_feed_forward_length(shared)
                 writer.add_expert_shared_count(shared // sparse.ffn)
-        sizes = dict.fromkeys(self.kinds.values(), 0)  # the type of most numbers in matrices names the file's
+        # The file is called after the type of most numbers in the layers' matrices.
+        sizes = dict.fromkeys(self.kinds.values(), 0)
         for name, kind in self.kinds.items():
-            like = self.tensors.like(name)
+            like = self.tensors.find_like(name)
             sizes[kind] += like.numel() if name.startswith("blk.") and like.ndim > 1 else 0
         kind = max(sizes, key=lambda kind: (sizes[kind], kind))
         writer.add_file_type(LlamaFileType["ALL_F32" if kind is Kind.F32 else f"MOSTLY_{kind.name}"])
@@ -256,7 +267,8 @@ class GgufWeights:
 
 def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
     """Write the tensors in float32, with the fields of another file of the same model."""
-    kinds = weights.kinds_as("f32")
+    # The fields as they are, except what the writer makes itself.
+    kinds = weights.choose_kinds("f32")
     writer = GGUFWriter(out, str(like.fields[ARCHITECTURE].contents()))
     for name, field in like.fields.items():
         if name not in writer.kv_data[0] and not name.startswith("GGUF."):
@@ -267,8 +279,10 @@ def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
 
 def _write_tensors(writer: GGUFWriter, tensors: Weights, kinds: Mapping[str, Kind]) -> None:
     """Write the tensors behind the writer's fields, and close the file. One tensor is in memory at a time."""
+    # The format has all names, shapes and types before the first number. gguf's own ``add_tensor`` would hold all
+    # numbers.
     for name, kind in kinds.items():
-        shape = tensors.like(name).shape
+        shape = tensors.find_like(name).shape
         block, size = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, raw_dtype=kind)
     writer.write_header_to_file()

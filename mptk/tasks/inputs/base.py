@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from mptk.config.settings import Settings
-from mptk.errors import MptkError, first_line
-from mptk.files import path_of
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME
-from mptk.ir.samples import Samples
+from mptk.config import Settings
+from mptk.errors import MptkError, take_first_line
+from mptk.files import expand_path
+from mptk.io import RANDOM_DATA, RANDOM_NAME, Loaded
+from mptk.ir import Samples
 from mptk.progress import Count
 
 EXAMPLES = 2
@@ -28,11 +27,11 @@ Named = dict[str, Tensor]
 class Inputs(Protocol):
     """A kind of inputs."""
 
-    def example(self, model: nn.Module) -> Named:
+    def make_example(self, model: nn.Module) -> Named:
         """Two small samples, from only the model's config."""
         ...
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         """``count`` samples of ``settings.data``.
 
         Raises:
@@ -40,16 +39,16 @@ class Inputs(Protocol):
         """
         ...
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
-        """``settings.eval_windows`` samples of ``settings.eval_data``, else of ``settings.data``. Errors are those."""
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+        """``settings.eval_windows`` samples of ``settings.eval_data``, else ``settings.data``. Errors as above."""
         ...
 
-    def named(self, data: str) -> str:
+    def name_data(self, data: str) -> str:
         """``data`` as the protocol of a measurement names it."""
         return RANDOM_NAME if data == RANDOM_DATA else data
 
 
-def random_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str, int], seed: int) -> Named:
+def draw_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str, int], seed: int) -> Named:
     """``count`` random samples in the shapes of ``example``: normal numbers, integers below their bound."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
@@ -60,6 +59,7 @@ def random_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str
         elif name in bounds:
             made[name] = torch.randint(bounds[name], shape, generator=generator)
         else:
+            # Integers without a bound, such as sizes, must stay what they are.
             made[name] = tensor[:1].expand(shape).clone()
     return made
 
@@ -71,29 +71,25 @@ class FileInputs(Inputs):
     suffixes: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The inputs that the model's own preprocessor makes of the files."""
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM_DATA:
-            return random_inputs(self.example(loaded.model), count, {}, settings.seed)
+            return draw_inputs(self.make_example(loaded.model), count, {}, settings.seed)
         files = self.find(settings.data)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))
-        return self.prepared(loaded, [files[i] for i in order[:count]], progress)
+        return self.prepare(loaded, [files[i] for i in order[:count]], progress)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         data = settings.eval_data or settings.data
-        if data == RANDOM_DATA:
-            return random_inputs(self.example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
-        return self.prepared(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
+        if data == RANDOM_DATA:  # another seed, so that it is not measured on what it was calibrated on
+            return draw_inputs(self.make_example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
+        return self.prepare(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
 
     def find(self, data: str) -> list[Path]:
-        """All such files in the folder ``data`` and below, in the order of their paths.
-
-        Raises:
-            MptkError: there is no such folder, or it has none.
-        """
-        folder, what = path_of(data), self.what
+        """All such files in the folder ``data`` and below, in the order of their paths."""
+        folder, what = expand_path(data), self.what
         if not folder.is_dir():
             raise MptkError(
                 f"this model reads {what}, and {data} is not a folder of them; give one with --data, or random"
@@ -105,32 +101,31 @@ class FileInputs(Inputs):
         return found
 
 
-def preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") -> Any:
+def load_preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") -> Any:
     """What ``auto``, a class of transformers, loads to prepare files for a model.
 
-    Raises:
-        MptkError: the model has none. ``what``: its name; ``packages``: a remedy of its own.
+    For the error if the model has none: ``what``: its name; ``packages``: a remedy of its own.
     """
     try:
         return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trust.allows_code)
     except (OSError, ValueError, ImportError) as error:
         raise MptkError(
-            f"{loaded.source} has no {what} that transformers can load ({first_line(error)}); add its "
+            f"{loaded.source} has no {what} that transformers can load ({take_first_line(error)}); add its "
             f"preprocessor_config.json,{packages} or give --data random"
         ) from error
 
 
-def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
-    """Those of ``inputs`` that the model's ``forward`` takes."""
+def select_accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
+    """The ``inputs`` that the model's ``forward`` takes."""
     names = inspect.signature(model.forward).parameters
     return {name: tensor for name, tensor in inputs.items() if name in names}
 
 
-def ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
+def order_samples(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
     """The samples with only the model's inputs, in the order of ``like``, examples of them."""
     for name in like:
         if name not in samples.inputs:
-            raise lacking(name, like)
+            raise make_missing_error(name, like)
     check_dimensions(samples.inputs, like)
     return Samples({name: samples.inputs[name] for name in like}, samples.targets)
 
@@ -147,6 +142,6 @@ def check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
             raise MptkError(f"{name} in data holds inf, and the example inputs do not; give finite numbers")
 
 
-def lacking(name: str, like: Mapping[str, Tensor]) -> MptkError:
+def make_missing_error(name: str, like: Mapping[str, Tensor]) -> MptkError:
     """The error for samples without the input ``name``."""
     return MptkError(f"the samples in data lack the input {name!r}; the model takes {', '.join(like)}")

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.config.settings import Settings
-from mptk.errors import MptkError, first_line
-from mptk.io.data import SELF, check_ids
-from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM_DATA
+from mptk.config import Settings
+from mptk.errors import MptkError, take_first_line
+from mptk.io import RANDOM_DATA, Loaded, check_ids
+from mptk.io.data import SELF
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Inputs, Named, random_inputs
+from mptk.tasks.inputs.base import Inputs, Named, draw_inputs
 from mptk.tasks.inputs.chats import Chat, read_chats
 from mptk.tasks.inputs.images import Images
-from mptk.tasks.inputs.text import example_ids, fitting, vocabulary
+from mptk.tasks.inputs.text import count_vocabulary, limit_length, make_example_ids
 from mptk.tasks.padding import IDS, MASK
 
 LEAST_LENGTH = 4
@@ -30,33 +29,29 @@ LEAST_LENGTH = 4
 class Captioned(Inputs):
     """``input_ids``, ``attention_mask`` if the class reads it, and what ``Images`` makes: one image for each text."""
 
-    def example(self, model: nn.Module) -> Named:
-        ids = ended(model, example_ids())
-        return {**masked(model, {IDS: ids, MASK: torch.ones_like(ids)}), **Images().example(model)}
+    def make_example(self, model: nn.Module) -> Named:
+        ids = put_end_token(model, make_example_ids())
+        return {**drop_unread_mask(model, {IDS: ids, MASK: torch.ones_like(ids)}), **Images().make_example(model)}
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+    def draw_calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM_DATA:
-            return random_pairs(loaded.model, count, settings.seed)
+            return draw_pairs(loaded.model, count, settings.seed)
         rows = read_pairs(settings.data)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
-        return self.prepared(loaded, [rows[i] for i in order[:count]], settings.length, progress)
+        return self.prepare(loaded, [rows[i] for i in order[:count]], settings.length, progress)
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+    def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Named:
         data, count = settings.eval_data or settings.data, settings.eval_windows
         if data == RANDOM_DATA:
-            return random_pairs(loaded.model, count, settings.seed + 1)
-        return self.prepared(loaded, read_pairs(data)[:count], settings.eval_length, lambda done, total: None)
+            return draw_pairs(loaded.model, count, settings.seed + 1)
+        return self.prepare(loaded, read_pairs(data)[:count], settings.eval_length, lambda done, total: None)
 
-    def prepared(self, loaded: Loaded, rows: Sequence[Chat], length: int, progress: Count) -> Named:
-        """Texts as the model's tokenizer prepares them, at most ``length`` tokens each; images as its processor does.
-
-        Raises:
-            MptkError: the model lacks one of these, or its tokenizer has no token to fill up texts with.
-        """
-        images = Images().prepared(loaded, [row.images[0] for row in rows], progress)
-        text = encoded(loaded, [row.caption for row in rows], fitting(loaded, length))
+    def prepare(self, loaded: Loaded, rows: Sequence[Chat], length: int, progress: Count) -> Named:
+        """Texts as the model's tokenizer prepares them, at most ``length`` tokens each; images as its processor."""
+        images = Images().prepare(loaded, [row.images[0] for row in rows], progress)
+        text = encode_texts(loaded, [row.caption for row in rows], limit_length(loaded, length))
         check_ids(loaded.model, text[IDS])
-        return {**masked(loaded.model, text), **images}
+        return {**drop_unread_mask(loaded.model, text), **images}
 
 
 def read_pairs(data: str) -> list[Chat]:
@@ -69,7 +64,7 @@ def read_pairs(data: str) -> list[Chat]:
     return rows
 
 
-def encoded(loaded: Loaded, texts: Sequence[str], length: int) -> Named:
+def encode_texts(loaded: Loaded, texts: Sequence[str], length: int) -> Named:
     """``input_ids`` and ``attention_mask``, int64 [texts, n], n at most ``length``.
 
     A tokenizer that makes no mask leaves padding to be read as text: then all texts are filled up to ``length``, as
@@ -84,26 +79,27 @@ def encoded(loaded: Loaded, texts: Sequence[str], length: int) -> Named:
         made = tokenizer(list(texts), padding=padding, truncation=True, max_length=most, return_tensors="pt")
     except ValueError as error:
         raise MptkError(
-            f"the tokenizer of {loaded.source} does not take the captions: {first_line(error)}; give it a pad_token"
+            f"the tokenizer of {loaded.source} does not take the captions: {take_first_line(error)}; give it a "
+            "pad_token"
         ) from error
     ids = made[IDS]
     return {IDS: ids, MASK: made[MASK] if padding == "longest" else torch.ones_like(ids)}
 
 
-def random_pairs(model: PreTrainedModel, count: int, seed: int) -> Named:
+def draw_pairs(model: PreTrainedModel, count: int, seed: int) -> Named:
     """Uniform token ids with the end token last, and images of normal noise."""
-    found = random_inputs(Captioned().example(model), count, {IDS: vocabulary(model)}, seed)
-    return found | {IDS: ended(model, found[IDS])}
+    found = draw_inputs(Captioned().make_example(model), count, {IDS: count_vocabulary(model)}, seed)
+    return found | {IDS: put_end_token(model, found[IDS])}
 
 
-def masked(model: nn.Module, text: Named) -> Named:
+def drop_unread_mask(model: nn.Module, text: Named) -> Named:
     """The text with its mask, if the class reads one."""
     return text if MASK in inspect.signature(model.forward).parameters else {IDS: text[IDS]}
 
 
-def ended(model: Any, ids: Tensor) -> Tensor:
+def put_end_token(model: Any, ids: Tensor) -> Tensor:
     """The token ids with the end token last, if the config names one: some classes embed a text at that token."""
     end = getattr(model.config.get_text_config(), "eos_token_id", None)
-    if not isinstance(end, int) or end >= vocabulary(model):
+    if not isinstance(end, int) or end >= count_vocabulary(model):
         return ids
     return torch.cat([ids[:, :-1], torch.full_like(ids[:, :1], end)], 1)

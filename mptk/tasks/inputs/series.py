@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptk.errors import MptkError, first_line
-from mptk.io.models import Loaded
+from mptk.errors import MptkError, take_first_line
+from mptk.io import Loaded
 from mptk.progress import Count
 from mptk.reading import read_text
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named
@@ -21,7 +21,7 @@ class Series(FileInputs):
 
     what, suffixes = "CSV files of numbers", (".csv",)
 
-    def example(self, model: nn.Module) -> Named:
+    def make_example(self, model: nn.Module) -> Named:
         config = model.config
         steps, channels = getattr(config, "context_length", None), getattr(config, "num_input_channels", 1)
         if steps is None:
@@ -31,8 +31,8 @@ class Series(FileInputs):
         generator = torch.Generator().manual_seed(0)
         return {"past_values": torch.randn(EXAMPLES, steps, channels, generator=generator)}
 
-    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
-        _, steps, channels = self.example(loaded.model)["past_values"].shape
+    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+        _, steps, channels = self.make_example(loaded.model)["past_values"].shape
         windows = []
         for done, file in enumerate(files, 1):
             windows.append(read_series(file, steps, channels))
@@ -41,21 +41,18 @@ class Series(FileInputs):
 
 
 def read_series(file: Path, steps: int, channels: int) -> Tensor:
-    """The first ``steps`` rows of a CSV file, float32 [steps, channels]; a first row of names is left out.
+    """The first ``steps`` rows of a CSV file, float32 [steps, channels]; a first row of names is left out."""
 
-    Raises:
-        MptkError: it is not such a file, or is shorter.
-    """
-
-    def damaged(why: str) -> MptkError:
+    def make_error(why: str) -> MptkError:
         return MptkError(f"{file} is not a series of {steps} rows and {channels} columns of numbers ({why})")
 
-    rows = read_text(file, damaged).splitlines()
+    rows = read_text(file, make_error).splitlines()
+    # A row of names has letters; a number may have the e of its exponent.
     named = bool(rows) and any(character.isalpha() for character in rows[0].replace("e", ""))
     try:
         found = np.loadtxt(rows[named : named + steps], np.float32, delimiter=",", ndmin=2)
     except ValueError as error:
-        raise damaged(first_line(error)) from error
+        raise make_error(take_first_line(error)) from error
     if found.shape != (steps, channels):
-        raise damaged(f"it has {found.shape[0]} and {found.shape[1]}")
+        raise make_error(f"it has {found.shape[0]} and {found.shape[1]}")
     return torch.from_numpy(found)

@@ -23,6 +23,7 @@ __all__ = ["POINTWISE", "RULES", "Result", "Rule", "Value", "list_rules", "load_
 
 def load_rules() -> dict[str, Rule]:
     """All rules by op: mptk's, and the rules that plugins register when they are imported (group ``mptk.rules``)."""
+    # At the analysis and not at import: a plugin imports this package itself.
     load_plugins("mptk.rules")
     return RULES
 

@@ -7,15 +7,29 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import Term, add_role, axis, freeze, leaves
-from mptk.ir.axis_facts import Contraction, Dims, Positions, Reduction, ReductionKind, Results, Route
-from mptk.ir.ops import base_name, op_name
-from mptk.ir.program import Program
-from mptk.ir.source_location import SourceLocation
-from mptk.ir.unification import unify
+from mptk.ir import (
+    Contraction,
+    Dims,
+    Positions,
+    Program,
+    Reduction,
+    ReductionKind,
+    Results,
+    Route,
+    SourceLocation,
+    Term,
+    add_role,
+    freeze,
+    list_axes,
+    make_axis,
+    name_base_op,
+    name_op,
+    unify,
+)
 from passes.analysis.dependence import Dependence
 
 UNCHANGED = ("aten.lift_fresh_copy", "aten.to", "aten.clone")
+"""What export puts between a constant of the model's code and its use."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +70,16 @@ class RuleContext:
 
     def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
         """Forbid a cut of ``term``. The user sees the reason with the call's module and source line."""
-        if leaves(term):
+        if list_axes(term):
             freeze(term, f"{reason} ({SourceLocation(node)})")
 
-    def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
+    def make_frozen(self, size: int, reason: str, node: fx.Node) -> Term:
         """A fresh axis that cannot be cut."""
-        term = axis(size)
+        term = make_axis(size)
         self.freeze(term, reason, node)
         return term
 
-    def role(self, term: Term, role: str) -> None:
+    def note_role(self, term: Term, role: str) -> None:
         """Note a use of an axis. It serves only the family's name for people."""
         add_role(term, role)
 
@@ -74,18 +88,20 @@ class RuleContext:
 
         ``out``: the result's dimensions. ``also``: further dimensions that the same call sums over.
         """
+        # A layer on the user's inputs (a patch embedding): its other dimensions are the inputs' own, which stay.
         for value, dim, other in ((left, i, right), (right, j, left)):
             if self.is_weight(other.node):
                 self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
+        # The products before the sum are a value of their own, on which scopes depend.
         self.unify(left.dims[i], right.dims[j], node)
-        self.inner((*out, left.dims[i], *also))
+        self.note_inner((*out, left.dims[i], *also))
         self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
 
     def reduce(self, node: fx.Node, term: Term, kind: ReductionKind, source: fx.Node | None = None) -> None:
         """Record that the call reduces ``source`` (default: its first operand) over ``term``."""
         self.reductions.append(Reduction(node, term, kind, source or node.all_input_nodes[0]))
 
-    def inner(self, dims: Dims) -> None:
+    def note_inner(self, dims: Dims) -> None:
         """Record a value of these dimensions inside the call, such as attention scores."""
         self.inner_values.append(dims)
 
@@ -93,16 +109,17 @@ class RuleContext:
         """Record that ``rows`` were sorted by expert: a row determines its ``expert``."""
         self.routes.append(Route(rows, expert))
 
-    def positions(self, value: Value) -> Term | None:
+    def find_position_axis(self, value: Value) -> Term | None:
         """The axis whose positions the integers in ``value`` are; None if it is not known."""
-        return self.positions_of(value.node)
+        return self.find_positions(value.node)
 
     def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
         """Record that ``indexed`` is read or written at ``indices``: tie it to their axis, or freeze it."""
-        domain = self.positions(indices)
+        domain = self.find_position_axis(indices)
         if domain is not None and domain.size == indexed.size:
             self.unify(domain, indexed, node)
             return
+        # Positions of unknown origin, or of another axis: neither may lose any.
         computed = indices.node in self.depends.variables
         source = "positions computed in the model" if computed else "the model's input or a constant"
         self.freeze(indexed, f"indexed by {source}", node)
@@ -118,7 +135,7 @@ class RuleContext:
         """Whether a value depends on weights only."""
         return node in self.depends.variables and node not in self.depends.activations
 
-    def constant(self, node: fx.Node) -> Tensor | None:
+    def read_constant(self, node: fx.Node) -> Tensor | None:
         """The tensor of a constant in the model's code; None for any other value."""
         *_, node = self._origins(node)
         if node.op != "placeholder" or node.name not in self.program.signature.inputs_to_lifted_tensor_constants:
@@ -129,7 +146,7 @@ class RuleContext:
     def _origins(node: fx.Node) -> list[fx.Node]:
         """A value, what it is a copy of, what that is a copy of, …"""
         found = [node]
-        while node.op == "call_function" and op_name(node).startswith(UNCHANGED):
+        while node.op == "call_function" and name_op(node).startswith(UNCHANGED):
             node = node.all_input_nodes[0]
             found.append(node)
         return found
@@ -141,13 +158,14 @@ class RuleContext:
 
         A call made it so, or it is a buffer of known values that no checkpoint holds.
         """
+        # The value, what it is a copy of, …; a write to any of them may have made it other than zero.
         *copies, node = self._origins(node)
         if not written.isdisjoint([*copies, node]):
             return False
         if node.op == "call_function":
-            return base_name(node.target) in ("zeros", "new_zeros", "zeros_like")
+            return name_base_op(node.target) in ("zeros", "new_zeros", "zeros_like")
         name = self.program.weights.get(node.name)
-        known = None if name is None else self.program.state.in_memory(name)
+        known = None if name is None else self.program.state.find_in_memory(name)
         return known is not None and not known.any()
 
     def freeze_input(self, dims: Dims, node: fx.Node) -> None:
@@ -155,7 +173,7 @@ class RuleContext:
         for d in dims:
             self.freeze(d, "comes from the model's input", node)
 
-    def positions_of(self, node: fx.Node) -> Term | None:
+    def find_positions(self, node: fx.Node) -> Term | None:
         """The axis whose positions a value holds, which must be one tensor; None if it holds none."""
         found = self.positions_in.get(node)
         assert not isinstance(found, list), f"{node} has several results"
@@ -164,11 +182,11 @@ class RuleContext:
     def freeze_positions(self, node: fx.Node) -> None:
         """Freeze the axes whose positions the operands hold, since the call computes with the positions."""
         for source in node.all_input_nodes:
-            if (domain := self.positions_of(source)) is not None:
+            if (domain := self.find_positions(source)) is not None:
                 self.freeze(domain, "its positions are computed with", node)
 
-    def carried(self, node: fx.Node, results: Results) -> Positions:
+    def find_carried_positions(self, node: fx.Node, results: Results) -> Positions:
         """The axes whose positions the results hold, if the call only moves the first operand's values."""
         source = node.args[0] if node.args else None
-        domain = self.positions_of(source) if isinstance(source, fx.Node) else None
+        domain = self.find_positions(source) if isinstance(source, fx.Node) else None
         return [domain] * len(results) if domain is not None and isinstance(results, list) else domain

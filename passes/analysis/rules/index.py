@@ -7,25 +7,45 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Term, axes_in, axis, concat
-from mptk.ir.axis_facts import AxisFacts, Dims, Results
-from mptk.ir.ops import argument_names, base_name, named_argument, result_shape
+from mptk.ir import (
+    Axis,
+    AxisFacts,
+    Dims,
+    Results,
+    Term,
+    collect_axes,
+    concat,
+    get_argument,
+    list_schema_arguments,
+    make_axis,
+    name_base_op,
+    resolve_result_shape,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast
 from passes.analysis.rules.resizer import Picked, Resizer
-from passes.analysis.rules.shape import cut
-from passes.analysis.rules.table import Result, ZeroOf, align, freeze_positions, lone, meet, normalize, rule
+from passes.analysis.rules.shape import cut_term
+from passes.analysis.rules.table import (
+    Result,
+    ZeroOf,
+    align,
+    find_lone_axes,
+    freeze_positions,
+    normalize,
+    record_meeting,
+    rule,
+)
 
 
 def _zero_beside(node: fx.Node, zero: ZeroOf, facts: AxisFacts, read: Collection[int]) -> set[Axis]:
     """Zero if x is, along dimensions that are not ``read`` at positions."""
     dims = facts.dims(node.all_input_nodes[0])
-    return zero(node.args[0]) & axes_in(t for d, t in enumerate(dims) if d not in read)
+    return zero(node.args[0]) & collect_axes(t for d, t in enumerate(dims) if d not in read)
 
 
 def _zero_beside_dim(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    d, ndim = named_argument(node, "dim"), len(result_shape(node.all_input_nodes[0]))
+    d, ndim = get_argument(node, "dim"), len(resolve_result_shape(node.all_input_nodes[0]))
     return _zero_beside(node, zero, facts, () if d is None else [normalize(d, ndim)])
 
 
@@ -33,14 +53,15 @@ def _zero_beside_dim(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]
 def embedding(ctx: RuleContext, node: fx.Node, weight: Value, indices: Value, *_: object) -> Dims:
     """y[…, c] = W[indices[…], c]."""
     ctx.index(node, indices, weight.dims[0])
-    meet(ctx, weight.dims, [0])
+    record_meeting(ctx, weight.dims, [0])
     ctx.pin_input(node, indices)
-    ctx.role(weight.dims[1], "embedding")
+    ctx.note_role(weight.dims[1], "embedding")
     return (*indices.dims, *weight.dims[1:])
 
 
 def _zero_of_bags(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """The bags are zero if the weight is; the positions of the largest (the last result) are not."""
+    # The rule has one answer for all results, so it holds only if the last one is not used.
     return zero(node.args[0]) if all(user.args[1] != 3 for user in node.users) else set()
 
 
@@ -48,12 +69,12 @@ def _zero_of_bags(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 def embedding_bag(ctx: RuleContext, node: fx.Node, weight: Value, *others: object, **keywords: object) -> Results:
     """y[b, c] = Σ (or mean, or max) of W[i, c] over the indices i of bag b: only channels can be cut."""
     ctx.freeze(weight.dims[0], "indexed in bags", node)
-    ctx.role(weight.dims[1], "embedding")
+    ctx.note_role(weight.dims[1], "embedding")
     first, *further, last = opaque(ctx, node, *others, **keywords)
     assert isinstance(first, tuple)
     assert isinstance(last, tuple)
     bags = (first[0], weight.dims[1])
-    return [bags, *further, bags if named_argument(node, "mode", 0) == 2 else last]
+    return [bags, *further, bags if get_argument(node, "mode", 0) == 2 else last]
 
 
 @rule("aten.embedding_renorm_", zero="keep")
@@ -64,15 +85,15 @@ def embedding_renorm(
     ctx.freeze(weight.dims[0], "its rows are made shorter where they are indexed", node)
     ctx.freeze(weight.dims[1], "the smallest of its values counts", node) if order < 0 else None
     ctx.reduce(node, weight.dims[1], "sum")
-    meet(ctx, weight.dims, [1])
+    record_meeting(ctx, weight.dims, [1])
     return weight.dims
 
 
 def _resize_picked(resizer: Resizer, node: fx.Node) -> None:
     """Shift known positions by what the segments before them lose."""
     picked = resizer.note(node, Picked)
-    if picked is not None and any(map(resizer.changed, picked.before)):
-        indices = list(named_argument(node, "indices"))
+    if picked is not None and any(map(resizer.has_changed, picked.before)):
+        indices = list(get_argument(node, "indices"))
         indices[picked.dim] = resizer.index(node, [resizer.size(before) for before in picked.before])
         node.update_arg(1, indices)
 
@@ -80,29 +101,34 @@ def _resize_picked(resizer: Resizer, node: fx.Node) -> None:
 def _zero_of_index(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Zero as x: along dimensions that are not read at positions, and along segments at known positions."""
     known = facts.note(node, Picked) is not None
-    read = [d for d, i in enumerate(named_argument(node, "indices")) if i is not None and not known]
+    read = [d for d, i in enumerate(get_argument(node, "indices")) if i is not None and not known]
     return _zero_beside(node, zero, facts, read)
 
 
 @rule("aten.index", "aten._unsafe_index", zero=_zero_of_index, resize=_resize_picked, positions="own")
 def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Results | Result:
     """y[i…, rest] = x[indices[i…], rest]; adjacent index dimensions keep their place, others go to the front."""
+    # A short list in the code picks single positions, which a cut can follow.
     places, values = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
-    if (known := _short_list(ctx, values)) is not None:
+    if (known := _read_short_list(ctx, values)) is not None:
         return _pick(ctx, node, x, places[0], known)
-    meet(ctx, x.dims, places)
+    # Otherwise the index's broadcast dimensions replace the indexed ones. A boolean mask over several dimensions does
+    # not have this form.
+    record_meeting(ctx, x.dims, places)
     rest = [t for d, t in enumerate(x.dims) if d not in places]
     ndim = max(v.ndim for v in values)
-    if len(result_shape(node)) != len(rest) + ndim:
+    shape = resolve_result_shape(node)
+    if len(shape) != len(rest) + ndim:
         return opaque(ctx, node, x, *values)
     start = places[0] if places[-1] - places[0] < len(places) else 0
-    made = _index_dims(ctx, node, x, dict(zip(places, values, strict=True)), result_shape(node)[start : start + ndim])
-    return Result((*rest[:start], *made, *rest[start:]), positions=ctx.positions(x))
+    made = _index_dims(ctx, node, x, dict(zip(places, values, strict=True)), shape[start : start + ndim])
+    return Result((*rest[:start], *made, *rest[start:]), positions=ctx.find_position_axis(x))
 
 
-def _short_list(ctx: RuleContext, indices: Sequence[Value]) -> list[int] | None:
+def _read_short_list(ctx: RuleContext, indices: Sequence[Value]) -> list[int] | None:
     """The positions, if the only index is a short list in the model's code."""
-    known = ctx.constant(indices[0].node) if len(indices) == 1 else None
+    known = ctx.read_constant(indices[0].node) if len(indices) == 1 else None
+    # Each position becomes a segment of its own, so a long list would break the axis into as many.
     return known.tolist() if known is not None and known.dim() == 1 and known.numel() <= 8 else None
 
 
@@ -112,7 +138,7 @@ def _index_dims(
     """Index dimensions of x. Returns the index tensors' broadcast dimensions, of sizes ``shape``."""
     for d, positions in indices.items():
         ctx.index(node, positions, x.dims[d])
-    out: list[Term] = [axis(size) for size in shape]
+    out: list[Term] = [make_axis(size) for size in shape]
     for positions in indices.values():
         if ctx.is_weight(x.node):
             ctx.pin_input(node, positions)
@@ -122,16 +148,17 @@ def _index_dims(
 
 def _pick(ctx: RuleContext, node: fx.Node, x: Value, d: int, positions: Sequence[int]) -> Result:
     """Read a short list of known positions. Each is a segment of its own."""
+    # Cut the dimension at the positions that are read, and name what is before each: the cut shifts the list by that.
     size = x.dims[d].size
     wanted = [normalize(p, size) for p in positions]
     borders = sorted({0, size, *wanted, *(p + 1 for p in wanted)})
     sizes = [b - a for a, b in itertools.pairwise(borders)]
-    segments = dict(zip(borders, cut(ctx, node, x.dims[d], sizes), strict=False))
+    segments = dict(zip(borders, cut_term(ctx, node, x.dims[d], sizes), strict=False))
     if any(segments[p].size != 1 for p in wanted):
         ctx.freeze(x.dims[d], "indexed by a constant", node)
     before = tuple(concat(segments[b] for b in borders[:-1] if b < p) for p in wanted)
     dims = (*x.dims[:d], concat(segments[p] for p in wanted), *x.dims[d + 1 :])
-    return Result(dims, Picked(d, before), ctx.positions(x))
+    return Result(dims, Picked(d, before), ctx.find_position_axis(x))
 
 
 @rule("aten.index_select", zero=_zero_beside_dim, positions="own")
@@ -139,8 +166,8 @@ def index_select(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: V
     """y_d = the index's axis."""
     d = normalize(dim, x.ndim)
     ctx.index(node, indices, x.dims[d])
-    meet(ctx, x.dims, [d])
-    return Result((*x.dims[:d], *indices.dims, *x.dims[d + 1 :]), positions=ctx.positions(x))
+    record_meeting(ctx, x.dims, [d])
+    return Result((*x.dims[:d], *indices.dims, *x.dims[d + 1 :]), positions=ctx.find_position_axis(x))
 
 
 @rule("aten.gather", zero=_zero_beside_dim, positions="own")
@@ -148,13 +175,13 @@ def gather(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value, 
     """y has the index's axes; those other than d are x's."""
     d = normalize(dim, x.ndim)
     ctx.index(node, indices, x.dims[d])
-    _beside(ctx, node, x, indices, d, "gathered in part")
-    return Result(indices.dims, positions=ctx.positions(x))
+    _tie_other_dims(ctx, node, x, indices, d, "gathered in part")
+    return Result(indices.dims, positions=ctx.find_position_axis(x))
 
 
-def _beside(ctx: RuleContext, node: fx.Node, x: Value, other: Value, d: int, reason: str) -> None:
+def _tie_other_dims(ctx: RuleContext, node: fx.Node, x: Value, other: Value, d: int, reason: str) -> None:
     """Tie dimensions other than d. If their sizes differ, neither can be cut."""
-    meet(ctx, x.dims, [d])
+    record_meeting(ctx, x.dims, [d])
     for i, (a, b) in enumerate(zip(x.dims, other.dims, strict=True)):
         if i != d and a.size == b.size:
             ctx.unify(a, b, node)
@@ -176,12 +203,12 @@ def take_along_dim(
 
 def _zero_of_scatter(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Zero if x is, along the positions' axis (removed ones are never written), and along others if values are, too."""
-    base, dim = zero(node.args[0]), named_argument(node, "dim")
+    base, dim = zero(node.args[0]), get_argument(node, "dim")
     value = next(
-        named_argument(node, name) for name in ("src", "source", "value") if name in argument_names(node.target)
+        get_argument(node, name) for name in ("src", "source", "value") if name in list_schema_arguments(node.target)
     )
     dims = facts.dims(node.all_input_nodes[0])
-    along = lone(dims, dim) if dims else set()
+    along = find_lone_axes(dims, dim) if dims else set()
     return base & (along | zero(value)) if value != 0 else base
 
 
@@ -197,7 +224,7 @@ def scatter(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value,
     ctx.index(node, indices, x.dims[d])
     written = [v for v in values if isinstance(v, Value)]
     for value in (indices, *written):
-        _beside(ctx, node, x, value, d, "written in part")
+        _tie_other_dims(ctx, node, x, value, d, "written in part")
     for v in written:
         if v.dims[d].size == indices.dims[d].size:
             ctx.unify(indices.dims[d], v.dims[d], node)
@@ -216,7 +243,7 @@ def index_add(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Valu
     d = normalize(dim, x.ndim)
     freeze_positions(ctx, node, x, source)
     ctx.index(node, indices, x.dims[d])
-    meet(ctx, x.dims, [d])
+    record_meeting(ctx, x.dims, [d])
     ctx.unify(indices.dims[0], source.dims[d], node)
     for i, (a, b) in enumerate(zip(x.dims, source.dims, strict=True)):
         if i != d:
@@ -234,15 +261,16 @@ def index_put(
     for d, i in enumerate(indices):
         if i is not None:
             ctx.index(node, i, x.dims[d])
-    meet(ctx, x.dims, [d for d, i in enumerate(indices) if i is not None])
+    record_meeting(ctx, x.dims, [d for d, i in enumerate(indices) if i is not None])
     rest = [t for d, t in enumerate(x.dims) if d >= len(indices) or indices[d] is None]
     align(ctx, node, values.dims, (*given[0].dims, *rest))
     return x.dims
 
 
-def _whole_rows(node: fx.Node) -> bool:
+def _is_row_mask(node: fx.Node) -> bool:
     """Whether a mask has one value for each row, expanded along it."""
-    while node.op == "call_function" and base_name(node.target) in ("to", "clone", "expand", "expand_as"):
+    # transformers' image models expand a mask of tokens [B, S, 1] to the embeddings' shape.
+    while node.op == "call_function" and name_base_op(node.target) in ("to", "clone", "expand", "expand_as"):
         node = node.all_input_nodes[0]
     value = node.meta["val"]
     return bool(value.ndim > 0 and value.shape[-1] == 1)
@@ -255,11 +283,11 @@ def _whole_rows(node: fx.Node) -> bool:
 )
 def masked_scatter(ctx: RuleContext, node: fx.Node, x: Value, mask: Value, source: Value) -> Dims:
     """y = x, with the source's elements in order at set positions of the mask. For whole rows, y_last = source_last."""
-    if not _whole_rows(mask.node) or source.dims[-1].size != x.dims[-1].size:
+    if not _is_row_mask(mask.node) or source.dims[-1].size != x.dims[-1].size:
         opaque(ctx, node, x, mask, source)
     else:
         ctx.unify(source.dims[-1], x.dims[-1], node)
-        meet(ctx, source.dims, range(source.ndim - 1))
+        record_meeting(ctx, source.dims, range(source.ndim - 1))
         for d in source.dims[:-1]:
             ctx.freeze(d, "its rows are taken in order", node)
     return broadcast(ctx, node, x, mask)

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from torch import fx
 
 from mptk.compat.torch import vmap_closes, vmap_opens
-from mptk.ir.axes import ONE, concat
-from mptk.ir.axis_facts import Dims
-from mptk.ir.ops import base_name, result_shape, target_name
+from mptk.ir import ONE, Dims, concat, name_base_op, name_target, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.pointwise import broadcast
 from passes.analysis.rules.resizer import Resizer, Squeezed
-from passes.analysis.rules.table import Dim, Result, meet, normalize, normalize_all, rule
+from passes.analysis.rules.table import Dim, Result, normalize, normalize_all, record_meeting, rule
 
 
 @rule("aten.real", "aten.imag", "aten.conj", "aten._conj", "aten.angle", zero="keep")
@@ -82,12 +80,13 @@ def _resize_squeeze(resizer: Resizer, node: fx.Node) -> None:
     """Name the dimensions to drop, so that dimensions that are cut to 1 stay."""
     squeezed = resizer.note(node, Squeezed)
     if squeezed is not None and any(resizer.size(t) == 1 for t in squeezed.kept):
-        resizer.replace(node, f"aten.{base_name(node.target)}.dims", (node.args[0], list(squeezed.gone)))
+        resizer.replace(node, f"aten.{name_base_op(node.target)}.dims", (node.args[0], list(squeezed.gone)))
 
 
 @rule("aten.squeeze", "aten.squeeze_", zero="keep", positions="carry", resize=_resize_squeeze)
 def squeeze(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None) -> Result:
     """Drop dimensions of 1 (all, or those named)."""
+    # The note names them: after a cut to one unit, the call itself would drop that dimension, too.
     gone = [d for d in normalize_all(dim, x.ndim) if x.dims[d].size == 1]
     out = tuple(t for d, t in enumerate(x.dims) if d not in gone)
     return Result(out, Squeezed(tuple(gone), tuple(t for t in out if t.size > 1)))
@@ -98,8 +97,10 @@ def unfold(ctx: RuleContext, node: fx.Node, x: Value, dim: int, size: int, step:
     """x_d becomes windows; the positions in a window are the last dimension. Neither can be cut, the others pass."""
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "the order of its positions matters", node)
-    meet(ctx, x.dims, [d])
-    windows, inside = (ctx.frozen(s, "windows over positions", node) for s in (result_shape(node)[d], size))
+    record_meeting(ctx, x.dims, [d])
+    windows, inside = (
+        ctx.make_frozen(s, "windows over positions", node) for s in (resolve_result_shape(node)[d], size)
+    )
     return (*x.dims[:d], windows, *x.dims[d + 1 :], inside)
 
 
@@ -111,7 +112,7 @@ def triangle(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object
     return x.dims
 
 
-# ---- complex numbers as pairs: the pair cannot be cut ----
+# ---- complex numbers as pairs: 1 + 1 has no axis, so the pair cannot be cut ----
 
 
 def _resize_view(resizer: Resizer, node: fx.Node) -> None:
@@ -139,20 +140,22 @@ def complex_(ctx: RuleContext, node: fx.Node, *args: object, **_: object) -> Dim
     return broadcast(ctx, node, *args)
 
 
+# ---- torch.vmap: its own calls hide a dimension from the calls inside, and show it again ----
+
 VMAPPED = "its positions are the samples of torch.vmap"
 
 
-@rule(target_name(vmap_opens), zero="keep", positions="carry")
+@rule(name_target(vmap_opens), zero="keep", positions="carry")
 def opened(ctx: RuleContext, node: fx.Node, x: Value, dim: int, level: int) -> Dims:
     """y = x without d, which is hidden and cannot be cut. No choice of other units varies along it."""
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], VMAPPED, node)
-    meet(ctx, x.dims, [d])
+    record_meeting(ctx, x.dims, [d])
     return (*x.dims[:d], *x.dims[d + 1 :])
 
 
-@rule(target_name(vmap_closes), zero="keep", positions="carry")
+@rule(name_target(vmap_closes), zero="keep", positions="carry")
 def closed(ctx: RuleContext, node: fx.Node, x: Value, level: int, size: int, dim: int) -> Dims:
     """y = x with the hidden dimension at d."""
     d = normalize(dim, x.ndim + 1)
-    return (*x.dims[:d], ctx.frozen(result_shape(node)[d], VMAPPED, node), *x.dims[d:])
+    return (*x.dims[:d], ctx.make_frozen(resolve_result_shape(node)[d], VMAPPED, node), *x.dims[d:])

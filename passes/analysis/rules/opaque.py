@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, fx
 
-from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.ops import shape_of
+from mptk.ir import Dims, Results, resolve_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import rule
 
+# Each of these depends on the order of positions, on all of them at once, or on numbers that only a run gives. Some
+# could have a rule of their own for the dimensions that they keep.
 OPAQUE = (
     *("aten.stft", "aten.istft", "aten.cross_entropy_loss", "aten._unique2", "aten.linalg_cholesky"),
     *("aten.grid_sampler", "aten.linalg_inv", "aten.linalg_solve", "aten.linalg_svd", "aten.linalg_qr"),
@@ -31,22 +32,24 @@ OPAQUE = (
 @rule(*OPAQUE)
 def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> Results:
     """No axis can be followed: the operands' axes are frozen, and so are the result's fresh ones."""
-    for value in _values([*args, *kwargs.values()]):
+    for value in _list_values([*args, *kwargs.values()]):
         for d in value.dims:
             ctx.freeze(d, "mixed by an op that keeps no axes apart", node)
     results = node.meta["val"]
     if not isinstance(results, (list, tuple)):
-        return _frozen(ctx, node, results)
-    return [_frozen(ctx, node, result) if isinstance(result, Tensor) else None for result in results]
+        return _make_frozen_dims(ctx, node, results)
+    return [_make_frozen_dims(ctx, node, result) if isinstance(result, Tensor) else None for result in results]
 
 
-def _frozen(ctx: RuleContext, node: fx.Node, result: Tensor) -> Dims:
-    return tuple(ctx.frozen(size, "made by an op that keeps no axes apart", node) for size in shape_of(result))
+def _make_frozen_dims(ctx: RuleContext, node: fx.Node, result: Tensor) -> Dims:
+    return tuple(
+        ctx.make_frozen(size, "made by an op that keeps no axes apart", node) for size in resolve_shape(result)
+    )
 
 
-def _values(arguments: Iterable[object]) -> Iterator[Value]:
+def _list_values(arguments: Iterable[object]) -> Iterator[Value]:
     for a in arguments:
         if isinstance(a, Value):
             yield a
         elif isinstance(a, (list, tuple)):
-            yield from _values(a)
+            yield from _list_values(a)

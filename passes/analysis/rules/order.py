@@ -9,23 +9,21 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Term, concat
-from mptk.ir.axis_facts import Dims, Results
-from mptk.ir.ops import base_name, named_argument, result_shape
+from mptk.ir import ONE, Dims, Results, Term, concat, get_argument, name_base_op, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.table import meet, normalize, normalize_all, rule, zero_of_first
+from passes.analysis.rules.table import normalize, normalize_all, record_meeting, rule, zero_of_first
 
 ORDER = "the order of its positions matters"
 
 
-def pinned(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
+def pin_dims(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
     """Freeze dimensions ``dims`` of x; the result has fresh axes of ``sizes`` there."""
     out = list(x.dims)
-    meet(ctx, x.dims, dims)
+    record_meeting(ctx, x.dims, dims)
     for d in dims:
         ctx.freeze(x.dims[d], ORDER, node)
-        out[d] = ctx.frozen(sizes[d], ORDER, node)
+        out[d] = ctx.make_frozen(sizes[d], ORDER, node)
     return tuple(out)
 
 
@@ -36,47 +34,48 @@ DEFAULT_DIMS: dict[str, tuple[int, ...] | None] = {"2": (-2, -1), "n": None}
 @rule(*(f"aten.fft_{kind}fft{n}" for kind in ("", "i", "r", "ir") for n in ("", "2", "n")), zero="keep")
 def fourier(ctx: RuleContext, node: fx.Node, x: Value, sizes: object = None, *_: object, **__: object) -> Dims:
     """y_d = Σ over all positions of x_d, which pins d; the other dimensions pass."""
-    dims = named_argument(node, "dim", DEFAULT_DIMS.get(base_name(node.target)[-1], -1))
+    dims = get_argument(node, "dim", DEFAULT_DIMS.get(name_base_op(node.target)[-1], -1))
+    # ``fftn(x, sizes)`` without dimensions transforms as many of the last ones as there are sizes.
     if dims is None and isinstance(sizes, (list, tuple)):
         dims = range(-len(sizes), 0)
-    return pinned(ctx, node, x, normalize_all(dims, x.ndim), result_shape(node))
+    return pin_dims(ctx, node, x, normalize_all(dims, x.ndim), resolve_result_shape(node))
 
 
 @rule("aten.roll", zero="keep", positions="carry")
 def roll(ctx: RuleContext, node: fx.Node, x: Value, shifts: object, dims: Sequence[int] = ()) -> Dims:
     """y_d = x_d shifted, which pins d. Without dimensions x is flattened first, which pins all."""
-    return pinned(ctx, node, x, normalize_all(dims, x.ndim), x.shape)
+    return pin_dims(ctx, node, x, normalize_all(dims, x.ndim), x.shape)
 
 
 @rule("aten.flip", zero="keep", positions="carry")
 def flip(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int]) -> Dims:
     """y_d = x_d in reverse, which pins d."""
-    return pinned(ctx, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
+    return pin_dims(ctx, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
 
 
 @rule("aten.flipud", "aten.msort", "aten.fliplr", zero="keep", positions="carry")
 def reordered(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
     """y_0 = x_0 in another order, which pins dimension 0; for ``fliplr``, dimension 1."""
-    return pinned(ctx, node, x, [int(base_name(node.target) == "fliplr")], x.shape)
+    return pin_dims(ctx, node, x, [int(name_base_op(node.target) == "fliplr")], x.shape)
 
 
 @rule("aten.rot90", zero="keep", positions="carry")
 def rot90(ctx: RuleContext, node: fx.Node, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Dims:
     """Turned in the plane of two dimensions, which pins both."""
-    return pinned(ctx, node, x, [normalize(d, x.ndim) for d in dims], result_shape(node))
+    return pin_dims(ctx, node, x, [normalize(d, x.ndim) for d in dims], resolve_result_shape(node))
 
 
 @rule("aten.logcumsumexp")
 @rule("aten.cumprod", zero="keep")
 def scan(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
     """y_d combines each position with all before it, which pins d."""
-    return pinned(ctx, node, x, [normalize(dim, x.ndim)], x.shape)
+    return pin_dims(ctx, node, x, [normalize(dim, x.ndim)], x.shape)
 
 
 @rule("aten.cummax", "aten.cummin", zero=zero_of_first)
 def extremes(ctx: RuleContext, node: fx.Node, x: Value, dim: int) -> list[Dims]:
     """y_d = the largest so far and its position, which pins d."""
-    return [pinned(ctx, node, x, [normalize(dim, x.ndim)], x.shape)] * 2
+    return [pin_dims(ctx, node, x, [normalize(dim, x.ndim)], x.shape)] * 2
 
 
 @rule("aten.diff", zero="all")
@@ -86,7 +85,7 @@ def diff(ctx: RuleContext, node: fx.Node, x: Value, n: int = 1, dim: int = -1, *
     for other in (*ends, *named.values()):
         for i, t in enumerate(other.dims if isinstance(other, Value) else ()):
             ctx.freeze(t, ORDER, node) if i == d else ctx.unify(t, x.dims[i], node)
-    return pinned(ctx, node, x, [d], result_shape(node))
+    return pin_dims(ctx, node, x, [d], resolve_result_shape(node))
 
 
 @rule("aten.kthvalue", zero=zero_of_first)
@@ -112,13 +111,14 @@ def quantile(
         return opaque(ctx, node, x, q)
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "ranked", node)
-    several = [ctx.frozen(size, "quantiles", node) for size in (q.shape if isinstance(q, Value) else ())]
+    several = [ctx.make_frozen(size, "quantiles", node) for size in (q.shape if isinstance(q, Value) else ())]
     return (*several, *(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d))
 
 
 @rule("aten.diagonal", zero="keep", positions="carry")
 def diagonal(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Results:
     """y[…, k] = x[…, k, …, k]: both dimensions are one axis. Other diagonals than the main one are opaque."""
+    # On the main diagonal both dimensions are read at the same position, so a cut must remove the same of both.
     i, j = normalize(dim1, x.ndim), normalize(dim2, x.ndim)
     if offset or x.dims[i].size != x.dims[j].size:
         return opaque(ctx, node, x)
@@ -139,6 +139,7 @@ def diag_embed(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1:
     """y[…, k, …, k] = x[…, k]: two dimensions of one axis. Other diagonals than the main one are opaque."""
     if offset:
         return opaque(ctx, node, x)
+    # In ascending order, so that the first insertion does not move the second one's place.
     out = list(x.dims[:-1])
     for d in sorted((normalize(dim1, x.ndim + 1), normalize(dim2, x.ndim + 1))):
         out.insert(d, x.dims[-1])
@@ -166,6 +167,7 @@ def fill_diagonal(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: o
 @rule("aten.block_diag", zero="join")
 def block_diag(ctx: RuleContext, node: fx.Node, blocks: Sequence[Value]) -> Dims:
     """y = the blocks along a diagonal, and zeros: it has the blocks' rows in order, and their columns."""
+    # A vector is a matrix of one row, and a number a matrix of one element.
     return tuple(concat((ONE, ONE, *x.dims)[-2:][i] for x in blocks) for i in (0, 1))
 
 

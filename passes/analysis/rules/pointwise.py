@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term, axes_in, axis
-from mptk.ir.axis_facts import AxisFacts, Dims
-from mptk.ir.ops import named_argument, result_shape
+from mptk.ir import ONE, Axis, AxisFacts, Dims, Term, collect_axes, get_argument, make_axis, resolve_result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import shape_argument
-from passes.analysis.rules.shape import cut
+from passes.analysis.rules.shape import cut_term
 from passes.analysis.rules.table import Rule, ZeroOf, normalize, rule
 
 
@@ -19,6 +17,7 @@ def broadcast(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) 
     ndim = max(v.ndim for v in values)
     out: list[Term] = [ONE] * ndim
     for v in values:
+        # Dimensions are aligned from the last. A dimension of 1 has no axis to tie.
         for i, d in enumerate(v.dims, start=ndim - v.ndim):
             if d.size == 1:
                 continue
@@ -29,12 +28,14 @@ def broadcast(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) 
 
 
 POINTWISE = Rule(broadcast)
+"""For ops that torch tags as pointwise and that have no rule: axes are tied, and no zeros are claimed."""
 
 KEEPING = (
     "neg relu relu_ relu6 gelu silu silu_ mish tanh sin abs sqrt square erf sign leaky_relu leaky_relu_ "
     "elu selu hardswish hardswish_ round floor trunc sinh expm1 log1p absolute negative nan_to_num "
     "hardshrink softshrink celu asinh atan tan relu6_ gelu_ tanh_ neg_"
 )
+"""Functions with f(0) = 0."""
 rule(*(f"aten.{name}" for name in KEEPING.split()), zero="keep")(broadcast)
 rule("aten.mul", "aten.mul_", "aten.multiply", "aten.__and__", "aten.logical_and", "aten.bitwise_and", zero="any")(
     broadcast
@@ -50,8 +51,11 @@ def _zero_of_sum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 
 
 rule("aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.subtract", zero=_zero_of_sum)(broadcast)
+# max(0, 0) = 0, as with a sum.
 rule("aten.maximum", "aten.minimum", "aten.logical_or", "aten.bitwise_or", "aten.__or__", zero="all")(broadcast)
+# No zeros are claimed of these, although some would hold.
 rule("aten.floor_divide", "aten.remainder", "aten.rsub", "aten.clamp_min", "aten.clamp_max", "aten.softplus")(broadcast)
+# 0/0 is not 0.
 rule(
     *("aten.div", "aten.div_", "aten.divide", "aten.true_divide", "aten.fmod"),
     zero=lambda node, zero, facts: zero(node.args[0]) - zero(node.args[1]),
@@ -74,14 +78,14 @@ rule("aten.pow", "aten.pow_", zero=_zero_of_power)(broadcast)
 
 def zero_of_clamp(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Clamping keeps zeros if its bounds are numbers with 0 between them."""
-    low, high = named_argument(node, "min"), named_argument(node, "max")
+    low, high = get_argument(node, "min"), get_argument(node, "max")
     keeps = all(b is None or isinstance(b, (int, float)) for b in (low, high))
     keeps = keeps and (low is None or low <= 0) and (high is None or high >= 0)
     return zero(node.args[0]) if keeps else set()
 
 
 def _zero_of_hardtanh(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    low, high = named_argument(node, "min_val", -1), named_argument(node, "max_val", 1)
+    low, high = get_argument(node, "min_val", -1), get_argument(node, "max_val", 1)
     return zero(node.args[0]) if low <= 0 <= high else set()
 
 
@@ -116,7 +120,7 @@ def glu(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1) -> Dims:
     """x_d = A + A: y = x_A · σ(x_A'). Both halves are one axis; zero if the first is."""
     d = normalize(dim, x.ndim)
     half = x.dims[d].size // 2
-    first, second = cut(ctx, node, x.dims[d], [half, half])
+    first, second = cut_term(ctx, node, x.dims[d], [half, half])
     ctx.unify(first, second, node)
     return (*x.dims[:d], first, *x.dims[d + 1 :])
 
@@ -134,6 +138,7 @@ def pairwise_distance(
     ctx: RuleContext, node: fx.Node, x: Value, y: Value, p: float = 2, eps: float = 1e-6, keepdim: bool = False
 ) -> Dims:
     """z = ‖x − y + eps‖ over the last dimension, which cannot be cut, as eps counts for each of its positions."""
+    # ‖x − y + eps‖ of zeros is eps · √n, which changes with n.
     *out, last = broadcast(ctx, node, x, y)
     ctx.freeze(last, "a number is added before its norm", node)
     return (*out, ONE) if keepdim else tuple(out)
@@ -150,24 +155,24 @@ def prelu(ctx: RuleContext, node: fx.Node, x: Value, weight: Value) -> Dims:
     return x.dims
 
 
-def _every(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    return axes_in(facts.dims(node))
+def _list_all_axes(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    return collect_axes(facts.dims(node))
 
 
-@rule("aten.zeros_like", zero=_every)
+@rule("aten.zeros_like", zero=_list_all_axes)
 @rule("aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
 def like(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
     """y_d = x_d."""
     return x.dims
 
 
-@rule("aten.new_zeros", zero=_every, resize=shape_argument())
+@rule("aten.new_zeros", zero=_list_all_axes, resize=shape_argument())
 @rule("aten.new_ones", "aten.new_full", "aten.new_empty", resize=shape_argument())
-@rule("aten.zeros", zero=_every, resize=shape_argument())
+@rule("aten.zeros", zero=_list_all_axes, resize=shape_argument())
 @rule("aten.ones", "aten.full", "aten.empty", resize=shape_argument())
 def fresh(ctx: RuleContext, node: fx.Node, *_: object, **__: object) -> Dims:
     """Fresh axes of the given sizes."""
-    return tuple(axis(size) for size in result_shape(node))
+    return tuple(make_axis(size) for size in resolve_result_shape(node))
 
 
 @rule("aten.fill", "aten.fill_", "aten.zero_", "aten.bernoulli", "aten.bernoulli_", "aten.normal_", "aten.uniform_")

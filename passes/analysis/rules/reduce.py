@@ -14,34 +14,57 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, axes_in, require_size
-from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
-from mptk.ir.ops import base_name, named_argument, op_name, result_shape, set_argument
-from mptk.ir.source_location import SourceLocation
-from mptk.ir.unification import split_product
+from mptk.ir import (
+    ONE,
+    Axis,
+    AxisFacts,
+    Dims,
+    ReductionKind,
+    Results,
+    SourceLocation,
+    collect_axes,
+    get_argument,
+    name_base_op,
+    name_op,
+    require_size,
+    resolve_result_shape,
+    set_argument,
+    split_product,
+)
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.contract import zero_of_kept
 from passes.analysis.rules.pointwise import broadcast
-from passes.analysis.rules.resizer import Averaged, Counted, Resizer, counted_argument
-from passes.analysis.rules.table import Dim, Order, Result, ZeroOf, align, lone, meet, normalize, normalize_all, rule
+from passes.analysis.rules.resizer import Averaged, Counted, Resizer, count_argument
+from passes.analysis.rules.table import (
+    Dim,
+    Order,
+    Result,
+    ZeroOf,
+    align,
+    find_lone_axes,
+    normalize,
+    normalize_all,
+    record_meeting,
+    rule,
+)
 
 
-def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
+def _reduce_dims(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
     return tuple(ONE if d in dims else t for d, t in enumerate(x.dims) if keepdim or d not in dims)
 
 
-def _frozen(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim, keepdim: bool, reason: str) -> Dims:
+def _freeze_reduced(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim, keepdim: bool, reason: str) -> Dims:
     dims = normalize_all(dim, x.ndim)
     for d in dims:
         ctx.freeze(x.dims[d], reason, node)
-    return _reduced(x, dims, keepdim)
+    return _reduce_dims(x, dims, keepdim)
 
 
-def _over(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim, keepdim: bool, kind: ReductionKind) -> Dims:
+def _reduce_over(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim, keepdim: bool, kind: ReductionKind) -> Dims:
     dims = normalize_all(dim, x.ndim)
     for d in dims:
         ctx.reduce(node, x.dims[d], kind)
-    return _reduced(x, dims, keepdim)
+    return _reduce_dims(x, dims, keepdim)
 
 
 def _resize_mean(resizer: Resizer, node: fx.Node) -> None:
@@ -57,13 +80,13 @@ def _resize_mean(resizer: Resizer, node: fx.Node) -> None:
 def mean(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Result:
     """y = (1/n) Σ_d x."""
     averaged = Averaged(tuple(x.dims[d] for d in normalize_all(dim, x.ndim)))
-    return Result(_over(ctx, node, x, dim, keepdim, "mean"), averaged)
+    return Result(_reduce_over(ctx, node, x, dim, keepdim, "mean"), averaged)
 
 
 @rule("aten.sum", "aten.nansum", "aten.any", "aten.count_nonzero", zero="keep")
 def sum_(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = Σ_d x."""
-    return _over(ctx, node, x, dim, keepdim, "sum")
+    return _reduce_over(ctx, node, x, dim, keepdim, "sum")
 
 
 @rule("aten.linalg_vector_norm", "aten.norm", zero="keep")
@@ -89,7 +112,7 @@ def matrix_norm(
 ) -> Dims:
     """y = the norm of the matrices in two dimensions. Zeros do not disturb it unless the order is negative."""
     for d in dim:
-        meet(ctx, x.dims, [normalize(d, x.ndim)])
+        record_meeting(ctx, x.dims, [normalize(d, x.ndim)])
     return vector_norm(ctx, node, x, order, dim, keepdim)
 
 
@@ -98,6 +121,7 @@ def linalg_norm(
     ctx: RuleContext, node: fx.Node, x: Value, order: Order = None, dim: Dim = None, keepdim: bool = False, **__: object
 ) -> Dims:
     """y = a matrix norm if an order and two dimensions are given, else a vector norm."""
+    # torch takes two dimensions without an order for one long vector.
     dims = normalize_all(dim, x.ndim)
     norm = matrix_norm if order is not None and len(dims) == 2 else vector_norm
     return norm(ctx, node, x, order, dims, keepdim)
@@ -109,67 +133,68 @@ def renorm(ctx: RuleContext, node: fx.Node, x: Value, order: float, dim: int, ma
     others = [d for d in range(x.ndim) if d != normalize(dim, x.ndim)]
     for d in others:
         ctx.reduce(node, x.dims[d], "sum")
-    meet(ctx, x.dims, others)
+    record_meeting(ctx, x.dims, others)
     return x.dims
 
 
 @rule(
     *("aten.cumsum", "aten.cumsum_"),
-    zero=lambda node, zero, facts: zero(node.args[0]) - axes_in([facts.dims(node)[named_argument(node, "dim")]]),
+    zero=lambda node, zero, facts: zero(node.args[0]) - collect_axes([facts.dims(node)[get_argument(node, "dim")]]),
 )
 def cumsum(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
     """y_d = x_d; each position is the sum up to it, so positions with zeros can be removed."""
     ctx.reduce(node, x.dims[dim], "sum")
-    meet(ctx, x.dims, [normalize(dim, x.ndim)])
+    record_meeting(ctx, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
-def correction_of(node: fx.Node) -> int:
+def read_correction(node: fx.Node) -> int:
     """The number that a variance subtracts from the number of positions; 1 by default."""
-    correction = named_argument(node, "correction")
-    return int(named_argument(node, "unbiased", True)) if correction is None else int(correction)
+    correction = get_argument(node, "correction")
+    return int(get_argument(node, "unbiased", True)) if correction is None else int(correction)
 
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
 def variance(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Results:
     """y = variance over d (and its mean). Its divisor is n − correction, so more positions than that must stay."""
-    dim = named_argument(node, "dim")
+    dim = get_argument(node, "dim")
     for d in normalize_all(dim, x.ndim):
-        require_size(x.dims[d], correction_of(node) + 1)
-    out = _over(ctx, node, x, dim, named_argument(node, "keepdim", False), "statistic")
+        require_size(x.dims[d], read_correction(node) + 1)
+    out = _reduce_over(ctx, node, x, dim, get_argument(node, "keepdim", False), "statistic")
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
 
 
 @rule("aten.amax", "aten.amin", "aten.max.default", "aten.min.default", "aten.all", "aten.logsumexp", zero="drop")
 def extremum(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = max over d (or min). For ``all``, −inf counts as true."""
-    return _over(ctx, node, x, dim, keepdim, "min" if base_name(node.target) in ("amin", "min") else "max")
+    return _reduce_over(ctx, node, x, dim, keepdim, "min" if name_base_op(node.target) in ("amin", "min") else "max")
 
 
 @rule("aten.aminmax")
 def aminmax(ctx: RuleContext, node: fx.Node, x: Value, *, dim: int | None = None, keepdim: bool = False) -> list[Dims]:
     """y = min and max over d: no number is neutral for both, so d cannot be cut."""
-    return [_frozen(ctx, node, x, dim, keepdim, "both its smallest and its largest value count")] * 2
+    return [_freeze_reduced(ctx, node, x, dim, keepdim, "both its smallest and its largest value count")] * 2
 
 
 @rule("aten.prod")
 def prod(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = Π_d x: a zero factor makes it zero, so d cannot be cut."""
-    return _frozen(ctx, node, x, dim, keepdim, "multiplied over")
+    return _freeze_reduced(ctx, node, x, dim, keepdim, "multiplied over")
 
 
 @rule(
     *("aten.softmax", "aten._softmax"),
-    zero=lambda node, zero, facts: lone(facts.dims(node), named_argument(node, "dim")),
+    zero=lambda node, zero, facts: find_lone_axes(facts.dims(node), get_argument(node, "dim")),
 )
 def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **__: object) -> Dims:
     """y_d = x_d, normalised over d. A removed channel counts as −inf: its share is zero."""
     d = normalize(dim, x.ndim)
     ctx.reduce(node, x.dims[d], "max")
-    meet(ctx, x.dims, [d])
+    record_meeting(ctx, x.dims, [d])
+    # Scores of an attention, [batch, heads, queries, keys]. Roles serve only names.
     if x.ndim > 3:
         for t in x.dims[1:d]:
-            ctx.role(t, "head") if t is not x.dims[-2] else None
+            ctx.note_role(t, "head") if t is not x.dims[-2] else None
     return x.dims
 
 
@@ -177,19 +202,20 @@ def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **_
 def log_softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **__: object) -> Dims:
     """y_d = x_d. A removed channel would be −inf, which later ops could not use, so d cannot be cut."""
     ctx.freeze(x.dims[dim], "log of a share of it", node)
-    meet(ctx, x.dims, [normalize(dim, x.ndim)])
+    record_meeting(ctx, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
 def _zero_of_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """The last step is affine: zero if the weight and the bias are."""
-    weight, bias = named_argument(node, "weight"), named_argument(node, "bias")
+    weight, bias = get_argument(node, "weight"), get_argument(node, "bias")
     return zero(weight) & zero(bias) if bias is not None else zero(weight)
 
 
 def _resize_norm(resizer: Resizer, node: fx.Node) -> None:
+    # The sizes of the last dimensions, as many as there were.
     dims = resizer.dims(node)
-    shape = list(named_argument(node, "normalized_shape"))
+    shape = list(get_argument(node, "normalized_shape"))
     set_argument(node, "normalized_shape", [resizer.size(d) for d in dims[len(dims) - len(shape) :]])
 
 
@@ -198,11 +224,11 @@ def layer_norm(
     ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], *affine: object, **named: object
 ) -> Dims:
     """y = (x − mean) / √(var + eps) · weight + bias over the last dimensions."""
-    _normalise(ctx, node, x, len(shape), [*affine[:2], named.get("weight"), named.get("bias")], "statistic")
+    _reduce_norm(ctx, node, x, len(shape), [*affine[:2], named.get("weight"), named.get("bias")], "statistic")
     return x.dims
 
 
-def _normalise(
+def _reduce_norm(
     ctx: RuleContext, node: fx.Node, x: Value, count: int, affine: Iterable[object], kind: ReductionKind
 ) -> None:
     """A norm over the last ``count`` dimensions. Its weights have these dimensions."""
@@ -213,24 +239,25 @@ def _normalise(
                 ctx.unify(a, b, node)
     for d in x.dims[first:]:
         ctx.reduce(node, d, kind)
-    meet(ctx, x.dims, range(first, x.ndim))
+    record_meeting(ctx, x.dims, range(first, x.ndim))
 
 
 def _zero_of_rms(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    weight = named_argument(node, "weight")
+    weight = get_argument(node, "weight")
     return zero(node.args[0]) | (zero(weight) if weight is not None else set())
 
 
 def _resize_rms(resizer: Resizer, node: fx.Node) -> None:
     """rms_norm(x; eps) over n channels = √(n/n') · rms_norm(x'; eps · n/n') over the n' that are not zero."""
     dims = resizer.dims(node)
-    count = len(named_argument(node, "normalized_shape"))
+    count = len(get_argument(node, "normalized_shape"))
     old = math.prod(d.size for d in dims[-count:])
     new = math.prod(resizer.size(d) for d in dims[-count:])
     _resize_norm(resizer, node)
+    # The factor on x' is exact only with the epsilon changed, too; ``fold_norms`` later moves it into the weight.
     if old != new:
-        eps = named_argument(node, "eps")
-        eps = resizer.epsilon(node) if eps is None else eps
+        eps = get_argument(node, "eps")
+        eps = resizer.compute_epsilon(node) if eps is None else eps
         set_argument(node, "eps", eps * old / new)
         resizer.scale(node, math.sqrt(old / new))
 
@@ -240,23 +267,24 @@ def rms_norm(
     ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None = None, *_: object
 ) -> Dims:
     """y = x / √(mean(x²) + eps) · weight over the last dimensions."""
-    _normalise(ctx, node, x, len(shape), [weight], "mean")
+    _reduce_norm(ctx, node, x, len(shape), [weight], "mean")
     return x.dims
 
 
-@rule("aten.group_norm", zero=_zero_of_norm, resize=counted_argument("num_groups"))
+@rule("aten.group_norm", zero=_zero_of_norm, resize=count_argument("num_groups"))
 def group_norm(
     ctx: RuleContext, node: fx.Node, x: Value, groups: int, *affine: object, **kwargs: object
 ) -> Dims | Result:
     """Channels = groups · inner; statistics over inner and all further dimensions."""
     _tie_channels(ctx, node, x, (*affine[:2], kwargs.get("weight"), kwargs.get("bias")))
+    # Statistics run over the channels of a group. Groups can be cut, and so can channels of each.
     parts = split_product(x.dims[1], groups, last=False, where=SourceLocation(node))
     if parts is None:
         ctx.freeze(x.dims[1], "group norm cuts across its units", node)
         return x.dims
     for t in (parts[1], *x.dims[2:]):
         ctx.reduce(node, t, "statistic")
-    ctx.inner((x.dims[0], parts[0]))
+    ctx.note_inner((x.dims[0], parts[0]))
     return Result(x.dims, Counted(parts[0]))
 
 
@@ -269,8 +297,8 @@ def _tie_channels(ctx: RuleContext, node: fx.Node, x: Value, affine: Sequence[ob
 
 def _own_statistics(node: fx.Node) -> bool:
     """Whether a norm computes statistics of its input."""
-    own = named_argument(node, "training", named_argument(node, "use_input_stats"))
-    return bool(own) or named_argument(node, "running_mean") is None
+    own = get_argument(node, "training", get_argument(node, "use_input_stats"))
+    return bool(own) or get_argument(node, "running_mean") is None
 
 
 def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
@@ -278,7 +306,8 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Ax
     weight, bias = node.args[1], node.args[2]
     if bias is not None:
         return zero(weight) & zero(bias) if weight is not None else set()
-    channels = axes_in([facts.dims(node)[1]]) if _own_statistics(node) else set()
+    # Zeros have mean 0 and variance 0, so they stay 0 · rsqrt(eps). With saved statistics they become −mean/deviation.
+    channels = collect_axes([facts.dims(node)[1]]) if _own_statistics(node) else set()
     return zero(node.args[0]) & channels | (zero(weight) if weight is not None else set())
 
 
@@ -286,14 +315,15 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Ax
 def batch_norm(ctx: RuleContext, node: fx.Node, x: Value, *args: object, **_: object) -> Dims:
     """Per channel (dimension 1), with given statistics or the input's own over all other dimensions."""
     _tie_channels(ctx, node, x, args[:4])
+    # A batch norm leaves masked positions out (``masked_reference.py``). An instance norm keeps all its positions.
     own = _own_statistics(node)
-    if own and op_name(node).startswith("aten.instance_norm"):
+    if own and name_op(node).startswith("aten.instance_norm"):
         for d in x.dims[2:]:
             ctx.freeze(d, "statistics are taken over it", node)
     elif own:
         for d in (x.dims[0], *x.dims[2:]):
             ctx.reduce(node, d, "statistic")
-    ctx.inner(x.dims[1:2] if own else x.dims)
+    ctx.note_inner(x.dims[1:2] if own else x.dims)
     return x.dims
 
 
@@ -303,19 +333,21 @@ def weight_norm(ctx: RuleContext, node: fx.Node, v: Value, g: Value, dim: int = 
 
     Zero if v is, also along d: a removed row has no norm and counts as zero (``masked_reference.py``).
     """
+    # The norm runs over the dimensions that g lacks. Along the remaining ones a removed row is 0/0, which the masked
+    # reference sets to 0.
     align(ctx, node, g.dims, v.dims)
     others = [i for i in range(v.ndim) if g.ndim != v.ndim or g.dims[i].size != v.dims[i].size]
     for i, t in enumerate(v.dims):
         ctx.reduce(node, t, "sum" if i in others else "statistic")
-    meet(ctx, v.dims, others)
+    record_meeting(ctx, v.dims, others)
     return v.dims
 
 
 def _zero_of_cosine(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Zero along the remaining dimensions if an operand is."""
     x, y = (a for a in node.args[:2] if isinstance(a, fx.Node))
-    ndim = len(result_shape(node)) + 1
-    reduced = normalize(named_argument(node, "dim", 1), ndim) - ndim
+    ndim = len(resolve_result_shape(node)) + 1
+    reduced = normalize(get_argument(node, "dim", 1), ndim) - ndim
     return zero_of_kept(facts, zero, x, reduced) | zero_of_kept(facts, zero, y, reduced)
 
 
@@ -324,6 +356,7 @@ def cosine_similarity(
     ctx: RuleContext, node: fx.Node, x: Value, y: Value, dim: int = 1, *_: object, **__: object
 ) -> Dims:
     """y = Σ_d x y / (‖x‖ ‖y‖): both must be zero at removed positions of d."""
+    # An operand that is repeated along d has one number for all its positions, so no position of it can be removed.
     both = broadcast(ctx, node, x, y)
     d = normalize(dim, len(both))
     for value in (x, y):
@@ -340,5 +373,5 @@ def native_layer_norm(ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence
     for value in (x, *(a for a in affine if isinstance(a, Value))):
         for d in value.dims[value.ndim - len(shape) :]:
             ctx.freeze(d, "a statistic over it is a result of its own", node)
-    meet(ctx, x.dims, range(first, x.ndim))
+    record_meeting(ctx, x.dims, range(first, x.ndim))
     return [x.dims, *[(*x.dims[:first], *[ONE] * len(shape))] * 2]

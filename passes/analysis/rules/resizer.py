@@ -10,10 +10,18 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from mptk.ir.axes import Term, resolve
-from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Note, argument_at
-from mptk.ir.ops import named_argument, set_argument
-from mptk.ir.resolved_plan import Cut
+from mptk.ir import (
+    ArgumentPath,
+    AxisFacts,
+    Cut,
+    Dims,
+    Note,
+    Term,
+    find_argument_at,
+    get_argument,
+    resolve,
+    set_argument,
+)
 
 _SCALE = "mptk_scale"
 """The key of ``scale_of`` in a node's metadata, which copies of the graph keep."""
@@ -81,27 +89,28 @@ class Resizer:
     def __post_init__(self) -> None:
         self.original = {n.name: n for n in self.facts.graph.nodes}
 
-    def untouched(self) -> set[str]:
+    def find_untouched(self) -> set[str]:
         """Names of the calls that did not change: same target, same arguments."""
-        return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._same(n)}
+        return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._is_same_call(n)}
 
     def cut_caches(self) -> set[str]:
         """Give the cache inputs that lose channels their new shape. Returns their names."""
         names = set()
         for node in self.graph.graph.find_nodes(op="placeholder"):
             original = self.original[node.name]
-            if original in self.facts.caches and any(map(self.changed, self.facts.dims(original))):
+            if original in self.facts.caches and any(map(self.has_changed, self.facts.dims(original))):
                 value = node.meta["val"]
                 pairs = zip(value.shape, self.facts.dims(original), strict=True)
-                sizes = [self.size(term) if self.changed(term) else size for size, term in pairs]
+                sizes = [self.size(term) if self.has_changed(term) else size for size, term in pairs]
                 with value.fake_mode:
                     node.meta["val"] = value.new_empty(sizes)
                 names.add(node.name)
         return names
 
-    def _same(self, node: fx.Node) -> bool:
+    def _is_same_call(self, node: fx.Node) -> bool:
         original = self.original[node.name]
         names = [fx.map_arg((n.args, n.kwargs), lambda source: source.name) for n in (node, original)]
+        # ``rewrite`` makes every view a reshape, which by itself changes nothing.
         viewed = node.target is torch.ops.aten.reshape.default and str(original.target) == "aten.view.default"
         return names[0] == names[1] and (node.target == original.target or viewed)
 
@@ -119,15 +128,16 @@ class Resizer:
         """The size of a dimension after the cut."""
         return self.cut.size(term)
 
-    def changed(self, term: Term) -> bool:
+    def has_changed(self, term: Term) -> bool:
         return self.cut.size(term) != term.size
 
-    def scaled(self, argument: Argument, term: Term) -> Argument:
+    def scale_argument(self, argument: Argument, term: Term) -> Argument:
         """A size argument after the cut. −1 stays; a symbolic size that also counts channels is scaled."""
-        if not self.changed(term) or argument == -1:
+        if not self.has_changed(term) or argument == -1:
             return argument
         if isinstance(argument, int):
             return self.size(term)
+        # Multiply first: the product is a multiple of the old size, so the division leaves no rest.
         if isinstance(argument, fx.Node):
             with self.graph.graph.inserting_after(argument):
                 scaled = self.graph.graph.call_function(operator.mul, (argument, self.size(term)))
@@ -160,7 +170,7 @@ class Resizer:
                 torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
             )
 
-    def epsilon(self, node: fx.Node) -> float:
+    def compute_epsilon(self, node: fx.Node) -> float:
         """The default epsilon of a norm: its type's epsilon, for float32 or wider."""
         dtype = self.original[node.name].meta["val"].dtype
         return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -171,12 +181,12 @@ class Resizer:
         """If the cut shortens the axes of a constant, index the constant at this use."""
         for path, dims in self.facts.constant_uses.get(original, []):
             for d, term in enumerate(dims):
-                if self.cut.touches(term):
-                    source = argument_at(node, path)
+                if self.cut.has_choice(term):
+                    source = find_argument_at(node, path)
                     _put(node, path, self._select(node, source, d, term))
 
     def _select(self, before: fx.Node, source: fx.Node, dim: int, term: Term) -> fx.Node:
-        index = self.index(before, self.cut.positions(resolve(term)).tolist())
+        index = self.index(before, self.cut.find_positions(resolve(term)).tolist())
         with self.graph.graph.inserting_before(before):
             return self.graph.graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
 
@@ -189,6 +199,7 @@ def scale_of(node: fx.Node) -> float | None:
 
 def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
     """A constant index as graph nodes: one range if the positions are contiguous, else a concatenation of ranges."""
+    # Ranges and no constant tensor, which would be one more weight of the graph.
     ranges: list[list[int]] = []
     for position in positions:
         if ranges and position == ranges[-1][1]:
@@ -203,6 +214,8 @@ def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
 
 
 def _put(node: fx.Node, path: ArgumentPath, new: fx.Node) -> None:
+    """Replace the argument at a place, which may be in nested lists."""
+
     def put(value: Argument, steps: ArgumentPath) -> Argument:
         if not steps:
             return new
@@ -224,18 +237,18 @@ def shape_argument(name: str = "size") -> Resize:
     """The argument is the list of the result's sizes."""
 
     def resize(resizer: Resizer, node: fx.Node) -> None:
-        sizes = named_argument(node, name)
-        set_argument(node, name, [resizer.scaled(s, d) for s, d in zip(sizes, resizer.dims(node), strict=True)])
+        sizes = get_argument(node, name)
+        set_argument(node, name, [resizer.scale_argument(s, d) for s, d in zip(sizes, resizer.dims(node), strict=True)])
 
     return resize
 
 
-def counted_argument(name: str, less: int = 0) -> Resize:
+def count_argument(name: str, less: int = 0) -> Resize:
     """The argument is the number of positions of the rule's ``Counted`` axis, minus a constant."""
 
     def resize(resizer: Resizer, node: fx.Node) -> None:
         counted = resizer.note(node, Counted)
-        if counted is not None and resizer.changed(counted.term):
+        if counted is not None and resizer.has_changed(counted.term):
             set_argument(node, name, resizer.size(counted.term) - less)
 
     return resize

@@ -13,10 +13,8 @@ from typing import Literal, TypeVar
 
 from torch import fx
 
-from mptk.arguments import checked
-from mptk.ir.axes import Axis, Term, axes_in, coordinates
-from mptk.ir.axis_facts import AxisFacts, Dims, Positions, Results
-from mptk.ir.ops import target_name
+from mptk.arguments import guard_arguments
+from mptk.ir import Axis, AxisFacts, Dims, Positions, Results, Term, collect_axes, count_coordinates, name_target
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.resizer import Resize
 
@@ -68,9 +66,10 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+"""Op, or op and overload → its rule."""
 
 
-@checked
+@guard_arguments
 def rule(
     *ops: str, zero: Zero = "drop", resize: Resize | None = None, positions: OnPositions = "freeze"
 ) -> Callable[[F], F]:
@@ -97,7 +96,7 @@ def rule(
 
 def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a call: its overload's rule, else its op's."""
-    name = target_name(node.target)
+    name = name_target(node.target)  # aten.add.Tensor
     return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
 
 
@@ -116,22 +115,22 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def single(results: Results) -> Dims:
+def get_single_dims(results: Results) -> Dims:
     """The dimensions of a call with one result."""
     assert isinstance(results, tuple)
     return results
 
 
-def lone(dims: Dims, d: int) -> set[Axis]:
+def find_lone_axes(dims: Dims, d: int) -> set[Axis]:
     """The axes of dimension d that have no other coordinate: a value that is zero along d is zero along them."""
-    counts = coordinates(dims, each=True)
-    return {a for a in axes_in([dims[d]]) if counts[a] == 1}
+    counts = count_coordinates(dims, each=True)
+    return {a for a in collect_axes([dims[d]]) if counts[a] == 1}
 
 
 def freeze_positions(ctx: RuleContext, node: fx.Node, *values: object) -> None:
     """Freeze the axis of positions that are used as numbers."""
     for value in values:
-        if isinstance(value, Value) and (domain := ctx.positions(value)) is not None:
+        if isinstance(value, Value) and (domain := ctx.find_position_axis(value)) is not None:
             ctx.freeze(domain, "its positions are computed with", node)
 
 
@@ -140,14 +139,14 @@ def zero_of_first(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     return zero(node.args[0]) if all(user.args[1] == 0 for user in node.users) else set()
 
 
-def meet(ctx: RuleContext, dims: Dims, along: Iterable[int]) -> None:
+def record_meeting(ctx: RuleContext, dims: Dims, along: Iterable[int]) -> None:
     """Record that positions along these dimensions are combined or reordered.
 
     The choice of another axis's units must not vary along them, so a value without them is recorded. A fresh axis in
     the result is not enough: it may be tied to the operand's axis later (x + x.roll(1, 2)).
     """
     gone = set(along)
-    ctx.inner(tuple(t for d, t in enumerate(dims) if d not in gone))
+    ctx.note_inner(tuple(t for d, t in enumerate(dims) if d not in gone))
 
 
 def align(ctx: RuleContext, node: fx.Node, dims: Sequence[Term], onto: Sequence[Term]) -> None:

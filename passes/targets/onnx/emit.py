@@ -1,11 +1,11 @@
 """emit: a traced program → ONNX files in standard operators, with given names of inputs, outputs and axes.
 
-The graph is the program's own; the model's class is not exported again. ``decoder_interface`` has the names and axes of
-a decoder with its KV cache as optimum and onnxruntime-genai have them.
+The graph is the program's own; the model's class is not exported again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,18 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch.export import ExportedProgram
 
-from mptk.compat.torch import quiet_exporter
-from mptk.errors import MptkError, first_line
-from mptk.ir.passes import Log, Pass, run
-from mptk.ir.program import Program
+from mptk.compat.torch import hide_exporter_logs
+from mptk.errors import MptkError, take_first_line
+from mptk.ir import Log, Pass, PassRecord, Program, run_passes
+from mptk.progress import step_through
 from passes.targets.onnx.check_sizes import CheckSizesPass
 from passes.targets.onnx.lower import to_exporter
-from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.tensors import save_graph
 
 OPSET = 23
-"""The first opset with Attention, RMSNormalization and RotaryEmbedding. The fusions are written for it."""
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding. onnxscript's fusions are written for it."""
 
+# The names of axes that optimum and onnxruntime-genai give a decoder's inputs.
 Axes = tuple[str | None, ...]
 TOKEN_AXES: Axes = ("batch_size", "sequence_length")
 MASK_AXES: Axes = ("batch_size", "total_sequence_length")
@@ -46,8 +46,8 @@ class Interface:
     outputs: Sequence[str]
 
 
-def decoder_interface(program: Program, positions: Axes = TOKEN_AXES, before: int = 0) -> Interface:
-    """The names of a traced decoding step.
+def make_decoder_interface(program: Program, positions: Axes = TOKEN_AXES, before: int = 0) -> Interface:
+    """The names of a traced decoding step, as optimum and onnxruntime-genai have them.
 
     Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
     total_sequence_length] (1 for a token, 0 for padding on either side), past_key_values.N.key and .value
@@ -59,6 +59,7 @@ def decoder_interface(program: Program, positions: Axes = TOKEN_AXES, before: in
     Raises:
         MptkError: the program is not a traced decoder.
     """
+    # After the tokens, each layer has two inputs: its keys and its values.
     tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": positions}
     layers, rest = divmod(len(program.user_inputs) - before - len(tokens), 2)
     if layers < 1 or rest:
@@ -78,7 +79,7 @@ def write_onnx(
     metadata: Mapping[str, str],
     log: Log,
 ) -> None:
-    """Write ``program`` as ONNX into ``folder``; the weights of each are in its ``data_file``.
+    """Write ``program`` as ONNX into ``folder``; the weights of each graph are in a file of their own beside it.
 
     The files get their names only when they are complete and ``onnx.checker`` accepts them.
 
@@ -97,10 +98,12 @@ def write_onnx(
     """
     model = translate(program, lowering, log)
     _name(model, interface)
+    # The checks of sizes come last: behind their Reshape an input would fit no pattern of the other passes.
     refuse = CheckSizesPass(program.sizes, dict(zip(program.user_inputs, interface.inputs, strict=True)))
     whole = run_onnx(model, [*optimization, refuse], log)
     folder.mkdir(parents=True, exist_ok=True)
     for file, passes in files.items():
+        # A pass changes its graph in place, so several files need a copy each.
         model = run_onnx(whole.clone() if len(files) > 1 else whole, passes, log)
         model.metadata_props.update(metadata)
         save_graph(model, folder / file)
@@ -111,26 +114,29 @@ def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
 
     If the exporter lacks an operator, torch decomposes the whole graph into simpler ones. That takes ten times as long.
     """
-    lowered = run(program, lowering, log)[-1].program
+    # The exporter gets fake weights, so that it holds none. The graph reads the real ones on demand.
+    lowered = run_passes(program, lowering, log)[-1].program
     try:
-        return with_weights(_exported(to_exporter(without_weights(lowered))), lowered)
+        return with_weights(_export_model(to_exporter(with_fake_weights(lowered))), lowered)
     except torch.onnx.OnnxExporterError as error:
         first = error
+    # torch decomposes the program as it was before the lowering. If that fails, too, the first error says more: it is
+    # about an op of the model.
     try:
-        return with_weights(_exported(without_weights(program).to_exported()), program)
+        return with_weights(_export_model(with_fake_weights(program).to_exported()), program)
     except torch.onnx.OnnxExporterError:
-        raise MptkError(f"torch.onnx cannot write this model: {_first_cause(first)}; see docs/onnx.md") from first
+        raise MptkError(f"torch.onnx cannot write this model: {_find_first_cause(first)}; see docs/onnx.md") from first
 
 
-def _exported(program: ExportedProgram) -> ir.Model:
-    with quiet_exporter():
+def _export_model(program: ExportedProgram) -> ir.Model:
+    with hide_exporter_logs():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            optimize=False,
+            optimize=False,  # the passes do that, in a twentieth of the time
             verbose=False,
-            custom_translation_table=translations(),
+            custom_translation_table=list_translations(),
         )
     assert exported is not None
     return exported.model
@@ -142,6 +148,7 @@ def _name(model: ir.Model, interface: Interface) -> None:
     for names, values in ((interface.inputs, inputs), (interface.outputs, outputs)):
         for name, value in zip(names, values, strict=True):
             value.name = name
+    # Equal symbols are one size. The first input that has a size names it: ``|`` lets earlier names win.
     axes: dict[object, str] = {}
     for value, axis_names in zip(inputs, interface.inputs.values(), strict=True):
         assert value.shape is not None
@@ -149,49 +156,53 @@ def _name(model: ir.Model, interface: Interface) -> None:
         axes = {size: name for size, name in pairs if name} | axes
     for value in (*inputs, *(result for node in model.graph for result in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([_named(size, axes) for size in value.shape])
+            value.shape = ir.Shape([_name_size(size, axes) for size in value.shape])
 
 
-def _named(size: int | ir.SymbolicDim, axes: Mapping[object, str]) -> int | str | None:
+def _name_size(size: int | ir.SymbolicDim, axes: Mapping[object, str]) -> int | str | None:
     """A size that varies by the name of its axis. The exporter writes a size that export has fixed as a symbol."""
     text = str(size if isinstance(size, int) else size.value)
     return int(text) if text.isdigit() else axes.get(size)
 
 
-def _first_cause(error: BaseException) -> str:
+def _find_first_cause(error: BaseException) -> str:
     """The first line of the first exception in the chain: the exporter wraps it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return take_first_line(error)
 
 
 SMALL = 1 << 12
 """Largest constant, in numbers, that is read at once: passes look at the values of small ones."""
 
 
-def without_weights(program: Program) -> Program:
+def with_fake_weights(program: Program) -> Program:
     """``program`` with the fake tensors of its trace in the place of its weights."""
-    values = {node.name: node.meta["val"] for node in program.placeholders()}
+    values = {node.name: node.meta["val"] for node in program.list_placeholders()}
     return program.with_state({name: values[node] for node, name in program.weights.items()})
 
 
 def with_weights(model: ir.Model, program: Program) -> ir.Model:
-    """Give ``model``, the export of ``without_weights(program)``, the weights of ``program``, in the graph's types."""
+    """Give ``model``, the export of ``with_fake_weights(program)``, the weights of ``program``, in the graph's types.
+
+    An initialiser has the name of a weight, or of one that is tied to it.
+    """
     held = set(program.state)
     for name, value in model.graph.initializers.items():
         source = program.aliases.get(name, name)
         if source in held:
-            value.const_value = _lazy(value, program, source)
+            value.const_value = _make_lazy_weight(value, program, source)
     return model
 
 
-def _lazy(value: ir.Value, program: Program, name: str) -> ir.TensorProtocol:
+def _make_lazy_weight(value: ir.Value, program: Program, name: str) -> ir.TensorProtocol:
     like = value.const_value
     assert isinstance(like, ir.Tensor)
     kind = like.raw.dtype
 
     def read() -> TorchTensor:
         tensor = program.state[name].detach()
+        # ``LowerComplex`` has made pairs of complex numbers.
         return TorchTensor(torch.view_as_real(tensor) if tensor.is_complex() else tensor.to(kind), name=value.name)
 
     return read() if like.size <= SMALL else ir.LazyTensor(read, like.dtype, like.shape, name=value.name)
@@ -201,7 +212,7 @@ op: Any = onnxscript.opset23
 """Any: its methods are typed for tensors, but here they take and return the values of a graph."""
 
 
-def grouped_mm(x: object, weight: object, offs: object) -> object:
+def translate_grouped_mm(x: object, weight: object, offs: object) -> object:
     """Multiply the rows of each expert by its weight.
 
     Rows ``offs[e - 1]`` to ``offs[e]`` of x [rows, in] times weight[e] of [experts, in, out]; ``offs[-1]`` = rows.
@@ -212,7 +223,7 @@ def grouped_mm(x: object, weight: object, offs: object) -> object:
     assert weight.shape is not None
     experts = weight.shape[0]
     assert isinstance(experts, int)
-    ends = op.Cast(offs, to=7)
+    ends = op.Cast(offs, to=7)  # int64, the type of a Slice's bounds
     starts = op.Concat(op.Constant(value_ints=[0]), ends, axis=0)
     axis = op.Constant(value_ints=[0])
     parts = []
@@ -223,8 +234,9 @@ def grouped_mm(x: object, weight: object, offs: object) -> object:
     return op.Concat(*parts, axis=0)
 
 
-def diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: object = None) -> object:
+def translate_diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: object = None) -> object:
     """Each number minus the one before it along ``dim``, ``n`` times over, with ``prepend`` and ``append`` around x."""
+    # Rows 1 … minus rows … −1. The largest int64 is how ONNX writes an open end of a Slice.
     parts = [part for part in (prepend, x, append) if part is not None]
     whole = op.Concat(*parts, axis=dim) if len(parts) > 1 else x
     axis, first, end = (op.Constant(value_ints=[i]) for i in (dim, 0, torch.iinfo(torch.int64).max))
@@ -234,7 +246,7 @@ def diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: o
     return whole
 
 
-def conv3d(
+def translate_conv3d(
     x: object,
     weight: object,
     bias: object = None,
@@ -249,26 +261,49 @@ def conv3d(
     return op.Conv(*given, group=groups, **sizes)
 
 
-def rsub(x: object, other: float, alpha: float = 1.0) -> object:
+def translate_rsub(x: object, other: float, alpha: float = 1.0) -> object:
     """``other - alpha * x``."""
     scaled = x if alpha == 1.0 else op.Mul(x, op.CastLike(op.Constant(value_float=float(alpha)), x))
     return op.Sub(op.CastLike(op.Constant(value_float=float(other)), x), scaled)
 
 
-def argsort(x: object, dim: int = -1, descending: bool = False) -> object:
+def translate_argsort(x: object, dim: int = -1, descending: bool = False) -> object:
     """The places of numbers along ``dim``, the lowest first or, if ``descending``, the highest."""
     count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
     return op.TopK(x, count, axis=dim, largest=int(descending))[1]
 
 
-def translations() -> dict[Callable[..., object], Callable[..., object]]:
+def list_translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
+    # transformers registers its op when its module of mixtures of experts is imported.
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     aten = torch.ops.aten
     own: dict[Callable[..., object], Callable[..., object]] = {
-        aten.diff.default: diff,
-        aten.conv3d.default: conv3d,
-        aten.rsub.Scalar: rsub,
-        aten.argsort.default: argsort,
+        aten.diff.default: translate_diff,
+        aten.conv3d.default: translate_conv3d,
+        aten.rsub.Scalar: translate_rsub,
+        aten.argsort.default: translate_argsort,
     }
-    return own if fallback is None else {**own, fallback.default: grouped_mm}
+    return own if fallback is None else {**own, fallback.default: translate_grouped_mm}
+
+
+def run_onnx(model: ir.Model, passes: Sequence[ir.passes.PassBase], log: Log) -> ir.Model:
+    """Apply ``passes``, each with its conditions. ``log`` is given a record of every pass that changed the graph."""
+
+    def name(step: ir.passes.PassBase) -> str:
+        return str(getattr(step, "name", type(step).__name__))
+
+    for step in step_through(passes, name):
+        before, start = (len(model.graph), _count_weights(model)), time.perf_counter()
+        result = step(model)
+        model = result.model
+        if result.modified:
+            seconds = round(time.perf_counter() - start, 2)
+            ops, parameters = zip(before, (len(model.graph), _count_weights(model)), strict=True)
+            log.add(PassRecord(f"onnx: {name(step)}", seconds, ops, parameters, changed=True))
+    return model
+
+
+def _count_weights(model: ir.Model) -> int:
+    """Numbers in the graph's initialisers."""
+    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)

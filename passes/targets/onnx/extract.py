@@ -35,26 +35,30 @@ class ExtractPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """The graph has these values."""
-        missing = {*self.part.inputs, *self.part.outputs} - _values(model).keys()
+        missing = {*self.part.inputs, *self.part.outputs} - _index_values(model).keys()
         if missing:
             raise ir.passes.PreconditionError(f"the graph has no value {min(missing)}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, values = model.graph, _values(model)
+        graph, values = model.graph, _index_values(model)
+        # Outputs first: what only the other outputs need is then unused.
         outputs = [values[name] for name in self.part.outputs]
         graph.outputs.clear()
         graph.outputs.extend(outputs)
-        given = {name: _as_input(values[name]) for name in self.part.inputs}
+        # Case 1. The graph's other inputs stay until it is known whether the part reads them.
+        given = {name: _convert_to_input(values[name]) for name in self.part.inputs}
         others = [value for value in graph.inputs if value.name not in given]
         graph.inputs.clear()
         graph.inputs.extend([*given.values(), *others])
         common.RemoveUnusedNodesPass()(model)
+        # Case 2, of the inputs that the part reads only for a size.
         for value in others:
             _read_elsewhere(value, list(given.values()))
         common.RemoveUnusedNodesPass()(model)
         read = [value for value in (*given.values(), *others) if value.uses()]
         graph.inputs.clear()
         graph.inputs.extend(read)
+        # Names come last: a given value's new name may be an input's old one.
         for name, value in given.items():
             value.name = self.part.inputs[name]
         return ir.passes.PassResult(model, True)
@@ -66,14 +70,14 @@ class ExtractPass(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError(f"the part also reads {', '.join(sorted(map(str, others)))}")
 
 
-def _values(model: ir.Model) -> dict[str, ir.Value]:
+def _index_values(model: ir.Model) -> dict[str, ir.Value]:
     """The inputs and the results of nodes, by name."""
     results = (value for node in model.graph for value in node.outputs)
     return {str(value.name): value for value in (*model.graph.inputs, *results)}
 
 
-def _as_input(value: ir.Value) -> ir.Value:
-    """Case 1."""
+def _convert_to_input(value: ir.Value) -> ir.Value:
+    """Case 1. The old value keeps its producer, in case another output needs it."""
     if value.is_graph_input():
         return value
     made = ir.val(f"{value.name}_given", shape=value.shape, type=value.type)
@@ -82,7 +86,7 @@ def _as_input(value: ir.Value) -> ir.Value:
 
 
 def _read_elsewhere(value: ir.Value, given: list[ir.Value]) -> None:
-    """Case 2: for each ``Shape`` of ``value`` that reads one axis."""
+    """Case 2: for each ``Shape`` of ``value`` that reads one axis. Axes of one name have one size."""
     for node, _ in tuple(value.uses()):
         start = node.attributes.get_int("start", 0)
         if node.op_type != "Shape" or node.attributes.get_int("end", 0) != start + 1:

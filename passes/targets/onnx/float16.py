@@ -1,4 +1,4 @@
-"""float16: weights, activations and the KV cache in float16."""
+"""float16: weights, activations and the KV cache in float16, with ONNX Runtime's converter, one weight at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16, convert_np_to_float16
 
-from mptk.ir.ops import reached
+from mptk.ir import find_reachable
 from passes.targets.onnx.names import CACHE
-from passes.targets.onnx.tensors import Array, name_nodes, parts, shape_of, tensor_of
+from passes.targets.onnx.tensors import Array, get_constant_tensor, name_nodes, read_tensor_shape, slice_in_parts
 
 LARGE = 1 << 10
 """Weights of more numbers than this are converted when they are written."""
@@ -22,11 +22,13 @@ class Float16Pass(ir.passes.FunctionalPass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        # float16 cannot hold every position above 2048.
-        angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
+        # float16 cannot hold every position above 2048, so what leads to the rotary angles stays float32.
+        angles = _find_ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
         name_nodes(model)
+        # The logits and all inputs but the cache keep their types.
         inputs = [str(value.name) for value in model.graph.inputs]
         kept = [str(model.graph.outputs[0].name), *(name for name in inputs if not name.startswith(CACHE))]
+        # The converter reads a protobuf with all its constants in memory: large weights pass it by as inputs.
         names, weights = list(model.graph.initializers), _to_inputs(model.graph, angles)
         proto = convert_float_to_float16(
             ir.to_proto(model), keep_io_types=kept, node_block_list=[node.name for node in angles]
@@ -43,11 +45,11 @@ class Float16Pass(ir.passes.FunctionalPass):
             raise ir.passes.PostconditionError(f"the logits are {model.graph.outputs[0].dtype}")
 
 
-def _ancestors(nodes: list[ir.Node]) -> set[ir.Node]:
-    def producers(node: ir.Node) -> list[ir.Node]:
+def _find_ancestors(nodes: list[ir.Node]) -> set[ir.Node]:
+    def list_producers(node: ir.Node) -> list[ir.Node]:
         return [p for value in node.inputs if value is not None and (p := value.producer()) is not None]
 
-    return reached(nodes, producers)
+    return find_reachable(nodes, list_producers)
 
 
 def _drop_detours(model: ir.Model) -> None:
@@ -68,18 +70,22 @@ def _cast(node: ir.Node | None, target: ir.DataType) -> ir.Node | None:
 
 
 def _to_inputs(graph: ir.Graph, angles: set[ir.Node]) -> dict[str, ir.TensorProtocol]:
-    """Make the large weights inputs of the graph, since the converter holds all its constants in memory.
+    """Make the large weights inputs of the graph, and return them by name.
 
-    A constant that a node in float32 reads stays: the converter decides about its type. Returns the weights by name.
+    A constant that a node in float32 reads stays: the converter decides about its type.
     """
     weights = {}
     for name, value in list(graph.initializers.items()):
-        tensor, readers = tensor_of(value), {use.node for use in value.uses()}
+        tensor, readers = get_constant_tensor(value), {use.node for use in value.uses()}
         blocked = not readers.isdisjoint(angles) or any(node.op_type in DEFAULT_OP_BLOCK_LIST for node in readers)
         if tensor.dtype is ir.DataType.FLOAT and tensor.size > LARGE and not blocked:
             weights[name] = tensor
             graph.initializers.pop(name)
-            value.const_value, value.shape, value.type = None, ir.Shape(shape_of(tensor)), ir.TensorType(tensor.dtype)
+            value.const_value, value.shape, value.type = (
+                None,
+                ir.Shape(read_tensor_shape(tensor)),
+                ir.TensorType(tensor.dtype),
+            )
             graph.inputs.append(value)
     return weights
 
@@ -89,22 +95,23 @@ def _to_constants(graph: ir.Graph, names: list[str], weights: dict[str, ir.Tenso
 
     The converter also gives a constant that stays float32 the type float16, which is put right.
     """
+    # ``_to_inputs`` put the weights behind the graph's own inputs, so the last inputs are theirs.
     held = {str(value.name): value for value in graph.inputs if value.name in weights} | dict(graph.initializers)
     del graph.inputs[len(graph.inputs) - len(weights) :]
     graph.initializers.clear()
     for name in names:
         if name in weights:
-            held[name].const_value = _halved(weights[name])
-        held[name].type = ir.TensorType(tensor_of(held[name]).dtype)
+            held[name].const_value = _round_to_float16(weights[name])
+        held[name].type = ir.TensorType(get_constant_tensor(held[name]).dtype)
         graph.register_initializer(held[name])
 
 
-def _halved(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def _round_to_float16(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     def halve() -> ir.TensorProtocol:
         numbers = tensor.numpy()
         halves: Array = np.empty(numbers.shape, np.float16)
-        for part in parts(numbers.shape):
+        for part in slice_in_parts(numbers.shape):
             halves[part] = convert_np_to_float16(numbers[part])
         return ir.Tensor(halves)
 
-    return ir.LazyTensor(halve, ir.DataType.FLOAT16, ir.Shape(shape_of(tensor)), name=tensor.name)
+    return ir.LazyTensor(halve, ir.DataType.FLOAT16, ir.Shape(read_tensor_shape(tensor)), name=tensor.name)

@@ -13,14 +13,16 @@ import onnxruntime as ort
 import torch
 from onnx import NodeProto, TensorProto, helper
 
-from mptk.ort.embeddings import EMBEDDINGS, Embeddings
+from mptk.ort.decoder import EMBEDDINGS, Embeddings
 from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_session
 from passes.targets.onnx.names import CACHE
 from passes.targets.onnx.tensors import Floats
 
 Text = npt.NDArray[np.int64]
+"""Token ids [windows, length]."""
 
 IDS_AND_EMBEDDINGS = ("input_ids", EMBEDDINGS)
+"""A decoder reads one of these: the embeddings, if images are read, too."""
 OF_TEXT: dict[str, Callable[[Text], Text]] = {
     "attention_mask": np.ones_like,
     "token_type_ids": np.zeros_like,
@@ -29,9 +31,10 @@ OF_TEXT: dict[str, Callable[[Text], Text]] = {
 """Name of an input → what it is for token ids [windows, length] without padding."""
 
 TOKENS_AT_ONCE = 1024
-"""Tokens in one run, or one window if that is longer."""
+"""Tokens in one run, or one window if that is longer. It bounds the memory of the activations."""
 BYTES = 1 << 30
-"""Size of the sums in one session, or of one value's sums if they are larger."""
+"""Size of the sums in one session, or of one value's sums if they are larger. Σ x xᵀ grows with the square of
+the channels, so the graph runs once for each part of the values."""
 
 
 def measure_onnx(
@@ -43,42 +46,44 @@ def measure_onnx(
 ) -> Iterator[tuple[str, Floats]]:
     """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
-    Args:
-        file: a graph of ``emit_onnx`` in float32 that ``reads_text``.
-        channels: name of a value → size of its last axis.
-        text: token ids, [windows, length].
-        device: where the graph runs.
+    ``file``: a graph of ``emit_onnx`` in float32 that ``takes_text_inputs``. ``channels``: name of a value → size of
+    its last axis.
     """
+    # 4 bytes a float.
     size = {name: 4 * count ** (1 if what == "squares" else 2) for name, count in channels.items()}
     part: list[str] = []
     for name in channels:
         if part and sum(map(size.__getitem__, part)) + size[name] > BYTES:
-            yield from _sums(file, {name: channels[name] for name in part}, text, what, device).items()
+            yield from _measure_sums(file, {name: channels[name] for name in part}, text, what, device).items()
             part = []
         part.append(name)
     if part:
-        yield from _sums(file, {name: channels[name] for name in part}, text, what, device).items()
+        yield from _measure_sums(file, {name: channels[name] for name in part}, text, what, device).items()
 
 
-def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str, device: torch.device) -> dict[str, Floats]:
+def _measure_sums(
+    file: Path, channels: Mapping[str, int], text: Text, what: str, device: torch.device
+) -> dict[str, Floats]:
+    # The sums become outputs of the graph, so no activation leaves the runtime.
     proto = onnx.load(file, load_external_data=False)
     for name, count in channels.items():
         proto.graph.initializer.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [2], [-1, count]))
-        proto.graph.node.extend(_nodes(name, what))
+        proto.graph.node.extend(_make_sum_nodes(name, what))
         shape = [count] if what == "squares" else [count, count]
         proto.graph.output.append(helper.make_tensor_value_info(f"{name}.sum", TensorProto.FLOAT, shape))
+    # The session gets the changed graph as bytes, and still finds the weights beside the file.
     entries = {WEIGHTS_FOLDER: str(file.parent.resolve())}
     session = open_session(proto.SerializeToString(), device, entries=entries)
     sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
     for start in range(0, len(text), step := max(1, TOKENS_AT_ONCE // text.shape[1])):
-        feeds = _feeds(session, text[start : start + step], file)
+        feeds = _make_feeds(session, text[start : start + step], file)
         for name, found in zip(channels, session.run(names, feeds), strict=True):
             sums[name] = sums[name] + found
     return sums
 
 
-def _nodes(name: str, what: str) -> list[NodeProto]:
+def _make_sum_nodes(name: str, what: str) -> list[NodeProto]:
     flat, axes, result = f"{name}.flat", f"{name}.axes", f"{name}.sum"
     nodes = [helper.make_node("Reshape", [name, f"{name}.shape"], [flat])]
     if what == "products":
@@ -87,21 +92,22 @@ def _nodes(name: str, what: str) -> list[NodeProto]:
     return [*nodes, helper.make_node("ReduceSumSquare", [flat, axes], [result], keepdims=0)]
 
 
-def reads_text(inputs: Collection[str]) -> bool:
+def takes_text_inputs(inputs: Collection[str]) -> bool:
     """Whether a graph with inputs of these names reads text: token ids, or embeddings that a graph beside it makes."""
     return not {*IDS_AND_EMBEDDINGS}.isdisjoint(inputs) and all(
         name in (*IDS_AND_EMBEDDINGS, *OF_TEXT) or name.startswith(CACHE) for name in inputs
     )
 
 
-def _feeds(session: ort.InferenceSession, ids: Text, file: Path) -> dict[str, npt.NDArray[np.generic]]:
+def _make_feeds(session: ort.InferenceSession, ids: Text, file: Path) -> dict[str, npt.NDArray[np.generic]]:
     """The inputs of a prompt without padding, with an empty cache, if the graph has one."""
     inputs = {i.name: i.shape for i in session.get_inputs()}
     given: dict[str, npt.NDArray[np.generic]] = {name: make(ids) for name, make in OF_TEXT.items()}
     given["input_ids"] = ids
     if EMBEDDINGS in inputs:
         given[EMBEDDINGS] = Embeddings(file.parent)(torch.from_numpy(ids)).numpy()
-    if len(axes := inputs.get("position_ids", ids.shape)) > ids.ndim:  # positions on several axes
+    # A model of images and text counts positions on several axes, which are equal for text.
+    if len(axes := inputs.get("position_ids", ids.shape)) > ids.ndim:
         given["position_ids"] = np.broadcast_to(given["position_ids"], (axes[0], *ids.shape))
     empty = {
         name: np.zeros((len(ids), shape[1], 0, shape[3]), dtype=np.float32)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ONNX_FOLDER = "onnx"
+"""Of a checkpoint: optimum and transformers.js look for graphs there."""
 ONNX_FILE = "model.onnx"
 CACHE = "past_key_values."
 """Prefix of a KV cache's inputs."""
@@ -13,34 +14,34 @@ ENDINGS = {"int8": "_quantized", "int4": "_q4", "fp16": "_fp16"}
 """Scheme → what its graphs' names end in. transformers.js calls the first ``q8``; browsers take it by themselves."""
 
 
-def data_file(name: str) -> str:
+def name_data_file(name: str) -> str:
     """The file with the weights of the graph in file ``name``, beside it."""
     return f"{name}_data"
 
 
-def quantized(file: Path, scheme: str) -> Path:
+def name_quantized_file(file: Path, scheme: str) -> Path:
     """The file of the scheme's graph beside the float graph in ``file``."""
     return file.with_stem(file.stem + ENDINGS[scheme])
 
 
-def scheme_of(file: Path) -> str:
+def read_scheme(file: Path) -> str:
     """The scheme of a quantised graph, by its file's name; "" of a float graph."""
     return next((scheme for scheme, ending in ENDINGS.items() if file.stem.endswith(ending)), "")
 
 
-def float_file(file: Path) -> Path:
+def name_float_file(file: Path) -> Path:
     """The float graph of a quantised one, beside it."""
-    return file.with_stem(file.stem.removesuffix(ENDINGS[scheme_of(file)]))
+    return file.with_stem(file.stem.removesuffix(ENDINGS[read_scheme(file)]))
 
 
-def quantized_files(folder: Path) -> dict[str, list[Path]]:
+def list_quantized_files(folder: Path) -> dict[str, list[Path]]:
     """Scheme → its graphs in a folder, for the schemes that have any."""
     files = sorted(folder.glob("*.onnx"))
-    found = {scheme: [file for file in files if scheme_of(file) == scheme] for scheme in ENDINGS}
+    found = {scheme: [file for file in files if read_scheme(file) == scheme] for scheme in ENDINGS}
     return {scheme: graphs for scheme, graphs in found.items() if graphs}
 
 
-def bytes_of(files: Iterable[Path]) -> int:
-    """The size of graphs with their weights."""
-    parts = (part for file in files for part in (file, file.with_name(data_file(file.name))))
+def count_graph_bytes(files: Iterable[Path]) -> int:
+    """The size of graphs with their weights. A small graph may have no file of weights."""
+    parts = (part for file in files for part in (file, file.with_name(name_data_file(file.name))))
     return sum(part.stat().st_size for part in parts if part.is_file())

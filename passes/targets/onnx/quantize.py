@@ -6,10 +6,10 @@
 | ``int4`` | 4 bits, a scale and a zero point for each block of 32; the output projection 8 bits | the same |
 | ``fp16`` | float16, and the KV cache, too | float16 if there is one; rotary angles stay float32 |
 
-The weights are rounded by ONNX Runtime's own quantiser, or by ``gptq.py`` for ``int4`` with a calibration text. That
-quantiser leaves the embedding in float32, and also an output projection that is the transposed embedding. They are the
-larger part of a small model, so both are quantised here. If both are one table, it is stored once: tokens are looked up
-in the output projection's blocks.
+The weights are rounded by ONNX Runtime's own quantiser (``block_weights.py``), or by ``gptq.py`` for ``int4`` with a
+calibration text. That quantiser leaves the embedding in float32, and also an output projection that is the transposed
+embedding. They are the larger part of a small model, so both are quantised here. If both are one table, it is stored
+once: tokens are looked up in the output projection's blocks.
 
 ONNX Runtime's dynamic int8 (one scale for a whole tensor of activations) is not offered: padding changes its logits.
 """
@@ -24,13 +24,12 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mptk.ir.passes import Log
-from passes.targets.onnx.balance import BalancePass
+from mptk.ir import Log
 from passes.targets.onnx.block_weights import BLOCK
-from passes.targets.onnx.names import quantized as quantized_file
+from passes.targets.onnx.emit import run_onnx
+from passes.targets.onnx.equalize import BalancePass, SmoothPass
+from passes.targets.onnx.names import name_quantized_file
 from passes.targets.onnx.plain_products import PlainProductsPass
-from passes.targets.onnx.run import run_onnx
-from passes.targets.onnx.smooth import SmoothPass
 from passes.targets.onnx.tensors import name_nodes, read_lazily, save_graph
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
@@ -40,7 +39,7 @@ widths."""
 
 
 def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase], log: Log) -> Path:
-    """Write the scheme's graph (``names.quantized``) and its weights beside ``source``. Returns the new file.
+    """Write the scheme's graph (``name_quantized_file``) and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes.
 
@@ -52,18 +51,18 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
     """
     model = read_float(source)
     metadata = {**model.metadata_props, "quantization": scheme}
-    with _quiet():
+    with _hide_log():
         quantized = run_onnx(model, steps, log)
     quantized.graph.sort()
     quantized.metadata_props.update(metadata)
-    return save_graph(quantized, quantized_file(source, scheme))
+    return save_graph(quantized, name_quantized_file(source, scheme))
 
 
-def even_channels(source: Path) -> list[ir.passes.PassBase]:
+def list_evening_passes(source: Path) -> list[ir.passes.PassBase]:
     """The passes that make channels equally large before rounding. Their input is ``read_float(source)``."""
     return [
         PlainProductsPass(),
-        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedNodesPass(),  # and the weights whose transposes replace them
         SmoothPass(source),
         BalancePass(),
         common.RemoveUnusedNodesPass(),
@@ -78,7 +77,7 @@ def read_float(source: Path) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _hide_log() -> Iterator[None]:
     """Disable the log of ONNX Runtime's quantisers, which has a line for every node."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

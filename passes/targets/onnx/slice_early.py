@@ -1,7 +1,7 @@
 """slice_early: take rows before a product and not after it.
 
 ``Slice(Transpose(Reshape(MatMul(x, W) + b)))`` along an axis of ``x`` becomes ``Transpose(Reshape(MatMul(Slice(x), W) +
-b))``. The decoder of an encoder–decoder so computes keys and values only of the positions that its cache lacks: of all
+b))``. So the decoder of an encoder–decoder computes keys and values only of the positions that its cache lacks: of all
 in the first step, of none after it.
 """
 
@@ -27,9 +27,9 @@ class SliceEarlyPass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class _Link:
-    """A node between the product's first input and the Slice, which cuts ``axis`` of its output.
+    """A node between the product and the Slice: slicing its output's ``axis`` is slicing its first input's ``before``.
 
-    Of its first input, which has ``rank`` axes, it cuts ``before``.
+    ``rank``: how many axes that input has.
     """
 
     node: ir.Node
@@ -40,9 +40,12 @@ class _Link:
 
 def _move(graph: ir.Graph, node: ir.Node) -> bool:
     """Move a Slice as far to the front as it goes. Returns whether it passed a product."""
-    axes, (sliced,) = _numbers(node.inputs[3] if len(node.inputs) > 3 else None), node.outputs
+    # Only a slice of one axis, with numbers for the axis and sizes that are known.
+    axes, (sliced,) = _read_numbers(node.inputs[3] if len(node.inputs) > 3 else None), node.outputs
     if axes is None or len(axes) != 1 or sliced.is_graph_output() or sliced.shape is None:
         return False
+    # Follow the axis back through the nodes that keep it apart, but no further than the earliest product: before that,
+    # a slice saves no work.
     links = list[_Link]()
     rank = len(sliced.shape)
     value, axis = node.inputs[0], axes[0] % rank
@@ -53,6 +56,7 @@ def _move(graph: ir.Graph, node: ir.Node) -> bool:
         links.pop()
     if not links:
         return False
+    # Slice the product's input with the same start, end and step, along its own axis.
     last, others, first = node.inputs[0], list(node.inputs[1:]), links[-1]
     steps = ir.tape.Tape()
     others[2] = steps.op("Constant", [], {"value_ints": [first.before]})
@@ -69,8 +73,9 @@ def _move(graph: ir.Graph, node: ir.Node) -> bool:
 def _link(value: ir.Value | None, axis: int, rank: int) -> _Link | None:
     """The node that makes ``value``, if a slice of ``value`` is what it makes of a slice of its first input.
 
-    ``rank``: of ``value``. Products are those of rows [batch, rows, inputs] with a weight, with or without a bias.
+    ``rank``: of ``value``. A product multiplies rows [batch, rows, inputs] by a weight, with or without a bias.
     """
+    # Another reader of ``value`` needs it whole.
     node = None if value is None else value.producer()
     if node is None or value is None or node.domain or value.is_graph_output() or len(tuple(value.uses())) > 1:
         return None
@@ -79,6 +84,7 @@ def _link(value: ir.Value | None, axis: int, rank: int) -> _Link | None:
     shapes = [None if x is None else x.shape for x in node.inputs]
     source, other, made = shapes[0], shapes[-1], value.shape
     if node.op_type == "Reshape" and source is not None and made is not None:
+        # The axes up to this one must stay as they are; those behind it must be numbers, for the new shape.
         kept = axis < min(len(source), len(made)) and source[: axis + 1] == made[: axis + 1]
         known = all(isinstance(size, int) for size in made[axis + 1 :])
         return _Link(node, axis, axis, len(source)) if kept and known else None
@@ -93,6 +99,7 @@ def _resize(link: _Link, size: int | ir.SymbolicDim, steps: ir.tape.Tape) -> Non
     if made.shape is None:
         return
     if link.node.op_type == "Reshape":
+        # 0 takes a size from the input, which is the sliced one now.
         rest = [int(size) for size in made.shape[link.axis + 1 :]]  # type: ignore[arg-type]
         as_input = [0] * (link.axis + 1)
         link.node.replace_input_with(1, steps.op("Constant", [], {"value_ints": [*as_input, *rest]}))
@@ -100,7 +107,7 @@ def _resize(link: _Link, size: int | ir.SymbolicDim, steps: ir.tape.Tape) -> Non
     made.shape = ir.Shape([size if place == link.axis else old for place, old in enumerate(made.shape)])
 
 
-def _numbers(value: ir.Value | None) -> list[int] | None:
-    """The numbers of a constant."""
+def _read_numbers(value: ir.Value | None) -> list[int] | None:
+    """The numbers of a constant; None if it is not one."""
     constant = None if value is None else value.const_value
     return None if constant is None else [int(number) for number in constant.numpy().reshape(-1)]

@@ -18,34 +18,32 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from mptk.errors import MptkError, first_line
+from mptk.errors import MptkError, take_first_line
 from mptk.files import write_together
-from passes.targets.onnx.names import data_file
+from passes.targets.onnx.names import name_data_file
 
 Array = npt.NDArray[Any]
 """Any: a graph's constants are of many types."""
 Floats = npt.NDArray[np.float32]
 
 PART = 1 << 22
-"""Numbers processed at once if a step does not need the whole weight."""
+"""Numbers processed at once if a step does not need the whole weight: 16 MiB of float32."""
 
 
-def lazy(like: ir.TensorProtocol, make: Callable[[], Array], shape: Sequence[int] | None = None) -> ir.LazyTensor:
+def make_lazy_tensor(
+    like: ir.TensorProtocol, make: Callable[[], Array], shape: Sequence[int] | None = None
+) -> ir.LazyTensor:
     """A tensor that ``make`` computes at each request, of ``like``'s type and of its shape or ``shape``."""
-    sizes = shape_of(like) if shape is None else shape
-    return ir.LazyTensor(lambda: _tensor(make()), like.dtype, ir.Shape(sizes), name=like.name)
+    sizes = read_tensor_shape(like) if shape is None else shape
+    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(make())), like.dtype, ir.Shape(sizes), name=like.name)
 
 
-def _tensor(array: Array) -> ir.TensorProtocol:
-    return ir.Tensor(np.ascontiguousarray(array))
-
-
-def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+def read_tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     """The shape as numbers."""
     return tuple(int(size) for size in tensor.shape)  # type: ignore[arg-type]
 
 
-def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
+def get_constant_tensor(value: ir.Value | None) -> ir.TensorProtocol:
     """The constant of ``value``, which has one."""
     assert value is not None
     assert value.const_value is not None
@@ -54,25 +52,22 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
 
 def change_tensor(value: ir.Value | None, change: Callable[[Array], Array]) -> None:
     """Give ``value`` the changed constant, of the same shape and type."""
-    old = tensor_of(value)
+    old = get_constant_tensor(value)
     assert value is not None
-    value.const_value = lazy(old, lambda: change(old.numpy()))
+    value.const_value = make_lazy_tensor(old, lambda: change(old.numpy()))
 
 
 def save_graph(model: ir.Model, file: Path) -> Path:
-    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it.
-
-    Raises:
-        MptkError: ONNX does not accept it, as the exporter mixed types in arithmetic on sizes.
-    """
-    data = data_file(file.name)
+    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
+    data = name_data_file(file.name)
     with write_together(file.parent, data, file.name) as temporary:
         ir.save(model, temporary / file.name, external_data=data)
+        # The checker's refusal is the user's to read: the exporter mixes types in arithmetic on sizes of some models.
         try:
             onnx.checker.check_model(temporary / file.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise MptkError(
-                f"torch.onnx writes a graph that ONNX does not accept ({first_line(error)}); leave out ONNX"
+                f"torch.onnx writes a graph that ONNX does not accept ({take_first_line(error)}); leave out ONNX"
             ) from error
     return file
 
@@ -87,22 +82,23 @@ def read_lazily(file: Path) -> ir.Model:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Give every node a name of its own."""
+    """Give every node a name of its own. Passes that quantise, and onnxruntime's converter, know nodes by name."""
     for index, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{index}"
 
 
 def _from_file(tensor: ir.ExternalTensor) -> ir.LazyTensor:
-    kind, shape = tensor.dtype.numpy(), shape_of(tensor)
-    return lazy(tensor, lambda: _read(Path(tensor.path), tensor.offset or 0, shape, kind))
+    kind, shape = tensor.dtype.numpy(), read_tensor_shape(tensor)
+    return make_lazy_tensor(tensor, lambda: _read(Path(tensor.path), tensor.offset or 0, shape, kind))
 
 
 def _read(file: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
     return np.fromfile(file, kind, math.prod(shape), offset=offset).reshape(shape)
 
 
-def parts(shape: Sequence[int], axis: int = 0) -> Iterator[slice]:
+def slice_in_parts(shape: Sequence[int], axis: int = 0) -> Iterator[slice]:
     """Slices of an axis of an array of this shape, of about ``PART`` numbers each."""
+    # At least one row. An array without numbers must not be a divisor.
     count = shape[axis]
     step = max(1, PART * count // max(1, math.prod(shape)))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))

@@ -23,6 +23,7 @@ from mptk.compat.torch import FakeTensorMode
 Forward = Callable[[PreTrainedModel], object]
 """Runs a model once on inputs without numbers."""
 TORCH = str(Path(torch.__file__).parent)
+"""Where torch's own lines are: they say less about a refusal than the model's line that called them."""
 
 
 @dataclass(frozen=True)
@@ -46,68 +47,70 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
 
-    def about(self, name: str) -> str:
+    def to_sentence(self, name: str) -> str:
         """The refusal for a sentence that already says ``name``."""
         return self.reason if self.where == name else str(self)
 
 
-def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
+def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
     """The model of a config, without memory for its weights."""
-    with quiet(), torch.device("meta"):
+    with hide_warnings(), torch.device("meta"):
         try:
             return model_class(copy.deepcopy(config))
         except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
-            return refusal(error, model_class)
+            return make_refusal(error, model_class)
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def list_weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each weight in the state dict."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def failure(forward: Forward, model: PreTrainedModel) -> Refusal | None:
+def find_forward_failure(forward: Forward, model: PreTrainedModel) -> Refusal | None:
     """Why a forward pass of a model on the meta device raises, or None."""
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
+    with hide_warnings(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
         try:
             forward(model.eval())
         except Exception as error:  # noqa: BLE001 (as above)
-            return refusal(error, type(model))
+            return make_refusal(error, type(model))
     return None
 
 
-def configured(
+def build_config(
     template: PreTrainedConfig, body: dict[str, object]
 ) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
     """The config of ``template``'s class with the fields of ``body``, and its validators' refusal or None.
 
     If a field's own check raises, there is no config object, and the result is only a Refusal.
     """
-    with quiet():
+    with hide_warnings():
         try:
-            return _construct(template, body)
+            return _build_inner_first(template, body)
         except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
-            return refusal(error, type(template))
+            return make_refusal(error, type(template))
 
 
-def unchecked(template: PreTrainedConfig, body: dict[str, object]) -> PreTrainedConfig:
+def build_unchecked_config(template: PreTrainedConfig, body: dict[str, object]) -> PreTrainedConfig:
     """The config of ``template``'s class with the fields of ``body``, whatever they are."""
-    return _construct(template, body, checked=False)[0]
+    return _build_inner_first(template, body, checked=False)[0]
 
 
-def _construct(
+def _build_inner_first(
     template: PreTrainedConfig, body: dict[str, object], *, checked: bool = True
 ) -> tuple[PreTrainedConfig, Refusal | None]:
     """Build ``template``'s class from ``body``, inner configs first, even if a validator refuses.
 
-    Validators of the class run when the object is complete, so a model can be built from an object that they refuse.
-    Those of a field run when it is set, if ``checked``.
+    ``checked``: whether the validators of single fields run.
     """
+    # Inner dictionaries become configs here. The outer constructor would make them itself, and stop at a refusal.
     refused = None
     for key, inner in vars(template).items():
         own = body.get(key)
         if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
-            body[key], inner_refused = _construct(inner, own, checked=checked)
+            body[key], inner_refused = _build_inner_first(inner, own, checked=checked)
             refused = refused or inner_refused
+    # Validators of a field run when it is set. Those of the class run when the object is complete, so a model can be
+    # built from an object that they refuse. A call of the class would not return that object, so it is made first.
     config = type(template).__new__(type(template))
     if not checked:
         vars(config)["__validators__"] = {}
@@ -115,14 +118,15 @@ def _construct(
     try:
         construct(config, **body)
     except StrictDataclassClassValidationError as error:
-        refused = refused or refusal(error, type(template))
+        refused = refused or make_refusal(error, type(template))
     if refused is not None:
         refused = Refusal(refused.kind, refused.where, refused.reason, config)
     return config, refused
 
 
-def refusal(error: Exception, cls: type) -> Refusal:
+def make_refusal(error: Exception, cls: type) -> Refusal:
     """``error`` as a refusal of a validator, or of the innermost line outside torch that raised."""
+    # huggingface_hub wraps the error of a validator in one of its own, which names the validator.
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     if issubclass(cls, PreTrainedConfig):
@@ -134,7 +138,7 @@ def refusal(error: Exception, cls: type) -> Refusal:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def hide_warnings() -> Iterator[None]:
     """No warnings while unusual configs are tried."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from passes.targets.stock.attempt import Refusal, configured, on_meta, shapes_of
+from passes.targets.stock.attempt import Refusal, build_config, build_on_meta, list_weight_shapes
 from passes.targets.stock.equations import Grown, Law, WidthProducts
 from passes.targets.stock.symbolic import Assignment, Field, Reading, Unread, WeightShapes
 
@@ -69,30 +69,32 @@ def probe_config(
         widths: family → (old, new) width, for every leaf axis that the cut touches.
         fixed: sizes of the other leaf axes. A field may be a product of up to three of all these sizes.
     """
+    # Read the class, then solve for its fields.
     try:
         reading = Reading(model_class, config)
     except Unread as error:
         return error.refusal
-    if (wrong := misfit(reading.dense.shapes, target_shapes, sizes=False)) is not None:
+    if (wrong := find_misfit(reading.dense.shapes, target_shapes, sizes=False)) is not None:
         return wrong
     grows = [name for name, (before, after) in widths.items() if after > before]
     products = WidthProducts({name: before for name, (before, _) in widths.items()}, fixed, grows)
     new = {name: after for name, (_, after) in widths.items()}
-    assignment = Law(reading, products, grown, ()).at(new)
+    assignment = Law(reading, products, grown, ()).find_fields(new)
     if isinstance(assignment, Refusal):
         return assignment
-    cut = reading.at(assignment)
-    refused = misfit(cut.shapes, target_shapes) or products.strange(reading.dense, cut, new)
-    return refused or finished(model_class, config, reading.needed(assignment), target_shapes)
+    # Compare the sizes and numbers that the reading predicts. Only then is the class built.
+    cut = reading.find_sizes(assignment)
+    refused = find_misfit(cut.shapes, target_shapes) or products.find_unexplained(reading.dense, cut, new)
+    return refused or finish_config(model_class, config, reading.drop_implicit(assignment), target_shapes)
 
 
-def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
-    """The class on the meta device."""
-    with no_init_weights():  # which even on meta is a third of the work
-        return on_meta(model_class, config)
+def build_meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
+    """The class on the meta device, with weights that are not initialised: even there that is a third of the work."""
+    with no_init_weights():
+        return build_on_meta(model_class, config)
 
 
-def misfit(shapes: WeightShapes, target: WeightShapes, *, sizes: bool = True) -> Refusal | None:
+def find_misfit(shapes: WeightShapes, target: WeightShapes, *, sizes: bool = True) -> Refusal | None:
     """The first weight of the class that has another shape than ``target``, or that only one of them has.
 
     ``sizes``: whether to compare these, too, or only names and numbers of dimensions.
@@ -106,7 +108,7 @@ def misfit(shapes: WeightShapes, target: WeightShapes, *, sizes: bool = True) ->
     return None
 
 
-def finished(
+def finish_config(
     model_class: type[PreTrainedModel],
     template: PreTrainedConfig,
     assignment: Assignment,
@@ -118,45 +120,53 @@ def finished(
     ``scalars``: old → new value of float fields (a norm's eps after a cut of its axis). Every float field with the old
     value gets the new one.
     """
-    made = assigned(template, assignment)
+    made = assign_fields(template, assignment)
     if isinstance(made, Refusal):
         return made
     config, refused = made
-    model = built(model_class, config)
+    # The model is built before the validators' refusal counts. ``rehome.py`` starts from the refused config, so it must
+    # be one from which the class can be built.
+    model = build_meta_model(model_class, config)
     if isinstance(model, Refusal):
         return model
     if refused is not None:
         return replace(refused, config=with_scalars(config, scalars))
-    if (wrong := misfit(shapes_of(model), target)) is not None:
+    if (wrong := find_misfit(list_weight_shapes(model), target)) is not None:
         return wrong
-    changes = _changes(template, assignment) | _scalar_changes(config, scalars)
+    changes = _list_changes(template, assignment)
+    changes |= {path: (old, new) for old, new in scalars.items() for _, _, path in _find_floats(config, old)}
     return StockConfig(model_class, with_scalars(config, scalars), changes)
 
 
-def assigned(template: PreTrainedConfig, assignment: Assignment) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
-    """The config with ``assignment``, as ``configured`` gives it."""
+def assign_fields(
+    template: PreTrainedConfig, assignment: Assignment
+) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+    """The config with the fields of ``assignment``, as ``build_config`` gives it."""
     body = template.to_dict()
     for key, value in assignment.items():
         key.put(body, value)
-    return configured(template, body)
+    return build_config(template, body)
 
 
-def _changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tuple[object, object]]:
+def _list_changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tuple[object, object]]:
     before, after = template.to_dict(), template.to_dict()
     for key, value in assignment.items():
         key.put(after, value)
 
-    def at(body: dict[str, Any], key: Field) -> object:
+    def get_value(body: dict[str, Any], key: Field) -> object:
         return functools.reduce(operator.getitem, key.path, body)
 
-    return {".".join(key.path): (None if key.implicit else at(before, key), at(after, key)) for key in assignment}
+    return {
+        ".".join(key.path): (None if key.implicit else get_value(before, key), get_value(after, key))
+        for key in assignment
+    }
 
 
-def _floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedConfig, str, str]]:
+def _find_floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedConfig, str, str]]:
     """Every float attribute of ``config`` and its inner configs whose value is ``old``: owner, attribute, path."""
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from ((owner, name, f"{key}.{path}") for owner, name, path in _floats(value, old))
+            yield from ((owner, name, f"{key}.{path}") for owner, name, path in _find_floats(value, old))
         elif isinstance(value, float) and value == old:
             yield config, key, key
 
@@ -164,11 +174,7 @@ def _floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedCo
 def with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> PreTrainedConfig:
     """A copy of ``config`` in which every float field with an old value of ``scalars`` has the new one."""
     config = copy.deepcopy(config)
-    found = [(owner, name, new) for old, new in scalars.items() for owner, name, _ in _floats(config, old)]
+    found = [(owner, name, new) for old, new in scalars.items() for owner, name, _ in _find_floats(config, old)]
     for owner, name, new in found:
         setattr(owner, name, new)
     return config
-
-
-def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[object, object]]:
-    return {path: (old, new) for old, new in scalars.items() for _, _, path in _floats(config, old)}

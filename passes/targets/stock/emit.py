@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.compat.transformers import saved_by
+from mptk.compat.transformers import replace_saver
 from mptk.errors import MptkError
-from mptk.files import json_text
-from mptk.io.checkpoint import portable, save_tokenizer
-from mptk.io.deferred import deferred
-from mptk.io.tensors import split, writer
-from mptk.ir.weights import Weights
-from passes.targets.stock.attempt import shapes_of
+from mptk.files import format_json
+from mptk.io import defer_weight, make_portable_config, make_writer, plan_shards, save_tokenizer
+from mptk.ir import Weights
+from passes.targets.stock.attempt import list_weight_shapes
 from passes.targets.stock.config import StockConfig
 
 NONE = Weights({})
@@ -31,10 +29,10 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     *,
-    portable: Callable[[Mapping[str, object]], dict[str, object]] = portable,
+    portable: Callable[[Mapping[str, object]], dict[str, object]] = make_portable_config,
     max_shard_size: int | str = "5GB",
     beside: Weights = NONE,
-    save: Callable[[Weights], Callable[..., None]] = writer,
+    save: Callable[[Weights], Callable[..., None]] = make_writer,
 ) -> None:
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
 
@@ -53,29 +51,35 @@ def write_checkpoint(
     Raises:
         MptkError: ``state`` has other names or shapes than the stock class, or its tied weights differ.
     """
+    # Refuse first: the stock class, without memory for weights, must have the cut model's names and shapes.
     weights = Weights(state)
     likes = weights.likes
     dtype = next((like.dtype for like in likes.values() if like.is_floating_point()), torch.float32)
-    shell = _shell(stock, dtype)
-    _check_shapes(likes, shapes_of(shell))
+    shell = _build_shell(stock, dtype)
+    _check_shapes(likes, list_weight_shapes(shell))
     _check_tied(shell, weights)
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)
+    # ``save_pretrained`` writes only weights that the model has.
     for name in beside:
-        _attach(shell, name, beside.like(name))
-    weights = weights.updated(beside)
-    later = {name: deferred(name, weights.like(name)) for name in shell.state_dict()}
-    with saved_by(split, save(weights)):
+        _attach(shell, name, beside.find_like(name))
+    weights = weights.with_entries(beside)
+    # It gets placeholders, which it splits and renames in its own way. The writer makes each real tensor when it writes
+    # it, so that one is in memory at a time.
+    later = {name: defer_weight(name, weights.find_like(name)) for name in shell.state_dict()}
+    with replace_saver(plan_shards, save(weights)):
         shell.save_pretrained(folder, state_dict=later, max_shard_size=max_shard_size)
+    # transformers wrote this file: it is written again with the spellings of older releases, and as all JSON here.
     path = folder / "config.json"
     written = portable(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json_text(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(format_json(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
 
 
-def _shell(stock: StockConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _build_shell(stock: StockConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model on the meta device, in ``dtype``, unquantised."""
+    # The weights are plain floats, whatever the dense checkpoint stored.
     config = copy.deepcopy(stock.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -113,11 +117,9 @@ def _check_tied(shell: PreTrainedModel, weights: Weights) -> None:
     first: dict[int, str] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if other != name and not _same(weights, name, other):
+        if other == name or weights.get_entry(name) is weights.get_entry(other):  # nothing to read
+            continue
+        if not torch.equal(weights[name], weights[other]):
             raise MptkError(
                 f"{name} and {other} are one weight in the stock class but differ; untie them in the config"
             )
-
-
-def _same(weights: Weights, name: str, other: str) -> bool:
-    return weights.entry(name) is weights.entry(other) or torch.equal(weights[name], weights[other])

@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mptk.ir.families import Analysis
-from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.program import Program
+from mptk.ir import Analysis, FamilyPlan, Plan, Program
 from passes.targets.legalize import cut_shapes
-from passes.targets.stock.attempt import Refusal, on_meta, quiet, shapes_of
+from passes.targets.stock.attempt import Refusal, build_on_meta, hide_warnings, list_weight_shapes
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.symbolic import WeightShapes
 from passes.transforms.fold_norms import FoldNorms
-from passes.transforms.rewrite import rewrite
+from passes.transforms.rewrite import rewrite_program
 from passes.verify import TOLERANCE
 
 CANDIDATES = 32
+"""Classes that are tried, of the hundreds that are registered: each needs a config, and a model without memory."""
 TRIAL_LENGTH = 64
+"""Tokens of a trial run that only an analysis or a hint needs. The cut itself is checked on longer samples."""
 
 
-def rehome(
+def find_other_class(
     config: PreTrainedConfig, target_shapes: WeightShapes, check: Callable[[StockConfig], float]
 ) -> StockConfig | Refusal:
     """Find a stock class other than ``config``'s own that can hold the cut model.
@@ -44,19 +44,20 @@ def rehome(
         config: the config after the cut, which its own class refuses (``Refusal.config``).
         target_shapes: state-dict name → shape after the cut, tied names included.
         check: the largest logit difference between the class with the cut weights and the cut model
-            (``logits_check``). It is called for every candidate that fits. Its inputs should be as long as the caller
-            can afford. Differences up to ``TOLERANCE`` count as equal.
+            (``make_logits_check``). It is called for every candidate that fits. Its inputs should be as long as the
+            caller can afford. Differences up to ``TOLERANCE`` count as equal.
 
     Returns:
         The class and its config. ``changes`` holds every field that differs from ``config``, ``model_type`` included.
         Fields that only the new class has are None (off) if it accepts None. If no candidate fits, a Refusal
         (``names`` or ``numeric``).
     """
+    # Only a class that fits is run. One that fits but computes something else is named in the refusal.
     refusals: list[str] = []
-    for candidate in _candidates(config):
-        result = _fits(config, candidate, target_shapes)
+    for candidate in _list_candidates(config):
+        result = _fit_candidate(config, candidate, target_shapes)
         if isinstance(result, StockConfig):
-            objection = _objection(result, check)
+            objection = _find_objection(result, check)
             if objection is None:
                 return result
             refusals.append(f"{result.model_class.__name__} fits but {objection}")
@@ -77,36 +78,38 @@ def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: 
     Returns:
         None if the own class accepts the widths, or refuses them for another reason, or no class holds the model.
     """
-    folded = FoldNorms().run(rewrite(analysis, _first_units(analysis, widths)))
-    refusal = stock.config(widths, scalars=folded.epsilons)
+    # Cut any units and fold norms as the real cut does. Whether a class holds the result does not depend on the units.
+    folded = FoldNorms().run(rewrite_program(analysis, _plan_first_units(analysis, widths)))
+    refusal = stock.build_config(widths, scalars=folded.epsilons)
     if isinstance(refusal, StockConfig) or refusal.config is None:
         return None
+    # Only validators refused. Compare logits with the candidates', on random tokens: no text is at hand.
     embeddings = cast("nn.Embedding", model.get_input_embeddings())
     tokens = torch.randint(embeddings.num_embeddings, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
-    found = rehome(refusal.config, cut_shapes(analysis, widths), logits_check(folded.program, tokens))
+    found = find_other_class(refusal.config, cut_shapes(analysis, widths), make_logits_check(folded.program, tokens))
     return found.model_class.__name__ if isinstance(found, StockConfig) else None
 
 
-def _first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
+def _plan_first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
     plans = {}
     for name, width in widths.items():
-        family = analysis.family(name)
+        variable = analysis.variable(name)
         units = (tuple(range(width)),)
-        plans[name] = FamilyPlan(width, family.size, {g.layer: units * g.scopes for g in family.groups})
+        plans[name] = FamilyPlan(width, variable.size, {g.layer: units * g.scopes for g in variable.groups})
     return Plan(plans)
 
 
-def logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], float]:
-    """A check for ``rehome``: the difference between a class with the weights of ``program`` and ``program`` itself.
+def make_logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], float]:
+    """A check for ``find_other_class``: the difference between a class with ``program``'s weights and ``program``.
 
-    The difference is relative to the largest logit. ``tokens``: token ids [batch, sequence]. The class shares the
-    weights' memory.
+    The difference is relative to the largest logit. ``tokens``: token ids [batch, sequence].
     """
     state = program.state_dict()
     with torch.no_grad():
         expected = program(tokens)
 
     def check(stock: StockConfig) -> float:
+        # The class shares the program's memory. Buffers that are not saved, such as rotary tables, are computed.
         with init_empty_weights():
             model = stock.model_class(copy.deepcopy(stock.config))
         model.load_state_dict(state, assign=True)
@@ -117,7 +120,7 @@ def logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], fl
     return check
 
 
-def _objection(stock: StockConfig, check: Callable[[StockConfig], float]) -> str | None:
+def _find_objection(stock: StockConfig, check: Callable[[StockConfig], float]) -> str | None:
     try:
         difference = check(stock)
     except Exception as error:  # noqa: BLE001 (a model that takes these shapes may still fail to run)
@@ -125,72 +128,79 @@ def _objection(stock: StockConfig, check: Callable[[StockConfig], float]) -> str
     return None if difference <= TOLERANCE else f"its logits differ by {difference:.2g}"
 
 
-def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
+def _list_candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
     """The registered config classes nearest to ``config``: those with the fewest fields that only one of the two has.
 
     A missing field of ``config`` does not count if it has its default value. The nearest classes are sorted by the
     number of their own fields that cannot be switched off.
     """
-    own = _names(type(config))
+    # What this config uses: its fields that differ from the class's defaults.
+    own = _list_fields(type(config))
     default = type(config)().to_dict()
     used = {k for k, v in config.to_dict().items() if k in own and v != default.get(k)}
-    others = [c for c in MODEL_FOR_CAUSAL_LM_MAPPING if _stock(c) and c is not type(config)]
+    others = [c for c in MODEL_FOR_CAUSAL_LM_MAPPING if _is_stock(c) and c is not type(config)]
 
-    def distance(other: type[PreTrainedConfig]) -> tuple[int, int, str]:
-        names = _names(other)
+    def measure_distance(other: type[PreTrainedConfig]) -> tuple[int, int, str]:
+        names = _list_fields(other)
         return len(names - own) + len(used - names), len(own - names), other.__name__
 
-    nearest = sorted(others, key=distance)[:CANDIDATES]
-    return sorted(nearest, key=lambda c: len(_names(c) - own) - len(_off(c, _names(c) - own)))
+    nearest = sorted(others, key=measure_distance)[:CANDIDATES]
+    return sorted(
+        nearest, key=lambda c: len(_list_fields(c) - own) - len(_find_optional_fields(c, _list_fields(c) - own))
+    )
 
 
-def _stock(cls: type[PreTrainedConfig]) -> bool:
+def _is_stock(cls: type[PreTrainedConfig]) -> bool:
     """Whether the class is part of transformers: the folder must load without other code."""
     return cls.__module__.startswith("transformers.") and dataclasses.is_dataclass(cls)
 
 
-def _names(cls: type[PreTrainedConfig]) -> set[str]:
+def _list_fields(cls: type[PreTrainedConfig]) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
 
-def _off(cls: type[PreTrainedConfig], names: set[str]) -> dict[str, None]:
+def _find_optional_fields(cls: type[PreTrainedConfig], names: set[str]) -> dict[str, None]:
     """The ``names`` that ``cls`` accepts as None."""
-    return {name: None for name in sorted(names) if _construct(cls, {name: None}) is not None}
+    return {name: None for name in sorted(names) if _try_config(cls, {name: None}) is not None}
 
 
-def _construct(cls: Callable[..., PreTrainedConfig], body: Mapping[str, object]) -> PreTrainedConfig | None:
-    with quiet():
+def _try_config(cls: Callable[..., PreTrainedConfig], body: Mapping[str, object]) -> PreTrainedConfig | None:
+    with hide_warnings():
         try:
             return cls(**copy.deepcopy(dict(body)))
         except Exception:  # noqa: BLE001 (any error means that this class does not take these fields)
             return None
 
 
-def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: WeightShapes) -> StockConfig | None:
+def _fit_candidate(
+    config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: WeightShapes
+) -> StockConfig | None:
     """``candidate`` with the fields of ``config`` copied by name, if its model has the target's names and shapes.
 
     First only fields that the class declares are copied, then all, since a constructor may ask for others.
     """
+    # Everything but what names the class.
     source = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     for key in ("model_type", "architectures", "transformers_version"):
         source.pop(key, None)
-    names = _names(candidate)
+    # Fields that only the candidate has are switched off, since the model had no such thing.
+    names = _list_fields(candidate)
     declared = {k: v for k, v in source.items() if k in names}
-    off = _off(candidate, names - _names(type(config)) - set(source))
+    off = _find_optional_fields(candidate, names - _list_fields(type(config)) - set(source))
     for body in (declared, source):
-        found = _construct(candidate, {**off, **body})
+        found = _try_config(candidate, {**off, **body})
         if found is None:
             continue
         model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[candidate])
-        built = on_meta(model_class, found)
-        if not isinstance(built, Refusal) and shapes_of(built) == {
+        built = build_on_meta(model_class, found)
+        if not isinstance(built, Refusal) and list_weight_shapes(built) == {
             name: tuple(shape) for name, shape in target.items()
         }:
-            return StockConfig(model_class, found, _changes(config, found))
+            return StockConfig(model_class, found, _compare_configs(config, found))
     return None
 
 
-def _changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, tuple[object, object]]:
+def _compare_configs(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, tuple[object, object]]:
     before, after = old.to_dict(), new.to_dict()
     ignored = {"architectures", "transformers_version", "_name_or_path"}
     return {

@@ -23,16 +23,26 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mptk.compat.symbols import Symbol, SymbolicNumber, Symbols, evaluated, exponents, expression, symbols_in, value_of
-from mptk.compat.transformers import missing_attributes, without_generation
+from mptk.compat.symbols import (
+    Symbol,
+    SymbolicNumber,
+    Symbols,
+    compute_exponents,
+    compute_value,
+    evaluate_numbers,
+    find_symbols,
+    to_expression,
+)
+from mptk.compat.transformers import watch_missing_attributes, without_generation
 from mptk.errors import MptkError
-from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal, unchecked
+from passes.targets.stock.attempt import Refusal, build_on_meta, build_unchecked_config, hide_warnings, make_refusal
 
 WeightShapes = Mapping[str, tuple[int, ...]]
+"""Name in the state dict → shape. All may be expressions."""
 SizeSlot = tuple[str, int]
 """One dimension of one parameter."""
 TRIAL_VALUE = 8
-"""Of an implicit field, where Python needs a number."""
+"""Of an implicit field, for a constructor that needs a number of it before it is known."""
 ASKED = "auto_map decoder generator gradient_checkpointing layer_types quantization_config text_config text_encoder"
 NO_SIZES = {*vars(GenerationConfig()), *ASKED.split()}
 """What transformers asks the config of any model for: no implicit sizes."""
@@ -102,78 +112,82 @@ class Reading:
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         self.model_class, self.template = model_class, config
+        # The first build has symbols for the integers that the config has. It records which fields the class missed.
         self._missing, self._symbols = set[tuple[str, ...]](), Symbols()
         self._refused: Refusal | None = None
         self._integers: dict[Field, tuple[Symbol, int | torch.SymInt]] = {}
         self._body = config.to_dict()
-        self.fields, first = self._admitted([], [*_integers(self._body)])
+        self.fields, first = self._find_buildable([], [*_list_integers(self._body)])
         if first is None or not self.fields:
-            raise self._unread()
-        places = sorted(path for path in self._missing | self._empty() if path[-1] not in NO_SIZES)
+            raise self._make_unread_error()
+        # The second one has symbols in the places of missing fields, too, as far as the class can be built with them.
+        places = sorted(path for path in self._missing | self._find_unset_fields() if path[-1] not in NO_SIZES)
         implicit = [Field(path, TRIAL_VALUE, implicit=True) for path in places]
-        admitted, second = self._admitted(self.fields, implicit, first)
+        admitted, second = self._find_buildable(self.fields, implicit, first)
+        # What the two builds have in common says what those fields stand for.
         self._of = {field: self._integers[field][0] for field in self.fields}
         self._sizes, self._defaults = first, dict[Field, tuple[SymbolicNumber, SymbolicNumber]]()
         if second is not None:
             self._pin(first, second, admitted[len(self.fields) :])
         self.pins = [*self._defaults]
-        self.dense = self.at({})
+        self.dense = self.find_sizes({})
         sizes: set[SymbolicNumber] = {
-            size for shape in self._sizes.shapes.values() for size in shape if symbols_in(size)
+            size for shape in self._sizes.shapes.values() for size in shape if find_symbols(size)
         }
         self.rounds = not all(size.is_polynomial() for size in sizes)
         del self._symbols, self._integers  # torch's record of all sizes
 
-    def at(self, assignment: Assignment) -> Sizes:
+    def find_sizes(self, assignment: Assignment) -> Sizes:
         """What the class has with ``assignment`` if all implicit fields are set."""
-        values = iter(evaluated([size for _, size in self._numbered()], self._values(assignment)))
+        values = iter(evaluate_numbers([size for _, size in self._list_numbers()], self._assign_symbols(assignment)))
         shapes = {name: tuple(itertools.islice(values, len(shape))) for name, shape in self._sizes.shapes.items()}
         return Sizes(shapes, dict(zip(self._sizes.numbers, values, strict=True)))
 
-    def needed(self, assignment: Assignment) -> dict[Field, int]:
+    def drop_implicit(self, assignment: Assignment) -> dict[Field, int]:
         """An assignment without the implicit fields that the class makes of the others anyhow."""
-        values = self._values(assignment)
-        follows = {pin: len({*evaluated(pair, values)}) == 1 for pin, pair in self._defaults.items()}
+        values = self._assign_symbols(assignment)
+        follows = {pin: len({*evaluate_numbers(pair, values)}) == 1 for pin, pair in self._defaults.items()}
         return {field: value for field, value in assignment.items() if not follows.get(field)}
 
-    def exponents(self) -> Iterator[tuple[SizeSlot | str, dict[Field, Fraction]]]:
+    def list_exponents(self) -> Iterator[tuple[SizeSlot | str, dict[Field, Fraction]]]:
         """Each dimension and number with the exponents of the fields that it grows with: a product's are whole."""
+        # Layers repeat their expressions.
         owners = {symbol: field for field, symbol in self._of.items()}
-        known = functools.cache(functools.partial(exponents, values=self._values({})))
-        for place, number in self._numbered():
+        known = functools.cache(functools.partial(compute_exponents, values=self._assign_symbols({})))
+        for place, number in self._list_numbers():
             yield place, {owners[symbol]: power for symbol, power in known(number).items()}
 
-    def _numbered(self) -> Iterator[tuple[SizeSlot | str, SymbolicNumber]]:
+    def _list_numbers(self) -> Iterator[tuple[SizeSlot | str, SymbolicNumber]]:
         for name, shape in self._sizes.shapes.items():
             yield from (((name, dimension), size) for dimension, size in enumerate(shape))
         yield from self._sizes.numbers.items()
 
-    def _values(self, assignment: Assignment) -> dict[Symbol, int]:
+    def _assign_symbols(self, assignment: Assignment) -> dict[Symbol, int]:
         return {symbol: assignment.get(field, field.value) for field, symbol in self._of.items()}
 
     # ---- reading ----
 
-    def _admitted(
+    def _find_buildable(
         self, kept: list[Field], more: Sequence[Field], like: Sizes | None = None
     ) -> tuple[list[Field], Sizes | None]:
         """``kept`` and those of ``more`` with which the class can be built, with the names of ``like``; the last build.
 
-        All are tried at once, or, if that fails, in halves.
+        All are tried at once, or, if that fails, in halves: mostly all or all but a few can be symbols.
         """
         try:
             read = self._read([*kept, *more]) if more else None
             if read is None or like is None or read.shapes.keys() == like.shapes.keys():
                 return [*kept, *more], read
         except Exception as error:  # noqa: BLE001 (a model class may raise anything)
-            self._refused = self._refused or refusal(error, self.model_class)
+            self._refused = self._refused or make_refusal(error, self.model_class)
         if len(more) == 1:
             return kept, None
-        kept, first = self._admitted(kept, more[: len(more) // 2], like)
-        kept, second = self._admitted(kept, more[len(more) // 2 :], like)
+        kept, first = self._find_buildable(kept, more[: len(more) // 2], like)
+        kept, second = self._find_buildable(kept, more[len(more) // 2 :], like)
         return kept, second or first
 
-    def _unread(self) -> Exception:
-        built = on_meta(self.model_class, self.template)
+    def _make_unread_error(self) -> Exception:
+        built = build_on_meta(self.model_class, self.template)
         if isinstance(built, Refusal):
             return MptkError(
                 f"{self.model_class.__name__} cannot be built from its own config ({built}); "
@@ -182,84 +196,98 @@ class Reading:
         none = Refusal("shape", self.model_class.__name__, "its config has no integers")
         return Unread(self._refused or none)
 
-    def _empty(self) -> set[tuple[str, ...]]:
+    def _find_unset_fields(self) -> set[tuple[str, ...]]:
         """The fields that are None and may be an integer."""
-        found = {path for path, value in _leaves(self._body) if value is None}
-        for kind, prefix in _parts(self.template):
+        # A config class that declares its fields' types rules most of them out.
+        found = {path for path, value in _list_leaves(self._body) if value is None}
+        for kind, prefix in _list_config_classes(self.template):
             if is_dataclass(kind):
                 found -= {(*prefix, f.name) for f in fields(kind) if "int" not in str(f.type)}
         return found
 
     def _read(self, wanted: Sequence[Field]) -> Sizes:
-        body, prefixes = copy.deepcopy(self._body), dict(_parts(self.template))
+        body, prefixes = copy.deepcopy(self._body), dict(_list_config_classes(self.template))
 
         def record(part: PreTrainedConfig, name: str) -> None:
             if type(part) in prefixes and not name.startswith("_"):
                 self._missing.add((*prefixes[type(part)], name))
 
+        # A field keeps its symbol from build to build, so that their expressions can be compared.
         for field in wanted:
             if field not in self._integers:
                 self._integers[field] = self._symbols.integer(field.name, field.value)
             if not field.implicit:
                 field.put(body, self._integers[field][1])
-        with quiet(), no_init_weights(), without_generation(), self._symbols.building(self.model_class.__module__):
-            config = unchecked(self.template, body)
+        with (
+            hide_warnings(),
+            no_init_weights(),
+            without_generation(),
+            self._symbols.build_symbolically(self.model_class.__module__),
+        ):
+            # Implicit fields are set after the config's constructor, which need not know them.
+            config = build_unchecked_config(self.template, body)
             for field in wanted:
                 if field.implicit:
                     owner = functools.reduce(getattr, field.path[:-1], config)
                     vars(owner)[field.path[-1]] = self._integers[field][1]
-            with missing_attributes(record):
-                return sizes_of(self.model_class(config))
+            with watch_missing_attributes(record):
+                return collect_model_sizes(self.model_class(config))
 
     def _pin(self, first: Sizes, second: Sizes, implicit: Sequence[Field]) -> None:
         """Find what the ``implicit`` fields of the ``second`` build stand for, and take its expressions of them.
 
         A trial value t turns a size s into s·t/v, which gives v. v is right if it changes no size.
         """
+        # The sizes that differ: an expression of the first build, and one of the second with an implicit field.
         new = {self._integers[field][0]: field for field in implicit}
         known = {symbol: field.value for field, symbol in self._of.items()}
         both = (pair for n, shape in first.shapes.items() for pair in zip(shape, second.shapes[n], strict=False))
-        pairs = dict.fromkeys(pair for pair in both if symbols_in(pair[1]) & new.keys())
+        pairs = dict.fromkeys(pair for pair in both if find_symbols(pair[1]) & new.keys())
         found, wrong = dict[Symbol, tuple[SymbolicNumber, SymbolicNumber]](), set[Symbol]()
+        # Each round finds the fields that are the only unknown of some size. There are no more rounds than fields.
         for _ in new:
             for before, after in pairs:
-                left = (symbols_in(after) & new.keys()) - known.keys()
+                left = (find_symbols(after) & new.keys()) - known.keys()
                 if len(left) == 1:
                     (symbol,) = left
-                    dense = value_of(before, known)
-                    trial = value_of(after, {**known, symbol: TRIAL_VALUE})
+                    dense = compute_value(before, known)
+                    trial = compute_value(after, {**known, symbol: TRIAL_VALUE})
+                    # A trial size of 0 tells nothing: with dense · 9 the value is 0, and so it is wrong.
                     known[symbol], rest = divmod(dense * TRIAL_VALUE, trial or dense * 9)
                     found[symbol] = before, after
                     wrong |= {symbol} if rest or known[symbol] < 1 else set()
+        # A field with which any size of the class would be another one than before is wrong.
         for before, after in pairs:
-            if value_of(after, known) != value_of(before, known):
-                wrong |= symbols_in(after) & new.keys()
+            if compute_value(after, known) != compute_value(before, known):
+                wrong |= find_symbols(after) & new.keys()
         right = found.keys() - wrong
         for symbol in (symbol for symbol in found if symbol in right):
             pin = replace(new[symbol], value=known[symbol])
             self._of[pin], self._defaults[pin] = symbol, found[symbol]
 
-        def taken(mine: SymbolicNumber, theirs: SymbolicNumber) -> SymbolicNumber:
-            own = symbols_in(theirs) & new.keys()
-            same = own and own <= right and math.isclose(value_of(theirs, known), value_of(mine, known))
+        def take_size(mine: SymbolicNumber, theirs: SymbolicNumber) -> SymbolicNumber:
+            own = find_symbols(theirs) & new.keys()
+            same = own and own <= right and math.isclose(compute_value(theirs, known), compute_value(mine, known))
             return theirs if same else mine
 
+        # Take the second build's expressions of right fields, and the first's of everything else.
         self._sizes = Sizes(
-            {n: tuple(map(taken, shape, second.shapes[n])) for n, shape in first.shapes.items()},
-            {n: taken(number, second.numbers.get(n)) for n, number in first.numbers.items()},
+            {n: tuple(map(take_size, shape, second.shapes[n])) for n, shape in first.shapes.items()},
+            {n: take_size(number, second.numbers.get(n)) for n, number in first.numbers.items()},
         )
 
 
-def starred(name: str) -> str:
+def replace_indices(name: str) -> str:
     """A parameter's name with ``*`` for every index, so that it is the same in all layers."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def sizes_of(model: nn.Module) -> Sizes:
+def collect_model_sizes(model: nn.Module) -> Sizes:
     """The sizes of a model that was built from numbers or from symbols."""
-    shapes = {name: tuple(map(expression, tensor.shape)) for name, tensor in model.state_dict().items()}
+    # A bool is an int to Python, but not a size. Unsaved buffers, such as rotary tables, have sizes, too.
+    shapes = {name: tuple(map(to_expression, tensor.shape)) for name, tensor in model.state_dict().items()}
     numbers = {
-        f"{name}.{key}": expression(value)
+        f"{name}.{key}": to_expression(value)
         for name, module in model.named_modules()
         for key, value in vars(module).items()
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
@@ -267,30 +295,32 @@ def sizes_of(model: nn.Module) -> Sizes:
         and not key.startswith("_")
     }
     buffers = ((name, buffer.shape) for name, buffer in model.named_buffers() if name not in shapes)
-    tables = {f"{name}[{d}]": expression(size) for name, shape in buffers for d, size in enumerate(shape)}
+    tables = {f"{name}[{d}]": to_expression(size) for name, shape in buffers for d, size in enumerate(shape)}
     return Sizes(shapes, numbers | tables)
 
 
-def _leaves(body: Mapping[str, object], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+def _list_leaves(body: Mapping[str, object], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     """The values of a config's dictionary, and of those within it."""
     for key, value in body.items():
         if isinstance(value, dict):
-            yield from _leaves(value, (*prefix, str(key)))
+            yield from _list_leaves(value, (*prefix, str(key)))
         else:
             yield (*prefix, str(key)), value
 
 
-def _integers(body: Mapping[str, object]) -> Iterator[Field]:
+def _list_integers(body: Mapping[str, object]) -> Iterator[Field]:
     """The positive integers, and those in lists."""
-    for path, value in _leaves(body):
+    for path, value in _list_leaves(body):
         for item, entry in enumerate(value) if isinstance(value, list) else ((None, value),):
             if type(entry) is int and entry > 0:
                 yield Field(path, entry, item)
 
 
-def _parts(config: PreTrainedConfig, prefix: tuple[str, ...] = ()) -> Iterator[tuple[type, tuple[str, ...]]]:
+def _list_config_classes(
+    config: PreTrainedConfig, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[type, tuple[str, ...]]]:
     """The classes of a config and of those within it, with their paths; outer ones last."""
     for key, inner in vars(config).items():
         if isinstance(inner, PreTrainedConfig):
-            yield from _parts(inner, (*prefix, key))
+            yield from _list_config_classes(inner, (*prefix, key))
     yield type(config), prefix

@@ -1,0 +1,81 @@
+"""checks: settings that no model can meet, and what a target cannot hold, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mptk.config import FREE, IN_MEMORY, UNIFORM, Settings
+from mptk.conversions import find_conversions
+from mptk.cost.budgets import LATENCY
+from mptk.distributed.processes import connect_processes, has_shards
+from mptk.errors import MptkError
+from mptk.io import data
+from mptk.ir import Plan, check_engines
+from mptk.methods import find_method
+from mptk.methods.division.search import plan_search_rungs
+from mptk.protocols import Target
+from mptk.targets import find_target, list_targets
+
+
+def read_plan(settings: Settings) -> Plan | None:
+    """The plan that the settings name. A run reads the file only once, so later changes of the file have no effect."""
+    return None if settings.plan is None else Plan.load(settings.plan)
+
+
+def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
+    """Raise MptkError for settings that no model can meet, and paths of data that are not there, before any work.
+
+    ``plan``, ``texts``: a run's plan and vocabulary.
+    """
+    data.read_places(*{settings.data, settings.eval_data} - {IN_MEMORY})
+    method = find_method(settings.method)
+    target = find_target(settings.target)
+    check_engines(settings.engines, target.name)
+    if not settings.fixed:  # a fixed run chooses nothing, so what the method cannot do does not matter
+        method.check(settings)
+        if settings.layers != UNIFORM:
+            check_divides(settings, f"--layers {settings.layers}")
+    find_conversions(settings, plan, texts)
+    if settings.trains and not target.classed:
+        check_graph_training(settings)
+    if settings.search:
+        # For its errors only. The number of shapes is not known yet; there are at most this many finalists.
+        plan_search_rungs(settings, settings.search_finalists)
+        if connect_processes().num_processes > 1:
+            raise MptkError(
+                "a search runs in one process; run `mptk shapes` in one, and give prune the --width that it prints"
+            )
+
+
+def check_graph_training(settings: Settings) -> None:
+    """Raise MptkError for ways of training that a graph's module does not support: it can only train all weights."""
+    learning = settings.learning
+    if learning.rank:
+        raise MptkError("--rank: LoRA needs the layers of a class; leave it out to train all weights")
+    if learning.gradient_checkpointing:
+        raise MptkError("--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock")
+    if has_shards():
+        raise MptkError("FSDP needs the blocks of a class; leave it out, or use --target stock")
+
+
+def check_divides(settings: Settings, asked: str) -> None:
+    """Raise MptkError if layers cannot have different widths. ``asked``: what asks for them."""
+    # The checkpoint must hold such layers, the method choose them, and the budget be a sum over layers.
+    check_ragged(find_target(settings.target), asked)
+    method = find_method(settings.method)
+    if settings.layers == FREE and not method.divides:
+        raise MptkError(f"{asked}: {method.name} gives all layers one width; use a one-shot --method, as wanda")
+    if settings.budget == LATENCY:
+        raise MptkError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget")
+    if settings.search:
+        raise MptkError(f"--search only ranks shapes whose layers are alike; leave out --search or {asked}")
+
+
+def check_ragged(target: Target, asked: str) -> None:
+    """Raise MptkError, which names the targets that can, unless layers may have different widths in ``target``."""
+    if not target.ragged:
+        able = " or ".join(f"--target {each.name}" for each in list_targets().values() if each.ragged)
+        raise MptkError(
+            f"{asked}: a {target.name} checkpoint has one width for all layers; use {able}, from which `mptk gguf` "
+            "makes a file for llama.cpp if the model is a LLaMA"
+        )

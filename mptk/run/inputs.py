@@ -1,0 +1,68 @@
+"""inputs: what the caller of a run holds in memory.
+
+Settings hold only names, so that they can be written into a report and a recipe. What has no name is in ``Inputs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mptk.config import IN_MEMORY
+from mptk.ir import Samples
+
+GivenInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Tensors for ``forward``, by position or by the argument's name, samples in the first dimension."""
+Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[object]
+"""A name as in ``--data``; or samples, ids [n, length], inputs by name, texts, rows of text, or batches of inputs."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the caller gives in memory; None: as the settings say.
+
+    ``data``, ``eval_data``: samples, in any form of ``Data`` but a name. ``texts``: the texts whose tokens stay.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    example_inputs: GivenInputs | None = None
+    data: Data | None = None
+    eval_data: Data | None = None
+    texts: Sequence[str] | None = None
+
+    @staticmethod
+    def of(
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        example_inputs: GivenInputs | None = None,
+        data: Data | None = None,
+        eval_data: Data | None = None,
+        vocabulary: str | Path | Sequence[str] | None = None,
+    ) -> Inputs:
+        """The arguments of a call that are in memory. Names of files are settings (``name_given``)."""
+        return Inputs(
+            tokenizer,
+            example_inputs,
+            data if is_in_memory(data) else None,
+            eval_data if is_in_memory(eval_data) else None,
+            None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary),
+        )
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether there are samples to train, calibrate or measure on."""
+        return self.data is not None or self.eval_data is not None
+
+
+def is_in_memory(data: Data | None) -> bool:
+    """Whether ``data`` holds samples, not a name."""
+    return data is not None and not isinstance(data, str | Path)
+
+
+def name_given(**given: Data | None) -> dict[str, str]:
+    """Argument → its name in settings, for each argument that is given."""
+    return {n: IN_MEMORY if is_in_memory(data) else str(data) for n, data in given.items() if data is not None}

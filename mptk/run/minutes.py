@@ -1,0 +1,213 @@
+"""minutes: the numbers of a run that the caller left open are as large as its minutes allow.
+
+``complete_settings`` is the only place where settings are completed: nothing below it asks again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+
+import torch
+
+from mptk.config import MINUTES, MOST_STEPS, SAMPLES, SEARCH_MINUTES, TRIAL_TOKENS, Settings, with_keywords
+from mptk.conversions import needs_fit
+from mptk.cost.estimate import Estimate, describe_duration, measure_machine
+from mptk.errors import MptkError
+from mptk.io import data
+from mptk.ir import Plan
+from mptk.methods import find_method
+from mptk.methods.division.search import count_least_tokens
+from mptk.protocols import PROOF_SHAPE, find_device, should_reconstruct
+from mptk.run.amounts import describe_numbers, should_learn_masks
+from mptk.run.estimate import Estimator
+
+LEAST_STEPS = 5
+"""Fewest steps that minutes choose for a method that learns: two for the masks."""
+MOST_TIMED_STEPS = 10**6
+"""Most steps that minutes choose: a bound for the bisection."""
+WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
+"""Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
+(``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
+EPOCHS, DISTILLED_STEPS = 3, 20
+"""Minutes choose these epochs of local distillation if this number of steps still fits: further steps bring less
+(``benchmarks/maskprune.md``)."""
+FASTER = 1.5
+"""A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
+TRIALS = 3
+"""With minutes the trials of a search get a third of the tokens of training."""
+SHORTER = {
+    "calibration data": "text with --data",
+    "measure": "fewer --eval-windows",
+    "write": "--no-onnx",
+    "train shapes": "fewer --search-finalists",
+    "shapes": "fewer --search-shapes",
+}
+"""Stage of a run → what makes it shorter."""
+
+NUMBERS = ("minutes", "steps", "samples", "search_tokens", "distil_epochs", "compute_dtype")
+"""What may be left open."""
+
+
+def complete_settings(
+    asked: Settings,
+    estimator: Estimator | None,
+    *,
+    recovers: bool = False,
+    plan: Plan | None = None,
+    unfinished: Mapping[str, object] | None = None,
+) -> tuple[Settings, Mapping[str, str]]:
+    """Complete settings; and number → where it came from: given, minutes, default, or the unfinished run.
+
+    Numbers that ``asked`` leaves open are those of the unfinished run that is resumed, because the rates of another
+    moment would give others; else as large as the minutes allow.
+
+    Args:
+        estimator: estimates a run with complete settings; None: numbers are those of a long run.
+        recovers: the run trains a pruned folder.
+        plan: what the settings' file of a plan says.
+        unfinished: the settings of the unfinished run.
+
+    Raises:
+        MptkError: minutes were given, and a run with the smallest numbers takes longer.
+    """
+    # First what is known, then the values of a long run, then what fits into the minutes.
+    known = take_numbers(asked, unfinished or {}, recovers)
+    asked = with_keywords(asked, known)
+    settings, names = fill_in(asked, recovers, plan), list_undecided(asked, recovers)
+    timed = settings.minutes is not None and names and estimator is not None
+    if timed:
+        assert estimator is not None
+        settings = fit_in_minutes(asked, settings, names, estimator, recovers, plan)
+    chosen = dict.fromkeys(names, "minutes" if timed else "default")
+    kept = dict.fromkeys(known, "the unfinished run")
+    return settings, {**dict.fromkeys(NUMBERS, "given"), **chosen, **kept}
+
+
+def fill_in(settings: Settings, recovers: bool = False, plan: Plan | None = None) -> Settings:
+    """Complete settings, in which numbers that minutes choose have the values of a long run.
+
+    ``recovers``, ``plan``: as in ``complete_settings``.
+    """
+    learning = settings.learning
+    # A one-shot method without minutes has no number to choose: it trains nothing, and its windows have a default.
+    timed = settings.minutes is not None or (learning.steps is None and (recovers or should_learn_masks(settings)))
+    found = (
+        choose_amounts(settings, MOST_STEPS)
+        if timed
+        else {
+            "steps": 0,
+            "samples": count_calibration(settings, plan),
+            "search_tokens": TRIAL_TOKENS,
+            "distil_epochs": 0,
+        }
+    )
+    compute = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
+    precision = "bf16" if learning.precision == "no" and compute == "bfloat16" else learning.precision
+    minutes = (settings.minutes or (SEARCH_MINUTES if settings.search else MINUTES)) if timed else None
+    learning = replace(learning, precision=precision, steps=learning.steps or 0)
+    complete = replace(settings, minutes=minutes, compute_dtype=compute, learning=learning)
+    return with_keywords(complete, {name: found[name] for name in list_undecided(settings, recovers)})
+
+
+def count_calibration(settings: Settings, plan: Plan | None) -> int:
+    """The number of calibration windows without minutes. A run that only cuts needs the proof's three."""
+    s = settings
+    used = not s.fixed or s.steps or s.reconstruct or s.distil_epochs or "int4" in s.quantize or needs_fit(s, plan)
+    return SAMPLES if used else PROOF_SHAPE[0]
+
+
+def list_undecided(settings: Settings, recovers: bool = False) -> list[str]:
+    """The numbers that the settings leave to minutes. A one-shot method trains only if it is asked to."""
+    # Without training, minutes still choose the samples.
+    trains = recovers or should_learn_masks(settings)
+    numbers = {"steps": settings.learning.steps} if trains else {}
+    numbers |= {"samples": settings.samples}
+    numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
+    found = [name for name, number in numbers.items() if number is None]
+    # Distillation goes on from fitted consumers, and sizes that share weights refuse it (`check_shared`).
+    distils = trains and not settings.shared and should_reconstruct(settings, find_method(settings.method))
+    return [*found, "distil_epochs"] if "samples" in found and distils and settings.distil_epochs is None else found
+
+
+def fit_in_minutes(
+    asked: Settings,
+    settings: Settings,
+    names: Sequence[str],
+    estimator: Estimator,
+    recovers: bool,
+    plan: Plan | None,
+) -> Settings:
+    """``settings`` with the numbers ``names`` as large as its minutes allow. ``asked``: before ``fill_in``.
+
+    Raises MptkError if minutes were given, and a run with the smallest numbers takes longer.
+    """
+    # The type is decided first: the estimate of each step depends on it.
+    if asked.compute_dtype == "auto" and is_half_faster(find_device(asked.device)):
+        settings = fill_in(replace(asked, compute_dtype="bfloat16"), recovers, plan)
+    least = LEAST_STEPS if should_learn_masks(asked) else int(recovers)
+    most = MOST_STEPS if asked.minutes is None else MOST_TIMED_STEPS
+    assert settings.minutes is not None
+    seconds = 60 * settings.minutes
+
+    def with_steps(steps: int, epochs: int = 0) -> Settings:
+        found = choose_amounts(settings, max(least, steps)) | {"distil_epochs": epochs}
+        return with_keywords(settings, {name: found[name] for name in names})
+
+    def take(steps: int, epochs: int) -> float:
+        return float(sum(estimator.estimate(with_steps(steps, epochs)).seconds.values()))
+
+    # bisect finds how many numbers of steps fit, from none on: a run takes longer with each step
+    if "distil_epochs" in names:
+        fits = bisect_right(range(most + 1), seconds, key=lambda steps: take(steps, EPOCHS))
+        if fits > DISTILLED_STEPS:
+            return with_steps(fits - 1, EPOCHS)
+    fits = bisect_right(range(most + 1), seconds, key=lambda steps: take(steps, 0))
+    # Default minutes are no promise: a run that takes longer runs with the smallest numbers.
+    if not fits and asked.minutes is not None:
+        raise MptkError(explain_too_short(with_steps(0), estimator.estimate(with_steps(0))))
+    return with_steps(max(0, fits - 1))
+
+
+def is_half_faster(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 ``FASTER`` times as fast as float32."""
+    return measure_machine(device, torch.bfloat16).speedup >= FASTER
+
+
+def choose_amounts(settings: Settings, steps: int) -> dict[str, int]:
+    """The numbers that minutes choose for a run of ``steps`` steps."""
+    tokens = steps * settings.learning.training.batch * settings.length
+    each = 1 if settings.data == data.SELF else WINDOWS_PER_STEP
+    samples = min(max(each * steps, WINDOWS[0]), WINDOWS[1])
+    trials = max(tokens // TRIALS, count_least_tokens(settings))
+    return {"steps": steps, "samples": samples, "search_tokens": trials, "distil_epochs": 0}
+
+
+def explain_too_short(least: Settings, needs: Estimate) -> str:
+    """The error for minutes in which not even ``least`` fits."""
+    assert least.minutes is not None
+    total, longest = sum(needs.seconds.values()), max(needs.seconds, key=lambda stage: needs.seconds[stage])
+    less = "fewer --steps" if least.steps else "fewer --samples"
+    less = "a one-shot --method, as wanda" if should_learn_masks(least) else less
+    return (
+        f"--minutes {least.minutes:g} is too short: {describe_numbers(least)} take about {describe_duration(total)}, "
+        "of which "
+        f"{describe_duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
+        f"{SHORTER.get(longest, less)}"
+    )
+
+
+def take_numbers(asked: Settings, unfinished: Mapping[str, object], recovers: bool = False) -> dict[str, object]:
+    """The numbers that ``asked`` leaves open and the unfinished run chose."""
+    learning = unfinished.get("learning")
+    known = {**unfinished, **(learning if isinstance(learning, dict) else {})}
+    open_ones = {"minutes": asked.minutes is None, "compute_dtype": asked.compute_dtype == "auto"}
+    names = [*list_undecided(asked, recovers), *(name for name, is_open in open_ones.items() if is_open)]
+    return {name: known[name] for name in names if name in known}
+
+
+def note_minutes(settings: Settings) -> str:
+    """The report's note on the numbers that the time limit chose; empty without a limit."""
+    return "" if settings.minutes is None else f"{describe_numbers(settings)}, as {settings.minutes:g} minutes allowed"

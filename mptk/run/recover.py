@@ -1,0 +1,148 @@
+"""recover: change the weights that stay: by reconstruction, block-by-block training, and recovery of the cut model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mptk.compile.cut import apply_choice, build_small_model, cut_to, widen_weights
+from mptk.distributed.processes import holds
+from mptk.io import Places
+from mptk.ir import Samples, Weights, build_renumbering, list_removed_blocks
+from mptk.methods.distil import NO_BLOCK, Schedule, distil_blocks
+from mptk.methods.maskprune.learner import Learner, Recovered
+from mptk.methods.maskprune.together import Together
+from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
+from mptk.proof.proof import check_witness
+from mptk.protocols import Chosen, Compiled, Kept, Prepared, Row, SampleSets, should_reconstruct
+from mptk.run.run import Run
+from passes.verify import Difference
+
+
+def reconstruct(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Chosen:
+    """The choice with every consumer fitted to the dense layer's outputs, if the settings or the method ask for it."""
+    # With shards only the first process has whole weights. It fits them, and sends them out in training.
+    if not should_reconstruct(prepared.settings, prepared.method) or not holds():
+        return chosen
+    with run.stage("reconstruct"):
+        fit = partial(
+            reconstruct_consumers,
+            prepared.analysis,
+            prepared.find_plan_sites(chosen.plan),
+            chosen.cut,
+            chosen.changes,
+            sets.calibration,
+            partial(run.progress, "reconstruct"),
+            prepared.calibrator,
+        )
+        kept = run.keep("fitted", lambda: Kept(fit()), bound=prepared.executor.borders)
+    return chosen.with_weights(kept.tensors)
+
+
+def distil(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Chosen:
+    """The choice with every block trained to give the dense block's outputs, if the settings ask for it."""
+    s = prepared.settings
+    if not s.distil_epochs or not holds():
+        return chosen
+    # Where channels go, their consumers make up for them. Where blocks go, everything that stays does.
+    blocks_go = list_removed_blocks(prepared.analysis, chosen.cut)
+    sites = prepared.mask_sites if blocks_go else prepared.find_plan_sites(chosen.plan)
+    with run.stage("distil"):
+        found = distil_blocks(
+            prepared.analysis,
+            chosen.cut,
+            list_consumers(sites),
+            chosen.changes,
+            sets.calibration,
+            Schedule(s.distil_epochs, s.distil_lr, s.seed),
+            partial(run.progress, "distil"),
+            prepared.calibrator,
+            run.folder,
+        )
+    chosen = replace(chosen, notes=(*chosen.notes, NO_BLOCK if found is None else found.note))
+    if found is None:
+        return chosen
+    return chosen.with_weights(widen_weights(apply_choice(prepared, chosen), chosen.cut, found.weights))
+
+
+def recover_quality(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Compiled, list[Difference]]:
+    """Train the small model with the remaining steps and adopt its weights. Also returns the witness's difference."""
+    if run.folder is None or run.accelerator is None:
+        return compiled, []
+    prepared, chosen = compiled.prepared, compiled.chosen
+    s = prepared.recovery
+    learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress)
+    with run.stage("recover"):
+        # Before norms are rounded to the stored type, or training would begin with that error.
+        weights = compiled.exact.state_dict() if learner.keeps else {}
+        small = build_small_model(compiled, weights, shared=learner.rank > 0)
+        # The steps that learned masks count, and recovery goes on with the samples after theirs.
+        steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
+        found = learner.recover(small, steps, sets.proof, used, take_guards(sets, s.training.batch))
+    return (compiled, []) if found is None else adopt_weights(compiled, found, sets, run)
+
+
+def recover_together(
+    compiled: Sequence[Compiled], sets: SampleSets, run: Run
+) -> list[tuple[Compiled, list[Difference]]]:
+    """``recover_quality`` for sizes that share their weights, the largest first: each step trains all of them."""
+    if run.folder is None or run.accelerator is None:
+        return [(each, []) for each in compiled]
+    prepared = compiled[0].prepared
+    s = prepared.recovery
+    learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress)
+    with run.stage("recover"):
+        # A generator: `Together` takes one size at a time, and keeps no memory for what it shares with the largest.
+        sizes = (
+            (build_small_model(each, each.exact.state_dict()), find_places(each, compiled[0])) for each in compiled
+        )
+        held_out = take_guards(sets, s.training.batch)
+        found = learner.recover_all(Together(sizes), prepared.settings.steps, sets.proof, held_out)
+    return [adopt_weights(each, one, sets, run) for each, one in zip(compiled, found, strict=True)]
+
+
+def find_places(compiled: Compiled, largest: Compiled) -> Places:
+    """Where the weights of a size are in the largest size's, which has the same units and more."""
+    analysis, found = compiled.analysis, dict[str, list[Tensor]]()
+    for name, owner in {**{name: name for name in analysis.weights}, **analysis.program.aliases}.items():
+        terms, one, other = analysis.weights.get(owner, ()), largest.chosen.cut, compiled.chosen.cut
+        # Rows that differ along another dimension are not a slice of the largest size's: the weight is the size's own.
+        if one.find_varying(terms) is None and other.find_varying(terms) is None:
+            # Positions are sorted dense ones, and the larger size has all of the smaller one's.
+            pairs = [(one.find_positions(term), other.find_positions(term)) for term in terms]
+            found[name] = [torch.from_numpy(np.searchsorted(there, here)) for there, here in pairs]
+    return found
+
+
+def take_guards(sets: SampleSets, batch: int) -> Samples | None:
+    """The held-out samples that training is watched on."""
+    return None if sets.held_out is None else sets.held_out[:batch]
+
+
+def adopt_weights(
+    compiled: Compiled, found: Recovered, sets: SampleSets, run: Run
+) -> tuple[Compiled, list[Difference]]:
+    """The model with the weights that training found, and the witness's difference."""
+    prepared, chosen = compiled.prepared, compiled.chosen
+    s, program = prepared.recovery, prepared.analysis.program
+    # From the small model's names back to the dense model's, a tied weight under its owner's. Weights that no axis of
+    # the analysis describes are left as they are.
+    old = build_renumbering(compiled.analysis, chosen.cut).restore_names(found.weights, program.state_dict())
+    owned = {program.aliases.get(name, name): weight for name, weight in old.items()}
+    named = {name: weight for name, weight in owned.items() if name in compiled.analysis.weights}
+    chosen = chosen.with_weights(widen_weights(compiled.analysis, chosen.cut, Weights(named)))
+    # What the report says of it.
+    row: Row = {"rank": s.rank or 0, "lr": s.training.lr}
+    if found.watch is not None:
+        row = {**row, **found.watch.to_row(prepared.settings.data, s.training.save_every)}
+        row = {**row, "metric": "training loss, added up over the sizes"} if prepared.settings.shared else row
+        chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
+    # The model is cut again, with these weights. The form in which the target holds it (`written`) stays.
+    held = compiled.analysis.with_weights(chosen.changes)  # the rest is as stored
+    difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)
+    return replace(cut_to(prepared, chosen, run), written=compiled.written, recovery=row), [difference]

@@ -1,0 +1,127 @@
+"""shared: the sizes of a ladder as one set of weights, in one folder.
+
+Units are chosen as in a ladder, each size's among the next larger one's, before any training. Then each step trains all
+sizes (``methods/maskprune/together.py``). Each is written and proven as a folder of its own, of which only the largest
+is published as a whole (``compile/rungs.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mptk.compile.cut import compile_plan
+from mptk.compile.rungs import keep_rung
+from mptk.config import Settings, write_recipe
+from mptk.conversions import fit_conversions
+from mptk.distributed.processes import connect_processes
+from mptk.errors import MptkError
+from mptk.methods import find_method
+from mptk.methods.division.budget import find_widths
+from mptk.methods.drafter import with_drafter
+from mptk.protocols import Compiled, Prepared, SampleSets
+from mptk.publish.folder import publish
+from mptk.run.describe import measure
+from mptk.run.larger import join_larger, keep_reachable, take_larger
+from mptk.run.prepare import prepare
+from mptk.run.prune import (
+    Result,
+    choose_units,
+    keep_stages_on_failure,
+    prove_outputs,
+    start_processes,
+    write_report,
+    write_targets,
+)
+from mptk.run.recover import find_places, reconstruct, recover_together
+from mptk.run.run import Run, Start
+from mptk.run.samples import add_dense_outputs, read_samples
+from passes.verify import Difference
+
+
+def check_shared(settings: Settings) -> None:
+    """Raise MptkError if the sizes of a ladder cannot share weights with these settings."""
+    if find_method(settings.method).learns:
+        raise MptkError(f"{settings.method} trains each size by itself; give --shared a one-shot --method, as wanda")
+    # Each step trains the weights of all sizes at once (`methods/maskprune/together.py`), in none of these ways.
+    given = {
+        "--rank": bool(settings.learning.rank),
+        "--gradient-checkpointing": settings.learning.gradient_checkpointing,
+        "--distil-epochs": bool(settings.distil_epochs),
+    }
+    if wrong := next((name for name, is_given in given.items() if is_given), None):
+        raise MptkError(f"sizes that share weights are all trained together, without {wrong}; leave it out")
+    if connect_processes().num_processes > 1:
+        raise MptkError("sizes that share weights are trained in one process; start one, or leave out --shared")
+
+
+def prune_together(model: Start, run: Run) -> Result:
+    """Run every stage for all ``run.sizes``. Publishes and returns the largest.
+
+    Raises:
+        MptkError: norms change with a family's width, and something is trained; or as ``prune``.
+    """
+    prepared, run = prepare(model, run)
+    with keep_stages_on_failure(prepared, run):
+        folder_of_run = run.folder
+        assert folder_of_run is not None
+        if run.settings.steps and prepared.under_norms:
+            raise MptkError(
+                f"{prepared.under_norms[0]} is trained by LoRA, which sizes cannot share; leave out --shared"
+            )
+        sets, run = read_samples(prepared, run)
+        sets = add_dense_outputs(prepared, sets, run)
+        prepared = fit_conversions(prepared, sets.calibration, run)
+        run = start_processes(run)
+        # All sizes are chosen first, each among the units of the next larger one. Each keeps its stages in a folder.
+        made = [cut_size(model, prepared, sets, run)]
+        for i, sparsity in enumerate(run.further, 1):
+            own = replace(run, folder=folder_of_run.open_within(f"{sparsity:g}"))
+            made.append(cut_size(model, prepare_further(made[-1], sparsity, run.further[i:]), sets, own))
+        # They are trained together. The smaller ones are published inside the run's folder, to be taken apart.
+        (largest, checked), *others = recover_together(made, sets, run)
+        full = [write_size(each, sets, more, run) for each, more in others]
+        with publish(run.out, overwrite=run.settings.overwrite) as folder:
+            notes = write_targets(largest, sets, folder, run)
+            proven = prove_outputs(largest, sets, folder, checked, run)
+            write_recipe(folder, run.source, run.settings, None, run.sizes)
+            # Of each smaller size only what the largest one does not have. The report comes last: it lists all files.
+            for (each, _), kept in zip(others, full, strict=True):
+                keep_rung(kept, folder, find_places(each, largest))
+            report = write_report(largest, proven, sets, notes, folder, run)
+        try:
+            report = measure(report, largest, sets, run.out, run)
+        finally:
+            run.remove_folder()
+    return Result(report, largest, sets, run)
+
+
+def cut_size(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> Compiled:
+    """Choose the units of a size and cut to them. A one-shot method has no witness, and nothing is distilled."""
+    base = take_larger(prepared)
+    chosen, _ = choose_units(model, base, sets, run)
+    chosen = join_larger(prepared, reconstruct(base, chosen, sets, run))
+    return with_drafter(compile_plan(prepared, chosen, sets.calibration, run))
+
+
+def prepare_further(larger: Compiled, sparsity: float, rest: Sequence[float]) -> Prepared:
+    """The model prepared to be cut further than ``larger``, among whose units it chooses. ``rest``: still smaller."""
+    prepared = larger.prepared
+    settings = replace(prepared.settings, sparsity=sparsity)
+    prepared = replace(prepared, settings=settings, start=larger.chosen)
+    return keep_reachable(replace(prepared, candidates=tuple(find_widths(prepared))), rest)
+
+
+def write_size(compiled: Compiled, sets: SampleSets, checked: Sequence[Difference], run: Run) -> Path:
+    """Write, prove and measure a smaller size as a folder of its own in the run's folder. Returns it."""
+    assert run.folder is not None
+    settings = compiled.prepared.settings
+    out = run.folder.make() / f"{settings.sparsity:g}"
+    with publish(out, overwrite=settings.overwrite) as folder:
+        notes = write_targets(compiled, sets, folder, run)
+        proven = prove_outputs(compiled, sets, folder, checked, run)
+        write_recipe(folder, run.source, settings, None, run.sizes)
+        report = write_report(compiled, proven, sets, notes, folder, run)
+    measure(report, compiled, sets, out, run)
+    return out

@@ -219,6 +219,16 @@ class Chosen:
     witness: Witness | None = None
     steps: int = 0
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What an unfinished run keeps of it as tensors."""
+        return self.changes
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What else an unfinished run keeps of it. A choice that was trained is not kept (``mptk/run/prune.py``)."""
+        return {"plan": self.plan.to_json(), "trained": self.trained, "losses": self.losses, "notes": self.notes}
+
     def with_weights(self, weights: Mapping[str, Tensor]) -> Chosen:
         """Add ``weights`` as trained weights."""
         changes = Weights(self.changes).with_entries(weights)

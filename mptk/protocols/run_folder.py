@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -53,12 +54,38 @@ TRACKER = "tracker"
 """Folder of a tracker that writes files."""
 
 
+class Keepable(Protocol):
+    """What a stage found, in the form in which a run keeps it: tensors, and facts, which JSON holds."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def facts(self) -> Mapping[str, object]: ...
+
+
 @dataclass(frozen=True)
 class Kept:
-    """What a stage found, as the folder of a run keeps it: tensors, and facts, which JSON holds."""
+    """What a run kept."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, object] = field(default_factory=dict)
+
+
+Found = TypeVar("Found", bound=Keepable)
+
+
+class Keep(Protocol):
+    """``RunFolder.keep``, or the same of a run that keeps nothing."""
+
+    def __call__(
+        self, name: str, make: Callable[[], Found], *, once: bool = False, bound: float = math.inf
+    ) -> Found | Kept: ...
+
+
+def make_now(name: str, make: Callable[[], Found], *, once: bool = False, bound: float = math.inf) -> Found | Kept:
+    """What ``make`` gives, which nothing keeps. The arguments are those of ``RunFolder.keep``."""
+    return make()
 
 
 class RunFolder:
@@ -101,7 +128,9 @@ class RunFolder:
         """As ``open_within``, with settings of its own."""
         return RunFolder(self.make() / name, settings, resume)
 
-    def keep(self, name: str, make: Callable[[], Kept], *, once: bool = False, bound: float = math.inf) -> Kept:
+    def keep(
+        self, name: str, make: Callable[[], Found], *, once: bool = False, bound: float = math.inf
+    ) -> Found | Kept:
         """What ``make`` gave before the run was resumed; else what it gives now, which the first process stores.
 
         This is how a run is resumed; only training has checkpoints, too, of its steps.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from mptk.errors import MptkError
 from mptk.io import Loaded
 from mptk.ir import Log, Program, Samples, Weights
 from mptk.progress import Progress, enter_stage
-from mptk.protocols.run_folder import Kept, RunFolder
+from mptk.protocols.run_folder import Keep, RunFolder, make_now
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
 
@@ -39,12 +38,13 @@ class Context:
     folder: RunFolder | None = None
     accelerator: Accelerator | None = None
 
-    def keep(self, name: str, make: Callable[[], Kept], *, once: bool = False, bound: float = math.inf) -> Kept:
-        """What the unfinished run kept under ``name``, or what ``make`` gives, which it then keeps.
+    @property
+    def keep(self) -> Keep:
+        """``keep(name, make)``: what the unfinished run kept under that name; else what ``make`` gives, which it keeps.
 
-        ``once``, ``bound``: as in ``RunFolder.keep``. A run without a folder keeps nothing.
+        A run without a folder keeps nothing. Arguments are those of ``RunFolder.keep``.
         """
-        return make() if self.folder is None else self.folder.keep(name, make, once=once, bound=bound)
+        return make_now if self.folder is None else self.folder.keep
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

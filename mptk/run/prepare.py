@@ -173,10 +173,13 @@ def resolve_widths(run: Run, settings: Settings, dense: DenseModel, larger: Chos
     model, compared = dense.model, find_imitated(dense.conversions)
     loaded, analysis = model.loaded, model.analysis
     before = None if compared is None else compared.analysis
+    # All widths that the target can hold.
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.find_legal(analysis, loaded.model, build_alignment(settings))
     if settings.portable and not (settings.families or settings.fixed or settings.engines):
         legal = keep_portable_families(analysis, legal, {*settings.widths, *settings.keep})
+    # Names that the settings use: of families, their layers, or parts of the model. What contradicts itself or the
+    # model is refused here, before text is read.
     stored = find_stored_type(settings, loaded)
     plan = run.plan or Plan({})
     parts = model.task.name_parts(loaded.model)
@@ -192,6 +195,7 @@ def resolve_widths(run: Run, settings: Settings, dense: DenseModel, larger: Chos
         check_ragged(target, f"{layer} of the plan")
     if settings.budget in CACHED and not model.task.caches:
         raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
+    # What widths cost, and the sparsity that milliseconds mean; then the widths that meet it.
     cost, settings = apply_budget(analysis, legal, settings, run.progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(dense, model, settings, method, target, legal, cost, start=larger)
     if tying is None:

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -22,9 +22,8 @@ from mptk.conversions import fit_conversions, with_conversions
 from mptk.distributed.processes import connect_processes, is_leader
 from mptk.distributed.processes import describe_processes as describe_processes
 from mptk.errors import MptkError, ProofError
-from mptk.files import format_json
 from mptk.io import write_weights
-from mptk.ir import Plan, Weights, resolve_plan
+from mptk.ir import Analysis, Plan, Weights, resolve_plan
 from mptk.methods.division.budget import describe_left_whole, describe_nearest
 from mptk.methods.division.search import fix_winner, search_shapes
 from mptk.methods.drafter import with_drafter
@@ -149,8 +148,10 @@ def choose_units(model: Start, base: Prepared, sets: SampleSets, run: Run) -> tu
         return model.read_choice(base), []
     if base.planned is not None:
         return with_conversions(base, base.planned), []
+    choose = partial(base.method.choose, base, sets, run)
     # Training writes checkpoints of its own, from which it makes its choice again.
-    chosen = base.method.choose(base, sets, run) if base.method.learns else keep_choice(base, sets, run)
+    found = choose() if base.method.learns else run.keep("choice", choose, bound=base.executor.borders)
+    chosen = read_choice(found, base.analysis, name_run_folder(run.out)) if isinstance(found, Kept) else found
     s = base.settings
     meta = {"model": run.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
     chosen = with_conversions(base, replace(chosen, plan=Plan(chosen.plan.families, meta)))
@@ -162,7 +163,7 @@ def choose_units(model: Start, base: Prepared, sets: SampleSets, run: Run) -> tu
 
 
 class KeptChoice(TypedDict):
-    """The facts of a choice in the folder of an unfinished run. A loss of None is infinite."""
+    """The facts of a choice in the folder of an unfinished run (``Chosen.facts``). A loss of None is infinite."""
 
     plan: Mapping[str, object]
     trained: Sequence[str]
@@ -170,25 +171,17 @@ class KeptChoice(TypedDict):
     notes: Sequence[str]
 
 
-def keep_choice(prepared: Prepared, sets: SampleSets, run: Run) -> Chosen:
-    """The method's choice, which an unfinished run keeps."""
-
-    def choose() -> Kept:
-        made = prepared.method.choose(prepared, sets, run)
-        facts = {"plan": made.plan.to_json(), "trained": made.trained, "losses": made.losses, "notes": made.notes}
-        return Kept(made.changes, facts)
-
-    kept = run.keep("choice", choose, bound=prepared.executor.borders)
-    # Facts that were just made take the same way through JSON: a resumed run must give the same result.
-    known = read_choice_facts(json.loads(format_json(kept.facts)), name_run_folder(run.out))
+def read_choice(kept: Kept, analysis: Analysis, folder: Path) -> Chosen:
+    """The choice that an unfinished run kept. ``folder``: of that run."""
+    known = read_choice_facts(kept.facts, folder)
     plan = Plan.from_json(known["plan"])
     losses = {widths: math.inf if loss is None else loss for widths, loss in known["losses"].items()}
-    cut = resolve_plan(prepared.analysis, plan)
+    cut = resolve_plan(analysis, plan)
     return Chosen(plan, cut, kept.tensors, tuple(known["trained"]), losses, tuple(known["notes"]))
 
 
 def read_choice_facts(facts: Mapping[str, object], folder: Path) -> KeptChoice:
-    """The facts of a kept choice. Raises MptkError if they are damaged. ``folder``: of the unfinished run."""
+    """The facts of a kept choice. Raises MptkError if they are damaged."""
     try:
         return make_typed(KeptChoice, facts)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""plain: escape text of unknown origin, so that terminals and browsers neither obey nor hide a part of it.
+"""plain: text. It is escaped if its origin is unknown, so that terminals and browsers neither obey nor hide a part.
 
 Names of models, paths, data, reports and libraries' messages go through ``escape_text`` before they are shown.
 ``mptk/cli/console.py`` calls it for the command line, ``mptk/report/page/render.py`` for HTML;
@@ -7,6 +7,7 @@ Names of models, paths, data, reports and libraries' messages go through ``escap
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 
 _KEPT = "\n\t"
@@ -27,3 +28,8 @@ def escape_text(text: str, *, lines: bool = True) -> str:
     kept = _KEPT if lines else ""
     acts = {c for c in set(text) if c not in kept and (c in _BIDI or unicodedata.category(c) in _WRITTEN_OUT)}
     return "".join(c.encode("unicode_escape").decode("ascii") if c in acts else c for c in text)
+
+
+def hash_text(text: str, digits: int = 64) -> str:
+    """The first hexadecimal digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ from mptk.ir import Log, Plan, make_token_samples
 from mptk.ort.bench import LENGTHS, Bench, bench_graphs
 from mptk.ort.decoder import find_graph, find_model_folder, find_onnx_file
 from mptk.ort.steps import find_phase_graphs
+from mptk.plain import hash_text
 from mptk.progress import Progress, enter_stage, show_nothing
 from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, prove_extras
@@ -394,5 +394,5 @@ def find_onnx_folder(model: str, progress: Progress | None = None) -> Path:
         say(f"exporting {model} to ONNX", 1, 1)
 
     made_of = (hash_model(model), __version__, torch.__version__, transformers.__version__)
-    stamp = hashlib.sha256(" ".join(made_of).encode()).hexdigest()[:16]
+    stamp = hash_text(" ".join(made_of), 16)
     return build_private(locate_private_folder("onnx", stamp), build)

@@ -7,7 +7,6 @@ every pass over the model.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import time
@@ -24,6 +23,7 @@ from mptk.cost.operator_times import describe_machine, measure_typical_ms
 from mptk.errors import MptkError
 from mptk.files import format_json, make_scratch, make_staging
 from mptk.io import cache_dir, keep, read_kept
+from mptk.plain import hash_text
 from mptk.reading import make_typed
 
 CPU = torch.device("cpu")
@@ -352,7 +352,7 @@ def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float
         about["dtype"] = str(dtype)
 
     # The name is a digest of all that the rates depend on, so another version of torch measures again.
-    file = cache_dir() / "machine" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
+    file = cache_dir() / "machine" / f"{hash_text(format_json(about), 16)}.json"
     # Without a writable cache each process would measure again at each call.
     if file in _unkept:
         return _unkept[file]

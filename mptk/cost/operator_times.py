@@ -7,7 +7,6 @@ the nearer caches.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import statistics
@@ -23,6 +22,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from mptk.files import format_json
 from mptk.io import cache_dir, keep, read_kept
+from mptk.plain import hash_text
 from mptk.progress import Progress
 
 Float32s = npt.NDArray[np.float32]
@@ -79,7 +79,7 @@ def find_operator_times(
         sweep: measures operators; ``time_operators`` by default.
     """
     about = {**describe_machine(), "threads": threads}
-    file = cache_dir() / "latency" / f"{hashlib.sha256(format_json(about).encode()).hexdigest()[:16]}.json"
+    file = cache_dir() / "latency" / f"{hash_text(format_json(about), 16)}.json"
     kept, note = read_kept(file)
     known = _select_times(kept.get("ms"))
     missing = [operator for operator in operators if str(operator) not in known]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import time
@@ -24,6 +23,7 @@ from mptk.files import (
     tidy_scratch,
     write_file,
 )
+from mptk.plain import hash_text
 from mptk.publish.manifest import SETTLED, check_manifest, hash_file, identify_file, write_manifest
 from mptk.reading import Json, make_damage_error, read_json_object
 
@@ -136,7 +136,7 @@ def read_sha256(file: Path) -> str:
     state = identify_file(file)
     if file.stat().st_size < HASHED_AT_ONCE:
         return hash_file(file)
-    place = locate_private_folder("digests", hashlib.sha256(repr(state).encode()).hexdigest()[:24])
+    place = locate_private_folder("digests", hash_text(repr(state), 24))
     if _is_own(place) and (kept := read_kept(place)[0]).get("file") == list(state):
         return str(kept.get("sha256"))
     # Kept only if the file did not change while it was read, nor so shortly before that one more change could leave its

@@ -5,7 +5,6 @@ Only the user's own word allows a download, or the model's Python code. The fold
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +15,7 @@ from mptk.io import models
 from mptk.io.live import hash_loaded_weights, open_live
 from mptk.io.packaged import ALIASES
 from mptk.io.resident import Resident
+from mptk.plain import hash_text
 from mptk.publish.manifest import compute_digests
 from mptk.trust import Trust
 
@@ -49,7 +49,7 @@ def hash_model(model: str, *, local: bool = False) -> str:
     files = [path] if path.is_file() else sorted({p for pattern in _PARTS for p in path.glob(pattern)})
     names = ["" if path.is_file() else file.name for file in files]  # a GGUF file may be renamed
     digests = dict(zip(names, compute_digests(files), strict=True))
-    return hashlib.sha256(format_json(digests, sort_keys=True).encode()).hexdigest()
+    return hash_text(format_json(digests, sort_keys=True))
 
 
 def resolve_model_name(model: str) -> str:

@@ -7,7 +7,6 @@ since a pickle can run code. A model's own Python code runs only if the caller t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from mptk.io.resident import Resident
 from mptk.io.tensors import Files
 from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir import Program, Weights
+from mptk.plain import hash_text
 from mptk.publish.licence import write_stub
 from mptk.trust import NO_CODE, Trust, trust_by_caller
 
@@ -310,7 +310,7 @@ def _locate_converted(source: Path) -> Path:
     files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
     digests = [f"{file.name}|{read_sha256(file)}" for file in files]
     key = "|".join([str(source.resolve()), *digests, str(_CONVERSION)])
-    return locate_private_folder("checkpoints", f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    return locate_private_folder("checkpoints", f"{source.stem}-{hash_text(key, 12)}")
 
 
 def _convert(gguf: Path, folder: Path, place: Path) -> None:

@@ -23,6 +23,7 @@ from mptk.arguments import guard_arguments
 from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.io.cache import build_once, cache_dir
+from mptk.plain import hash_text
 from mptk.publish.manifest import hash_file, list_files
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -169,7 +170,7 @@ def hash_content(path: Path) -> str:
     if path.is_file():
         return hash_file(path)
     lines = (f"{name} {hash_file(path / name)}\n" for name in list_files(path))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hash_text("".join(lines))
 
 
 def _locate_target(alias: str) -> Path:

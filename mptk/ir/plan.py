@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from mptk.arguments import guard_arguments
 from mptk.errors import MptkError
 from mptk.files import format_json, write_json
 from mptk.files.outputs import check_file
+from mptk.plain import hash_text
 from mptk.reading import read_json
 
 PLAN_FORMAT = "mptk-plan/1"
@@ -65,7 +65,7 @@ class Plan:
         """SHA-256 of the kept units and the conversions."""
         families = self.to_json()["families"]
         kept = [families, *self.conversions.values()] if self.conversions else families
-        return hashlib.sha256(format_json(kept, sort_keys=True).encode()).hexdigest()
+        return hash_text(format_json(kept, sort_keys=True))
 
     def to_json(self) -> dict[str, object]:
         """The content of a plan file (``docs/plan.md``)."""

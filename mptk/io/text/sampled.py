@@ -23,6 +23,7 @@ from transformers import (
 from mptk.errors import MptkError
 from mptk.files import write_file
 from mptk.io.cache import cache_dir
+from mptk.plain import hash_text
 from mptk.progress import Count
 
 SAMPLED_NAME = "text sampled from the dense model (compares runs of this model only)"
@@ -96,7 +97,7 @@ def from_cache(
     # The first tokens are the tokenizer's, all else is the model's.
     start = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     known = (_VERSION, _hash_model(model), start, seed, length)
-    path = cache_dir() / "self" / f"{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}.safetensors"
+    path = cache_dir() / "self" / f"{hash_text(repr(known), 24)}.safetensors"
     found = _read(path, length)
     if len(found) < count:
         more = sample_text(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)

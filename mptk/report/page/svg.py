@@ -6,7 +6,6 @@ chart: an id must be unique in a page, and matplotlib gives each chart the same 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import xml.etree.ElementTree as ET
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mptk.plain import escape_text
+from mptk.plain import escape_text, hash_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +108,7 @@ def inline_svg(drawn: str, label: str) -> Svg:
             if child.tag.rpartition("}")[2] in ("metadata", "style"):
                 parent.remove(child)
     # The prefix comes from the content, so it is the same for the same chart. Ids that nothing uses go.
-    own = hashlib.sha256(f"{label}\0{drawn}".encode()).hexdigest()[:8]
+    own = hash_text(f"{label}\0{drawn}", 8)
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", drawn))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

@@ -10,7 +10,6 @@ of the metadata. No run has to meet that length to find it.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mptk.plain import hash_text
 from passes.targets.onnx.tensors import Array, get_constant_tensor, read_tensor_shape, slice_in_parts
 
 EXACT_TYPES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
@@ -88,7 +88,7 @@ def _hash_words(words: str) -> tuple[str, str]:
 
 
 def _hash_texts(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return hash_text("\0".join(texts))
 
 
 def _describe_value(value: ir.Value) -> str:

@@ -27,6 +27,7 @@ from mptk.methods.division.budget import build_cost_model
 from mptk.methods.division.selection import tie_as_planned
 from mptk.protocols import PROVEN_ON, Conversion, Report, find_imitated
 from mptk.publish.manifest import hash_weight_files, list_files
+from mptk.reading import shorten_text
 from mptk.targets import ONNX, list_targets
 from passes.check_cut import find_table_size
 from passes.targets.onnx.names import ONNX_FOLDER, count_graph_bytes, list_quantized_files
@@ -181,8 +182,8 @@ def require_same(name: str, said: object, true: object) -> None:
 def _require(name: str, said: object, true: object) -> None:
     if not _is_same(said, true):
         raise MptkError(
-            f"{name} in report.json is wrong: it says {_shorten_json(said)}, but the folder and its plan give "
-            f"{_shorten_json(true)}; do not use it, and prune the model again"
+            f"{name} in report.json is wrong: it says {shorten_text(format_json(said))}, but the folder and its plan "
+            f"give {shorten_text(format_json(true))}; do not use it, and prune the model again"
         )
 
 
@@ -194,8 +195,3 @@ def _is_same(said: object, true: object) -> bool:
     if isinstance(true, float) and isinstance(said, int | float):  # a sum that is computed again may round otherwise
         return math.isclose(said, true, rel_tol=1e-9, abs_tol=1e-12)
     return bool(said == true)
-
-
-def _shorten_json(value: object) -> str:
-    text = format_json(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -72,18 +72,20 @@ class Kept:
     facts: Mapping[str, object] = field(default_factory=dict)
 
 
-Found = TypeVar("Found", bound=Keepable)
+AnyKeepable = TypeVar("AnyKeepable", bound=Keepable)
 
 
-class Keep(Protocol):
+class Keeper(Protocol):
     """``RunFolder.keep``, or the same of a run that keeps nothing."""
 
     def __call__(
-        self, name: str, make: Callable[[], Found], *, once: bool = False, bound: float = math.inf
-    ) -> Found | Kept: ...
+        self, name: str, make: Callable[[], AnyKeepable], *, once: bool = False, bound: float = math.inf
+    ) -> AnyKeepable | Kept: ...
 
 
-def make_now(name: str, make: Callable[[], Found], *, once: bool = False, bound: float = math.inf) -> Found | Kept:
+def make_now(
+    name: str, make: Callable[[], AnyKeepable], *, once: bool = False, bound: float = math.inf
+) -> AnyKeepable | Kept:
     """What ``make`` gives, which nothing keeps. The arguments are those of ``RunFolder.keep``."""
     return make()
 
@@ -129,8 +131,8 @@ class RunFolder:
         return RunFolder(self.make() / name, settings, resume)
 
     def keep(
-        self, name: str, make: Callable[[], Found], *, once: bool = False, bound: float = math.inf
-    ) -> Found | Kept:
+        self, name: str, make: Callable[[], AnyKeepable], *, once: bool = False, bound: float = math.inf
+    ) -> AnyKeepable | Kept:
         """What ``make`` gave before the run was resumed; else what it gives now, which the first process stores.
 
         This is how a run is resumed; only training has checkpoints, too, of its steps.

@@ -16,7 +16,7 @@ from mptk.errors import MptkError
 from mptk.io import Loaded
 from mptk.ir import Log, Program, Samples, Weights
 from mptk.progress import Progress, enter_stage
-from mptk.protocols.run_folder import Keep, RunFolder, make_now
+from mptk.protocols.run_folder import Keeper, RunFolder, make_now
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
 
@@ -39,7 +39,7 @@ class Context:
     accelerator: Accelerator | None = None
 
     @property
-    def keep(self) -> Keep:
+    def keep(self) -> Keeper:
         """``keep(name, make)``: what the unfinished run kept under that name; else what ``make`` gives, which it keeps.
 
         A run without a folder keeps nothing. Arguments are those of ``RunFolder.keep``.

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 class MptkError(Exception):
     """A user-facing error: ``cause; remedy`` in one line. The command line prints it and exits with 1.
 
-    Other modules may drop the remedy: the text up to the first ``; `` is the cause.
+    Other modules may drop the remedy: the text up to the first semicolon is the cause.
     """
 
 

@@ -9,6 +9,7 @@ import architectures
 import pytest
 import torch
 import toy_checkpoints as toys
+from small_modules import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
@@ -106,16 +107,6 @@ def test_a_module_in_two_layers_is_cut_once() -> None:
 
 
 # ---- two runs of a module differ ----
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(8, 40), nn.Linear(40, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())
 
 
 class Dropped(Net):

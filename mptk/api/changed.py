@@ -322,7 +322,7 @@ def _write_graph(place: Path, out: Path, report: Report, weights: Mapping[str, T
             changed=True,
             trained=list(dict.fromkeys([*report.trained, *changed])),
             weights_sha256=hash_weight_files(folder),
-            quality={},  # it was that of the old weights
+            quality={},  # the measured quality was the old weights'
             quantized=measure_graphs(folder / ONNX_FOLDER, Module(samples).onnx),
             proof=[d.to_dict() for d in proof],
             notes=list(dict.fromkeys([*report.notes, WEIGHTS_CHANGED])),

@@ -94,7 +94,7 @@ def ladder(
 
 def _make_pruned(place: Path, found: Result | None, trust: Trust) -> Pruned:
     report = Report.read(place)
-    # A dense model with a name is opened again if it is needed, so the sizes need not hold it.
+    # The sizes do not hold a dense model that has a name: it can be opened again.
     if found is None or not report.live:
         return Pruned(report, place, origin=FirstRun(trust=trust))
     return Pruned(report, place, compiled=found.compiled, origin=FirstRun(trust=trust, digests=found.run.origin))

@@ -10,7 +10,7 @@ CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data
 PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
 RUNS = ("prune", "recover", "shapes")
 CHOOSING, READING = (*SEARCH, "advise"), (*RUNS, "advise")
-"""The commands that choose units, and the commands that read data. ``RUNS`` are those that write a result."""
+"""Commands: ``CHOOSING`` choose units, ``READING`` read data, ``RUNS`` write a result."""
 ON_DEVICE = (*READING, "verify", "export", "generate", "eval", "bench")
 
 # ---- cases in which a setting does nothing ----

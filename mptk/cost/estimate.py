@@ -248,7 +248,7 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
     trains = training > 0
 
     # Training holds the whole model. Otherwise values between stages and fitted weights take their shares of the bound,
-    # and weights the rest; those that are missing are read again in each pass.
+    # and weights the rest; what does not fit is read again in each pass.
     resident = weights if trains else min(weights, bound - kept_borders - kept_fit)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
 

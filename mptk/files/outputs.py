@@ -32,7 +32,7 @@ _MARKS = {
     "graph": re.compile(rb"\A\x08.*mptk_version", re.S),
     "GGUF": re.compile(rb"\AGGUF.*general\.source\.writer.*mptk-gguf/\d", re.S),
 }
-# Marks are looked for in so many bytes at each end of a file: a PDF has its mark at the end, and files may be large.
+# Bytes at each end of a file in which its mark is looked for. A PDF has its mark at the end, and files may be large.
 _MARKED_BYTES = 1 << 16
 
 
@@ -42,7 +42,7 @@ def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") ->
     ``sources``: what is read; names that are not there (a model of the hub) are left out. ``option``: names ``out``.
     """
     path = expand_path(out)
-    # ``out`` need not exist, but the folders above it do. They are compared, after links are followed.
+    # Links are followed before places are compared. ``out`` may not exist yet, so the folders above it count.
     place = Path(os.path.realpath(path))
     there = _state(place)
     above = [state for folder in place.parents if (state := _state(folder)) is not None]

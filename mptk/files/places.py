@@ -175,4 +175,5 @@ def is_of(mark: Mapping[str, object], folder: int, name: str | None = None) -> b
 
 def _hash_mark(made: Mapping[str, object]) -> str:
     said = [MARK_WORD, *(str(made.get(key)) for key in ("token", "name", "folder"))]
-    return hashlib.sha256("\0".join(said).encode(errors="surrogatepass")).hexdigest()  # names need not be UTF-8
+    # A file's name may hold bytes that are not UTF-8.
+    return hashlib.sha256("\0".join(said).encode(errors="surrogatepass")).hexdigest()

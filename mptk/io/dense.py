@@ -103,7 +103,7 @@ def _open_same_weights(
         except MptkError as error:
             if model is not None:
                 raise
-            # ``said`` names what the model in memory came from, which need not be there or be a folder at all.
+            # ``said`` names what the model in memory came from. It may be gone by now, or never have been a folder.
             raise MptkError(
                 f"the dense {said} was pruned in memory and is not on this disk; save it with save_pretrained(DIR) and "
                 "give --model DIR, or give the model itself to mptk.verify"

@@ -36,7 +36,7 @@ KERNELS = tuple(f"{start}{what}_implementation" for start in ("", "_") for what 
 LARGEST_SIZE = 1 << 31
 # More layers than any model has. Building them takes long, even without weights.
 MOST_LAYERS = 10_000
-# Layers may share weights (ALBERT), so a model may have more layers than weights: up to so many layers.
+# Layers may share weights (ALBERT), so a model may have more layers than weights: up to this many.
 SHARED = 256
 # More parameters than any model has.
 PARAMETERS = 10**14

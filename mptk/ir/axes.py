@@ -372,7 +372,7 @@ def split_sum(term: Term, size: int) -> list[Term] | None:
 
 def _unify_sum_with_product(a: Sum, b: Product, where: object) -> None:
     """(A + B + …) = X·Y: each segment must split into rows of Y; then A/Y + B/Y + … = X."""
-    # Y is all factors but the first or, if the segments do not split by so many, only the last.
+    # Y is all factors but the first or, if the segments do not split into that many rows, only the last.
     for inner in (make_product(b.factors[1:]), b.factors[-1]):
         parts = split_product(a, inner.size, last=True, where=where)
         if parts is not None:

@@ -24,8 +24,8 @@ REPORT_FILE = "report.json"
 RUNGS = "rungs"
 """The subfolder with what the smaller sizes of a ladder have beside the weights that they share with the folder."""
 
-# A digest is remembered only if the file's last change is at least so many nanoseconds old: clocks of file systems are
-# coarse, and one more change in the same tick would not show in the file's times.
+# A digest is remembered only if the file's last change is at least this many nanoseconds old: file systems have coarse
+# clocks, and one more change in the same tick would not show in the file's times.
 SETTLED = 10**8
 # Identity of a file → its digest.
 _read_known: dict[tuple[int, ...], str] = {}

@@ -197,7 +197,7 @@ def build_layer_table(found: Mapping[str, Sequence[float]]) -> Table:
     """The most and the least sensitive layers of each family."""
     rows = []
     for name, rises in found.items():
-        # Of fewer than ten layers, the least sensitive are those that are not among the most sensitive.
+        # Of fewer than ten layers, the least sensitive are all but the most sensitive.
         order = sorted(range(len(rises)), key=lambda i: -rises[i])
         ends = order[:SHOWN_LAYERS], order[SHOWN_LAYERS:][-SHOWN_LAYERS:]
         rows.append([Name(name), *(", ".join(f"{i} ({rises[i]:+.3f})" for i in each) for each in ends)])

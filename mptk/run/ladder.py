@@ -7,7 +7,7 @@ model, its analysis and a cached teacher. Steps and minutes are those of the who
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -16,17 +16,14 @@ from mptk.compat.accelerate import separate_state
 from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, to_json, with_keywords
 from mptk.distributed.processes import is_leader, run_once
 from mptk.errors import MptkError
-from mptk.files import check_scratch, claim_place
 from mptk.files.outputs import check_apart
-from mptk.io import RANDOM_DATA, tidy_shared
+from mptk.io import RANDOM_DATA
 from mptk.io.text.sources import SELF
 from mptk.ir import Log
-from mptk.progress import show_nothing
 from mptk.protocols import (
     GIVEN,
     Context,
     Report,
-    build_executor,
     check_run_folder,
     check_unfinished,
     make_run_folder,
@@ -40,7 +37,17 @@ from mptk.run.checks import check_settings
 from mptk.run.inputs import Inputs
 from mptk.run.minutes import complete_settings, fill_in
 from mptk.run.prune import Result, run_prune
-from mptk.run.run import FOUND, Run, Start, enter_run_state, list_fixed_values, lock_outputs, read_estimator_of
+from mptk.run.run import (
+    FOUND,
+    Run,
+    Start,
+    claim_outputs,
+    enter_run_state,
+    list_fixed_values,
+    lock_outputs,
+    make_run,
+    read_estimator_of,
+)
 from mptk.run.shared import check_shared
 
 TEACHER = "teacher"
@@ -111,18 +118,7 @@ def open_ladder(
         check_settings(fill_in(asked), None, inputs.texts)
         # One process completes them for all: the others' own estimates could give other numbers.
         settings = run_once(lambda: complete_ladder(model, asked, sparsities, places))
-        resident, executor = build_executor(settings)
-        each = Run(
-            log=context.log,
-            progress=context.progress if is_leader() else show_nothing,
-            source=source,
-            out=out,
-            settings=settings,
-            inputs=inputs,
-            estimator=read_estimator_of(model, asked.trust),
-            resident=resident,
-            executor=executor,
-        )
+        each = make_run(source, out, settings, inputs, read_estimator_of(model, asked.trust), context)
         # The minutes are the whole ladder's: in the report of one size they would read as its own.
         if asked.shared:
             settings = replace(settings, sparsity=sparsities[0], minutes=None)
@@ -141,15 +137,7 @@ def lock_ladder(out: Path, places: Sequence[Path], settings: Settings, source: s
         with lock_outputs([out], settings, [source]):
             yield
         return
-    with ExitStack() as stack:
-
-        def lock() -> None:
-            check_scratch()
-            tidy_shared()
-            for place in (out, *places):
-                stack.enter_context(claim_place(place))
-
-        run_once(lock)
+    with claim_outputs([out, *places]):
         yield
 
 

@@ -165,21 +165,27 @@ def open_run(
             )
         else:  # the settings' steps are not run, so nothing may count them
             settings = replace(settings, minutes=None, learning=replace(settings.learning, steps=0))
-        resident, executor = build_executor(settings)
-        yield Run(
-            log=context.log,
-            progress=context.progress if is_leader() else show_nothing,
-            source=source,
-            out=out,
-            settings=settings,
-            inputs=inputs,
-            start=start,
-            plan=plan,
-            estimator=estimator,
-            reads_data=not isinstance(model, PrunedFolder) or model.reads_data,
-            resident=resident,
-            executor=executor,
-        )
+        run = make_run(source, out, settings, inputs, estimator, context)
+        reads_data = not isinstance(model, PrunedFolder) or model.reads_data
+        yield replace(run, start=start, plan=plan, reads_data=reads_data)
+
+
+def make_run(
+    source: str, out: Path, settings: Settings, inputs: Inputs, estimator: Estimator | None, context: Context
+) -> Run:
+    """A run with what it may use. Of several processes only the first shows its progress."""
+    resident, executor = build_executor(settings)
+    return Run(
+        log=context.log,
+        progress=context.progress if is_leader() else show_nothing,
+        source=source,
+        out=out,
+        settings=settings,
+        inputs=inputs,
+        estimator=estimator,
+        resident=resident,
+        executor=executor,
+    )
 
 
 @contextmanager
@@ -201,10 +207,9 @@ def read_estimator_of(model: Start, trust: Trust) -> Estimator | None:
 
 @contextmanager
 def lock_outputs(outs: Sequence[Path], settings: Settings, read: Sequence[str | Path | None]) -> Iterator[None]:
-    """Lock outputs and the folders of their unfinished runs, so that only this run uses them.
+    """Check that outputs may be replaced and are not read by the run, and lock them.
 
-    ``read``: what the run reads, beside the files of its settings. If several processes run, the first locks, and all
-    of them raise if it cannot.
+    ``read``: what the run reads, beside the files of its settings.
     """
     places = [place for place in (*read, settings.plan, settings.larger, settings.inputs) if place is not None]
     for out in outs:
@@ -212,6 +217,16 @@ def lock_outputs(outs: Sequence[Path], settings: Settings, read: Sequence[str | 
         check_apart(out, *places)
     if (cache := settings.learning.teacher_cache) is not None:
         check_apart(cache, *places, option="--teacher-cache")
+    with claim_outputs(outs):
+        yield
+
+
+@contextmanager
+def claim_outputs(outs: Sequence[Path]) -> Iterator[None]:
+    """Lock outputs and the folders of their unfinished runs, so that only this run uses them.
+
+    If several processes run, the first locks, and all of them raise if it cannot.
+    """
     with ExitStack() as stack:
 
         def lock() -> None:

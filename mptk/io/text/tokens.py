@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.io.text.files import PIECE, Document
 
-# A document is read to its end, if that is at most so many characters beyond what is wanted. A longer one is cut off.
+# A document is read to its end, if that is at most this many characters beyond what is wanted. A longer one is cut off.
 _SLACK = 1 << 20
 
 

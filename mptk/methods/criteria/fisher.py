@@ -137,7 +137,7 @@ def _read(group: Group, sites: Sequence[Site]) -> list[Site]:
 
 def _index(site: Site, group: Group) -> Tensor:
     """The unit at each position of the activation, [shared, K]; ``scopes · size`` if there is none."""
-    # -1 is no unit. Each position belongs to at most one, so the maximum over the indices finds it.
+    # -1 stands for no unit. Each position belongs to at most one, so the maximum over the indices finds it.
     index = np.max(find_unit_indices(site.weight_dims, site.weight_dim, group), axis=0)
     order = [*(w for _, w in site.shared), site.weight_dim]
     sizes = [site.weight_dims[d].size if d in order else 1 for d in range(len(site.weight_dims))]

@@ -7,12 +7,12 @@ CAUTION = "an input whose axes are frozen is caution: nothing is lost"
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
-    """-            if _identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
-+            if _identity(file.fileno()) != key or began * max(key[-2:]) < SETTLED:""": (
+    """-            if identify_file(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
++            if identify_file(file.fileno()) != key or began * max(key[-2:]) < SETTLED:""": (
         "no test can change a file twice within one tick of the file system's clock"
     ),
-    """-    if moved.relative > TOLERANCE:
-+    if moved.relative >= TOLERANCE:""": "no difference is the tolerance to the last bit",
+    """-    if moved.relative > TOLERANCE:  # the cut is visible in the outputs, so the other stages saw it
++    if moved.relative >= TOLERANCE:  # the cut is visible in the outputs, so the other stages saw it""": "no difference is the tolerance to the last bit",
     """-    if moved <= tolerance and cut.removes:
 +    if moved < tolerance and cut.removes:""": "no difference is the tolerance to the last bit",
     """-    shell.register_parameter(leaf, nn.Parameter(torch.empty_like(like, device="meta"), requires_grad=False))
@@ -29,17 +29,13 @@ ALLOWED: dict[str, str] = {
     ),
     """-    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
 +    path.write_text(format_json(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
-    """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
-+    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 0) + "\\n")""": LAYOUT,
-    """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
-+    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 2) + "\\n")""": LAYOUT,
+    """-        folder / MARKER, format_json({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n"
++        folder / MARKER, format_json({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent= 0) + "\\n\"""": LAYOUT,
+    """-        folder / MARKER, format_json({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n"
++        folder / MARKER, format_json({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent= 2) + "\\n\"""": LAYOUT,
     """-    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
 +    path.write_text(format_json(content, indent=2, sort_keys=True, ensure_ascii=True) + "\\n", encoding="utf-8")""": (
         "an escaped letter in a JSON file is the same letter"
-    ),
-    """-    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights, place_submodules=False)
-+    hook = AlignDevicesHook(execution_device="cpu", offload=False, weights_map=weights, place_submodules=False)""": (
-        "save_pretrained asks the hook for its map of weights alone"
     ),
     """-@dataclass(frozen=True)
 +@dataclass(frozen=False)""": "nothing assigns to the fields of a claim; frozen keeps it so",
@@ -51,19 +47,12 @@ ALLOWED: dict[str, str] = {
 +    return type(a) is type(b) and  isinstance(a, torch.SymInt) and bool(a == b)""": (
         "a call that is run again gives the same; leaving it out saves time alone"
     ),
-    """-        factor = _factor(norms[0])
-+        factor = _factor(norms[ -1])""": "norms that share a weight have one factor, or they are not folded",
-    """-def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, seed: int = 0) -> None:
-+def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], /, seed: int = 0) -> None:""": (
-        "who calls it gives these arguments in order already"
-    ),
+    """-            factor = _compute_factor(norms[0])
++            factor = _compute_factor(norms[ -1])""": "norms that share a weight have one factor, or they are not folded",
     """-    generator = torch.Generator().manual_seed(0)
 +    generator = torch.Generator().manual_seed( 1)""": "any noise of that size will do",
     """-            if n > 1:
 +            if n > 0:""": "an axis that is not listed counts as having one coordinate",
-    """-
--
--@functools.cache""": "a cache saves time alone",
     """-    generator = torch.Generator().manual_seed(0)
 +    generator = torch.Generator().manual_seed( -1)""": "any noise of that size will do",
     """-        return 1.0

@@ -18,7 +18,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import result_header, write_result
-from mptk.conversions.vocabulary import Tokens
+from mptk.features.vocabulary.convert import Tokens
 from mptk.io import models
 from mptk.ir import Plan
 

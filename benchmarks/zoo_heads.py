@@ -19,7 +19,7 @@ import typer
 import mptk
 from benchmarks.tiny_models import CannotBuild, model_types, tiny_model
 from benchmarks.zoo import Jobs, RowsFile, Types, describe, saved_rows, sweep
-from mptk.conversions.kv_heads import MergedHeads
+from mptk.features.kv_heads.convert import MergedHeads
 
 MAPPING = "causal-lm"
 ALONE: dict[str, Any] = {

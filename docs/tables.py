@@ -17,7 +17,7 @@ import typer
 
 from mptk.cli.main import app
 from mptk.config.cases import READING
-from mptk.config.setting import Declared, find_settings
+from mptk.config.setting import Declared, find_settings, list_roles
 from mptk.config.settings import Settings
 from mptk.ir.consumers import CONSUMERS, LIMITS
 
@@ -42,7 +42,7 @@ def runs() -> Iterator[str]:
                 marks = "".join(
                     mark
                     for mark, other in (("ᴿ", "recover"), ("ˢ", "shapes"), ("ᵃ", "advise"))
-                    if other in each.setting.on
+                    if each in find_settings(Settings, other).values()
                 )
                 keyword = "" if each.name == name.replace("-", "_") else f" (`{each.name}`)"
                 names = [f"`{choice}`" for choice in each.setting.choices.shown] if each.setting.choices else []
@@ -62,7 +62,7 @@ def commands() -> Iterator[str]:
     """The options of each command that are no settings of a run."""
     yield from _head("command", "options")
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
-        settings = set(map(_flag, find_settings(Settings, name))) if name in READING else set()
+        settings = set(map(_flag, find_settings(Settings, name))) if {*READING} & list_roles(name)[0] else set()
         flags = [flag for option in command.params for flag in option.opts[:1] if flag.startswith("--")]
         if own := [f"`{flag}`" for flag in flags if flag not in EVERYWHERE | settings]:
             yield _row(name, ", ".join(own))

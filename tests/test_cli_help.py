@@ -92,7 +92,7 @@ def test_plugins_are_accepted_and_completed(inside: Inside) -> None:
     class Entry:
         name = "sparsegpt"
 
-    inside.around("mptk.config.setting.entry_points", lambda _, group: [Entry] if group == "mptk.methods" else [])
+    inside.around("mptk.config.setting.find_entries", lambda _, group: [Entry] if group == "mptk.methods" else [])
     assert make_choice_arguments(METHODS)["parser"]("sparsegpt") == "sparsegpt"
     assert make_choice_arguments(METHODS)["autocompletion"]("s") == ["sparsegpt"]
 

@@ -140,7 +140,7 @@ def test_a_ladder_of_a_model_with_fewer_tokens_and_kv_heads(text: str, tmp_path:
     found = mptk.ladder(dense, tmp_path / "m", [0.2, 0.4], data=text, **asked)
     require_ladder(found, [0.2, 0.4])
     assert all(each.plan.conversions.keys() == {"vocabulary", "kv_heads"} for each in found)
-    assert found[1].report.kv_heads["kept"] == 1
+    assert found[1].report.rows["kv_heads"]["kept"] == 1
 
 
 def test_a_module_of_ones_own_has_a_ladder(tmp_path: Path) -> None:

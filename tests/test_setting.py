@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from mptk import MptkError
-from mptk.cli.app import app, register_command
+from mptk.cli.app import COMMANDS, app, build_command, register_command
 from mptk.cli.options import Config, refuse_idle
 from mptk.config.recipe import collect_recorded
 from mptk.config.setting import (
@@ -66,6 +66,7 @@ def baked() -> Iterator[list[Oven]]:
 
     bake.__annotations__ |= {"settings": Oven, "config": Config}
     register_command("bake", base=Oven())(bake)
+    build_command(COMMANDS.pop("bake"), [], None)
     yield asked
     app.registered_commands[:] = known
 

@@ -111,7 +111,7 @@ def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
     given = {"data": "self", "search": True, "search_shapes": 3, "eval_windows": 1, "progress": None, **searching}
     found = mptk.prune(llama, settings=SETTINGS, **given, **training)
     ranked = mptk.shapes(llama, settings=SETTINGS, **{k: v for k, v in given.items() if k != "search"})
-    assert found.report.search["shapes"] == ranked.to_json()["shapes"]
+    assert found.report.rows["search"]["shapes"] == ranked.to_json()["shapes"]
 
 
 def test_a_latency_is_a_budget_too(
@@ -255,11 +255,11 @@ def report_width(report: mptk.Report, name: str) -> int:
 def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> None:
     short = {"search_shapes": 3, "distil_epochs": 1, "eval_windows": 1}
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **short)
-    assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in found.report.search["shapes"])
+    assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in found.report.rows["search"]["shapes"])
     assert any(note.startswith("local distillation made") for note in found.report.notes)
-    best = found.report.search["shapes"][0]
+    best = found.report.rows["search"]["shapes"][0]
     assert best["widths"] == {name: report_width(found.report, name) for name in DENSE}
-    losses = [each["reconstructed"] for each in found.report.search["shapes"]]
+    losses = [each["reconstructed"] for each in found.report.rows["search"]["shapes"]]
     assert losses == sorted(losses)
     assert len(losses) == 3
 
@@ -306,8 +306,8 @@ def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.S
     assert first != second
     assert last in (first, second)
     assert len(scored) == 1  # what is scored before training depends on no widths
-    assert [rung["tokens"] for shape in found.report.search["shapes"] for rung in shape["rungs"]] == [192, 192]
-    best = found.report.search["shapes"][0]["widths"]
+    assert [rung["tokens"] for shape in found.report.rows["search"]["shapes"] for rung in shape["rungs"]] == [192, 192]
+    best = found.report.rows["search"]["shapes"][0]["widths"]
     assert "layers" in best
     assert {name: report_width(found.report, name) for name in best} == best
 

@@ -19,7 +19,7 @@ from inside import Inside
 
 import mptk.cli.main  # noqa: F401  # it registers the commands, before these tests register their own
 from mptk import MptkError
-from mptk.cli.app import app, register_command
+from mptk.cli.app import COMMANDS, app, build_command, register_command
 from mptk.cli.console import err, show_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +42,7 @@ def ended(typed: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], 
 
     def run(work: Callable[[], None]) -> int:
         register_command("work")(work)
+        build_command(COMMANDS.pop("work"), [], None)
         try:
             return typed("work")
         finally:
@@ -182,7 +183,7 @@ def test_another_error_that_python_drops_is_shown_as_ever(
 PROGRAM = """
 import contextlib, os, sys
 from pathlib import Path
-from mptk.cli.app import main, register_command
+from mptk.cli.app import register_all, main, register_command
 from mptk.cli.console import err, out, show_stages
 
 @register_command("work")
@@ -194,6 +195,8 @@ def work():
             os.write(2, b"words of a library\\n")
     out.print("the result " * 2000)
     Path("done").touch()
+
+register_all({})
 
 sys.argv = ["mptk", "work"]
 main()

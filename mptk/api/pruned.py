@@ -455,7 +455,7 @@ def check_start(start: Start, asked: Settings, inputs: Inputs) -> None:
             raise MptkError(
                 "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
             )
-    if asked.vocabulary is not None:
+    if asked.renumbers_tokens:
         check_texts(data=inputs.data, eval_data=inputs.eval_data)
 
 

@@ -54,7 +54,7 @@ def repeat_run(
         )
     if before.changed:
         raise MptkError(f"the weights of {folder} were changed in memory, which mptk rerun cannot repeat; prune again")
-    if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
+    if IN_MEMORY in before.settings.sources:
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
     if before.settings.shared:
         raise MptkError(
@@ -70,7 +70,7 @@ def repeat_run(
         found = recover(str(start), out, settings, model=model, progress=progress, on_stage=on_stage)
     else:
         if settings.plan is not None:  # the folder's copy of it, which also has its conversions
-            settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
+            settings = settings.with_plan(str(folder / "plan.json"))
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
     return None if found is None else compare_reports(before, found.report) + compare_files(folder, Path(out))
 

@@ -13,8 +13,9 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,7 @@ from mptk.config import Record, Settings
 from mptk.errors import explain_errors
 from mptk.files import check_open_files, check_text, expand_path, format_json, tidy, write_json
 from mptk.io import tidy_shared
+from mptk.plugins import list_features
 
 app = typer.Typer(
     # A failure is one line (``failure.py``), so typer's own tracebacks are off.
@@ -77,6 +79,32 @@ def main() -> None:
         sys.exit(code)
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A command of the command line, before typer knows it. The fields are the arguments of ``register_command``."""
+
+    name: str
+    function: Callable[..., None]
+    examples: tuple[str, ...]
+    base: Record
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Options that a feature adds to a command: the parameters of ``function`` that the command lacks.
+
+    ``after``: the parameter of the command below which they stand in its help.
+    """
+
+    function: Callable[..., None]
+    after: str
+
+
+COMMANDS: dict[str, Registered] = {}
+EXTENSIONS: dict[str, list[Extension]] = {}
+"""What is registered: by name of the command. ``register_all`` gives it to typer."""
+
+
 def register_command(
     name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -86,57 +114,121 @@ def register_command(
     writes a file, it has ``--overwrite``, and nothing that it reads can be its output.
     """
 
-    # typer makes options of a function's signature. So the command gets a signature that holds the parameters of
-    # ``function``, the declared settings in place of ``settings``, and the options that all commands have.
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(function, eval_str=True)
         called = name or function.__name__
-        options = make_parameters(called, base) if "settings" in own.parameters else []
-        outputs = {name: found for name, each in own.parameters.items() if (found := _find_output(each.annotation))}
-        named = {each.name for each in options} | set(own.parameters)
-        adds = "overwrite" not in named and any(found.content for found in outputs.values())
-
-        @functools.wraps(function)  # its docstring is the help
-        def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: object) -> None:
-            VOICE.quiet, VOICE.verbose = quiet, verbose
-            speaking = COMMAND_LINE.set(True)  # messages name options, not keywords
-            try:
-                # Before any work: what killed commands left, and what this one would overwrite.
-                TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
-                check_open_files()
-                tidy_for(values.values())
-                check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
-                if options:
-                    given = {each.name: values.pop(each.name) for each in options}
-                    values["settings"] = build_settings(called, base, given)
-                function(**values)
-                STOPPED.look(DONE)
-            except (KeyboardInterrupt, Exception) as error:
-                stop = STOPPED.find_stop(error)
-                if stop is None:
-                    raise
-                raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
-            finally:
-                COMMAND_LINE.reset(speaking)
-
-        # The signature. Its parameters are keywords only, as a default may stand before a parameter without one.
-        more = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-            for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
-        ]
-        more.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
-        if adds:
-            more.insert(
-                0, inspect.Parameter("overwrite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Overwrite)
-            )
-        kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "settings"]
-        run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
-        lines = [f"mptk {example}".replace("[", r"\[") for example in examples]  # typer reads help as rich's markup
-        app.command(called, epilog="\n\n".join(["Examples:", *lines]) if lines else None)(run)
+        COMMANDS[called] = Registered(called, function, examples, base)
         return function
 
     return add
+
+
+def extend_command(command: str, *, after: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add options to a command of another module. If one is typed, the function carries out the command.
+
+    Its parameters that the command lacks are the options. By the names of the command's parameters it gets these.
+    ``after``: the parameter of the command below which the options stand in its help.
+    """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        EXTENSIONS.setdefault(command, []).append(Extension(function, after))
+        return function
+
+    return add
+
+
+def register_all(panels: Mapping[str, Sequence[str]]) -> None:
+    """Give typer all registered commands in order. ``panels``: title → the core's commands; features say their own."""
+    titles = {name: title for title, names in panels.items() for name in names}
+    order = [name for name in titles if name in COMMANDS]
+    for each in (command for feature in list_features().values() for command in feature.commands):
+        titles[each.name] = each.panel
+        order.insert(order.index(each.after) + 1 if each.after in order else len(order), each.name)
+    app.registered_commands.clear()
+    for name in [*order, *(name for name in COMMANDS if name not in order)]:
+        build_command(COMMANDS[name], EXTENSIONS.get(name, []), titles.get(name))
+
+
+def build_command(command: Registered, extensions: Sequence[Extension], panel: str | None) -> None:
+    """Give typer a command, with the options that features add to it."""
+    # typer makes options of a function's signature. So the command gets a signature that holds the parameters of
+    # its function, those of extensions, the declared settings in place of ``settings``, and the options that all
+    # commands have.
+    function, called = command.function, command.name
+    own = dict(inspect.signature(function, eval_str=True).parameters)
+    further = {each: list_further_parameters(each, own) for each in extensions}
+    for each, added in further.items():
+        own = insert_parameters(own, added, each.after)
+    options = make_parameters(called, command.base) if "settings" in own else []
+    outputs = {name: found for name, each in own.items() if (found := _find_output(each.annotation))}
+    named = {each.name for each in options} | set(own)
+    adds = "overwrite" not in named and any(found.content for found in outputs.values())
+
+    @functools.wraps(function)  # its docstring is the help
+    def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: object) -> None:
+        VOICE.quiet, VOICE.verbose = quiet, verbose
+        speaking = COMMAND_LINE.set(True)  # messages name options, not keywords
+        try:
+            # Before any work: what killed commands left, and what this one would overwrite.
+            TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
+            check_open_files()
+            tidy_for(values.values())
+            check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
+            if options:
+                given = {each.name: values.pop(each.name) for each in options}
+                values["settings"] = build_settings(called, command.base, given)
+            carry_out(function, further, values)
+            STOPPED.look(DONE)
+        except (KeyboardInterrupt, Exception) as error:
+            stop = STOPPED.find_stop(error)
+            if stop is None:
+                raise
+            raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
+        finally:
+            COMMAND_LINE.reset(speaking)
+
+    # The signature. Its parameters are keywords only, as a default may stand before a parameter without one.
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
+    ]
+    more.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+    if adds:
+        more.insert(
+            0, inspect.Parameter("overwrite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Overwrite)
+        )
+    kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.values() if each.name != "settings"]
+    run.__signature__ = inspect.Signature([*kept, *options, *more])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
+    lines = [f"mptk {example}".replace("[", r"\[") for example in command.examples]  # typer reads help as rich's markup
+    epilog = "\n\n".join(["Examples:", *lines]) if lines else None
+    app.command(called, epilog=epilog, rich_help_panel=panel)(run)
+
+
+def list_further_parameters(extension: Extension, own: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    """The options that an extension adds to a command with the parameters ``own``."""
+    found = inspect.signature(extension.function, eval_str=True).parameters
+    return [each for name, each in found.items() if name not in own]
+
+
+def insert_parameters(
+    own: Mapping[str, inspect.Parameter], added: Sequence[inspect.Parameter], after: str
+) -> dict[str, inspect.Parameter]:
+    """``own`` with parameters below the one called ``after``, or at the end."""
+    names = list(own)
+    place = names.index(after) + 1 if after in names else len(names)
+    whole = {**own, **{each.name: each for each in added}}
+    return {name: whole[name] for name in (*names[:place], *(each.name for each in added), *names[place:])}
+
+
+def carry_out(
+    function: Callable[..., None], further: Mapping[Extension, Sequence[inspect.Parameter]], values: dict[str, object]
+) -> None:
+    """Run a command's function, or that of the extension of which an option has a value."""
+    for extension, added in further.items():
+        if any(values[each.name] != each.default for each in added):
+            function = extension.function
+    taken = inspect.signature(function).parameters
+    function(**{name: value for name, value in values.items() if name in taken})
 
 
 def _find_output(annotation: object) -> OutputOption | None:

@@ -23,6 +23,7 @@ from mptk.cli.console import VOICE, err
 from mptk.cli.stopping import HungUp, Terminated
 from mptk.errors import MptkError
 from mptk.plain import escape_text
+from mptk.plugins import explain_absent
 from mptk.version import __version__
 
 FAILED, USAGE, BUG, INTERRUPTED, TERMINATED, HUNG_UP = 1, 2, 70, 130, 143, 129
@@ -31,6 +32,10 @@ sysexits.h); and 128 + the signal's number, as a shell reports it: Ctrl-C, SIGTE
 LOGS_KEPT = 20
 """Number of logs of mptk's own bugs to keep."""
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
+
+
+UNKNOWN = ("NoSuchOption", "NoSuchCommand")
+"""click's errors for words that a feature may know which is not installed."""
 
 
 class Interrupted(Exception):
@@ -86,7 +91,8 @@ def _report_usage(error: Exception) -> int:
         context = getattr(error, "ctx", None)
         command = getattr(context, "command_path", "mptk")
         said = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
-        _print_error(f"{said.rstrip('.')}; `{command} -h` has the options")
+        missing = explain_absent() if type(error).__name__ in UNKNOWN else ""
+        _print_error(f"{said.rstrip('.')}; {f'{missing}; ' if missing else ''}`{command} -h` has the options")
     return USAGE
 
 

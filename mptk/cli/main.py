@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from mptk.cli import advise, models, prune, use, verify
-from mptk.cli.app import app, main
+from mptk.cli.app import app, main, register_all
+from mptk.plugins import list_features
 
 __all__ = ["advise", "app", "main", "models", "prune", "use", "verify"]
 
 PANELS = {
-    "Prune a model": ("analyze", "advise", "prune", "recover", "rung", "shapes"),
-    "Check the result": ("report", "verify", "eval", "rerun"),
+    "Prune a model": ("analyze", "prune", "recover", "rung"),
+    "Check the result": ("report", "verify", "eval"),
     "Use the result": ("generate", "bench", "export", "gguf", "push"),
     "Packaged models": ("models", "fetch"),
-    "Look inside mptk": ("show", "passes", "ops"),
+    "Look inside mptk": ("show", "passes", "ops", "features"),
 }
-"""Title → commands, in the order in which ``mptk --help`` shows them."""
+"""Title → the core's commands, in the order in which ``mptk --help`` shows them. Features say where theirs stand."""
 
-# Each module has registered its commands when it was imported above. typer shows them in the order of this list.
-_TITLES = {name: title for title, names in PANELS.items() for name in names}
-app.registered_commands.sort(key=lambda command: [*_TITLES].index(str(command.name)))
-for each in app.registered_commands:
-    each.rich_help_panel = _TITLES[str(each.name)]
+# Each module registered its commands when it was imported above; those of features do so here.
+for feature in list_features().values():
+    for module in dict.fromkeys([*(command.module for command in feature.commands), *feature.options]):
+        import_module(module)
+register_all(PANELS)

@@ -37,6 +37,7 @@ from mptk.config import (
     find_idle,
     find_settings,
     format_number,
+    list_roles,
     with_keywords,
 )
 from mptk.errors import MptkError, suggest_name
@@ -130,8 +131,9 @@ def make_file_option(help: str, content: str, *suffixes: str, flag: str = "", da
 
 OPERANDS = ("model", "models", "folder", "folders", "like", "include_path", "image", "config")
 """Parameters that name what a command reads, beside settings."""
-READ_PLACES, SAMPLES_FROM = ("plan", "larger", "inputs", "teacher_cache"), ("data", "eval_data", "vocabulary")
-"""Settings that name what is read: a file or folder; sources of samples."""
+READ_PLACES = tuple(each.name for each in Settings.declared if each.setting.form == "path")
+SAMPLES_FROM = tuple(each.name for each in Settings.declared if each.setting.form == "source")
+"""Settings that name what is read: a file or folder; sources of samples and texts."""
 REPORT_JSON = "report.json"
 
 
@@ -323,7 +325,7 @@ def find_form(each: Declared) -> Form:
 
 def make_parameters(command: str, base: Record) -> list[inspect.Parameter]:
     """The parameters of a command that are settings. ``base``: the command's defaults."""
-    panelled = command in READING
+    panelled = bool({*READING} & list_roles(command)[0])
     return [
         inspect.Parameter(
             name,

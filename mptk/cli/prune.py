@@ -84,7 +84,7 @@ def prune_to_folder(
         folder is not None,
         estimate,
         bool(list_undecided(settings)),
-        sizes is not None,
+        {} if sizes is None else {"sparsity": "--ladder names the sizes; leave out one of both"},
     )
     refuse_idle("prune", asked)
     check_settings(meant, read_plan(meant))

@@ -1,6 +1,15 @@
 # What other packages import from here; each name is loaded at its first use.
+from .cases import CHOOSER as CHOOSER
+from .cases import CHOOSING as CHOOSING
 from .cases import CUT as CUT
+from .cases import DIVIDER as DIVIDER
+from .cases import PRUNE as PRUNE
+from .cases import READER as READER
 from .cases import READING as READING
+from .cases import RUNS as RUNS
+from .cases import SEARCH as SEARCH
+from .cases import TRAINING as TRAINING
+from .cases import WRITER as WRITER
 from .choices import FREE as FREE
 from .choices import IN_MEMORY as IN_MEMORY
 from .choices import INPUTS as INPUTS
@@ -9,6 +18,7 @@ from .choices import SAMPLES as SAMPLES
 from .choices import TRIAL_TOKENS as TRIAL_TOKENS
 from .choices import UNIFORM as UNIFORM
 from .choices import GgufType as GgufType
+from .joined import Settings as Settings
 from .learning import MINUTES as MINUTES
 from .learning import MOST_STEPS as MOST_STEPS
 from .learning import SEARCH_MINUTES as SEARCH_MINUTES
@@ -27,13 +37,16 @@ from .setting import AnyRecord as AnyRecord
 from .setting import Asked as Asked
 from .setting import Choices as Choices
 from .setting import Declared as Declared
+from .setting import Idle as Idle
 from .setting import Record as Record
 from .setting import collect_values as collect_values
+from .setting import declare_setting as declare_setting
 from .setting import find_bound_error as find_bound_error
 from .setting import find_idle as find_idle
 from .setting import find_settings as find_settings
 from .setting import format_number as format_number
 from .setting import from_json as from_json
+from .setting import list_roles as list_roles
 from .setting import to_json as to_json
 from .setting import with_keywords as with_keywords
-from .settings import Settings as Settings
+from .settings import CoreSettings as CoreSettings

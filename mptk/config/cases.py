@@ -7,9 +7,11 @@ from mptk.cost.budgets import CACHED, LATENCY
 from mptk.ir import needs_graphs
 
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
-PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
-RUNS = ("prune", "recover", "shapes")
-CHOOSING, READING = (*SEARCH, "advise"), (*RUNS, "advise")
+CHOOSER, READER, DIVIDER, WRITER = "chooses units", "reads data", "divides a budget", "writes a run"
+"""Roles of the commands of features: they have the options of all settings on commands that do the same."""
+PRUNE, TRAINING = ("prune",), ("prune", "recover")
+SEARCH, CHOOSING = ("prune", DIVIDER), ("prune", CHOOSER)
+RUNS, READING = ("prune", "recover", WRITER), ("prune", "recover", READER)
 """Commands: ``CHOOSING`` choose units, ``READING`` read data, ``RUNS`` write a result."""
 ON_DEVICE = (*READING, "verify", "export", "generate", "eval", "bench")
 
@@ -23,9 +25,10 @@ ALL_STAY = Idle(
     "--sparsity 0 removes only tokens or KV heads",
     "give a --sparsity, or leave it out",
 )
-LADDER = Idle(lambda a: a.ladder, "--ladder names the sizes", "leave out one of both")
 NO_LADDER = Idle(
-    lambda a: not a.ladder, "only the sizes of --ladder can share weights", "give --ladder, or leave it out"
+    lambda a: "sparsity" not in a.instead,
+    "only the sizes of --ladder can share weights",
+    "give --ladder, or leave it out",
 )
 CHOOSES = (PLANNED, ALL_STAY)
 """Cases of the settings that say how units are chosen."""

@@ -120,7 +120,7 @@ class Learning(Record):
         None,
         "Training steps in total; default: as --minutes choose for recover and if the method learns, else 0.",
         TRAIN,
-        (*TRAINING, "advise"),
+        TRAINING,
         within=(0, COUNT),
     )
     mask_share: float | None = declare_setting(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from mptk.config.joined import Settings
 from mptk.config.setting import Asked, Record, find_idle, find_settings
-from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.io import resolve_model_name

@@ -10,15 +10,15 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from importlib.metadata import entry_points
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_origin, get_type_hints
 
 from mptk.arguments import check_arguments
 from mptk.errors import MptkError, suggest_name
+from mptk.plugins import explain_absent, find_entries, list_features, list_part_names
 
 Default = TypeVar("Default")
 AnyRecord = TypeVar("AnyRecord", bound="Record")
@@ -30,26 +30,31 @@ SEED = (0, 2**32 - 1)
 
 @dataclass(frozen=True)
 class Choices:
-    """The values that a setting may have. ``plugins``: groups of entry points, whose names are values too.
+    """The values that a setting may have.
 
+    ``plugins``: groups of entry points, whose names are values too; ``parts``: as well as the names in this field of
+    features, which the help shows.
     ``numbered``: names that may end with a number, such as ``cuda:1``. ``or_ranges``: or numbers, such as ``5-20,28``.
     """
 
     names: tuple[str, ...]
     plugins: tuple[str, ...] = ()
+    parts: str = ""
     numbered: tuple[str, ...] = ()
     or_ranges: bool = False
 
     @property
     def shown(self) -> list[str]:
         """The values as the help shows them."""
-        named = [word for name in self.names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
+        names = [*self.names, *(list_part_names(self.parts) if self.parts else ())]
+        named = [word for name in names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
         return [*named, "5-20,28"] if self.or_ranges else named
 
     def list_values(self) -> list[str]:
         """All values, with those of installed plugins."""
-        others = (entry.name for group in self.plugins for entry in entry_points(group=group))
-        return list(dict.fromkeys([*self.names, *others]))
+        parts = list_part_names(self.parts) if self.parts else []
+        others = (entry.name for group in self.plugins for entry in find_entries(group))
+        return list(dict.fromkeys([*self.names, *parts, *others]))
 
     def explain_wrong(self, value: str) -> str | None:
         """What is wrong with a value; None if it is allowed."""
@@ -69,7 +74,7 @@ class Asked:
     """What a command is asked to do. ``settings`` are complete. ``learns``: its method learns masks in steps.
 
     ``writes``: it has an output folder. ``estimate``: it only estimates what the run needs. ``undecided``: some numbers
-    are left to its minutes. ``ladder``: it makes several sizes.
+    are left to its minutes. ``instead``: settings in whose place it uses something else, and what.
     """
 
     settings: Any
@@ -77,7 +82,7 @@ class Asked:
     writes: bool = True
     estimate: bool = False
     undecided: bool = True
-    ladder: bool = False
+    instead: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Idle:
 
     when: Callable[[Asked], object]
     why: str
-    remedy: str = "leave it out"
+    remedy: str | Callable[[Asked], str] = "leave it out"
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,13 @@ class Setting:
     """The declaration of a setting.
 
     ``panel``: the panel of the help that shows the option; without a panel there is no option. ``on``: the commands
-    that have the option. ``idle``: cases in which it does nothing; errors name the first that holds. ``within``:
-    bounds of a number. ``option``: the option's name, if it differs from the field's; ``renamed``: its name in some
-    commands. ``form``: how a value is typed that is not a word or a number. ``recipe``: a run writes the setting into
-    its recipe, only reads it from one, or refuses it there, because others write recipes. ``resumable``: an unfinished
-    run may go on with another value. ``said_in_call``: it holds only in the call in which the caller said it: no file
-    stores or sets it.
+    that have the option, or roles of commands (``mptk.config.cases``). ``idle``: cases in which it does nothing; errors
+    name the first that holds. ``within``: bounds of a number. ``option``: the option's name, if it differs from the
+    field's; ``renamed``: its name in some commands. ``form``: how a value is typed that is not a word or a number.
+    ``recipe``: a run writes the setting into its recipe, only reads it from one, or refuses it there, because others
+    write recipes. ``resumable``: an unfinished run may go on with another value. ``in_plan``: a plan says what it did,
+    so a run that repeats a plan has the default. ``said_in_call``: it holds only in the call in which the caller said
+    it: no file stores or sets it. ``after``: the setting below which it stands in help, if it is a feature's.
     """
 
     help: str
@@ -110,10 +116,12 @@ class Setting:
     choices: Choices | None = None
     option: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    form: Literal["plain", "share", "size", "path", "number or text"] = "plain"
+    form: Literal["plain", "share", "size", "path", "source", "number or text"] = "plain"
     recipe: Literal["written", "read", "refused"] = "written"
     resumable: bool = False
+    in_plan: bool = False
     said_in_call: bool = False
+    after: str = ""
 
 
 def declare_setting(default: Default, *declared: Any, **more: Any) -> Default:
@@ -179,6 +187,12 @@ class Record:
     declared: ClassVar[tuple[Declared, ...]] = ()
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # for type checkers: it is a dataclass
 
+    @classmethod
+    def of(cls, record: Record) -> Self:
+        """Settings as those of a feature: the record of all settings has the fields of each feature's."""
+        assert isinstance(record, cls), f"the settings of {cls.__name__} are not among those of this record"
+        return record
+
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
         # A record that is a field has checked its own settings when it was made.
@@ -197,15 +211,35 @@ def record(kind: type[AnyRecord]) -> type[AnyRecord]:
             found.append(Declared(each.name, hints[each.name], default, each.metadata[Setting]))
         else:
             found += [replace(inner, path=f"{each.name}.{inner.path}") for inner in hints[each.name].declared]
+    found = order_declared(found)
     lines = [f"- ``{each.path}``: {each.setting.help}" for each in found]
     kind.__doc__ = "\n".join([inspect.cleandoc(str(kind.__doc__)), "", *lines])
     kind.declared = tuple(found)
     return kind
 
 
+def order_declared(found: Sequence[Declared]) -> list[Declared]:
+    """Settings in the order of the help: those that stand after another one are moved there."""
+    ordered = [each for each in found if not each.setting.after]
+    for each in [each for each in found if each.setting.after]:
+        # Below others that stand after the same one; at the end if that one is not there.
+        places = [i for i, other in enumerate(ordered, 1) if each.setting.after in (other.path, other.setting.after)]
+        ordered.insert(places[-1] if places else len(ordered), each)
+    return ordered
+
+
 def find_settings(kind: type[Record], command: str) -> dict[str, Declared]:
     """Option → setting of a command."""
-    return {each.name_option(command): each for each in kind.declared if command in each.setting.on}
+    groups, further = list_roles(command)
+    return {
+        each.name_option(command): each for each in kind.declared if groups & {*each.setting.on} or each.name in further
+    }
+
+
+def list_roles(command: str) -> tuple[set[str], set[str]]:
+    """A command's name with its roles; and the settings that it takes besides. A feature says them of its commands."""
+    found = [each for feature in list_features().values() for each in feature.commands if each.name == command]
+    return {command, *(role for each in found for role in each.roles)}, {name for each in found for name in each.takes}
 
 
 def collect_values(record: Record, command: str) -> dict[str, Any]:
@@ -220,12 +254,13 @@ def find_idle(command: str, asked: Asked) -> dict[str, str]:
     # Remedies name options, whose names may differ between commands.
     kind = type(asked.settings)
     flags = {each.name: f"--{each.name_option(command).replace('_', '-')}" for each in kind.declared}
-    return {
-        name: f"{rule.why}; {rule.remedy.format_map(flags)}"
+    found = {
+        name: f"{rule.why}; {(rule.remedy if isinstance(rule.remedy, str) else rule.remedy(asked)).format_map(flags)}"
         for name, each in find_settings(kind, command).items()
         for rule in reversed(each.setting.idle)  # of several the first one counts
         if rule.when(asked)
     }
+    return {**found, **asked.instead}
 
 
 # ---- values from outside ----
@@ -242,7 +277,7 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     # Settings and records of settings, each once.
     known = list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
     if unknown := sorted(values.keys() - set(known)):
-        hint = suggest_name(unknown[0], known, "help(mptk.Settings) has them all")
+        hint = suggest_name(unknown[0], known, explain_absent() or "help(mptk.Settings) has them all")
         raise MptkError(f"there is no setting {unknown[0]!r}; {hint}")
     return _replace_values(record, values)
 
@@ -263,7 +298,9 @@ def to_json(record: Record) -> dict[str, object]:
     """The record as plain values, without settings that hold only in the call in which they were said."""
     inner = {each.path for each in type(record).declared if each.setting.said_in_call}
     assert not any("." in path for path in inner), "a setting said in a call is in no inner record"
-    return {name: value for name, value in asdict(record).items() if name not in inner}
+    values = asdict(record)
+    names = dict.fromkeys(each.path.partition(".")[0] for each in type(record).declared)
+    return {name: values[name] for name in names if name not in inner}
 
 
 def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:

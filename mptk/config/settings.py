@@ -1,13 +1,14 @@
-"""settings: the settings of ``prune``, each declared once: what is cut (``CutSettings``), then all others.
+"""settings: the core's settings of ``prune``, each declared once: what is cut (``CutSettings``), then all others.
 
-Importing this module imports no library, so that ``--help`` and an error in an option are quick.
+``mptk/config/joined.py`` adds those of features. Importing this module imports no library, so that ``--help`` and an
+error in an option are quick.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 from mptk.config.cases import (
     ALL_STAY,
@@ -18,7 +19,6 @@ from mptk.config.cases import (
     DATA,
     DECIDED,
     ENGINED,
-    LADDER,
     MACHINE,
     NO_CLASS,
     NO_GRAPH,
@@ -60,7 +60,7 @@ from mptk.config.choices import (
     UNIFORM,
 )
 from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning
-from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers, record
+from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
 from mptk.ir import HARDWARE, KERNEL_BLOCK, read_alignment
@@ -81,7 +81,7 @@ class CutSettings(Record):
         "Share of the budget to remove, as 0.3 or 30%.",
         CUT,
         SEARCH,
-        (PLANNED, TIMED, LADDER),
+        (PLANNED, TIMED),
         within=(0.0, MOST_SPARSITY),
         form="share",
     )
@@ -124,12 +124,6 @@ class CutSettings(Record):
     keep: tuple[str, ...] = declare_setting(
         (), "Families to leave uncut, or layers of them, as q_heads,ffn.7.", CUT, CHOOSING, CHOOSES
     )
-    vocabulary: str | None = declare_setting(
-        None, "Remove the tokens that this text never uses; same forms as --data.", CUT, PRUNE
-    )
-    kv_heads: int | None = declare_setting(
-        None, "Merge the KV heads of each layer to this number; all query heads stay.", CUT, SEARCH, within=(1, 1 << 20)
-    )
     widths: Mapping[str, int] = declare_setting(
         {},
         "Fix the width of a family or of one layer, as ffn=1024 or ffn.7=1280. May be repeated.",
@@ -154,6 +148,7 @@ class CutSettings(Record):
         PRUNE,
         CHOOSES,
         form="path",
+        in_plan=True,
     )
     shared: bool = declare_setting(
         False,
@@ -161,6 +156,7 @@ class CutSettings(Record):
         CUT,
         PRUNE,
         (NO_LADDER,),
+        in_plan=True,
     )
     portable: bool = declare_setting(
         True,
@@ -212,9 +208,8 @@ class CutSettings(Record):
         return None if self.layers in LAYERS else parse_numbers(self.layers)
 
 
-@record
 @dataclass(frozen=True)
-class Settings(CutSettings):
+class CoreSettings(CutSettings):
     """The settings of ``prune``. docs/settings.md has their bounds and options.
 
     Raises:
@@ -251,7 +246,11 @@ class Settings(CutSettings):
         1e-3, "Learning rate of this block-by-block training.", CHOICE, PRUNE, (WHOLE_BLOCKS,), within=(0.0, 100.0)
     )
     search: bool = declare_setting(
-        False, "First rank ways to divide the budget, as `mptk shapes` does; then cut to the best.", CHOICE, PRUNE
+        False,
+        "First rank ways to divide the budget, as `mptk shapes` does; then cut to the best.",
+        CHOICE,
+        PRUNE,
+        in_plan=True,
     )
     search_shapes: int = declare_setting(
         64,
@@ -286,6 +285,7 @@ class Settings(CutSettings):
         "Text to calibrate and train on: file, FILE:COLUMN, folder, data set, A=0.7,B=0.3; self: the model writes it.",
         DATA,
         READING,
+        form="source",
     )
     inputs: str | None = declare_setting(
         None,
@@ -303,9 +303,9 @@ class Settings(CutSettings):
     )
     length: int = declare_setting(256, "Tokens in a window.", DATA, READING, within=(8, COUNT))
     eval_data: str | None = declare_setting(
-        None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING
+        None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING, form="source"
     )
-    eval_windows: int = declare_setting(16, "Windows to measure on.", DATA, (*TRAINING, "advise"), within=(1, COUNT))
+    eval_windows: int = declare_setting(16, "Windows to measure on.", DATA, TRAINING, within=(1, COUNT))
     # Two tokens at least: the first one is not predicted.
     eval_length: int = declare_setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
     minutes: float | None = declare_setting(
@@ -369,7 +369,7 @@ class Settings(CutSettings):
         False,
         "Replace an earlier result even if its files were changed; files that were added stay.",
         WRITE,
-        (*RUNS, "export", "rerun"),
+        (*RUNS, "export"),
         recipe="refused",  # a recipe may be somebody else's, and would decide which of the user's files go
         resumable=True,
     )
@@ -412,7 +412,7 @@ class Settings(CutSettings):
         False,
         "Run the Python code in the model's repository.",
         MACHINE,
-        (*READING, "analyze", "show", "verify", "rerun", "report", "export", "eval"),
+        (*READING, "analyze", "show", "verify", "report", "export", "eval"),
         recipe="refused",
         said_in_call=True,  # so that no report or recipe lets a model's code run (`mptk/trust.py`)
     )
@@ -436,13 +436,23 @@ class Settings(CutSettings):
         if self.inputs is None:
             return
         # A module that takes tensors has no tokenizer: its data are files of tensors too, by default the same one.
-        by_default = {"data": Settings.data, "eval_data": Settings.eval_data}
+        by_default = {"data": CoreSettings.data, "eval_data": CoreSettings.eval_data}
         for name, default in by_default.items():
             data = getattr(self, name)
             if data not in (default, self.inputs, IN_MEMORY) and not data.endswith(INPUTS):
                 raise MptkError(f"{name} {data} is not a {INPUTS} file, as --inputs needs; give one, or leave it out")
-        if self.vocabulary is not None:
-            raise MptkError("vocabulary trimming needs a text model; leave out --inputs or --vocabulary")
+
+    @property
+    def sources(self) -> list[str]:
+        """What is said to be read as samples or texts: files, data sets, or that the caller holds them in memory."""
+        found = [each.of(self) for each in type(self).declared if each.setting.form == "source"]
+        return [source for source in found if isinstance(source, str)]
+
+    def with_plan(self, plan: str) -> Self:
+        """Settings that cut to a plan, without what the plan says already."""
+        # What the plan says was done by conversions, a search and others; to do it once more would change the result.
+        defaults: dict[str, Any] = {each.path: each.default for each in type(self).declared if each.setting.in_plan}
+        return replace(self, **{**defaults, "plan": plan})
 
     @property
     def trust(self) -> Trust:
@@ -451,10 +461,19 @@ class Settings(CutSettings):
 
     @property
     def fixed(self) -> bool:
-        """Whether the units to keep are known: from a plan, or all of them if only tokens or KV heads are removed."""
+        """Whether the units to keep are known: from a plan, or all of them if only a conversion makes it smaller."""
         other = self.sparsity or self.families or self.widths or self.search or self.max_ms is not None
-        smaller = self.vocabulary is not None or self.kv_heads is not None
-        return self.plan is not None or (smaller and not other)
+        return self.plan is not None or (self.converts and not other)
+
+    @property
+    def converts(self) -> bool:
+        """Whether a conversion makes the model smaller, so that no units need to be removed. Features extend it."""
+        return False
+
+    @property
+    def renumbers_tokens(self) -> bool:
+        """Whether the result has other token ids, so that data must be texts. Features extend it."""
+        return False
 
     @property
     def steps(self) -> int:

@@ -1,4 +1,4 @@
-"""conversions: change a dense model before the cut: its vocabulary, its KV heads. One file a kind, and a line here."""
+"""conversions: change a dense model before the cut, as its vocabulary or its KV heads. Features bring the kinds."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from functools import partial
 
 from mptk.compile.trace import trace_loaded
 from mptk.config import Settings
-from mptk.conversions.kv_heads import MergedHeads
-from mptk.conversions.vocabulary import TrimmedVocabulary
 from mptk.errors import MptkError
 from mptk.io import Loaded
 from mptk.ir import Plan, Samples, Weights
+from mptk.plugins import explain_absent, load_parts
 from mptk.protocols import Analysed, Change, Chosen, Context, Conversion, Prepared, Task, shorten_samples
 from mptk.staged.staged import Executor
 from passes.analysis import group
 
-CONVERSIONS: tuple[type[Conversion], ...] = (TrimmedVocabulary, MergedHeads)
-"""The order in which they change a model. Kinds that fit weights come last: they fit the model that will be cut."""
-
 Changes = Sequence[tuple[type[Conversion], Change]]
+
+
+def list_conversions() -> list[type[Conversion]]:
+    """The kinds of conversions, in the order in which they change a model."""
+    # Kinds that fit weights come last: they fit the model that will be cut.
+    return sorted(load_parts("conversions").values(), key=lambda kind: (bool(kind.fits), kind.name))
 
 
 def find_conversions(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
@@ -30,27 +32,27 @@ def find_conversions(settings: Settings, plan: Plan | None, texts: Sequence[str]
         MptkError: the settings and the plan both decide the same; or one of them asks for something impossible.
     """
     changes = dict[type[Conversion], Change]() if plan is None else dict(read_plan_conversions(plan))
-    for kind in CONVERSIONS:
+    for kind in list_conversions():
         if (change := kind.find_change(settings, texts)) is None:
             continue
         if kind in changes:
             option = kind.name.replace("_", "-")
             raise MptkError(f'the plan says {kind.settles}; leave out --{option}, or the plan\'s "{kind.name}"')
         changes[kind] = change
-    return [(kind, changes[kind]) for kind in CONVERSIONS if kind in changes]
+    return [(kind, changes[kind]) for kind in list_conversions() if kind in changes]
 
 
 def read_plan_conversions(plan: Plan) -> Changes:
     """The conversions that a plan asks for. Raises MptkError for an unknown entry or a wrong one."""
-    known = {kind.name: kind for kind in CONVERSIONS}
+    known = {kind.name: kind for kind in list_conversions()}
     if unknown := plan.conversions.keys() - known.keys():
-        raise MptkError(f'plan: "{min(unknown)}" is not an entry of a plan; see docs/plan.md')
+        raise MptkError(f'plan: "{min(unknown)}" is not an entry of a plan; {explain_absent() or "see docs/plan.md"}')
     return [(kind, kind.from_entry(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
 
 
 def needs_fit(settings: Settings, plan: Plan | None = None) -> bool:
     """Whether a conversion that the settings or the plan ask for fits weights to samples."""
-    asked = [kind for kind in CONVERSIONS if kind.fits and kind.find_change(settings, None) is not None]
+    asked = [kind for kind in list_conversions() if kind.fits and kind.find_change(settings, None) is not None]
     return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else read_plan_conversions(plan)))
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mptk.compile.cut import COMPENSATION
-from mptk.conversions import CONVERSIONS
+from mptk.conversions import list_conversions
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.files import format_json
@@ -92,8 +92,8 @@ def check_numbers(
         _require(f"cost.{name}", said, figures)
     # Conversions: their rows follow from the plan, but for what only the run knew (``told``).
     rows = {each.name: each.to_row() for each in conversions}
-    for kind in CONVERSIONS:
-        said, row = getattr(report, kind.name, {}), rows.get(kind.name, {})
+    for kind in list_conversions():
+        said, row = dict(report.rows.get(kind.name, {})), rows.get(kind.name, {})
         require_same(kind.name, said, row | {name: said.get(name, "") for name in kind.told if row})
     # Trained weights are taken from the folder, so only a run that trains or fits may claim any.
     settings, trained = report.settings, report.trained

@@ -16,11 +16,10 @@ from mptk.compile.cut import COMPENSATION, compile_plan, find_changes
 from mptk.compile.trace import fit_to_program, trace_loaded
 from mptk.config import RECIPE_FILE, Settings
 from mptk.conversions import convert_model, read_plan_conversions
-from mptk.conversions.vocabulary import describe_unread_tokenizer
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError, ProofError
 from mptk.files import expand_path
-from mptk.io import Loaded, check_folder_named, open_dense, read_object
+from mptk.io import Loaded, check_folder_named, models, open_dense, read_object
 from mptk.ir import Log, Plan, Samples, resolve_plan
 from mptk.methods import find_method
 from mptk.methods.division.budget import build_alignment
@@ -143,6 +142,16 @@ def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings)
     check_planted(compiled, (prepared.target, ONNX), folder)  # last: the fault of a known file says more
     return Proof(
         proven.differences, [note for note in (proven.note, describe_unread_tokenizer(prepared.loaded, folder)) if note]
+    )
+
+
+def describe_unread_tokenizer(loaded: Loaded, folder: Path) -> str:
+    """The proof's note if the tokenizer in ``folder`` cannot be compared; empty if it can, or if there is none."""
+    if loaded.tokenizer is not None or not models.has_tokenizer(folder):
+        return ""
+    return (
+        "the tokenizer was not compared, since the dense model has none; save it beside the dense model, and give "
+        "--model DIR"
     )
 
 

@@ -42,8 +42,11 @@ from .origin import list_sources as list_sources
 from .origin import read_file_states as read_file_states
 from .report import PROVEN_ON as PROVEN_ON
 from .report import REPORT_FILE as REPORT_FILE
+from .report import ConfigChanges as ConfigChanges
+from .report import OpenRow as OpenRow
 from .report import Report as Report
 from .report import Row as Row
+from .report import Rows as Rows
 from .report import make_report_error as make_report_error
 from .run_folder import GIVEN as GIVEN
 from .run_folder import METRICS as METRICS
@@ -63,6 +66,7 @@ from .shapes import Shape as Shape
 from .shapes import Shapes as Shapes
 from .shapes import limit_loss as limit_loss
 from .shapes import rank_shapes as rank_shapes
+from .stage import Stage as Stage
 from .task import Task as Task
 from .values import LONG as LONG
 from .values import PROOF_SHAPE as PROOF_SHAPE

@@ -1,4 +1,4 @@
-"""conversion: the protocol of a change of the dense model before it is cut. ``mptk.conversions`` lists mptk's own."""
+"""conversion: the protocol of a change of the dense model before it is cut. Features bring them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Conversion(ABC):
     in a run and in the proof. ``settles``: what its entry in a plan decides. ``does``: what it does to a model.
     ``fits``: the stage that fits weights to samples; then quality is compared with the model before. It is empty if
     both models compute the same; then quality is compared with the model after. ``told``: keys of its report row that
-    the plan lacks.
+    the plan lacks. ``label``: how a message names another such conversion. ``lever``: budgets that it makes smaller,
+    and what to do for that.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,8 @@ class Conversion(ABC):
     does: ClassVar[str]
     fits: ClassVar[str] = ""
     told: ClassVar[tuple[str, ...]] = ()
+    label: ClassVar[str] = ""
+    lever: ClassVar[tuple[Sequence[str], str]] = ((), "")
 
     before: Analysed
     after: Analysed

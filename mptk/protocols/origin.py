@@ -118,9 +118,8 @@ def check_kept_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], wh
 
 
 def list_sources(settings: Settings) -> Sequence[str]:
-    """The named sources of samples and of a vocabulary."""
-    sources = settings.data, settings.eval_data, settings.vocabulary
-    return [source for source in sources if source not in (None, IN_MEMORY)]
+    """The named sources of samples and of texts."""
+    return [source for source in settings.sources if source != IN_MEMORY]
 
 
 def name_differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:

@@ -18,17 +18,20 @@ from mptk.config import Settings, from_json, to_json
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
 from mptk.io import check_folder_named
-from mptk.protocols.shapes import Shapes
+from mptk.plugins import list_part_names, load_parts
 from mptk.publish.manifest import REPORT_FILE as REPORT_FILE
 from mptk.reading import Json, make_damage_error, make_typed, read_json, shorten_text
 
-REPORT_FORMAT = "mptk-report/1"
+REPORT_FORMAT, OLD_FORMAT = "mptk-report/2", "mptk-report/1"
+"""The format that is written, and the one of before, in which a feature's row was a field of its own."""
 PROVEN_ON = "proof/inputs.safetensors"
 """The samples of the proof, inputs by name: in a subfolder, since programs take any ``*.safetensors`` for weights."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
 Number = float | None
 """Null if it is not finite."""
+Rows = Mapping[str, Row]
+"""Name → row."""
 ConfigChanges = Mapping[str, Sequence[object]]
 """Field of a config → [old, new]."""
 
@@ -38,13 +41,13 @@ ConfigChanges = Mapping[str, Sequence[object]]
 # A row is a mapping in the code and a TypedDict only where the file is read: other code may put more into it.
 
 
-class _Open(TypedDict):
+class OpenRow(TypedDict):
     """A row may have fields that are not read."""
 
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)  # type: ignore[misc]
 
 
-class FamilyRow(_Open):
+class FamilyRow(OpenRow):
     """A family: units in each layer of the dense and of the pruned model."""
 
     of: Annotated[int, Field(gt=0)]
@@ -58,7 +61,7 @@ def _check_narrower(row: FamilyRow) -> FamilyRow:
     return row
 
 
-class CostRow(_Open):
+class CostRow(OpenRow):
     """Figures of ``cost.model.Cost``. The dense model's must not be 0, as they are divisors."""
 
     block: Annotated[float, Field(gt=0)]
@@ -70,14 +73,14 @@ class CostRow(_Open):
     serving: NotRequired[Annotated[float, Field(gt=0)]]
 
 
-class CostRows(_Open):
+class CostRows(OpenRow):
     """Both models' costs."""
 
     dense: CostRow
     pruned: CostRow
 
 
-class QualityRow(_Open):
+class QualityRow(OpenRow):
     """The quality of both models."""
 
     metric: str
@@ -86,7 +89,7 @@ class QualityRow(_Open):
     pruned: Number
 
 
-class QuantizedRow(_Open):
+class QuantizedRow(OpenRow):
     """A quantised graph."""
 
     file: str
@@ -94,7 +97,7 @@ class QuantizedRow(_Open):
     quality: NotRequired[Number]
 
 
-class ProofRow(_Open):
+class ProofRow(OpenRow):
     """A stage of the proof."""
 
     stage: str
@@ -107,21 +110,21 @@ class ProofRow(_Open):
     failure: NotRequired[str]
 
 
-class StageRow(_Open):
+class StageRow(OpenRow):
     """A stage of the run; passes with their differences."""
 
     name: str
     seconds: float
 
 
-class LegalRow(_Open):
+class LegalRow(OpenRow):
     """``widths``: legal ones, the dense one last; ``refused``: the reason why no other width is legal, or None."""
 
     widths: Sequence[int]
     refused: str | None
 
 
-class RecoveryRow(_Open):
+class RecoveryRow(OpenRow):
     """Training after the cut. ``rank``: of LoRA, 0 if all weights were trained. ``lr``: the peak rate.
 
     Only if samples were held out: ``losses`` on them by step, and ``kept``, the step whose weights were kept.
@@ -135,30 +138,13 @@ class RecoveryRow(_Open):
     kept: NotRequired[int]
 
 
-class VocabularyRow(_Open):
-    """Tokens of the dense and of the pruned model, the text that decided, and token ids that changed."""
-
-    of: int
-    kept: int
-    corpus: str
-    config_changes: ConfigChanges
-
-
-class HeadsRow(_Open):
-    """KV heads of a layer before and after merging."""
-
-    of: int
-    kept: int
-    config_changes: ConfigChanges
-
-
-class InputRow(_Open):
+class InputRow(OpenRow):
     """An input of a set of samples."""
 
     sha256: str
 
 
-class UsedRow(_Open):
+class UsedRow(OpenRow):
     """A set of samples."""
 
     source: str
@@ -186,15 +172,16 @@ def _of(kind: object) -> GetPydanticSchema:
     return GetPydanticSchema(lambda _, schema: schema(kind))
 
 
-def _check_ranking(search: Row) -> Row:
-    if search:
-        make_typed(Shapes, search)
-    return search
+def _check_rows(rows: Rows) -> Rows:
+    known = load_parts("rows") if rows else {}
+    for name, row in rows.items():
+        if name in known:  # another one is of a feature that is not installed
+            make_typed(known[name], row)
+    return rows
 
 
 # An empty object stands for a part that was not done; any other must be whole.
 _OR_EMPTY = WrapValidator(lambda value, check: check(value) if value or not isinstance(value, dict) else value)
-Rows = Mapping[str, Row]
 
 
 @dataclass(frozen=True)
@@ -203,10 +190,9 @@ class Report:
 
     ``splits``: widths tried → loss. ``quality``: empty if the run was stopped after publishing. ``quantized``: scheme →
     its graph. ``proof``: one row for each stage. ``live``: the dense model was given in memory, and ``model_sha256``
-    covers only its weights. ``versions``: of Python and of the packages that compute. ``recovery``, ``vocabulary``,
-    ``kv_heads``: empty if nothing was trained, or all tokens or all heads stay. ``search``: the ranking of ``mptk
-    shapes --json``, whose first shape was cut; empty without a search. ``changed``: the weights were changed in memory
-    after the cut, through ``Pruned.model``.
+    covers only its weights. ``versions``: of Python and of the packages that compute. ``recovery``: empty if nothing
+    was trained. ``changed``: the weights were changed in memory after the cut, through ``Pruned.model``. ``rows``: what
+    features say of the run, by name (``mptk.plugins.Feature.rows``).
     """
 
     mptk: str
@@ -234,10 +220,8 @@ class Report:
     live: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     recovery: Annotated[Row, _of(RecoveryRow)] = field(default_factory=dict)
-    search: Annotated[Row, AfterValidator(_check_ranking)] = field(default_factory=dict)
-    vocabulary: Annotated[Row, _of(VocabularyRow), _OR_EMPTY] = field(default_factory=dict)
-    kv_heads: Annotated[Row, _of(HeadsRow), _OR_EMPTY] = field(default_factory=dict)
     changed: bool = False
+    rows: Annotated[Rows, AfterValidator(_check_rows)] = field(default_factory=dict)
 
     def to_json(self) -> Json:
         """The content of ``report.json``."""
@@ -258,6 +242,9 @@ class Report:
         if not path.is_file():
             raise MptkError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`")
         data = read_json(path, make_damage_error(path, "prune the model again"))
+        if isinstance(data, dict) and data.get("format") == OLD_FORMAT:
+            rows = {name: data[name] for name in list_part_names("rows") if data.get(name)}
+            data = {**data, "format": REPORT_FORMAT, "rows": rows}
         if not isinstance(data, dict) or data.get("format") != REPORT_FORMAT:
             raise MptkError(f"{path} is not a {REPORT_FORMAT}; read it with the version of mptk that wrote it")
         try:

@@ -12,8 +12,10 @@ from mptk.config import Settings
 from mptk.cost.estimate import Estimate, describe_duration, describe_size
 from mptk.ir import KERNEL_BLOCK
 from mptk.ort.bench import Bench
+from mptk.plugins import load_parts
 from mptk.protocols import Report, Row, Shapes
 from mptk.reading import make_typed
+from mptk.report.row_view import RowView
 from mptk.report.runs import (
     Comparable,
     Run,
@@ -73,8 +75,10 @@ def build_prune_view(
     if texts:
         said = [[Name(each) for each in (prompt, *written)] for prompt, written in texts.items()]
         found.append(Section(CONTINUATIONS, [Table("lll", ["prompt", "dense", "pruned"], said)]))
-    if report.search:
-        found.append(Section(SEARCH_TITLE, describe_ranking(make_typed(Shapes, report.search))))
+    if "search" in report.rows:
+        found.append(Section(SEARCH_TITLE, describe_ranking(make_typed(Shapes, report.rows["search"]))))
+    for row, view in list_row_views(report):
+        found += view.build_sections(row)
     if report.splits:
         # The method took the lowest loss, so the first row is the one that was taken.
         tried = sorted(report.splits.items(), key=lambda split: split[1])
@@ -105,21 +109,26 @@ def build_width_table(report: Report) -> Table:
         [
             Name(name),
             str(row["layers"]),
-            _format_width(row, "width"),
+            _format_width(row["of"], row["width"]),
             describe_legal(report, name),
             explain_uncut(report, name),
         ]
         for name, row in report.families.items()
     ]
     # Conversions before the cut have widths, too, but no legal ones: the user gave the number.
-    for name, row in (("vocabulary", report.vocabulary), ("KV heads, merged", report.kv_heads)):
-        if row:
-            rows.append([name, "", _format_width(row, "kept"), "", ""])
+    for row, view in list_row_views(report):
+        for name, of, kept in view.list_widths(row):
+            rows.append([name, "", _format_width(of, kept), "", ""])
     return Table("lrrll", ["family", "layers", "width", "legal widths", "why not more"], rows)
 
 
-def _format_width(row: Row, kept: str) -> Share:
-    of, width = row["of"], row[kept]
+def list_row_views(report: Report) -> list[tuple[Row, RowView]]:
+    """The rows that features have in a report, with what shows them; without rows of features that are not there."""
+    views = load_parts("views") if report.rows else {}
+    return [(row, views[name]()) for name, row in report.rows.items() if name in views]
+
+
+def _format_width(of: int, width: int) -> Share:
     return Share(f"{of} → {width}" if width < of else f"{of}", width / of)
 
 

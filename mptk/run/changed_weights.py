@@ -118,8 +118,7 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
         report = replace(
             report,
             changed=True,
-            **{name: getattr(before, name) for name in ("settings", "splits", "data", "recovery", "search")},
-            **{name: getattr(before, name) for name in ("vocabulary", "kv_heads")},
+            **{name: getattr(before, name) for name in ("settings", "splits", "data", "recovery", "rows")},
             notes=list(dict.fromkeys([*before.notes, *report.notes, WEIGHTS_CHANGED])),
         )
         if changed.sets is not None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
     # report, which lists all files.
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
-    rows: dict[str, Any] = {each.name: row for each in prepared.conversions if (row := each.to_row())}
+    rows = {each.name: row for each in prepared.conversions if (row := each.to_row())}
     figures = compute_costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
     return Report(
         mptk=__version__,
@@ -67,9 +66,8 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
         },
         data=describe_data(sets, prepared.settings),
         recovery=compiled.recovery,
-        search={} if run.shapes is None else run.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        **rows,
+        rows={**rows, **({} if run.shapes is None else {"search": run.shapes.to_json()})},
     )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mptk.compile.cut import find_changes, without
 from mptk.config import Settings
+from mptk.conversions import list_conversions
 from mptk.distributed.processes import holds
 from mptk.errors import MptkError
 from mptk.files import expand_path, format_json
@@ -50,7 +51,8 @@ def read_larger(
     if format_json(plan.conversions, sort_keys=True) != format_json(
         {c.name: c.entry for c in conversions}, sort_keys=True
     ):
-        raise MptkError(f"{folder} was made with another --vocabulary or other --kv-heads; give the same")
+        others = " or ".join(kind.label for kind in list_conversions())
+        raise MptkError(f"{folder} was made with {others}; give the same")
     if not all(analysis.variable(name).uniform for name in plan.families):
         raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
     if why := find_refusal(analysis, plan.families):

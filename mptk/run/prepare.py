@@ -129,11 +129,12 @@ def check_data(given: Opened, run: Run) -> Samples | None:
     """
     # No input may be overwritten by the output.
     settings, loaded, task = run.settings, given.loaded, given.task
-    named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
-    check_apart(run.out, *data.read_places(named), *filter(None, [settings.larger]))
+    samples = {settings.data, settings.eval_data}
+    texts = [source for source in settings.sources if source not in samples and source != IN_MEMORY]
+    check_apart(run.out, *data.read_places(*texts), *filter(None, [settings.larger]))
     if run.inputs.has_samples or not run.reads_data:
         return None
-    check_apart(run.out, *data.read_places(settings.data, settings.eval_data))
+    check_apart(run.out, *data.read_places(*samples))
     # One training sample.
     kept = read_kept_tensors(run.out, KEPT_SAMPLES) if settings.resume else None
     like = None if kept is None else Samples.from_tensors(kept, task.make_examples(loaded.model), "training")

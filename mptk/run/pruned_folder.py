@@ -53,10 +53,9 @@ class PrunedFolder:
         something to download, nor whether the model's own Python code may run.
         """
         changes = {**collect_values(asked, "recover"), "learning": asked.learning}
-        # The plan and the weights say what these did; to do them once more would change the result.
-        changes |= dict.fromkeys(("vocabulary", "kv_heads", "larger")) | {"reconstruct": False, "distil_epochs": 0}
-        changes |= dict.fromkeys(("search", "shared"), False)
-        return replace(self.report.settings, **changes, plan=str(self.folder / "plan.json"))
+        # The folder's weights were fitted when it was made.
+        changes |= {"reconstruct": False, "distil_epochs": 0}
+        return replace(self.report.settings, **changes).with_plan(str(self.folder / "plan.json"))
 
     def open_dense(self, resident: Resident, trust: Trust) -> Opened:
         """The dense model. Raises MptkError if it is not found, or was changed."""

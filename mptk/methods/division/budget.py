@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from mptk.config import FREE, MOST_SPARSITY, Settings
-from mptk.cost.budgets import CACHED, KV_CACHE, LATENCY, VOCABULARY
+from mptk.cost.budgets import KV_CACHE, LATENCY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import find_operator_times
 from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
 from mptk.ir import Alignment, Analysis, read_alignment
+from mptk.plugins import load_parts
 from mptk.progress import Progress
 from mptk.protocols import Prepared
 from passes.targets import legalize
@@ -268,10 +269,7 @@ def describe_levers(prepared: Prepared, legal: LegalWidths, names: Collection[st
     others = [n for n in able if n not in {*names, *legal.left, *s.keep} and reaches((n,))]
     if others and not reaches(()):
         found.append(f"name {' or '.join(others)} in --families, too")
-    if s.budget in CACHED:
-        found.append("give --kv-heads to merge KV heads")
-    if s.budget in VOCABULARY:
-        found.append("give --vocabulary to remove tokens that a text never uses")
+    found += [kind.lever[1] for kind in load_parts("conversions").values() if s.budget in kind.lever[0]]
     if legal.stock is not None:
         found.append("use --target graph")
     return "; or ".join(found or ["name other --families"])

@@ -102,8 +102,8 @@ def draw_figures(run: Run) -> dict[str, list[Figure]]:
             for phase in run.metrics
         },
     }
-    if run.report.search:
-        found[sections.SEARCH_TITLE] = draw_ranking_figures(make_typed(Shapes, run.report.search))
+    if "search" in run.report.rows:
+        found[sections.SEARCH_TITLE] = draw_ranking_figures(make_typed(Shapes, run.report.rows["search"]))
     if run.report.proof:
         found[sections.PROOF_TITLE] = [
             Figure("Difference from what each stage must equal", charts.draw_proof_chart(run), dots)

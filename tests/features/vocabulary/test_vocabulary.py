@@ -1,6 +1,6 @@
 """``prune --vocabulary``: a folder without the tokens that a text never uses, whose logits are the dense model's own.
 
-It reaches for mptk.conversions.vocabulary: a written tokenizer is damaged.
+It reaches for mptk.features.vocabulary.convert: a written tokenizer is damaged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import (
 
 import mptk
 from mptk import MptkError, Plan
-from mptk.conversions.vocabulary import Tokens
+from mptk.features.vocabulary.convert import Tokens
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
 from mptk.targets.stock import check_same_reading
@@ -78,8 +78,8 @@ def tokens_of(plan: Plan) -> tuple[int, ...]:
 def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     report, plan = mptk.Pruned.open(pruned).report, Plan.load(pruned / "plan.json")
     kept = tokens_of(plan)
-    assert report.vocabulary["of"] == 300
-    assert report.vocabulary["kept"] == len(kept) < 290
+    assert report.rows["vocabulary"]["of"] == 300
+    assert report.rows["vocabulary"]["kept"] == len(kept) < 290
     assert len(kept) % 2 == 0
     small, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
     assert small.get_input_embeddings().weight.shape[0] == small.lm_head.weight.shape[0] == len(kept) == len(words)
@@ -136,7 +136,7 @@ def test_special_tokens_of_the_config_move_with_their_rows(dense, tmp_path):
     config = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert config["eos_token_id"] == [1, len(keep) - 1]
     assert config["suppress_tokens"] == [keep.index(3)] if 3 in keep else []
-    assert result.report.vocabulary["config_changes"]["vocab_size"] == [300, len(keep)]
+    assert result.report.rows["vocabulary"]["config_changes"]["vocab_size"] == [300, len(keep)]
     proof = mptk.verify(tmp_path / "saved", model=model)
     assert [d.stage for d in proof].count("vocabulary") == 1
     assert "the tokenizer was not compared" in proof.notes[0]
@@ -155,7 +155,7 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
         eval_length=24,
     )
     assert trained.plan.conversions == Plan.load(pruned / "plan.json").conversions
-    assert trained.report.vocabulary["corpus"] == "the plan"
+    assert trained.report.rows["vocabulary"]["corpus"] == "the plan"
     again = mptk.prune(str(dense), **{**FEW, "plan": str(pruned / "plan.json"), "data": [TEXT]}, progress=None)
     assert again.report.plan_sha256 == mptk.Pruned.open(pruned).report.plan_sha256
     twice = mptk.prune(str(pruned), progress=None, **{**FEW, "data": [TEXT], "sparsity": 0.2, "tolerance": 0.3})
@@ -229,7 +229,7 @@ def test_a_written_tokenizer_must_read_and_write_as_the_dense_one(tmp_path, part
 def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):
     copy = shutil.copytree(pruned, tmp_path / "copy")
     content = json.loads((copy / "report.json").read_text())
-    content["vocabulary"]["kept"] += 2
+    content["rows"]["vocabulary"]["kept"] += 2
     (copy / "report.json").write_text(json.dumps(content))
     write_manifest(copy)
     with pytest.raises(MptkError, match=r"vocabulary in report\.json is wrong"):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from mptk import MptkError
-from mptk.conversions.vocabulary import (
+from mptk.features.vocabulary.convert import (
     Choice,
     Merges,
     check_trimmed_reading,

@@ -1,7 +1,7 @@
 """kv_heads: merge the KV heads of a dense model to fewer, with all query heads, before the run cuts the model.
 
 The class is built with fewer heads; each starts as the first head of its run. When there are samples, the projections
-are merged in closed form (``merge_projections``; ``passes/transforms/merge_heads.py``), and the choice holds them like
+are merged in closed form (``merge_projections``; ``merge_heads.py``), and the choice holds them like
 trained weights. The model before the merge stays the reference for training and for quality.
 """
 
@@ -20,8 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import match_configs
 from mptk.config import Settings
-from mptk.cost.budgets import LATENCY
+from mptk.cost.budgets import CACHED, LATENCY
 from mptk.errors import MptkError
+from mptk.features.kv_heads import KvHeadsSettings
+from mptk.features.kv_heads.merge_heads import How, find_first_heads, merge_kv_heads, repeat_first_heads
+from mptk.features.kv_heads.shared_heads import SharedHeads, find_shared_heads
 from mptk.io import models, rebuild_model
 from mptk.ir import Analysis, Entry, Program, Samples, Weights, collect_axes
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, find_sites, split_batches
@@ -29,11 +32,9 @@ from mptk.methods.reconstruct import name_operand_weight
 from mptk.protocols import Analyse, Analysed, Change, Conversion
 from mptk.staged.spool import Spool
 from mptk.staged.staged import Executor
-from passes.analysis.shared_heads import SharedHeads, find_shared_heads
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
 from passes.targets.stock.equations import Exponents
-from passes.transforms.merge_heads import How, find_first_heads, merge_kv_heads, repeat_first_heads
 from passes.verify import TOLERANCE, StageOutputs, prove
 
 KeyStream = tuple[fx.Node, int]
@@ -53,6 +54,8 @@ class MergedHeads(Conversion):
     settles = "how many KV heads stay"
     does = "merges KV heads"
     fits = "merge KV heads"
+    label = "other --kv-heads"
+    lever = (CACHED, "give --kv-heads to merge KV heads")
 
     layers: Sequence[SharedHeads]
     of: int
@@ -62,12 +65,12 @@ class MergedHeads(Conversion):
 
     @classmethod
     def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
-        if settings.kv_heads is None:
+        if (count := KvHeadsSettings.of(settings).kv_heads) is None:
             return None
         # Only the merged model's latency is measured: a share of it is not a share of the dense model's.
         if settings.budget == LATENCY and settings.max_ms is None:
             raise MptkError("--kv-heads changes the latency that --sparsity would be a share of; give --max-decode-ms")
-        return partial(cls.merge, settings.kv_heads, None)
+        return partial(cls.merge, count, None)
 
     @classmethod
     def from_entry(cls, entry: Entry) -> Change:
@@ -219,7 +222,7 @@ def choose_ways(merged: MergedHeads, few: Samples, executor: Executor) -> tuple[
     """How keys and values are merged: ``fit`` if rotating heads and rotating them back changes no output on ``few``."""
     program, count = merged.before.analysis.program, merged.count
 
-    # A norm between projection and product does not let factors through (``passes/transforms/merge_heads.py``). Then
+    # A norm between projection and product does not let factors through (``merge_heads.py``). Then
     # heads that are turned and turned back give other outputs.
     def choose_way(keys: How, values: How) -> How:
         made = Spool(executor.borders)

@@ -24,7 +24,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from mptk.compat.transformers import find_config_field
 from mptk.config import IN_MEMORY, Settings
+from mptk.cost.budgets import VOCABULARY
 from mptk.errors import MptkError
+from mptk.features.vocabulary import VocabularySettings
 from mptk.files import format_json, make_scratch
 from mptk.io import Document, Loaded, data, models, rebuild_model, split_documents
 from mptk.ir import Cut, Entry, KeptUnits, Program, Samples, Weights, encode_ranges, read_alignment, read_family
@@ -71,6 +73,8 @@ class TrimmedVocabulary(Conversion):
     settles = "which tokens stay"
     does = "removes tokens"
     told = ("corpus",)
+    label = "another --vocabulary"
+    lever = (VOCABULARY, "give --vocabulary to remove tokens that a text never uses")
 
     vocabulary: Vocabulary
     kept: Tokens
@@ -78,11 +82,9 @@ class TrimmedVocabulary(Conversion):
 
     @classmethod
     def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
-        if settings.vocabulary is None:
+        if (name := VocabularySettings.of(settings).vocabulary) is None:
             return None
-        return partial(
-            cls.trim, find_corpus(settings, texts), str(settings.vocabulary), read_alignment(settings.align).every
-        )
+        return partial(cls.trim, find_corpus(name, texts), name, read_alignment(settings.align).every)
 
     @classmethod
     def from_entry(cls, entry: Entry) -> Change:
@@ -147,23 +149,13 @@ class TrimmedVocabulary(Conversion):
         return found.index_select(-1, kept.to(found.device)) if self.vocabulary.predicted else found
 
 
-def find_corpus(settings: Settings, texts: Sequence[str] | None) -> Corpus:
-    """The documents whose tokens stay. ``texts``: the caller's texts in memory."""
-    if settings.vocabulary == IN_MEMORY:
+def find_corpus(name: str, texts: Sequence[str] | None) -> Corpus:
+    """The documents whose tokens stay: of a source of text, or the caller's ``texts`` in memory."""
+    if name == IN_MEMORY:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise MptkError("vocabulary is empty; give a list of texts, or the name of a file")
         return lambda loaded: ([text] for text in texts)
-    return lambda loaded: data.read_documents(str(settings.vocabulary), loaded.tokenizer)
-
-
-def describe_unread_tokenizer(loaded: Loaded, folder: Path) -> str:
-    """The proof's note if the tokenizer in ``folder`` cannot be compared; empty if it can, or if there is none."""
-    if loaded.tokenizer is not None or not models.has_tokenizer(folder):
-        return ""
-    return (
-        "the tokenizer was not compared, since the dense model has none; save it beside the dense model, and give "
-        "--model DIR"
-    )
+    return lambda loaded: data.read_documents(name, loaded.tokenizer)
 
 
 def _check_tokens(tokens: Tokens, vocabulary: Vocabulary) -> None:

@@ -2,7 +2,7 @@
 
 The merge is exact if nothing is lost, and near the dense model if something is.
 
-It reaches for mptk.conversions: merged heads are turned, to be refused.
+It reaches for mptk.features.kv_heads: merged heads are turned, to be refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 import mptk
 from mptk import MptkError, Plan, ProofError
-from mptk.conversions import kv_heads as merging
+from mptk.features.kv_heads import convert as merging
 from mptk.publish.manifest import write_manifest
 
 ONE = {"width": 1, "of": 2}
@@ -130,7 +130,7 @@ def test_merged_heads_count_in_the_budget_and_stand_in_the_plan_the_report_and_t
     alone = mptk.evaluate(dense, text, windows=2, length=24, progress=None)["model"]
     assert report.quality["dense"] == pytest.approx(alone) != pytest.approx(report.quality["pruned"])
     assert plan.conversions["kv_heads"] == ONE
-    assert report.kv_heads == {"of": 2, "kept": 1, "config_changes": {"num_key_value_heads": [2, 1]}}
+    assert report.rows["kv_heads"] == {"of": 2, "kept": 1, "config_changes": {"num_key_value_heads": [2, 1]}}
     assert report.config_changes.keys() == {"intermediate_size", "transformers.js_config"}
     assert found.model.config.num_key_value_heads == 1
     assert found.model.config.num_attention_heads == 6
@@ -157,7 +157,7 @@ def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(cut: Path, 
 def test_a_report_or_a_plan_of_other_heads_is_not_believed(cut: Path, dense: str, tmp_path: Path) -> None:
     copy = shutil.copytree(cut, tmp_path / "copy")
     content = json.loads((copy / "report.json").read_text())
-    content["kv_heads"]["of"] = 4
+    content["rows"]["kv_heads"]["of"] = 4
     (copy / "report.json").write_text(json.dumps(content))
     write_manifest(copy)
     with pytest.raises(MptkError, match=r"kv_heads in report\.json is wrong"):
@@ -185,7 +185,7 @@ def test_it_is_recovered_and_cut_again_by_its_plan(cut: Path, dense: str, tmp_pa
     training = {"steps": 4, "batch": 2, "micro": 2, "data": TEXTS, "progress": None, "onnx": False}
     trained = mptk.recover(cut, tmp_path / "trained", **training)
     assert trained.plan == Plan.load(cut / "plan.json")
-    assert trained.report.kv_heads == mptk.Pruned.open(cut).report.kv_heads
+    assert trained.report.rows == mptk.Pruned.open(cut).report.rows
     assert mptk.verify(tmp_path / "trained")
     again = mptk.prune(dense, plan=str(cut / "plan.json"), data=TEXTS, **MEASURED)
     assert again.report.plan_sha256 == trained.report.plan_sha256

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.features.kv_heads.shared_heads import SharedHeads
 from mptk.ir import Axis, Edit, Member, find_unit_positions, list_axes
-from passes.analysis.shared_heads import SharedHeads
 
 How = Literal["fit", "mean", "turn", "keep"]
 """``fit``: by principal components. ``mean``: without factors. ``keep``: not at all. ``turn``: not merged, but turned

@@ -1,0 +1,23 @@
+"""Advice: how far can this model be cut for this text? Measured before any cut is made.
+
+``mptk advise MODEL --data A,B`` measures cuts of several sizes on each text and says which sparsity is safe;
+``mptk.advise`` gives the same as an object. docs/how-to/choose-a-sparsity.md tells more.
+"""
+
+from mptk.config import CHOOSER, READER
+from mptk.plugins import Command, Feature
+
+FEATURE = Feature(
+    "advise",
+    "say which sparsity is safe for a text",
+    commands=[
+        Command(
+            "advise",
+            "mptk.cli.advise",
+            "Prune a model",
+            after="analyze",
+            roles=(CHOOSER, READER),
+            takes=("steps", "eval_windows"),
+        )
+    ],
+)

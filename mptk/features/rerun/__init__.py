@@ -1,0 +1,14 @@
+"""Rerun: repeat the run that made a folder, from its report, and show what differs.
+
+For whoever wants to know whether a result can be reproduced: ``mptk rerun DIR --out NEW``.
+"""
+
+from mptk.plugins import Command, Feature
+
+FEATURE = Feature(
+    "rerun",
+    "repeat the run that made a folder",
+    commands=[
+        Command("rerun", "mptk.cli.verify", "Check the result", after="eval", takes=("overwrite", "trust_remote_code"))
+    ],
+)

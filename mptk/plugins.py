@@ -98,6 +98,12 @@ def list_features() -> Mapping[str, Feature]:
     return dict(sorted(found.items()))
 
 
+def name_owner(feature: str) -> str:
+    """The package that brings a feature, and its version."""
+    (owner,) = [entry.dist for entry in find_entries(FEATURES) if entry.name == feature]
+    return "" if owner is None else f"{owner.name} {owner.version}"
+
+
 def list_absent_features() -> list[str]:
     """mptk's features whose folder is not there."""
     return sorted(entry.name for entry in find_entries(FEATURES) if is_absent(entry))

@@ -12,9 +12,9 @@ from mptk.protocols.values import Context, SampleSets
 
 
 class Stage:
-    """What a feature does in a run. All methods are called in every run, and do nothing if the settings ask for nothing.
+    """What a feature does in a run. Its methods are in the order of a run.
 
-    The methods are in the order of a run.
+    All of them are called in every run. They do nothing if the settings ask for nothing of the feature.
     """
 
     def check(self, settings: Settings) -> None:
@@ -25,9 +25,13 @@ class Stage:
         return {}
 
     def divide(self, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Prepared, Rows]:
-        """``prepared`` with fewer candidates, before units are chosen; and its rows of the report."""
+        """``prepared`` with fewer candidates, before units are chosen; and what was found as rows of the report."""
         return prepared, {}
 
     def complete(self, compiled: Compiled) -> Compiled:
         """``compiled`` with what else the plan cuts, such as heads that draft tokens."""
         return compiled
+
+    def describe(self, compiled: Compiled) -> Rows:
+        """Its rows of the report."""
+        return {}

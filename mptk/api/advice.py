@@ -1,4 +1,4 @@
-"""advice: what is measured before any cut is made: how far a model can be cut, and the ways to divide a budget."""
+"""advice: what is measured before any cut is made: how far a model can be cut."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.api.pruned import Shown, report_progress, resolve_place
+from mptk.api.pruned import Shown, report_progress
 from mptk.api.words import wrap_public
 from mptk.config import MOST_SPARSITY, Settings, format_command, with_keywords
 from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.io import list_source_names
 from mptk.ir import Log
-from mptk.protocols import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Context, Opened, Point, Shapes
-from mptk.run.advise import measure_cuts, search_and_rank
+from mptk.protocols import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Context, Opened, Point
+from mptk.run.advise import measure_cuts
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.run import open_run
@@ -119,49 +119,3 @@ def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
         raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
     if not 0 < tolerance <= 10:
         raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
-
-
-@wrap_public
-def shapes(
-    model: Model,
-    out: str | Path | None = None,
-    settings: Settings | None = None,
-    *,
-    progress: Shown = "auto",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    example_inputs: GivenInputs | None = None,
-    data: Data | None = None,
-    **keywords: object,
-) -> Shapes:
-    """Rank the legal ways to divide a budget among families and blocks::
-
-        mptk.shapes(model, sparsity=0.3, data=texts, search_tokens=0).best.widths
-
-    Args:
-        model, progress, tokenizer, example_inputs, data: as in ``mptk.prune``.
-        out: folder for ``shapes.json``. With a folder, ``resume=True`` continues an unfinished search. None: nothing is
-            kept.
-        settings: the settings; by default ``wanda`` chooses units and consumers are reconstructed.
-        keywords: fields of ``Settings`` and of the records in it, as in ``mptk.prune``. ``search_shapes``,
-            ``search_finalists`` and ``search_tokens`` set the effort of the search.
-
-    Returns:
-        The shapes, the best first, with their widths, costs and losses.
-
-    Raises:
-        MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget; there is no such keyword;
-            or there are too few tokens to train the finalists.
-    """
-    base = settings or Settings(method="wanda", reconstruct=True)
-    chosen = with_keywords(base, {**name_given(data=data), **keywords, "search": True, "onnx": False})
-    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
-    start, chosen, inputs = take_model(model, chosen, inputs)
-    # A search keeps its stages in a folder beside its output, so it needs a place even if nothing is to stay.
-    kept = make_scratch() if out is None else None
-    place = kept.folder / "shapes" if kept is not None else resolve_place(str(out))
-    source = name_start(model)
-    with (
-        report_progress(progress) as say,
-        open_run(start, source, place, chosen, inputs, Context(Log(), say), trains=False) as run,
-    ):
-        return search_and_rank(start, run, chosen, writes=kept is None)

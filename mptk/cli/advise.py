@@ -1,26 +1,22 @@
-"""advise: commands that measure cuts and make none: advise, and shapes, which ranks ways to divide a budget."""
+"""advise: the command that measures cuts and makes none."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mptk.cli.app import explain_stop, register_command, show_result
+from mptk.cli.app import register_command, show_result
 from mptk.cli.console import err, out, show_stages
 from mptk.cli.options import (
     JsonOption,
-    MaxMs,
     ModelArgument,
     make_file_option,
-    make_folder_option,
     parse_names,
     parse_share,
     refuse,
     refuse_idle,
-    with_latency,
 )
 from mptk.config import Asked, Settings
 from mptk.files import write_text
@@ -87,47 +83,3 @@ def show_advice(
     if json_file != Path("-"):
         for line in list_commands(found):
             out.print(line, soft_wrap=True, highlight=False)
-
-
-@register_command(
-    "shapes",
-    examples=(
-        "shapes smollm2-135m --sparsity 0.5 --data c4.jsonl --tokens 0",
-        "shapes smollm2-135m --sparsity 0.3 --data c4.jsonl --out runs/shapes --html shapes.html",
-        "shapes smollm2-135m --max-decode-ms 15 --data c4.jsonl --shapes 16 --finalists 4",
-    ),
-    base=Settings(method="wanda", reconstruct=True, search=True, onnx=False),
-)
-def show_shapes(
-    model: ModelArgument,
-    settings: Settings,
-    folder: Annotated[Path | None, make_folder_option("Folder for shapes.json; needed for --resume.")] = None,
-    json_file: JsonOption = None,
-    html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
-    max_decode_ms: MaxMs = None,
-    max_prefill_ms: MaxMs = None,
-) -> None:
-    """Rank the legal ways to divide a budget among families and blocks, by loss and by a short training.
-
-    Prints the command that prunes to the best shape; `mptk prune --search` does both. With maskprune, wanda scores the
-    units.
-    """
-    from mptk.api.advice import shapes as find_shapes
-    from mptk.report.sections import build_shapes_view
-    from mptk.run.checks import check_settings
-    from mptk.run.minutes import fill_in
-
-    # As in `prune`: refuse before any work, by the settings as a run completes them.
-    settings = with_latency(settings, max_decode_ms, max_prefill_ms)
-    refuse_idle("shapes", Asked(settings, writes=folder is not None))
-    check_settings(fill_in(settings))
-    # Without a folder a stopped search keeps nothing, so there is nothing to say about it.
-    with explain_stop(folder) if folder is not None else nullcontext(), show_stages(err) as progress:
-        found = find_shapes(model, folder, settings, progress=progress)
-    if html is not None:
-        from mptk.report.page.render import render_shapes_page
-
-        write_text(html, render_shapes_page(found))
-    show_result(json_file, found.to_json(), build_shapes_view(found))
-    if json_file != Path("-"):
-        out.print(found.command, soft_wrap=True, highlight=False)

@@ -52,7 +52,7 @@ class OneShotMethod(Method):
         return criteria.find_score_refusal(self.criterion, analysis.variable(family))
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
-        s, made, tried = settings, self.criterion, 1 if settings.search else self.splits or 1
+        s, made, tried = settings, self.criterion, 1 if settings.divider else self.splits or 1
         return {
             f"score ({made.name})": Pass(
                 made.passes * s.windows * s.length,

@@ -60,13 +60,8 @@ from .run_folder import name_run_folder as name_run_folder
 from .run_folder import read_kept_settings as read_kept_settings
 from .run_folder import read_kept_tensors as read_kept_tensors
 from .run_folder import remove_run_folder as remove_run_folder
-from .shapes import WORST as WORST
-from .shapes import Rung as Rung
-from .shapes import Shape as Shape
-from .shapes import Shapes as Shapes
-from .shapes import limit_loss as limit_loss
-from .shapes import rank_shapes as rank_shapes
 from .stage import Stage as Stage
+from .stage import list_stages as list_stages
 from .task import Task as Task
 from .values import LONG as LONG
 from .values import PROOF_SHAPE as PROOF_SHAPE

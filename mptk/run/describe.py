@@ -67,7 +67,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
         data=describe_data(sets, prepared.settings),
         recovery=compiled.recovery,
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        rows={**rows, **({} if run.shapes is None else {"search": run.shapes.to_json()})},
+        rows={**rows, **run.rows},
     )
 
 

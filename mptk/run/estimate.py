@@ -20,11 +20,11 @@ from mptk.errors import MptkError
 from mptk.files import expand_path
 from mptk.io import choose_memory_bound, count_rows_at_once, find_stored_dtype, measure_free_memory, models
 from mptk.methods import distil, find_method, reconstruct
-from mptk.methods.division import advice, search
+from mptk.methods.division import advice
 from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
-from mptk.protocols import find_device, measure_device_memory, should_reconstruct
+from mptk.protocols import find_device, list_stages, measure_device_memory, should_reconstruct
 from mptk.run.amounts import count_written, describe_numbers, should_learn_masks
 from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, find_config_borders
@@ -109,13 +109,10 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         kept = 1 - s.sparsity * sizes.blocks / sizes.parameters
     # Each stage declares its own work beside its code. The order is the run's.
     passes = _estimate_data(s) | ({} if s.fixed else dict(method.work(s)))
-    for stage in (
-        learner.estimate_training,
-        search.estimate_search,
-        reconstruct.estimate_reconstruction,
-        distil.estimate_distillation,
-    ):
-        passes |= stage(s, sizes, kept)
+    passes |= learner.estimate_training(s, sizes, kept)
+    for stage in list_stages():
+        passes |= stage.estimate(s, sizes, kept)
+    passes |= reconstruct.estimate_reconstruction(s, sizes, kept) | distil.estimate_distillation(s, sizes, kept)
     measured = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2, exact=True)  # dense and pruned
     passes |= proof.estimate_proof(s, long_proof) | {"measure": measured}
     return Work(

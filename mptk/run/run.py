@@ -14,7 +14,7 @@ from typing import Self
 
 from mptk.compat.accelerate import separate_state
 from mptk.compat.torch import forget_sources
-from mptk.config import Settings, to_json
+from mptk.config import Settings, to_json, with_keywords
 from mptk.distributed.processes import is_leader, run_once
 from mptk.errors import explain_errors
 from mptk.files import check_scratch, claim_place
@@ -28,8 +28,8 @@ from mptk.protocols import (
     DenseModel,
     Opened,
     Origin,
+    Rows,
     RunFolder,
-    Shapes,
     build_executor,
     check_unfinished,
     find_device,
@@ -62,7 +62,7 @@ class Run(Context):
     sparsities to which its result is cut further. ``sizes``: the sparsities of all sizes, if they share weights.
 
     Found by its stages: ``dense``: the analysed dense model, which further runs on it share. ``origin``: digests of the
-    inputs. ``shapes``: the ranking of a search.
+    inputs. ``rows``: what stages of features found, as rows of the report.
     """
 
     source: str
@@ -79,7 +79,7 @@ class Run(Context):
     executor: Executor = EXECUTOR
     dense: DenseModel | None = None
     origin: Origin = field(default_factory=Origin)
-    shapes: Shapes | None = None
+    rows: Rows = field(default_factory=dict)
 
     def with_output(self, out: Path, settings: Settings, further: Sequence[float] = ()) -> Self:
         """The same run with another output and other settings: a size of a ladder."""
@@ -150,7 +150,7 @@ def open_run(
     start = model.folder if isinstance(model, PrunedFolder) else None
     with enter_run_state(asked.device), lock_outputs([out], asked, [source, start]):
         if not trains:  # there is no time limit to choose these by, so they have the defaults of a long run
-            asked = replace(asked, samples=asked.windows, search_tokens=asked.trial_tokens)
+            asked = with_keywords(asked, {"samples": asked.windows, **asked.further_numbers})
         plan, recovers = read_plan(asked), start is not None
         # Settings are checked before the machine is measured, which takes seconds, and before a config is read.
         settings = fill_in(asked, recovers, plan)

@@ -20,30 +20,18 @@ from typing import Literal
 
 from mptk.compile.cut import with_dense_outputs
 from mptk.config import Settings
-from mptk.cost.estimate import ModelSizes, Pass
 from mptk.errors import MptkError
+from mptk.features.width_search import WidthSearchSettings
+from mptk.features.width_search.shapes import Rung, Shape, Shapes, limit_loss, rank_shapes
 from mptk.files import write_json
 from mptk.ir import Program, Samples
 from mptk.methods import find_method
-from mptk.methods.division.budget import find_widths
 from mptk.methods.division.trial import measure_losses
 from mptk.methods.division.trials import Trials, report_part
-from mptk.methods.maskprune.learner import Learner, estimate_training_memory
+from mptk.methods.maskprune.learner import Learner
 from mptk.methods.reconstruct import reconstruct_consumers
 from mptk.progress import Progress
-from mptk.protocols import (
-    Chosen,
-    Compiled,
-    Context,
-    Prepared,
-    RunFolder,
-    Rung,
-    SampleSets,
-    Shape,
-    Shapes,
-    limit_loss,
-    rank_shapes,
-)
+from mptk.protocols import Chosen, Compiled, Context, Prepared, RunFolder, SampleSets
 from mptk.reading import make_damage_error, read_as
 from mptk.staged.spool import spool_weights
 from passes.targets.legalize import Candidate, describe_widths
@@ -75,35 +63,7 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
     return Shapes(prepared.given.source, protocol, metric, search.dense(), rank_shapes(found))
 
 
-def fix_winner(prepared: Prepared, found: Shapes) -> Prepared:
-    """``prepared`` with only the widths of the best shape, as if ``--width`` had fixed them."""
-    settings = replace(prepared.settings, widths=dict(found.best.widths), search=False)
-    candidates = find_widths(replace(prepared, settings=settings))
-    return replace(prepared, candidates=tuple(candidates))
-
-
 # ---- how tokens are spent ----
-
-
-def estimate_search(settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
-    """The cost of a search."""
-    s = settings
-    if not s.search:
-        return {}
-    measured = s.search_shapes * 2 * kept * count_judged(s.windows) * s.length
-    fits = s.search_shapes * sizes.fit * bool(s.reconstruct)
-    learns = find_method(s.method).learns and s.trial_tokens > 0
-    fits += s.search_finalists * sizes.fit * learns
-    trains = estimate_training_memory(s, sizes, kept) if s.trial_tokens else 0
-    return {
-        "shapes": Pass(s.windows * s.length + measured, s.length, flops=fits),
-        "train shapes": Pass(4 * s.trial_tokens, s.length, reads=0, training=trains),
-    }
-
-
-def count_judged(samples: int) -> int:
-    """Number of samples that a search holds out, given the number of the others."""
-    return min(JUDGED, max(1, samples // 4))
 
 
 def plan_search_rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
@@ -112,7 +72,7 @@ def plan_search_rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
     Raises:
         MptkError: there are too few tokens for one step of each shape.
     """
-    alive, tokens = _count_alive(settings, shapes), settings.trial_tokens
+    alive, tokens = _count_alive(settings, shapes), WidthSearchSettings.of(settings).trial_tokens
     if alive[0] < 2 or not tokens:
         return []
     least, step = count_least_tokens(settings, shapes), settings.learning.training.batch * settings.length
@@ -129,7 +89,8 @@ def count_least_tokens(settings: Settings, shapes: int | None = None) -> int:
 
     ``shapes``: the number of all.
     """
-    alive = _count_alive(settings, settings.search_finalists if shapes is None else shapes)
+    finalists = WidthSearchSettings.of(settings).search_finalists
+    alive = _count_alive(settings, finalists if shapes is None else shapes)
     steps = sum(n << rung for rung, n in enumerate(alive)) * count_least_steps(settings)
     return steps * settings.learning.training.batch * settings.length
 
@@ -141,16 +102,10 @@ def count_least_steps(settings: Settings) -> int:
 
 def _count_alive(settings: Settings, shapes: int) -> list[int]:
     """Number of shapes in each rung."""
-    alive = [min(settings.search_finalists, shapes)]
+    alive = [min(WidthSearchSettings.of(settings).search_finalists, shapes)]
     while alive[-1] > 2:
         alive.append(-(-alive[-1] // 2))
     return alive
-
-
-def count_searched(settings: Settings) -> int:
-    """Number of training samples of the shape that is trained longest."""
-    planned = plan_search_rungs(settings, settings.search_finalists) if settings.search else []
-    return sum(steps for _, steps in planned) * settings.learning.training.batch
 
 
 def choose_finalists(shapes: Sequence[Shape], dense: Mapping[str, int], count: int) -> list[int]:

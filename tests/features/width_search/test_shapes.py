@@ -1,6 +1,6 @@
 """The search of the shape: what it tries, what it measures, how it halves, what it keeps, and what `prune` makes of it.
 
-It reaches for mptk.methods.division.search: rungs and finalists of made-up shapes.
+It reaches for mptk.features.width_search.search: rungs and finalists of made-up shapes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError
-from mptk.methods.division.search import choose_finalists, plan_search_rungs
+from mptk.features.width_search.search import choose_finalists, plan_search_rungs
+from mptk.features.width_search.shapes import Rung, Shape, Shapes, rank_shapes
 from mptk.protocols.chain import Chosen
-from mptk.protocols.shapes import Rung, Shape, Shapes, rank_shapes
 from mptk.reading import make_typed
 
 SETTINGS = mptk.Settings(
@@ -178,15 +178,15 @@ def spent(shape: Shape) -> list[tuple[int, Rung]]:
 def test_a_killed_search_loses_one_rung_of_one_shape(
     llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, inside: Inside
 ) -> None:
-    inside.stop("mptk.methods.division.search.Search.train_shape", 5)
-    calls = inside.calls("mptk.methods.division.search.Search.train_shape")
+    inside.stop("mptk.features.width_search.search.Search.train_shape", 5)
+    calls = inside.calls("mptk.features.width_search.search.Search.train_shape")
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
     with pytest.raises(MptkError, match="holds an unfinished run; add resume=True"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
-    inside.forbid("mptk.methods.division.search.Search.measure_shape")  # all of these were kept
+    inside.forbid("mptk.features.width_search.search.Search.measure_shape")  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
     written = file.read_text()
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
@@ -283,7 +283,7 @@ def test_a_report_shows_the_ranking_of_the_run_that_searched(
     done("report", folder, "--html", page)
     assert page.read_text().count("Cost and quality of each shape") == 1
     said = json.loads((folder / "report.json").read_text())
-    said["search"]["shapes"][1]["widths"] = {"ffn": 3}
+    said["rows"]["search"]["shapes"][1]["widths"] = {"ffn": 3}
     (folder / "report.json").write_text(json.dumps(said))
     with pytest.raises(MptkError, match="search: its shapes have different families"):
         mptk.Report.read(folder)
@@ -323,3 +323,10 @@ def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.S
         mptk.prune(llama, settings=settings, search=True, widths=widths, progress=None)
     with pytest.raises(MptkError, match="are too few to train"):
         mptk.prune(llama, settings=settings, search=True, search_tokens=64, progress=None)
+    for layers in ("free", "0-1"):
+        with pytest.raises(MptkError, match=f'whose layers are alike; leave out search=True or layers="?{layers}'):
+            mptk.prune(llama, settings=settings, search=True, layers=layers, target="graph", progress=None)
+    with pytest.raises(MptkError, match="in all layers alike; leave out search"):
+        mptk.ladder(llama, tmp_path / "sizes", (0.2, 0.3), settings=settings, search=True, progress=None)
+    with pytest.raises(MptkError, match="by one method; leave out --search"):
+        replace(settings, search=True, larger="runs/a")

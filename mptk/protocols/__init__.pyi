@@ -1,16 +1,4 @@
 # What other packages import from here; each name is loaded at its first use.
-from .advice import ADVICE as ADVICE
-from .advice import CALIBRATION_STEPS as CALIBRATION_STEPS
-from .advice import SPARSITIES as SPARSITIES
-from .advice import STANDARD_ERRORS as STANDARD_ERRORS
-from .advice import TRAINED as TRAINED
-from .advice import Advice as Advice
-from .advice import Figures as Figures
-from .advice import JudgedBy as JudgedBy
-from .advice import Point as Point
-from .advice import Range as Range
-from .advice import Recovery as Recovery
-from .advice import sort_distinct as sort_distinct
 from .chain import Chosen as Chosen
 from .chain import Compiled as Compiled
 from .chain import Method as Method

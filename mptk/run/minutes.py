@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
@@ -184,7 +183,9 @@ def explain_too_short(least: Settings, needs: Estimate) -> str:
     total, longest = sum(needs.seconds.values()), max(needs.seconds, key=lambda stage: needs.seconds[stage])
     less = "fewer --steps" if least.steps else "fewer --samples"
     less = "a one-shot --method, as wanda" if should_learn_masks(least) else less
-    shorter = ChainMap(SHORTER, *(stage.shorter for stage in list_stages()))
+    shorter = dict(SHORTER)
+    for stage in list_stages():
+        shorter |= stage.shorter
     return (
         f"--minutes {least.minutes:g} is too short: {describe_numbers(least)} take about {describe_duration(total)}, "
         "of which "

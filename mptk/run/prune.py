@@ -92,7 +92,7 @@ def run_prune(model: Start, run: Run) -> Result:
         for stage in list_stages():
             prepared, rows = stage.divide(prepared, sets, run)
             run = replace(run, rows={**run.rows, **rows})
-        run = start_processes(run)  # after a search, which runs in one process
+        run = start_processes(run)  # features divide the budget in one process
         base = take_larger(prepared)
         chosen, checked = choose_units(model, base, sets, run)
         chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)

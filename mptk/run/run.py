@@ -30,6 +30,7 @@ from mptk.protocols import (
     Origin,
     Rows,
     RunFolder,
+    Stage,
     build_executor,
     check_unfinished,
     find_device,
@@ -135,13 +136,12 @@ def open_run(
     inputs: Inputs,
     context: Context,
     *,
-    advises: tuple[int, int] | None = None,
+    instead: Stage | None = None,
     trains: bool = True,
 ) -> Iterator[Run]:
     """A run whose output is locked and whose settings are complete and checked, for one result or measurement.
 
-    ``advises``: cuts that are only measured, and texts to measure them on. ``trains``: whether the settings' steps are
-    run.
+    ``instead``: what it does if it makes no cut. ``trains``: whether the settings' steps are run.
 
     Raises:
         MptkError: there is no such device; the output cannot be replaced, is an input of the run, or is locked by
@@ -156,8 +156,8 @@ def open_run(
         settings = fill_in(asked, recovers, plan)
         check_settings(settings, plan, inputs.texts)
         estimator = read_estimator_of(model, asked.trust)
-        if estimator is not None and advises is not None:
-            estimator = replace(estimator, cuts=advises[0], texts=advises[1])
+        if estimator is not None:
+            estimator = replace(estimator, instead=instead)
         if trains:  # the first process decides: rates that others measure would give them other numbers
             unfinished = read_kept_settings(out) if asked.resume and is_leader() else {}
             settings = run_once(

@@ -13,9 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mptk.files.outputs import PAGE_MARK
 from mptk.ir import Analysis
 from mptk.plain import escape_text
-from mptk.protocols import Advice, Row, make_report_error
+from mptk.protocols import Row, make_report_error
 from mptk.report import sections
-from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, build_advice_view, list_commands
 from mptk.report.analysis import build_analysis_view
 from mptk.report.page import charts
 from mptk.report.page.coupling import choose_layer, draw_coupling_chart
@@ -146,25 +145,6 @@ def render_analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> s
     drawn = Section(title, [Table("lll", ["weight", "shape", "families in each dimension"], layer.rows)])
     figures = {title: [Figure("", draw_coupling_chart(layer), caption, wide=True)]}
     return fill_template([Chapter(View([drawn, *view.sections], view.title), figures)])
-
-
-def render_advice_page(found: Advice) -> str:
-    """One page about an advice."""
-    # Some charts need what not every advice has: logits for the agreement, more layers than one.
-    view = build_advice_view(found)
-    bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
-    bars += "" if found.recovery is None else " Shaded: after training."
-    same = charts.draw_agreement_chart(found)
-    drawn = {
-        SAFE: [Figure("", charts.draw_change_chart(found), bars)],
-        CUTS: [] if same is None else [Figure("", same)],
-        BY_FAMILY: [Figure("", charts.draw_families_chart(found))],
-        SENSITIVE: [Figure(name, charts.draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
-    }
-    said = list_commands(found)
-    best = [Section("The command", said)] if said else []
-    first, *others = view.sections
-    return fill_template([Chapter(View([first, *best, *others], view.title), drawn)])
 
 
 def fill_template(chapters: Sequence[Chapter]) -> str:

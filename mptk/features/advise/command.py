@@ -1,4 +1,4 @@
-"""advise: the command that measures cuts and makes none."""
+"""command: ``mptk advise``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mptk.cli.options import (
     refuse_idle,
 )
 from mptk.config import Asked, Settings
+from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
 from mptk.files import write_text
-from mptk.protocols import ADVICE, CALIBRATION_STEPS, SPARSITIES
 
 
 @register_command(
@@ -63,8 +63,8 @@ def show_advice(
     Consumers are fitted, and nothing is written. Only --calibrate trains. Prints the command of the recommended cut,
     and with --calibrate the command of the cut recommended with training.
     """
-    from mptk.api.advice import advise as measure
-    from mptk.report.advice import build_advice_view, list_commands
+    from mptk.features.advise.api import advise as measure
+    from mptk.features.advise.view import build_advice_view, list_commands
 
     # Words that are wrong, and options that would do nothing, are refused before the model is read.
     cuts = [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
@@ -75,7 +75,7 @@ def show_advice(
     with show_stages(err) as progress:
         found = measure(model, settings, sparsities=cuts, tolerance=most, calibrate=calibrate, progress=progress)
     if html is not None:
-        from mptk.report.page.render import render_advice_page
+        from mptk.features.advise.page import render_advice_page
 
         write_text(html, render_advice_page(found))
     show_result(json_file, found.to_json(), build_advice_view(found))

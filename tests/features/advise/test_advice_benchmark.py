@@ -14,9 +14,9 @@ from inside import Inside
 from benchmarks.advice import SHARE, Compared, Study, fill, split
 from benchmarks.quality import rows_in
 from benchmarks.quality_text import PIECE
-from mptk.protocols.advice import Advice, Figures, Point, Recovery
+from mptk.features.advise.advice import Advice, Figures, Point, Recovery
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def texts(path: Path) -> list[str]:

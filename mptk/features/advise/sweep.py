@@ -1,4 +1,4 @@
-"""advice: measure cuts of several sizes on several texts, fitted but not trained, before any is made.
+"""sweep: measure cuts of several sizes on several texts, fitted but not trained, before any is made.
 
 Units are scored once, and second moments are gathered once (``trials``). Each cut then costs one pass over the measured
 windows. Cuts of one family by itself come first. If the default division has several families, their curves predict
@@ -23,23 +23,15 @@ from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.cost.latency import interpolate
 from mptk.errors import MptkError
+from mptk.features.advise.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, sort_distinct
 from mptk.ir import Program, Samples
+from mptk.methods import find_method
 from mptk.methods.division.budget import list_cuttable
 from mptk.methods.division.layers import measure_curves
 from mptk.methods.division.trials import Trials, report_part
 from mptk.methods.maskprune import learner
-from mptk.protocols import (
-    TRAINED,
-    Advice,
-    Context,
-    Figures,
-    JudgedBy,
-    Point,
-    Prepared,
-    Recovery,
-    SampleSets,
-    sort_distinct,
-)
+from mptk.methods.one_shot import CHOOSE_WIDTHS
+from mptk.protocols import Context, Prepared, SampleSets, Stage
 from mptk.report.view import format_count
 from passes.targets.legalize import Candidate, choose_candidates, describe_widths, find_candidates, find_finest_families
 from passes.targets.width_choices import keep_complete_families
@@ -129,22 +121,29 @@ def to_train(found: Advice) -> list[Point]:
     return list(sort_distinct([*unsafe[:1], found.division[-1]]))
 
 
-def estimate_advice(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> dict[str, Pass]:
-    """The cost of measuring ``cuts`` on ``texts``: each is a pass over the measured windows, and a fit."""
-    s, rows = settings, settings.eval_windows * texts
-    return {
-        "moments": Pass(s.windows * s.length, s.length),
-        "cuts": Pass((1 + cuts) * rows * s.length, s.length, flops=cuts * sizes.fit),
-        "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
-        **({"recover": learner.estimate_training(s, sizes, 1.0)["train"].repeat(TRAINED)} if s.steps else {}),
-    }
+@dataclass(frozen=True)
+class Measuring(Stage):
+    """What an advice does in place of a cut: it measures ``cuts`` cuts on ``texts`` texts."""
 
+    cuts: int
+    texts: int
 
-def describe_advice_size(settings: Settings) -> str:
-    """The numbers of an advice in words."""
-    s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
-    trains = f" and {TRAINED} trainings of {format_count(s.steps, 'step')} on {tokens:,} tokens" if s.steps else ""
-    return f"{format_count(s.windows, 'calibration window')}{trains}"
+    def describe_numbers(self, settings: Settings) -> list[str]:
+        s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
+        trains = [f"{TRAINED} trainings of {format_count(s.steps, 'step')} on {tokens:,} tokens"] if s.steps else []
+        return [format_count(s.windows, "calibration window"), *trains]
+
+    def estimate(self, settings: Settings, sizes: ModelSizes, kept: float) -> dict[str, Pass]:
+        # Each cut is a pass over the measured windows, and a fit.
+        s, rows = settings, settings.eval_windows * self.texts
+        scored = {name: each for name, each in find_method(s.method).work(s).items() if name != CHOOSE_WIDTHS}
+        return {
+            **scored,
+            "moments": Pass(s.windows * s.length, s.length),
+            "cuts": Pass((1 + self.cuts) * rows * s.length, s.length, flops=self.cuts * sizes.fit),
+            "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
+            **({"recover": learner.estimate_training(s, sizes, 1.0)["train"].repeat(TRAINED)} if s.steps else {}),
+        }
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What `mptk advise` measures, what it calls safe, and what the command and the page say.
 
-It reaches for mptk.protocols.advice, verdicts on made-up figures, and mptk.methods.division.advice, which cuts are trained.
+It reaches for mptk.features.advise.advice, verdicts on made-up figures, and mptk.features.advise.sweep, which cuts are trained.
 """
 
 from __future__ import annotations
@@ -8,27 +8,38 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_shapes
 import torch
 import torch.nn.functional as F
 from commands import done, refused
 from inside import Inside
+from lab import remembered
 from test_latency import times
-from toy_checkpoints import WORDS, llama_config
+from toy_checkpoints import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError
-from mptk.methods.division.advice import to_train
-from mptk.protocols.advice import Advice, Figures, Point, Range, Recovery
+from mptk.features.advise.advice import Advice, Figures, Point, Range, Recovery
+from mptk.features.advise.sweep import to_train
 
-llama, prepared_once = test_shapes.llama, test_shapes.prepared_once
 FIT, MEASURED = 8, 4
 ASKED = {"sparsities": [0.1, 0.3], "samples": FIT, "eval_windows": MEASURED, "length": 32, "align": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_once() -> Iterator[None]:
+    with remembered():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +210,10 @@ def test_the_command_says_what_is_safe_and_how_to_cut(llama: str, place: Path) -
         ({"sparsities": [0.3, 1.0]}, "sparsities must lie above 0"),
         ({"tolerance": 0.0}, "a tolerance of 0.0"),
         ({"data": torch.ones(1, 32, dtype=torch.long)}, "advice needs two or more"),
+        ({"plan": "plan.json"}, "plan says which units stay"),
+        ({"larger": "runs/a"}, "of the dense model; leave out larger"),
+        ({"layers": "0-1", "target": "graph"}, 'whose layers are alike; leave out layers="?0-1'),
+        ({"families": ("ffn.1",), "target": "graph"}, r"whose layers are alike; leave out ffn\.1"),
     ],
 )
 def test_bad_arguments_are_refused(llama: str, ids: torch.Tensor, keywords: dict[str, object], said: str) -> None:

@@ -1,4 +1,4 @@
-"""advice: the view of ``mptk advise``: which cuts are safe, and what each costs on each text."""
+"""view: what ``mptk advise`` shows: which cuts are safe, and what each costs on each text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mptk.protocols import STANDARD_ERRORS, Advice, Figures, Point, Recovery
+from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Figures, Point, Recovery
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,

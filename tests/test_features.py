@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
 import kinds
+import pytest
 import toy_checkpoints as toys
 
 from mptk.config import CoreSettings
@@ -134,20 +134,26 @@ def test_the_core_stands_by_itself(run: Run, models: dict[str, str], tmp_path: P
     done = run(models["decoder"], models["encoder"], tmp_path, code=CORE)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["bench"] and found["module"]
+    assert found["bench"]
+    assert found["module"]
     for name in ("decoder", "encoder"):
         smaller, files = found[name]
-        assert smaller and "model.safetensors" in files and any(file.endswith(".onnx") for file in files)
+        assert smaller
+        assert "model.safetensors" in files
+        assert any(file.endswith(".onnx") for file in files)
 
 
 def test_what_is_not_installed_is_said_in_one_sentence(run: Run) -> None:
     done = run("prune", "model", "--kv-heads", "1")
     assert done.returncode == 2
-    assert "No such option: --kv-heads" in done.stderr and "not installed here are the features" in done.stderr
+    assert "No such option: --kv-heads" in done.stderr
+    assert "not installed here are the features" in done.stderr
     done = run("advise", "model")
-    assert done.returncode == 2 and "not installed here are the features advise" in done.stderr.replace("\n", " ")
+    assert done.returncode == 2
+    assert "not installed here are the features advise" in done.stderr.replace("\n", " ")
     done = run("features")
-    assert done.returncode == 0 and "kv_heads" in done.stdout
+    assert done.returncode == 0
+    assert "kv_heads" in done.stdout
     done = run(code="import mptk\ntry: mptk.Settings(kv_heads=1)\nexcept TypeError: pass\nmptk.prune('x', kv_heads=1)")
     assert "there is no setting 'kv_heads'; not installed here are the features" in done.stderr
 

@@ -4,13 +4,13 @@ import json
 import zipfile
 from pathlib import Path
 
-from mptk_zipped import LabelSettings
 from transformers import AutoConfig
 
 from mptk.io import Loader
 from mptk.protocols import OpenRow, Stage
 from mptk.report.row_view import RowView
 from mptk.report.view import Name, Section
+from mptk_zipped import LabelSettings
 
 
 class ZippedLoader(Loader):

@@ -126,7 +126,7 @@ FEATURE = Feature(
             roles=(CHOOSER, DIVIDER, READER, WRITER),
         )
     ],
-    stages={"width_search": "mptk.features.width_search.stage:STAGE"},
+    stages={"width_search": "mptk.features.width_search.stage:SEARCH_STAGE"},
     rows={"search": "mptk.features.width_search.shapes:Shapes"},
     views={"search": "mptk.features.width_search.view:RankingView"},
 )

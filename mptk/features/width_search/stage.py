@@ -75,4 +75,4 @@ class SearchStage(Stage):
         return replace(fixed, candidates=tuple(find_widths(fixed))), {"search": found.to_json()}
 
 
-STAGE = SearchStage()
+SEARCH_STAGE = SearchStage()

@@ -18,7 +18,7 @@ from .api.use import generate as generate
 from .config import Settings as Settings
 from .errors import MptkError as MptkError
 from .errors import ProofError as ProofError
-from .io import fetch as fetch
+from .features.packaged.wheels import fetch as fetch
 from .io import load as load
 from .ir import FamilyPlan as FamilyPlan
 from .ir import Plan as Plan

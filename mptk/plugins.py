@@ -1,10 +1,14 @@
-"""plugins: find what other packages add, by their entry points. docs/plugins.md says how to write one."""
+"""plugins: find what features and other packages add, the latter by their entry points.
+
+docs/plugins.md says how to write a plugin.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from mptk.errors import MptkError
@@ -45,3 +49,38 @@ def find_entry(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
     if name not in known:
         raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}")
     return known[name]
+
+
+# ---- features ----
+
+# Until features are found by entry points: kind → name → object.
+_FEATURE_PARTS: Mapping[str, Mapping[str, str]] = {
+    "loaders": {
+        "packaged": "mptk.features.packaged.loader:PACKAGED",
+        "gguf": "mptk.features.gguf.loader:GGUF",
+        "quantized_checkpoints": "mptk.features.quantized_checkpoints.loader:QUANTIZED",
+        "diffusers": "mptk.features.diffusers.loader:DIFFUSERS",
+    },
+    "tasks": {
+        "denoising": "mptk.features.diffusers.task:DENOISING",
+        "autoencoding": "mptk.features.diffusers.task:AUTOENCODING",
+    },
+    "inputs": {
+        "timestep": "mptk.features.diffusers.latents:LATENTS",
+        "sample": "mptk.features.diffusers.pictures:PICTURES",
+    },
+}
+
+
+@functools.cache
+def load_parts(kind: str) -> Mapping[str, Any]:
+    """What the installed features add of a kind (``loaders``, ``tasks``, ``inputs``), by name."""
+    found = {}
+    for name, place in _FEATURE_PARTS[kind].items():
+        try:
+            found[name] = resolve_name(place)
+        except ModuleNotFoundError as error:
+            # A feature whose folder is not there is not installed. Any other module that is missing is an error.
+            if not place.replace(":", ".").startswith(f"{error.name}."):
+                raise
+    return found

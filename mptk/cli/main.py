@@ -5,7 +5,10 @@ from __future__ import annotations
 from mptk.cli import advise, models, prune, use, verify
 from mptk.cli.app import app, main
 
-__all__ = ["advise", "app", "main", "models", "prune", "use", "verify"]
+# Temporary, until features' commands are found by their entry points.
+from mptk.features.packaged import command
+
+__all__ = ["advise", "app", "command", "main", "models", "prune", "use", "verify"]
 
 PANELS = {
     "Prune a model": ("analyze", "advise", "prune", "recover", "rung", "shapes"),

@@ -60,7 +60,9 @@ _FEATURE_PARTS: Mapping[str, Mapping[str, str]] = {
         "gguf": "mptk.features.gguf.loader:GGUF",
         "quantized_checkpoints": "mptk.features.quantized_checkpoints.loader:QUANTIZED",
         "diffusers": "mptk.features.diffusers.loader:DIFFUSERS",
+        "nemotron_nas": "mptk.features.nemotron_nas.loader:NEMOTRON_NAS",
     },
+    "targets": {"nemotron-nas": "mptk.features.nemotron_nas.target:TARGET"},
     "tasks": {
         "denoising": "mptk.features.diffusers.task:DENOISING",
         "autoencoding": "mptk.features.diffusers.task:AUTOENCODING",
@@ -74,7 +76,7 @@ _FEATURE_PARTS: Mapping[str, Mapping[str, str]] = {
 
 @functools.cache
 def load_parts(kind: str) -> Mapping[str, Any]:
-    """What the installed features add of a kind (``loaders``, ``tasks``, ``inputs``), by name."""
+    """What the installed features add of a kind (``loaders``, ``targets``, ``tasks``, ``inputs``), by name."""
     found = {}
     for name, place in _FEATURE_PARTS[kind].items():
         try:

@@ -1,7 +1,6 @@
 # What other packages import from here; each name is loaded at its first use.
 from .archive import EXTRA as EXTRA
 from .archive import read_archive as read_archive
-from .auto_classes import OWN_CODE as OWN_CODE
 from .auto_classes import find_model_classes as find_model_classes
 from .auto_classes import name_class as name_class
 from .auto_classes import name_library as name_library
@@ -52,9 +51,6 @@ from .loaders import find_named_licence as find_named_licence
 from .loaders import list_other_files as list_other_files
 from .loaders import list_own_code as list_own_code
 from .loaders import name_whole_class as name_whole_class
-from .modeling_nemotron_nas import WIDTH_STEP as WIDTH_STEP
-from .modeling_nemotron_nas import DeciLMConfig as DeciLMConfig
-from .modeling_nemotron_nas import DeciLMForCausalLM as DeciLMForCausalLM
 from .models import Loaded as Loaded
 from .models import load as load
 from .remade import make_anew as make_anew

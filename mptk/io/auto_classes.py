@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import find_auto_classes
 from mptk.errors import MptkError
-from mptk.io import modeling_nemotron_nas as nas
 from mptk.io.loaders import PLAIN_CHECKPOINTS, list_loaders
 
-OWN_CODE = Path(nas.__file__)
-"""The code that mptk writes into folders. mptk reads it from here, so it runs no code of such a folder."""
-AutoConfig.register(nas.DeciLMConfig.model_type, nas.DeciLMConfig)
-AutoModelForCausalLM.register(nas.DeciLMConfig, nas.DeciLMForCausalLM)
+# Before any config is read.
+for each in list_loaders():
+    each.register_classes()
 
 # If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")

@@ -10,13 +10,14 @@ from mptk.targets.onnx import OnnxTarget
 from mptk.targets.stock import StockTarget
 
 ONNX = OnnxTarget()
-STOCK, GRAPH = StockTarget(), GraphTarget()
+STOCK_TARGET, GRAPH_TARGET = StockTarget(), GraphTarget()
 
 
 def list_targets() -> dict[str, Target]:
     """Targets of mptk, of features and of plugins (group ``mptk.targets``), by name. Each can also write ONNX."""
     # The graph holds any widths, so it is named last.
-    return with_plugins({STOCK.name: STOCK, **load_parts("targets"), GRAPH.name: GRAPH}, "mptk.targets")
+    own = {STOCK_TARGET.name: STOCK_TARGET, **load_parts("targets"), GRAPH_TARGET.name: GRAPH_TARGET}
+    return with_plugins(own, "mptk.targets")
 
 
 def find_target(name: str) -> Target:

@@ -13,8 +13,8 @@ from mptk.errors import MptkError
 from mptk.io.loaders import PLAIN_CHECKPOINTS, list_loaders
 
 # Before any config is read.
-for each in list_loaders():
-    each.register_classes()
+for loader in list_loaders():
+    loader.register_classes()
 
 # If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")

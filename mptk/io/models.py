@@ -127,7 +127,7 @@ def open_weights(model: str, resident: Resident, *, trust: Trust = NO_CODE, loca
 
 
 def _load(model: str, trust: Trust, local: bool, **options: object) -> Loaded:
-    folder = _open_folder(_locate_source(model, local=local))
+    folder = _open_folder(locate(model, local=local))
     with explain_load_errors(model):
         config = _read_config(folder, trust)
     # Before any weight is read: refuse what cannot be a model, and weights that could run code.
@@ -174,7 +174,7 @@ def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Tru
 def load_config(model: str, *, trust: Trust = NO_CODE) -> PreTrainedConfig:
     """The config of ``model`` (any spelling that :func:`load` takes), without its weights."""
     # If a file is not converted yet, what it says itself will do: converting it takes long.
-    source = _locate_source(model, weights=False)
+    source = locate(model, weights=False)
     if source.is_file() and not _locate_converted(loader := choose_loader(source), source).is_dir():
         with explain_load_errors(model):
             return loader.read_config(source, trust)
@@ -191,7 +191,7 @@ def load_tokenizer(model: str, *, trust: Trust = NO_CODE) -> PreTrainedTokenizer
     Raises:
         MptkError: the checkpoint has none.
     """
-    folder = _open_folder(_locate_source(model, weights=False))
+    folder = _open_folder(locate(model, weights=False))
     if not has_tokenizer(folder):
         raise MptkError(f"{model} has no tokenizer; copy the tokenizer files of the model it came from into {folder}")
     return _load_tokenizer(folder, model, trust)
@@ -207,13 +207,11 @@ def _read_config(folder: Path, trust: Trust) -> PreTrainedConfig:
     return choose_loader(folder).read_config(folder, trust)
 
 
-def locate(model: str, *, local: bool = False) -> Path:
-    """The file or the folder of ``model``. ``local``: download nothing."""
-    return _locate_source(model, local=local)
+def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
+    """The file or folder of ``model`` on this machine.
 
-
-def _locate_source(model: str, *, weights: bool = True, local: bool = False) -> Path:
-    """The local file or folder of ``model``. ``weights``: whether to download weights from a hub."""
+    ``weights``: whether to download weights from a hub. ``local``: download nothing.
+    """
     # In the order that ``load`` promises: a name that stands for a model, a file, a folder, the hub.
     if (naming := find_naming_loader(model)) is not None:
         if local and not naming.find_fetched(model):

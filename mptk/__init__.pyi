@@ -17,8 +17,8 @@ from .config import Settings as Settings
 from .errors import MptkError as MptkError
 from .errors import ProofError as ProofError
 from .features.advise.api import advise as advise
+from .features.packaged.wheels import fetch as fetch
 from .features.width_search.api import shapes as shapes
-from .io import fetch as fetch
 from .io import load as load
 from .ir import FamilyPlan as FamilyPlan
 from .ir import Plan as Plan

@@ -14,7 +14,6 @@ PANELS = {
     "Prune a model": ("analyze", "prune", "recover", "rung"),
     "Check the result": ("report", "verify", "eval"),
     "Use the result": ("generate", "bench", "export", "gguf", "push"),
-    "Packaged models": ("models", "fetch"),
     "Look inside mptk": ("show", "passes", "ops", "features"),
 }
 """Title → the core's commands, in the order in which ``mptk --help`` shows them. Features say where theirs stand."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mptk.config import Settings
 from mptk.errors import MptkError, take_first_line
-from mptk.io import ADDED_CONDITIONS, RANDOM_DATA, Loaded, open_pipeline
+from mptk.features.diffusers.parts import ADDED_CONDITIONS, open_pipeline
+from mptk.io import RANDOM_DATA, Loaded
 from mptk.io import data as text
 from mptk.io.text.sources import SELF
 from mptk.progress import Count
@@ -51,6 +52,9 @@ class Latents(Inputs):
         if data == RANDOM_DATA:
             return draw_latents(loaded.model, count, seed)
         return record_samples(loaded, self.make_example(loaded.model), data, count, seed, progress)
+
+
+LATENTS = Latents()
 
 
 def draw_latents(model: nn.Module, count: int, seed: int) -> Named:

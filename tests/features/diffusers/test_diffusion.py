@@ -1,6 +1,6 @@
 """Parts of diffusers pipelines: samples from the pipeline itself, and pruned folders that diffusers loads.
 
-It reaches for mptk.tasks and mptk.io.diffusion: what a pipeline gives its denoiser is seen before any command runs.
+It reaches for mptk.tasks and mptk.features.diffusers: what a pipeline gives its denoiser is seen before any command runs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import mptk
 from mptk import MptkError, ProofError
+from mptk.features.diffusers.latents import IMAGE_STEPS, record_samples
 from mptk.io.models import load
 from mptk.io.text.sources import SELF
 from mptk.ir.samples import join_outputs
 from mptk.publish.manifest import write_manifest
 from mptk.tasks import bind_task
-from mptk.tasks.inputs.latents import IMAGE_STEPS, record_samples
 
 diffusers = pytest.importorskip("diffusers")
 

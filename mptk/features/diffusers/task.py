@@ -1,4 +1,4 @@
-"""diffusion: models of diffusers: the denoiser of a pipeline (a transformer or a UNet), and its autoencoder.
+"""task: models of diffusers: the denoiser of a pipeline (a transformer or a UNet), and its autoencoder.
 
 What counts is how far they move from the dense model. No labels are needed.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.io import DiffusersConfig
+from mptk.features.diffusers.parts import DiffusersConfig
 from mptk.ir import Samples
 from mptk.tasks.model_form import ModelForm
 from mptk.tasks.numbers import Numbers

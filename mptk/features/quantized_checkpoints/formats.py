@@ -1,4 +1,4 @@
-"""quantized: a quantised transformers checkpoint, written as a float one, matrix by matrix.
+"""formats: a quantised transformers checkpoint, written as a float one, matrix by matrix.
 
 ``FORMATS`` lists the formats, by ``quant_method`` of config.json's ``quantization_config``. Only one matrix is in
 memory at a time.
@@ -23,7 +23,7 @@ from mptk.files import format_json
 from mptk.io.checkpoint import SMALL_FILES
 from mptk.io.resident import Resident, open_stored_weight
 from mptk.io.tensors import read_likes, write_weights
-from mptk.io.untrusted import CONFIG, read_object
+from mptk.io.untrusted import CONFIG, QUANTIZATION, read_object
 from mptk.ir import Lazy, Weights
 from mptk.reading import Json, shorten_text
 
@@ -289,17 +289,15 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
 """``quant_method`` → how its matrices are stored."""
 
 
-def read_quantization(folder: Path) -> dict[str, object] | None:
-    """The ``quantization_config`` of a checkpoint; None if it has none.
+def read_quantization(folder: Path) -> dict[str, object]:
+    """The ``quantization_config`` of a checkpoint.
 
     Raises:
         MptkError: its method is not one of ``FORMATS``.
     """
-    found = read_object(folder / CONFIG).get("quantization_config")
-    if found is None:
-        return None
+    found = read_object(folder / CONFIG).get(QUANTIZATION)
     method = found.get("quant_method") if isinstance(found, dict) else found
-    if not isinstance(method, str) or method not in FORMATS:
+    if not isinstance(found, dict) or not isinstance(method, str) or method not in FORMATS:
         raise MptkError(
             f"{folder} is quantised by {shorten_text(repr(method))}, and these can be read: {', '.join(FORMATS)}; "
             "give the float checkpoint that it was made of"
@@ -320,7 +318,7 @@ def write_float(folder: Path, settings: Quantization, target: Path) -> None:
     target.mkdir(parents=True)
     write_weights(target / "model.safetensors", weights)
     # Its config, as a float model's: the type moves to the newer field's name.
-    del config["quantization_config"]
+    del config[QUANTIZATION]
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / CONFIG).write_text(format_json(config, indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""diffusion: a model of diffusers as one of transformers, so that all stages open, cut, train and write it alike.
+"""parts: a model of diffusers as one of transformers, so that all stages open, cut, train and write it alike.
 
 Such a model is mostly a part of a pipeline: a folder with ``model_index.json`` and a folder for each part. A part's
 ``config.json`` names its class and holds the arguments of the constructor.
@@ -73,12 +73,12 @@ class DiffusersConfig(PreTrainedConfig):
         return self.to_dict()
 
 
-def is_diffusers(folder: Path) -> bool:
+def is_part(folder: Path) -> bool:
     """Whether a folder holds a model of diffusers."""
     return CLASS_NAME in read_object(folder / CONFIG)
 
 
-def read_config(folder: Path) -> DiffusersConfig:
+def read_part_config(folder: Path) -> DiffusersConfig:
     """The config of the model in a folder.
 
     Raises:

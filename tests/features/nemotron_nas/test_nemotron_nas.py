@@ -37,10 +37,10 @@ from transformers import (
 
 import mptk
 from mptk import MptkError, ProofError
+from mptk.features.nemotron_nas.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, compute_ffn_width
+from mptk.features.nemotron_nas.target import describe_ffn
 from mptk.files import write_json
-from mptk.io.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, compute_ffn_width
 from mptk.publish.manifest import write_manifest
-from mptk.targets.nemotron_nas import describe_ffn
 
 TARGET = "nemotron-nas"
 HOW: dict[str, Any] = {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}

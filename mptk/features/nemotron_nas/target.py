@@ -1,4 +1,4 @@
-"""nemotron-nas: a checkpoint folder of DeciLM, LLaMA's block with widths of its own in each layer.
+"""target: a checkpoint folder of DeciLM, LLaMA's block with widths of its own in each layer.
 
 vLLM, SGLang, TensorRT-LLM and mlx-lm have code for it; stock transformers runs the file ``OWN_CODE`` that the folder
 brings (``trust_remote_code``). Cut by default is what all of them read: feed-forward channels, to multiples of 256, and
@@ -19,7 +19,9 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
-from mptk.io import OWN_CODE, WIDTH_STEP, DeciLMConfig, DeciLMForCausalLM, measure_free_memory, models
+from mptk.features.nemotron_nas.loader import OWN_CODE
+from mptk.features.nemotron_nas.modeling_nemotron_nas import WIDTH_STEP, DeciLMConfig, DeciLMForCausalLM
+from mptk.io import measure_free_memory, models
 from mptk.ir import (
     LIMITS,
     NAS,
@@ -122,6 +124,9 @@ class NemotronNasTarget(StockTarget):
 
     def has_written(self, folder: Path) -> bool:
         return (folder / "config.json").is_file() and (folder / OWN_CODE.name).is_file()
+
+
+TARGET = NemotronNasTarget()
 
 
 def _is_ffn(family: Family) -> bool:

@@ -1,9 +1,10 @@
-"""base: what tasks share: a comparison with the dense model's outputs, and a loss of tokens."""
+"""base: what tasks share: comparisons with the dense model's outputs, and a loss of tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from mptk.tasks.inputs import Inputs, choose_inputs
 
 SummedFigure = Callable[[Tensor, Tensor], Tensor]
 """A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
+AutoLists = Sequence[Mapping[str, str | Sequence[str]]]
+"""Lists of transformers: model type → name of a class, or several."""
 
 
 class ModelTask(Task):
@@ -78,21 +81,37 @@ def measure_figures(
 
 
 def explain_unlisted(
-    lists: Iterable[Mapping[str, str | Sequence[str]]],
-    config: PreTrainedConfig,
-    classes: set[type[PreTrainedModel]],
-    what: str,
+    lists: AutoLists, config: PreTrainedConfig, classes: set[type[PreTrainedModel]], what: str
 ) -> str | None:
-    """None if all ``classes`` are in these lists of transformers, else that the class does not do ``what``.
-
-    ``lists``: model type → name of a class, or several.
-    """
+    """None if all ``classes`` are in these lists, else that the class does not do ``what``."""
     entries = [entry for named in lists for entry in named.values()]
     known = {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
     names = {c.__name__ for c in classes}
     if names and names <= known:
         return None
     return f"{min(names, default=type(config).__name__)} does not {what}"
+
+
+def compute_projection(features: Tensor, samples: Samples) -> Tensor:
+    """A random projection of the features, for gradients where the distance from the dense model's has no slope.
+
+    With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
+    """
+    # Signs follow from the samples, so that they do not depend on batches, processes or the order of calls.
+    seed = zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
+    signs = torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (features.float() * signs.to(features.device)).sum()
+
+
+def compute_feature_errors(features: Tensor, reference: Tensor) -> Tensor:
+    """‖f − f*‖² / ‖f*‖² of each sample."""
+    apart = (features.float() - reference.float()).flatten(1).square().sum(1)
+    return apart / reference.float().flatten(1).square().sum(1).clamp_min(1e-12)
+
+
+def sum_feature_distances(features: Tensor, reference: Tensor) -> Tensor:
+    """Σ ‖f − f*‖ / ‖f*‖ over samples."""
+    return compute_feature_errors(features, reference).sqrt().sum()
 
 
 class TokenTask(ModelTask):

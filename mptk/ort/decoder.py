@@ -81,15 +81,15 @@ class OrtDecoder:
 
     Args:
         path: a folder with the graph in it or in ``onnx``, or the file.
-        threads: threads of one operator; 0: one for each core.
         device: where it runs, if ONNX Runtime has an execution provider for it; else it runs on the CPU (``sessions``).
             On a CUDA device the cache stays there.
+        threads: threads of one operator; 0: one for each core.
 
     Raises:
         MptkError: there is no such file, ONNX Runtime refuses it, or it is not a decoder with a KV cache.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
+    def __init__(self, path: str | Path, device: torch.device = CPU, *, threads: int = 0) -> None:
         # Refuse what is not a decoder with a cache: with the reason, if it belongs to an encoder.
         file = find_onnx_file(path)
         self.session = open_file(file, device, threads)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,13 +32,12 @@ PADDED_TOKENS = 3
 
 @dataclass(frozen=True)
 class DecodingCase:
-    """A way to run a decoder; ``stage``: its name in the proof.
+    """A way to run a decoder.
 
     ``steps``: tokens of the short calls that cross each border and end the sequence. ``padded``: the side on which
     prompts of several lengths are padded; empty: all have the same length.
     """
 
-    stage: str
     steps: tuple[int, ...] = ()
     padded: str = ""
 
@@ -68,13 +66,8 @@ LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
 """Tokens of the calls after the prompt: a token behind another, several behind a cache, a token behind several."""
-CASES = (
-    DecodingCase("ONNX Runtime prefill"),
-    DecodingCase("ONNX Runtime padded left", STEPS, "left"),
-    DecodingCase("ONNX Runtime padded right", STEPS, "right"),
-    DecodingCase("ONNX Runtime decode", STEPS),
-)
-"""What the proof runs, on several short rows and on one long row."""
+PLAIN = DecodingCase(STEPS)
+"""What runs a decoder without padding."""
 SEVERAL_NEW = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
 """Tokens of one call: a kernel may change at a power of two, and an exporter may fix a small number."""
 FAR_BYTES = 1 << 26
@@ -100,16 +93,10 @@ def trace_step(dense: Dense, samples: Samples | None) -> Traced:
     return Traced(program, list(axes), axes, about={"objective": settings.objective})
 
 
-def open_decoder(file: Path, device: torch.device) -> OrtDecoder:
-    """The decoder in ONNX Runtime."""
-    return OrtDecoder(file, device=device)
-
-
 def explain_other_logits(decoder: OrtDecoder, settings: Settings) -> str | None:
-    """Why the logits are not of the positions that the settings ask for."""
-    if decoder.last_only == (settings.logits == "last"):
-        return None
-    return f"does not give the logits of {settings.logits} positions"
+    """Why the logits are not of the positions that the settings ask for; None if they are."""
+    right = decoder.last_only == (settings.logits == "last")
+    return None if right else f"does not give the logits of {settings.logits} positions"
 
 
 def decode_samples(case: DecodingCase, decoder: OrtDecoder, use: Use, samples: Samples) -> Placed:
@@ -227,9 +214,12 @@ def _place(count: int, width: int, side: str) -> Tensor:
 
 DECODER_FORM = OnnxForm(
     trace_step,
-    open_decoder,
+    OrtDecoder,
     (
-        *(Case(case.stage, partial(decode_samples, case)) for case in CASES),
+        Case("ONNX Runtime prefill", partial(decode_samples, DecodingCase())),
+        Case("ONNX Runtime padded left", partial(decode_samples, DecodingCase(STEPS, "left"))),
+        Case("ONNX Runtime padded right", partial(decode_samples, DecodingCase(STEPS, "right"))),
+        Case("ONNX Runtime decode", partial(decode_samples, PLAIN)),
         Case("ONNX Runtime sizes", decode_sizes),
     ),
     compare_logits,
@@ -237,7 +227,4 @@ DECODER_FORM = OnnxForm(
     explain_unfit=explain_other_logits,
     described={GENAI_FILE: write_genai_config},
 )
-"""``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache.
-
-The last case runs ``draw_size_cases``, and a cache as long as the model has positions.
-"""
+"""``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""

@@ -26,15 +26,16 @@ from mptk.io import Runs
 from mptk.ir import Samples, join_outputs
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import Progress, step
-from mptk.protocols import PROOF_SHAPE, Dense, OnnxForm, SampleSets, Traced
+from mptk.protocols import PROOF_SHAPE, Dense, SampleSets, Traced
 from mptk.reading import Json
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import PIXELS
 from mptk.tasks.inputs.captioned import Captioned
 from mptk.tasks.inputs.images import SHAPES
+from mptk.tasks.model_form import MODEL_FORM
 from mptk.tasks.numbers import Numbers
 from mptk.tasks.onnx_export import is_same_output
-from mptk.tasks.onnx_proof import compare_features, draw_batches, list_whole_cases
+from mptk.tasks.onnx_proof import list_whole_cases
 from mptk.tasks.padding import IDS, MASK, describe_padding, pad_by_metadata
 from passes.frontend.trace import Flat, trace_to_program
 
@@ -170,14 +171,12 @@ def open_sizes(inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 TEXT_AXES = ("text_batch_size", "sequence_length")
-FORM = OnnxForm(
-    trace_pairs,
-    OrtGraph,
-    list_whole_cases(compute_embeddings),
-    compare_features,
-    OUTPUTS,
+FORM = replace(
+    MODEL_FORM,
+    trace=trace_pairs,
+    cases=list_whole_cases(compute_embeddings),
+    outputs=OUTPUTS,
     axes={IDS: TEXT_AXES, MASK: TEXT_AXES, PIXELS: ("image_batch_size", "num_channels", "height", "width")},
     other_axes=("image_batch_size",),
-    draw=draw_batches,
 )
 DUAL_ENCODER = DualEncoder("dual-encoder", "dual encoder", (), "embeddings of texts and images", FORM)

@@ -13,18 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mptk.io import Runs
-from mptk.ir import Samples
 from mptk.progress import Progress
 from mptk.protocols import SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import (
-    ComparedTask,
-    compute_feature_errors,
-    compute_projection,
-    explain_unlisted,
-    measure_figures,
-    sum_feature_distances,
-)
+from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures, sum_output_distances
 from mptk.tasks.model_form import FEATURES, MODEL_FORM
 from mptk.tasks.onnx_proof import draw_scaled_batches
 
@@ -42,16 +34,8 @@ class Encoder(ComparedTask):
             return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
         return explain_unlisted((MODEL_MAPPING_NAMES,), config, classes, "give features")
 
-    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
-        """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's features (``targets``)."""
-        assert samples.targets is not None
-        return compute_feature_errors(output, samples.targets).sum()
-
-    def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        return compute_projection(output, samples)
-
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
-        samples, figures = sets.evaluation, {"cosine": _sum_cosines, "distance": sum_feature_distances}
+        samples, figures = sets.evaluation, {"cosine": _sum_cosines, "distance": sum_output_distances}
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "
             "with the dense model's; distance: of all features, relative to their norm"

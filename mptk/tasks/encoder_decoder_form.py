@@ -20,7 +20,7 @@ from mptk.errors import MptkError
 from mptk.ir import Samples
 from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
 from mptk.protocols import PROOF_SHAPE, Case, Dense, OnnxForm, Part, Traced, Use
-from mptk.tasks.decoder_form import CASES
+from mptk.tasks.decoder_form import PLAIN
 from mptk.tasks.inputs import INPUT_KINDS, choose_inputs
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import make_example_ids
@@ -137,7 +137,7 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
 def run_steps(graphs: OrtEncoderDecoder, use: Use, samples: Samples) -> Tensor:
     """The logits of the text in several calls."""
     ids = samples.inputs[DECODER_IDS]
-    prompts, calls = CASES[-1].split_calls(len(ids), ids.shape[1], use.crossed)
+    prompts, calls = PLAIN.split_calls(len(ids), ids.shape[1], use.crossed)
     return graphs(with_mask(samples.inputs), [prompts[0], *calls])
 
 
@@ -146,21 +146,21 @@ def draw_lengths(samples: Samples, seed: str, longer: bool) -> Iterable[Samples]
     return (draw_texts if longer and IDS in samples.inputs else draw_row_counts)(samples, seed)
 
 
-PLAIN, PADDED = list_whole_cases(OrtEncoderDecoder.__call__, keep_output)
+WHOLE, PADDED = list_whole_cases(OrtEncoderDecoder.__call__, keep_output)
 ENCODER_DECODER_FORM = OnnxForm(
     trace_both,
     OrtEncoderDecoder,
-    (PLAIN, Case("ONNX Runtime steps", run_steps), PADDED),
+    (WHOLE, Case("ONNX Runtime steps", run_steps), PADDED),
     compare_logits,
-    (LOGITS,),
-    DECODER_AXES,
-    TEXT_AXES,
-    (
+    outputs=(LOGITS,),
+    axes=DECODER_AXES,
+    other_axes=TEXT_AXES,
+    parts=(
         Part(ENCODER_FILE, {name: name for name in (IDS, MASK, TYPES, *INPUT_KINDS)}, (HIDDEN,)),
         Part(MERGED_FILE, DECODER_NAMES),
     ),
-    (HIDDEN,),
-    draw_lengths,
+    between=(HIDDEN,),
+    draw=draw_lengths,
     float_only="an encoder-decoder",
 )
 """``encoder_model.onnx``, and ``decoder_model_merged.onnx`` with both its caches."""

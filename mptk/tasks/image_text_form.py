@@ -22,15 +22,13 @@ from mptk.errors import MptkError
 from mptk.ir import Program, Samples
 from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
 from mptk.progress import step
-from mptk.protocols import Case, Dense, OnnxForm, Part, Traced, Use
+from mptk.protocols import Case, Dense, Part, Traced, Use
 from mptk.staged.staged import Executor
-from mptk.tasks.decoder_form import DECODER_FORM, explain_other_logits, open_decoder
+from mptk.tasks.decoder_form import DECODER_FORM
 from mptk.tasks.inputs.base import PIXELS, POSITIONS
 from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, AnyImages, arrange_inputs, make_grid_function
 from mptk.tasks.inputs.image_text import ImagesWithText, find_image_token
-from mptk.tasks.model_form import LOGITS
 from mptk.tasks.onnx_export import is_same_output
-from mptk.tasks.onnx_proof import compare_logits
 from mptk.tasks.padding import IDS, MASK
 from passes.frontend.trace_decoder import (
     CacheLayerShape,
@@ -222,24 +220,22 @@ def add_images(case: Case, tiles: int = 1) -> Case:
 
 
 *TEXTS, SIZES = DECODER_FORM.cases
-IMAGE_TEXT_FORM = OnnxForm(
-    trace_pictured,
-    open_decoder,
-    (
+IMAGE_TEXT_FORM = replace(
+    DECODER_FORM,
+    trace=trace_pictured,
+    cases=(
         *map(add_images, TEXTS),
         add_images(SIZES, TILES),
         # Images of another size run only if the vision encoder takes them: its trace may hold one size.
         replace(add_images(TEXTS[-1]), stage="ONNX Runtime", takes=can_encode_images),
     ),
-    compare_logits,
-    (LOGITS,),
     parts=(
         Part(VISION_FILE, {name: name for name in (PIXELS, GRIDS)}, (IMAGE_FEATURES,)),
         Part(EMBEDDING_FILE, {IDS: IDS}, (EMBEDDINGS,)),
         Part(MERGED_FILE, {MERGED: EMBEDDINGS, MASK: MASK, POSITIONS: POSITIONS}),
     ),
     between=(IMAGE_FEATURES, EMBEDDINGS, MERGED),
-    explain_unfit=explain_other_logits,
     float_only="a vision-language model",
+    described={},
 )
 """``vision_encoder.onnx``, ``embed_tokens.onnx``, and ``decoder_model_merged.onnx`` with its KV cache."""

@@ -15,13 +15,7 @@ from mptk.protocols import PROOF_SHAPE, Dense, OnnxForm, Traced
 from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.base import PIXELS
 from mptk.tasks.onnx_export import trace_named
-from mptk.tasks.onnx_proof import (
-    compare_features,
-    compare_logits,
-    draw_batches,
-    draw_scaled_batches,
-    list_whole_cases,
-)
+from mptk.tasks.onnx_proof import compare_features, compare_logits, draw_batches, draw_scaled_batches, list_whole_cases
 from mptk.tasks.padding import IDS, Unpadded, has_token_ids, remove_padding
 from passes.frontend.trace import Flat
 from passes.targets.onnx.emit import TOKEN_AXES

@@ -18,14 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.config import IN_MEMORY, INPUTS, Settings
 from mptk.errors import MptkError, find_exhaustion, take_first_line
 from mptk.io import Loaded, Runs, load_tensors
-from mptk.ir import Samples, join_outputs, separate
+from mptk.ir import Samples, separate
 from mptk.progress import Count, Progress
 from mptk.protocols import Dense, OnnxForm, SampleSets, Task, Traced, draw_nothing
 from mptk.reading import Json
-from mptk.tasks.base import compute_feature_errors, compute_projection, measure_figures
+from mptk.tasks.base import Outputs, compute_output_errors, compute_projection, measure_figures, sum_output_distances
 from mptk.tasks.inputs.base import order_samples
 from mptk.tasks.model_form import AXES, MODEL_FORM
-from mptk.tasks.numbers import Outputs, sum_output_distances
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import list_forward_arguments
 from passes.targets.onnx.emit import TOKEN_AXES
@@ -96,10 +95,10 @@ class Module(Task):
     def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense module's outputs (``targets``) in one row."""
         assert samples.targets is not None
-        return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
+        return compute_output_errors(output, samples.targets).sum()
 
     def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
-        return compute_projection(join_outputs(output), samples)
+        return compute_projection(output, samples)
 
     def count_predictions(self, samples: Samples) -> int:
         return len(samples)

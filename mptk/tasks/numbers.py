@@ -5,7 +5,7 @@ What counts is how far they move from the dense model's. One more task is one mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,24 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from mptk.io import Runs
-from mptk.ir import Samples, join_outputs
 from mptk.progress import Progress
 from mptk.protocols import OnnxForm, SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import (
-    AutoLists,
-    ComparedTask,
-    compute_feature_errors,
-    compute_projection,
-    explain_unlisted,
-    measure_figures,
-    sum_feature_distances,
-)
+from mptk.tasks.base import AutoLists, ComparedTask, explain_unlisted, measure_figures, sum_output_distances
 from mptk.tasks.model_form import LOGITS, MODEL_FORM, trace_model
 from mptk.tasks.onnx_proof import compare_logits, list_whole_cases
 from mptk.tasks.padding import IDS
-
-Outputs = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,14 +40,6 @@ class Numbers(ComparedTask):
             return None
         return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
 
-    def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
-        """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's numbers (``targets``)."""
-        assert samples.targets is not None
-        return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
-
-    def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
-        return compute_projection(join_outputs(output), samples)
-
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
@@ -66,11 +47,6 @@ class Numbers(ComparedTask):
             "relative to their norm"
         )
         return measure_figures(runs, samples.split(1), {"distance": sum_output_distances}, progress, protocol)
-
-
-def sum_output_distances(output: Outputs, reference: Outputs) -> Tensor:
-    """Σ ‖f − f*‖ / ‖f*‖ over samples, of all outputs."""
-    return sum_feature_distances(join_outputs(output), join_outputs(reference))
 
 
 def keep_tokens(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

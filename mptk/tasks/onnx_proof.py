@@ -21,23 +21,9 @@ from mptk.ir import Program, Samples, is_tokens, join_outputs
 from mptk.ort.sessions import OrtGraph
 from mptk.protocols import Case, Checks, Further, OnnxForm, Use
 from mptk.tasks.inputs.base import PIXELS
-from mptk.tasks.padding import (
-    PADDING_KEY,
-    Unpadded,
-    has_token_ids,
-    pad_by_metadata,
-    remove_padding,
-    with_mask,
-)
+from mptk.tasks.padding import PADDING_KEY, Unpadded, has_token_ids, pad_by_metadata, remove_padding, with_mask
 from passes.targets.onnx.check_quantized import DIVERGENCES, compute_token_divergence
-from passes.verify import (
-    HALF_TOLERANCE,
-    RUNTIME_TOLERANCE,
-    Difference,
-    Placed,
-    StageOutputs,
-    split_outputs,
-)
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs, split_outputs
 
 
 def list_form_stages(form: OnnxForm, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:

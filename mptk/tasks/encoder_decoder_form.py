@@ -21,8 +21,8 @@ from mptk.ir import Samples
 from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
 from mptk.protocols import PROOF_SHAPE, Case, Dense, OnnxForm, Part, Traced, Use
 from mptk.tasks.decoder_form import PLAIN
-from mptk.tasks.inputs import INPUT_KINDS, choose_inputs
-from mptk.tasks.inputs.base import Named
+from mptk.tasks.inputs import choose_inputs
+from mptk.tasks.inputs.base import PIXELS, Named
 from mptk.tasks.inputs.text import make_example_ids
 from mptk.tasks.model_form import LOGITS
 from mptk.tasks.onnx_export import is_same_output, trace_named
@@ -38,6 +38,8 @@ from passes.frontend.trace_decoder import (
 )
 from passes.targets.onnx.names import CACHE, Axes
 
+ENCODER_INPUTS = (IDS, MASK, TYPES, PIXELS, "input_features", "input_values")
+"""Of text, images and sound."""
 TEXT_AXES: Axes = ("batch_size", "encoder_sequence_length")
 DECODER_AXES: dict[str, Axes] = {
     "input_features": ("batch_size", "feature_size", "encoder_sequence_length"),
@@ -156,7 +158,7 @@ ENCODER_DECODER_FORM = OnnxForm(
     axes=DECODER_AXES,
     other_axes=TEXT_AXES,
     parts=(
-        Part(ENCODER_FILE, {name: name for name in (IDS, MASK, TYPES, *INPUT_KINDS)}, (HIDDEN,)),
+        Part(ENCODER_FILE, {name: name for name in ENCODER_INPUTS}, (HIDDEN,)),
         Part(MERGED_FILE, DECODER_NAMES),
     ),
     between=(HIDDEN,),

@@ -18,9 +18,13 @@ from .execution import build_executor as build_executor
 from .execution import find_device as find_device
 from .execution import find_session_device as find_session_device
 from .execution import measure_device_memory as measure_device_memory
+from .onnx_form import Case as Case
 from .onnx_form import Dense as Dense
 from .onnx_form import OnnxForm as OnnxForm
+from .onnx_form import Part as Part
+from .onnx_form import Traced as Traced
 from .onnx_form import Use as Use
+from .onnx_form import draw_nothing as draw_nothing
 from .origin import Origin as Origin
 from .origin import check_dense as check_dense
 from .origin import check_given_tokenizer as check_given_tokenizer

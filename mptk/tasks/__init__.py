@@ -1,6 +1,6 @@
 """tasks: kinds of models, and how to load a model as one of them. One file a task.
 
-A file also has the task's ONNX form, or ``NAME_form.py`` does. ``exporting`` has what the forms share.
+A file also has the task's ONNX form, or ``NAME_form.py`` does: data that ``onnx_export`` and ``onnx_proof`` read.
 """
 
 from __future__ import annotations

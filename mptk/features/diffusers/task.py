@@ -6,7 +6,7 @@ What counts is how far they move from the dense model. No labels are needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.features.diffusers.parts import DiffusersConfig
 from mptk.ir import Samples
-from mptk.tasks.model_form import ModelForm
+from mptk.tasks.model_form import MODEL_FORM
 from mptk.tasks.numbers import Numbers
 from passes.frontend.trace import Flat, unwrap_module
 
@@ -96,12 +96,12 @@ DENOISING = Diffusion(
     "denoiser of diffusers",
     (),
     "the predicted noise, over the schedule's timesteps,",
-    ModelForm(OUT_SAMPLE),
+    replace(MODEL_FORM, outputs=(OUT_SAMPLE,)),
 )
 AUTOENCODING = Autoencoding(
     "autoencoding",
     "autoencoder of diffusers",
     (),
     "the decoded images and their latents",
-    ModelForm(OUT_SAMPLE, ("latent_parameters",)),
+    replace(MODEL_FORM, outputs=(OUT_SAMPLE, "latent_parameters")),
 )

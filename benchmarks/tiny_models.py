@@ -31,9 +31,9 @@ from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import FEATURES, FIRST_PLAIN_TOKEN, IMAGE_TOKENS, LABELS, STAGED_IMAGE, VOCAB
 from benchmarks.tiny_weights import calibrate, randomise, revived
 from benchmarks.tiny_wrappers import PAIRED, PICTURED, wrapper_of
-from mptk.tasks.dual_encoder import has_embeddings
-from mptk.tasks.inputs.captioned import Captioned, put_end_token
-from mptk.tasks.inputs.image_text import with_images
+from mptk.features.dual_encoder.captioned import Captioned, put_end_token
+from mptk.features.dual_encoder.task import has_embeddings
+from mptk.features.image_text.inputs import with_images
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),

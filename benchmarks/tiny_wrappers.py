@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mptk.features.dual_encoder.task import EMBEDS, has_embeddings
+from mptk.features.image_text.task import ImageText
 from mptk.ir import Samples, join_outputs
-from mptk.tasks.dual_encoder import EMBEDS, has_embeddings
-from mptk.tasks.image_text import ImageText
 
 PICTURED, PAIRED = "image-text-to-text", "zero-shot-image-classification"
 FOUND: dict[str, list[tuple[str, ...]]] = {

@@ -40,6 +40,7 @@ import mptk
 from mptk import MptkError, Plan, Report
 from mptk.config.recipe import read_recipe
 from mptk.errors import find_exhaustion
+from mptk.features.kinds.audio import read_sound
 from mptk.io import models
 from mptk.io.archive import read_archive
 from mptk.io.text.files import read_file_documents
@@ -51,7 +52,6 @@ from mptk.report import sections as views
 from mptk.report.runs import read_bench, read_run
 from mptk.run.prune import read_choice_facts
 from mptk.targets.archive import write_archive
-from mptk.tasks.inputs.audio import read_sound
 from mptk.tasks.inputs.images import open_image
 from tests.damage import mutated
 

@@ -27,17 +27,17 @@ from mptk import MptkError, Samples
 from mptk.api import graphs as api
 from mptk.compile.trace import has_same_sizes, trace_loaded
 from mptk.config.learning import Learning, Training
+from mptk.features.encoder_decoder.task import mask_after_end
+from mptk.features.kinds.classifier import Classifier
+from mptk.features.kinds.masked_lm import FIRST, STRIDE, MaskedLM, mask_tokens
 from mptk.io.models import Loaded, load
 from mptk.ir.samples import IGNORED
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import bind_task
-from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TEXT_LENGTH
-from mptk.tasks.masked_lm import FIRST, STRIDE, MaskedLM, mask_tokens
-from mptk.tasks.seq2seq import mask_after_end
 
 Pruned = Callable[[str], Path]
 TAGS = {

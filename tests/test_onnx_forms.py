@@ -190,7 +190,7 @@ def test_keys_of_what_the_encoder_gave_are_made_only_of_what_the_cache_lacks(
 
 
 def test_a_model_whose_caches_change_its_logits_gets_no_onnx(folders: Path, tmp_path: Path, inside: Inside) -> None:
-    inside.gives("mptk.tasks.encoder_decoder_form.is_same_output", False)
+    inside.gives("mptk.features.encoder_decoder.form.is_same_output", False)
     settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="random", **SETTINGS)
     report = mptk.prune(str(folders / "encoder-decoder"), tmp_path / "out", settings).report
     assert any("no ONNX" in note and "with its own cache computes other logits" in note for note in report.notes)

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from mptk import MptkError
+from mptk.features.image_text.image_forms import AnyImages
 from mptk.ir.program import count_parameters
-from mptk.tasks.inputs.image_forms import AnyImages
 from passes.frontend.trace import trace_to_program
 
 X = torch.randn(2, 5, 6)

@@ -33,7 +33,7 @@ from mptk.files.outputs import TABLE_MARK
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mptk.ort.generation import PromptImages, TextGenerator
+    from mptk.ort.generation import PromptImages, Sampling, TextGenerator
 
 PLOTS = (".png", ".svg", ".pdf")
 EVAL = "mptk-eval/1"
@@ -113,27 +113,44 @@ def generate_text(
         ),
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(help="An image before the prompt (vision-language models); repeat it for several.", exists=True),
-    ] = None,
     seed: Annotated[int, make_number_option("Seed of the sampling.", *SEED)] = 0,
 ) -> None:
     """Generate text in ONNX Runtime. It streams the answer to one prompt; several prompts run as one batch."""
-    from mptk.ort.generation import Sampling, TextGenerator, fit_prompts
-    from mptk.protocols import find_session_device
+    from mptk.ort.generation import Sampling, encode_prompts, fit_prompts
 
-    # Options that would do nothing: without sampling, and with images.
+    refuse_unsampled(temperature)
+    runner = open_generator(model, settings)
+    encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
+    if cut:
+        encoded, max_new_tokens = fit_prompts(runner.positions, encoded, max_new_tokens)
+    print_answers(runner, prompts, encoded, max_new_tokens, Sampling(temperature, top_k, top_p), seed)
+
+
+def refuse_unsampled(temperature: float) -> None:
+    """Refuse typed options that would do nothing, as nothing is sampled."""
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
         refuse(("top_k", "top_p", "seed"), why)
-    if image:
-        refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
-    runner = TextGenerator(model, threads=settings.threads, device=find_session_device(settings.device))
-    encoded, images = read_prompts(runner, model, prompts, image or [], chat)
-    sampling = Sampling(temperature, top_k, top_p)
-    if cut:
-        encoded, max_new_tokens = fit_prompts(runner.positions, encoded, max_new_tokens)
+
+
+def open_generator(model: str, settings: Settings) -> TextGenerator:
+    """What generates text with a folder's graphs."""
+    from mptk.ort.generation import TextGenerator
+    from mptk.protocols import find_session_device
+
+    return TextGenerator(model, threads=settings.threads, device=find_session_device(settings.device))
+
+
+def print_answers(
+    runner: TextGenerator,
+    prompts: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    images: PromptImages | None = None,
+) -> None:
+    """Print what a model writes after each prompt. ``encoded``: their token ids. ``images``: of the only prompt."""
     # One prompt streams; the rows of a batch end at different steps, so they are printed when all are done.
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed, images=images)
     if len(prompts) == 1:
@@ -149,21 +166,6 @@ def generate_text(
         f"{speed.new_tokens} new tokens, {speed.rate:.1f} tokens/s, {runner.decoder.providers[0]}",
         highlight=False,
     )
-
-
-def read_prompts(
-    runner: TextGenerator, model: str, prompts: Sequence[str], images: Sequence[Path], chat: bool
-) -> tuple[list[list[int]], PromptImages | None]:
-    """The token ids of each prompt, and the images of the only one, if there are any."""
-    from mptk.ort.generation import encode_prompts
-    from mptk.tasks.inputs.image_text import encode_image_prompt
-
-    if not images:
-        return encode_prompts(runner.tokenizer, prompts, chat=chat), None
-    if len(prompts) > 1:
-        raise MptkError("--image is for one prompt; give the others in calls of their own")
-    ids, found = encode_image_prompt(model, runner.decoder, prompts[0], images)
-    return [ids], found
 
 
 def print_stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> None:

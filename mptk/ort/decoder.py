@@ -312,7 +312,7 @@ DECODER_NAMES = {"attention_mask": "encoder_attention_mask", DECODER_IDS: "input
 
 
 class OrtEncoderDecoder(OrtGraph):
-    """The two graphs of ``mptk/tasks/encoder_decoder_form.py``: the decoder's, with the encoder's beside it.
+    """The two graphs of ``mptk/features/encoder_decoder/form.py``: the decoder's, with the encoder's beside it.
 
     Args:
         file: the decoder's graph. The encoder's is beside it and of the same scheme.

@@ -1,6 +1,7 @@
-"""tasks: kinds of models, and how to load a model as one of them. One file a task.
+"""tasks: kinds of models, and how to load a model as one of them. Features bring most kinds.
 
-A file also has the task's ONNX form, or ``NAME_form.py`` does: data that ``onnx_export`` and ``onnx_proof`` read.
+A kind's ONNX form is data that ``onnx_export`` and ``onnx_proof`` read; it stands beside the kind, or in
+``decoder_form`` and ``model_form``.
 """
 
 from __future__ import annotations
@@ -16,47 +17,21 @@ from mptk.io import Loaded, Resident, find_model_classes, load_tensors, models
 from mptk.plugins import load_parts, with_plugins
 from mptk.protocols import PROVEN_ON, OnnxForm, Report, Task
 from mptk.tasks.causal_lm import CausalLM, make_kind_error
-from mptk.tasks.classifier import CTC, SEGMENTATION, TOKEN_CLASSES, Classifier
-from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.encoder import Encoder
-from mptk.tasks.image_text import ImageText
-from mptk.tasks.masked_lm import MaskedLM
 from mptk.tasks.module import Module, make_example_samples
-from mptk.tasks.numbers import ANSWERS, DEPTH, DETECTION, FORECASTS, MASKS
-from mptk.tasks.seq2seq import Seq2Seq
 from mptk.trust import NO_CODE, Trust
 
 CAUSAL_LM = CausalLM()
-HEAD_TASKS: tuple[Task, ...] = (
-    Classifier(),
-    TOKEN_CLASSES,
-    CTC,
-    SEGMENTATION,
-    MASKS,
-    ANSWERS,
-    DETECTION,
-    DEPTH,
-    FORECASTS,
-)
-# The first task that takes a model has it, so the order counts: a vision-language model could also be taken for a
-# decoder, and a dual encoder for a bare encoder.
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        ImageText(),
-        CAUSAL_LM,
-        Seq2Seq(),
-        MaskedLM(),
-        *HEAD_TASKS,
-        DUAL_ENCODER,
-        Encoder(),
-    )
-}
+TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Encoder())}
+"""The core's tasks. Features bring all others."""
 
 
 def list_tasks() -> dict[str, Task]:
-    """mptk's, features' and plugins' tasks (group ``mptk.tasks``), by name."""
-    return with_plugins({**TASKS, **load_parts("tasks")}, "mptk.tasks")
+    """The core's, features' and plugins' tasks (group ``mptk.tasks``), by name, in the order in which they are tried."""
+    # The first task that takes a model has it, so the order counts: a vision-language model could also be taken for a
+    # decoder, and a dual encoder for a bare encoder.
+    found: dict[str, Task] = with_plugins({**TASKS, **load_parts("tasks")}, "mptk.tasks")
+    return dict(sorted(found.items(), key=lambda named: -named[1].priority))
 
 
 def open_task(model: str, resident: Resident, *, trust: Trust = NO_CODE) -> tuple[Loaded, Task]:

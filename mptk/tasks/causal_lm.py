@@ -30,6 +30,7 @@ class CausalLM(TokenTask):
 
     name = "causal-lm"
     summary = "decoder"
+    priority = 80
     caches = True
     onnx = DECODER_FORM
 

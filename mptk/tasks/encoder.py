@@ -26,6 +26,7 @@ class Encoder(ComparedTask):
 
     name = "encoder"
     summary = "bare encoder"
+    priority = 20  # it also takes the encoders of others
     onnx = replace(MODEL_FORM, outputs=(FEATURES,), draw=draw_scaled_batches)
     classes = False
 

@@ -170,7 +170,7 @@ class _BlockSearch:
 
 def _explain_unread(result: fx.Node, nodes: set[fx.Node]) -> str:
     """The reason to keep a block whose result is multiplied by 0: the class takes a layer from the list's end."""
-    # ``mptk/tasks/image_text.py`` adds 0.0 · features.sum() to the logits, so that the trace has these blocks at all.
+    # The task of images and text adds 0.0 · features.sum() to the logits, so that the trace has these blocks at all.
     sums = [user for user in result.users if user not in nodes]
     factors = [user for node in sums if name_base_op(node.target) == "sum" for user in node.users]
     zero = factors and all(name_base_op(user.target) == "mul" and 0.0 in user.args for user in factors)

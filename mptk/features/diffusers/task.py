@@ -30,6 +30,7 @@ class Diffusion(Numbers):
     """Fields as in ``Numbers``. ``main``: the input by which the kind is known."""
 
     main: str = "timestep"
+    priority = 10
     sequences = False
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:

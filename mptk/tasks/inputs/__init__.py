@@ -1,4 +1,4 @@
-"""inputs: what models read: token ids, images and videos, sound, series. transformers says which a class reads."""
+"""inputs: what models read: token ids, images and videos; features bring the rest. transformers says which they read."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from torch import nn
 
 from mptk.errors import MptkError
 from mptk.plugins import load_parts
-from mptk.tasks.inputs.audio import Audio
 from mptk.tasks.inputs.base import Inputs
 from mptk.tasks.inputs.images import Images, Videos, count_frames
-from mptk.tasks.inputs.series import Series
 from mptk.tasks.inputs.text import TextWindows
 
 INPUT_KINDS: dict[str, Inputs] = {
     "input_ids": TextWindows(),
     "pixel_values": Images(),
-    "input_features": Audio("input_features"),
-    "input_values": Audio("input_values"),
-    "past_values": Series(),
 }
 
 VIDEOS = Videos()

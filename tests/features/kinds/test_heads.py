@@ -18,13 +18,13 @@ from torch import Tensor
 
 import mptk
 from mptk import MptkError, Samples
+from mptk.features.kinds.classifier import CTC, SEGMENTATION, Classifier, sum_agreement, sum_divergence
+from mptk.features.kinds.series import read_series
 from mptk.io.models import load
 from mptk.ort.sessions import OrtGraph
 from mptk.protocols.task import Task
 from mptk.tasks import HEAD_TASKS, bind_task
-from mptk.tasks.classifier import CTC, SEGMENTATION, Classifier, sum_agreement, sum_divergence
 from mptk.tasks.inputs.images import Images
-from mptk.tasks.inputs.series import read_series
 from mptk.tasks.numbers import DEPTH, FORECASTS, MASKS
 
 CLASSES, SIDE, FRAMES, STEPS, CHANNELS = 5, 32, 4, 32, 3

@@ -37,11 +37,11 @@ from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, ProofError, Samples, Settings
 from mptk.api.graphs import export_folder
 from mptk.compat.transformers import compute_vision_inputs
+from mptk.features.image_text.form import IMAGE_TEXT_FORM
+from mptk.features.image_text.image_forms import FORMULAS, make_grid_function
 from mptk.ort.decoder import OrtDecoder
 from mptk.proof.proof import find_windows
 from mptk.publish.manifest import write_manifest
-from mptk.tasks.image_text_form import IMAGE_TEXT_FORM
-from mptk.tasks.inputs.image_forms import FORMULAS, make_grid_function
 from mptk.tasks.onnx_export import check_form
 from mptk.tasks.runtimes import build_js_config
 

@@ -33,6 +33,7 @@ from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, Samples
 from mptk.compile.trace import trace_as_example, trace_loaded
 from mptk.config import Settings
+from mptk.features.image_text.task import ImageText
 from mptk.io.models import Loaded, load
 from mptk.ir.alignment import read_alignment
 from mptk.ir.resolved_plan import resolve_plan, transfer_cut
@@ -41,7 +42,6 @@ from mptk.methods.division.selection import expand_parts
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.stock import StockTarget
 from mptk.tasks import bind_task
-from mptk.tasks.image_text import ImageText
 from mptk.tasks.inputs.chats import has_images
 from passes.analysis.group import analyze_program
 from passes.verify import TOLERANCE, compare_outputs

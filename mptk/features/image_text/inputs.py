@@ -17,6 +17,13 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from mptk.config import Settings
 from mptk.errors import MptkError, take_first_line
+from mptk.features.image_text.image_forms import (
+    GRIDS,
+    KNOWN_SIZES,
+    compute_image_positions,
+    count_image_tokens,
+    make_image_inputs,
+)
 from mptk.io import (
     RANDOM_DATA,
     ChatTemplate,
@@ -33,13 +40,6 @@ from mptk.ort.generation import PromptImages
 from mptk.progress import Count
 from mptk.tasks.inputs.base import PIXELS, POSITIONS, Inputs, Named, load_preprocessor
 from mptk.tasks.inputs.chats import Chat, has_images, read_chats
-from mptk.tasks.inputs.image_forms import (
-    GRIDS,
-    KNOWN_SIZES,
-    compute_image_positions,
-    count_image_tokens,
-    make_image_inputs,
-)
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TextWindows, count_vocabulary, make_example_ids
 from mptk.tasks.padding import IDS

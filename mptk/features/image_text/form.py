@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mptk.errors import MptkError
+from mptk.features.image_text.image_forms import GRIDS, IMAGE_SIZES, AnyImages, arrange_inputs, make_grid_function
+from mptk.features.image_text.inputs import ImagesWithText, find_image_token
 from mptk.ir import Program, Samples
 from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
 from mptk.progress import step
@@ -26,8 +28,6 @@ from mptk.protocols import Case, Dense, Part, Traced, Use
 from mptk.staged.staged import Executor
 from mptk.tasks.decoder_form import DECODER_FORM
 from mptk.tasks.inputs.base import PIXELS, POSITIONS
-from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, AnyImages, arrange_inputs, make_grid_function
-from mptk.tasks.inputs.image_text import ImagesWithText, find_image_token
 from mptk.tasks.onnx_export import is_same_output
 from mptk.tasks.padding import IDS, MASK
 from passes.frontend.trace_decoder import (

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from mptk.config import IN_MEMORY
+from mptk.features.encoder_decoder.form import ENCODER_DECODER_FORM
 from mptk.io import RANDOM_DATA, Loaded, Runs
 from mptk.ir import IGNORED, Samples
 from mptk.ort.decoder import DECODER_IDS
@@ -22,7 +23,6 @@ from mptk.progress import Progress
 from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
-from mptk.tasks.encoder_decoder_form import ENCODER_DECODER_FORM
 from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import count_vocabulary, make_example_ids
@@ -42,6 +42,7 @@ class Seq2Seq(TokenTask):
 
     name = "seq2seq"
     summary = "encoder-decoder"
+    priority = 70
     onnx = ENCODER_DECODER_FORM
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
@@ -96,3 +97,6 @@ def mask_after_end(ids: Tensor, end: int | list[int] | None) -> Tensor:
     ends = torch.isin(targets, torch.tensor([] if end is None else end, dtype=targets.dtype))
     over = ends.cumsum(1) - ends.long() > 0
     return targets.masked_fill(over, IGNORED)
+
+
+ENCODER_DECODER = Seq2Seq()

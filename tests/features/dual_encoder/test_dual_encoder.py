@@ -41,12 +41,12 @@ import mptk
 from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PAIRED
 from mptk import MptkError, Samples, Settings
+from mptk.features.dual_encoder.captioned import encode_texts
+from mptk.features.dual_encoder.task import DUAL_ENCODER
 from mptk.io.models import Loaded, load
 from mptk.progress import Count, show_nothing
 from mptk.protocols.values import SampleSets
 from mptk.tasks import bind_task
-from mptk.tasks.dual_encoder import DUAL_ENCODER
-from mptk.tasks.inputs.captioned import encode_texts
 from mptk.tasks.inputs.images import Images
 
 ASKED = {"method": "wanda", "samples": 4, "eval_windows": 6, "align": 1, "sparsity": 0.1, "tolerance": 0.1}

@@ -78,3 +78,6 @@ def read_sound(path: Path, rate: int) -> Sound:
             return sound
     except (wave.Error, EOFError, OSError, ValueError, ArithmeticError, RuntimeError) as error:
         raise MptkError(f"{path} is not a readable WAV file ({error}); {remedy}") from error
+
+
+SPECTROGRAMS, WAVES = Audio("input_features"), Audio("input_values")

@@ -56,3 +56,6 @@ def read_series(file: Path, steps: int, channels: int) -> Tensor:
     if found.shape != (steps, channels):
         raise make_error(f"it has {found.shape[0]} and {found.shape[1]}")
     return torch.from_numpy(found)
+
+
+SERIES = Series()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
+from mptk.features.dual_encoder.captioned import Captioned
 from mptk.io import Runs
 from mptk.ir import Samples, join_outputs
 from mptk.ort.sessions import OrtGraph
@@ -30,7 +31,6 @@ from mptk.protocols import PROOF_SHAPE, Dense, SampleSets, Traced
 from mptk.reading import Json
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import PIXELS
-from mptk.tasks.inputs.captioned import Captioned
 from mptk.tasks.inputs.images import SHAPES
 from mptk.tasks.model_form import MODEL_FORM
 from mptk.tasks.numbers import Numbers
@@ -51,6 +51,7 @@ FEATURE_METHODS = ("get_text_features", "get_image_features")
 class DualEncoder(Numbers):
     """Fields as in ``Numbers``."""
 
+    priority = 30  # before the bare encoder, which also takes one
     sequences = False
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:

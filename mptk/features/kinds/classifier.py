@@ -45,6 +45,7 @@ class Classifier(ComparedTask):
     dim: int = -1
     classes: bool = True
     onnx: OnnxForm = LOGITS_FORM
+    priority = 50
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
@@ -75,6 +76,7 @@ class Classifier(ComparedTask):
         return measure_figures(runs, samples.split(1), figures, progress, protocol)
 
 
+CLASSIFICATION = Classifier()
 TOKEN_CLASSES = Classifier(
     "token-classification",
     "classifier of tokens",

@@ -18,6 +18,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mptk.config import IN_MEMORY
+from mptk.features.image_text.form import IMAGE_TEXT_FORM
+from mptk.features.image_text.image_forms import (
+    KNOWN_SIZES,
+    arrange_inputs,
+    find_trace_constants,
+    hold_constants,
+    make_other_size,
+)
+from mptk.features.image_text.inputs import FILLED, ImagesWithText, find_image_token, shift_tokens, with_images
 from mptk.io import Loaded, Runs
 from mptk.ir import IGNORED, Samples, make_token_samples
 from mptk.progress import Progress
@@ -25,17 +34,8 @@ from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.causal_lm import make_kind_error
-from mptk.tasks.image_text_form import IMAGE_TEXT_FORM
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.base import EXAMPLES, PIXELS, POSITIONS, Named
-from mptk.tasks.inputs.image_forms import (
-    KNOWN_SIZES,
-    arrange_inputs,
-    find_trace_constants,
-    hold_constants,
-    make_other_size,
-)
-from mptk.tasks.inputs.image_text import FILLED, ImagesWithText, find_image_token, shift_tokens, with_images
 from mptk.tasks.inputs.text import TEXT_LENGTH, make_example_ids
 from mptk.tasks.padding import IDS, TYPES
 from passes.frontend.trace import Flat, find_cache_switch, unwrap_module
@@ -78,6 +78,7 @@ class ImageText(TokenTask):
 
     name = "image-text-to-text"
     summary = "vision-language model"
+    priority = 90  # before the decoder, which also takes one
     sequences = False
     onnx = IMAGE_TEXT_FORM
 
@@ -178,3 +179,6 @@ class ImageText(TokenTask):
             f"{self.count_predictions(samples):,} tokens predicted"
         )
         return self.compute_perplexities(runs, samples, progress, "perplexity", protocol)
+
+
+IMAGE_TEXT = ImageText()

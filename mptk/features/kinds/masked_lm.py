@@ -36,6 +36,7 @@ class MaskedLM(TokenTask):
 
     name = "masked-lm"
     summary = "masked language model"
+    priority = 60
     onnx = LOGITS_FORM
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
@@ -73,3 +74,6 @@ def mask_tokens(ids: Tensor, mask: int) -> Samples:
     """Windows of token ids, int64 [n, length], with some replaced by ``mask``; these are the targets."""
     hidden = (torch.arange(ids.shape[1], device=ids.device) % STRIDE == FIRST).expand(ids.shape)
     return Samples({"input_ids": ids.masked_fill(hidden, mask)}, ids.masked_fill(~hidden, IGNORED))
+
+
+MASKED_LM = MaskedLM()

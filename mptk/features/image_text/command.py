@@ -1,0 +1,42 @@
+"""command: the option ``--image`` of ``mptk generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mptk.cli.app import extend_command
+from mptk.cli.options import refuse
+from mptk.cli.use import open_generator, print_answers, refuse_unsampled
+from mptk.config import Settings
+from mptk.errors import MptkError
+
+
+@extend_command("generate", after="chat")
+def generate_after_images(
+    model: str,
+    prompts: list[str],
+    settings: Settings,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image before the prompt (vision-language models); repeat it for several.", exists=True),
+    ] = None,
+) -> None:
+    """Write text after a prompt with images."""
+    from mptk.features.image_text.inputs import encode_image_prompt
+    from mptk.ort.generation import Sampling
+
+    refuse_unsampled(temperature)
+    refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
+    runner = open_generator(model, settings)
+    if len(prompts) > 1:
+        raise MptkError("--image is for one prompt; give the others in calls of their own")
+    ids, images = encode_image_prompt(model, runner.decoder, prompts[0], image or [])
+    print_answers(runner, prompts, [ids], max_new_tokens, Sampling(temperature, top_k, top_p), seed, images)

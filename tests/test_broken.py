@@ -15,9 +15,8 @@ from lab import remembered
 
 import mptk
 from mptk import ProofError
-from mptk.api import graphs
-from mptk.compat import llama_cpp
-from mptk.targets.gguf.architectures import ARCHITECTURES
+from mptk.features.gguf import api, llama_cpp
+from mptk.features.gguf.architectures import ARCHITECTURES
 from tests.broken import Broken, Published, check
 from tests.broken import files as side_files
 from tests.broken import gguf as gguf_files
@@ -128,7 +127,7 @@ def test_a_fault_of_the_writer_is_noticed(
     real = getattr(library.GGUFWriter, f"add_{name}")
     monkeypatch.setattr(library.GGUFWriter, f"add_{name}", lambda self, value: real(self, change(value)))
     with pytest.raises(ProofError, match=said) as error:
-        graphs.gguf(written.place.with_name("out"), tmp_path / "out.gguf")
+        api.gguf(written.place.with_name("out"), tmp_path / "out.gguf")
     assert str(error.value).startswith("the proof fails: ")
     assert str(error.value).endswith(AGAIN)
     assert "\n" not in str(error.value)
@@ -143,7 +142,7 @@ def test_what_mptk_cannot_see_llama_cpp_does(
     pytest.importorskip("xllamacpp")
     monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], changes={}))
     with pytest.raises(ProofError, match=r"llama\.cpp computes other logits of out\.gguf than transformers"):
-        graphs.gguf(written.place.with_name("out"), tmp_path / "out.gguf", type=kind)
+        api.gguf(written.place.with_name("out"), tmp_path / "out.gguf", type=kind)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,7 +153,7 @@ def test_a_file_that_llama_cpp_does_not_read(tmp_path: Path) -> None:
 
 
 def test_without_llama_cpp_a_note_says_so(written: Published, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mptk.proof.gguf.has_llama_cpp", lambda: False)
+    monkeypatch.setattr("mptk.features.gguf.prove.has_llama_cpp", lambda: False)
     proof = mptk.verify(written.place, like=written.place.with_name("out"))
     assert [row.stage for row in proof] == ["GGUF fields", "GGUF tensors"]
     assert proof.notes == ["llama.cpp was not asked, as it is not installed; run: pip install 'mptk[llama-cpp]'"]

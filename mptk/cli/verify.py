@@ -32,11 +32,7 @@ NEW_TOKENS = 32
 
 @register_command(
     "verify",
-    examples=(
-        "verify runs/m30",
-        "verify runs/m30 --model models/dense",
-        "verify runs/m30.gguf --like runs/m30",
-    ),
+    examples=("verify runs/m30", "verify runs/m30 --model models/dense"),
 )
 def verify_folder(
     folder: Annotated[
@@ -44,25 +40,19 @@ def verify_folder(
     ],
     settings: Settings,
     model: DenseOption = None,
-    like: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For a GGUF file: the folder that it was made from.")
-    ] = None,
 ) -> None:
-    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails.
+    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
+    show_proof(folder, settings, model)
 
-    A GGUF file is compared with its folder: each field, each tensor and, if llama.cpp is installed, its logits.
-    """
+
+def show_proof(folder: Path, settings: Settings, model: str | None, like: Path | None = None) -> None:
+    """Prove a folder, or a file against the folder ``like``, and print each stage."""
     from mptk.proof import verification
     from mptk.report import sections as report
 
     with show_stages(err) as progress, enter_stage(progress, "prove"):
         progress("prove", 0, 0)
-        proof = verification.verify(
-            folder,
-            model=model,
-            like=like,
-            **collect_values(settings, "verify"),
-        )
+        proof = verification.verify(folder, model=model, like=like, **collect_values(settings, "verify"))
     out.print(report.build_proof_view([d.to_dict() for d in proof]), *proof.notes, sep="\n")
 
 

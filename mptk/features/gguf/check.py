@@ -25,13 +25,13 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mptk.config import GgufType
 from mptk.errors import ProofError, take_first_line
+from mptk.features.gguf import GgufType
+from mptk.features.gguf.architectures import ARCHITECTURES, Architecture
 from mptk.io import check_gguf
 from mptk.ir import Weights
 from mptk.reading import make_damage_error, shorten_text
 from mptk.targets.beside import MISSING
-from mptk.targets.gguf.architectures import ARCHITECTURES, Architecture
 
 DESCRIBE = (
     *("general.name", "general.author", "general.version", "general.organization", "general.finetune"),
@@ -40,7 +40,7 @@ DESCRIBE = (
     *("general.dataset.", "general.tags", "general.languages"),
 )
 """Starts of the names of fields that no program computes with."""
-READER = "GGUF."
+READER_PREFIX = "GGUF."
 """Start of the names of fields that the reader makes of the file's head."""
 FORMAT_FIELD = "GGUF.version"
 PRE = "tokenizer.ggml.pre"
@@ -90,7 +90,7 @@ class GgufFile:
         self.file = file
         try:
             reader = GGUFReader(file)
-            self.fields = {name: field for name, field in reader.fields.items() if not name.startswith(READER)}
+            self.fields = {name: field for name, field in reader.fields.items() if not name.startswith(READER_PREFIX)}
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.values = {name: field.contents() for name, field in self.fields.items()}
             self.shapes = {name: tuple(map(int, reversed(each.shape))) for name, each in self.tensors.items()}

@@ -19,10 +19,10 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from mptk.config import GgufType
 from mptk.errors import MptkError
+from mptk.features.gguf import GgufType
+from mptk.features.gguf.architectures import Architecture, shift_scale
 from mptk.ir import Weights
-from mptk.targets.gguf.architectures import Architecture, shift_scale
 
 EQUAL, RAGGED = "llama", "deci"
 """llama.cpp's architectures of LLaMA's block: with one width for all layers, and with lists of widths."""

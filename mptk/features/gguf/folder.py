@@ -15,13 +15,9 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.config import GgufType
 from mptk.errors import MptkError, take_first_line
-from mptk.files.outputs import GGUF_MARK
-from mptk.io import check_gguf, models
-from mptk.ir import Plan, Weights
-from mptk.reading import make_damage_error
-from mptk.targets.gguf.architectures import (
+from mptk.features.gguf import GgufType
+from mptk.features.gguf.architectures import (
     ARCHITECTURES,
     DIVISORS,
     FREQUENCIES,
@@ -32,9 +28,13 @@ from mptk.targets.gguf.architectures import (
     find_ignored_window,
     write_settings,
 )
-from mptk.targets.gguf.check import GgufFile, check_fields, check_tensors
-from mptk.targets.gguf.tokenizer import write_tokenizer
-from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arrange_weights
+from mptk.features.gguf.check import GgufFile, check_fields, check_tensors
+from mptk.features.gguf.tokenizer import write_tokenizer
+from mptk.features.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arrange_weights
+from mptk.files.outputs import GGUF_MARK
+from mptk.io import check_gguf, models
+from mptk.ir import Plan, Weights
+from mptk.reading import make_damage_error
 from passes.verify import Difference
 
 DROPPED = (
@@ -47,7 +47,7 @@ DROPPED = (
 )
 """Prefixes of fields that describe the pattern's own weights, and would be wrong for others."""
 TOKENS = "tokenizer.ggml.tokens"
-WRITER = "general.source.writer"
+WRITER_FIELD = "general.source.writer"
 """The field that marks a file as mptk's, which a later one may replace."""
 
 
@@ -230,7 +230,7 @@ class GgufFolder:
 
     def _describe(self, writer: GGUFWriter) -> None:
         writer.add_name(self.name)
-        writer.add_string(WRITER, GGUF_MARK)
+        writer.add_string(WRITER_FIELD, GGUF_MARK)
         if self.config is not None:
             write_settings(writer, self.config, self.base)
         if self.pattern is not None:

@@ -1,7 +1,7 @@
 """GGUF: files of llama.cpp, written from pruned folders and proven against them.
 
-``mptk gguf DIR --out FILE`` writes the file, in float or quantised. ``mptk verify FILE --like DIR`` proves it again: each
-field, each tensor and, if llama.cpp is installed, its logits and how it reads text. docs/deploy.md tells more.
+``mptk gguf DIR --out FILE`` writes the file, in float or quantised. ``mptk verify FILE --like DIR`` proves it again:
+each field, each tensor and, if llama.cpp is installed, its logits and how it reads text. docs/deploy.md tells more.
 
 ``architectures``: what llama.cpp expects of each kind of model, as data, and the fields of the config. ``tokenizer``:
 the vocabulary. ``weights``: the tensors. ``folder``: all of these together, and the dense model's file, from which they

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -134,9 +133,9 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
         return found, [*notes, f"llama.cpp's logits were not compared, which needs {needed / 1e9:.1f} GB of memory"]
     with make_scratch() as place:
         # A file of narrower matrices is copied with the folder's float32 weights under its own fields.
-        if GgufFile(file).common is not Kind.F32:
+        if (read := GgufFile(file)).common is not Kind.F32:
             copy = place.folder / file.name
-            write_floats(copy, made.weights, GGUFReader(file))
+            write_floats(copy, made.weights, read.fields)
             file = copy
         found.append(_compare_logits(made, made.config, file))
     return found, notes

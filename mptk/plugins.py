@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Any, TypeVar
@@ -110,7 +111,7 @@ def is_absent(entry: EntryPoint) -> bool:
     if entry.dist is None or entry.dist.name != OWN:
         return False
     try:
-        resolve_name(entry.module)
+        import_module(entry.module)
     except ModuleNotFoundError as error:
         return error.name is not None and f"{entry.module}.".startswith(f"{error.name}.")
     return False

@@ -10,7 +10,7 @@ import gguf
 from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from mptk.targets.gguf.architectures import permute_pairs
+from mptk.features.gguf.architectures import permute_pairs
 
 BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import mptk
 from benchmarks.common import result_header, write_result
-from mptk.api import graphs
-from mptk.targets.gguf.architectures import ARCHITECTURES
+from mptk.features.gguf import api
+from mptk.features.gguf.architectures import ARCHITECTURES
 
 HIDDEN, HEADS, VOCAB, LAYERS = 64, 4, 300, 3
 IDS = torch.randint(3, VOCAB, (24,), generator=torch.Generator().manual_seed(1))
@@ -207,7 +207,7 @@ def row(name: str, place: Path) -> dict[str, Any]:
     pruned = mptk.prune(str(save(name, place / "dense")), place / "out", settings)
     wanted, found = expected(place / "out"), {}
     for kind in ("f32", "q8_0", "q4_0"):
-        made = graphs.gguf(place / "out", place / f"{kind}.gguf", type=kind)
+        made = api.gguf(place / "out", place / f"{kind}.gguf", type=kind)
         found[kind] = float(f"{(llama_cpp(place / f'{kind}.gguf', IDS.tolist()) - wanted).abs().max():.1e}")
     cut = sorted(family for family, choice in pruned.plan.families.items() if choice.width < choice.of)
     return {"model": name, "architecture": made.weights.architecture, "cut": cut, "difference": found}

@@ -59,6 +59,7 @@ class Feature:
         inputs: what models read (``mptk.tasks.inputs.base.Inputs``), by the input's name in ``forward``.
         targets: forms in which a cut model is written (``mptk.protocols.Target``), by name.
         methods: ways to choose what is cut (``mptk.protocols.Method``), by name.
+        provers: kinds of files that ``verify`` proves against a folder (``mptk.protocols.Prover``).
         conversions: changes of a model before the cut (``mptk.protocols.Conversion``), by name.
         stages: further stages of a run (``mptk.protocols.Stage``), by name.
         rows: its rows of ``report.json``, by name: the type that a row is checked against.
@@ -76,6 +77,7 @@ class Feature:
     inputs: Mapping[str, str] = field(default_factory=dict)
     targets: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, str] = field(default_factory=dict)
+    provers: Sequence[str] = ()
     conversions: Mapping[str, str] = field(default_factory=dict)
     stages: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)

@@ -1,8 +1,10 @@
-"""Runs for the tests of pages, made of values: no model is pruned."""
+"""For the tests of pages: runs made of values, as no model is pruned, and what a page says."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from html.parser import HTMLParser
 from typing import Any
 
 from mptk import FamilyPlan, Plan, Report, Settings, reading
@@ -121,3 +123,22 @@ def timed(graph: str) -> Bench:
     return reading.make_typed(
         Bench, {"graphs": graphs, "onnxruntime": "1.32", "rounds": 3, "peaks": peaks, "rows": rows}
     )
+
+
+class Parsed(HTMLParser):
+    """Tags, attributes and texts of a page, as a browser reads them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import mptk
 from mptk import MptkError
-from mptk.api.graphs import gguf
 from mptk.api.rerun import repeat_run
+from mptk.features.gguf.api import gguf
 
 SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "align": 4, "samples": 4, "length": 24}
 SMALL |= {"eval_windows": 3, "eval_length": 24, "progress": None}

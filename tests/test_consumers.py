@@ -43,7 +43,7 @@ from transformers import (
 
 import mptk
 from mptk import Report
-from mptk.api.graphs import gguf
+from mptk.features.gguf.api import gguf
 from mptk.io.checkpoint import save_tokenizer
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import TextGenerator

@@ -39,7 +39,7 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
     assert sorted(writers) == [
-        "mptk/compat/llama_cpp.py",
+        "mptk/features/gguf/llama_cpp.py",
         "mptk/files/places.py",
         "mptk/files/replace.py",
         "mptk/reading.py",

@@ -19,7 +19,7 @@ from torch import nn
 
 import mptk
 from mptk import MptkError
-from mptk.api.graphs import gguf
+from mptk.features.gguf.api import gguf
 from mptk.publish.manifest import check_manifest, hash_weight_files, write_manifest
 from mptk.publish.push import push_files
 

@@ -16,13 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import mptk
 from mptk import MptkError
 from mptk.api import compiler as api
+from mptk.features.gguf.architectures import ARCHITECTURES
 from mptk.ir.alignment import Alignment
 from mptk.ir.consumers import CONSUMERS
 from mptk.ir.families import Analysis
 from mptk.report.analysis import build_analysis_json, list_breaking
 from mptk.report.runs import explain_uncut
 from mptk.targets import find_target
-from mptk.targets.gguf.architectures import ARCHITECTURES
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig

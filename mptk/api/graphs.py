@@ -1,4 +1,4 @@
-"""graphs: write models as ONNX and GGUF, and time ONNX graphs."""
+"""graphs: write models as ONNX, and time ONNX graphs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from mptk.api.words import wrap_public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import trace_loaded
-from mptk.config import GgufType, Settings
+from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.files import expand_path, write_result
 from mptk.files.outputs import check_apart, check_file
 from mptk.io import (
     Loaded,
@@ -41,14 +40,12 @@ from mptk.ort.decoder import find_graph, find_model_folder, find_onnx_file
 from mptk.ort.steps import find_phase_graphs
 from mptk.plain import hash_text
 from mptk.progress import Progress, enter_stage, show_nothing
-from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, prove_extras
 from mptk.protocols import Dense, OnnxForm, Use, build_executor, find_session_device
 from mptk.publish.folder import check_replaceable, publish
 from mptk.run.inputs import GivenInputs, Inputs
 from mptk.run.open import open_in_memory
 from mptk.staged.staged import EXECUTOR
-from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.onnx import describe_graphs, list_quantized
 from mptk.tasks import CAUSAL_LM, find_task_form, load_folder_inputs, open_task
 from mptk.tasks.onnx_export import check_form, cut_to_plan, export_form
@@ -66,7 +63,7 @@ from passes.targets.onnx.names import (
 )
 from passes.verify import Difference, prove
 
-__all__ = ["bench", "export", "export_folder", "find_onnx_folder", "gguf"]
+__all__ = ["bench", "export", "export_folder", "find_onnx_folder"]
 
 
 @wrap_public
@@ -184,46 +181,6 @@ def _export_module(
     program = cut_to_plan(program, dense, plan, Log())  # as the form has cut it: the reference of the proof
     stages = list_form_stages(form, folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
-
-
-@wrap_public
-def gguf(
-    folder: str | Path | Pruned,
-    out: str | Path,
-    *,
-    like: str | Path | None = None,
-    type: GgufType = "auto",
-    overwrite: bool = False,
-) -> GgufFolder:
-    """Write a pruned model as the GGUF file ``out`` for llama.cpp; returns what it holds.
-
-    Args:
-        folder: an ``out`` folder of ``prune`` or ``recover``, of the stock or the graph target; or a ``Pruned``, with
-            the weights that it has now.
-        like: the dense model's GGUF file, or the alias of a packaged one. The vocabulary comes from it, or else from
-            the folder. A folder of the graph target needs it.
-        type: the type of the matrices; auto: the type in which the folder has them.
-        overwrite: replace a file that ``gguf`` did not write, too.
-
-    Raises:
-        MptkError: ``folder`` or ``like`` cannot be read; they do not belong to one model; llama.cpp cannot compute it;
-            or ``out`` cannot be written.
-        ProofError: the file, which is read back, differs from the folder; or llama.cpp, if it can be imported, computes
-            something else of it. Nothing is written then.
-    """
-    folder = folder.place if isinstance(folder, Pruned) else folder
-    check_file(out, "GGUF", overwrite)
-    made = open_folder(folder, like, type)
-    check_apart(out, made.place, *([] if made.pattern is None else [made.pattern.file]))
-
-    # The file is read back, and run if llama.cpp is here, before it gets its name.
-    def write(file: Path) -> None:
-        differences = made.write(file)
-        proof, notes = run_llama_cpp(made, file)
-        made.proof, made.notes = [*differences, *proof], [*made.notes, *notes]
-
-    write_result(expand_path(out), write)
-    return made
 
 
 @wrap_public

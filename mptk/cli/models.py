@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,9 +13,12 @@ from rich.text import Text
 
 from mptk.cli.app import register_command, show_result
 from mptk.cli.console import err, print_text, show_stages
-from mptk.cli.options import JsonOption, ModelArgument, make_file_option
+from mptk.cli.options import JsonOption, ModelArgument
 from mptk.config import Settings
-from mptk.files import write_text
+
+if TYPE_CHECKING:
+    from mptk.ir import Analysis
+    from passes.targets.legalize import LegalWidths
 
 OPS = "mptk-ops/1"
 
@@ -73,20 +76,22 @@ def show_analysis(
     model: ModelArgument,
     settings: Settings,
     json_file: JsonOption = None,
-    html: Annotated[
-        Path | None,
-        make_file_option(
-            "Also write a page to this file that draws which matrices of a layer are cut together.", "page"
-        ),
-    ] = None,
 ) -> None:
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
+    from mptk.report.analysis import build_analysis_view
+
+    result, *_ = analyze_model(model, settings)
+    show_result(json_file, result, build_analysis_view(result))
+
+
+def analyze_model(model: str, settings: Settings) -> tuple[dict[str, object], Analysis, LegalWidths]:
+    """What ``analyze`` shows, as JSON, with the analysis and the legal widths that it is made of."""
     from mptk.api import compiler as api
     from mptk.io import models
     from mptk.ir import check_engines
     from mptk.methods.division.budget import build_alignment
     from mptk.methods.division.selection import build_part_rows, check_aligned
-    from mptk.report.analysis import build_analysis_json, build_analysis_view
+    from mptk.report.analysis import build_analysis_json
     from mptk.targets import find_target
     from mptk.tasks import match_task
     from mptk.tasks.module import make_example_samples, read_inputs
@@ -106,12 +111,8 @@ def show_analysis(
     # A task may name parts of the model (an image encoder) that stand for families.
     task = match_task(skeleton)
     parts = {} if task is None else task.name_parts(skeleton)
-    result = build_analysis_json(analysis, found, model, build_part_rows(skeleton, analysis, parts))
-    if html is not None:
-        from mptk.report.page.render import render_analysis_page
-
-        write_text(html, render_analysis_page(result, analysis, found))
-    show_result(json_file, result, build_analysis_view(result))
+    rows = build_part_rows(skeleton, analysis, parts)
+    return build_analysis_json(analysis, found, model, rows), analysis, found
 
 
 @register_command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))

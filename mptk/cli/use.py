@@ -1,10 +1,10 @@
-"""use: commands that use a model, dense or pruned: export, gguf, generate, eval, bench, push."""
+"""use: commands that use a model, dense or pruned: export, generate, eval, bench, push."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -16,7 +16,6 @@ from mptk.cli.console import err, out, print_text, show_stages
 from mptk.cli.options import (
     JsonOption,
     ModelArgument,
-    Overwrite,
     make_choice_arguments,
     make_file_option,
     make_folder_option,
@@ -25,7 +24,7 @@ from mptk.cli.options import (
     parse_names,
     refuse,
 )
-from mptk.config import SEED, Choices, GgufType, Settings
+from mptk.config import SEED, Choices, Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 PLOTS = (".png", ".svg", ".pdf")
 EVAL = "mptk-eval/1"
-GGUF_TYPES = make_choice_arguments(Choices(get_args(GgufType)))
 RUNTIMES = make_choice_arguments(Choices(("torch", "onnx")))
 
 
@@ -57,34 +55,6 @@ def export_onnx(
     with show_stages(err) as progress:
         api.export_folder(model, folder, settings, text=data, progress=progress, on_note=notes.append)
     out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
-
-
-@register_command("gguf", examples=("gguf runs/m30 --type q8_0 --out runs/m30.gguf",))
-def write_gguf(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
-    file: Annotated[Path, make_file_option("The file to write.", "GGUF", ".gguf", flag="--out")],
-    like: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")
-    ] = None,
-    type: Annotated[
-        GgufType, typer.Option(help="Type of the matrices; auto: as the folder has them.", **GGUF_TYPES)
-    ] = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a pruned model as a GGUF file for llama.cpp. Layers of a LLaMA model may differ in width."""
-    from mptk.api import graphs as api
-
-    # Widths that are equal in all layers are named once.
-    made = api.gguf(folder, file, like=like, type=type, overwrite=overwrite)
-    each = {
-        "query heads": [x.heads for x in made.layers],
-        "KV heads": [x.groups for x in made.layers],
-        "ffn": [x.ffn for x in made.layers],
-        "experts": [x.experts for x in made.layers],
-    }
-    widths = ", ".join(f"{name} {n[0] if len(set(n)) == 1 else n}" for name, n in each.items() if any(n))
-    written = f"written to {file}: {len(made.layers)} layers, {widths}"
-    out.print(written, *made.notes, sep="\n", soft_wrap=True, highlight=False)
 
 
 @register_command(

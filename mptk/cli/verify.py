@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,15 +15,16 @@ from mptk.cli.options import (
     DenseOption,
     Folder,
     JsonOption,
-    make_file_option,
     make_folder_option,
     refuse,
 )
 from mptk.config import Settings, collect_values
 from mptk.errors import MptkError
-from mptk.files import write_text
 from mptk.progress import enter_stage
 from mptk.trust import Trust
+
+if TYPE_CHECKING:
+    from mptk.report.runs import Run
 
 RERUN = "mptk-rerun/1"
 NEW_TOKENS = 32
@@ -32,11 +33,7 @@ NEW_TOKENS = 32
 
 @register_command(
     "verify",
-    examples=(
-        "verify runs/m30",
-        "verify runs/m30 --model models/dense",
-        "verify runs/m30.gguf --like runs/m30",
-    ),
+    examples=("verify runs/m30", "verify runs/m30 --model models/dense"),
 )
 def verify_folder(
     folder: Annotated[
@@ -44,25 +41,19 @@ def verify_folder(
     ],
     settings: Settings,
     model: DenseOption = None,
-    like: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For a GGUF file: the folder that it was made from.")
-    ] = None,
 ) -> None:
-    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails.
+    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
+    show_proof(folder, settings, model)
 
-    A GGUF file is compared with its folder: each field, each tensor and, if llama.cpp is installed, its logits.
-    """
+
+def show_proof(folder: Path, settings: Settings, model: str | None, like: Path | None = None) -> None:
+    """Prove a folder, or a file against the folder ``like``, and print each stage."""
     from mptk.proof import verification
     from mptk.report import sections as report
 
     with show_stages(err) as progress, enter_stage(progress, "prove"):
         progress("prove", 0, 0)
-        proof = verification.verify(
-            folder,
-            model=model,
-            like=like,
-            **collect_values(settings, "verify"),
-        )
+        proof = verification.verify(folder, model=model, like=like, **collect_values(settings, "verify"))
     out.print(report.build_proof_view([d.to_dict() for d in proof]), *proof.notes, sep="\n")
 
 
@@ -100,20 +91,12 @@ def show_rerun(
             )
 
 
-@register_command(
-    "report",
-    examples=(
-        "report runs/m30",
-        "report runs/m30 runs/w30 --html report.html",
-        'report runs/m30 --prompt "Once upon a time" --html report.html',
-    ),
-)
+@register_command("report", examples=("report runs/m30",))
 def show_report(
     folders: Annotated[
         list[Path],
         typer.Argument(help="The --out folder of `mptk prune`, or of a ladder; give several to compare them."),
     ],
-    html: Annotated[Path | None, make_file_option("Write a page with charts to this file instead.", "page")] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Show what the dense and the pruned model write after this text; repeat it for several."),
@@ -124,31 +107,35 @@ def show_report(
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
     from mptk.report import sections as report
-    from mptk.report.runs import read_runs, with_rungs
+    from mptk.report.runs import with_rungs
 
-    if model is not None and not prompt:
-        raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
-    if not prompt:
-        refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
-    folders = with_rungs(folders)  # a ladder's folder stands for its sizes
-    runs = read_runs(folders)
-    if prompt:
-        runs = [
-            replace(run, texts=generate_both(folder, prompt, model, settings.trust))
-            for folder, run in zip(folders, runs, strict=True)
-        ]
-    if html is not None:
-        from mptk.report.page.render import render_report_page
-
-        write_text(html, render_report_page(runs))
-        out.print(f"written to {html}", soft_wrap=True)
-        return
     # The first in full, then all of them side by side.
+    runs = read_asked_runs(folders, prompt, model, settings)
     first = runs[0]
     out.print(report.build_prune_view(first.report, first.bench, first.texts))
     if len(runs) > 1:
         out.print(report.build_comparison_view(runs))
-    out.print(f"files in {folders[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)
+    out.print(f"files in {with_rungs(folders)[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)
+
+
+def read_asked_runs(
+    folders: Sequence[Path], prompts: Sequence[str] | None, model: str | None, settings: Settings
+) -> list[Run]:
+    """The runs that ``report`` shows, with what their models write after the prompts."""
+    from mptk.report.runs import read_runs, with_rungs
+
+    if model is not None and not prompts:
+        raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
+    if not prompts:
+        refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
+    folders = with_rungs(folders)  # a ladder's folder stands for its sizes
+    runs = read_runs(folders)
+    if not prompts:
+        return runs
+    return [
+        replace(run, texts=generate_both(folder, prompts, model, settings.trust))
+        for folder, run in zip(folders, runs, strict=True)
+    ]
 
 
 def generate_both(folder: Path, prompts: Sequence[str], model: str | None, trust: Trust) -> dict[str, tuple[str, str]]:

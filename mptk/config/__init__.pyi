@@ -17,7 +17,6 @@ from .choices import INPUTS as INPUTS
 from .choices import MOST_SPARSITY as MOST_SPARSITY
 from .choices import SAMPLES as SAMPLES
 from .choices import UNIFORM as UNIFORM
-from .choices import GgufType as GgufType
 from .joined import Settings as Settings
 from .learning import MINUTES as MINUTES
 from .learning import MOST_STEPS as MOST_STEPS

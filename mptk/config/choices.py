@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from mptk.config.setting import Choices
 from mptk.ir import ENGINES, FORMS
 
@@ -22,8 +20,6 @@ METHODS = Choices(
 TARGET_CHOICES = Choices(FORMS, plugins=("mptk.targets",))
 ENGINE_CHOICES = Choices(ENGINES)
 SCHEMES = Choices(("int8", "int4", "fp16"))
-GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-"""Types of the matrices in a GGUF file. auto: as the folder has them."""
 DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))
 COMPUTE_DTYPES = Choices(("auto", "float32", "bfloat16"))
 ONNX_DTYPES = Choices(("auto", "float32", "float16"))  # ONNX Runtime has no bfloat16 kernels for the CPU

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -24,9 +24,9 @@ from mptk.ir import Log, Plan, Samples, resolve_plan
 from mptk.methods import find_method
 from mptk.methods.division.budget import build_alignment
 from mptk.methods.drafter import with_drafter
+from mptk.plugins import explain_absent, load_parts
 from mptk.progress import show_nothing
 from mptk.proof.claims import LATER, check_files, check_numbers, check_samples, read_proof_samples, require_same
-from mptk.proof.gguf import open_folder, run_llama_cpp
 from mptk.proof.proof import check_proof, prove_folder
 from mptk.protocols import (
     METRICS,
@@ -40,6 +40,7 @@ from mptk.protocols import (
     DenseModel,
     Opened,
     Prepared,
+    Prover,
     Report,
     Target,
     build_executor,
@@ -56,17 +57,15 @@ from mptk.tasks import find_folder_task
 from passes.analysis import group
 from passes.verify import Difference
 
-GGUF_MAGIC = b"GGUF"
-"""The first bytes of a GGUF file."""
 PRUNE_AGAIN = "do not use it, and prune the model again"
 
 
 class Proof(list[Difference]):
     """Each stage's difference, and ``notes`` on what the proof does not cover."""
 
-    def __init__(self, stages: Iterable[Difference], notes: list[str]) -> None:
+    def __init__(self, stages: Iterable[Difference], notes: Iterable[str]) -> None:
         super().__init__(stages)
-        self.notes = notes
+        self.notes = list(notes)
 
 
 @guard_arguments
@@ -104,11 +103,14 @@ def verify(
             missing, or not the one that was pruned; a stage exceeds its tolerance; or somebody changed what is proven
             meanwhile.
     """
-    if is_gguf(folder):
-        with _require_unchanged(expand_path(folder), *([] if like is None else [expand_path(like)])):
-            return _verify_gguf(expand_path(folder), like, model)
+    provers: Collection[Prover] = load_parts("provers").values()
+    file = expand_path(folder)
+    if (prover := next((each for each in provers if each.takes(file)), None)) is not None:
+        with _require_unchanged(file, *([] if like is None else [expand_path(like)])):
+            return Proof(*prover.prove(file, like, model))
     if like is not None:
-        raise MptkError(f"--like is the folder of a GGUF file, and {folder} is not such a file; leave it out")
+        kinds = " or ".join(each.kind for each in provers) or "proven"
+        raise MptkError(f"--like is the folder of a {kinds} file, and {folder} is not such a file; leave it out")
     folder = Path(folder)
     check_folder_named(folder, "prune")
     # Only these settings are the caller's. All others are the folder's, and are checked against what it holds.
@@ -153,32 +155,6 @@ def describe_unread_tokenizer(loaded: Loaded, folder: Path) -> str:
         "the tokenizer was not compared, since the dense model has none; save it beside the dense model, and give "
         "--model DIR"
     )
-
-
-def is_gguf(place: str | Path) -> bool:
-    """Whether a place is named like a GGUF file, or begins like one."""
-    path = expand_path(place)
-    if path.suffix.lower() == ".gguf":
-        return not path.is_dir()
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-
-
-def _verify_gguf(file: Path, like: str | Path | None, model: str | Path | nn.Module | None) -> Proof:
-    if not file.is_file():
-        raise MptkError(f"there is no file {file}; check the path")
-    if like is None:
-        raise MptkError(
-            f"{file} is a GGUF file, which is proven against the folder that it was made from; add --like DIR"
-        )
-    if isinstance(model, nn.Module):
-        raise MptkError("the dense model of a GGUF file is a GGUF file, too; give its path")
-    made = open_folder(like, model)
-    differences = made.check(file)
-    more, notes = run_llama_cpp(made, file)
-    return Proof([*differences, *more], [*made.notes, *notes])
 
 
 def _analyse_dense(
@@ -228,7 +204,10 @@ def read_folder_plan(folder: str | Path) -> Plan:
     """The plan of a pruned folder. Raises MptkError if there is none."""
     path = Path(folder) / "plan.json"
     if not path.is_file():
-        raise MptkError(f"{folder} holds no plan.json; give the --out folder of `mptk prune`")
+        absent = explain_absent()  # it may be a file that a feature proves
+        raise MptkError(
+            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent and f' ({absent})'}"
+        )
     return Plan.load(path)
 
 

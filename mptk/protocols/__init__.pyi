@@ -32,6 +32,7 @@ from .origin import check_kept_samples as check_kept_samples
 from .origin import compute_origin as compute_origin
 from .origin import list_sources as list_sources
 from .origin import read_file_states as read_file_states
+from .prover import Prover as Prover
 from .report import PROVEN_ON as PROVEN_ON
 from .report import REPORT_FILE as REPORT_FILE
 from .report import ConfigChanges as ConfigChanges

@@ -26,8 +26,8 @@ class Task(Protocol):
     """A kind of model: its samples, its loss, its metric, its ONNX form.
 
     ``priority``: of several tasks that take a model, the one with the highest has it. ``compares``: the loss compares
-    outputs with the dense model's, which are then the samples' targets. ``classes``: outputs are logits, [..., classes],
-    so a teacher's distribution can be distilled. ``sequences``: inputs of token ids may be cut to any length.
+    outputs with the dense model's, which are then the samples' targets. ``classes``: outputs are logits, [...,
+    classes], so a teacher's distribution can be distilled. ``sequences``: inputs of token ids may be cut to any length.
     ``caches``: the model generates with a KV cache, to which all its attentions add. ``onnx``: how to write it as ONNX;
     None if that is impossible.
     """

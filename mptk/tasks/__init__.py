@@ -27,7 +27,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Encoder())}
 
 
 def list_tasks() -> dict[str, Task]:
-    """The core's, features' and plugins' tasks (group ``mptk.tasks``), by name, in the order in which they are tried."""
+    """The core's, features' and plugins' tasks (group ``mptk.tasks``), by name, in the order they are tried in."""
     # The first task that takes a model has it, so the order counts: a vision-language model could also be taken for a
     # decoder, and a dual encoder for a bare encoder.
     found: dict[str, Task] = with_plugins({**TASKS, **load_parts("tasks")}, "mptk.tasks")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mptk
 from benchmarks import gguf_models as tiny
-from mptk.api import graphs
+from mptk.features.gguf import api
 from tests.broken import Broken, Published
 
 Type = GGUFValueType
@@ -345,7 +345,7 @@ def publish(kind: str, place: Path) -> Published:
     cut = {"sparsity": 0.25} if kind == EXPERTS else {"widths": {"kv_groups": 1, "ffn": 64}}
     mptk.prune(str(dense), place / "out", settings, **cut)
     file = place / "out.gguf"
-    graphs.gguf(place / "out", file, type="q8_0" if kind == ROUNDED else "auto")
+    api.gguf(place / "out", file, type="q8_0" if kind == ROUNDED else "auto")
     return Published(file, partial(mptk.verify, like=place / "out"))
 
 

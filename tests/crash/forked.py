@@ -27,8 +27,8 @@ import mptk.api.compiler
 import mptk.api.graphs
 import mptk.api.pruned
 import mptk.cli.console
+import mptk.features.page.render
 import mptk.proof.verification
-import mptk.report.page.render
 import passes.frontend.trace
 from mptk.cli.main import main
 from mptk.files import replace

@@ -1,4 +1,4 @@
-"""inputs: what models read: token ids, images and videos; features bring the rest. transformers says which they read."""
+"""inputs: what models read: token ids, images and videos; features bring others. transformers says what is read."""
 
 from __future__ import annotations
 

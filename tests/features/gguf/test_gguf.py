@@ -20,16 +20,14 @@ from transformers import PreTrainedTokenizerFast
 import mptk
 from benchmarks import gguf_models as tiny
 from mptk import MptkError, Plan
-from mptk.api import graphs as api
 from mptk.compile.cut import open_pruned_weights
-from mptk.config.choices import GgufType
+from mptk.features.gguf import GgufType, api, architectures, tokenizer
+from mptk.features.gguf.architectures import ARCHITECTURES
+from mptk.features.gguf.folder import GgufFolder
+from mptk.features.gguf.weights import GgufWeights, arrange_weights
 from mptk.files.outputs import check_file
 from mptk.io import models
 from mptk.ir.weights import Weights
-from mptk.targets.gguf import architectures, tokenizer
-from mptk.targets.gguf.architectures import ARCHITECTURES
-from mptk.targets.gguf.folder import GgufFolder
-from mptk.targets.gguf.weights import GgufWeights, arrange_weights
 from mptk.trust import NO_CODE
 
 CLOSE, ROUNDED = 2e-5, 1e-2

@@ -1,6 +1,6 @@
-"""gguf: prove a GGUF file against the folder that it was made from, when it is written and again by ``verify``.
+"""prove: prove a GGUF file against the folder that it was made from, when it is written and again by ``verify``.
 
-mptk itself compares fields and tensors (``mptk/targets/gguf/check.py``). If llama.cpp can be imported, it must also
+mptk itself compares fields and tensors (``check.py``). If llama.cpp can be imported, it must also
 compute the folder's logits and read text like the folder's tokenizer.
 """
 
@@ -10,23 +10,23 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader
+from torch import nn
 from transformers import PreTrainedConfig
 
-from mptk.compat.llama_cpp import has_llama_cpp, log_probabilities
 from mptk.compile.cut import open_pruned_weights
-from mptk.config import GgufType
 from mptk.errors import MptkError, ProofError
+from mptk.features.gguf import GgufType
+from mptk.features.gguf.architectures import GELU, find_ignored_window
+from mptk.features.gguf.check import TEXTS, WRITE_AGAIN, GgufFile
+from mptk.features.gguf.folder import GgufFolder, Pattern
+from mptk.features.gguf.llama_cpp import has_llama_cpp, log_probabilities
+from mptk.features.gguf.weights import write_floats
 from mptk.files import expand_path, make_scratch
 from mptk.io import measure_free_memory, models
 from mptk.ir import Plan
-from mptk.protocols import Report
+from mptk.protocols import Prover, Report
 from mptk.publish.manifest import check_manifest
 from mptk.report.runs import name_pruned
-from mptk.targets.gguf.architectures import GELU, find_ignored_window
-from mptk.targets.gguf.check import TEXTS, WRITE_AGAIN, GgufFile
-from mptk.targets.gguf.folder import GgufFolder, Pattern
-from mptk.targets.gguf.weights import write_floats
 from mptk.targets.graph import GraphTarget
 from mptk.trust import NO_CODE
 from passes.verify import Difference
@@ -35,7 +35,7 @@ LOGITS_STAGE, TEXT_STAGE = "llama.cpp logits", "llama.cpp reads text"
 PROMPT_TOKENS = 24
 """Tokens of the prompt whose logits are compared: enough for positions to matter, and below every window."""
 MOST_TOKENS = 200
-"""Most tokens of a text to read; longer ones do not fit llama.cpp's context (``mptk/compat/llama_cpp.py``)."""
+"""Most tokens of a text to read; longer ones do not fit llama.cpp's context (``llama_cpp.py``)."""
 LIKELIEST = 50
 """Next tokens that are compared after each prompt."""
 CLOSE, ROUNDED = 1e-3, 1e-2
@@ -43,6 +43,45 @@ CLOSE, ROUNDED = 1e-3, 1e-2
 by a table of half precision."""
 SAME = 1e-5
 """The same for two runs of llama.cpp on the same tokens."""
+
+
+MAGIC = b"GGUF"
+"""The first bytes of a file."""
+
+
+class GgufProver(Prover):
+    """Compares a file with its folder, and asks llama.cpp."""
+
+    kind = "GGUF"
+
+    def takes(self, path: Path) -> bool:
+        """Whether a path is named like a GGUF file, or the file begins like one."""
+        if path.suffix.lower() == ".gguf":
+            return not path.is_dir()
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+
+    def prove(
+        self, file: Path, like: str | Path | None, model: str | Path | nn.Module | None
+    ) -> tuple[list[Difference], list[str]]:
+        """``model``: the dense model's GGUF file, if the file was written with it."""
+        if not file.is_file():
+            raise MptkError(f"there is no file {file}; check the path")
+        if like is None:
+            raise MptkError(
+                f"{file} is a GGUF file, which is proven against the folder that it was made from; add --like DIR"
+            )
+        if isinstance(model, nn.Module):
+            raise MptkError("the dense model of a GGUF file is a GGUF file, too; give its path")
+        made = open_folder(like, model)
+        differences = made.check(file)
+        more, notes = run_llama_cpp(made, file)
+        return [*differences, *more], [*made.notes, *notes]
+
+
+PROVER = GgufProver()
 
 
 def open_folder(folder: str | Path, like: str | Path | None, kind: GgufType = "auto") -> GgufFolder:
@@ -94,9 +133,9 @@ def run_llama_cpp(made: GgufFolder, file: Path) -> tuple[list[Difference], list[
         return found, [*notes, f"llama.cpp's logits were not compared, which needs {needed / 1e9:.1f} GB of memory"]
     with make_scratch() as place:
         # A file of narrower matrices is copied with the folder's float32 weights under its own fields.
-        if GgufFile(file).common is not Kind.F32:
+        if (read := GgufFile(file)).common is not Kind.F32:
             copy = place.folder / file.name
-            write_floats(copy, made.weights, GGUFReader(file))
+            write_floats(copy, made.weights, read.fields)
             file = copy
         found.append(_compare_logits(made, made.config, file))
     return found, notes

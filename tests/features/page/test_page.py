@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,33 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import mptk
 from mptk import FamilyPlan, MptkError, Plan
 from mptk.config.learning import Learning
+from mptk.features.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
+from mptk.features.page.render import render_report_page
 from mptk.files.outputs import check_file
-from mptk.report.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
-from mptk.report.page.render import render_report_page
 from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, read_runs, shorten_model_name
 from mptk.report.sections import build_prune_view
 from mptk.report.view import Table, render_markdown
-from tests.page_runs import HOSTILE, WORDS, made
+from tests.page_runs import HOSTILE, WORDS, Parsed, made
 from tests.toy_checkpoints import save
-
-
-class Parsed(HTMLParser):
-    """Tags, attributes and texts of a page, as a browser reads them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.feed(page)
-        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")

@@ -5,24 +5,17 @@ Vocabulary and settings of that file, the ``Pattern``, also hold for the cut mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
+from gguf import GGUFWriter
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.config import GgufType
 from mptk.errors import MptkError, take_first_line
-from mptk.features.gguf.reading import check_gguf
-from mptk.files.outputs import GGUF_MARK
-from mptk.io import models
-from mptk.ir import Plan, Weights
-from mptk.reading import make_damage_error
-from mptk.targets.gguf.architectures import (
+from mptk.features.gguf import GgufType
+from mptk.features.gguf.architectures import (
     ARCHITECTURES,
     DIVISORS,
     FREQUENCIES,
@@ -33,14 +26,17 @@ from mptk.targets.gguf.architectures import (
     find_ignored_window,
     write_settings,
 )
-from mptk.targets.gguf.check import GgufFile, check_fields, check_tensors
-from mptk.targets.gguf.tokenizer import write_tokenizer
-from mptk.targets.gguf.weights import EQUAL, HEAD, GgufWeights, LayerWidths, arrange_weights
+from mptk.features.gguf.check import GgufFile, check_fields, check_tensors
+from mptk.features.gguf.tokenizer import write_tokenizer
+from mptk.features.gguf.weights import ARCHITECTURE, EQUAL, HEAD, GgufWeights, LayerWidths, arrange_weights, copy_field
+from mptk.files.outputs import GGUF_MARK
+from mptk.io import models
+from mptk.ir import Plan, Weights
+from mptk.reading import make_damage_error
 from passes.verify import Difference
 
 DROPPED = (
-    "GGUF.",
-    "general.architecture",
+    ARCHITECTURE,
     "general.file_type",
     "general.quantization",
     "general.size_label",
@@ -48,83 +44,59 @@ DROPPED = (
 )
 """Prefixes of fields that describe the pattern's own weights, and would be wrong for others."""
 TOKENS = "tokenizer.ggml.tokens"
-WRITER = "general.source.writer"
+WRITER_FIELD = "general.source.writer"
 """The field that marks a file as mptk's, which a later one may replace."""
 
 
-@dataclass(frozen=True)
-class GgufField:
-    """A field of a file: value, type and, for a list, the type of its items."""
-
-    value: Any
-    type: GGUFValueType
-    items: GGUFValueType | None
-
-
-def _read_field(field: ReaderField) -> GgufField:
-    items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
-    return GgufField(field.contents(), field.types[0], items)
-
-
-class Pattern:
-    """The dense model's GGUF file: its fields, its tensors' shapes.
+class Pattern(GgufFile):
+    """The dense model's GGUF file.
 
     Raises:
         MptkError: it cannot be read, or is not a language model's.
     """
 
     def __init__(self, file: Path) -> None:
-        # Bounds first: the reader trusts the sizes that a file says.
-        check_gguf(file)
-        self.file = file
+        super().__init__(file)
         try:
-            self.reader = GGUFReader(file)
-            self.fields = {field.name: _read_field(field) for field in self.reader.fields.values()}
-            self.architecture = str(self._read_value("general.architecture"))
+            self.architecture = str(self._read_value(ARCHITECTURE))
             hidden, heads = (
                 int(self._read_value(f"{self.architecture}.{name}"))
                 for name in ("embedding_length", "attention.head_count")
             )
             # A file may leave the size of a head out if it is hidden size / heads.
-            length = self.fields.get(f"{self.architecture}.attention.key_length")
-            self.head_dim = hidden // heads if length is None else int(length.value)
+            length: Any = self.values.get(f"{self.architecture}.attention.key_length")
+            self.head_dim = hidden // heads if length is None else int(length)
             self.tokens = len(self._read_value(TOKENS))
-            self.shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in self.reader.tensors}
-        except MptkError:
-            raise
-        except Exception as error:  # the reader checks little of what it reads: any error may come
+        except (TypeError, ValueError, ArithmeticError) as error:  # a value of another kind
             raise make_damage_error(file)(take_first_line(error)) from error
 
     def _read_value(self, name: str) -> Any:
-        if name not in self.fields:
+        if name not in self.values:
             raise MptkError(
                 f"{self.file} has no {name}, so it is not a language model; give the GGUF file of the dense model"
             )
-        return self.fields[name].value
+        return self.values[name]
 
     def fill(self, writer: GGUFWriter) -> None:
         """Write the fields that the writer does not have yet."""
-        for name, field in self._list_kept():
+        for name in self.kept:
             own = name.startswith(f"{self.architecture}.")
             key = f"{writer.arch}.{name.removeprefix(f'{self.architecture}.')}" if own else name
-            if key not in writer.kv_data[0]:  # what follows from the folder counts more
-                writer.add_key_value(key, field.value, field.type, sub_type=field.items)
+            copy_field(writer, key, self.fields[name])  # what follows from the folder counts more
 
     @property
-    def values(self) -> dict[str, object]:
-        """The fields that hold for a cut model, too, without the architecture before their names."""
-        return {name.removeprefix(f"{self.architecture}."): field.value for name, field in self._list_kept()}
-
-    def _list_kept(self) -> Iterator[tuple[str, GgufField]]:
-        """Fields that describe neither the pattern's own weights nor single layers."""
+    def kept(self) -> dict[str, object]:
+        """The fields that hold for a cut model, too: they describe neither the own weights nor single layers."""
         own = f"{self.architecture}."
-        for name, field in self.fields.items():
-            if not name.startswith(DROPPED) and not (name.startswith(own) and field.items is not None):
-                yield name, field
+        return {
+            name: value
+            for name, value in self.values.items()
+            if not name.startswith(DROPPED) and not (name.startswith(own) and isinstance(value, list))
+        }
 
     def read_tensor(self, name: str) -> dict[str, Tensor]:
         """The float32 tensor ``name`` by its name, if the file has it."""
-        return {each.name: torch.from_numpy(each.data.copy()) for each in self.reader.tensors if each.name == name}
+        return {name: torch.from_numpy(self.tensors[name].data.copy())} if name in self.tensors else {}
 
     def check(self, names: set[str], table: tuple[int, int], free: set[str]) -> None:
         """Raise MptkError if a model with these tensors and this embedding table was not cut from the pattern's model.
@@ -221,17 +193,20 @@ class GgufFolder:
             ProofError: a field or a tensor differs.
         """
         found = GgufFile(out)
+        found.check_format()
         # Of narrow matrices most may be float16, so the commonest type is only the likeliest one that was asked for.
         asked: list[GgufType] = [found.type, *get_args(GgufType)]
         kinds = [self.weights.choose_kinds(kind) for kind in asked]
         worst = check_tensors(found, self.weights.tensors, kinds)
-        known = {} if self.pattern is None else self.pattern.values
+        known = {}
+        if (pattern := self.pattern) is not None:
+            known = {name.removeprefix(f"{pattern.architecture}."): value for name, value in pattern.kept.items()}
         check_fields(found, self.config, self.tokenizer, known, self.base, self.head_dim, self.name)
         return [Difference(FIELDS, 0.0, 0.0, 0.0), Difference(TENSORS, worst, worst, MOST_ROUNDED)]
 
     def _describe(self, writer: GGUFWriter) -> None:
         writer.add_name(self.name)
-        writer.add_string(WRITER, GGUF_MARK)
+        writer.add_string(WRITER_FIELD, GGUF_MARK)
         if self.config is not None:
             write_settings(writer, self.config, self.base)
         if self.pattern is not None:

@@ -25,13 +25,13 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mptk.config import GgufType
 from mptk.errors import ProofError, take_first_line
+from mptk.features.gguf import GgufType
+from mptk.features.gguf.architectures import ARCHITECTURES, Architecture
 from mptk.features.gguf.reading import check_gguf
 from mptk.ir import Weights
 from mptk.reading import make_damage_error, shorten_text
 from mptk.targets.beside import MISSING
-from mptk.targets.gguf.architectures import ARCHITECTURES, Architecture
 
 DESCRIBE = (
     *("general.name", "general.author", "general.version", "general.organization", "general.finetune"),
@@ -40,7 +40,7 @@ DESCRIBE = (
     *("general.dataset.", "general.tags", "general.languages"),
 )
 """Starts of the names of fields that no program computes with."""
-READER = "GGUF."
+READER_PREFIX = "GGUF."
 """Start of the names of fields that the reader makes of the file's head."""
 FORMAT_FIELD = "GGUF.version"
 PRE = "tokenizer.ggml.pre"
@@ -78,7 +78,7 @@ FLOAT_ERRORS: Mapping[Kind, tuple[float, float]] = {
 
 
 class GgufFile:
-    """A GGUF file that was read back.
+    """What a GGUF file holds.
 
     Raises:
         MptkError: it is damaged.
@@ -90,22 +90,24 @@ class GgufFile:
         self.file = file
         try:
             reader = GGUFReader(file)
-            self.fields = {name: field for name, field in reader.fields.items() if not name.startswith(READER)}
+            self.fields = {name: field for name, field in reader.fields.items() if not name.startswith(READER_PREFIX)}
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.values = {name: field.contents() for name, field in self.fields.items()}
             self.shapes = {name: tuple(map(int, reversed(each.shape))) for name, each in self.tensors.items()}
-            version = int(reader.fields[FORMAT_FIELD].contents())
+            self.version = int(reader.fields[FORMAT_FIELD].contents())
             end = max((int(each.data_offset + each.n_bytes) for each in reader.tensors), default=0)
-            whole = end + -end % reader.alignment
+            self.bytes = end + -end % reader.alignment
         except Exception as error:  # the reader checks little of what it reads: any error may come
             raise make_damage_error(file)(take_first_line(error)) from error
-        if version != gguf.GGUF_VERSION:
-            raise make_damage_error(file)(
-                f"it is of version {version} of the format, and mptk writes {gguf.GGUF_VERSION}"
-            )
+
+    def check_format(self) -> None:
+        """Raise MptkError unless the file is of mptk's version of the format, and ends with its last tensor."""
+        damaged, size = make_damage_error(self.file), self.file.stat().st_size
+        if self.version != gguf.GGUF_VERSION:
+            raise damaged(f"it is of version {self.version} of the format, and mptk writes {gguf.GGUF_VERSION}")
         # Bytes behind the last tensor could be anything.
-        if file.stat().st_size != whole:
-            raise make_damage_error(file)(f"it has {file.stat().st_size} bytes, and its tensors end at {whole}")
+        if size != self.bytes:
+            raise damaged(f"it has {size} bytes, and its tensors end at {self.bytes}")
 
     @property
     def kinds(self) -> dict[str, Kind]:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import mptk
+from mptk.features.page.render import render_analysis_page, render_report_page
 from mptk.ir.alignment import Alignment
 from mptk.report.analysis import build_analysis_json
-from mptk.report.page.render import render_analysis_page, render_report_page
 from mptk.targets import find_target
 from tests.page_runs import made
 from tests.tiny_decoders import tiny_decoder

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, ProofError
-from mptk.api import graphs as api
+from mptk.features.gguf import api
+from mptk.features.gguf.folder import GgufFolder, Pattern
+from mptk.features.gguf.weights import LayerWidths
 from mptk.ir.weights import Weights
-from mptk.targets.gguf.folder import GgufFolder, Pattern
-from mptk.targets.gguf.weights import LayerWidths
 from tests.broken import gguf as gguf_files
 
 HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}

@@ -16,13 +16,13 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGUFValueType, GGUFWriter, LlamaFileType, ReaderField
 from torch import Tensor
 
-from mptk.config import GgufType
 from mptk.errors import MptkError
+from mptk.features.gguf import GgufType
+from mptk.features.gguf.architectures import Architecture, shift_scale
 from mptk.ir import Weights
-from mptk.targets.gguf.architectures import Architecture, shift_scale
 
 EQUAL, RAGGED = "llama", "deci"
 """llama.cpp's architectures of LLaMA's block: with one width for all layers, and with lists of widths."""
@@ -265,16 +265,19 @@ class GgufWeights:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def write_floats(out: Path, weights: GgufWeights, like: GGUFReader) -> None:
+def write_floats(out: Path, weights: GgufWeights, like: Mapping[str, ReaderField]) -> None:
     """Write the tensors in float32, with the fields of another file of the same model."""
-    # The fields as they are, except what the writer makes itself.
-    kinds = weights.choose_kinds("f32")
-    writer = GGUFWriter(out, str(like.fields[ARCHITECTURE].contents()))
-    for name, field in like.fields.items():
-        if name not in writer.kv_data[0] and not name.startswith("GGUF."):
-            items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
-    _write_tensors(writer, weights.tensors, kinds)
+    writer = GGUFWriter(out, str(like[ARCHITECTURE].contents()))
+    for name, field in like.items():
+        copy_field(writer, name, field)
+    _write_tensors(writer, weights.tensors, weights.choose_kinds("f32"))
+
+
+def copy_field(writer: GGUFWriter, name: str, field: ReaderField) -> None:
+    """Write a field of another file, unless the writer has one of that name."""
+    if name not in writer.kv_data[0]:
+        items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
 
 
 def _write_tensors(writer: GGUFWriter, tensors: Weights, kinds: Mapping[str, Kind]) -> None:

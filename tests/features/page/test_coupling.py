@@ -6,9 +6,7 @@ import pytest
 from transformers import MixtralConfig, PreTrainedConfig
 
 import mptk
-from mptk.ir.alignment import Alignment
-from mptk.report.analysis import build_analysis_json
-from mptk.report.page.coupling import (
+from mptk.features.page.coupling import (
     AFTER,
     BEFORE,
     HOLDS,
@@ -22,10 +20,11 @@ from mptk.report.page.coupling import (
     order_rows,
     shorten_labels,
 )
-from mptk.report.page.render import render_analysis_page
+from mptk.features.page.render import render_analysis_page
+from mptk.ir.alignment import Alignment
+from mptk.report.analysis import build_analysis_json
 from mptk.targets import find_target
-from tests.page_runs import HOSTILE
-from tests.test_page import Parsed
+from tests.page_runs import HOSTILE, Parsed
 from tests.tiny_decoders import tiny_decoder
 
 ROTARY = "grouped heads, rotary"

@@ -12,9 +12,9 @@ from mptk.protocols.values import Context, SampleSets
 
 
 class Stage:
-    """What a feature does in a run. All methods are called in every run, and do nothing if the settings ask for nothing.
+    """What a feature does in a run, in the order of a run.
 
-    The methods are in the order of a run.
+    All methods are called in every run, and do nothing if the settings ask for nothing.
     """
 
     def check(self, settings: Settings) -> None:

@@ -9,6 +9,12 @@ FEATURE = Feature(
     "rerun",
     "repeat the run that made a folder",
     commands=[
-        Command("rerun", "mptk.cli.verify", "Check the result", after="eval", takes=("overwrite", "trust_remote_code"))
+        Command(
+            "rerun",
+            "mptk.features.rerun.command",
+            "Check the result",
+            after="eval",
+            takes=("overwrite", "trust_remote_code"),
+        )
     ],
 )

@@ -13,7 +13,7 @@ __all__ = ["advise", "app", "main", "models", "prune", "use", "verify"]
 PANELS = {
     "Prune a model": ("analyze", "prune", "recover", "rung"),
     "Check the result": ("report", "verify", "eval"),
-    "Use the result": ("generate", "bench", "export", "gguf", "push"),
+    "Use the result": ("generate", "bench", "export", "gguf"),
     "Packaged models": ("models", "fetch"),
     "Look inside mptk": ("show", "passes", "ops", "features"),
 }

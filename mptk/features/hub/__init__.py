@@ -1,0 +1,12 @@
+"""Hub: upload a folder that mptk wrote, with its model card, to a model hub.
+
+For whoever shares a result: ``mptk push DIR OWNER/NAME``. Only a folder whose files are unchanged is sent.
+"""
+
+from mptk.plugins import Command, Feature
+
+FEATURE = Feature(
+    "hub",
+    "upload a folder to a model hub",
+    commands=[Command("push", "mptk.features.hub.command", "Use the result", after="gguf")],
+)

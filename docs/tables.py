@@ -17,8 +17,8 @@ import typer
 
 from mptk.cli.main import app
 from mptk.config.cases import READING
+from mptk.config.joined import Settings
 from mptk.config.setting import Declared, find_settings, list_roles
-from mptk.config.settings import Settings
 from mptk.ir.consumers import CONSUMERS, LIMITS
 
 PAGES = [Path(__file__).with_name(name) for name in ("settings.md", "deploy.md")]

@@ -242,7 +242,7 @@ DOORS = {
     "mptk/run/describe.py": {"describe"},  # takes it away
     "mptk/cli/use.py": {"evaluate_models"},
     "mptk/config/recipe.py": {"format_command"},  # prints what the caller may type again
-    "mptk/config/settings.py": {"Settings", "trust"},
+    "mptk/config/settings.py": {"CoreSettings", "trust"},
     "mptk/features/rerun/api.py": {"repeat_run"},
     "mptk/io/models.py": {"load"},
     "mptk/proof/verification.py": {"verify"},

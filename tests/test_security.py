@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     function.name
-    for file in (ROOT / "tests").glob("test_*.py")
+    for file in (ROOT / "tests").rglob("test_*.py")
     for function in ast.walk(ast.parse(file.read_text()))
     if isinstance(function, ast.FunctionDef) and function.name.startswith("test_")
 }

@@ -32,10 +32,6 @@ from .diffusion import DiffusersConfig as DiffusersConfig
 from .diffusion import import_diffusers as import_diffusers
 from .diffusion import list_pipeline_files as list_pipeline_files
 from .diffusion import open_pipeline as open_pipeline
-from .drafter import BLOCK as BLOCK
-from .drafter import HEADS as HEADS
-from .drafter import OpenDrafter as OpenDrafter
-from .drafter import open_drafter as open_drafter
 from .evaluation import LogitsFn as LogitsFn
 from .evaluation import Perplexity as Perplexity
 from .evaluation import Runs as Runs

@@ -67,12 +67,13 @@ from .shapes import Shapes as Shapes
 from .shapes import limit_loss as limit_loss
 from .shapes import rank_shapes as rank_shapes
 from .stage import Stage as Stage
+from .stage import make_stages as make_stages
 from .task import Task as Task
 from .values import LONG as LONG
 from .values import PROOF_SHAPE as PROOF_SHAPE
 from .values import Checks as Checks
+from .values import Companion as Companion
 from .values import Context as Context
-from .values import CutDrafter as CutDrafter
 from .values import Extra as Extra
 from .values import Further as Further
 from .values import SampleSets as SampleSets

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 
 from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
+from mptk.plugins import load_parts
 from mptk.protocols.chain import Compiled, Prepared
 from mptk.protocols.report import Rows
 from mptk.protocols.values import Context, SampleSets
 
 
 class Stage:
-    """What a feature does in a run, in the order of a run.
+    """What a feature does in a run. Its methods are in the order of a run.
 
-    All methods are called in every run, and do nothing if the settings ask for nothing.
+    All of them are called in every run. They do nothing if the settings ask for nothing of the feature.
     """
 
     def check(self, settings: Settings) -> None:
@@ -31,3 +32,8 @@ class Stage:
     def complete(self, compiled: Compiled) -> Compiled:
         """``compiled`` with what else the plan cuts, such as heads that draft tokens."""
         return compiled
+
+
+def make_stages() -> list[Stage]:
+    """What the installed features do in a run."""
+    return [kind() for kind in load_parts("stages").values()]

@@ -1,0 +1,13 @@
+"""Drafter: cut the layers that predict further tokens (multi-token prediction) with the model, and prove the cut.
+
+For whoever serves models of DeepSeek, GLM or Qwen3-Next that draft tokens: their checkpoints have these layers beside
+the weights of the class, and without this feature a pruned folder has none. No option is needed.
+"""
+
+from mptk.plugins import Feature
+
+FEATURE = Feature(
+    "drafter",
+    "cut layers that predict further tokens with the model",
+    stages={"drafter": "mptk.features.drafter.cut:CutHeads"},
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Any, TypeVar
@@ -98,6 +99,12 @@ def list_features() -> Mapping[str, Feature]:
     return dict(sorted(found.items()))
 
 
+def name_owner(feature: str) -> str:
+    """The package that brings a feature, and its version."""
+    (owner,) = [entry.dist for entry in find_entries(FEATURES) if entry.name == feature]
+    return "" if owner is None else f"{owner.name} {owner.version}"
+
+
 def list_absent_features() -> list[str]:
     """mptk's features whose folder is not there."""
     return sorted(entry.name for entry in find_entries(FEATURES) if is_absent(entry))
@@ -108,7 +115,7 @@ def is_absent(entry: EntryPoint) -> bool:
     if entry.dist is None or entry.dist.name != OWN:
         return False
     try:
-        resolve_name(entry.module)
+        import_module(entry.module)
     except ModuleNotFoundError as error:
         return error.name is not None and f"{entry.module}.".startswith(f"{error.name}.")
     return False

@@ -32,7 +32,7 @@ from benchmarks.tiny_models import tiny_model
 from benchmarks.tiny_wrappers import PICTURED
 from mptk import MptkError, Samples
 from mptk.compile.trace import trace_as_example, trace_loaded
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.io.models import Loaded, load
 from mptk.ir.alignment import read_alignment
 from mptk.ir.resolved_plan import resolve_plan, transfer_cut

@@ -12,7 +12,7 @@ from traces import remembered
 
 import mptk
 from mptk import MptkError
-from mptk.config.settings import Settings
+from mptk.config import Settings
 from mptk.methods.division.selection import tie_layers
 
 NAMES = {

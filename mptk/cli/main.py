@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from mptk.cli import advise, models, prune, use, verify
+from mptk.cli import advise, features, models, prune, use, verify
 from mptk.cli.app import app, main, register_all
 from mptk.plugins import list_features
 
-__all__ = ["advise", "app", "main", "models", "prune", "use", "verify"]
+__all__ = ["advise", "app", "features", "main", "models", "prune", "use", "verify"]
 
 PANELS = {
     "Prune a model": ("analyze", "prune", "recover", "rung"),

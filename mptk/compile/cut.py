@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mptk.errors import MptkError
 from mptk.io import Resident, load_tensors, models
 from mptk.ir import Analysis, Cut, Dims, Lazy, ProgramModule, Samples, Weights, build_renumbering, join_outputs
-from mptk.protocols import Chosen, Compiled, Context, Prepared, Report, make_stages
+from mptk.protocols import Chosen, Compiled, Context, Prepared, Report, list_stages
 from mptk.reading import make_damage_error
 from mptk.targets.graph import WEIGHTS, GraphTarget
 from mptk.trust import Trust
@@ -54,7 +54,7 @@ def cut_to_form(prepared: Prepared, chosen: Chosen, samples: Samples, context: C
 def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: Context) -> Compiled:
     """Cut the model to the plan, with all that is written beside it."""
     compiled = cut_to_form(prepared, chosen, samples, context)
-    for stage in make_stages():
+    for stage in list_stages():
         compiled = stage.complete(compiled)
     return compiled
 

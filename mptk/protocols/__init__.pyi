@@ -67,7 +67,7 @@ from .shapes import Shapes as Shapes
 from .shapes import limit_loss as limit_loss
 from .shapes import rank_shapes as rank_shapes
 from .stage import Stage as Stage
-from .stage import make_stages as make_stages
+from .stage import list_stages as list_stages
 from .task import Task as Task
 from .values import LONG as LONG
 from .values import PROOF_SHAPE as PROOF_SHAPE

@@ -26,14 +26,18 @@ class Stage:
         return {}
 
     def divide(self, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Prepared, Rows]:
-        """``prepared`` with fewer candidates, before units are chosen; and its rows of the report."""
+        """``prepared`` with fewer candidates, before units are chosen; and what was found as rows of the report."""
         return prepared, {}
 
     def complete(self, compiled: Compiled) -> Compiled:
         """``compiled`` with what else the plan cuts, such as heads that draft tokens."""
         return compiled
 
+    def describe(self, compiled: Compiled) -> Rows:
+        """Its rows of the report."""
+        return {}
 
-def make_stages() -> list[Stage]:
-    """What the installed features do in a run."""
-    return [kind() for kind in load_parts("stages").values()]
+
+def list_stages() -> list[Stage]:
+    """The stages that features add to a run."""
+    return list(load_parts("stages").values())

@@ -1,7 +1,7 @@
 """Advice: how far can this model be cut for this text? Measured before any cut is made.
 
 ``mptk advise MODEL --data A,B`` measures cuts of several sizes on each text and says which sparsity is safe;
-``mptk.advise`` gives the same as an object. docs/how-to/choose-a-sparsity.md tells more.
+``mptk.advise`` gives the same as an object. docs/how-to/how-far.md tells more.
 """
 
 from mptk.config import CHOOSER, READER
@@ -10,6 +10,7 @@ from mptk.plugins import Command, Feature
 FEATURE = Feature(
     "advise",
     "say which sparsity is safe for a text",
+    page="docs/how-to/how-far.md",
     commands=[
         Command(
             "advise",

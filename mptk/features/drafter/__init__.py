@@ -1,7 +1,7 @@
 """Drafter: cut the layers that predict further tokens (multi-token prediction) with the model, and prove the cut.
 
 For whoever serves models of DeepSeek, GLM or Qwen3-Next that draft tokens: their checkpoints have these layers beside
-the weights of the class, and without this feature a pruned folder has none. No option is needed.
+the weights of the class, and without this feature a pruned folder has none. No option is needed. docs/deploy.md tells more.
 """
 
 from mptk.plugins import Feature
@@ -9,5 +9,6 @@ from mptk.plugins import Feature
 FEATURE = Feature(
     "drafter",
     "cut layers that predict further tokens with the model",
-    stages={"drafter": "mptk.features.drafter.cut:CutHeads"},
+    page="docs/deploy.md",
+    stages={"drafter": "mptk.features.drafter.cut:CUT_HEADS"},
 )

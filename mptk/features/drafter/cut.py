@@ -71,6 +71,9 @@ class CutHeads(Stage):
         return replace(compiled, written=replace(written, companions=(*written.companions, found)))
 
 
+CUT_HEADS = CutHeads()
+
+
 def cut_heads(compiled: Compiled, opened: OpenDrafter) -> Heads:
     """The layers of ``opened``, cut as the plan cuts the model. Raises MptkError if they cannot be cut or proven."""
     prepared, own = compiled.prepared, compiled.analysis

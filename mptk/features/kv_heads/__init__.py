@@ -1,7 +1,7 @@
 """KV heads: merge the KV heads of each layer to fewer, so that the KV cache of a model shrinks.
 
 For whoever serves long contexts: ``mptk prune MODEL --kv-heads 3`` merges the heads in closed form, and all query heads
-stay; with ``--sparsity`` the merged model is cut further. docs/plan.md and docs/how-to/cut-the-kv-cache.md tell more.
+stay; with ``--sparsity`` the merged model is cut further. docs/plan.md and docs/how-to/kv-heads.md tell more.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class KvHeadsSettings(CoreSettings):
 FEATURE = Feature(
     "kv_heads",
     "merge KV heads, so that the KV cache shrinks",
-    page="docs/how-to/cut-the-kv-cache.md",
+    page="docs/how-to/kv-heads.md",
     settings=KvHeadsSettings,
     conversions={"kv_heads": "mptk.features.kv_heads.convert:MergedHeads"},
     rows={"kv_heads": "mptk.features.kv_heads.row:HeadsRow"},

@@ -1,0 +1,46 @@
+"""parts: what FEATURE names. These modules are imported only when they are used."""
+
+import json
+import zipfile
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from mptk.io import Loader
+from mptk.protocols import OpenRow, Stage
+from mptk.report.row_view import RowView
+from mptk.report.view import Name, Section
+from mptk_zipped import LabelSettings
+
+
+class ZippedLoader(Loader):
+    endings = (".zip",)
+    conversion = 1
+
+    def read_config(self, path, trust):
+        with zipfile.ZipFile(path) as archive:
+            return AutoConfig.for_model(**json.loads(archive.read("config.json")))
+
+    def convert(self, path, folder):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if Path(name).suffix in (".json", ".safetensors"):  # no code, and no path out of the folder
+                    (folder / Path(name).name).write_bytes(archive.read(name))
+
+
+class Label(Stage):
+    def describe(self, compiled):
+        label = LabelSettings.of(compiled.prepared.settings).label
+        return {"label": {"text": label}} if label else {}
+
+
+class LabelRow(OpenRow):
+    text: str
+
+
+class LabelView(RowView):
+    def build_sections(self, row):
+        return [Section("Label", [Name(row["text"])])]
+
+
+ZIPPED, LABEL = ZippedLoader(), Label()

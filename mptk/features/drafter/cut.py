@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mptk.errors import MptkError, ProofError
-from mptk.features.drafter.drafter import BLOCK, HEADS, OpenDrafter, open_drafter
+from mptk.features.drafter.drafter import MTP_BLOCK, MTP_HEADS, OpenDrafter, open_drafter
 from mptk.io import Resident, models
 from mptk.ir import Analysis, Family, FamilyPlan, Group, Keep, Log, Plan, Samples, build_renumbering, resolve_plan
 from mptk.methods.criteria import score_units
@@ -135,7 +135,7 @@ def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
             if not _is_own(each) and (found := known.pop(_find_model_weights(each), None)) is not None:
                 name, layer = found
                 entries.append((name, each.layer, plan.families[name].keep[layer]))
-            elif _is_own(each) and (twin := kinds.get(_describe_kind(family, each, BLOCK))) is not None:
+            elif _is_own(each) and (twin := kinds.get(_describe_kind(family, each, MTP_BLOCK))) is not None:
                 best = scores[family.name][i].sort(dim=-1, descending=True, stable=True).indices
                 kept = best[:, : plan.families[twin].width].sort(dim=-1).values.tolist()
                 entries.append((twin, each.layer, tuple(map(tuple, kept))))
@@ -156,7 +156,7 @@ def _find_model_weights(each: Group) -> frozenset[tuple[str, int]]:
     """The weights of the model that hold a group's units, and the dimensions."""
     if not each.members:  # of blocks
         return frozenset([(each.layer, 0)])
-    return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{HEADS}."))
+    return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{MTP_HEADS}."))
 
 
 def _describe_kind(family: Family, each: Group, start: re.Pattern[str]) -> tuple[str, int, frozenset[tuple[str, int]]]:

@@ -1,7 +1,7 @@
 """Hub: upload a folder that mptk wrote, with its model card, to a model hub.
 
-For whoever shares a result: ``mptk push DIR OWNER/NAME``. Only a folder whose files are unchanged is
-sent. docs/command-line.md tells more.
+For whoever shares a result: ``mptk push DIR OWNER/NAME``. Only a folder whose files are unchanged is sent.
+docs/command-line.md tells more.
 """
 
 from mptk.plugins import Command, Feature

@@ -150,7 +150,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "verify": lambda folder, out: (folder,),
 }
 """Command → words that let it load the folder."""
-READ_NO_FOLDER = {"fetch", "models", "ops", "passes"}
+READ_NO_FOLDER = {"features", "fetch", "models", "ops", "passes"}
 
 
 def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:

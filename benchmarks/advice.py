@@ -28,8 +28,8 @@ import typer
 from benchmarks.quality import add, rows_in
 from benchmarks.quality_text import documents, pieces
 from mptk import advise, prune, recover
+from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Point, Range
 from mptk.io import data, models
-from mptk.protocols import STANDARD_ERRORS, Advice, Point, Range
 from mptk.reading import make_typed
 
 SHARE = 10

@@ -32,7 +32,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks.common import result_header, write_result
 from benchmarks.engine_layers import code_of
 from mptk import FamilyPlan, Plan, prune
-from mptk.io import WIDTH_STEP, models
+from mptk.features.nemotron_nas.modeling_nemotron_nas import WIDTH_STEP
+from mptk.io import models
 from mptk.ort.decoder import OrtDecoder
 
 MODEL, TOKENS = "smollm2-135m", 32

@@ -21,9 +21,9 @@ from benchmarks.common import result_header, write_result
 from benchmarks.quality import MODEL, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import prune, shapes
-from mptk.protocols import Shape, Shapes
+from mptk.features.width_search.api import SHAPES_FILE
+from mptk.features.width_search.shapes import Shape, Shapes
 from mptk.reading import make_damage_error, read_as
-from mptk.run.advise import SHAPES_FILE
 
 
 def row_of(place: int, shape: Shape, found: Shapes) -> dict[str, Any]:

@@ -19,8 +19,14 @@ _load_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> object:
-    """The public names. If a package that one of them needs is broken, the error says which."""
+    """The public names. If a package that one of them needs is broken, the error says which.
+
+    Raises:
+        AttributeError: there is no such name, or it is of a feature that is not installed.
+    """
     try:
         return _load_name(name)
     except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("mptk.features."):
+            raise AttributeError(f"mptk.{name} needs {error.name}, and that feature is not installed") from error
         raise find_broken_package(error) or error from error

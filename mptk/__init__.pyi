@@ -1,6 +1,4 @@
 # The public names; each is loaded at its first use, so that `import mptk` stays quick.
-from .api.advice import advise as advise
-from .api.advice import shapes as shapes
 from .api.compiler import analyze as analyze
 from .api.compiler import rewrite as rewrite
 from .api.compiler import rule as rule
@@ -18,7 +16,9 @@ from .api.use import generate as generate
 from .config import Settings as Settings
 from .errors import MptkError as MptkError
 from .errors import ProofError as ProofError
-from .io import fetch as fetch
+from .features.advise.api import advise as advise
+from .features.packaged.wheels import fetch as fetch
+from .features.width_search.api import shapes as shapes
 from .io import load as load
 from .ir import FamilyPlan as FamilyPlan
 from .ir import Plan as Plan

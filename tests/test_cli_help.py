@@ -24,7 +24,7 @@ from mptk.cli.main import app as commands
 from mptk.cli.options import make_choice_arguments
 from mptk.config.choices import DEVICES, METHODS, SCHEMES, TARGET_CHOICES
 from mptk.methods import list_methods
-from mptk.targets import TARGETS
+from mptk.targets import list_targets
 from passes import pipelines
 
 NAMES = sorted(typer.main.get_command(commands).commands)
@@ -53,7 +53,7 @@ def test_help_lists_every_command_below_what_it_is_for() -> None:
 
 def test_the_names_of_choices_are_those_that_are_there() -> None:
     assert tuple(list_methods()) == METHODS.names
-    assert tuple(TARGETS) == TARGET_CHOICES.names
+    assert tuple(list_targets()) == TARGET_CHOICES.names
     assert set(SCHEMES.names) == set(pipelines.ONNX_SCHEMES)
 
 

@@ -54,7 +54,6 @@ from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import is_lora_refused, switch_off_adapters
 from mptk.compat.symbols import Symbols, compute_exponents, compute_value, evaluate_numbers, find_symbols, to_expression
 from mptk.compat.transformers import (
-    dequantize_gguf,
     find_auto_classes,
     forget_source,
     list_ignored_weights,
@@ -312,11 +311,6 @@ def test_names_that_are_left_out_when_a_model_is_loaded_are_known() -> None:
         model = Glm4MoeForCausalLM(Glm4MoeConfig(num_hidden_layers=1))
     said = changed("transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected")
     assert any(re.search(name, "model.layers.46.enorm.weight") for name in list_ignored_weights(model)), said
-
-
-def test_gguf_blocks_are_dequantised_if_transformers_can_keep_them() -> None:
-    for config in dequantize_gguf().values():
-        assert config.dequantize is True, changed("transformers", "GgufConfig")  # type: ignore[attr-defined]
 
 
 def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.long  # one killed command is in test_shapes.py; `make crash` kills many
+@pytest.mark.long  # one killed command is in width_search/test_shapes.py; `make crash` kills many
 def test_killed_commands_lose_nothing_and_leave_nothing() -> None:
     """Two while masks are learned and the model is recovered, two while one is fetched."""
     scenes = [word for name in ("learn", "fetch") for word in ("--scene", name)]

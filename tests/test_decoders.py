@@ -28,7 +28,7 @@ SAYS = {
 
 @pytest.mark.parametrize("kind", SAYS)
 def test_tasks_that_only_a_decoder_can_do_are_refused_in_one_line(folders: Path, kind: str, inside: Inside) -> None:
-    inside.forbid("mptk.io.models._from_pretrained")
+    inside.forbid("mptk.io.models.load_pretrained")
     line = refused("eval", folders / kind, "--tasks", "arc_easy")
     assert re.search(f"is no decoder: .*{SAYS[kind]}.*; `mptk analyze` shows what can be cut", line)
 

@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 import mptk
 import mptk.run.minutes
 from mptk.cli.main import app
-from mptk.io.packaged import ALIASES, _locate_target, hash_content
+from mptk.features.packaged.wheels import ALIASES, _locate_target, hash_content
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)

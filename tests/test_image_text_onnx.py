@@ -40,8 +40,9 @@ from mptk.compat.transformers import compute_vision_inputs
 from mptk.ort.decoder import OrtDecoder
 from mptk.proof.proof import find_windows
 from mptk.publish.manifest import write_manifest
-from mptk.tasks.image_text_form import ImageTextForm
+from mptk.tasks.image_text_form import IMAGE_TEXT_FORM
 from mptk.tasks.inputs.image_forms import FORMULAS, make_grid_function
+from mptk.tasks.onnx_export import check_form
 from mptk.tasks.runtimes import build_js_config
 
 NODE = shutil.which("node")
@@ -251,7 +252,7 @@ def test_browsers_take_int8_only_if_each_graph_has_it(pruned: Path, tmp_path: Pa
 
 def test_graphs_in_float16_without_float32_ones_are_refused_in_one_line() -> None:
     with pytest.raises(MptkError, match="written in float32; leave out --onnx-dtype, or give --quantize fp16"):
-        ImageTextForm().check(llava(), Settings(onnx_dtype="float16"))
+        check_form(IMAGE_TEXT_FORM, Settings(onnx_dtype="float16"))
 
 
 def packed(grids: Tensor, width: int) -> Tensor:

@@ -286,7 +286,6 @@ def test_a_size_is_trained_further(trained: list[Pruned], text: str, tmp_path: P
         ([0.2], {}, r"two sizes or more"),
         (SIZES, {"sparsity": 0.3}, r"leave out sparsity"),
         (SIZES, {"plan": "plan.json"}, r"leave out plan"),
-        (SIZES, {"search": True}, r"leave out search"),
         (SIZES, {"larger": "runs/a"}, r"leave out larger"),
         (SIZES, {"layers": "free", "target": "graph"}, r"leave out layers=\"free\""),
         (SIZES, {"steps": 2}, r"less than one for each of 3 models; give 3 or more"),
@@ -325,7 +324,6 @@ def test_a_folder_that_cannot_be_cut_further_is_refused(
         (llama, tmp_path / "depth", {}, "cannot be cut further: layers removes whole blocks"),
         (llama, trained[0].place, {"widths": {"ffn": 80}}, "has only 72 units of ffn left; give a narrower widths"),
         (llama, trained[0].place, {"kv_heads": 1}, "with another vocabulary or other kv_heads"),
-        (llama, trained[0].place, {"search": True}, "leave out search"),
         (llama, tmp_path / "none", {}, "none"),
     ):
         with pytest.raises(MptkError, match=said):
@@ -355,8 +353,8 @@ def test_the_command_makes_a_ladder_and_report_shows_it_side_by_side(llama: str,
     page = tmp_path / "page.html"
     assert typed("report", tmp_path / "m", "--html", page)[0] == 0
     assert "0.4" in page.read_text()
-    for option, value in (("--sparsity", "0.3"), ("--plan", "p.json"), ("--larger", "a"), ("--search", None)):
-        code, said = typed(*base, "--ladder", "0.2,0.4", *filter(None, [option, value]))
+    for option, value in (("--sparsity", "0.3"), ("--plan", "p.json"), ("--larger", "a")):
+        code, said = typed(*base, "--ladder", "0.2,0.4", option, value)
         assert (code != 0, "leave out" in said) == (True, True), said
     assert "write a share" in typed(*base, "--ladder", "0.2,x")[1]
 

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 import mptk
 from mptk import MptkError, Settings
 from mptk.api.pruned import estimate_recovery
-from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning, Training
+from mptk.config.learning import MINUTES, MOST_STEPS, Learning, Training
 from mptk.cost.estimate import Machine
 from mptk.run.amounts import describe_numbers
 from mptk.run.estimate import read_estimator
@@ -62,34 +62,33 @@ def minutes_of(model: str, settings: Settings, **numbers: object) -> float:
     )
 
 
-def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | None, int | None, int | None]:
-    """Steps, samples and tokens of the search of a run."""
+def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | None, int | None]:
+    """Steps and samples of a run."""
     found = complete(given(settings, **numbers), model)
-    return found.learning.steps, found.samples, found.search_tokens
+    return found.learning.steps, found.samples
 
 
 def test_minutes_allow_the_most_steps_and_windows_that_fit(llama: str) -> None:
     for steps, samples, epochs in ((5, 20, 0), (19, 76, 0), (20, 80, 3), (23, 92, 3), (4000, 96, 3)):
         minutes = minutes_of(llama, TINY, steps=steps, samples=samples, distil_epochs=epochs)
-        assert chosen(llama, TINY, minutes=minutes)[:2] == (steps, samples)
+        assert chosen(llama, TINY, minutes=minutes) == (steps, samples)
         assert complete(given(TINY, minutes=minutes), llama).distil_epochs == epochs
 
 
 def test_what_is_typed_wins(llama: str) -> None:
     minutes = minutes_of(llama, TINY, steps=40, samples=4)
-    assert chosen(llama, TINY, minutes=minutes, samples=4)[:2] == (40, 4)
+    assert chosen(llama, TINY, minutes=minutes, samples=4) == (40, 4)
     assert chosen(llama, TINY, minutes=minutes, steps=7)[0] == 7
-    assert chosen(llama, TINY, minutes=0.01, steps=900, samples=4)[:2] == (900, 4), "nothing is left to choose"
+    assert chosen(llama, TINY, minutes=0.01, steps=900, samples=4) == (900, 4), "nothing is left to choose"
 
 
 def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_many_steps(
     llama: str, inside: Inside
 ) -> None:
-    assert chosen(llama, TINY)[:2] == (MOST_STEPS, 96)
+    assert chosen(llama, TINY) == (MOST_STEPS, 96)
     assert complete(TINY, llama).minutes == MINUTES
-    assert complete(replace(TINY, search=True), llama).minutes == SEARCH_MINUTES
     inside.gives("mptk.run.estimate.measure_machine", Machine(flops=1e3, read=1e9, write=1e9))
-    assert chosen(llama, TINY)[:2] == (LEAST_STEPS, 20), "a slow machine is told how long it takes"
+    assert chosen(llama, TINY) == (LEAST_STEPS, 20), "a slow machine is told how long it takes"
     wanda = complete(replace(TINY, method="wanda"), llama)
     assert (wanda.learning.steps, wanda.samples, wanda.minutes) == (0, 32, None)
 
@@ -129,15 +128,6 @@ def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str, ins
     resumed, sources = complete_settings(timed, None, unfinished=kept)
     assert resumed.compute_dtype == "float32", "a resumed run goes on as it began"
     assert sources["samples"] == "the unfinished run"
-
-
-def test_a_search_gets_a_third_of_the_tokens_of_training(llama: str) -> None:
-    search = replace(TINY, search=True, search_finalists=2)
-    minutes = minutes_of(llama, search, steps=90, samples=96, search_tokens=90 * 2 * 32 // 3, distil_epochs=3)
-    assert chosen(llama, search, minutes=minutes) == (90, 96, 1920)
-    assert chosen(llama, search, minutes=minutes, search_tokens=256)[0] > 90
-    least = minutes_of(llama, search, steps=5, samples=20, search_tokens=2 * 3 * 2 * 32)
-    assert chosen(llama, search, minutes=least)[2] == 384, "three steps of each finalist: two of masks, one of recovery"
 
 
 def test_text_that_the_model_writes_counts(llama: str) -> None:

@@ -6,7 +6,6 @@ It reaches for mptk.io.models: a skeleton and opened weights are not public.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import pickle
@@ -44,7 +43,7 @@ from transformers import (
 from benchmarks.tiny_models import tiny_model
 from mptk import MptkError
 from mptk.compat.transformers import find_config_field
-from mptk.io import cache, models
+from mptk.io import models
 from mptk.io.resident import Resident
 from mptk.trust import trust_by_caller
 
@@ -177,119 +176,6 @@ def test_a_size_that_the_class_gives_may_say_that_there_is_no_limit(tmp_path: Pa
     config.save_pretrained(tmp_path)
     assert config.max_position_embeddings == -1
     assert models.build_skeleton(str(tmp_path)).config.n_layer == 1
-
-
-class TestGguf:
-    @pytest.fixture
-    def file(self, tmp_path: Path) -> Path:
-        path = tmp_path / "toy.gguf"
-        toys.write_gguf(toys.llama(), toys.tokenizer(), path)
-        return path
-
-    @pytest.mark.parametrize("tied", [True, False])
-    def test_same_model(self, tmp_path: Path, tied: bool) -> None:
-        toys.write_gguf(toys.llama(tied=tied), toys.tokenizer(), tmp_path / "toy.gguf")
-        loaded = models.load(str(tmp_path / "toy.gguf"))
-        assert torch.equal(logits(loaded.model), logits(toys.llama(tied=tied)))
-        head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
-        assert (head is embedding) == tied
-        ids = loaded.tokenizer("brown fox", add_special_tokens=False).input_ids
-        assert ids == toys.tokenizer()("brown fox").input_ids
-        assert loaded.tokenizer.model_max_length == 70
-
-    def test_quantised(self, tmp_path: Path) -> None:
-        toys.write_gguf(toys.llama(), toys.tokenizer(), tmp_path / "toy.gguf", quantise=True)
-        error = (logits(models.load(str(tmp_path / "toy.gguf")).model) - logits(toys.llama())).abs().max()
-        assert 0 < error < 1e-2
-
-    def test_saved_as_an_ordinary_checkpoint(self, file: Path, tmp_path: Path) -> None:
-        loaded = models.load(str(file))
-        loaded.model.save_pretrained(tmp_path / "saved")
-        for place in (loaded.path, tmp_path / "saved"):
-            config = json.loads((place / "config.json").read_text())
-            assert config["dtype"] == "float32"
-            assert config["architectures"] == ["LlamaForCausalLM"]
-            assert config["rms_norm_eps"] == 1e-5
-            assert "quantization_config" not in config
-            written = "".join(path.read_text() for path in place.glob("*.json")).lower()
-            assert "gguf" not in written
-            assert "toy of the tests" not in written
-            again = transformers.AutoModelForCausalLM.from_pretrained(place)
-            assert torch.equal(logits(again), logits(toys.llama()))
-            assert again.generation_config.eos_token_id == 1
-
-    def test_converted_once_and_again_when_it_changes(self, file: Path) -> None:
-        first = models.load(str(file)).path
-        written = first.stat().st_ino
-        assert models.load(str(file)).path == first
-        assert first.stat().st_ino == written
-        toys.write_gguf(toys.llama(seed=1), toys.tokenizer(), file)
-        assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=1)))
-
-    @pytest.mark.parametrize("small", [1 << 20, 0])
-    def test_a_file_of_the_same_size_and_time_is_converted_again(self, file: Path, small: int, inside: Inside) -> None:
-        """As after ``cp -p`` and ``rsync -t``, in place of the file and into it; also if its digest is kept."""
-        inside.bound("mptk.io.cache.HASHED_AT_ONCE", small)
-        inside.bound("mptk.io.cache.SETTLED", 0)
-        models.load(str(file))
-        state = file.stat()
-        for seed, replaces in ((1, True), (2, False)):
-            other = file.with_name("other.gguf")
-            toys.write_gguf(toys.llama(seed=seed), toys.tokenizer(), other)
-            os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
-            if replaces:
-                other.rename(file)
-            else:
-                file.write_bytes(other.read_bytes())
-                os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-            assert (file.stat().st_size, file.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
-            assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=seed)))
-
-    def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(
-        self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
-    ) -> None:
-        inside.bound("mptk.io.cache.HASHED_AT_ONCE", 0)
-        inside.bound("mptk.io.cache.SETTLED", 0)
-        first = cache.read_sha256(file)
-        assert first == hashlib.sha256(file.read_bytes()).hexdigest()
-        (kept,) = (tmp_path / "cache" / "digests").iterdir()
-        read = inside.calls("mptk.io.cache.hash_file")
-        assert cache.read_sha256(file) == first
-        assert not read
-        for content in ("", json.dumps({"file": [1], "sha256": "0" * 64})):
-            kept.write_text(content)
-            assert cache.read_sha256(file) == first
-        kept.write_text(json.dumps({**json.loads(kept.read_text()), "sha256": "0" * 64}))
-        kept.chmod(0o666)
-        assert cache.read_sha256(file) == first, "others may have written it"
-        monkeypatch.setenv("MPTK_CACHE", "/proc/x")
-        assert cache.read_sha256(file) == first
-
-    def test_a_file_that_changes_while_it_is_converted_is_refused(
-        self, file: Path, tmp_path: Path, inside: Inside
-    ) -> None:
-        inside.around(
-            "mptk.io.models.save_checkpoint", lambda real, *given: (real(*given), file.open("ab").write(b"x"))
-        )
-        with pytest.raises(MptkError, match="changed while it was converted; start again"):
-            models.load(str(file))
-        assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
-
-    def test_skeleton_reads_the_metadata_alone(self, file: Path, tmp_path: Path) -> None:
-        skeleton = models.build_skeleton(str(file))
-        assert not (tmp_path / "cache" / "checkpoints").exists()
-        assert {p.device.type for p in skeleton.parameters()} == {"meta"}
-        assert {n: p.shape for n, p in skeleton.named_parameters()} == {
-            n: p.shape for n, p in toys.llama().named_parameters()
-        }
-
-    def test_what_is_no_gguf(self, tmp_path: Path) -> None:
-        with pytest.raises(MptkError, match="no file"):
-            models.load(str(tmp_path / "none.gguf"))
-        (tmp_path / "broken.gguf").write_bytes(b"not one at all" * 9)
-        with pytest.raises(MptkError, match="does not begin as a GGUF file does"):
-            models.load(str(tmp_path / "broken.gguf"))
-        assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
 
 
 class TestHub:

@@ -22,9 +22,8 @@ import mptk
 from mptk import FamilyPlan, MptkError, Plan
 from mptk.config.learning import Learning
 from mptk.files.outputs import check_file
-from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
 from mptk.report.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
-from mptk.report.page.render import render_report_page, render_shapes_page
+from mptk.report.page.render import render_report_page
 from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, read_runs, shorten_model_name
 from mptk.report.sections import build_prune_view
 from mptk.report.view import Table, render_markdown
@@ -316,31 +315,3 @@ def test_analyze_draws_what_is_cut_together(folders, tmp_path: Path) -> None:
     assert "which modules of model.layers.0 are cut together" in [v for n, v in page.attributes if n == "aria-label"]
     assert "self_attn.o_proj.weight 36 × 48 0: hidden; 1: kv_groups, q_heads, v_dim" in page.text
     assert "feed-forward channels" in page.text
-
-
-def test_a_page_about_shapes_has_a_row_a_shape_and_no_markup_of_others() -> None:
-    widths = {"ffn": 24, HOSTILE: 2}
-    first = Shape(widths, 0.3, 7e6, 12.5, 6.0, 5.0, (Rung(64, 4.5), Rung(192, 4.25)))
-    second = replace(first, latency_ms=11.0, reconstructed=4.8, rungs=(Rung(64, 4.75),))
-    lost = replace(first, latency_ms=14.0, masked=WORST, reconstructed=WORST, rungs=())
-    dense = Shape({"ffn": 40, HOSTILE: 3}, 0.0, 9e6, 20.0, 3.0)
-    page = Parsed(
-        render_shapes_page(Shapes(HOSTILE, HOSTILE, "perplexity", dense, (first, second, lost), command=HOSTILE))
-    )
-    assert not page.tags & {"script", "img"}
-    assert f"shape ffn {HOSTILE} removed parameters ms masked reconstructed 64 tokens 192 tokens" in page.text
-    assert "dense 40 3 0.0% 9.0 M 20.00 20.09" in page.text
-    assert "1 ★ 24 2 30.0% 7.0 M 12.50 403.43 148.41 90.02 70.11" in page.text
-    assert "2 ★ 24 2 30.0% 7.0 M 11.00 403.43 121.51 115.58" in page.text
-    assert "3 24 2 30.0% 7.0 M 14.00 not finite not finite" in page.text
-    drawn = [value for name, value in page.attributes if name == "aria-label"]
-    assert drawn == [
-        "perplexity over predicted milliseconds of 3 shapes",
-        "perplexity of the shapes that were trained, over tokens",
-    ]
-    bare = Shapes("m", "p", "loss", replace(dense, latency_ms=None), (replace(first, latency_ms=None, rungs=()),))
-    page = Parsed(render_shapes_page(bare))
-    assert [value for name, value in page.attributes if name == "aria-label"] == [
-        "loss over parameters (millions) of 1 shapes"
-    ]
-    assert "6.00 5.00" in page.text

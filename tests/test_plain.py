@@ -152,7 +152,7 @@ def test_mptks_own_error_has_a_log_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, inside: Inside, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
-    inside.around("mptk.io.packaged.find_cached", lambda cached, alias: 1 / 0)
+    inside.around("mptk.features.packaged.wheels.find_cached", lambda cached, alias: 1 / 0)
     result = run(["models"])
     assert result.code == 70
     (line,) = result.errors

@@ -162,7 +162,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside, named: str, message: str
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    inside.forbid("mptk.io.models._from_pretrained")
+    inside.forbid("mptk.io.models.load_pretrained")
     other = LlamaForCausalLM(llama_config())
     save(other, tmp_path / "OTHER")
     with torch.no_grad():

@@ -16,18 +16,12 @@ from mptk import MptkError
 from mptk.api.words import to_python_words
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"sparsity": 0.29, "align": 8, "tolerance": 1e-4}, "; or give align=1 for finer widths"),
-        ({"search": True, "layers": "free"}, 'leave out search=True or layers="free"'),
-    ],
-)
-def test_python_reads_keywords(settings: dict[str, object], said: str) -> None:
+def test_python_reads_keywords() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    asked = {"method": "magnitude", "sparsity": 0.29, "align": 8, "tolerance": 1e-4}
     with pytest.raises(MptkError) as told:
-        mptk.prune(net, example_inputs=(torch.ones(2, 8),), progress=None, **({"method": "magnitude"} | settings))
-    assert said in str(told.value)
+        mptk.prune(net, example_inputs=(torch.ones(2, 8),), progress=None, **asked)
+    assert "; or give align=1 for finer widths" in str(told.value)
     assert "--" not in str(told.value)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import mptk.tasks.exporting
+import mptk.tasks.onnx_export
 import passes.frontend.trace
 import passes.frontend.trace_decoder
 from mptk.compat.torch import FakeTensor
@@ -100,7 +100,7 @@ def remembered() -> Iterator[None]:
         return readings[key]
 
     with changed() as inside:
-        for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
+        for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.onnx_export):
             inside.bound(f"{module.__name__}.export_program", export)
         inside.bound("passes.targets.onnx.emit._export_model", translate)
         inside.bound("passes.transforms.rewrite.propagate_shapes", propagate)

@@ -36,6 +36,8 @@ from mptk.staged.staged import EXECUTOR
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import WEIGHTS, read_weights
 from mptk.tasks.module import Module
+from mptk.tasks.onnx_export import export_form
+from mptk.tasks.onnx_proof import list_form_stages
 from mptk.trust import NO_CODE, Trust
 from passes.targets.onnx.names import ONNX_FOLDER
 from passes.verify import TOLERANCE, StageOutputs, prove
@@ -342,5 +344,5 @@ def _write_onnx(
     form = opened.task.onnx
     assert form is not None
     dense = Dense(opened.loaded, settings, program, about={"plan_sha256": report.plan_sha256})
-    form.export(dense, None, opened.task.make_example(opened.loaded.model), folder, Log())
-    return form.list_stages(folder, Use(), EXECUTOR.device, settings).stages
+    export_form(form, dense, None, opened.task.make_example(opened.loaded.model), folder, Log())
+    return list_form_stages(form, folder, Use(), EXECUTOR.device, settings).stages

@@ -51,7 +51,8 @@ from mptk.staged.staged import EXECUTOR
 from mptk.targets.gguf.folder import GgufFolder
 from mptk.targets.onnx import describe_graphs, list_quantized
 from mptk.tasks import CAUSAL_LM, find_task_form, load_folder_inputs, open_task
-from mptk.tasks.exporting import cut_to_plan
+from mptk.tasks.onnx_export import check_form, cut_to_plan, export_form
+from mptk.tasks.onnx_proof import list_form_stages
 from mptk.trust import NO_CODE
 from mptk.version import __version__
 from passes.frontend.trace_decoder import LogitsScope
@@ -140,9 +141,9 @@ def export(
         raise MptkError(f"the graphs of a {name} need a float32 model; call model.float()")
     # A decoder's form traces the model itself, with its cache.
     program = None if form is CAUSAL_LM.onnx else trace(model, dynamic=True)
-    form.check(model, settings)
+    check_form(form, settings)
     dense = Dense(Loaded(model, None, name, Path()), settings, program, about=about)
-    form.export(dense, plan, None if text is None else make_token_samples(text), place, Log())
+    export_form(form, dense, plan, None if text is None else make_token_samples(text), place, Log())
     if tokenizer is not None:
         save_tokenizer(tokenizer, place)
         model.config.save_pretrained(place)
@@ -176,12 +177,12 @@ def _export_module(
     loaded, task = opened.loaded, opened.task
     form = task.onnx
     assert form is not None
-    form.check(loaded.model, settings)
+    check_form(form, settings)
     program, samples = trace_loaded(loaded, task, EXECUTOR), task.make_example(loaded.model)
     dense = Dense(loaded, settings, program, about=metadata)
-    form.export(dense, plan, samples, folder, Log())
+    export_form(form, dense, plan, samples, folder, Log())
     program = cut_to_plan(program, dense, plan, Log())  # as the form has cut it: the reference of the proof
-    stages = form.list_stages(folder, Use(), EXECUTOR.device, settings).stages
+    stages = list_form_stages(form, folder, Use(), EXECUTOR.device, settings).stages
     check_proof(prove(program, stages, samples), "do not use the graph")
 
 
@@ -265,7 +266,7 @@ def export_folder(
         say("export ONNX", 0, 0)
         with enter_stage(say, "export ONNX"):
             samples = None if windows is None else make_token_samples(windows)
-            notes = form.export(dense, None, samples, folder / "onnx", Log())
+            notes = export_form(form, dense, None, samples, folder / "onnx", Log())
         for note in [*notes, *_check_quantized(folder / ONNX_FOLDER, form, say, settings.strict)]:
             on_note(note)
         # What other programs look for beside the graphs.
@@ -287,7 +288,7 @@ def _load_dense(model: str, settings: Settings, text: str | None) -> tuple[Dense
     loaded, task = open_task(model, resident, trust=settings.trust)
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
-    task.onnx.check(loaded.model, settings)
+    check_form(task.onnx, settings)
     if text is not None and task.onnx is not CAUSAL_LM.onnx:
         raise MptkError(f"only a decoder's int4 needs text, and {model} is a {task.summary}; leave out --data")
     program = trace_loaded(loaded, task, executor, like=task.make_example(loaded.model))
@@ -390,7 +391,7 @@ def find_onnx_folder(model: str, progress: Progress | None = None) -> Path:
     def build(folder: Path) -> None:
         say(f"exporting {model} to ONNX", 0, 1)
         dense, form = _load_dense(model, Settings(), None)
-        form.export(dense, None, None, folder, Log())
+        export_form(form, dense, None, None, folder, Log())
         say(f"exporting {model} to ONNX", 1, 1)
 
     made_of = (hash_model(model), __version__, torch.__version__, transformers.__version__)

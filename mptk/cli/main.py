@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from mptk.cli import advise, features, models, prune, use, verify
+from mptk.cli import features, models, prune, use, verify
 from mptk.cli.app import app, main, register_all
 from mptk.plugins import list_features
 
-__all__ = ["advise", "app", "features", "main", "models", "prune", "use", "verify"]
+__all__ = ["app", "features", "main", "models", "prune", "use", "verify"]
 
 PANELS = {
     "Prune a model": ("analyze", "prune", "recover", "rung"),
     "Check the result": ("report", "verify", "eval"),
     "Use the result": ("generate", "bench", "export", "gguf"),
-    "Packaged models": ("models", "fetch"),
     "Look inside mptk": ("show", "passes", "ops", "features"),
 }
 """Title → the core's commands, in the order in which ``mptk --help`` shows them. Features say where theirs stand."""

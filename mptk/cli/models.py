@@ -1,4 +1,4 @@
-"""models: commands that read no weights: packaged models, ops, passes, a model's analysis and its program."""
+"""models: commands that read no weights: ops, passes, a model's analysis and its program."""
 
 from __future__ import annotations
 
@@ -12,26 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mptk.cli.app import register_command, show_result
-from mptk.cli.console import err, out, print_text, show_stages
+from mptk.cli.console import err, print_text, show_stages
 from mptk.cli.options import JsonOption, ModelArgument, make_file_option
 from mptk.config import Settings
 from mptk.files import write_text
 
 OPS = "mptk-ops/1"
-
-
-@register_command("models", examples=("models",))
-def list_models() -> None:
-    """List the packaged models that `fetch` downloads."""
-    from mptk.io import packaged
-
-    table = Table()
-    for column in ("alias", "package", "licence", "fetched"):
-        table.add_column(column)
-    for alias, model in packaged.ALIASES.items():
-        present = "yes" if packaged.find_cached(alias) else "no"
-        table.add_row(alias, model.versions.replace(" ", "\n"), model.licence, present)
-    out.print(table)
 
 
 @register_command("ops", examples=("ops --json -",))
@@ -78,17 +64,6 @@ def list_passes() -> None:
 
 def _read_summary(documented: object) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0]
-
-
-@register_command("fetch", examples=("fetch smollm2-135m",))
-def fetch_model(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
-    """Download a packaged model into the cache folder."""
-    from mptk.io import packaged
-
-    with show_stages(err) as progress:
-        progress(f"fetch {alias}", 0, 0)
-        path = packaged.fetch(alias)
-    out.print(f"{alias}: {path}", soft_wrap=True)
 
 
 @register_command(

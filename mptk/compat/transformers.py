@@ -1,17 +1,15 @@
-"""transformers: the classes behind its auto classes, GGUF options, missing config attributes, fields of unlike layers,
-weights on disk."""
+"""transformers: the classes behind its auto classes, missing config attributes, fields of unlike layers, weights on
+disk."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, modeling_layers, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_layers, modeling_utils
 
 
 def find_auto_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
@@ -33,25 +31,6 @@ def forget_source(config: PreTrainedConfig) -> None:
     """Remove the title that a config gets from a GGUF file's metadata. It would be saved as the model's path."""
     # The attribute has no public name, and no option turns it off.
     vars(config).pop("_model_name_or_path", None)
-
-
-def read_gguf_config(gguf: Path) -> PreTrainedConfig:
-    """The config in a GGUF file's metadata, without the model's title and with rounded numbers."""
-    config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    forget_source(config)
-    # GGUF stores float32: an epsilon of 1e-05 is read as 9.999999747378752e-06. The shortest text of the float32 number
-    # is 1e-05 again.
-    for name, value in vars(config).items():
-        if isinstance(value, float):
-            setattr(config, name, float(str(np.float32(value))))
-    return config
-
-
-def dequantize_gguf() -> dict[str, object]:
-    """Options that make ``from_pretrained`` read a GGUF file into plain floats."""
-    # Releases that can compute on GGUF blocks keep them by default. Earlier ones lack the class, and always dequantise.
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def compute_vision_inputs(encoder: nn.Module, grids: Tensor) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 # What other packages import from here; each name is loaded at its first use.
+from .cases import CHOICE as CHOICE
 from .cases import CHOOSER as CHOOSER
 from .cases import CHOOSING as CHOOSING
 from .cases import CUT as CUT
@@ -15,13 +16,11 @@ from .choices import IN_MEMORY as IN_MEMORY
 from .choices import INPUTS as INPUTS
 from .choices import MOST_SPARSITY as MOST_SPARSITY
 from .choices import SAMPLES as SAMPLES
-from .choices import TRIAL_TOKENS as TRIAL_TOKENS
 from .choices import UNIFORM as UNIFORM
 from .choices import GgufType as GgufType
 from .joined import Settings as Settings
 from .learning import MINUTES as MINUTES
 from .learning import MOST_STEPS as MOST_STEPS
-from .learning import SEARCH_MINUTES as SEARCH_MINUTES
 from .learning import Learning as Learning
 from .learning import LossWeights as LossWeights
 from .learning import Rates as Rates

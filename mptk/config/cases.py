@@ -49,19 +49,15 @@ PHASED = (
     ),
 )
 NO_MASKS = Idle(lambda a: not a.learns, "this method learns no masks", "give --method maskprune, or leave it out")
-NO_SEARCH = Idle(lambda a: not a.settings.search, "only --search ranks shapes", "give --search, or leave it out")
-QUICK = Idle(
-    lambda a: a.settings.search and not a.settings.trial_tokens,
-    "the search trains nothing",
-    "give {search_tokens}, or leave it out",
-)
 WHOLE_BLOCKS = Idle(
     lambda a: not a.settings.distil_epochs, "it needs --distil-epochs", "give --distil-epochs 3, or leave it out"
 )
 UNTRAINED = (
-    # A search has a remedy of its own: it trains on tokens of its own, without --steps.
-    Idle(lambda a: a.settings.search and not a.settings.trains, "nothing is trained", QUICK.remedy),
-    Idle(lambda a: not a.settings.trains, "nothing is trained", "give --steps, or leave it out"),
+    Idle(
+        lambda a: not a.settings.trains,
+        "nothing is trained",
+        lambda a: f"give {a.settings.training_option}, or leave it out",
+    ),
 )
 ADAPTED = Idle(lambda a: bool(a.settings.learning.rank), "AdamW trains adapters", "leave out one of both")
 DECIDED = Idle(lambda a: not a.undecided, "the numbers that it would choose are given", "leave out one of both")

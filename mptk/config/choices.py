@@ -32,5 +32,3 @@ MOST_SPARSITY = 0.99
 """The largest sparsity."""
 SAMPLES = 32
 """Calibration windows of a run whose minutes do not count."""
-TRIAL_TOKENS = 131_072
-"""Tokens on which a search trains, if minutes do not count: 64 steps of eight windows of 256."""

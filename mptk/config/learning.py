@@ -10,8 +10,6 @@ from mptk.errors import MptkError
 
 MINUTES = 20
 """Default minutes of a run that trains by default."""
-SEARCH_MINUTES = 60
-"""The same if it also searches for the best division, whose trials take a quarter of an hour even for a small model."""
 MOST_STEPS = 200
 """Most training steps that the default minutes choose."""
 

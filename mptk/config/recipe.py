@@ -73,8 +73,8 @@ def format_command(model: str, settings: Settings, widths: Mapping[str, int]) ->
 
     Options at their default, and options that would do nothing, are left out.
     """
-    # The command cuts, so it searches no more and writes graphs, which a search does not.
-    own = replace(settings, widths=dict(widths), search=False, onnx=True)
+    # The command cuts, so it compares no divisions and writes graphs, which a comparison does not.
+    own = replace(settings.with_widths(widths), onnx=True)
     plain, skipped = build_recipe(model, Settings()), {"model", *find_idle("prune", Asked(own, learns=own.steps > 0))}
     found = ["mptk", "prune", model]
     for name, value in build_recipe(model, own).items():

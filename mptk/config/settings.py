@@ -23,12 +23,10 @@ from mptk.config.cases import (
     NO_CLASS,
     NO_GRAPH,
     NO_LADDER,
-    NO_SEARCH,
     ON_DEVICE,
     PHASED,
     PLANNED,
     PRUNE,
-    QUICK,
     READING,
     RUNS,
     SEARCH,
@@ -56,10 +54,9 @@ from mptk.config.choices import (
     SAMPLES,
     SCHEMES,
     TARGET_CHOICES,
-    TRIAL_TOKENS,
     UNIFORM,
 )
-from mptk.config.learning import MINUTES, MOST_STEPS, SEARCH_MINUTES, Learning
+from mptk.config.learning import MINUTES, MOST_STEPS, Learning
 from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
 from mptk.errors import MptkError
@@ -213,9 +210,9 @@ class CoreSettings(CutSettings):
     """The settings of ``prune``. docs/settings.md has their bounds and options.
 
     Raises:
-        MptkError: a value is outside its bounds or not among its choices; a family is to be both kept and cut; a search
-            is combined with a plan; quantised graphs are combined with a float16 graph; or milliseconds are given for a
-            budget that is not latency.
+        MptkError: a value is outside its bounds or not among its choices; a family is to be both kept and cut;
+            quantised graphs are combined with a float16 graph; or milliseconds are given for a budget that is not
+            latency.
     """
 
     method: str = declare_setting(
@@ -244,40 +241,6 @@ class CoreSettings(CutSettings):
     )
     distil_lr: float = declare_setting(
         1e-3, "Learning rate of this block-by-block training.", CHOICE, PRUNE, (WHOLE_BLOCKS,), within=(0.0, 100.0)
-    )
-    search: bool = declare_setting(
-        False,
-        "First rank ways to divide the budget, as `mptk shapes` does; then cut to the best.",
-        CHOICE,
-        PRUNE,
-        in_plan=True,
-    )
-    search_shapes: int = declare_setting(
-        64,
-        "Most shapes to measure without training.",
-        CHOICE,
-        SEARCH,
-        (NO_SEARCH,),
-        within=(1, 100_000),
-        renamed={"shapes": "shapes"},
-    )
-    search_finalists: int = declare_setting(
-        6,
-        "Shapes of these to train.",
-        CHOICE,
-        SEARCH,
-        (NO_SEARCH, QUICK),
-        within=(1, 100_000),
-        renamed={"shapes": "finalists"},
-    )
-    search_tokens: int | None = declare_setting(
-        None,
-        f"Tokens to train them on in all; 0: no training; default: {TRIAL_TOKENS:,}, or as --minutes choose.",
-        CHOICE,
-        SEARCH,
-        (NO_SEARCH,),
-        within=(0, 10**12),
-        renamed={"shapes": "tokens"},
     )
     seed: int = declare_setting(0, "Seed of the random choices.", CHOICE, READING, within=SEED)
     data: str = declare_setting(
@@ -312,7 +275,7 @@ class CoreSettings(CutSettings):
         None,
         "Time of the whole run, as estimated: chooses --samples, --search-tokens and, for recover and if the method "
         "learns, --steps that you do not give; "
-        f"default: {MINUTES} for recover and if the method learns ({SEARCH_MINUTES} with --search), for at most "
+        f"default: {MINUTES} for recover and if the method learns (60 with --search), for at most "
         f"{MOST_STEPS} steps.",
         TRAIN,
         TRAINING,
@@ -425,10 +388,8 @@ class CoreSettings(CutSettings):
             raise MptkError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize")
         if self.distil_epochs and self.reconstruct is False:
             raise MptkError("--distil-epochs needs reconstruction; leave out --no-reconstruct or --distil-epochs")
-        if self.search and self.plan is not None:
-            raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
-        if self.larger is not None and (self.search or self.layers != UNIFORM):
-            other = "--search" if self.search else f"--layers {self.layers}"
+        if self.larger is not None and self.layers != UNIFORM:
+            other = f"--layers {self.layers}"
             raise MptkError(f"a larger folder is cut further in all layers alike, by one method; leave out {other}")
         self._check_inputs()
 
@@ -450,9 +411,13 @@ class CoreSettings(CutSettings):
 
     def with_plan(self, plan: str) -> Self:
         """Settings that cut to a plan, without what the plan says already."""
-        # What the plan says was done by conversions, a search and others; to do it once more would change the result.
+        # What the plan says was done by conversions and others; to do it once more would change the result.
         defaults: dict[str, Any] = {each.path: each.default for each in type(self).declared if each.setting.in_plan}
         return replace(self, **{**defaults, "plan": plan})
+
+    def with_widths(self, widths: Mapping[str, int]) -> Self:
+        """Settings that cut to these widths, without another division of the budget. Features extend it."""
+        return replace(self, widths=dict(widths))
 
     @property
     def trust(self) -> Trust:
@@ -462,7 +427,7 @@ class CoreSettings(CutSettings):
     @property
     def fixed(self) -> bool:
         """Whether the units to keep are known: from a plan, or all of them if only a conversion makes it smaller."""
-        other = self.sparsity or self.families or self.widths or self.search or self.max_ms is not None
+        other = self.sparsity or self.families or self.widths or self.divider or self.max_ms is not None
         return self.plan is not None or (self.converts and not other)
 
     @property
@@ -486,11 +451,34 @@ class CoreSettings(CutSettings):
         return SAMPLES if self.samples is None else self.samples
 
     @property
-    def trial_tokens(self) -> int:
-        """Tokens on which a search trains; ``TRIAL_TOKENS`` if the number is not set yet."""
-        return TRIAL_TOKENS if self.search_tokens is None else self.search_tokens
+    def trains(self) -> bool:
+        """Whether weights are trained, also if only to compare divisions of the budget. Features extend it."""
+        return bool(self.steps)
 
     @property
-    def trains(self) -> bool:
-        """Whether weights are trained, also if only in a search."""
-        return bool(self.steps or (self.search and self.trial_tokens))
+    def training_option(self) -> str:
+        """The option that makes the run train. Features extend it; ``{name}`` is a setting's option."""
+        return "--steps"
+
+    @property
+    def divider(self) -> str:
+        """The option by which a feature divides the budget among families and blocks, before units are chosen.
+
+        Empty: the method divides it. Features extend it.
+        """
+        return ""
+
+    @property
+    def divisions(self) -> int | None:
+        """Most divisions of the budget to try; None: as many as the method does. Features extend it."""
+        return None
+
+    @property
+    def default_minutes(self) -> float:
+        """The time of the whole run if the run trains and nobody gave one. Features extend it."""
+        return MINUTES
+
+    @property
+    def further_numbers(self) -> Mapping[str, int]:
+        """The numbers of features that may be left to the minutes: as given, else as without a time limit."""
+        return {}

@@ -1,9 +1,9 @@
 # What other packages import from here; each name is loaded at its first use.
 from .archive import EXTRA as EXTRA
 from .archive import read_archive as read_archive
-from .auto_classes import OWN_CODE as OWN_CODE
 from .auto_classes import find_model_classes as find_model_classes
-from .auto_classes import name_loader as name_loader
+from .auto_classes import name_class as name_class
+from .auto_classes import name_library as name_library
 from .cache import build_private as build_private
 from .cache import cache_dir as cache_dir
 from .cache import keep as keep
@@ -26,12 +26,6 @@ from .dense import hash_model as hash_model
 from .dense import list_model_files as list_model_files
 from .dense import open_dense as open_dense
 from .dense import resolve_model_name as resolve_model_name
-from .diffusion import ADDED_CONDITIONS as ADDED_CONDITIONS
-from .diffusion import PIPELINE as PIPELINE
-from .diffusion import DiffusersConfig as DiffusersConfig
-from .diffusion import import_diffusers as import_diffusers
-from .diffusion import list_pipeline_files as list_pipeline_files
-from .diffusion import open_pipeline as open_pipeline
 from .evaluation import LogitsFn as LogitsFn
 from .evaluation import Perplexity as Perplexity
 from .evaluation import Runs as Runs
@@ -46,15 +40,15 @@ from .live import name_live_model as name_live_model
 from .live import open_live as open_live
 from .live import set_evaluating as set_evaluating
 from .live import unwrap_parallel as unwrap_parallel
-from .modeling_nemotron_nas import WIDTH_STEP as WIDTH_STEP
-from .modeling_nemotron_nas import DeciLMConfig as DeciLMConfig
-from .modeling_nemotron_nas import DeciLMForCausalLM as DeciLMForCausalLM
+from .loaders import Loader as Loader
+from .loaders import check_folder_named as check_folder_named
+from .loaders import find_fetched as find_fetched
+from .loaders import find_named_licence as find_named_licence
+from .loaders import list_other_files as list_other_files
+from .loaders import list_own_code as list_own_code
+from .loaders import name_whole_class as name_whole_class
 from .models import Loaded as Loaded
 from .models import load as load
-from .packaged import ALIASES as ALIASES
-from .packaged import check_folder_named as check_folder_named
-from .packaged import fetch as fetch
-from .packaged import find_cached as find_cached
 from .remade import make_anew as make_anew
 from .remade import rebuild_model as rebuild_model
 from .resident import Resident as Resident
@@ -81,7 +75,6 @@ from .text.sources import RANDOM_NAME as RANDOM_NAME
 from .text.tokens import split_documents as split_documents
 from .untrusted import CONFIG as CONFIG
 from .untrusted import GENERATION as GENERATION
-from .untrusted import check_gguf as check_gguf
 from .untrusted import load_tensors as load_tensors
 from .untrusted import read_metadata as read_metadata
 from .untrusted import read_object as read_object

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import find_auto_classes
 from mptk.errors import MptkError
-from mptk.io import modeling_nemotron_nas as nas
-from mptk.io.diffusion import DiffusersConfig, find_diffusers_class
+from mptk.io.loaders import PLAIN_CHECKPOINTS, list_loaders
 
-OWN_CODE = Path(nas.__file__)
-"""The code that mptk writes into folders. mptk reads it from here, so it runs no code of such a folder."""
-AutoConfig.register(nas.DeciLMConfig.model_type, nas.DeciLMConfig)
-AutoModelForCausalLM.register(nas.DeciLMConfig, nas.DeciLMForCausalLM)
+# Before any config is read.
+for loader in list_loaders():
+    loader.register_classes()
 
 # If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
-def name_loader(config: PreTrainedConfig) -> str:
-    """Name of what in transformers, or in diffusers, loads a checkpoint with ``config``.
+def name_class(config: PreTrainedConfig) -> str:
+    """Name of what in transformers, or in a loader's library, loads a checkpoint with ``config``.
+
+    If no loader has a class for it:
 
     1. the first auto class with the class that the checkpoint names;
     2. the checkpoint's class itself, if it has a head (``…For…``) and only ``AutoModel`` takes the config;
@@ -34,8 +33,8 @@ def name_loader(config: PreTrainedConfig) -> str:
     Raises:
         MptkError: transformers has no class for it.
     """
-    if isinstance(config, DiffusersConfig):
-        return find_diffusers_class(config).__name__
+    if (own := find_loaders_class(config)) is not None:
+        return own.__name__
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     # Which auto classes take the config, and which of the checkpoint's own classes do.
     fitting = {name: _list_class_names(name, config, code) for name in _list_auto_names()}
@@ -51,20 +50,27 @@ def name_loader(config: PreTrainedConfig) -> str:
     return named[0]  # no auto class knows decoders such as ``MusicgenForCausalLM`` (4)
 
 
-def find_loader(config: PreTrainedConfig) -> Any:
-    """The class, or the auto class of transformers, that ``name_loader`` names."""
-    return (
-        find_diffusers_class(config)
-        if isinstance(config, DiffusersConfig)
-        else getattr(transformers, name_loader(config))
-    )
+def find_class(config: PreTrainedConfig) -> Any:
+    """The class, or the auto class of transformers, that ``name_class`` names."""
+    return find_loaders_class(config) or getattr(transformers, name_class(config))
+
+
+def find_loaders_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that a loader has for ``config``; None for a config of transformers or of a model's own code."""
+    return next(filter(None, (loader.find_class(config) for loader in list_loaders())), None)
+
+
+def name_library(config: PreTrainedConfig) -> str:
+    """The library that has the class for ``config``."""
+    owner = next((loader for loader in list_loaders() if loader.find_class(config) is not None), PLAIN_CHECKPOINTS)
+    return owner.library
 
 
 def find_model_classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
-    """The classes that transformers or diffusers has for ``config``; empty if the model brings its own code."""
-    if isinstance(config, DiffusersConfig):
-        return {find_diffusers_class(config)}
-    name = name_loader(config)
+    """The classes that transformers or a loader has for ``config``; empty if the model brings its own code."""
+    if (own := find_loaders_class(config)) is not None:
+        return {own}
+    name = name_class(config)
     if (found := _find_class(name)) is not None:
         return {found}
     if name in (getattr(config, "auto_map", None) or {}):

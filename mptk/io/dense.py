@@ -13,7 +13,7 @@ from mptk.errors import MptkError
 from mptk.files import expand_path, format_json
 from mptk.io import models
 from mptk.io.live import hash_loaded_weights, open_live
-from mptk.io.packaged import ALIASES
+from mptk.io.loaders import find_naming_loader
 from mptk.io.resident import Resident
 from mptk.plain import hash_text
 from mptk.publish.manifest import compute_digests
@@ -53,9 +53,9 @@ def hash_model(model: str, *, local: bool = False) -> str:
 
 
 def resolve_model_name(model: str) -> str:
-    """A local model's absolute path; an alias or a hub id unchanged."""
+    """A local model's absolute path; a loader's name or a hub id unchanged."""
     path = expand_path(model)
-    return str(path.resolve()) if model not in ALIASES and path.exists() else model
+    return str(path.resolve()) if find_naming_loader(model) is None and path.exists() else model
 
 
 def open_dense(

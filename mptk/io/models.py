@@ -1,8 +1,8 @@
-"""models: load a transformers model from a hub id, a local folder, a GGUF file or a packaged alias.
+"""models: load a transformers model from a hub id, a local folder, or what a loader takes (``loaders``).
 
-All of these first become a plain checkpoint folder. A GGUF file or a quantised checkpoint is dequantised once, to a
-safetensors checkpoint in the cache folder (``MPTK_CACHE``, else the platform's user cache). Only safetensors are read,
-since a pickle can run code. A model's own Python code runs only if the caller trusts it.
+All of these first become a plain checkpoint folder. What has to be converted for it is converted once, to a safetensors
+checkpoint in the cache folder (``MPTK_CACHE``, else the platform's user cache). Only safetensors are read, since a
+pickle can run code. A model's own Python code runs only if the caller trusts it.
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.arguments import guard_arguments
-from mptk.compat.transformers import dequantize_gguf, read_gguf_config
 from mptk.errors import MptkError, take_first_line
 from mptk.files import expand_path, tidy
-from mptk.io.auto_classes import find_loader
+from mptk.io.auto_classes import find_class
 from mptk.io.cache import build_private, locate_private_folder, read_sha256
 from mptk.io.checkpoint import (
     SMALL_FILES,
@@ -33,21 +30,15 @@ from mptk.io.checkpoint import (
     find_quantized_dtype,
     find_stored_dtype,
     read_float_types,
-    save_checkpoint,
 )
-from mptk.io.diffusion import PIPELINE, is_diffusers, list_model_parts, read_config
-from mptk.io.packaged import ALIASES, fetch, find_cached
-from mptk.io.quantized import read_quantization, write_float
+from mptk.io.loaders import Loader, choose_loader, find_file_loader, find_naming_loader, list_loaders
 from mptk.io.resident import Resident
 from mptk.io.tensors import Files
-from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
+from mptk.io.untrusted import CONFIG, PARAMETERS, check_folder, check_sizes, is_quantized
 from mptk.ir import Program, Weights
 from mptk.plain import hash_text
-from mptk.publish.licence import write_stub
 from mptk.trust import NO_CODE, Trust, trust_by_caller
 
-# In the names of converted checkpoints in the cache. Raise it if the same file is now converted differently.
-_CONVERSION = 3
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 # Files to download from a hub: no subfolders, no second copy in another format.
@@ -108,7 +99,7 @@ def load(
 ) -> Loaded:
     """Load weights and tokenizer on the CPU, in ``dtype``, in evaluation mode.
 
-    ``model`` is, in this order: a packaged alias (``packaged.ALIASES``; write ``./NAME`` for a folder of that name), a
+    ``model`` is, in this order: a packaged alias (``mptk models``; write ``./NAME`` for a folder of that name), a
     ``.gguf`` file, a local checkpoint folder, a hub id. The checkpoint's ``architectures`` name the class. If they name
     none, it is the causal LM, if the config has one. ``tokenizer`` is None if the checkpoint has none. ``local``:
     download nothing.
@@ -136,26 +127,27 @@ def open_weights(model: str, resident: Resident, *, trust: Trust = NO_CODE, loca
 
 
 def _load(model: str, trust: Trust, local: bool, **options: object) -> Loaded:
-    folder = _locate_checkpoint(model, local=local)
-    with _explain_errors(model):
+    folder = _open_folder(locate(model, local=local))
+    with explain_load_errors(model):
         config = _read_config(folder, trust)
     # Before any weight is read: refuse what cannot be a model, and weights that could run code.
     check_sizes(model, config)
     _refuse_pickles(folder, config)
-    # Quantised weights become a float checkpoint in the cache, which is loaded in their place.
-    settings, note = read_quantization(folder), ""
-    if settings is not None:
-        method = settings["quant_method"]
-        note = f"{model} is quantised ({method}): its weights were read as floats, and the result has float weights"
-        folder = build_private(_locate_converted(folder), partial(write_float, folder, settings))
-        with _explain_errors(model):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.allows_code)
+    # Weights that only a loader reads become a checkpoint in the cache, which is loaded in their place.
+    loader, note = choose_loader(folder), ""
+    if loader.conversion:
+        note = loader.explain_conversion(model, folder)
+        folder = _convert(loader, folder)
+        with explain_load_errors(model):
+            config = _read_config(folder, trust)
+    elif is_quantized(folder):
+        raise MptkError(f"{model} is quantised, and no installed feature reads that; give the float checkpoint")
     elif (found := find_quantized_dtype(folder)) is not None:
         raise MptkError(
             f"{model} has weights of type {found}, and its config.json has no quantization_config; give the float "
             "checkpoint"
         )
-    module = _from_pretrained(folder, model, config=config, trust_remote_code=trust.allows_code, **options)
+    module = load_pretrained(folder, model, config, trust, **options)
     tokenizer = _load_tokenizer(folder, model, trust) if has_tokenizer(folder) else None
     return Loaded(module, tokenizer, model, folder, trust, find_stored_dtype(folder), note=note)
 
@@ -163,12 +155,12 @@ def _load(model: str, trust: Trust, local: bool, **options: object) -> Loaded:
 def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Trust = NO_CODE) -> PreTrainedModel:
     """The model of :func:`load` on the meta device, without weights.
 
-    It needs only the config, or the metadata of a GGUF file that has not been converted yet.
+    It needs only the config. A file that has not been converted to a checkpoint yet is not converted for it.
     """
     config = load_config(model, trust=trust)
     # A config may ask for weights of any size; on the meta device they take no memory.
-    with _explain_errors(model), torch.device("meta"):
-        kind = find_loader(config)
+    with explain_load_errors(model), torch.device("meta"):
+        kind = find_class(config)
         if issubclass(kind, PreTrainedModel):
             module = kind(config).to(dtype)
         else:  # an auto class
@@ -181,13 +173,13 @@ def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Tru
 
 def load_config(model: str, *, trust: Trust = NO_CODE) -> PreTrainedConfig:
     """The config of ``model`` (any spelling that :func:`load` takes), without its weights."""
-    # If a GGUF file is not converted yet, its metadata will do: converting it takes long.
-    gguf = _locate_gguf(model)
-    if gguf is not None and not _locate_converted(gguf).is_dir():
-        with _explain_errors(model):
-            return read_gguf_config(gguf)
-    folder = _locate_checkpoint(model, weights=False)
-    with _explain_errors(model):
+    # If a file is not converted yet, what it says itself will do: converting it takes long.
+    source = locate(model, weights=False)
+    if source.is_file() and not _locate_converted(loader := choose_loader(source), source).is_dir():
+        with explain_load_errors(model):
+            return loader.read_config(source, trust)
+    folder = _open_folder(source)
+    with explain_load_errors(model):
         config = _read_config(folder, trust)
     check_sizes(model, config)
     return config
@@ -199,7 +191,7 @@ def load_tokenizer(model: str, *, trust: Trust = NO_CODE) -> PreTrainedTokenizer
     Raises:
         MptkError: the checkpoint has none.
     """
-    folder = _locate_checkpoint(model, weights=False)
+    folder = _open_folder(locate(model, weights=False))
     if not has_tokenizer(folder):
         raise MptkError(f"{model} has no tokenizer; copy the tokenizer files of the model it came from into {folder}")
     return _load_tokenizer(folder, model, trust)
@@ -207,43 +199,46 @@ def load_tokenizer(model: str, *, trust: Trust = NO_CODE) -> PreTrainedTokenizer
 
 def read_stored_config(loaded: Loaded) -> PreTrainedConfig:
     """The config in a loaded model's folder. The model's own config has the dtype of loading."""
-    with _explain_errors(loaded.source):
+    with explain_load_errors(loaded.source):
         return _read_config(loaded.path, loaded.trust)
 
 
 def _read_config(folder: Path, trust: Trust) -> PreTrainedConfig:
-    if is_diffusers(folder):
-        return read_config(folder)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust.allows_code)
-    return config
+    return choose_loader(folder).read_config(folder, trust)
 
 
-def locate(model: str, *, local: bool = False) -> Path:
-    """The ``.gguf`` file or the folder of ``model``. ``local``: download nothing."""
-    return _locate_gguf(model, local=local) or _locate_checkpoint(model, local=local)
+def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
+    """The file or folder of ``model`` on this machine.
 
-
-def _locate_checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Path:
-    """The local folder of ``model``. ``weights``: whether to download weights from a hub."""
-    # In the order that ``load`` promises: an alias, a GGUF file, a folder, the hub.
-    if model in ALIASES and ALIASES[model].folder:
-        return _fetch_alias(model, local)
-    gguf = _locate_gguf(model, local=local)
-    if gguf is not None:
-        return build_private(place := _locate_converted(gguf), lambda folder: _convert(gguf, folder, place))
+    ``weights``: whether to download weights from a hub. ``local``: download nothing.
+    """
+    # In the order that ``load`` promises: a name that stands for a model, a file, a folder, the hub.
+    if (naming := find_naming_loader(model)) is not None:
+        if local and not naming.find_fetched(model):
+            raise _make_absent_error(model)
+        path = naming.fetch(model)
+        if path.is_file() and find_file_loader(str(path)) is None:
+            raise _make_unread_error(str(path))
+        return path
     path = _parse_path(model)
+    if (loader := find_file_loader(model)) is not None:
+        if not path.is_file():
+            raise MptkError(f"there is no file {model}; check the path")
+        loader.check_file(path)
+        return path
     tidy(path.parent)  # a killed process may have left this folder renamed aside
+    files = [f"{ending} file" for loader in list_loaders() for ending in loader.endings]
     if path.is_dir():
-        if not os.path.lexists(path / "config.json") or (path / "config.json").is_dir():
-            # A pipeline of diffusers has a config in the folder of each part.
-            if (path / PIPELINE).is_file():
-                named = ", ".join(f"{model}/{part}" for part in list_model_parts(path))
-                raise MptkError(f"{model} is a whole pipeline; give one of its parts: {named}")
-            raise MptkError(f"{model} has no config.json; give a transformers checkpoint folder or a .gguf file")
+        if not os.path.lexists(path / CONFIG) or (path / CONFIG).is_dir():
+            forms = " or a ".join(["transformers checkpoint folder", *files])
+            said = (loader.explain_folder(model, path) for loader in list_loaders())
+            raise MptkError(next(filter(None, said), f"{model} has no config.json; give a {forms}"))
         check_folder(path)
         return path
     if os.path.lexists(path):
-        raise MptkError(f"{model} is neither a checkpoint folder nor a .gguf file; give one of these")
+        if not files:
+            raise _make_unread_error(model)
+        raise MptkError(f"{model} is neither a checkpoint folder nor a {' nor a '.join(files)}; give one of these")
     # Nothing of this name is here, so it can only be a hub's.
     try:
         found = Path(
@@ -259,9 +254,10 @@ def _locate_checkpoint(model: str, *, weights: bool = True, local: bool = False)
     except (OSError, ValueError) as error:
         if local:
             raise _make_absent_error(model) from error
+        forms = ", ".join([*(loader.names for loader in list_loaders() if loader.names), *files])
         raise MptkError(
-            f"{model!r} is no packaged alias ({', '.join(sorted(ALIASES))}), .gguf file or local folder, and the hub "
-            f"does not provide it: {take_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
+            f"{model!r} is no {f'{forms} or ' if forms else ''}local folder, and the hub does not provide it: "
+            f"{take_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
         ) from error
 
 
@@ -284,66 +280,46 @@ def _make_absent_error(model: str) -> MptkError:
     return MptkError(f"{model} is not on this machine, and a report may not start a download; give --model")
 
 
-def _fetch_alias(alias: str, local: bool) -> Path:
-    """A packaged model's file or folder, downloaded if necessary and not ``local``."""
-    if local and not find_cached(alias):
-        raise _make_absent_error(alias)
-    return fetch(alias)
+def _make_unread_error(model: str) -> MptkError:
+    return MptkError(f"{model}: no installed feature reads this; give a transformers checkpoint folder")
 
 
-def _locate_gguf(model: str, *, local: bool = False) -> Path | None:
-    """The GGUF file of ``model``, downloaded if necessary; None if ``model`` is not one."""
-    if model in ALIASES:
-        return None if ALIASES[model].folder else _fetch_alias(model, local)
-    if not model.lower().endswith(".gguf"):
-        return None
-    path = _parse_path(model)
-    if not path.is_file():
-        raise MptkError(f"there is no file {model}; check the path")
-    check_gguf(path)
-    return path
+def _open_folder(source: Path) -> Path:
+    """The checkpoint folder of a file or folder. A file is converted to one."""
+    return source if source.is_dir() else _convert(choose_loader(source), source)
 
 
-def _locate_converted(source: Path) -> Path:
-    """The folder of the checkpoint that a GGUF file or a quantised checkpoint becomes."""
+def _convert(loader: Loader, source: Path) -> Path:
+    """The checkpoint that a loader makes of a file or folder, from the cache if it is there."""
+    place = _locate_converted(loader, source)
+
+    def write(folder: Path) -> None:
+        loader.convert(source, folder)
+        # The place is named after the content that was there before. Another content must not get its name.
+        if _locate_converted(loader, source) != place:
+            raise MptkError(f"{source} changed while it was converted; start again")
+
+    return build_private(place, write)
+
+
+def _locate_converted(loader: Loader, source: Path) -> Path:
+    """The folder of the checkpoint that a loader makes of a file or folder."""
     # One for each content: a file that was changed under its name is converted again.
     files = [source] if source.is_file() else sorted(file for file in source.iterdir() if file.is_file())
     digests = [f"{file.name}|{read_sha256(file)}" for file in files]
-    key = "|".join([str(source.resolve()), *digests, str(_CONVERSION)])
+    key = "|".join([str(source.resolve()), *digests, str(loader.conversion)])
     return locate_private_folder("checkpoints", f"{source.stem}-{hash_text(key, 12)}")
 
 
-def _convert(gguf: Path, folder: Path, place: Path) -> None:
-    """Dequantise ``gguf`` to float32 and save it in ``folder`` as a checkpoint, whose place will be ``place``."""
-    with _explain_errors(str(gguf)):
-        config = read_gguf_config(gguf)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
-    options = {"gguf_file": gguf.name, **dequantize_gguf()}
-    module = _from_pretrained(gguf.parent, str(gguf), config=config, dtype=torch.float32, **options)
-    # A tokenizer that is read from GGUF knows no longest text, so it gets the model's.
-    if isinstance(length := getattr(config, "max_position_embeddings", None), int):
-        tokenizer.model_max_length = length
-    save_checkpoint(module, tokenizer, folder)
-    if said := _read_gguf_licence(gguf):
-        write_stub(folder, said)
-    # The place is named after the content that was there before. Another content must not get its name.
-    if _locate_converted(gguf) != place:
-        raise MptkError(f"{gguf} changed while it was converted; start again")
-
-
-def _read_gguf_licence(gguf: Path) -> str:
-    """The licence in a GGUF file's metadata; empty if it names none."""
-    with _explain_errors(str(gguf)):
-        field = GGUFReader(gguf).get_field("general.license")
-        return "" if field is None else str(field.contents())
-
-
-def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
+def load_pretrained(
+    folder: Path, model: str, config: PreTrainedConfig, trust: Trust, **options: object
+) -> PreTrainedModel:
     """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
-    with _explain_errors(model):
-        module, report = find_loader(config).from_pretrained(
+    with explain_load_errors(model):
+        module, report = find_class(config).from_pretrained(
             folder,
             config=config,
+            trust_remote_code=trust.allows_code,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the file's name
@@ -389,15 +365,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _load_tokenizer(folder: Path, model: str, trust: Trust) -> PreTrainedTokenizerBase:
-    with _explain_errors(model):
+    with explain_load_errors(model):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.allows_code)
         tokenizer("a")  # some damage shows at the first text
     return tokenizer
 
 
 @contextmanager
-def _explain_errors(model: str) -> Iterator[None]:
-    """Turn errors of transformers into MptkErrors of one line."""
+def explain_load_errors(model: str) -> Iterator[None]:
+    """Turn errors of transformers into MptkErrors of one line, for the model of that name."""
     try:
         yield
     except MptkError:

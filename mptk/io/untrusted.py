@@ -1,4 +1,4 @@
-"""untrusted: what is checked of a model's folder or GGUF file before any library reads it.
+"""untrusted: what is checked of a model's folder before any library reads it.
 
 Files stay in their folder, are ordinary files of a bounded size, and are what their names say. The libraries then read
 them; their errors become MptkErrors where they are called (``io/models.py``).
@@ -7,7 +7,6 @@ them; their errors become MptkErrors where they are called (``io/models.py``).
 from __future__ import annotations
 
 import stat
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from mptk.reading import Damaged, Json, check_inside, make_damage_error, read_js
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
+# The field of a config that says how its weights are quantised.
+QUANTIZATION = "quantization_config"
 # transformers' names for sizes that every config of text has.
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
@@ -44,8 +45,6 @@ PARAMETERS = 10**14
 MOST_JSON = 1 << 28
 # Bytes of the largest config.json. It is copied again and again; with the names of 21,000 classes it has 1.5 MB.
 MOST_CONFIG = 4 << 20
-# Tensors, and fields of metadata, that a GGUF file has at most.
-GGUF_COUNTS = 1 << 20
 
 
 def check_folder(folder: Path) -> None:
@@ -59,7 +58,7 @@ def check_folder(folder: Path) -> None:
     check_inside(folder)
     check_not_rung(folder)
     for file in sorted(folder.glob("*.json")):
-        _check_ordinary(file, MOST_JSON)
+        check_regular(file, MOST_JSON)
     if (folder / ADAPTER).exists():
         raise MptkError(
             f"{folder} has an {ADAPTER}: whether an adapter is part of the model is not clear; merge it (peft's "
@@ -77,7 +76,7 @@ def check_folder(folder: Path) -> None:
 
 def check_config_file(file: Path) -> Json:
     """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
-    _check_ordinary(file, MOST_CONFIG)
+    check_regular(file, MOST_CONFIG)
     content = read_object(file)
     classes = content.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
@@ -116,6 +115,11 @@ def read_object(file: Path) -> Json:
     return read_json_object(file, make_damage_error(file))
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether the config of a checkpoint says that its weights are quantised."""
+    return read_object(folder / CONFIG).get(QUANTIZATION) is not None
+
+
 def check_sizes(model: str, config: PreTrainedConfig) -> None:
     """Raise MptkError if a size of a config is below 1."""
     text = config.get_text_config()
@@ -133,7 +137,7 @@ def check_weights(file: Path) -> int:
     Raises:
         MptkError: its header is not one, or does not fit the file.
     """
-    _check_ordinary(file)
+    check_regular(file)
     try:
         with safe_open(file, "pt") as opened:
             return len(opened.keys())
@@ -149,7 +153,7 @@ def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
 def stream_tensors(file: Path, damaged: Damaged) -> Iterator[tuple[str, Tensor]]:
     """As ``load_tensors``, one by one, so that a file may be larger than memory."""
     try:
-        _check_ordinary(file)
+        check_regular(file)
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # it is not a mapping
                 yield name, opened.get_tensor(name)
@@ -160,27 +164,14 @@ def stream_tensors(file: Path, damaged: Damaged) -> Iterator[tuple[str, Tensor]]
 def read_metadata(file: Path, damaged: Damaged) -> Mapping[str, str]:
     """The metadata of a safetensors file. Raises as ``load_tensors``."""
     try:
-        _check_ordinary(file)
+        check_regular(file)
         with safe_open(file, "pt") as opened:
             return opened.metadata() or {}
     except (SafetensorError, OSError, MptkError) as error:
         raise damaged(take_first_line(error)) from error
 
 
-def check_gguf(file: Path) -> None:
-    """Raise MptkError unless a file begins as a GGUF file does, with counts that one can have."""
-    _check_ordinary(file)
-    # A GGUF file begins with its mark (4 bytes), a version (4), and two counts (8 each).
-    with file.open("rb") as opened:
-        start = opened.read(24)
-    if len(start) < 24 or start[:4] != b"GGUF":
-        raise make_damage_error(file)("it does not begin as a GGUF file does")
-    tensors, fields = struct.unpack("<QQ", start[8:])
-    if max(tensors, fields) > GGUF_COUNTS:
-        raise make_damage_error(file)(f"it claims {tensors} tensors and {fields} fields")
-
-
-def _check_ordinary(file: Path, most: int | None = None) -> None:
+def check_regular(file: Path, most: int | None = None) -> None:
     """Refuse pipes and devices, which could block or never end, and files above ``most`` bytes."""
     try:
         state = file.stat()

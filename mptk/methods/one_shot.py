@@ -24,6 +24,8 @@ from passes.targets.legalize import describe_widths
 
 COMPARED_TOKENS = 1024
 """Calibration tokens for comparing divisions of the budget."""
+CHOOSE_WIDTHS = "choose widths"
+"""Name of the stage that compares the divisions."""
 SCORES = "scores"
 """Name of the scores in the folder of an unfinished run."""
 
@@ -52,7 +54,7 @@ class OneShotMethod(Method):
         return criteria.find_score_refusal(self.criterion, analysis.variable(family))
 
     def work(self, settings: Settings) -> Mapping[str, Pass]:
-        s, made, tried = settings, self.criterion, 1 if settings.search else self.splits or 1
+        s, made, tried = settings, self.criterion, 1 if settings.divider else self.splits or 1
         return {
             f"score ({made.name})": Pass(
                 made.passes * s.windows * s.length,
@@ -60,7 +62,7 @@ class OneShotMethod(Method):
                 reads=2 if made.passes > 1 else 1,  # a backward pass reads the weights again
                 gradients=made.gradients,
             ),
-            "choose widths": Pass(tried * COMPARED_TOKENS, s.length),
+            CHOOSE_WIDTHS: Pass(tried * COMPARED_TOKENS, s.length),
         }
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
@@ -74,7 +76,7 @@ class OneShotMethod(Method):
         # Divide the budget among families: the loss on a little text decides between the candidates.
         every = [plan_widths(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         plan, found, note = every[0], dict[str, float](), ""
-        with context.stage(stage := "choose widths"):
+        with context.stage(stage := CHOOSE_WIDTHS):
             if len(every) > 1:
                 plans = {describe_widths(each.widths): each for each in every}
                 samples = sets.calibration.make_batches(COMPARED_TOKENS)[0]

@@ -81,15 +81,15 @@ class OrtDecoder:
 
     Args:
         path: a folder with the graph in it or in ``onnx``, or the file.
-        threads: threads of one operator; 0: one for each core.
         device: where it runs, if ONNX Runtime has an execution provider for it; else it runs on the CPU (``sessions``).
             On a CUDA device the cache stays there.
+        threads: threads of one operator; 0: one for each core.
 
     Raises:
         MptkError: there is no such file, ONNX Runtime refuses it, or it is not a decoder with a KV cache.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
+    def __init__(self, path: str | Path, device: torch.device = CPU, *, threads: int = 0) -> None:
         # Refuse what is not a decoder with a cache: with the reason, if it belongs to an encoder.
         file = find_onnx_file(path)
         self.session = open_file(file, device, threads)
@@ -311,8 +311,8 @@ DECODER_NAMES = {"attention_mask": "encoder_attention_mask", DECODER_IDS: "input
 """Name in the model → optimum's name of the decoder's input, in the order of these inputs."""
 
 
-class OrtEncoderDecoder:
-    """The two graphs of ``mptk/tasks/encoder_decoder_form.py``.
+class OrtEncoderDecoder(OrtGraph):
+    """The two graphs of ``mptk/tasks/encoder_decoder_form.py``: the decoder's, with the encoder's beside it.
 
     Args:
         file: the decoder's graph. The encoder's is beside it and of the same scheme.
@@ -326,7 +326,8 @@ class OrtEncoderDecoder:
         # Such as ``_q4`` of decoder_model_merged_q4.onnx.
         ending = file.stem.removeprefix(Path(MERGED_FILE).stem)
         beside = file.with_name(ENCODER_FILE)
-        self.encoder, self.decoder = OrtGraph(beside.with_stem(beside.stem + ending), device), OrtGraph(file, device)
+        self.encoder = OrtGraph(beside.with_stem(beside.stem + ending), device)
+        super().__init__(file, device)
 
     def __call__(self, inputs: Mapping[str, Tensor], calls: Sequence[int] | None = None) -> Tensor:
         """Logits [rows, tokens, vocabulary] of the text in ``inputs``.
@@ -336,9 +337,9 @@ class OrtEncoderDecoder:
         # Both caches are empty at first. The first call fills the one of the encoder's output, for the calls after it.
         made = {**inputs, HIDDEN: self.encoder(inputs)}
         given = {new: made[name] for name, new in DECODER_NAMES.items() if name in made}
-        ids, cache, logits = inputs[DECODER_IDS], self.decoder.make_empty(PAST_KEYS, len(inputs[DECODER_IDS])), []
+        ids, cache, logits = inputs[DECODER_IDS], self.make_empty(PAST_KEYS, len(inputs[DECODER_IDS])), []
         for part in ids.split(list(calls or [ids.shape[1]]), 1):
-            found, *present = self.decoder.run_all({**given, "input_ids": part, **cache})
+            found, *present = self.run_all({**given, "input_ids": part, **cache})
             cache = dict(zip(cache, present, strict=True))
             logits.append(found)
         return torch.cat(logits, 1)

@@ -15,6 +15,8 @@ from torch import Tensor
 from mptk.errors import MptkError, take_first_line
 
 CPU = torch.device("cpu")
+HALF, DTYPE = "float16", "dtype"
+"""A type, and the key in a graph's metadata of the type in which it computes."""
 HOST = "CPUExecutionProvider"
 """The provider that every ONNX Runtime has, and that takes the nodes that another one lacks."""
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -97,9 +99,14 @@ class OrtGraph:
         return len(self.session.get_outputs()) > 1
 
     @property
-    def provider(self) -> str:
-        """The execution provider that is asked first."""
-        return str(self.session.get_providers()[0])
+    def providers(self) -> list[str]:
+        """The execution providers that run it, the one that is asked first coming first."""
+        return list(self.session.get_providers())
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in float16, by its metadata."""
+        return self.metadata.get(DTYPE) == HALF
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -218,7 +218,7 @@ def make_further_batches(compiled: Compiled, short_batch: Samples, longer: bool)
     prepared = compiled.prepared
     if prepared.task.onnx is None or not prepared.settings.onnx:
         return []
-    found = prepared.task.onnx.make_batches(short_batch, compiled.chosen.plan.digest, longer)
+    found = prepared.task.onnx.draw(short_batch, compiled.chosen.plan.digest, longer)
     return [batch for batch in found if _takes(prepared.analysis.program, batch)]
 
 

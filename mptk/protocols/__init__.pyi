@@ -1,16 +1,4 @@
 # What other packages import from here; each name is loaded at its first use.
-from .advice import ADVICE as ADVICE
-from .advice import CALIBRATION_STEPS as CALIBRATION_STEPS
-from .advice import SPARSITIES as SPARSITIES
-from .advice import STANDARD_ERRORS as STANDARD_ERRORS
-from .advice import TRAINED as TRAINED
-from .advice import Advice as Advice
-from .advice import Figures as Figures
-from .advice import JudgedBy as JudgedBy
-from .advice import Point as Point
-from .advice import Range as Range
-from .advice import Recovery as Recovery
-from .advice import sort_distinct as sort_distinct
 from .chain import Chosen as Chosen
 from .chain import Compiled as Compiled
 from .chain import Method as Method
@@ -30,9 +18,13 @@ from .execution import build_executor as build_executor
 from .execution import find_device as find_device
 from .execution import find_session_device as find_session_device
 from .execution import measure_device_memory as measure_device_memory
+from .onnx_form import Case as Case
 from .onnx_form import Dense as Dense
 from .onnx_form import OnnxForm as OnnxForm
+from .onnx_form import Part as Part
+from .onnx_form import Traced as Traced
 from .onnx_form import Use as Use
+from .onnx_form import draw_nothing as draw_nothing
 from .origin import Origin as Origin
 from .origin import check_dense as check_dense
 from .origin import check_given_tokenizer as check_given_tokenizer
@@ -60,12 +52,6 @@ from .run_folder import name_run_folder as name_run_folder
 from .run_folder import read_kept_settings as read_kept_settings
 from .run_folder import read_kept_tensors as read_kept_tensors
 from .run_folder import remove_run_folder as remove_run_folder
-from .shapes import WORST as WORST
-from .shapes import Rung as Rung
-from .shapes import Shape as Shape
-from .shapes import Shapes as Shapes
-from .shapes import limit_loss as limit_loss
-from .shapes import rank_shapes as rank_shapes
 from .stage import Stage as Stage
 from .stage import list_stages as list_stages
 from .task import Task as Task

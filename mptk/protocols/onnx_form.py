@@ -1,26 +1,28 @@
-"""onnx_form: the protocol for writing a kind of model as ONNX, and the dense model that it gets.
+"""onnx_form: how a kind of model is written as ONNX and proved, as data: its trace, its graphs, the cases of the proof.
 
-A form gets the dense model and the plan, not the cut program: a decoder is traced anew, with a KV cache, and then cut.
+One exporter (``mptk/tasks/onnx_export.py``) and one prover (``mptk/tasks/onnx_proof.py``) read these records. The
+exporter gets the dense model and the plan, not the cut program: a decoder is traced anew, with a KV cache, and then
+cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.config import Settings
+from mptk.errors import MptkError
 from mptk.io import Loaded
-from mptk.ir import Log, Plan, Program, Samples
-from mptk.protocols.values import Checks
+from mptk.ir import Program, Samples, is_tokens
 from mptk.staged.staged import EXECUTOR, Executor
-from passes.targets.onnx.names import ONNX_FILE, name_quantized_file
-from passes.verify import Difference
+from passes.targets.onnx.names import CACHE, ONNX_FILE, Axes, name_quantized_file
+from passes.verify import Difference, Placed
 
 
 @dataclass(frozen=True)
@@ -68,62 +70,132 @@ class Use:
         return name_quantized_file(file, self.scheme) if self.scheme else file
 
 
-class OnnxForm(Protocol):
-    """How to write a kind of model as ONNX, and how to run the graphs.
+@dataclass(frozen=True)
+class Traced:
+    """A program to write as ONNX.
 
-    ``graphs``: the files of the float graphs, the main one first. ``described``: the files that ``describe`` may write;
-    they are optional.
+    ``names``: of its inputs, in order; a cache's come last and start with ``CACHE``. ``axes``: of inputs whose axes the
+    form does not name. ``outputs``: names, if they are not the form's. ``about``: entries of its own for the metadata.
+    ``padding``: what the metadata say of padding: nothing if it changes outputs; None: the graphs need no promise.
     """
 
-    graphs: tuple[str, ...] = (ONNX_FILE,)
-    described: tuple[str, ...] = ()
+    program: Program
+    names: Sequence[str]
+    axes: Mapping[str, Axes] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
+    padding: Mapping[str, str] | None = None
 
-    def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        """Raise MptkError if a model like this cannot be written as the settings ask."""
-        return None
+    def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The first output. ``inputs`` that it does not have are ignored; a cache that they lack is empty."""
+        return self.run_all(executor, inputs)[0]
 
-    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        """Write the model, cut to ``plan`` if there is one, as ONNX into ``folder``. Returns notes for the report.
+    def run_all(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Every output."""
+        # An empty cache has no positions, and the sizes of the traced one.
+        rows = len(next(iter(inputs.values())))
+        caches = {name: x for name, x in self.traced.items() if name.startswith(CACHE)}
+        shapes = {name: (rows, int(x.shape[1]), 0, int(x.shape[3])) for name, x in caches.items()}
+        empty = {name: torch.zeros(shape, dtype=caches[name].dtype) for name, shape in shapes.items()}
+        given = {**empty, **inputs}
+        found = next(executor.run_programs([self.program], [[given[name] for name in self.names]]))
+        return found if isinstance(found, tuple | list) else [found]
 
-        ``samples``: to calibrate on, if there are any. ``log`` gets a record of each pass.
+    @property
+    def traced(self) -> dict[str, Tensor]:
+        """The inputs as they were traced, without numbers."""
+        values = {node.name: node.meta["val"] for node in self.program.list_placeholders()}
+        return {name: values[node] for name, node in zip(self.names, self.program.user_inputs, strict=True)}
 
-        Raises:
-            MptkError: this model cannot be exported.
-        """
-        ...
+    @property
+    def ranks(self) -> dict[str, int]:
+        """How many dimensions each input has."""
+        return {name: x.ndim for name, x in self.traced.items()}
 
-    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        """Stages of the proof: functions that run the graphs of ``folder`` on ``device``, tolerances, and providers.
+    def check_sizes(self) -> None:
+        """Raise MptkError if the program runs on one number of samples or tokens only."""
+        for name, x in self.traced.items():
+            # A size that the trace has fixed is a number; an open one is a symbol.
+            axes = x.shape[: 2 if is_tokens(x) else 1]
+            if fixed := [size for size in axes if str(size).isdigit()]:
+                raise MptkError(f"the trace of this model runs only on {name} with {fixed[0]} rows or columns")
 
-        ``settings``: the form that the graphs must have.
 
-        Raises:
-            ProofError: a graph differs from what the settings ask for.
-        """
-        ...
+@dataclass(frozen=True)
+class Part:
+    """A graph of several that are traced, cut and emitted as one program.
 
-    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
-        """What the proof also runs, besides its own batches: other sizes and values, drawn by ``seed``.
+    ``reads``: name in the whole graph → name in this one; what the whole lacks is left out. ``gives``: its outputs. The
+    last part also takes the caches, and gives them after the form's outputs.
+    """
 
-        Empty if the stages run other sizes by themselves. ``samples``: the proof's short batch. ``longer``: whether
-        the program takes any length.
-        """
-        return []
+    file: str
+    reads: Mapping[str, str] = field(default_factory=dict)
+    gives: tuple[str, ...] = ()
 
-    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        """A function that runs a main graph as the program runs, with the graphs of its scheme beside it."""
-        ...
 
-    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        """The largest difference that quantising makes. ``pairs``: its outputs and the float graph's."""
-        ...
+@dataclass(frozen=True)
+class Case:
+    """A way in which the proof runs the graphs; ``stage``: its name.
 
-    def describe(
-        self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
-    ) -> None:
-        """Write the files that programs need to find the graphs in the subfolder ``graphs`` of ``folder``."""
-        return None
+    ``run``: opened graphs, their use and samples → outputs as in ``StageOutputs``. ``promise``: a key that the graphs'
+    metadata must have; without it the case is left out. ``takes``: whether the graphs run on samples of other kinds; if
+    it is given, the case only runs these (``Checks.further``).
+    """
 
-    def is_half(self, folder: Path) -> bool:
-        """Whether the main graph computes in float16."""
-        return False
+    stage: str
+    run: Callable[[Any, Use, Samples], Tensor | Sequence[Tensor] | Placed]
+    promise: str = ""
+    takes: Callable[[Any, Samples], bool] | None = None
+
+
+def draw_nothing(samples: Samples, seed: str, longer: bool) -> Iterable[Samples]:
+    """No further batches."""
+    return ()
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxForm:
+    """How a kind of model is written as ONNX, and how its graphs are proved.
+
+    Args:
+        trace: the dense model, and samples if there are any → the program to write. It raises MptkError if this model
+            cannot be written.
+        open: the file of the main graph and a device → the graphs in ONNX Runtime, with ``half`` (whether they compute
+            in float16), ``metadata`` and ``providers``.
+        cases: of the proof. The first gives the outputs of whole samples.
+        judge: a scheme, and pairs of outputs of its graph and of the float graph → what quantising changes.
+        outputs: names, without the caches. Values ``between`` parts come after them in the traced program.
+        axes: of inputs, by name. An input with another number of axes gets made names.
+        other_axes: of all other inputs.
+        parts: the graphs in the order in which they run, the main one last.
+        between: values at which the graph is divided. They are no outputs while the plan cuts, since outputs keep their
+            channels.
+        draw: the proof's short batch, a seed, and whether the program takes any length → what is also proven: other
+            sizes and values. Nothing if the cases run other sizes by themselves.
+        explain_unfit: opened graphs and settings → why the graphs are not what the settings ask for, or None.
+        float_only: what an error calls the kind, if its main graphs are only written in float32.
+        described: file beside the graphs' folder → what writes it, so that programs find the main graph. Such a file is
+            optional: a model may be none that the programs know.
+    """
+
+    trace: Callable[[Dense, Samples | None], Traced]
+    open: Callable[[Path, torch.device], Any]
+    cases: tuple[Case, ...]
+    judge: Callable[[str, Sequence[tuple[Tensor, Tensor]]], Difference]
+    outputs: tuple[str, ...] = ()
+    axes: Mapping[str, Axes] = field(default_factory=dict)
+    other_axes: Axes = ("batch_size",)
+    parts: tuple[Part, ...] = (Part(ONNX_FILE),)
+    between: tuple[str, ...] = ()
+    draw: Callable[[Samples, str, bool], Iterable[Samples]] = draw_nothing
+    explain_unfit: Callable[[Any, Settings], str | None] | None = None
+    float_only: str = ""
+    described: Mapping[str, Callable[[PreTrainedConfig, GenerationConfig | None, Path, str], None]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The files of the float graphs, the main one first."""
+        return tuple(part.file for part in reversed(self.parts))

@@ -176,7 +176,7 @@ def _check_rows(rows: Rows) -> Rows:
     known = load_parts("rows") if rows else {}
     for name, row in rows.items():
         if name in known:  # another one is of a feature that is not installed
-            make_typed(known[name], row)
+            make_typed(known[name], row, name)
     return rows
 
 

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from mptk.config import Settings, from_json
 from mptk.distributed.processes import connect_processes, is_leader
 from mptk.errors import MptkError
 from mptk.files import (
@@ -357,9 +358,12 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
 
 def _has_training(settings: Json) -> bool:
-    """Whether the settings of an unfinished run ask for training or a search, which take long; yes if in doubt."""
-    learning = settings.get("learning")
-    return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0
+    """Whether the settings of an unfinished run ask for training or for trials, which take long; yes if in doubt."""
+    try:
+        known = from_json(Settings, settings, "settings")
+    except ValueError:
+        return True
+    return known.learning.steps != 0 or known.divider != ""
 
 
 def _is_earlier(line: str, phase: str, step: int) -> bool:

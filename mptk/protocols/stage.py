@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
@@ -18,11 +19,30 @@ class Stage:
     All of them are called in every run. They do nothing if the settings ask for nothing of the feature.
     """
 
+    shorter: Mapping[str, str] = MappingProxyType({})
+    """What progress calls a part of it → what makes that shorter."""
+
     def check(self, settings: Settings) -> None:
         """Raise MptkError for settings that no model can meet. They are complete."""
 
-    def estimate(self, settings: Settings, sizes: ModelSizes) -> Mapping[str, Pass]:
-        """The work of its stages, by the name that progress shows."""
+    def choose_numbers(self, settings: Settings, tokens: int) -> Mapping[str, int]:
+        """Its ``CoreSettings.further_numbers``, if the minutes of the run leave ``tokens`` to train on."""
+        return {}
+
+    def describe_numbers(self, settings: Settings) -> Sequence[str]:
+        """Its numbers of complete settings, in words."""
+        return []
+
+    def count_used(self, settings: Settings) -> int:
+        """Number of training samples that it uses."""
+        return 0
+
+    def count_held_out(self, settings: Settings, samples: int) -> int:
+        """Number of samples to hold out for it, if ``samples`` others are used."""
+        return 0
+
+    def estimate(self, settings: Settings, sizes: ModelSizes, kept: float) -> Mapping[str, Pass]:
+        """Its work, by what progress calls the parts. ``kept``: the share of the parameters that the cut model has."""
         return {}
 
     def divide(self, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Prepared, Rows]:

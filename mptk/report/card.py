@@ -18,7 +18,7 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mptk.files import write_text
-from mptk.io import ALIASES, PIPELINE, DiffusersConfig, name_loader
+from mptk.io import find_named_licence, name_class, name_library, name_whole_class
 from mptk.protocols import Compiled, Report
 from mptk.publish import licence
 from mptk.publish.licence import CARD
@@ -66,16 +66,16 @@ def write_card(report: Report, compiled: Compiled | None, folder: Path) -> None:
 
 def make_metadata(report: Report, compiled: Compiled | None, folder: Path) -> ModelCardData:
     """The fields that a model hub reads. The licence is the dense model's, if its card names one."""
-    # The licence: of the dense model's card, else of the packaged alias.
+    # The licence: of the dense model's card, else of the name that stands for it.
     said = {} if compiled is None else licence.read_licence(compiled.prepared.loaded.path)
-    if "license" not in said and report.model in ALIASES:
-        said |= licence.make_licence_fields(ALIASES[report.model].licence)
+    if "license" not in said and (named := find_named_licence(report.model)):
+        said |= licence.make_licence_fields(named)
     tags = ["pruned", "structured-pruning", "mptk"]
     if any((folder / "onnx").glob("*.onnx")):
         tags.append("onnx")
     # What loads the folder and what it does. A graph has neither a library nor a task that the hub knows.
     sentences = (folder / "modules.json").is_file()
-    known: dict[str, object] = {"library_name": "sentence-transformers" if sentences else name_library(compiled)}
+    known: dict[str, object] = {"library_name": "sentence-transformers" if sentences else name_card_library(compiled)}
     if compiled is None or compiled.written is None:
         known = {}
     elif tag := "sentence-similarity" if sentences else find_pipeline_tag(compiled.written.stock):
@@ -132,10 +132,9 @@ def describe_loading(compiled: Compiled | None, folder: Path) -> dict[str, objec
     text = (folder / "tokenizer_config.json").is_file()
     trusts = any(folder.glob("*.py"))
     stock = None if compiled is None or compiled.written is None else compiled.written.stock
-    whole = (folder / PIPELINE).is_file()  # of diffusers: the pipeline around the model that was cut
     return {
-        "library": name_library(compiled),
-        "auto": None if stock is None else "DiffusionPipeline" if whole else name_auto_class(stock),
+        "library": name_card_library(compiled),
+        "auto": None if stock is None else name_whole_class(folder) or name_auto_class(stock),
         "generates": stock is not None and stock.model_class.can_generate(),
         "reader": "AutoProcessor" if other else "AutoTokenizer" if text else None,
         "sentences": (folder / "modules.json").is_file(),
@@ -143,10 +142,10 @@ def describe_loading(compiled: Compiled | None, folder: Path) -> dict[str, objec
     }
 
 
-def name_library(compiled: Compiled | None) -> str:
+def name_card_library(compiled: Compiled | None) -> str:
     """The library whose class the written checkpoint has, if it has one."""
     written = None if compiled is None else compiled.written
-    return "diffusers" if written is not None and isinstance(written.cut, DiffusersConfig) else "transformers"
+    return "transformers" if written is None else name_library(written.cut)
 
 
 def name_auto_class(stock: StockConfig) -> str:
@@ -157,7 +156,7 @@ def name_auto_class(stock: StockConfig) -> str:
         return "AutoModel"
     config = copy.copy(stock.config)
     config.architectures = [name]
-    return name_loader(config)
+    return name_class(config)
 
 
 def flatten_names(names: Mapping[str, str | Sequence[str]]) -> set[str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from mptk.protocols import Row
 from mptk.report.view import Section
+
+if TYPE_CHECKING:
+    from mptk.report.page.render import Figure
 
 
 class RowView:
@@ -18,3 +22,7 @@ class RowView:
     def build_sections(self, row: Row) -> Sequence[Section]:
         """Sections below the quality."""
         return []
+
+    def draw_figures(self, row: Row) -> Mapping[str, Sequence[Figure]]:
+        """The charts of a page: title of a section → its charts."""
+        return {}

@@ -1,4 +1,4 @@
-"""sections: the views of a report, of timings, of a search, of a proof and of an estimate.
+"""sections: the views of a report, of timings, of a proof and of an estimate.
 
 The terminal, the model card and the HTML page render the same views, so a figure is worded once, here.
 """
@@ -13,8 +13,7 @@ from mptk.cost.estimate import Estimate, describe_duration, describe_size
 from mptk.ir import KERNEL_BLOCK
 from mptk.ort.bench import Bench
 from mptk.plugins import load_parts
-from mptk.protocols import Report, Row, Shapes
-from mptk.reading import make_typed
+from mptk.protocols import Report, Row
 from mptk.report.row_view import RowView
 from mptk.report.runs import (
     Comparable,
@@ -37,7 +36,6 @@ from mptk.report.view import (
     format_count,
     format_difference,
     format_figure,
-    format_large,
     format_megabytes,
 )
 
@@ -51,13 +49,8 @@ COSTS = {
     "latency_ms": "predicted {objective} (ms)",
 }
 """Costs in a report → their names."""
-CUT_TITLE, SEARCH_TITLE, PROOF_TITLE = (
-    "What was cut, and why not more",
-    "The search of the shape",
-    "The proof, stage by stage",
-)
+CUT_TITLE, PROOF_TITLE = "What was cut, and why not more", "The proof, stage by stage"
 QUALITY, CONTINUATIONS, TIMES, RUN = "Quality", "What they write", "Latency in ONNX Runtime", "The run"
-FRONT = "★ Pareto-optimal at its stage: no shape that reached it is both cheaper and better"
 
 
 def build_prune_view(
@@ -75,8 +68,6 @@ def build_prune_view(
     if texts:
         said = [[Name(each) for each in (prompt, *written)] for prompt, written in texts.items()]
         found.append(Section(CONTINUATIONS, [Table("lll", ["prompt", "dense", "pruned"], said)]))
-    if "search" in report.rows:
-        found.append(Section(SEARCH_TITLE, describe_ranking(make_typed(Shapes, report.rows["search"]))))
     for row, view in list_row_views(report):
         found += view.build_sections(row)
     if report.splits:
@@ -325,37 +316,6 @@ def _build_run_row(report: Report) -> list[str]:
         format_figure(report.quality["pruned"]),
     ]
     return [Name(report.settings.method), str(report.settings.steps), *figures, Name(", ".join(cut))]
-
-
-def build_shapes_view(found: Shapes) -> View:
-    """``mptk shapes``: a search."""
-    title = f"{format_count(len(found.shapes), 'shape')} of {shorten_model_name(found.model)}, by {found.metric}"
-    return View([Section(SEARCH_TITLE, describe_ranking(found))], title)
-
-
-def describe_ranking(found: Shapes) -> list[Table | str]:
-    """Each shape with its costs and its losses: the dense model, then the best first."""
-    # Columns appear only if any shape has their values: fitting, a latency, and each rung of training.
-    front, fits, timed = found.front, found.best.reconstructed is not None, found.dense.latency_ms is not None
-    tokens = sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
-    rows = []
-    for number, shape in enumerate((found.dense, *found.shapes)):
-        after = {rung.tokens: rung.loss for rung in shape.rungs}
-        losses = [shape.masked, *([shape.reconstructed] if fits else []), *map(after.get, tokens)]
-        rows.append(
-            [
-                "dense" if not number else f"{number} ★" if shape in front else f"{number}",
-                *(str(shape.widths[family]) for family in found.best.widths),
-                f"{shape.sparsity:.1%}",
-                format_large(shape.parameters),
-                *([] if shape.latency_ms is None else [f"{shape.latency_ms:.2f}"]),
-                *("" if loss is None else format_figure(found.to_figure(loss)) for loss in losses),
-            ]
-        )
-    columns = ["shape", *map(Name, found.best.widths), "removed", "parameters", *["ms"] * timed, "masked"]
-    columns += [*["reconstructed"] * fits, *(f"{count:,} tokens" for count in tokens)]
-    table = Table("r" * len(columns), columns, rows, ends=[0])
-    return [table, FRONT, Name(f"{found.metric}: {found.protocol}")]
 
 
 def build_estimate_view(found: Estimate) -> View:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mptk.config import Settings
 from mptk.io import data
 from mptk.methods import find_method
-from mptk.methods.division.search import count_judged, count_searched
+from mptk.protocols import list_stages
 from mptk.report.view import format_count
 
 # At most a ninth of the samples: most of a small text must be left to train on.
@@ -20,16 +22,17 @@ def count_samples(settings: Settings, *, own: bool = False) -> int:
     others. So `mptk shapes` and a run that searches and then trains have the same text.
     """
     s = settings
-    # The largest of the three, not their sum: calibration, trials and training use the same samples.
-    used = max(s.windows, count_searched(s), 0 if own else s.steps * s.learning.training.batch)
+    # The largest of them, not their sum: calibration, features and training use the same samples.
+    further = [stage.count_used(s) for stage in list_stages()]
+    used = max(s.windows, *further, 0 if own else s.steps * s.learning.training.batch)
     return used + count_held_out(s, used)
 
 
 def count_held_out(settings: Settings, samples: int) -> int:
-    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for a search."""
-    # The guard of training watches one batch (`take_guards`). A search ranks shapes by these samples: it needs more.
+    """Number of held-out samples for ``samples`` training samples: at most a batch for training, more for features."""
+    # The guard of training watches one batch (`take_guards`). What ranks divisions by these samples needs more.
     count = min(settings.learning.training.batch, max(1, samples // TRAINED_PER_HELD_OUT)) if settings.steps else 0
-    return max(count, count_judged(samples)) if settings.search else count
+    return max([count, *(stage.count_held_out(settings, samples) for stage in list_stages())])
 
 
 def count_measured(settings: Settings, count: int) -> int:
@@ -52,9 +55,15 @@ def describe_numbers(settings: Settings) -> str:
     """The numbers of complete settings in words, and bfloat16 if they are computed in it."""
     found = [format_count(settings.steps, "training step")] if settings.steps else []
     found += [format_count(settings.windows, "calibration window")] if not settings.fixed else []
-    found += [f"{settings.trial_tokens:,} tokens for the search"] if settings.search else []
+    for stage in list_stages():
+        found += stage.describe_numbers(settings)
     found += (
         [f"{format_count(settings.distil_epochs, 'epoch')} of local distillation"] if settings.distil_epochs else []
     )
-    numbers = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+    numbers = join_words(found)
     return f"{numbers} in bfloat16" if numbers and settings.compute_dtype == "bfloat16" else numbers
+
+
+def join_words(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from mptk.config import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import find_conversions
 from mptk.cost.budgets import LATENCY
-from mptk.distributed.processes import connect_processes, has_shards
+from mptk.distributed.processes import has_shards
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.ir import Plan, check_engines
 from mptk.methods import find_method
-from mptk.methods.division.search import plan_search_rungs
-from mptk.protocols import Target
+from mptk.protocols import Target, list_stages
 from mptk.targets import find_target, list_targets
 
 
@@ -38,13 +37,8 @@ def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence
     find_conversions(settings, plan, texts)
     if settings.trains and not target.classed:
         check_graph_training(settings)
-    if settings.search:
-        # For its errors only. The number of shapes is not known yet; there are at most this many finalists.
-        plan_search_rungs(settings, settings.search_finalists)
-        if connect_processes().num_processes > 1:
-            raise MptkError(
-                "a search runs in one process; run `mptk shapes` in one, and give prune the --width that it prints"
-            )
+    for stage in list_stages():
+        stage.check(settings)
 
 
 def check_graph_training(settings: Settings) -> None:
@@ -67,8 +61,8 @@ def check_divides(settings: Settings, asked: str) -> None:
         raise MptkError(f"{asked}: {method.name} gives all layers one width; use a one-shot --method, as wanda")
     if settings.budget == LATENCY:
         raise MptkError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget")
-    if settings.search:
-        raise MptkError(f"--search only ranks shapes whose layers are alike; leave out --search or {asked}")
+    if divider := settings.divider:
+        raise MptkError(f"{divider} only ranks shapes whose layers are alike; leave out {divider} or {asked}")
 
 
 def check_ragged(target: Target, asked: str) -> None:

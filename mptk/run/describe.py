@@ -23,6 +23,7 @@ from mptk.reading import Json
 from mptk.report.card import write_card
 from mptk.run.run import Run
 from mptk.targets.stock_config import find_config_changes
+from mptk.tasks.onnx_proof import make_runner
 from mptk.version import __version__
 from passes.targets.onnx.names import ONNX_FOLDER, count_graph_bytes, list_quantized_files, name_quantized_file
 
@@ -67,7 +68,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
         data=describe_data(sets, prepared.settings),
         recovery=compiled.recovery,
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        rows={**rows, **({} if run.shapes is None else {"search": run.shapes.to_json()})},
+        rows={**rows, **run.rows},
     )
 
 
@@ -96,7 +97,7 @@ def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, 
     # A graph that gives only the last position's logits cannot be measured: the metrics need each position's.
     if form is not None and prepared.settings.logits == "all":
         device = prepared.executor.device
-        rounded = {scheme: form.make_runner(folder / row["file"], device) for scheme, row in report.quantized.items()}
+        rounded = {scheme: make_runner(form, folder / row["file"], device) for scheme, row in report.quantized.items()}
 
     def run_batches(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         programs = {"dense": prepared.reference, "pruned": compiled.program}

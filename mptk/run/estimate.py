@@ -20,12 +20,11 @@ from mptk.errors import MptkError
 from mptk.files import expand_path
 from mptk.io import choose_memory_bound, count_rows_at_once, find_stored_dtype, measure_free_memory, models
 from mptk.methods import distil, find_method, reconstruct
-from mptk.methods.division import advice, search
 from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
-from mptk.protocols import find_device, measure_device_memory, should_reconstruct
-from mptk.run.amounts import count_written, describe_numbers, should_learn_masks
+from mptk.protocols import Stage, find_device, list_stages, measure_device_memory, should_reconstruct
+from mptk.run.amounts import count_written, describe_numbers, join_words, should_learn_masks
 from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, find_config_borders
 
@@ -38,15 +37,14 @@ class Estimator:
     """Estimates what runs on a model need.
 
     ``model``: its parameters may have no values. ``stored``: the type of its checkpoint. ``kept``: the share of the
-    parameters that a plan keeps, if there is one. ``cuts``: number of cuts that are only measured, on ``texts`` texts,
-    for an advice; 0: of a run that makes its cut. ``sparsities``: of a ladder, whose runs are added up.
+    parameters that a plan keeps, if there is one. ``instead``: what a run does that makes no cut; None: it makes one.
+    ``sparsities``: of a ladder, whose runs are added up.
     """
 
     model: PreTrainedModel
     stored: torch.dtype
     kept: float = 1.0
-    cuts: int = 0
-    texts: int = 1
+    instead: Stage | None = None
     sparsities: Sequence[float] = ()
 
     def estimate(self, settings: Settings) -> Estimate:
@@ -66,13 +64,11 @@ class Estimator:
         borders = [b for b in find_config_borders(self.model.config.to_dict()) if b + MARGIN <= settings.proof_length]
         device = find_device(settings.device)
         rates = measure_machine(device, getattr(torch, settings.compute_dtype))
-        if self.cuts:
-            work, does = (
-                estimate_advice_work(settings, sizes, self.cuts, self.texts),
-                advice.describe_advice_size(settings),
-            )
-        else:
+        if self.instead is None:
             work, does = work_of(settings, sizes, bool(borders), self.kept), describe_numbers(settings)
+        else:
+            work = work_without_cut(settings, sizes, self.instead)
+            does = join_words(self.instead.describe_numbers(settings))
         where = "" if device.type == "cpu" else str(device)
         return replace(estimate(sizes, work, rates, choose_memory_bound(settings.memory), where), does=does)
 
@@ -109,13 +105,10 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         kept = 1 - s.sparsity * sizes.blocks / sizes.parameters
     # Each stage declares its own work beside its code. The order is the run's.
     passes = _estimate_data(s) | ({} if s.fixed else dict(method.work(s)))
-    for stage in (
-        learner.estimate_training,
-        search.estimate_search,
-        reconstruct.estimate_reconstruction,
-        distil.estimate_distillation,
-    ):
-        passes |= stage(s, sizes, kept)
+    passes |= learner.estimate_training(s, sizes, kept)
+    for stage in list_stages():
+        passes |= stage.estimate(s, sizes, kept)
+    passes |= reconstruct.estimate_reconstruction(s, sizes, kept) | distil.estimate_distillation(s, sizes, kept)
     measured = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2, exact=True)  # dense and pruned
     passes |= proof.estimate_proof(s, long_proof) | {"measure": measured}
     return Work(
@@ -129,10 +122,10 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
     )
 
 
-def estimate_advice_work(settings: Settings, sizes: ModelSizes, cuts: int, texts: int) -> Work:
-    """The work of an advice."""
+def work_without_cut(settings: Settings, sizes: ModelSizes, stage: Stage) -> Work:
+    """The work of a run that reads text and then does only ``stage``."""
     s = settings
-    passes = {**_estimate_data(s), **find_method(s.method).work(s), **advice.estimate_advice(s, sizes, cuts, texts)}
+    passes = {**_estimate_data(s), **stage.estimate(s, sizes, 1.0)}
     return Work(1.0, passes, calibration=s.windows * s.length, evaluated=s.length, length=s.length)
 
 

@@ -67,7 +67,7 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
     # Each of these decides a size by itself, or lets layers differ.
     given = {
         "--plan": settings.plan is not None,
-        "--search": settings.search,
+        settings.divider: bool(settings.divider),
         "--larger": settings.larger is not None,
         "a latency": settings.max_ms is not None,
         f"--layers {settings.layers}": settings.layers != UNIFORM,

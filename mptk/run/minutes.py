@@ -12,15 +12,14 @@ from math import ceil
 
 import torch
 
-from mptk.config import MINUTES, MOST_STEPS, SAMPLES, SEARCH_MINUTES, TRIAL_TOKENS, Settings, with_keywords
+from mptk.config import MOST_STEPS, SAMPLES, Settings, with_keywords
 from mptk.conversions import needs_fit
 from mptk.cost.estimate import Estimate, describe_duration, measure_machine
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.ir import Plan
 from mptk.methods import find_method
-from mptk.methods.division.search import count_least_tokens
-from mptk.protocols import PROOF_SHAPE, find_device, should_reconstruct
+from mptk.protocols import PROOF_SHAPE, find_device, list_stages, should_reconstruct
 from mptk.run.amounts import describe_numbers, should_learn_masks
 from mptk.run.estimate import Estimator
 
@@ -36,19 +35,11 @@ EPOCHS, DISTILLED_STEPS = 3, 20
 (``benchmarks/maskprune.md``)."""
 FASTER = 1.5
 """A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
-TRIALS = 3
-"""With minutes the trials of a search get a third of the tokens of training."""
-SHORTER = {
-    "calibration data": "text with --data",
-    "measure": "fewer --eval-windows",
-    "write": "--no-onnx",
-    "train shapes": "fewer --search-finalists",
-    "shapes": "fewer --search-shapes",
-}
+SHORTER = {"calibration data": "text with --data", "measure": "fewer --eval-windows", "write": "--no-onnx"}
 """Stage of a run → what makes it shorter."""
 
-NUMBERS = ("minutes", "steps", "samples", "search_tokens", "distil_epochs", "compute_dtype")
-"""What may be left open."""
+NUMBERS = ("minutes", "steps", "samples", "distil_epochs", "compute_dtype")
+"""What may be left open, beside the numbers of features."""
 
 
 def complete_settings(
@@ -83,7 +74,7 @@ def complete_settings(
         settings = fit_in_minutes(asked, settings, names, estimator, recovers, plan)
     chosen = dict.fromkeys(names, "minutes" if timed else "default")
     kept = dict.fromkeys(known, "the unfinished run")
-    return settings, {**dict.fromkeys(NUMBERS, "given"), **chosen, **kept}
+    return settings, {**dict.fromkeys([*NUMBERS, *settings.further_numbers], "given"), **chosen, **kept}
 
 
 def fill_in(settings: Settings, recovers: bool = False, plan: Plan | None = None) -> Settings:
@@ -100,13 +91,13 @@ def fill_in(settings: Settings, recovers: bool = False, plan: Plan | None = None
         else {
             "steps": 0,
             "samples": count_calibration(settings, plan),
-            "search_tokens": TRIAL_TOKENS,
             "distil_epochs": 0,
+            **settings.further_numbers,
         }
     )
     compute = "float32" if settings.compute_dtype == "auto" else settings.compute_dtype
     precision = "bf16" if learning.precision == "no" and compute == "bfloat16" else learning.precision
-    minutes = (settings.minutes or (SEARCH_MINUTES if settings.search else MINUTES)) if timed else None
+    minutes = (settings.minutes or settings.default_minutes) if timed else None
     learning = replace(learning, precision=precision, steps=learning.steps or 0)
     complete = replace(settings, minutes=minutes, compute_dtype=compute, learning=learning)
     return with_keywords(complete, {name: found[name] for name in list_undecided(settings, recovers)})
@@ -124,8 +115,7 @@ def list_undecided(settings: Settings, recovers: bool = False) -> list[str]:
     # Without training, minutes still choose the samples.
     trains = recovers or should_learn_masks(settings)
     numbers = {"steps": settings.learning.steps} if trains else {}
-    numbers |= {"samples": settings.samples}
-    numbers |= {"search_tokens": settings.search_tokens} if settings.search else {}
+    numbers |= {name: getattr(settings, name) for name in ("samples", *settings.further_numbers)}
     found = [name for name, number in numbers.items() if number is None]
     # Distillation goes on from fitted consumers, and sizes that share weights refuse it (`check_shared`).
     distils = trains and not settings.shared and should_reconstruct(settings, find_method(settings.method))
@@ -181,8 +171,10 @@ def choose_amounts(settings: Settings, steps: int) -> dict[str, int]:
     tokens = steps * settings.learning.training.batch * settings.length
     each = 1 if settings.data == data.SELF else WINDOWS_PER_STEP
     samples = min(max(each * steps, WINDOWS[0]), WINDOWS[1])
-    trials = max(tokens // TRIALS, count_least_tokens(settings))
-    return {"steps": steps, "samples": samples, "search_tokens": trials, "distil_epochs": 0}
+    found = {"steps": steps, "samples": samples, "distil_epochs": 0}
+    for stage in list_stages():
+        found |= stage.choose_numbers(settings, tokens)
+    return found
 
 
 def explain_too_short(least: Settings, needs: Estimate) -> str:
@@ -191,11 +183,14 @@ def explain_too_short(least: Settings, needs: Estimate) -> str:
     total, longest = sum(needs.seconds.values()), max(needs.seconds, key=lambda stage: needs.seconds[stage])
     less = "fewer --steps" if least.steps else "fewer --samples"
     less = "a one-shot --method, as wanda" if should_learn_masks(least) else less
+    shorter = dict(SHORTER)
+    for stage in list_stages():
+        shorter |= stage.shorter
     return (
         f"--minutes {least.minutes:g} is too short: {describe_numbers(least)} take about {describe_duration(total)}, "
         "of which "
         f"{describe_duration(needs.seconds[longest])} are for {longest!r}; give --minutes {ceil(total / 60)}, or "
-        f"{SHORTER.get(longest, less)}"
+        f"{shorter.get(longest, less)}"
     )
 
 

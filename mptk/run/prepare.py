@@ -39,6 +39,7 @@ from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import Run, Start
 from mptk.run.samples import KEPT_SAMPLES
 from mptk.targets import find_target
+from mptk.tasks.onnx_export import check_form
 from passes.analysis import group
 from passes.targets.legalize import keep_portable_families
 
@@ -76,7 +77,7 @@ def analyse(given: Opened, run: Run) -> DenseModel:
     settings, loaded, task = run.settings, given.loaded, given.task
     like = check_data(given, run)
     if settings.onnx and task.onnx is not None:
-        task.onnx.check(loaded.model, settings)
+        check_form(task.onnx, settings)
     check_memory(loaded, settings)
     target = find_target(settings.target)
     with run.stage("trace"):

@@ -25,11 +25,21 @@ from mptk.errors import MptkError, ProofError
 from mptk.io import write_weights
 from mptk.ir import Analysis, Plan, Weights, resolve_plan
 from mptk.methods.division.budget import describe_left_whole, describe_nearest
-from mptk.methods.division.search import fix_winner, search_shapes
 from mptk.methods.maskprune.learner import start_training
 from mptk.proof.proof import check_proof, check_witness, prove_folder
 from mptk.proof.same_class import check_same_class
-from mptk.protocols import Chosen, Compiled, Kept, Prepared, Proven, Report, SampleSets, compute_origin, name_run_folder
+from mptk.protocols import (
+    Chosen,
+    Compiled,
+    Kept,
+    Prepared,
+    Proven,
+    Report,
+    SampleSets,
+    compute_origin,
+    list_stages,
+    name_run_folder,
+)
 from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
 from mptk.reading import make_typed
@@ -78,10 +88,10 @@ def run_prune(model: Start, run: Run) -> Result:
         # What is cut. The conversions of a pruned folder were fitted when it was made.
         if not isinstance(model, PrunedFolder):
             prepared = fit_conversions(prepared, sets.calibration, run)
-        if run.settings.search:
-            shapes = search_shapes(prepared, sets, run)
-            prepared, run = fix_winner(prepared, shapes), replace(run, shapes=shapes)
-        run = start_processes(run)  # after a search, which runs in one process
+        for stage in list_stages():
+            prepared, rows = stage.divide(prepared, sets, run)
+            run = replace(run, rows={**run.rows, **rows})
+        run = start_processes(run)  # features divide the budget in one process
         base = take_larger(prepared)
         chosen, checked = choose_units(model, base, sets, run)
         chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)

@@ -14,7 +14,7 @@ from typing import Self
 
 from mptk.compat.accelerate import separate_state
 from mptk.compat.torch import forget_sources
-from mptk.config import Settings, to_json
+from mptk.config import Settings, to_json, with_keywords
 from mptk.distributed.processes import is_leader, run_once
 from mptk.errors import explain_errors
 from mptk.files import check_scratch, claim_place
@@ -28,8 +28,9 @@ from mptk.protocols import (
     DenseModel,
     Opened,
     Origin,
+    Rows,
     RunFolder,
-    Shapes,
+    Stage,
     build_executor,
     check_unfinished,
     find_device,
@@ -62,7 +63,7 @@ class Run(Context):
     sparsities to which its result is cut further. ``sizes``: the sparsities of all sizes, if they share weights.
 
     Found by its stages: ``dense``: the analysed dense model, which further runs on it share. ``origin``: digests of the
-    inputs. ``shapes``: the ranking of a search.
+    inputs. ``rows``: what stages of features found, as rows of the report.
     """
 
     source: str
@@ -79,7 +80,7 @@ class Run(Context):
     executor: Executor = EXECUTOR
     dense: DenseModel | None = None
     origin: Origin = field(default_factory=Origin)
-    shapes: Shapes | None = None
+    rows: Rows = field(default_factory=dict)
 
     def with_output(self, out: Path, settings: Settings, further: Sequence[float] = ()) -> Self:
         """The same run with another output and other settings: a size of a ladder."""
@@ -135,13 +136,12 @@ def open_run(
     inputs: Inputs,
     context: Context,
     *,
-    advises: tuple[int, int] | None = None,
+    instead: Stage | None = None,
     trains: bool = True,
 ) -> Iterator[Run]:
     """A run whose output is locked and whose settings are complete and checked, for one result or measurement.
 
-    ``advises``: cuts that are only measured, and texts to measure them on. ``trains``: whether the settings' steps are
-    run.
+    ``instead``: what it does if it makes no cut. ``trains``: whether the settings' steps are run.
 
     Raises:
         MptkError: there is no such device; the output cannot be replaced, is an input of the run, or is locked by
@@ -150,14 +150,14 @@ def open_run(
     start = model.folder if isinstance(model, PrunedFolder) else None
     with enter_run_state(asked.device), lock_outputs([out], asked, [source, start]):
         if not trains:  # there is no time limit to choose these by, so they have the defaults of a long run
-            asked = replace(asked, samples=asked.windows, search_tokens=asked.trial_tokens)
+            asked = with_keywords(asked, {"samples": asked.windows, **asked.further_numbers})
         plan, recovers = read_plan(asked), start is not None
         # Settings are checked before the machine is measured, which takes seconds, and before a config is read.
         settings = fill_in(asked, recovers, plan)
         check_settings(settings, plan, inputs.texts)
         estimator = read_estimator_of(model, asked.trust)
-        if estimator is not None and advises is not None:
-            estimator = replace(estimator, cuts=advises[0], texts=advises[1])
+        if estimator is not None:
+            estimator = replace(estimator, instead=instead)
         if trains:  # the first process decides: rates that others measure would give them other numbers
             unfinished = read_kept_settings(out) if asked.resume and is_leader() else {}
             settings = run_once(

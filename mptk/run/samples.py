@@ -18,7 +18,7 @@ from mptk.config import IN_MEMORY, Settings
 from mptk.errors import MptkError
 from mptk.io import Loaded, check_positions, find_position_limit, read_row_texts
 from mptk.io import data as text
-from mptk.ir import Program, Samples, concatenate_samples, is_tokens
+from mptk.ir import Program, Samples, is_tokens
 from mptk.protocols import Kept, Prepared, SampleSets, Task, check_kept_samples
 from mptk.run.amounts import TRAINED_PER_HELD_OUT, count_held_out, count_measured, count_samples
 from mptk.run.inputs import Data, Inputs, is_in_memory
@@ -92,39 +92,6 @@ def add_dense_outputs(prepared: Prepared, sets: SampleSets, run: Run) -> SampleS
         return sets
     with run.stage("dense outputs"):
         return replace(sets, calibration=with_dense_outputs(prepared, sets.calibration))
-
-
-def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Samples]]:
-    """Samples to fit to and to train on, of all sources of ``data`` alike; and source → other samples of it."""
-    s, task, program = replace(prepared.settings, search=False), prepared.task, prepared.analysis.program
-    total, plain = count_samples(s, own=s.data == text.SELF), replace(s.learning, steps=0)
-    # The caller's samples are read once, enough for both uses.
-    both = replace(s, samples=total + s.eval_windows, learning=plain)
-    own = collect_given(replace(prepared, settings=both), run.inputs)[0] if run.inputs.has_samples else None
-    names = [IN_MEMORY] if own is not None else text.list_source_names(s.data)
-    count, fitted, held_out, measured = -(-total // len(names)), [], list[Samples](), dict[str, Samples]()
-    with run.stage("calibration data"):
-        for name in names:
-            say = partial(run.progress, "calibration data")
-            given = replace(s, data=name)
-            found = task.draw_samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
-            found = fit_to_program(task, program, found, "data")
-            # The last samples are measured on, at most half of a short text; the others are fitted to and held out.
-            last = min(s.eval_windows, len(found) // 2)
-            if not last:
-                raise MptkError(f"{name} has text for one sample, and advice needs two or more; give more --data")
-            used, guard = hold_out(found[: min(count, len(found) - last)], s)
-            fitted.append(used)
-            held_out += [] if guard is None else [guard]
-            measured[name] = found[-last:]
-    calibration = concatenate_samples([each[: -(-s.windows // len(names))] for each in fitted])
-    guards = concatenate_samples(held_out) if held_out else None
-    sets = SampleSets(concatenate_samples(fitted), calibration, calibration, s.data, task.sequences, guards)
-    if not task.compares:
-        return sets, measured
-    with run.stage("dense outputs"):
-        sets = replace(sets, calibration=with_dense_outputs(prepared, calibration))
-        return sets, {name: with_dense_outputs(prepared, samples) for name, samples in measured.items()}
 
 
 # ---- samples that the caller gives in memory ----

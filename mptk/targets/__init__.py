@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from mptk.config import Settings
-from mptk.plugins import find_entry, with_plugins
+from mptk.plugins import find_entry, load_parts, with_plugins
 from mptk.protocols import Target
 from mptk.targets.graph import GraphTarget
-from mptk.targets.nemotron_nas import NemotronNasTarget
 from mptk.targets.onnx import OnnxTarget
 from mptk.targets.stock import StockTarget
 
 ONNX = OnnxTarget()
-TARGETS: dict[str, Target] = {t.name: t for t in (StockTarget(), NemotronNasTarget(), GraphTarget())}
-"""The values of ``--target``. Each can also write ONNX."""
+STOCK_TARGET, GRAPH_TARGET = StockTarget(), GraphTarget()
 
 
 def list_targets() -> dict[str, Target]:
-    """Targets of mptk and of plugins (group ``mptk.targets``), by name."""
-    return with_plugins(TARGETS, "mptk.targets")
+    """Targets of mptk, of features and of plugins (group ``mptk.targets``), by name. Each can also write ONNX."""
+    # The graph holds any widths, so it is named last.
+    own = {STOCK_TARGET.name: STOCK_TARGET, **load_parts("targets"), GRAPH_TARGET.name: GRAPH_TARGET}
+    return with_plugins(own, "mptk.targets")
 
 
 def find_target(name: str) -> Target:

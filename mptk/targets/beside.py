@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from mptk.errors import ProofError
 from mptk.files import make_scratch
-from mptk.io import Loaded, copy_processors, list_pipeline_files, read_object, save_tokenizer
+from mptk.io import Loaded, copy_processors, list_other_files, read_object, save_tokenizer
 from mptk.publish.manifest import compute_digests, list_files
 from mptk.tasks.runtimes import CONFIG_KEY
 
@@ -59,8 +59,8 @@ def write_beside(loaded: Loaded, folder: Path, *, same_features: bool) -> None:
 
 
 def write_pipeline(loaded: Loaded, folder: Path) -> None:
-    """Copy the other parts of a diffusers model's pipeline, if it has one: ``folder`` is then a whole pipeline."""
-    for name, file in list_pipeline_files(loaded.path).items():
+    """Copy the other parts of a model's pipeline, if it has one: ``folder`` is then a whole pipeline."""
+    for name, file in list_other_files(loaded.path).items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
@@ -68,7 +68,7 @@ def write_pipeline(loaded: Loaded, folder: Path) -> None:
 
 def check_pipeline(loaded: Loaded, folder: Path) -> None:
     """Raise ProofError unless the other parts are as in the dense model's pipeline."""
-    known = list_pipeline_files(loaded.path)
+    known = list_other_files(loaded.path)
     for name in known:
         if not (folder / name).is_file():
             fail(f"{name} is missing")

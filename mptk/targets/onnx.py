@@ -17,6 +17,7 @@ from mptk.errors import MptkError, ProofError, take_first_line
 from mptk.files import make_scratch
 from mptk.io import Loaded, find_position_limit, models, read_object, save_tokenizer
 from mptk.ir import Log, Program, Samples, is_tokens
+from mptk.ort.sessions import CPU
 from mptk.protocols import (
     Checks,
     Compiled,
@@ -31,7 +32,8 @@ from mptk.protocols import (
 )
 from mptk.publish.manifest import list_files
 from mptk.targets.beside import check_beside, compare, fail
-from mptk.tasks.exporting import EXPORTER, VERSION, use_apart
+from mptk.tasks.onnx_export import EXPORTER, VERSION, export_form
+from mptk.tasks.onnx_proof import list_form_stages, make_runner, use_apart
 from mptk.tasks.runtimes import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import (
@@ -106,8 +108,8 @@ class OnnxTarget(Target):
             check_beside(folder / ONNX_FOLDER, partial(_write_alone, loaded), all_known=loaded.tokenizer is not None)
         _check_weights(form, compiled, folder / ONNX_FOLDER)
         use = Use(crossed, count_model_positions(compiled))
-        return form.list_stages(
-            folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings
+        return list_form_stages(
+            form, folder / ONNX_FOLDER, use, compiled.prepared.executor.device, compiled.prepared.settings
         )
 
     def compare_rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
@@ -120,7 +122,7 @@ class OnnxTarget(Target):
         """
         # Rounding is compared with the float32 graph, which this folder lacks.
         form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
-        if form is None or not main.is_file() or not form.is_half(folder / ONNX_FOLDER):
+        if form is None or not main.is_file() or not form.open(main, CPU).half:
             return []
         with make_scratch() as staging:
             settings = replace(compiled.prepared.settings, onnx_dtype="float32", quantize=())
@@ -165,7 +167,8 @@ class OnnxTarget(Target):
         def check(scheme: str, files: Sequence[Path]) -> list[Difference]:
             # The weights against the float graph's, then each use of the graph against its own outputs.
             found = _compare_quantized(form, device, [(file, name_float_file(file)) for file in files], scheme, batches)
-            stages = form.list_stages(folder / ONNX_FOLDER, Use((), reached, scheme), device, settings).stages
+            use = Use((), reached, scheme)
+            stages = list_form_stages(form, folder / ONNX_FOLDER, use, device, settings).stages
             return [*found, *_compare_use(scheme, [run for run, _ in stages.values()], batches)]
 
         graphs = list_quantized(folder / ONNX_FOLDER, form, check)
@@ -204,13 +207,15 @@ def describe_graphs(
     Raises MptkError if a file cannot be written and ``strict``.
     """
     write_entry(folder, ONNX_FOLDER)
-    try:
-        form.describe(config, generation, folder, ONNX_FOLDER)
-    except MptkError as error:
-        if strict:
-            raise
-        return [describe_left_out(name, error) for name in form.described]
-    return []
+    notes = []
+    for name, write in form.described.items():
+        try:
+            write(config, generation, folder, f"{ONNX_FOLDER}/{form.graphs[0]}")
+        except MptkError as error:
+            if strict:
+                raise
+            notes.append(describe_left_out(name, error))
+    return notes
 
 
 def list_quantized(
@@ -249,7 +254,7 @@ def _check_described(form: OnnxForm, compiled: Compiled, folder: Path, name: str
     generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
     with make_scratch() as place:
         (place.folder / ONNX_FOLDER).symlink_to((folder / ONNX_FOLDER).absolute())
-        form.describe(written.stock.config, generation, place.folder, ONNX_FOLDER)
+        form.described[name](written.stock.config, generation, place.folder, f"{ONNX_FOLDER}/{form.graphs[0]}")
         if not (place.folder / name).is_file():
             fail(f"{name} is there, but these graphs have no such file")
         compare(name, read_object(folder / name), read_object(place.folder / name))
@@ -272,7 +277,7 @@ def _export(
 ) -> list[str]:
     prepared = compiled.prepared
     dense = Dense(prepared.loaded, settings, compiled.analysis.program, prepared.executor)
-    return form.export(dense, compiled.chosen.plan, samples, folder, log)
+    return export_form(form, dense, compiled.chosen.plan, samples, folder, log)
 
 
 def _check_weights(form: OnnxForm, compiled: Compiled, folder: Path) -> None:
@@ -323,7 +328,7 @@ def _compare_quantized(
     file = files[0][0]
     try:
         share = max(check_quantized(whole, file, scheme) for file, whole in files)
-        runs = [form.make_runner(graph, device) for graph in files[0]]
+        runs = [make_runner(form, graph, device) for graph in files[0]]
         pairs = [(runs[0](batch), runs[1](batch)) for batch in batches]
     except MptkError:
         raise
@@ -331,4 +336,4 @@ def _compare_quantized(
         raise ProofError(
             f"the proof fails at '{scheme} weights': {file.name} does not run ({take_first_line(error)})"
         ) from error
-    return [Difference(f"{scheme} weights", share, share, 1.0), form.measure_rounding(scheme, pairs)]
+    return [Difference(f"{scheme} weights", share, share, 1.0), form.judge(scheme, pairs)]

@@ -16,7 +16,7 @@ from mptk.io import (
     GENERATION,
     Resident,
     copy_processors,
-    list_pipeline_files,
+    list_other_files,
     make_portable_config,
     make_writer,
     models,
@@ -130,7 +130,7 @@ class StockTarget(Target):
                 if (place.folder / name).is_file() and (folder / name).is_file():
                     check_keys(name, read_object(folder / name), read_object(place.folder / name))
             check_weight_files(folder, held)
-            return frozenset([*list_files(place.folder), *list_pipeline_files(compiled.prepared.loaded.path)])
+            return frozenset([*list_files(place.folder), *list_other_files(compiled.prepared.loaded.path)])
 
     def list_limits(self, compiled: Compiled) -> list[str]:
         """Notes on programs that do not read the folder."""

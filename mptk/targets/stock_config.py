@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.io import OWN_CODE, make_portable_config, models, read_object
+from mptk.io import list_own_code, make_portable_config, models, read_object
 from mptk.protocols import Written
 from mptk.publish.manifest import hash_file
 from mptk.targets.beside import CONFIG_STAGE, JsonObject, compare, fail, require, walk_fields
@@ -75,7 +75,11 @@ def check_code(dense: Path, folder: Path) -> None:
     """Raise MptkError if Python code in ``folder`` is neither the dense model's nor mptk's. Call it before any runs."""
     for file in sorted(folder.rglob("*.py")):
         # By content, so that neither a dense model's file nor mptk's own can be replaced by another of its name.
-        known = [own for own in (dense / file.relative_to(folder), OWN_CODE) if own.name == file.name and own.is_file()]
+        known = [
+            own
+            for own in (dense / file.relative_to(folder), *list_own_code())
+            if own.name == file.name and own.is_file()
+        ]
         if hash_file(file) not in map(hash_file, known):
             fail(f"{file.relative_to(folder)} is not the dense model's code")
     # ``auto_map`` may also name code of another repository, which no file here shows.

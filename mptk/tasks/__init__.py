@@ -1,6 +1,6 @@
 """tasks: kinds of models, and how to load a model as one of them. One file a task.
 
-A file also has the task's ONNX form, or ``NAME_form.py`` does. ``exporting`` has what the forms share.
+A file also has the task's ONNX form, or ``NAME_form.py`` does: data that ``onnx_export`` and ``onnx_proof`` read.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
 from mptk.io import Loaded, Resident, find_model_classes, load_tensors, models
-from mptk.plugins import with_plugins
+from mptk.plugins import load_parts, with_plugins
 from mptk.protocols import PROVEN_ON, OnnxForm, Report, Task
 from mptk.tasks.causal_lm import CausalLM, make_kind_error
 from mptk.tasks.classifier import CTC, SEGMENTATION, TOKEN_CLASSES, Classifier
-from mptk.tasks.diffusion import AUTOENCODING, DENOISING
 from mptk.tasks.dual_encoder import DUAL_ENCODER
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.image_text import ImageText
@@ -51,15 +50,13 @@ TASKS: dict[str, Task] = {
         *HEAD_TASKS,
         DUAL_ENCODER,
         Encoder(),
-        DENOISING,
-        AUTOENCODING,
     )
 }
 
 
 def list_tasks() -> dict[str, Task]:
-    """mptk's and plugins' tasks (group ``mptk.tasks``), by name."""
-    return with_plugins(TASKS, "mptk.tasks")
+    """mptk's, features' and plugins' tasks (group ``mptk.tasks``), by name."""
+    return with_plugins({**TASKS, **load_parts("tasks")}, "mptk.tasks")
 
 
 def open_task(model: str, resident: Resident, *, trust: Trust = NO_CODE) -> tuple[Loaded, Task]:

@@ -1,9 +1,10 @@
-"""base: what tasks share: a comparison with the dense model's outputs, and a loss of tokens."""
+"""base: what tasks share: comparisons with the dense model's outputs, and a loss of tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.config import Settings
 from mptk.errors import MptkError
 from mptk.io import Loaded, Runs
-from mptk.ir import IGNORED, Samples
+from mptk.ir import IGNORED, Samples, join_outputs
 from mptk.progress import Count, Progress
 from mptk.protocols import Task
 from mptk.reading import Json
 from mptk.tasks.inputs import Inputs, choose_inputs
 
+Outputs = Tensor | Sequence[Tensor]
 SummedFigure = Callable[[Tensor, Tensor], Tensor]
 """A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
+AutoLists = Sequence[Mapping[str, str | Sequence[str]]]
+"""Lists of transformers: model type → name of a class, or several."""
 
 
 class ModelTask(Task):
@@ -48,9 +52,17 @@ class ModelTask(Task):
 
 
 class ComparedTask(ModelTask):
-    """A task whose loss compares outputs with the dense model's, one comparison a sample."""
+    """A task whose loss compares outputs with the dense model's, one comparison a sample: by default numbers."""
 
     compares = True
+
+    def compute_loss(self, output: Any, samples: Samples) -> Tensor:
+        """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's numbers (``targets``)."""
+        assert samples.targets is not None
+        return compute_output_errors(output, samples.targets).sum()
+
+    def compute_sensitivity(self, output: Any, samples: Samples) -> Tensor:
+        return compute_projection(output, samples)
 
     def count_predictions(self, samples: Samples) -> int:
         return len(samples)
@@ -78,21 +90,37 @@ def measure_figures(
 
 
 def explain_unlisted(
-    lists: Iterable[Mapping[str, str | Sequence[str]]],
-    config: PreTrainedConfig,
-    classes: set[type[PreTrainedModel]],
-    what: str,
+    lists: AutoLists, config: PreTrainedConfig, classes: set[type[PreTrainedModel]], what: str
 ) -> str | None:
-    """None if all ``classes`` are in these lists of transformers, else that the class does not do ``what``.
-
-    ``lists``: model type → name of a class, or several.
-    """
+    """None if all ``classes`` are in these lists, else that the class does not do ``what``."""
     entries = [entry for named in lists for entry in named.values()]
     known = {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
     names = {c.__name__ for c in classes}
     if names and names <= known:
         return None
     return f"{min(names, default=type(config).__name__)} does not {what}"
+
+
+def compute_projection(output: Outputs, samples: Samples) -> Tensor:
+    """A random projection of the outputs, for gradients where the distance from the dense model's has no slope.
+
+    With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
+    """
+    # Signs follow from the samples, so that they do not depend on batches, processes or the order of calls.
+    found, seed = join_outputs(output), zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
+    signs = torch.randint(2, found.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (found * signs.to(found.device)).sum()
+
+
+def compute_output_errors(output: Outputs, reference: Outputs) -> Tensor:
+    """‖f − f*‖² / ‖f*‖² of each sample, of all outputs."""
+    found, expected = join_outputs(output), join_outputs(reference)
+    return (found - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-12)
+
+
+def sum_output_distances(output: Outputs, reference: Outputs) -> Tensor:
+    """Σ ‖f − f*‖ / ‖f*‖ over samples, of all outputs."""
+    return compute_output_errors(output, reference).sqrt().sum()
 
 
 class TokenTask(ModelTask):

@@ -20,7 +20,7 @@ from mptk.ir import Samples, make_token_samples
 from mptk.progress import Progress
 from mptk.protocols import SampleSets
 from mptk.tasks.base import TokenTask
-from mptk.tasks.decoder_form import DecoderForm
+from mptk.tasks.decoder_form import DECODER_FORM
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.text import TEXT_LENGTH, TextWindows, make_example_ids
 
@@ -31,7 +31,7 @@ class CausalLM(TokenTask):
     name = "causal-lm"
     summary = "decoder"
     caches = True
-    onnx = DecoderForm()
+    onnx = DECODER_FORM
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         name = min((c.__name__ for c in classes), default=type(config).__name__)

@@ -6,8 +6,7 @@ No labels are needed. What counts is how far the classes move from the dense mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch.nn.functional as F
@@ -20,23 +19,9 @@ from mptk.ir import Samples
 from mptk.progress import Progress
 from mptk.protocols import OnnxForm, SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
-from mptk.tasks.exporting import compare_features
-from mptk.tasks.model_form import LOGITS, ModelForm
-from passes.verify import Difference
-
-AutoLists = Sequence[Mapping[str, str | Sequence[str]]]
-"""Lists of transformers: model type → name of a class, or several."""
-
-
-class PixelForm(ModelForm):
-    """Its logits have the classes in the second dimension, and ``compare_logits`` wants them in the last."""
-
-    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return compare_features(scheme, pairs)
-
-
-OF_LOGITS = ModelForm(LOGITS)
+from mptk.tasks.base import AutoLists, ComparedTask, explain_unlisted, measure_figures
+from mptk.tasks.model_form import LOGITS_FORM
+from mptk.tasks.onnx_proof import compare_features
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class Classifier(ComparedTask):
     gives: str = "one distribution over classes for each sample"
     dim: int = -1
     classes: bool = True
-    onnx: OnnxForm = OF_LOGITS
+    onnx: OnnxForm = LOGITS_FORM
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
@@ -106,7 +91,8 @@ SEGMENTATION = Classifier(
     "a distribution over classes for each pixel",
     dim=1,
     classes=False,
-    onnx=PixelForm(LOGITS),
+    # Its logits have the classes in the second dimension, and ``compare_logits`` wants them in the last.
+    onnx=replace(LOGITS_FORM, judge=compare_features),
 )
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.config import Settings
-from mptk.errors import MptkError, ProofError
-from mptk.ir import Log, Plan, Program, Samples, make_token_samples
-from mptk.ort.decoder import GRAPH_FILE, Cache, Ids, OrtDecoder
+from mptk.errors import MptkError
+from mptk.ir import Samples, make_token_samples
+from mptk.ort.decoder import Cache, Ids, OrtDecoder
 from mptk.progress import step
-from mptk.protocols import PROOF_SHAPE, Checks, Dense, OnnxForm, Use
-from mptk.tasks.exporting import MOST_ROWS, compare_logits, cut_to_plan, make_graph_metadata, write_quantized_graphs
-from mptk.tasks.inputs.image_forms import POSITIONS
+from mptk.protocols import PROOF_SHAPE, Case, Dense, OnnxForm, Traced, Use
+from mptk.tasks.inputs.base import POSITIONS
+from mptk.tasks.model_form import LOGITS
+from mptk.tasks.onnx_proof import MOST_ROWS, compare_logits
 from mptk.tasks.runtimes import GENAI_FILE, write_genai_config
 from passes.frontend.trace_decoder import trace_decoder
-from passes.pipelines import emit_onnx
-from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
+from passes.targets.onnx.emit import make_decoder_interface
+from passes.verify import Placed
 
 PADDED_TOKENS = 3
 """Tokens of padding beside the longest prompt."""
@@ -33,13 +32,12 @@ PADDED_TOKENS = 3
 
 @dataclass(frozen=True)
 class DecodingCase:
-    """A way to run a decoder; ``stage``: its name in the proof.
+    """A way to run a decoder.
 
     ``steps``: tokens of the short calls that cross each border and end the sequence. ``padded``: the side on which
     prompts of several lengths are padded; empty: all have the same length.
     """
 
-    stage: str
     steps: tuple[int, ...] = ()
     padded: str = ""
 
@@ -68,15 +66,8 @@ LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
 """Tokens of the calls after the prompt: a token behind another, several behind a cache, a token behind several."""
-CASES = (
-    DecodingCase("ONNX Runtime prefill"),
-    DecodingCase("ONNX Runtime padded left", STEPS, "left"),
-    DecodingCase("ONNX Runtime padded right", STEPS, "right"),
-    DecodingCase("ONNX Runtime decode", STEPS),
-)
-"""What the proof runs, on several short rows and on one long row."""
-SIZES_STAGE = "ONNX Runtime sizes"
-"""The stage that runs ``draw_size_cases``, and a cache as long as the model has positions."""
+PLAIN = DecodingCase(STEPS)
+"""What runs a decoder without padding."""
 SEVERAL_NEW = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
 """Tokens of one call: a kernel may change at a power of two, and an exporter may fix a small number."""
 FAR_BYTES = 1 << 26
@@ -85,76 +76,37 @@ FAR_TOKENS = 3
 """New tokens after that cache."""
 
 
-class DecoderForm(OnnxForm):
-    """``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""
-
-    described = (GENAI_FILE,)
-
-    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
-        step(0, 0, "trace a decoding step")
-        # Without a program the model holds the weights and is the reference itself.
-        run = None if dense.program is None else lambda ids: dense.compute_first(make_token_samples(ids))
-        program = trace_decoder(
-            model, logits=settings.logits, weights=dense.put_weights, dense=run, executor=dense.executor
-        )
-        # The graph is translated in float32 and then converted.
-        if wanted != "auto" and model.dtype is not torch.float32:
-            raise MptkError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
-        program = cut_to_plan(program, dense, plan, log)
-        step(0, 0, "translate the graph")
-        said = {"objective": settings.objective, **make_graph_metadata(dense, plan)}
-        half, objective = wanted == "float16", settings.objective
-        file = emit_onnx(program, folder, objective=objective, half=half, metadata=said, log=log)
-        # int4 is rounded for this text (GPTQ).
-        text = None if samples is None else samples.inputs["input_ids"]
-        return write_quantized_graphs(dense, [file], text, log)
-
-    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        decoder = open_proof_decoder(use.find_graph(folder / GRAPH_FILE), device, settings)
-        tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
-        runs: dict[str, StageOutputs] = {
-            case.stage: partial(decode_samples, decoder, case, use.crossed) for case in CASES
-        }
-        runs[SIZES_STAGE] = partial(decode_sizes, decoder, use.positions)
-        stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
-        return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
-
-    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        decoder = OrtDecoder(file, device=device)
-        return lambda samples: torch.from_numpy(decoder.compute_logits(samples.inputs["input_ids"].numpy()))
-
-    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return compare_logits(scheme, pairs)
-
-    def describe(
-        self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
-    ) -> None:
-        write_genai_config(config, generation, folder, f"{graphs}/{GRAPH_FILE}")
-
-    def is_half(self, folder: Path) -> bool:
-        return OrtDecoder(folder).half
+def trace_step(dense: Dense, samples: Samples | None) -> Traced:
+    """One decoding step, with its cache."""
+    settings, model = dense.settings, dense.loaded.model
+    step(0, 0, "trace a decoding step")
+    # Without a program the model holds the weights and is the reference itself.
+    run = None if dense.program is None else lambda ids: dense.compute_first(make_token_samples(ids))
+    program = trace_decoder(
+        model, logits=settings.logits, weights=dense.put_weights, dense=run, executor=dense.executor
+    )
+    # The graph is translated in float32 and then converted.
+    wanted = settings.onnx_dtype
+    if wanted != "auto" and model.dtype is not torch.float32:
+        raise MptkError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
+    axes = make_decoder_interface(program).inputs
+    return Traced(program, list(axes), axes, about={"objective": settings.objective})
 
 
-def open_proof_decoder(file: Path, device: torch.device, settings: Settings) -> OrtDecoder:
-    """A decoder to prove. Raises ProofError if it has logits of other positions than the settings ask for."""
-    decoder = OrtDecoder(file, device=device)
-    if decoder.last_only != (settings.logits == "last"):
-        raise ProofError(
-            f"the proof fails at '{CASES[0].stage}': {file.name} does not give the logits of {settings.logits} "
-            "positions; do not use it, and export the model again"
-        )
-    return decoder
+def explain_other_logits(decoder: OrtDecoder, settings: Settings) -> str | None:
+    """Why the logits are not of the positions that the settings ask for; None if they are."""
+    right = decoder.last_only == (settings.logits == "last")
+    return None if right else f"does not give the logits of {settings.logits} positions"
 
 
-def decode_samples(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
+def decode_samples(case: DecodingCase, decoder: OrtDecoder, use: Use, samples: Samples) -> Placed:
     """The logits of the prompts and of all calls after them, with their positions.
 
     ``samples``: of what the decoder reads, and positions, [samples, axes, length], if they do not count tokens. If
     prompts are padded and calls follow, there is one more row, whose prompt is only padding.
     """
     tokens = samples.inputs[decoder.reads]
-    prompts, calls = case.split_calls(len(tokens), tokens.shape[1], crossed)
+    prompts, calls = case.split_calls(len(tokens), tokens.shape[1], use.crossed)
     of = torch.arange(len(tokens))
     # One more row starts with only padding, and then gets the first sample's tokens.
     if case.padded and calls:
@@ -189,15 +141,15 @@ def decode_calls(
     return Placed(torch.cat(logits, 1), torch.cat(places, 1), of)
 
 
-def decode_sizes(decoder: OrtDecoder, positions: int, samples: Samples) -> Placed:
-    """The logits of ``draw_size_cases``, and those behind a cache of padding as long as ``positions`` (0: unknown)."""
+def decode_sizes(decoder: OrtDecoder, use: Use, samples: Samples) -> Placed:
+    """The logits of ``draw_size_cases``, and those behind a cache of padding as long as the model has positions."""
     tokens = samples.inputs[decoder.reads]
     runs = list[Placed]()
     for rows, (first, *calls) in draw_size_cases(decoder.metadata.get("plan_sha256", ""), tokens.shape[1]):
         of = torch.arange(rows) % len(tokens)
         runs.append(decode_calls(decoder, samples, of, torch.arange(first).expand(rows, -1), calls))
     # A cache of padding: its values must not matter, wherever a position's number, or a number of bytes, becomes large.
-    past = min(positions, FAR_BYTES // decoder.count_position_bytes(len(tokens))) - FAR_TOKENS
+    past = min(use.positions, FAR_BYTES // decoder.count_position_bytes(len(tokens))) - FAR_TOKENS
     if past > 0 and tokens.shape[1] >= FAR_TOKENS:
         filled = decoder.make_filled(len(tokens), past)
         far = Cache(filled.values, np.zeros_like(filled.mask))
@@ -258,3 +210,21 @@ def _place(count: int, width: int, side: str) -> Tensor:
     start = width - count if side == "left" else 0
     place[start : start + count] = torch.arange(count)
     return place
+
+
+DECODER_FORM = OnnxForm(
+    trace_step,
+    OrtDecoder,
+    (
+        Case("ONNX Runtime prefill", partial(decode_samples, DecodingCase())),
+        Case("ONNX Runtime padded left", partial(decode_samples, DecodingCase(STEPS, "left"))),
+        Case("ONNX Runtime padded right", partial(decode_samples, DecodingCase(STEPS, "right"))),
+        Case("ONNX Runtime decode", partial(decode_samples, PLAIN)),
+        Case("ONNX Runtime sizes", decode_sizes),
+    ),
+    compare_logits,
+    (LOGITS,),
+    explain_unfit=explain_other_logits,
+    described={GENAI_FILE: write_genai_config},
+)
+"""``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -22,24 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config import Settings
 from mptk.errors import MptkError
 from mptk.io import Runs
 from mptk.ir import Samples, join_outputs
 from mptk.ort.sessions import OrtGraph
 from mptk.progress import Progress, step
-from mptk.protocols import PROOF_SHAPE, Checks, Dense, SampleSets, Use
+from mptk.protocols import PROOF_SHAPE, Dense, SampleSets, Traced
 from mptk.reading import Json
-from mptk.tasks.exporting import Traced, is_same_output, list_proof_stages
 from mptk.tasks.inputs import Inputs
+from mptk.tasks.inputs.base import PIXELS
 from mptk.tasks.inputs.captioned import Captioned
 from mptk.tasks.inputs.images import SHAPES
-from mptk.tasks.model_form import AXES, ModelForm
+from mptk.tasks.model_form import MODEL_FORM
 from mptk.tasks.numbers import Numbers
+from mptk.tasks.onnx_export import is_same_output
+from mptk.tasks.onnx_proof import list_whole_cases
 from mptk.tasks.padding import IDS, MASK, describe_padding, pad_by_metadata
 from passes.frontend.trace import Flat, trace_to_program
-from passes.targets.onnx.emit import Axes
-from passes.targets.onnx.names import ONNX_FILE
 
 SIMILARITIES = ("logits_per_image", "logits_per_text")
 EMBEDS = ("text_embeds", "image_embeds")
@@ -131,40 +129,24 @@ class NamedOutputs(Flat):
         return tuple(found[name] for name in self.outputs)
 
 
-class DualEncoderForm(ModelForm):
-    """``model.onnx`` with the similarities of all texts with all images, and the embeddings."""
-
-    def trace_model(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
-        """The model for any numbers of texts and images, with all its outputs, and what is said of padding."""
-        assert dense.program is not None
-        step(0, 0, "trace with all outputs")
-        model, example = dense.loaded.model, Captioned().make_example(dense.loaded.model)
-        # One text more than images: a trace of equal numbers would take them for one size.
-        apart = {name: torch.cat([x, x[:1]]) if is_text_input(name) else x for name, x in example.items()}
-        program = trace_to_program(model, apart, dynamic=open_sizes(apart), wrap=partial(NamedOutputs, outputs=OUTPUTS))
-        traced = Traced(dense.put_weights(program), list(apart), OUTPUTS)
-        # Whole texts: some classes embed a text at its end token.
-        inputs = example if samples is None else samples.shorten(PROOF_SHAPE[0], sys.maxsize).inputs
-        expected = join_outputs(next(dense.executor.run_programs([dense.program], [list(inputs.values())])))
-        if not is_same_output(run_traced(traced, dense, inputs), expected):
-            raise MptkError(f"{type(model).__name__} computes other embeddings if texts are more than images")
-        said = describe_padding(model)
-        longer, rows = pad_by_metadata(inputs, said)
-        return traced, said if is_same_output(run_traced(traced, dense, longer)[rows], expected) else {}
-
-    def name_axes(self, name: str, rank: int) -> Axes:
-        if is_text_input(name):
-            return ("text_batch_size", "sequence_length")
-        known = AXES.get(name, ())[1:]
-        return ("image_batch_size", *(known if len(known) == rank - 1 else (f"{name}_{i}" for i in range(1, rank))))
-
-    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(use.find_graph(folder / ONNX_FILE), device)
-        return list_proof_stages(partial(compute_embeddings, graph), graph, self.remove_padding)
-
-    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        graph = OrtGraph(file, device)
-        return lambda samples: join_outputs(compute_embeddings(graph, samples.inputs))
+def trace_pairs(dense: Dense, samples: Samples | None) -> Traced:
+    """The model for any numbers of texts and images, with all its outputs."""
+    assert dense.program is not None
+    step(0, 0, "trace with all outputs")
+    model, example = dense.loaded.model, Captioned().make_example(dense.loaded.model)
+    # One text more than images: a trace of equal numbers would take them for one size.
+    apart = {name: torch.cat([x, x[:1]]) if is_text_input(name) else x for name, x in example.items()}
+    program = trace_to_program(model, apart, dynamic=open_sizes(apart), wrap=partial(NamedOutputs, outputs=OUTPUTS))
+    traced = Traced(dense.put_weights(program), list(apart))
+    # Whole texts: some classes embed a text at its end token.
+    inputs = example if samples is None else samples.shorten(PROOF_SHAPE[0], sys.maxsize).inputs
+    expected = join_outputs(next(dense.executor.run_programs([dense.program], [list(inputs.values())])))
+    if not is_same_output(run_traced(traced, dense, inputs), expected):
+        raise MptkError(f"{type(model).__name__} computes other embeddings if texts are more than images")
+    said = describe_padding(model)
+    longer, rows = pad_by_metadata(inputs, said)
+    same = is_same_output(run_traced(traced, dense, longer)[rows], expected)
+    return replace(traced, padding=said if same else {})
 
 
 def compute_embeddings(graph: OrtGraph, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -174,8 +156,7 @@ def compute_embeddings(graph: OrtGraph, inputs: Mapping[str, Tensor]) -> list[Te
 
 def run_traced(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) -> Tensor:
     """The embeddings of the traced program, in one row for each sample."""
-    found = next(dense.executor.run_programs([traced.program], [[inputs[name] for name in traced.names]]))
-    return join_outputs(found[len(SIMILARITIES) :])
+    return join_outputs(traced.run_all(dense.executor, inputs)[len(SIMILARITIES) :])
 
 
 def is_text_input(name: str) -> bool:
@@ -189,6 +170,13 @@ def open_sizes(inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: (0, 1) if is_text_input(name) or (patches and name != SHAPES) else (0,) for name in inputs}
 
 
-DUAL_ENCODER = DualEncoder(
-    "dual-encoder", "dual encoder", (), "embeddings of texts and images", DualEncoderForm(EMBEDS[0])
+TEXT_AXES = ("text_batch_size", "sequence_length")
+FORM = replace(
+    MODEL_FORM,
+    trace=trace_pairs,
+    cases=list_whole_cases(compute_embeddings),
+    outputs=OUTPUTS,
+    axes={IDS: TEXT_AXES, MASK: TEXT_AXES, PIXELS: ("image_batch_size", "num_channels", "height", "width")},
+    other_axes=("image_batch_size",),
 )
+DUAL_ENCODER = DualEncoder("dual-encoder", "dual encoder", (), "embeddings of texts and images", FORM)

@@ -5,21 +5,20 @@ What counts is how far the features move from the dense model's.
 
 from __future__ import annotations
 
-import zlib
+from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mptk.io import Runs
-from mptk.ir import Samples
 from mptk.progress import Progress
 from mptk.protocols import SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
-from mptk.tasks.model_form import FEATURES, ModelForm
+from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures, sum_output_distances
+from mptk.tasks.model_form import FEATURES, MODEL_FORM
+from mptk.tasks.onnx_proof import draw_scaled_batches
 
 
 class Encoder(ComparedTask):
@@ -27,7 +26,7 @@ class Encoder(ComparedTask):
 
     name = "encoder"
     summary = "bare encoder"
-    onnx = ModelForm(FEATURES)
+    onnx = replace(MODEL_FORM, outputs=(FEATURES,), draw=draw_scaled_batches)
     classes = False
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
@@ -35,43 +34,13 @@ class Encoder(ComparedTask):
             return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
         return explain_unlisted((MODEL_MAPPING_NAMES,), config, classes, "give features")
 
-    def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:
-        """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's features (``targets``)."""
-        assert samples.targets is not None
-        return compute_feature_errors(output, samples.targets).sum()
-
-    def compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        return compute_projection(output, samples)
-
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
-        samples, figures = sets.evaluation, {"cosine": _sum_cosines, "distance": sum_feature_distances}
+        samples, figures = sets.evaluation, {"cosine": _sum_cosines, "distance": sum_output_distances}
         protocol = (
             f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "
             "with the dense model's; distance: of all features, relative to their norm"
         )
         return measure_figures(runs, samples.split(1), figures, progress, protocol)
-
-
-def compute_projection(features: Tensor, samples: Samples) -> Tensor:
-    """A random projection of the features, for gradients where the distance from the dense model's has no slope.
-
-    With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
-    """
-    # Signs follow from the samples, so that they do not depend on batches, processes or the order of calls.
-    seed = zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
-    signs = torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return (features.float() * signs.to(features.device)).sum()
-
-
-def compute_feature_errors(features: Tensor, reference: Tensor) -> Tensor:
-    """‖f − f*‖² / ‖f*‖² of each sample."""
-    apart = (features.float() - reference.float()).flatten(1).square().sum(1)
-    return apart / reference.float().flatten(1).square().sum(1).clamp_min(1e-12)
-
-
-def sum_feature_distances(features: Tensor, reference: Tensor) -> Tensor:
-    """Σ ‖f − f*‖ / ‖f*‖ over samples."""
-    return compute_feature_errors(features, reference).sqrt().sum()
 
 
 def _sum_cosines(features: Tensor, reference: Tensor) -> Tensor:

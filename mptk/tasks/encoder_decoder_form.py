@@ -6,44 +6,28 @@ no output meanwhile: the plan may cut its channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from mptk.compat.torch import check
-from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.ir import Log, Plan, Samples
+from mptk.ir import Samples
 from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
-from mptk.progress import step
-from mptk.protocols import PROOF_SHAPE, Checks, Dense, OnnxForm, Use
-from mptk.tasks.decoder_form import CASES
-from mptk.tasks.exporting import (
-    CHANGED,
-    Traced,
-    check_float,
-    compare_logits,
-    cut_to_plan,
-    draw_row_counts,
-    draw_texts,
-    is_same_output,
-    list_output_names,
-    list_proof_stages,
-    make_graph_metadata,
-    replace_outputs,
-    trace_named,
-    write_quantized_graphs,
-)
+from mptk.protocols import PROOF_SHAPE, Case, Dense, OnnxForm, Part, Traced, Use
+from mptk.tasks.decoder_form import PLAIN
 from mptk.tasks.inputs import choose_inputs
-from mptk.tasks.inputs.base import Named
+from mptk.tasks.inputs.base import PIXELS, Named
 from mptk.tasks.inputs.text import make_example_ids
 from mptk.tasks.model_form import LOGITS
-from mptk.tasks.padding import IDS, with_mask
+from mptk.tasks.onnx_export import is_same_output, trace_named
+from mptk.tasks.onnx_proof import compare_logits, draw_row_counts, draw_texts, list_whole_cases
+from mptk.tasks.padding import IDS, MASK, TYPES, with_mask
 from passes.frontend.trace_decoder import (
     PAST,
     CacheLayerShape,
@@ -52,12 +36,10 @@ from passes.frontend.trace_decoder import (
     fill_cache,
     make_zero_cache,
 )
-from passes.pipelines import emit_onnx
-from passes.targets.onnx.emit import Axes, Interface
-from passes.targets.onnx.extract import GraphPart
-from passes.targets.onnx.names import CACHE
-from passes.verify import Difference
+from passes.targets.onnx.names import CACHE, Axes
 
+ENCODER_INPUTS = (IDS, MASK, TYPES, PIXELS, "input_features", "input_values")
+"""Of text, images and sound."""
 TEXT_AXES: Axes = ("batch_size", "encoder_sequence_length")
 DECODER_AXES: dict[str, Axes] = {
     "input_features": ("batch_size", "feature_size", "encoder_sequence_length"),
@@ -110,69 +92,20 @@ class EncoderDecoderStep(nn.Module):
         return (output.logits, *now, output.encoder_last_hidden_state)
 
 
-class EncoderDecoderForm(OnnxForm):
-    """``encoder_model.onnx``, and ``decoder_model_merged.onnx`` with both its caches."""
+def trace_both(dense: Dense, samples: Samples | None) -> Traced:
+    """A step with both caches, which also gives the encoder's last hidden state."""
+    model = dense.loaded.model
+    example = {**choose_inputs(model).make_example(model), DECODER_IDS: make_example_ids(length=5)}
+    past = make_trace_caches(cache_shapes(model, example))
+    shown = Samples(example) if samples is None else samples.shorten(*PROOF_SHAPE)
+    traced = trace_named(dense, EncoderDecoderStep, {**example, **past}, shown, keep_output)
+    check_continues(traced, dense, with_mask(shown.inputs))
+    return replace(traced, axes={name: name_cache_axes(name) for name in past})
 
-    graphs = (MERGED_FILE, ENCODER_FILE)
 
-    def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        check_float(settings, "an encoder-decoder")
-
-    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        model = dense.loaded.model
-        # Trace with both caches, as a program that gives all outputs.
-        example = {**choose_inputs(model).make_example(model), DECODER_IDS: make_example_ids(length=5)}
-        past = make_trace_caches(cache_shapes(model, example))
-        shown = Samples(example) if samples is None else samples.shorten(*PROOF_SHAPE)
-        traced, padding = trace_named(dense, EncoderDecoderStep, {**example, **past}, shown, lambda output, _: output)
-        check_continues(traced, dense, with_mask(shown.inputs))
-
-        # The hidden state between the graphs is no output while the plan cuts, since outputs keep their channels.
-        *outputs, hidden = list_output_names(traced.program)
-        program = cut_to_plan(replace_outputs(traced.program, outputs), dense, plan, log, dense.program)
-        program = replace_outputs(program, [*list_output_names(program), hidden])
-        step(0, 0, "translate the graph")
-
-        # Both graphs are parts of the one that is emitted: each begins at its inputs and ends at its outputs.
-        given = [name for name in traced.names if name not in past]
-        kept = list(past)[: len(program.user_inputs) - len(given)]  # the caches of the layers that stay
-        names = {name: new for name, new in DECODER_NAMES.items() if name in (*given, HIDDEN)}
-        present = [name.replace("past_key_values", "present") for name in kept]
-        emit_onnx(
-            program,
-            folder,
-            Interface({name: name_decoder_axes(name) for name in (*given, *kept)}, (LOGITS, *present, HIDDEN)),
-            parts={
-                ENCODER_FILE: GraphPart({name: name for name in given if name != DECODER_IDS}, (HIDDEN,)),
-                MERGED_FILE: GraphPart(names | {name: name for name in kept}, (LOGITS, *present)),
-            },
-            objective=dense.settings.objective,
-            metadata=make_graph_metadata(dense, plan) | padding,
-            log=log,
-        )
-        notes = write_quantized_graphs(dense, [folder / name for name in self.graphs], None, log)
-        return notes + ([CHANGED] if IDS in traced.names and not padding else [])
-
-    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        run = OrtEncoderDecoder(use.find_graph(folder / MERGED_FILE), device)
-
-        def run_steps(samples: Samples) -> Tensor:
-            ids = samples.inputs[DECODER_IDS]
-            prompts, calls = CASES[-1].split_calls(len(ids), ids.shape[1], use.crossed)
-            return run(with_mask(samples.inputs), [prompts[0], *calls])
-
-        return list_proof_stages(run, run.encoder, lambda output, _: output, {"ONNX Runtime steps": run_steps})
-
-    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
-        found = draw_texts if longer and IDS in samples.inputs else draw_row_counts
-        return list(found(samples, seed))
-
-    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        run = OrtEncoderDecoder(file, device)
-        return lambda samples: run(with_mask(samples.inputs))
-
-    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return compare_logits(scheme, pairs)
+def keep_output(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits, of which none are at padding: that is in the encoder's text."""
+    return output
 
 
 def make_trace_caches(shapes: Sequence[CacheLayerShape]) -> Named:
@@ -183,11 +116,9 @@ def make_trace_caches(shapes: Sequence[CacheLayerShape]) -> Named:
     return dict(zip(names, found, strict=True))
 
 
-def name_decoder_axes(name: str) -> Axes:
-    """The names of an input's axes."""
-    side = next((side for side in SIDES if f".{side}." in name), None)
-    if side is None:
-        return DECODER_AXES.get(name, TEXT_AXES)
+def name_cache_axes(name: str) -> Axes:
+    """The names of the axes of a cache."""
+    side = next(side for side in SIDES if f".{side}." in name)
     return "batch_size", None, f"past_{side}_sequence_length", None
 
 
@@ -203,3 +134,35 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
     if not is_same_output(torch.cat([start, end], 1), traced.run(executor, inputs)):
         name = type(dense.loaded.model).__name__
         raise MptkError(f"{name} with its own cache computes other logits than for the whole text")
+
+
+def run_steps(graphs: OrtEncoderDecoder, use: Use, samples: Samples) -> Tensor:
+    """The logits of the text in several calls."""
+    ids = samples.inputs[DECODER_IDS]
+    prompts, calls = PLAIN.split_calls(len(ids), ids.shape[1], use.crossed)
+    return graphs(with_mask(samples.inputs), [prompts[0], *calls])
+
+
+def draw_lengths(samples: Samples, seed: str, longer: bool) -> Iterable[Samples]:
+    """Texts of other lengths if the program takes any, else more samples at once."""
+    return (draw_texts if longer and IDS in samples.inputs else draw_row_counts)(samples, seed)
+
+
+WHOLE, PADDED = list_whole_cases(OrtEncoderDecoder.__call__, keep_output)
+ENCODER_DECODER_FORM = OnnxForm(
+    trace_both,
+    OrtEncoderDecoder,
+    (WHOLE, Case("ONNX Runtime steps", run_steps), PADDED),
+    compare_logits,
+    outputs=(LOGITS,),
+    axes=DECODER_AXES,
+    other_axes=TEXT_AXES,
+    parts=(
+        Part(ENCODER_FILE, {name: name for name in ENCODER_INPUTS}, (HIDDEN,)),
+        Part(MERGED_FILE, DECODER_NAMES),
+    ),
+    between=(HIDDEN,),
+    draw=draw_lengths,
+    float_only="an encoder-decoder",
+)
+"""``encoder_model.onnx``, and ``decoder_model_merged.onnx`` with both its caches."""

@@ -25,13 +25,11 @@ from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.causal_lm import make_kind_error
-from mptk.tasks.image_text_form import ImageTextForm
+from mptk.tasks.image_text_form import IMAGE_TEXT_FORM
 from mptk.tasks.inputs import Inputs
-from mptk.tasks.inputs.base import EXAMPLES, Named
+from mptk.tasks.inputs.base import EXAMPLES, PIXELS, POSITIONS, Named
 from mptk.tasks.inputs.image_forms import (
     KNOWN_SIZES,
-    PIXELS,
-    POSITIONS,
     arrange_inputs,
     find_trace_constants,
     hold_constants,
@@ -81,7 +79,7 @@ class ImageText(TokenTask):
     name = "image-text-to-text"
     summary = "vision-language model"
     sequences = False
-    onnx = ImageTextForm()
+    onnx = IMAGE_TEXT_FORM
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):

@@ -8,45 +8,28 @@ puts them there. As all are of one program, they follow one plan, which may cut 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.config import Settings
 from mptk.errors import MptkError
-from mptk.ir import Log, Plan, Program, Samples
+from mptk.ir import Program, Samples
 from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
 from mptk.progress import step
-from mptk.protocols import Checks, Dense, Further, OnnxForm, Use
+from mptk.protocols import Case, Dense, Part, Traced, Use
 from mptk.staged.staged import Executor
-from mptk.tasks.decoder_form import CASES, SIZES_STAGE, decode_samples, decode_sizes, open_proof_decoder
-from mptk.tasks.exporting import (
-    check_float,
-    compare_logits,
-    cut_to_plan,
-    is_same_output,
-    list_output_names,
-    make_graph_metadata,
-    replace_outputs,
-    write_quantized_graphs,
-)
-from mptk.tasks.inputs.image_forms import (
-    GRIDS,
-    IMAGE_SIZES,
-    PIXELS,
-    POSITIONS,
-    AnyImages,
-    arrange_inputs,
-    make_grid_function,
-)
+from mptk.tasks.decoder_form import DECODER_FORM
+from mptk.tasks.inputs.base import PIXELS, POSITIONS
+from mptk.tasks.inputs.image_forms import GRIDS, IMAGE_SIZES, AnyImages, arrange_inputs, make_grid_function
 from mptk.tasks.inputs.image_text import ImagesWithText, find_image_token
-from mptk.tasks.padding import IDS
+from mptk.tasks.onnx_export import is_same_output
+from mptk.tasks.padding import IDS, MASK
 from passes.frontend.trace_decoder import (
     CacheLayerShape,
     DecoderStep,
@@ -57,10 +40,8 @@ from passes.frontend.trace_decoder import (
     make_zero_cache,
     step_inputs,
 )
-from passes.pipelines import emit_onnx
-from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface, make_decoder_interface
-from passes.targets.onnx.extract import GraphPart
-from passes.verify import RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
+from passes.targets.onnx.emit import TOKEN_AXES, make_decoder_interface
+from passes.targets.onnx.names import Axes
 
 IMAGE_FEATURES, MERGED = "image_features", "merged_embeds"
 """Names of values at which the graph is divided, beside the embeddings."""
@@ -113,77 +94,18 @@ class PicturedStep(DecoderStep):
             return joined.flatten(0, -2)
 
 
-class ImageTextForm(OnnxForm):
-    """``vision_encoder.onnx``, ``embed_tokens.onnx``, and ``decoder_model_merged.onnx`` with its KV cache."""
-
-    graphs = (MERGED_FILE, EMBEDDING_FILE, VISION_FILE)
-
-    def check(self, model: PreTrainedModel, settings: Settings) -> None:
-        check_float(settings, "a vision-language model")
-
-    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        settings = dense.settings
-        model, shapes = dense.loaded.model, cache_shapes(dense.loaded.model)
-        shown = Samples(ImagesWithText().make_example(model))
-        # The trace is checked on these: whole samples, since a cut could divide an image's tokens.
-        given = shown if samples is None else add_shown_images(shown, samples.shorten(2, sys.maxsize))
-        step(0, 0, "trace a decoding step")
-        whole, images = trace_image_step(dense, given, shapes)
-
-        # The three values between the graphs are no outputs while the plan cuts, since outputs keep their channels.
-        *outputs, features, embeds, merged = list_output_names(whole)
-        program = cut_to_plan(replace_outputs(whole, outputs), dense, plan, log, dense.program)
-        step(0, 0, "translate the graph")
-
-        # The graph is emitted once, with all outputs, and divided.
-        axes = AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES
-        decoder = make_decoder_interface(program, axes, before=len(images))
-        read = {MERGED: EMBEDDINGS} | {name: name for name in decoder.inputs if name != IDS}
-        emit_onnx(
-            replace_outputs(program, [*list_output_names(program), features, embeds, merged]),
-            folder,
-            Interface(
-                {**name_image_axes(images), **decoder.inputs}, (*decoder.outputs, IMAGE_FEATURES, EMBEDDINGS, MERGED)
-            ),
-            parts={
-                VISION_FILE: GraphPart({name: name for name in images}, (IMAGE_FEATURES,)),
-                EMBEDDING_FILE: GraphPart({IDS: IDS}, (EMBEDDINGS,)),
-                MERGED_FILE: GraphPart(read, tuple(decoder.outputs)),
-            },
-            objective=settings.objective,
-            metadata={
-                "objective": settings.objective,
-                IMAGE_TOKEN: str(find_image_token(model)),
-                **make_graph_metadata(dense, plan),
-            },
-            log=log,
-        )
-        return write_quantized_graphs(dense, [folder / name for name in self.graphs], None, log)
-
-    def list_stages(self, folder: Path, use: Use, device: torch.device, settings: Settings) -> Checks:
-        decoder = open_proof_decoder(use.find_graph(folder / MERGED_FILE), device, settings)
-        runs: dict[str, StageOutputs] = {
-            case.stage: partial(run_with_images, decoder, partial(decode_samples, decoder, case, use.crossed))
-            for case in CASES
-        }
-        runs[SIZES_STAGE] = partial(
-            run_with_images, decoder, partial(decode_sizes, decoder, use.positions), tiles=TILES
-        )
-        stages: dict[str, tuple[Program | StageOutputs, float]] = {
-            name: (run, RUNTIME_TOLERANCE) for name, run in runs.items()
-        }
-        # Images of another size run only if the vision encoder takes them: its trace may hold one size.
-        run = partial(run_with_images, decoder, partial(decode_samples, decoder, CASES[-1], ()))
-        ran = decoder.providers[0]
-        further = {"ONNX Runtime": Further(run, RUNTIME_TOLERANCE, partial(can_encode_images, decoder), ran)}
-        return Checks(stages=stages, ran=dict.fromkeys(stages, ran), further=further)
-
-    def make_runner(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
-        decoder = OrtDecoder(file, device=device)
-        return lambda samples: run_with_images(decoder, partial(decode_samples, decoder, CASES[0], ()), samples).outputs
-
-    def measure_rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
-        return compare_logits(scheme, pairs)
+def trace_pictured(dense: Dense, samples: Samples | None) -> Traced:
+    """One decoding step with images, which also gives the values at which its graph is divided."""
+    model, settings = dense.loaded.model, dense.settings
+    shapes, shown = cache_shapes(model), Samples(ImagesWithText().make_example(model))
+    # The trace is checked on these: whole samples, since a cut could divide an image's tokens.
+    given = shown if samples is None else add_shown_images(shown, samples.shorten(2, sys.maxsize))
+    step(0, 0, "trace a decoding step")
+    program, images = trace_image_step(dense, given, shapes)
+    positions = AXES_FIRST if POSITIONS in given.inputs else TOKEN_AXES
+    axes = {**name_image_axes(images), **make_decoder_interface(program, positions, before=len(images)).inputs}
+    about = {"objective": settings.objective, IMAGE_TOKEN: str(find_image_token(model))}
+    return Traced(program, list(axes), axes, about=about)
 
 
 def select_image_inputs(samples: Samples) -> dict[str, Tensor]:
@@ -191,8 +113,8 @@ def select_image_inputs(samples: Samples) -> dict[str, Tensor]:
     return {name: x for name, x in arrange_inputs(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
 
 
-def run_with_images(decoder: OrtDecoder, run: Callable[[Samples], Placed], samples: Samples, tiles: int = 1) -> Placed:
-    """What ``run`` gives for the embeddings of samples with images.
+def run_with_images(case: Case, tiles: int, decoder: OrtDecoder, use: Use, samples: Samples) -> Any:
+    """What a decoder's ``case`` gives for the embeddings of samples with images.
 
     ``tiles``: how many times the graphs of embeddings get all samples at once; the last ones' are taken.
     """
@@ -201,7 +123,7 @@ def run_with_images(decoder: OrtDecoder, run: Callable[[Samples], Placed], sampl
     # Several times as many images at once show whether the vision encoder takes any number; the last copy is compared.
     read = {EMBEDDINGS: decoder.embeddings(tiled.inputs[IDS], select_image_inputs(tiled))[-len(samples) :]}
     numbered = {name: x for name, x in samples.inputs.items() if name == POSITIONS}
-    return run(Samples(read | numbered))
+    return case.run(decoder, use, Samples(read | numbered))
 
 
 def can_encode_images(decoder: OrtDecoder, samples: Samples) -> bool:
@@ -290,3 +212,30 @@ def compute_last_logits(
         logits, *found = next(executor.run_programs([program], [given]))
         cache = found[: len(cache)]
     return logits[:, -1:]
+
+
+def add_images(case: Case, tiles: int = 1) -> Case:
+    """A decoder's case for samples with images."""
+    return replace(case, run=partial(run_with_images, case, tiles))
+
+
+*TEXTS, SIZES = DECODER_FORM.cases
+IMAGE_TEXT_FORM = replace(
+    DECODER_FORM,
+    trace=trace_pictured,
+    cases=(
+        *map(add_images, TEXTS),
+        add_images(SIZES, TILES),
+        # Images of another size run only if the vision encoder takes them: its trace may hold one size.
+        replace(add_images(TEXTS[-1]), stage="ONNX Runtime", takes=can_encode_images),
+    ),
+    parts=(
+        Part(VISION_FILE, {name: name for name in (PIXELS, GRIDS)}, (IMAGE_FEATURES,)),
+        Part(EMBEDDING_FILE, {IDS: IDS}, (EMBEDDINGS,)),
+        Part(MERGED_FILE, {MERGED: EMBEDDINGS, MASK: MASK, POSITIONS: POSITIONS}),
+    ),
+    between=(IMAGE_FEATURES, EMBEDDINGS, MERGED),
+    float_only="a vision-language model",
+    described={},
+)
+"""``vision_encoder.onnx``, ``embed_tokens.onnx``, and ``decoder_model_merged.onnx`` with its KV cache."""

@@ -23,7 +23,7 @@ from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
 from mptk.tasks.inputs import Inputs
 from mptk.tasks.inputs.text import TextWindows
-from mptk.tasks.model_form import LOGITS, ModelForm
+from mptk.tasks.model_form import LOGITS_FORM
 
 STRIDE = 7
 """One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
@@ -36,7 +36,7 @@ class MaskedLM(TokenTask):
 
     name = "masked-lm"
     summary = "masked language model"
-    onnx = ModelForm(LOGITS)
+    onnx = LOGITS_FORM
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return explain_unlisted((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")

@@ -6,7 +6,8 @@ Example inputs, and samples like them, may be in a safetensors file: a tensor fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.config import IN_MEMORY, INPUTS, Settings
 from mptk.errors import MptkError, find_exhaustion, take_first_line
 from mptk.io import Loaded, Runs, load_tensors
-from mptk.ir import Samples, join_outputs, separate
+from mptk.ir import Samples, separate
 from mptk.progress import Count, Progress
-from mptk.protocols import Dense, OnnxForm, SampleSets, Task
+from mptk.protocols import Dense, OnnxForm, SampleSets, Task, Traced, draw_nothing
 from mptk.reading import Json
-from mptk.tasks.base import measure_figures
-from mptk.tasks.encoder import compute_feature_errors, compute_projection
-from mptk.tasks.exporting import Traced
+from mptk.tasks.base import Outputs, compute_output_errors, compute_projection, measure_figures, sum_output_distances
 from mptk.tasks.inputs.base import order_samples
-from mptk.tasks.model_form import AXES, ModelForm
-from mptk.tasks.numbers import Outputs, sum_output_distances
+from mptk.tasks.model_form import AXES, MODEL_FORM
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import list_forward_arguments
-from passes.targets.onnx.emit import Axes
+from passes.targets.onnx.emit import TOKEN_AXES
 
 BATCH_POSITIONS = 2048
 """Positions that are measured at once."""
+OUTPUT = "output"
+"""The name of a graph's output."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Module(Task):
 
     def __post_init__(self) -> None:
         # The form names the graph's inputs by the examples. The dataclass is frozen.
-        object.__setattr__(self, "onnx", ModuleForm("output", inputs=self.given.inputs))
+        form = replace(MODULE_FORM, trace=partial(take_program, names=tuple(self.given.inputs)))
+        object.__setattr__(self, "onnx", form)
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
@@ -94,10 +95,10 @@ class Module(Task):
     def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense module's outputs (``targets``) in one row."""
         assert samples.targets is not None
-        return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
+        return compute_output_errors(output, samples.targets).sum()
 
     def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
-        return compute_projection(join_outputs(output), samples)
+        return compute_projection(output, samples)
 
     def count_predictions(self, samples: Samples) -> int:
         return len(samples)
@@ -217,29 +218,22 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")
 
 
-@dataclass(frozen=True)
-class ModuleForm(ModelForm):
-    """``model.onnx`` with ``output``, or ``output_0``, ``output_1``, … of several.
+def take_program(dense: Dense, samples: Samples | None, names: Sequence[str]) -> Traced:
+    """The analysed program. ``names``: of its inputs."""
+    program = dense.program
+    assert program is not None
+    if program.keeps_state:
+        raise MptkError("the module changes its buffers, which a graph would forget after each call; leave out ONNX")
+    (results,) = program.graph.graph.output_node().args
+    count = len(results) if isinstance(results, tuple | list) else 1
+    outputs = tuple(f"{OUTPUT}_{i}" for i in range(count)) if count > 1 else (OUTPUT,)
+    return Traced(program, names, outputs=outputs, padding={})
 
-    ``inputs``: examples, by the names that the graph's inputs get.
-    """
 
-    inputs: Mapping[str, Tensor] = field(kw_only=True)
-
-    def trace_model(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
-        program = dense.program
-        assert program is not None
-        if program.keeps_state:
-            raise MptkError(
-                "the module changes its buffers, which a graph would forget after each call; leave out ONNX"
-            )
-        (results,) = program.graph.graph.output_node().args
-        count = len(results) if isinstance(results, tuple | list) else 1
-        return Traced(program, list(self.inputs), tuple(f"{self.output}_{i}" for i in range(count) if count > 1)), {}
-
-    def make_batches(self, samples: Samples, seed: str, longer: bool) -> list[Samples]:
-        return []  # what a module's inputs may be, only its author knows
-
-    def name_axes(self, name: str, rank: int) -> Axes:
-        known = name in AXES or name == IDS
-        return super().name_axes(name, rank) if known else ("batch_size", *(f"{name}_{i}" for i in range(1, rank)))
+MODULE_FORM = replace(
+    MODEL_FORM,
+    axes={**AXES, IDS: TOKEN_AXES},
+    other_axes=("batch_size",),
+    draw=draw_nothing,  # what a module's inputs may be, only its author knows
+)
+"""``model.onnx`` with ``output``, or ``output_0``, ``output_1``, … of several."""

@@ -5,25 +5,22 @@ What counts is how far they move from the dense model's. One more task is one mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from mptk.io import Runs
-from mptk.ir import Samples, join_outputs
 from mptk.progress import Progress
 from mptk.protocols import OnnxForm, SampleSets
 from mptk.reading import Json
-from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures
-from mptk.tasks.classifier import AutoLists
-from mptk.tasks.encoder import compute_feature_errors, compute_projection, sum_feature_distances
-from mptk.tasks.model_form import ModelForm
+from mptk.tasks.base import AutoLists, ComparedTask, explain_unlisted, measure_figures, sum_output_distances
+from mptk.tasks.model_form import LOGITS, MODEL_FORM, trace_model
+from mptk.tasks.onnx_proof import compare_logits, list_whole_cases
 from mptk.tasks.padding import IDS
-
-Outputs = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,6 @@ class Numbers(ComparedTask):
             return None
         return explain_unlisted(self.lists, config, classes, f"give {self.gives}")
 
-    def compute_loss(self, output: Outputs, samples: Samples) -> Tensor:
-        """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's numbers (``targets``)."""
-        assert samples.targets is not None
-        return compute_feature_errors(join_outputs(output), join_outputs(samples.targets)).sum()
-
-    def compute_sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
-        return compute_projection(join_outputs(output), samples)
-
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         protocol = (
@@ -60,16 +49,9 @@ class Numbers(ComparedTask):
         return measure_figures(runs, samples.split(1), {"distance": sum_output_distances}, progress, protocol)
 
 
-class AnswerForm(ModelForm):
-    """Its outputs have a number for each token."""
-
-    def remove_padding(self, output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        return output[:, : inputs[IDS].shape[1]]
-
-
-def sum_output_distances(output: Outputs, reference: Outputs) -> Tensor:
-    """Σ ‖f − f*‖ / ‖f*‖ over samples, of all outputs."""
-    return sum_feature_distances(join_outputs(output), join_outputs(reference))
+def keep_tokens(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """An output with a number for each token, without those at padding."""
+    return output[:, : inputs[IDS].shape[1]]
 
 
 ANSWERS = Numbers(
@@ -77,34 +59,39 @@ ANSWERS = Numbers(
     "finder of answers in a text",
     (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,),
     "the scores of an answer's start and end",
-    AnswerForm("start_logits", ("end_logits",)),
+    replace(
+        MODEL_FORM,
+        trace=partial(trace_model, unpad=keep_tokens),
+        cases=list_whole_cases(unpad=keep_tokens),
+        outputs=("start_logits", "end_logits"),
+    ),
 )
 DETECTION = Numbers(
     "object-detection",
     "detector of objects",
     (auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,),
     "the classes and boxes of objects",
-    ModelForm("logits", ("pred_boxes",)),
+    replace(MODEL_FORM, outputs=(LOGITS, "pred_boxes"), judge=compare_logits),
 )
 MASKS = Numbers(
     "universal-segmentation",
     "finder of objects and their masks",
     (auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES),
     "the classes and masks of objects",
-    ModelForm("class_queries_logits", ("masks_queries_logits",)),
+    replace(MODEL_FORM, outputs=("class_queries_logits", "masks_queries_logits")),
 )
 DEPTH = Numbers(
     "depth-estimation",
     "estimator of depth",
     (auto.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES,),
     "a depth for each pixel",
-    ModelForm("predicted_depth"),
+    replace(MODEL_FORM, outputs=("predicted_depth",)),
 )
 FORECASTS = Numbers(
     "time-series-prediction",
     "forecaster",
     (auto.MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES,),
     "the next values of a series",
-    ModelForm("prediction_outputs"),
+    replace(MODEL_FORM, outputs=("prediction_outputs",)),
     "ForPrediction",  # transformers lists PatchTST's classes in no list of forecasters
 )

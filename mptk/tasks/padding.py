@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ PADDING_KEY = "padding_token"
 """The key in a graph's metadata of the token that pads its rows; missing if padding changes what it computes."""
 POSITIONS_KEY = "positions"
 """The key of the longest row; missing if any length will do."""
+Unpadded = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""Outputs and the inputs without padding → the outputs without those at padding."""
 
 
 def has_token_ids(inputs: Mapping[str, Tensor]) -> bool:
@@ -86,3 +88,8 @@ def pad_by_metadata(inputs: Mapping[str, Tensor], said: Mapping[str, str]) -> tu
     if PADDING_KEY not in said or inputs[IDS].shape[1] + EXTRA_TOKENS > longest:
         return with_mask(inputs), slice(None)
     return pad_samples(inputs, int(said[PADDING_KEY])), slice(1, -1)
+
+
+def remove_padding(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """An output [samples, positions, channels] at the positions of ``inputs``; one of whole samples stays."""
+    return output[:, : inputs[IDS].shape[1]] if output.ndim > 2 else output

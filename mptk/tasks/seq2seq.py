@@ -22,7 +22,7 @@ from mptk.progress import Progress
 from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import TokenTask, explain_unlisted
-from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
+from mptk.tasks.encoder_decoder_form import ENCODER_DECODER_FORM
 from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import count_vocabulary, make_example_ids
@@ -42,7 +42,7 @@ class Seq2Seq(TokenTask):
 
     name = "seq2seq"
     summary = "encoder-decoder"
-    onnx = EncoderDecoderForm()
+    onnx = ENCODER_DECODER_FORM
 
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return explain_unlisted(ENCODER_DECODERS, config, classes, "predict a text from another input")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mptk.io import packaged
+from mptk.features.packaged import wheels as packaged
 from tests.crash.forked import Trap, run
 
 MEASURED = shlex.split("--data text.txt --length 16 --eval-windows 2 --eval-length 16")

@@ -14,7 +14,7 @@ FEATURE = Feature(
     commands=[
         Command(
             "advise",
-            "mptk.cli.advise",
+            "mptk.features.advise.command",
             "Prune a model",
             after="analyze",
             roles=(CHOOSER, READER),

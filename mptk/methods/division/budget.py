@@ -149,8 +149,8 @@ def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
     legal = replace(legal, ladders={**legal.ladders, **as_it_was})
     candidates = legalize.find_candidates(cost, legal, families, s.sparsity)
     if set(names) <= set(s.widths):
-        if s.search:
-            raise MptkError("--width fixes every family, so --search has nothing to choose; leave out one of both")
+        if s.divider:
+            raise MptkError(f"--width fixes every family, so {s.divider} has nothing to choose; leave out one of both")
         if not candidates:
             raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
         return candidates[:1]
@@ -158,7 +158,7 @@ def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
         _check_reached(prepared, legal, candidates)
     if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
         return candidates[:1]  # equal layers are where the division starts
-    splits = s.search_shapes if s.search else prepared.method.splits
+    splits = prepared.method.splits if s.divisions is None else s.divisions
     finest = legalize.find_finest_families(legal, families)
     others = describe_levers(prepared, legal, names)
     return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, others)
@@ -218,10 +218,10 @@ def _check_reached(prepared: Prepared, legal: LegalWidths, candidates: Sequence[
 def _list_default_families(prepared: Prepared, legal: LegalWidths) -> list[str]:
     """The families that are cut by default: families that repeat over layers and that the method can score.
 
-    A method that scores no channels removes blocks. A search may remove both.
+    A method that scores no channels removes blocks. A feature that divides the budget may remove both.
     """
     channels, blocks = (list_cuttable(prepared, legal, blocks=each) for each in (False, True))
-    return [*channels, *blocks] if prepared.settings.search else channels or blocks
+    return [*channels, *blocks] if prepared.settings.divider else channels or blocks
 
 
 def list_cuttable(prepared: Prepared, legal: LegalWidths, *, blocks: bool) -> list[str]:

@@ -13,10 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mptk.files.outputs import PAGE_MARK
 from mptk.ir import Analysis
 from mptk.plain import escape_text
-from mptk.protocols import Advice, Row, Shapes, make_report_error
-from mptk.reading import make_typed
+from mptk.protocols import Row, make_report_error
 from mptk.report import sections
-from mptk.report.advice import BY_FAMILY, CUTS, SAFE, SENSITIVE, build_advice_view, list_commands
 from mptk.report.analysis import build_analysis_view
 from mptk.report.page import charts
 from mptk.report.page.coupling import choose_layer, draw_coupling_chart
@@ -59,7 +57,7 @@ def render_report_page(runs: Sequence[Run]) -> str:
         MptkError: a report is not as ``mptk prune`` writes it.
     """
     chapters = [build_run_chapter(run, f"{run.name}: " if len(runs) > 1 else "") for run in runs]
-    return _fill_template(chapters if len(runs) == 1 else [build_comparison_chapter(runs), *chapters])
+    return fill_template(chapters if len(runs) == 1 else [build_comparison_chapter(runs), *chapters])
 
 
 def build_comparison_chapter(runs: Sequence[Run]) -> Chapter:
@@ -89,21 +87,21 @@ def build_run_chapter(run: Run, name: str = "") -> Chapter:
         raise make_report_error(run.name, error) from error
 
 
-def draw_figures(run: Run) -> dict[str, list[Figure]]:
+def draw_figures(run: Run) -> dict[str, Sequence[Figure]]:
     """The charts of a run, by section."""
     kept = "A row is a layer, and an empty cell a unit that was removed. Of more than 192 units, each layer's share."
     drawings = {name: drawn for name in run.kept if (drawn := charts.draw_kept_chart(run, name)) is not None}
     dots = "A dot is the difference, a hollow diamond a difference of 0. The vertical mark is the tolerance."
     ideal = "The mark is the ideal: the ratio of operations in prefill, of bytes in decode."
-    found = {
+    found: dict[str, Sequence[Figure]] = {
         "Kept units in each layer": [Figure(name, drawn, kept) for name, drawn in drawings.items()],
         **{
             f"Training: {phase}": [Figure("", drawn) for drawn in charts.draw_trace_charts(run, phase)]
             for phase in run.metrics
         },
     }
-    if "search" in run.report.rows:
-        found[sections.SEARCH_TITLE] = draw_ranking_figures(make_typed(Shapes, run.report.rows["search"]))
+    for row, view in sections.list_row_views(run.report):
+        found |= view.draw_figures(row)
     if run.report.proof:
         found[sections.PROOF_TITLE] = [
             Figure("Difference from what each stage must equal", charts.draw_proof_chart(run), dots)
@@ -137,7 +135,7 @@ def render_analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> s
     """
     view, layer = build_analysis_view(said), choose_layer(analysis, legal)
     if not layer.edges:  # nothing can be cut, so there is nothing to draw
-        return _fill_template([Chapter(view, {})])
+        return fill_template([Chapter(view, {})])
     title = f"One layer: {layer.name or 'the whole model'}"
     caption = (
         "A coloured box is a family, with its number of units in a layer. A cut removes a unit from every matrix "
@@ -146,46 +144,11 @@ def render_analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> s
     )
     drawn = Section(title, [Table("lll", ["weight", "shape", "families in each dimension"], layer.rows)])
     figures = {title: [Figure("", draw_coupling_chart(layer), caption, wide=True)]}
-    return _fill_template([Chapter(View([drawn, *view.sections], view.title), figures)])
+    return fill_template([Chapter(View([drawn, *view.sections], view.title), figures)])
 
 
-def render_shapes_page(found: Shapes) -> str:
-    """One page about the shapes of a search."""
-    view = sections.build_shapes_view(found)
-    best = [Section("The best one", [found.command])] if found.command else []
-    drawn = {sections.SEARCH_TITLE: draw_ranking_figures(found)}
-    return _fill_template([Chapter(View([*view.sections, *best], view.title), drawn)])
-
-
-def render_advice_page(found: Advice) -> str:
-    """One page about an advice."""
-    # Some charts need what not every advice has: logits for the agreement, more layers than one.
-    view = build_advice_view(found)
-    bars = "Bars: two standard errors. The dashed line is the tolerance; above it the axis is logarithmic."
-    bars += "" if found.recovery is None else " Shaded: after training."
-    same = charts.draw_agreement_chart(found)
-    drawn = {
-        SAFE: [Figure("", charts.draw_change_chart(found), bars)],
-        CUTS: [] if same is None else [Figure("", same)],
-        BY_FAMILY: [Figure("", charts.draw_families_chart(found))],
-        SENSITIVE: [Figure(name, charts.draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
-    }
-    said = list_commands(found)
-    best = [Section("The command", said)] if said else []
-    first, *others = view.sections
-    return _fill_template([Chapter(View([first, *best, *others], view.title), drawn)])
-
-
-def draw_ranking_figures(found: Shapes) -> list[Figure]:
-    """The charts of a search."""
-    caption = f"Rings: before training. Dots: after. Numbers as in the table. {FRONT_LINE}"
-    front, training = charts.draw_front_chart(found), charts.draw_training_chart(found)
-    more = "After each rung the better half of the shapes is trained for twice as long."
-    trained = [] if training is None else [Figure("Training", training, more)]
-    return [Figure("Cost and quality of each shape", front, caption), *trained]
-
-
-def _fill_template(chapters: Sequence[Chapter]) -> str:
+def fill_template(chapters: Sequence[Chapter]) -> str:
+    """The page with these chapters."""
     # ``finalize`` sees every value before it is escaped: HTML escapes markup, ``escape_text`` what acts on its reader.
     # What has ``__html__`` was made here and is left alone.
     environment = Environment(

@@ -27,7 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mptk.config import GgufType
 from mptk.errors import ProofError, take_first_line
-from mptk.io import check_gguf
+from mptk.features.gguf.reading import check_gguf
 from mptk.ir import Weights
 from mptk.reading import make_damage_error, shorten_text
 from mptk.targets.beside import MISSING

@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig
 
 from mptk.config import GgufType
 from mptk.errors import MptkError, take_first_line
+from mptk.features.gguf.reading import check_gguf
 from mptk.files.outputs import GGUF_MARK
-from mptk.io import check_gguf, models
+from mptk.io import models
 from mptk.ir import Plan, Weights
 from mptk.reading import make_damage_error
 from mptk.targets.gguf.architectures import (

@@ -18,6 +18,8 @@ from mptk.io import RANDOM_DATA, RANDOM_NAME, Loaded
 from mptk.ir import Samples
 from mptk.progress import Count
 
+PIXELS, POSITIONS = "pixel_values", "position_ids"
+"""Inputs that models of several kinds read."""
 EXAMPLES = 2
 """Samples of an example: a trace takes a size of 1 for a constant."""
 Named = dict[str, Tensor]

@@ -22,11 +22,10 @@ from transformers import PreTrainedModel
 from mptk.compat.torch import hide_fake_logs, keep_small_constants
 from mptk.compat.transformers import compute_vision_inputs
 from mptk.errors import MptkError, take_first_line
-from mptk.tasks.inputs.base import EXAMPLES, Named
+from mptk.tasks.inputs.base import EXAMPLES, PIXELS, POSITIONS, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
 from passes.frontend.trace import hold_evaluation_mode, place_fake_weights
 
-PIXELS, POSITIONS = "pixel_values", "position_ids"
 GRIDS, IMAGE_SIZES = KNOWN_SIZES = ("image_grid_thw", "image_sizes")
 """Inputs that are sizes of images: frames, height and width in patches; height and width in pixels."""
 EXAMPLE_BLOCKS = 2

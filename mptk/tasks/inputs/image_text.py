@@ -31,13 +31,11 @@ from mptk.io.data import SELF
 from mptk.ort.decoder import OrtDecoder, find_model_folder
 from mptk.ort.generation import PromptImages
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Inputs, Named, load_preprocessor
+from mptk.tasks.inputs.base import PIXELS, POSITIONS, Inputs, Named, load_preprocessor
 from mptk.tasks.inputs.chats import Chat, has_images, read_chats
 from mptk.tasks.inputs.image_forms import (
     GRIDS,
     KNOWN_SIZES,
-    PIXELS,
-    POSITIONS,
     compute_image_positions,
     count_image_tokens,
     make_image_inputs,

@@ -1,7 +1,4 @@
-"""images: pictures of a folder, as the model's image processor makes them; folders of pictures as videos.
-
-An autoencoder of diffusers has a processor of its own (``Pictures``).
-"""
+"""images: pictures of a folder, as the model's image processor makes them; folders of pictures as videos."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
 
 from mptk.errors import MptkError
-from mptk.io import Loaded, import_diffusers
+from mptk.io import Loaded
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, load_preprocessor, select_accepted
 
@@ -130,23 +127,3 @@ class Videos(Images):
             made.append(found.reshape(1, frames, *found.shape[-3:]))
             progress(done, len(files))
         return {"pixel_values": torch.cat(made)}
-
-
-class Pictures(FileInputs):
-    """``sample``, float32 [n, channels, size, size], from -1 to 1."""
-
-    what, suffixes = Images.what, Images.suffixes
-
-    def make_example(self, model: nn.Module) -> Named:
-        config: Any = model.config
-        generator = torch.Generator().manual_seed(0)
-        shape = (EXAMPLES, config.in_channels, config.sample_size, config.sample_size)
-        return {"sample": torch.randn(shape, generator=generator)}
-
-    def prepare(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
-        size = loaded.model.config.sample_size
-        processor, made = import_diffusers().image_processor.VaeImageProcessor(resample="bilinear"), []
-        for done, file in enumerate(files, 1):
-            made.append(processor.preprocess(open_image(file), height=size, width=size, resize_mode="crop"))
-            progress(done, len(files))
-        return {"sample": torch.cat(made)}

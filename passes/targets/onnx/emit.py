@@ -23,13 +23,13 @@ from mptk.ir import Log, Pass, PassRecord, Program, run_passes
 from mptk.progress import step_through
 from passes.targets.onnx.check_sizes import CheckSizesPass
 from passes.targets.onnx.lower import to_exporter
+from passes.targets.onnx.names import Axes
 from passes.targets.onnx.tensors import save_graph
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding. onnxscript's fusions are written for it."""
 
 # The names of axes that optimum and onnxruntime-genai give a decoder's inputs.
-Axes = tuple[str | None, ...]
 TOKEN_AXES: Axes = ("batch_size", "sequence_length")
 MASK_AXES: Axes = ("batch_size", "total_sequence_length")
 PAST_AXES: Axes = ("batch_size", None, "past_sequence_length", None)

@@ -1,4 +1,4 @@
-"""names: the folder and the files of ONNX graphs, as optimum and transformers.js expect them."""
+"""names: of the folder and the files of ONNX graphs, as optimum and transformers.js expect them, and of axes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ ONNX_FOLDER = "onnx"
 ONNX_FILE = "model.onnx"
 CACHE = "past_key_values."
 """Prefix of a KV cache's inputs."""
+Axes = tuple[str | None, ...]
+"""Names of an input's axes; None: no name."""
 ENDINGS = {"int8": "_quantized", "int4": "_q4", "fp16": "_fp16"}
 """Scheme → what its graphs' names end in. transformers.js calls the first ``q8``; browsers take it by themselves."""
 

@@ -1,0 +1,203 @@
+"""api: ``mptk.advise``: say how far a model can be cut, before any cut is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from mptk.api.pruned import Shown, report_progress
+from mptk.api.words import wrap_public
+from mptk.compile.cut import with_dense_outputs
+from mptk.compile.trace import fit_to_program
+from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, format_command, with_keywords
+from mptk.distributed.processes import connect_processes
+from mptk.errors import MptkError
+from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
+from mptk.features.advise.sweep import Measuring, give_advice
+from mptk.files import make_scratch
+from mptk.io import data as text
+from mptk.io import list_source_names
+from mptk.ir import Log, Samples, concatenate_samples
+from mptk.protocols import Context, Opened, Prepared, SampleSets
+from mptk.run.amounts import count_samples
+from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
+from mptk.run.open import Model, name_start, take_model
+from mptk.run.prepare import prepare
+from mptk.run.prune import keep_stages_on_failure
+from mptk.run.run import Run, Start, open_run
+from mptk.run.samples import collect_given, hold_out
+
+FAMILIES = 1.5
+"""Cuts for each sparsity in the estimate, which is made before families are known: a division, and at every second
+sparsity a cut of blocks."""
+ANY = 1.0
+"""The tolerance of the budget until cuts are chosen: a model with only coarse widths must not be refused before."""
+
+
+@wrap_public
+def advise(
+    model: Model,
+    settings: Settings | None = None,
+    *,
+    sparsities: Sequence[float] = SPARSITIES,
+    tolerance: float = 0.05,
+    calibrate: bool = False,
+    progress: Shown = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    example_inputs: GivenInputs | None = None,
+    data: Data | None = None,
+    **keywords: object,
+) -> Advice:
+    """Say how far a model can be cut: measure cuts of several sizes, and recommend the largest that is safe::
+
+        advice = mptk.advise("smollm2-135m", data="code.jsonl,prose.txt", tolerance=0.1)
+        print(advice.recommended, advice.command)
+
+    Units are scored once, consumers are fitted, and nothing is written. Only ``calibrate`` trains.
+
+    Args:
+        model, progress, tokenizer, example_inputs: as in ``mptk.prune``.
+        settings: the settings; by default ``wanda`` chooses units, and consumers are reconstructed.
+        sparsities: shares of the budget to remove; the nearest legal cuts are measured.
+        tolerance: the largest change that is safe, as a share: of the perplexity or, of a model without one, of samples
+            with another top-1 class, or the largest mean loss.
+        calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
+        data: as in ``mptk.prune``. Each source of a name with several, such as ``"A,B"``, is measured by itself.
+        keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
+            ``eval_windows``: windows of each text to measure on.
+
+    Raises:
+        MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
+            such keyword; there is too little text; or a model that is not of transformers is to be trained.
+    """
+    check_sparsities(sparsities, tolerance)
+    chosen = with_keywords(settings or ADVICE, {**name_given(data=data), **keywords, "onnx": False})
+    chosen = replace(chosen.with_widths(chosen.widths), sparsity=max(sparsities), tolerance=ANY)
+    check_choice(chosen)
+    if calibrate:  # the number of steps belongs to the measurement, so no time limit may choose it
+        steps = chosen.steps or CALIBRATION_STEPS
+        chosen = with_keywords(chosen, {"steps": steps, "samples": chosen.windows, "minutes": None})
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
+    start, chosen, inputs = take_model(model, chosen, inputs)
+    if calibrate and isinstance(start, Opened) and start.plain:
+        raise MptkError("mptk trains only transformers models; leave out calibrate")
+    # For the estimate of what the run needs.
+    texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
+    measuring = Measuring(round(FAMILIES * len(sparsities)), texts)
+    with (
+        make_scratch() as kept,
+        report_progress(progress) as say,
+        open_run(
+            start,
+            name_start(model),
+            kept.folder / "advice",
+            chosen,
+            inputs,
+            Context(Log(), say),
+            instead=measuring,
+            trains=calibrate,
+        ) as run,
+    ):
+        found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance)
+    return add_commands(found, str(model), settings) if isinstance(model, str | Path) else found
+
+
+def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
+    """The advice with the commands of the cuts that it recommends. ``settings``: of the run."""
+
+    def write_command(own: Settings, best: Point | None) -> str:
+        """The command that cuts to ``best``; empty if there is none."""
+        if best is None:
+            return ""
+        return format_command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
+
+    # The recommended cut is safe without training; another one may be after it.
+    plain = replace(settings, learning=replace(settings.learning, steps=0))
+    if found.recovery is not None:  # the settings have its steps
+        trained = write_command(settings, found.recommended_after)
+        found = replace(found, recovery=replace(found.recovery, command=trained))
+    return replace(found, command=write_command(plain, found.recommended))
+
+
+def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
+    """Raise MptkError if a sparsity or the tolerance is out of bounds."""
+    if not sparsities or not all(0 < s <= MOST_SPARSITY for s in sparsities):
+        raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
+    if not 0 < tolerance <= 10:
+        raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
+
+
+def check_choice(settings: Settings) -> None:
+    """Raise MptkError for settings with which there is nothing to compare: cuts are of the dense model's layers alike.
+
+    ``check_layers`` does the same for layers that families name.
+    """
+    if settings.plan is not None:
+        raise MptkError("--plan says which units stay, so there is nothing to advise; leave it out")
+    if settings.larger is not None:
+        raise MptkError("an advice compares cuts of the dense model; leave out --larger")
+    if settings.layers != UNIFORM:
+        raise MptkError(f"an advice compares cuts whose layers are alike; leave out --layers {settings.layers}")
+
+
+def check_layers(prepared: Prepared) -> None:
+    """Raise MptkError if the settings name layers of families."""
+    s = prepared.settings
+    for name in (*s.families, *s.keep, *s.widths):
+        if not prepared.analysis.variable(name).uniform:
+            raise MptkError(f"an advice compares cuts whose layers are alike; leave out {name}")
+
+
+def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance: float) -> tuple[Advice, Settings]:
+    """Measure cuts of several sizes. Returns the advice, without commands, and the settings of the recommended cut.
+
+    ``tolerance``: the largest change that is safe, as in ``mptk.advise``.
+    """
+    if connect_processes().num_processes > 1:
+        raise MptkError("an advice is measured in one process; run `mptk advise` in one")
+    prepared, run = prepare(model, run)
+    check_layers(prepared)
+    with keep_stages_on_failure(prepared, run):
+        # `prepare` needed a tolerance that any model meets. The cuts themselves must lie near their sparsities.
+        prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
+        sets, texts = read_domains(prepared, run)
+        found = give_advice(prepared, sets, texts, sparsities, tolerance, run)
+        run.remove_folder()
+    return found, prepared.settings
+
+
+def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Samples]]:
+    """Samples to fit to and to train on, of all sources of ``data`` alike; and source → other samples of it."""
+    s, task, program = prepared.settings, prepared.task, prepared.analysis.program
+    total, plain = count_samples(s, own=s.data == text.SELF), replace(s.learning, steps=0)
+    # The caller's samples are read once, enough for both uses.
+    both = replace(s, samples=total + s.eval_windows, learning=plain)
+    own = collect_given(replace(prepared, settings=both), run.inputs)[0] if run.inputs.has_samples else None
+    names = [IN_MEMORY] if own is not None else text.list_source_names(s.data)
+    count, fitted, held_out, measured = -(-total // len(names)), [], list[Samples](), dict[str, Samples]()
+    with run.stage("calibration data"):
+        for name in names:
+            say = partial(run.progress, "calibration data")
+            given = replace(s, data=name)
+            found = task.draw_samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
+            found = fit_to_program(task, program, found, "data")
+            # The last samples are measured on, at most half of a short text; the others are fitted to and held out.
+            last = min(s.eval_windows, len(found) // 2)
+            if not last:
+                raise MptkError(f"{name} has text for one sample, and advice needs two or more; give more --data")
+            used, guard = hold_out(found[: min(count, len(found) - last)], s)
+            fitted.append(used)
+            held_out += [] if guard is None else [guard]
+            measured[name] = found[-last:]
+    calibration = concatenate_samples([each[: -(-s.windows // len(names))] for each in fitted])
+    guards = concatenate_samples(held_out) if held_out else None
+    sets = SampleSets(concatenate_samples(fitted), calibration, calibration, s.data, task.sequences, guards)
+    if not task.compares:
+        return sets, measured
+    with run.stage("dense outputs"):
+        sets = replace(sets, calibration=with_dense_outputs(prepared, calibration))
+        return sets, {name: with_dense_outputs(prepared, samples) for name, samples in measured.items()}

@@ -1,0 +1,85 @@
+"""command: ``mptk advise``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mptk.cli.app import register_command, show_result
+from mptk.cli.console import err, out, show_stages
+from mptk.cli.options import (
+    JsonOption,
+    ModelArgument,
+    make_file_option,
+    parse_names,
+    parse_share,
+    refuse,
+    refuse_idle,
+)
+from mptk.config import Asked, Settings
+from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
+from mptk.files import write_text
+
+
+@register_command(
+    "advise",
+    examples=(
+        "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
+        "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
+        "advise smollm2-135m --data c4.jsonl --tolerance 50% --calibrate --steps 32",
+    ),
+    base=ADVICE,
+)
+def show_advice(
+    model: ModelArgument,
+    settings: Settings,
+    sparsities: Annotated[
+        str,
+        typer.Option(
+            help="Shares of the budget to remove; the nearest legal cuts are measured.",
+            show_default=f"{len(SPARSITIES)} from {SPARSITIES[0]:.0%} to {SPARSITIES[-1]:.0%}",
+        ),
+    ] = ",".join(f"{share:.0%}" for share in SPARSITIES),
+    tolerance: Annotated[
+        str,
+        typer.Option(
+            help="Largest safe rise of the perplexity; of a model without one, largest share of other predictions."
+        ),
+    ] = "5%",
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help=f"Also train two of the cuts, each for --steps ({CALIBRATION_STEPS}): what do cuts cost then?",
+        ),
+    ] = False,
+    json_file: JsonOption = None,
+    html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
+) -> None:
+    """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
+
+    Consumers are fitted, and nothing is written. Only --calibrate trains. Prints the command of the recommended cut,
+    and with --calibrate the command of the cut recommended with training.
+    """
+    from mptk.features.advise.api import advise as measure
+    from mptk.features.advise.view import build_advice_view, list_commands
+
+    # Words that are wrong, and options that would do nothing, are refused before the model is read.
+    cuts = [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
+    most = parse_share(tolerance, "--tolerance")
+    refuse_idle("advise", Asked(settings, writes=False))
+    if not calibrate:
+        refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
+    with show_stages(err) as progress:
+        found = measure(model, settings, sparsities=cuts, tolerance=most, calibrate=calibrate, progress=progress)
+    if html is not None:
+        from mptk.features.advise.page import render_advice_page
+
+        write_text(html, render_advice_page(found))
+    show_result(json_file, found.to_json(), build_advice_view(found))
+    # Commands to copy: outside of the table, unbroken, and not in JSON, which has them as a field.
+    if json_file != Path("-"):
+        for line in list_commands(found):
+            out.print(line, soft_wrap=True, highlight=False)

@@ -1,0 +1,167 @@
+"""loaders: the forms in which models come beside checkpoint folders of transformers.
+
+``models`` reads folders of safetensors and hub ids. Every other name, file or folder has a loader, which a feature
+brings: a loader says what it takes, and makes a checkpoint folder of it, or reads the folder's config and class itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mptk.errors import MptkError
+from mptk.plugins import load_parts
+from mptk.trust import Trust
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Loader:
+    """A form in which models come. A loader overrides what it has; all else is as of a plain checkpoint folder.
+
+    Commands that need no model ask loaders, too: a method imports what is heavy itself.
+
+    Attributes:
+        priority: of several loaders that take a model, the one with the highest has it.
+        conversion: 0 if what it takes is a checkpoint folder. Else that is converted to one, which is kept in the
+            cache: raise the number if the same file is now converted differently.
+        endings: of the names of files that it takes. A file is always converted.
+        library: what loads the models that it has classes for.
+        code: Python files that are written into folders. mptk runs them from here, and never from such a folder.
+    """
+
+    priority = 0
+    conversion = 0
+    endings: tuple[str, ...] = ()
+    library = "transformers"
+    code: Sequence[Path] = ()
+
+    # ---- names that stand for a file or a folder ----
+
+    @property
+    def names(self) -> str:
+        """What names it knows, in a sentence: "packaged alias (…)"."""
+        return ""
+
+    def takes_name(self, name: str) -> bool:
+        """Whether ``name`` is one of its names."""
+        return False
+
+    def find_fetched(self, name: str) -> Path | None:
+        """The file or folder of a name that it knows; None if it would have to be downloaded."""
+        return None
+
+    def fetch(self, name: str) -> Path:
+        """The file or folder of a name that it knows, downloaded if necessary. Raises MptkError if it cannot be."""
+        raise NotImplementedError
+
+    def find_licence(self, name: str) -> str:
+        """The licence of the model of a name that it knows."""
+        return ""
+
+    # ---- files and folders ----
+
+    def takes(self, folder: Path) -> bool:
+        """Whether it loads the model in ``folder``, whose files were checked (``untrusted.check_folder``)."""
+        return False
+
+    def check_file(self, file: Path) -> None:
+        """Raise MptkError unless a file is what its ending says."""
+
+    def explain_folder(self, model: str, folder: Path) -> str:
+        """Why a folder without a config is no model, if it is known. ``model``: its name as the user gave it."""
+        return ""
+
+    def read_config(self, path: Path, trust: Trust) -> PreTrainedConfig:
+        """The config of a file or folder that it takes. Nothing is converted for it."""
+        from transformers import AutoConfig
+
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust.allows_code)
+        return config
+
+    def explain_conversion(self, model: str, path: Path) -> str:
+        """A note on the conversion for the report. Raises MptkError if ``path`` cannot be converted."""
+        return ""
+
+    def convert(self, path: Path, folder: Path) -> None:
+        """Write the file or folder that it takes as a checkpoint of floats into the new ``folder``."""
+        raise NotImplementedError
+
+    def list_other_files(self, folder: Path) -> Mapping[str, Path]:
+        """The files that a model brings beside its folder: name in the folder of the result → file."""
+        return {}
+
+    def name_whole_class(self, folder: Path) -> str:
+        """The class that opens a whole folder of the result, if that is more than the model."""
+        return ""
+
+    # ---- classes ----
+
+    def register_classes(self) -> None:
+        """Make classes known to transformers' auto classes."""
+
+    def find_class(self, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+        """The class for a config that transformers has no class for."""
+        return None
+
+
+PLAIN_CHECKPOINTS = Loader()
+"""Of checkpoint folders of transformers."""
+
+
+def list_loaders() -> list[Loader]:
+    """The installed features' loaders, in the order in which they are asked."""
+    found: Sequence[Loader] = list(load_parts("loaders").values())
+    return sorted(found, key=lambda loader: -loader.priority)
+
+
+def choose_loader(path: Path) -> Loader:
+    """The loader of a file or of a checked folder; ``PLAIN_CHECKPOINTS`` if none takes it."""
+    if not path.is_dir():
+        return find_file_loader(str(path)) or PLAIN_CHECKPOINTS
+    return next((loader for loader in list_loaders() if loader.takes(path)), PLAIN_CHECKPOINTS)
+
+
+def find_file_loader(name: str) -> Loader | None:
+    """The loader that takes files of such a name, whether or not there is one; None for other names."""
+    return next((loader for loader in list_loaders() if name.lower().endswith(loader.endings)), None)
+
+
+def find_naming_loader(name: str) -> Loader | None:
+    """The loader that knows a name; None for paths and hub ids."""
+    return next((loader for loader in list_loaders() if loader.takes_name(name)), None)
+
+
+def find_fetched(name: str) -> Path | None:
+    """The file or folder of a name that a loader knows, if it is on this machine."""
+    loader = find_naming_loader(name)
+    return None if loader is None else loader.find_fetched(name)
+
+
+def find_named_licence(name: str) -> str:
+    """The licence of the model of a name that a loader knows; empty for other names."""
+    return (find_naming_loader(name) or PLAIN_CHECKPOINTS).find_licence(name)
+
+
+def check_folder_named(place: str | Path, makes: str) -> None:
+    """Raise MptkError if ``place`` should be a folder and is a model's name. ``makes``: the command that makes one."""
+    if find_naming_loader(str(place)) is not None and not Path(place).exists():
+        command = f"`mptk {makes} {place} --out DIR`"
+        raise MptkError(f"{place} is a model's name, and here a folder is needed; {command} makes one")
+
+
+def list_other_files(folder: Path) -> dict[str, Path]:
+    """The files that the model in ``folder`` brings beside its folder: name in the folder of the result → file."""
+    return {name: file for loader in list_loaders() for name, file in loader.list_other_files(folder).items()}
+
+
+def name_whole_class(folder: Path) -> str:
+    """The class that opens a whole folder of the result, if that is more than the model; else empty."""
+    return next(filter(None, (loader.name_whole_class(folder) for loader in list_loaders())), "")
+
+
+def list_own_code() -> list[Path]:
+    """The Python files that mptk writes into folders. mptk reads them from here, so it runs no code of such folders."""
+    return [file for loader in list_loaders() for file in loader.code]

@@ -1,0 +1,316 @@
+"""Parts of diffusers pipelines: samples from the pipeline itself, and pruned folders that diffusers loads.
+
+It reaches for mptk.tasks and mptk.features.diffusers: what a pipeline gives its denoiser is seen before any command runs.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import done
+from kinds import VAE
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import mptk
+from mptk import MptkError, ProofError
+from mptk.features.diffusers.latents import IMAGE_STEPS, record_samples
+from mptk.io.models import load
+from mptk.io.text.sources import SELF
+from mptk.ir.samples import join_outputs
+from mptk.publish.manifest import write_manifest
+from mptk.tasks import bind_task
+
+diffusers = pytest.importorskip("diffusers")
+
+TOKENS, WIDTH, CLASSES = 9, 20, 1000
+"""Of the text encoder; the class after the last is no class, as DiT's pipeline takes it."""
+DIT: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 3,
+    "sample_size": 8,
+    "num_embeds_ada_norm": CLASSES,
+    "norm_num_groups": 1,
+}
+PIXART = {**DIT, "norm_type": "ada_norm_single", "cross_attention_dim": 24, "caption_channels": WIDTH}
+SD3: dict[str, Any] = {
+    "sample_size": 8,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 6,
+    "in_channels": 4,
+    "out_channels": 4,
+    "joint_attention_dim": WIDTH,
+    "caption_projection_dim": 48,
+    "pooled_projection_dim": 28,
+    "pos_embed_max_size": 12,
+}
+FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": WIDTH,
+    "pooled_projection_dim": 28,
+    "axes_dims_rope": [4, 4, 8],
+    "guidance_embeds": True,
+}
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": WIDTH,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+SDXL = {
+    **UNET,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 14,
+}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``classes``, of a DiT, and ``text``, of a UNet with a CLIP text encoder."""
+    torch.manual_seed(0)
+    folder, vae = tmp_path_factory.mktemp("pipelines"), diffusers.AutoencoderKL(**VAE)
+    dit, scheduler = diffusers.DiTTransformer2DModel(**DIT), diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    diffusers.DiTPipeline(dit, vae, scheduler, id2label={0: "zero"}).save_pretrained(folder / "classes")
+    words = tokenizer(folder)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        eos_token_id=words.eos_token_id,
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config),
+        tokenizer=words,
+        unet=diffusers.UNet2DConditionModel(**UNET),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "text")
+    (folder / "prompts.txt").write_text("a cat\n\nthe sea\n")
+    return folder
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    known = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(known)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    made: CLIPTokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def shallow(pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The DiT with a layer less, cut on what its own pipeline gives it."""
+    out = tmp_path_factory.mktemp("runs") / "shallow"
+    mptk.prune(
+        str(pipelines / "classes/transformer"),
+        out,
+        sparsity=0.45,
+        tolerance=0.1,
+        families=("layers",),
+        method="wanda",
+        samples=8,
+        eval_windows=4,
+        onnx=False,
+        progress=None,
+    )
+    return out
+
+
+def test_diffusers_loads_the_whole_pipeline_with_the_smaller_part(shallow: Path, pipelines: Path) -> None:
+    report = mptk.Report.read(shallow)
+    assert report.families["layers"] == {"of": 3, "width": 2, "layers": 1}
+    assert report.config_changes == {"num_layers": [3, 2]}
+    assert {row["stage"] for row in report.proof} >= {"config", "stored weights", "reloaded checkpoint"}
+    assert 0 < report.quality["pruned"] < 1
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(shallow, use_safetensors=True)
+    assert len(pipeline.transformer.transformer_blocks) == 2
+    assert pipeline([0], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    card = (shallow / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "from diffusers import DiffusionPipeline" in card
+    assert "DiffusionPipeline.from_pretrained(folder)" in card
+
+
+def test_the_part_in_memory_is_a_diffusers_model_that_saves_itself_as_one(shallow: Path, tmp_path: Path) -> None:
+    model: Any = mptk.Pruned.open(shallow).model
+    assert isinstance(model, diffusers.DiTTransformer2DModel)
+    model.save_pretrained(tmp_path)
+    inputs = bind_task(load(str(shallow))).make_example(model).inputs
+    with torch.no_grad():
+        found = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)(**inputs)[0]
+        assert found.equal(model(**inputs)[0])
+
+
+def test_verify_compares_the_other_parts_with_the_dense_pipeline(shallow: Path, tmp_path: Path) -> None:
+    assert all(stage.ok for stage in mptk.verify(shallow))
+    scheduler = shallow / "scheduler/scheduler_config.json"
+    before = scheduler.read_text()
+    scheduler.write_text(before.replace("linear", "scaled_linear"))
+    write_manifest(shallow)
+    try:
+        with pytest.raises(ProofError, match=r"scheduler_config\.json is not the dense pipeline's"):
+            mptk.verify(shallow)
+    finally:
+        scheduler.write_text(before)
+        write_manifest(shallow)
+
+
+def test_samples_are_what_the_pipeline_gives_its_denoiser(pipelines: Path) -> None:
+    loaded = load(str(pipelines / "text/unet"))
+    task = bind_task(loaded)
+    like = task.make_example(loaded.model).inputs
+    found = record_samples(loaded, like, str(pipelines / "prompts.txt"), 2 * IMAGE_STEPS, 0, lambda done, total: None)
+    assert {name: tuple(x.shape) for name, x in found.items()} == {
+        "sample": (2 * IMAGE_STEPS, 4, 8, 8),
+        "timestep": (2 * IMAGE_STEPS,),
+        "encoder_hidden_states": (2 * IMAGE_STEPS, TOKENS, WIDTH),
+    }
+    times = found["timestep"].unique()
+    assert len(times) == IMAGE_STEPS  # one image takes as many steps, each with the prompt and without
+    assert times.diff().unique().numel() == 1
+    for time in times:
+        with_prompt, without = found["sample"][found["timestep"] == time]
+        assert with_prompt.equal(without), "both are called with the same latents"
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines / "text")
+    prompt, empty = pipeline.encode_prompt("a cat", "cpu", 1, True)
+    rows = found["encoder_hidden_states"]
+    assert sorted(int((rows == text).flatten(1).all(1).sum()) for text in (prompt, empty)) == [IMAGE_STEPS, IMAGE_STEPS]
+
+
+def test_heads_and_feed_forward_are_cut_together_where_one_field_sets_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    diffusers.SD3Transformer2DModel(**SD3).save_pretrained(tmp_path / "dense")
+    out = tmp_path / "small"
+    mptk.prune(
+        str(tmp_path / "dense"),
+        out,
+        sparsity=0.3,
+        method="wanda",
+        data="random",
+        samples=4,
+        eval_windows=2,
+        progress=None,
+        onnx=False,
+    )
+    config = diffusers.SD3Transformer2DModel.from_pretrained(out).config
+    assert (config.num_attention_heads, config.caption_projection_dim) == (5, 40)
+    assert not (out / "model_index.json").exists()
+
+
+def test_a_stock_autoencoder_keeps_its_groups_of_channels(pipelines: Path) -> None:
+    legal = analysed(pipelines / "classes/vae")
+    groups = [row for row in legal["families"] if "in as many groups" in str(row["refused"])]
+    assert groups
+    assert all(row["width"] == VAE["norm_num_groups"] for row in groups)
+    joint = [row for row in legal["families"] if row["legal_widths"] == [1, 2, 3] and row["together"]]
+    assert joint, "channels in each group of the first stage, together"
+
+
+def test_no_cut_of_an_autoencoder_touches_the_latents(pipelines: Path) -> None:
+    model = load(str(pipelines / "classes/vae")).model
+    analysis = mptk.analyze(model)
+    cut = {
+        member.weight
+        for family in analysis.families
+        for group in family.groups
+        for member in group.members
+        if member.role == "producer"
+    }
+    assert "encoder.conv_in.weight" in cut
+    assert cut.isdisjoint({"quant_conv.weight", "decoder.conv_out.weight"})
+
+
+def analysed(folder: Path) -> dict[str, Any]:
+    result = done("analyze", str(folder), "--json", "-")
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DiTTransformer2DModel", DIT),
+        ("PixArtTransformer2DModel", {**PIXART, "use_additional_conditions": True}),
+        ("SD3Transformer2DModel", SD3),
+        ("FluxTransformer2DModel", FLUX),
+        ("UNet2DConditionModel", UNET),
+        ("UNet2DConditionModel", SDXL),
+        ("AutoencoderKL", VAE),
+    ],
+)
+def test_random_samples_are_what_the_class_reads(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    getattr(diffusers, name)(**config).save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    samples = bind_task(loaded).make_example(loaded.model)
+    with torch.no_grad():
+        output = bind_task(loaded).compute_output(loaded.model, samples)
+    assert join_outputs(output).isfinite().all()
+    if "timestep" in samples.inputs:
+        apart = samples.map(lambda tensor: tensor.flip(0)).inputs["timestep"] != samples.inputs["timestep"]
+        assert apart.all(), "the timesteps are spread"
+
+
+def test_a_pipeline_has_parts_and_a_command_takes_one(pipelines: Path) -> None:
+    place = pipelines / "text"
+    with pytest.raises(MptkError, match=f"give one of its parts: {place}/text_encoder, {place}/unet, {place}/vae"):
+        load(str(place))
+
+
+def test_without_diffusers_one_line_says_what_to_install(pipelines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **options: Any) -> Any:
+        if name == "diffusers":
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MptkError, match=r"run: pip install 'mptk\[diffusers\]'"):
+        load(str(pipelines / "text/unet"))
+
+
+def test_samples_need_prompts_and_a_pipeline_without_code(pipelines: Path, tmp_path: Path) -> None:
+    loaded = load(str(pipelines / "text/unet"))
+    like = bind_task(loaded).make_example(loaded.model).inputs
+
+    def record() -> None:
+        record_samples(loaded, like, SELF, 1, 0, lambda done, total: None)
+
+    with pytest.raises(MptkError, match="makes images of prompts"):
+        record()
+    code = pipelines / "text/pipeline.py"
+    code.write_text("raise SystemExit('ran')")
+    try:
+        with pytest.raises(MptkError, match="code of its own"):
+            record()
+    finally:
+        code.unlink()
+    loaded.model.save_pretrained(tmp_path)
+    without_pipeline = load(str(tmp_path))
+    with pytest.raises(MptkError, match="no part of a pipeline"):
+        record_samples(without_pipeline, like, SELF, 1, 0, lambda done, total: None)

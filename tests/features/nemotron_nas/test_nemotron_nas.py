@@ -1,0 +1,387 @@
+"""The target nemotron-nas: layers of their own widths in a folder that DeciLM's readers and transformers read.
+
+It reaches for the model class that travels with a folder: it runs without mptk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+import toy_checkpoints as toys
+from commands import done
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import mptk
+from mptk import MptkError, ProofError
+from mptk.features.nemotron_nas.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, compute_ffn_width
+from mptk.features.nemotron_nas.target import describe_ffn
+from mptk.files import write_json
+from mptk.publish.manifest import write_manifest
+
+TARGET = "nemotron-nas"
+HOW: dict[str, Any] = {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
+    **{"intermediate_size": 1024, "vocab_size": 300, "max_position_embeddings": 70, "num_hidden_layers": 2},
+    **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+}
+IDS = torch.arange(24)[None]
+ROPE = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+# ---- the class that travels ----
+
+
+def block(group: int = 2, *, attention: bool = True, ffn: bool = True, **width: float) -> dict[str, Any]:
+    return {
+        "attention": {"no_op": not attention, "n_heads_in_group": group if attention else None},
+        "ffn": {"no_op": not ffn, **width},
+    }
+
+
+BLOCKS = {
+    "equal": [block(ffn_mult=24.0)] * 3,
+    "ragged ffn": [block(ffn_mult=6.0), block(ffn_mult=24.0), block(intermediate_size=40)],
+    "ragged KV heads": [block(1, ffn_mult=6.0), block(8, ffn_mult=6.0), block(2, ffn_mult=6.0)],
+    "parts left out": [block(attention=False, ffn_mult=6.0), block(4, ffn=False), block(ffn_mult=6.0)],
+    "a block left out": [block(ffn_mult=6.0), block(attention=False, ffn=False), block(ffn_mult=6.0)],
+}
+
+
+def model_of(blocks: list[dict[str, Any]]) -> DeciLMForCausalLM:
+    torch.manual_seed(0)
+    config = DeciLMConfig(blocks, **{**SIZES, "num_hidden_layers": len(blocks)})
+    return architectures.spread(DeciLMForCausalLM(config), 0.3).eval()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_it_is_saved_loaded_and_generates_with_a_cache_as_without(name: str, tmp_path: Path) -> None:
+    model = model_of(BLOCKS[name])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is DeciLMForCausalLM
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    how = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    assert torch.equal(again.generate(IDS, **how), again.generate(IDS, use_cache=False, **how))
+    assert again.generate(IDS, num_beams=2, **how).shape == (1, 30)
+
+
+def test_equal_blocks_are_llama() -> None:
+    model = model_of(BLOCKS["equal"])
+    fields = {**SIZES, "num_hidden_layers": 3}
+    llama = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    llama.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, llama(IDS).logits)
+
+
+def test_a_part_that_is_left_out_adds_nothing() -> None:
+    """It equals the model with zeros for the projections that write the part's result."""
+    model = model_of(BLOCKS["parts left out"])
+    whole = model_of([block(ffn_mult=6.0), block(4, ffn_mult=6.0), block(ffn_mult=6.0)])
+    whole.load_state_dict(model.state_dict(), strict=False)
+    whole.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    whole.model.layers[1].mlp.down_proj.weight.data.zero_()
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, whole(IDS).logits, atol=1e-6)
+    assert "model.layers.0.self_attn.q_proj.weight" not in model.state_dict()
+    assert "model.layers.1.post_attention_layernorm.weight" not in model.state_dict()
+
+
+def test_the_kind_of_attention_can_be_set() -> None:
+    model = model_of(BLOCKS["ragged KV heads"])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert len(model(IDS, output_attentions=True).attentions) == 3
+
+
+def test_its_config_is_read_by_attribute_and_written_as_json() -> None:
+    config = DeciLMConfig(BLOCKS["ragged ffn"], **{**SIZES, "num_hidden_layers": 3})
+    assert [b.attention.n_heads_in_group for b in config.block_configs] == [2, 2, 2]
+    assert [hasattr(b.ffn, "ffn_mult") for b in config.block_configs] == [True, True, False]
+    assert json.loads(config.to_json_string())["block_configs"] == BLOCKS["ragged ffn"]
+
+
+@pytest.mark.parametrize("hidden", [48, 576, 768, 4096, 8192, 16384])
+def test_a_width_is_said_so_that_all_readers_find_it(hidden: int) -> None:
+    for width in (256, 512, 1536, 11008, 14336, 28672, 53248):
+        assert compute_ffn_width(Fields(describe_ffn(width, hidden)), hidden) == width
+    assert compute_ffn_width(Fields(describe_ffn(1000, hidden)), hidden) == 1000
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ([block(ffn_mult=6.0) | {"ffn": {"no_op": False, "replace_with_linear": True}}], "a linear layer in place"),
+        ([], "block_configs has 0 entries for 1 blocks"),
+    ],
+)
+def test_what_the_class_does_not_have_is_refused(blocks: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DeciLMForCausalLM(DeciLMConfig(blocks, **{**SIZES, "num_hidden_layers": 1}))
+
+
+# ---- the target ----
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three layers, 6 heads of 8 on 2 KV heads, so that the size of a head can be derived."""
+    model = toys.llama(layers=3, num_attention_heads=6, head_dim=8, intermediate_size=1024)
+    return toys.saved(model, tmp_path_factory.mktemp("dense"))
+
+
+def cut(dense: str, folder: Path, families: dict[str, tuple[int, int, str, Any]], **how: Any) -> mptk.Pruned:
+    """Prune to a plan: family → its width, its dense width, its layer and the units that stay."""
+    plan = {name: {"width": w, "of": of, "keep": {layer: keep}} for name, (w, of, layer, keep) in families.items()}
+    write_json(folder / "plan.json", {"format": "mptk-plan/1", "families": plan})
+    pruned = mptk.prune(dense, folder / "out", plan=str(folder / "plan.json"), target=TARGET, **HOW, **how)
+    assert pruned is not None
+    return pruned
+
+
+def ffn(layer: int, width: int) -> dict[str, tuple[int, int, str, Any]]:
+    return {f"ffn.{layer}": (width, 1024, f"model.layers.{layer}.mlp", f"0-{width - 1}")}
+
+
+@pytest.fixture(scope="module")
+def ragged(dense: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
+    """Two of three blocks stay, with 256 and 1024 channels."""
+    layers = {"layers": (2, 3, "model.layers", "0,2")}
+    return cut(dense, tmp_path_factory.mktemp("ragged"), {**ffn(0, 256), **layers})
+
+
+def test_a_ragged_cut_is_proven_and_says_its_widths(ragged: mptk.Pruned) -> None:
+    stages = [row["stage"] for row in ragged.report.proof]
+    assert stages[:4] == ["config", "stored weights", "rewritten graph", "reloaded checkpoint"]
+    assert "ONNX Runtime decode" in stages
+    assert mptk.verify(ragged.place)
+    config = json.loads((ragged.place / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == (TARGET, ["DeciLMForCausalLM"])
+    assert config["num_hidden_layers"] == len(config["block_configs"]) == 2
+    assert config["rope_theta"] == 50000.0  # mlx-lm reads it there
+    assert config["block_configs"][0] == {
+        "attention": {"no_op": False, "replace_with_linear": False, "n_heads_in_group": 3},
+        "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 8.0},
+    }
+    assert not [note for note in ragged.report.notes if "not read by" in note]
+
+
+OUTSIDE = """
+import sys, torch, transformers
+for read, written in (sys.argv[1:3], sys.argv[2:4]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(read, trust_remote_code=True)
+    assert "mptk" not in sys.modules
+    model.save_pretrained(written)
+    with torch.no_grad():
+        torch.save(model(torch.arange(24)[None]).logits, written + "/logits")
+"""
+
+
+def test_transformers_reads_it_without_mptk(ragged: mptk.Pruned, tmp_path: Path) -> None:
+    """Also after it is saved from there."""
+    saved = [tmp_path / "saved", tmp_path / "saved again"]
+    modules = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", OUTSIDE, ragged.place, *saved], check=True, cwd=tmp_path, env=modules)
+    with torch.no_grad():
+        expected = ragged.model(IDS).logits
+    assert all(torch.allclose(torch.load(folder / "logits"), expected, atol=1e-6) for folder in saved)
+
+
+def test_onnxruntime_genai_runs_its_graph(ragged: mptk.Pruned) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(ragged.place))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=20, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(IDS[0, 3:12].numpy())
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(i) for i in generator.get_sequence(0)]
+    assert found == ragged.model.generate(IDS[:, 3:12], max_length=20, do_sample=False)[0].tolist()
+
+
+def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: Path) -> None:
+    """4 query heads everywhere: 2 KV heads with 2, 4 KV heads with 1."""
+    model = toys.llama(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=512)
+    dense = toys.saved(model, tmp_path / "dense")
+    at = "model.layers.{}.self_attn"
+    families = {"kv_groups.0": (2, 4, at.format(0), "1,3"), "q_heads.1": (1, 2, at.format(1), "1")}
+    pruned = cut(dense, tmp_path, families)
+    groups = [b["attention"]["n_heads_in_group"] for b in pruned.model.config.block_configs]
+    assert (pruned.model.config.num_attention_heads, groups) == (4, [2, 1])
+    assert all(row["ok"] for row in pruned.report.proof)
+    said = "this folder is not read by onnxruntime-genai: all layers must have the same number of KV heads"
+    assert [note for note in pruned.report.notes if "not read by" in note] == [
+        said
+    ]  # 4 heads of 16 are the hidden size
+
+
+def test_query_heads_that_differ_are_refused(dense: str, tmp_path: Path) -> None:
+    said = (
+        'nemotron-nas does not hold this cut: .*q_proj.weight: it would be .*; cut other units, or use target="graph"'
+    )
+    with pytest.raises(MptkError, match=said):
+        cut(dense, tmp_path, {"kv_groups.0": (1, 2, "model.layers.0.self_attn", "1")})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_may_say_what_not_all_engines_read(dense: str, tmp_path: Path) -> None:
+    heads = {"q_heads": {"width": 2, "of": 3, "keep": {f"model.layers.{i}.self_attn": "0-1" for i in range(3)}}}
+    keep = {"width": 1000, "of": 1024, "keep": {"model.layers.1.mlp": "24-1023"}}
+    write_json(tmp_path / "plan.json", {"format": "mptk-plan/1", "families": {**heads, "ffn.1": keep}})
+    how = {"plan": str(tmp_path / "plan.json"), "target": TARGET, "onnx": False, **HOW}
+    found = mptk.prune(dense, tmp_path / "out", **how)
+    assert found.model.config.block_configs[1].ffn.intermediate_size == 1000
+    assert [note.partition(" by ")[2] for note in found.report.notes if "not read" in note] == [
+        "SGLang and mlx-lm and TensorRT-LLM: feed-forward widths must be multiples of 256",
+        "mlx-lm: the size of a head must be hidden_size / num_attention_heads",
+    ]
+    with pytest.raises(MptkError, match=r"not read by SGLang: .*; of engines only llama.cpp, .*, transformers, vllm"):
+        mptk.prune(dense, tmp_path / "other", **how, engines=("vllm", "sglang"))
+
+
+def test_the_programs_that_must_read_it_decide_the_widths(dense: str, tmp_path: Path) -> None:
+    how = {"method": "wanda", "target": TARGET, "layers": "free", "sparsity": 0.3, "tolerance": 0.02, "onnx": False}
+    found = mptk.prune(dense, tmp_path / "out", engines=("vllm", "llama.cpp"), **how, **HOW)
+    widths = {row["width"] for name, row in found.report.families.items() if name.startswith("ffn")}
+    assert any(width % 256 for width in widths)
+    assert not any(width % 32 for width in widths)
+    assert mptk.verify(tmp_path / "out")
+    assert any("not read by SGLang and mlx-lm" in note for note in found.report.notes)
+
+
+def test_a_program_that_reads_no_cut_of_the_model_is_refused_before_any_work(tmp_path: Path) -> None:
+    wide = toys.saved(small(LlamaForCausalLM, LlamaConfig), tmp_path / "wide")  # 8 heads of 16 in hidden 64
+    said = "not read by mlx-lm: the size of a head must be .*; of engines only llama.cpp, .*, vllm read it"
+    with pytest.raises(MptkError, match=said):
+        mptk.prune(wide, tmp_path / "out", target=TARGET, method="wanda", engines=("mlx-lm", "vllm"), **HOW)
+
+
+def test_by_default_only_what_all_engines_read_is_cut(dense: str, tmp_path: Path) -> None:
+    how = {"method": "wanda", "target": TARGET, "layers": "free", "sparsity": 0.3, "tolerance": 0.2, "onnx": False}
+    found = mptk.prune(dense, tmp_path / "out", **how, **HOW)
+    widths = {name: row["width"] for name, row in found.report.families.items() if row["width"] < row["of"]}
+    assert {name.partition(".")[0] for name in widths} == {"ffn"}
+    assert not any(width % 256 for width in widths.values())
+    with pytest.raises(
+        MptkError,
+        match="q_heads cannot be cut for target nemotron-nas: only feed-forward channels and blocks are cut for it",
+    ):
+        mptk.prune(dense, tmp_path / "heads", families=("q_heads",), **how, **HOW)
+
+
+def test_legal_widths_are_shown_without_weights(dense: str) -> None:
+    result = done("analyze", dense, "--target", TARGET, "--json", "-")
+    found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
+    assert found["ffn"] == [256, 512, 768, 1024]
+    assert found["q_heads"] == [3]
+    result = done("analyze", dense, "--target", TARGET, "--engines", "vllm", "--json", "-")
+    found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
+    assert found["ffn"] == [*range(32, 1025, 32)]
+
+
+def test_its_class_is_trained(dense: str, tmp_path: Path) -> None:
+    how = {"method": "wanda", "widths": {"ffn": 512}, "target": TARGET, "tolerance": 1.0, "onnx": False, **HOW}
+    found = mptk.prune(dense, tmp_path / "out", steps=2, batch=2, micro=2, rank=2, **how)
+    assert mptk.verify(tmp_path / "out")
+    assert type(found.model).__name__ == "DeciLMForCausalLM"
+
+
+def test_its_folder_is_cut_again(ragged: mptk.Pruned, tmp_path: Path) -> None:
+    how = {"method": "wanda", "target": TARGET, "sparsity": 0.3, "tolerance": 0.3, "onnx": False, **HOW}
+    again = mptk.prune(ragged.place, tmp_path / "out", **how)
+    assert [each.ffn.ffn_mult for each in again.model.config.block_configs] == [8.0, 8.0]
+
+
+def small(kind: type[PreTrainedModel], config: Any, **more: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return kind(config(**{**SIZES, **more})).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            small(Qwen3ForCausalLM, Qwen3Config),
+            r"does not hold Qwen3ForCausalLM: it has no model.layers.0.self_attn.k_norm.weight",
+        ),
+        (
+            small(Qwen2ForCausalLM, Qwen2Config),
+            r"does not hold Qwen2ForCausalLM: it has no model.layers.0.self_attn.k_proj.bias",
+        ),
+        (small(MistralForCausalLM, MistralConfig, sliding_window=32), "its attention sees 32 positions"),
+        (small(LlamaForCausalLM, LlamaConfig, hidden_act="gelu"), "its activation is gelu"),
+        (small(GPT2LMHeadModel, GPT2Config, n_inner=256), "does not hold GPT2LMHeadModel: it has no model.layers.0"),
+        (small(GraniteForCausalLM, GraniteConfig, logits_scaling=4.0), "nemotron-nas has other logits than Granite"),
+    ],
+)
+def test_what_deci_cannot_hold_is_refused_before_any_work(model: PreTrainedModel, said: str, tmp_path: Path) -> None:
+    dense = toys.saved(model, tmp_path / "dense")
+    with pytest.raises(MptkError, match=f'{said}.*; use target="stock" or graph'):
+        mptk.prune(dense, tmp_path / "out", target=TARGET, method="wanda", **HOW)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "more", "said"),
+    [
+        (MistralForCausalLM, MistralConfig, {"sliding_window": None}, []),
+        (
+            LlamaForCausalLM,
+            LlamaConfig,
+            {"attention_bias": True, "rope_parameters": ROPE},
+            ["this folder is not read by TensorRT-LLM: attention must have no biases"],
+        ),
+    ],
+)
+def test_what_it_holds(
+    kind: type[PreTrainedModel], config: Any, more: dict[str, Any], said: list[str], tmp_path: Path
+) -> None:
+    dense = toys.saved(architectures.spread(small(kind, config, **more), 0.15), tmp_path / "dense")
+    found = cut(dense, tmp_path, ffn(0, 256), onnx=False)
+    assert all(row["ok"] for row in found.report.proof)
+    assert [note for note in found.report.notes if "biases" in note] == said
+
+
+def test_code_that_was_changed_is_refused(ragged: mptk.Pruned, tmp_path: Path) -> None:
+    folder = shutil.copytree(ragged.place, tmp_path / "copy")
+    code = folder / "modeling_nemotron_nas.py"
+    code.write_text(code.read_text() + "\n")
+    write_manifest(folder)
+    with pytest.raises(ProofError, match=r"modeling_nemotron_nas\.py is not the dense model's code"):
+        mptk.verify(folder)
+
+
+def test_a_config_that_was_changed_is_refused(ragged: mptk.Pruned, tmp_path: Path) -> None:
+    folder = shutil.copytree(ragged.place, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 0.1
+    write_json(folder / "config.json", config)
+    write_manifest(folder)
+    with pytest.raises(ProofError, match=r"rms_norm_eps of config\.json is 0\.1"):
+        mptk.verify(folder)

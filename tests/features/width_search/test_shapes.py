@@ -1,0 +1,332 @@
+"""The search of the shape: what it tries, what it measures, how it halves, what it keeps, and what `prune` makes of it.
+
+It reaches for mptk.features.width_search.search: rungs and finalists of made-up shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import done
+from inside import Inside, Stopped
+from lab import remembered
+from test_latency import times
+from toy_checkpoints import WORDS, llama_config, save
+from transformers import LlamaForCausalLM
+
+import mptk
+from mptk import MptkError
+from mptk.features.width_search.search import choose_finalists, plan_search_rungs
+from mptk.features.width_search.shapes import Rung, Shape, Shapes, rank_shapes
+from mptk.protocols.chain import Chosen
+from mptk.reading import make_typed
+
+SETTINGS = mptk.Settings(
+    method="wanda",
+    reconstruct=True,
+    sparsity=0.35,
+    tolerance=0.03,
+    samples=8,
+    length=32,
+    align=8,
+    search_tokens=0,
+    search_finalists=3,
+    onnx=False,
+)
+TRAINED = {"search_tokens": 1344, "batch": 2, "micro": 2}
+"""Three shapes for three steps of 64 tokens each, then two of them for six more."""
+DENSE = {"kv_groups": 3, "q_heads": 2, "ffn": 80, "layers": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_once() -> Iterator[None]:
+    with remembered():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> mptk.Settings:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(" ".join(random.Random(0).choices(WORDS, k=6000)))
+    return replace(SETTINGS, data=str(text))
+
+
+@pytest.fixture(scope="module")
+def trained(llama: str, settings: mptk.Settings) -> Shapes:
+    """An unbroken search."""
+    return mptk.shapes(llama, settings=settings, progress=None, **TRAINED)
+
+
+def shape(loss: float, *after: float, parameters: float = 100.0, **widths: int) -> Shape:
+    return Shape({**DENSE, **widths}, 0.35, parameters, None, 9.0, loss, tuple(Rung(8, each) for each in after))
+
+
+# ---- what is tried and measured ----
+
+
+def test_every_combination_is_tried_and_blocks_are_among_them(trained: Shapes) -> None:
+    tried = [tuple(shape.widths[name] for name in ("kv_groups", "q_heads", "layers")) for shape in trained.shapes]
+    assert len(set(tried)) == len(tried) == 7
+    assert {shape.widths["layers"] for shape in trained.shapes} == {2, 3}
+    assert all(abs(shape.sparsity - 0.35) <= 0.03 for shape in trained.shapes)
+
+
+def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, settings: mptk.Settings) -> None:
+    """Masked, and fitted: a block less and fewer channels, on the samples that nothing was fitted to."""
+    ids, asked = torch.randint(2, 97, (10, 32)), replace(settings, sparsity=0.5)
+    found = mptk.shapes(llama, settings=asked, data=ids, keep=("kv_groups", "q_heads"), progress=None)
+    assert [shape.widths["layers"] for shape in found.shapes] == [3, 2]
+    short = found.shapes[1]
+    assert short.widths["ffn"] < 80
+    for reconstruct, expected in ((False, short.masked), (True, short.reconstructed)):
+        more = {"widths": short.widths, "reconstruct": reconstruct, "eval_windows": 1, "progress": None}
+        small = mptk.prune(llama, settings=asked, data=ids[:8], **more).model
+        with torch.no_grad():
+            loss = small(ids[8:], labels=ids[8:]).loss
+        assert float(loss) == pytest.approx(expected, abs=1e-4)
+    assert short.masked != short.reconstructed
+    assert found.dense.parameters == sum(p.numel() for p in LlamaForCausalLM(llama_config()).parameters())
+
+
+@pytest.mark.parametrize(
+    ("searching", "training"),
+    [(TRAINED, {}), ({"samples": 72, "batch": 9, "micro": 9, "length": 8}, {"steps": 1, "rank": 2})],
+    ids=["more text than for calibration", "training holds out more"],
+)
+def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
+    llama: str, searching: dict[str, int], training: dict[str, int]
+) -> None:
+    given = {"data": "self", "search": True, "search_shapes": 3, "eval_windows": 1, "progress": None, **searching}
+    found = mptk.prune(llama, settings=SETTINGS, **given, **training)
+    ranked = mptk.shapes(llama, settings=SETTINGS, **{k: v for k, v in given.items() if k != "search"})
+    assert found.report.rows["search"]["shapes"] == ranked.to_json()["shapes"]
+
+
+def test_a_latency_is_a_budget_too(
+    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    inside.around("mptk.cost.operator_times.time_operators", lambda measure, found, threads, progress: times(found))
+    asked = {"budget": "latency", "sparsity": 0.3, "tolerance": 0.1, "search_shapes": 2}
+    found = mptk.shapes(llama, settings=settings, progress=None, **asked)
+    dense = found.dense.latency_ms
+    assert dense is not None
+    assert len(found.shapes) == 2
+    for shape in found.shapes:
+        assert shape.cost == shape.latency_ms == pytest.approx((1 - shape.sparsity) * dense)
+        assert 0.6 <= shape.cost / dense <= 0.8
+    assert " --budget latency " in found.command
+
+
+# ---- halving ----
+
+
+def test_tokens_are_halved_over_rungs() -> None:
+    settings = mptk.Settings(method="wanda", search=True, search_tokens=100_000, search_finalists=6, length=32)
+    found = plan_search_rungs(settings, 64)
+    assert [count for count, _ in found] == [6, 3, 2]
+    assert [steps for _, steps in found] == [19, 39, 78]
+    assert sum(count * steps for count, steps in found) * 8 * 32 <= 100_000
+    assert [count for count, _ in plan_search_rungs(settings, 4)] == [4, 2]
+    assert plan_search_rungs(settings, 1) == plan_search_rungs(replace(settings, search_tokens=0), 64) == []
+    with pytest.raises(
+        MptkError, match=r"5119 tokens are too few to train 6 shapes by successive halving: .* give 5120 or more"
+    ):
+        plan_search_rungs(replace(settings, search_tokens=5119), 64)
+    with pytest.raises(MptkError, match="give 15360 or more"):  # two steps of masks and one of recovery
+        plan_search_rungs(replace(settings, method="maskprune", search_tokens=15359), 64)
+
+
+def test_finalists_are_good_and_unlike_each_other() -> None:
+    shapes = [
+        shape(1.0, ffn=40),
+        shape(1.1, ffn=48),
+        shape(1.2, q_heads=1),
+        shape(1.3, 0.2, kv_groups=2),
+        shape(1.4, ffn=32),
+    ]
+    assert choose_finalists(shapes, DENSE, 3) == [0, 2, 3]
+    assert choose_finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
+
+
+def test_the_better_half_goes_on_and_the_best_of_it_wins(trained: Shapes) -> None:
+    first, second, *others = trained.shapes
+    assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
+    assert first.loss <= second.loss
+    assert max(s.rungs[0].loss for s in (first, second)) <= min(s.rungs[0].loss for s in others[:1])
+    assert all(after <= before for s in trained.shapes for before, after in zip(s.stages, s.stages[1:], strict=False))
+    assert any(after < before for s in (first, second) for before, after in zip(s.stages, s.stages[1:], strict=False))
+    assert sum(rung.tokens - before for s in trained.shapes for before, rung in spent(s)) == 1344
+
+
+def spent(shape: Shape) -> list[tuple[int, Rung]]:
+    return list(zip([0, *(rung.tokens for rung in shape.rungs)], shape.rungs, strict=False))
+
+
+def test_a_killed_search_loses_one_rung_of_one_shape(
+    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, inside: Inside
+) -> None:
+    inside.stop("mptk.features.width_search.search.Search.train_shape", 5)
+    calls = inside.calls("mptk.features.width_search.search.Search.train_shape")
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        mptk.shapes(llama, out, settings, progress=None, **TRAINED)
+    assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
+    with pytest.raises(MptkError, match="holds an unfinished run; add resume=True"):
+        mptk.shapes(llama, out, settings, progress=None, **TRAINED)
+    inside.forbid("mptk.features.width_search.search.Search.measure_shape")  # all of these were kept
+    file = tmp_path / "out.run" / "shape-00003.json"
+    written = file.read_text()
+    for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
+        file.write_text(damage)
+        with pytest.raises(
+            MptkError, match=r"shape-00003.json is damaged: .*; remove .*, and start again with resume=True"
+        ):
+            mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
+    file.write_text(written)
+    begun: list[int] = []
+
+    def watched(restore: Callable[..., int], *arguments: object) -> int:
+        begun.append(restore(*arguments))
+        return begun[-1]
+
+    inside.around("mptk.methods.maskprune.train.Loop._restore", watched)
+    found = mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
+    assert begun == [3]  # it goes on from the rung before
+    assert len(calls) == 6  # five rungs, of which the last was begun twice
+    assert found.shapes == trained.shapes
+    assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))
+    assert make_typed(Shapes, found.to_json()).shapes == found.shapes  # as `prune --search` shows it
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- what is said ----
+
+
+def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
+    worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
+    cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
+    found = Shapes("m", "", "perplexity", shape(0.1), rank_shapes([worse, better, cheap, costly]))
+    assert found.shapes == (better, cheap, costly, worse)
+    assert found.best is better
+    assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
+
+
+def test_the_command_prints_a_table_and_what_prunes_to_the_best(
+    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside.bound("mptk.cli.console.out.width", 2000)
+    typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --align 8 --keep q_heads"
+    run = done("shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q")
+    *table, command = run.stdout.strip().splitlines()
+    assert "reconstructed" in " ".join(table)
+    assert "fitted to or trained on" in " ".join(table)
+    assert command.startswith(f"mptk prune {llama} --sparsity 0.33 ")
+    assert " --method wanda " in command
+    run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
+    cut = {
+        f"{name}={f['width']}" for name, f in mptk.Report.read("dense-pruned").families.items() if f["width"] < f["of"]
+    }
+    assert cut
+    assert cut <= {word for word in shlex.split(command) if "=" in word}
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 1
+    assert "--width" in page
+
+
+def report_width(report: mptk.Report, name: str) -> int:
+    """The width of a family; a report has no row of blocks that are all there."""
+    return int(report.families[name]["width"]) if name in report.families else DENSE[name]
+
+
+def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> None:
+    short = {"search_shapes": 3, "distil_epochs": 1, "eval_windows": 1}
+    found = mptk.prune(llama, settings=settings, search=True, progress=None, **short)
+    assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in found.report.rows["search"]["shapes"])
+    assert any(note.startswith("local distillation made") for note in found.report.notes)
+    best = found.report.rows["search"]["shapes"][0]
+    assert best["widths"] == {name: report_width(found.report, name) for name in DENSE}
+    losses = [each["reconstructed"] for each in found.report.rows["search"]["shapes"]]
+    assert losses == sorted(losses)
+    assert len(losses) == 3
+
+
+def test_the_nearest_legal_cut_is_noted(llama: str, settings: mptk.Settings) -> None:
+    more = {"families": ("ffn",), "reconstruct": False, "tolerance": 0.01, "eval_windows": 1, "progress": None}
+    off = mptk.prune(llama, settings=settings, sparsity=0.3, **more).report
+    assert off.sparsity == pytest.approx(0.286, abs=1e-3)
+    said = "no legal cut removes 30.0%; the nearest, 28.6%, was taken"
+    assert said in off.notes
+    exact = mptk.prune(llama, settings=settings, sparsity=off.sparsity, **more).report
+    assert not any(note.startswith("no legal cut") for note in exact.notes)
+
+
+def test_a_report_shows_the_ranking_of_the_run_that_searched(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    folder, page = tmp_path / "small", tmp_path / "page.html"
+    mptk.prune(llama, folder, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
+    assert "The search of the shape" in done("report", folder).output
+    done("report", folder, "--html", page)
+    assert page.read_text().count("Cost and quality of each shape") == 1
+    said = json.loads((folder / "report.json").read_text())
+    said["rows"]["search"]["shapes"][1]["widths"] = {"ffn": 3}
+    (folder / "report.json").write_text(json.dumps(said))
+    with pytest.raises(MptkError, match="search: its shapes have different families"):
+        mptk.Report.read(folder)
+
+
+def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.Settings, inside: Inside) -> None:
+    """Each trial learns the units that a run of as many steps learns at these widths, and the best shape is cut."""
+    asked = {"method": "maskprune", "steps": 3, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
+    asked |= {"search_finalists": 2, "search_tokens": 2 * 3 * 64}
+    scored = inside.calls("mptk.methods.maskprune.learner.Learner._estimate_saliency")
+    plans: list[mptk.Plan] = []
+
+    def noted(learn: Callable[..., Chosen], *given: object) -> Chosen:
+        plans.append((chosen := learn(*given)).plan)
+        return chosen
+
+    inside.around("mptk.methods.maskprune.learner.Learner.learn", noted)
+    found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
+    first, second, last = plans
+    assert first != second
+    assert last in (first, second)
+    assert len(scored) == 1  # what is scored before training depends on no widths
+    assert [rung["tokens"] for shape in found.report.rows["search"]["shapes"] for rung in shape["rungs"]] == [192, 192]
+    best = found.report.rows["search"]["shapes"][0]["widths"]
+    assert "layers" in best
+    assert {name: report_width(found.report, name) for name in best} == best
+
+
+# ---- what is refused ----
+
+
+def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.Settings, tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match="--plan says which units stay, so --search has nothing to choose"):
+        replace(settings, search=True, plan=str(tmp_path / "plan.json"))
+    widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
+    with pytest.raises(MptkError, match="widths fixes every family, so search=True has nothing to choose"):
+        mptk.prune(llama, settings=settings, search=True, widths=widths, progress=None)
+    with pytest.raises(MptkError, match="are too few to train"):
+        mptk.prune(llama, settings=settings, search=True, search_tokens=64, progress=None)
+    for layers in ("free", "0-1"):
+        with pytest.raises(MptkError, match=f'whose layers are alike; leave out search=True or layers="?{layers}'):
+            mptk.prune(llama, settings=settings, search=True, layers=layers, target="graph", progress=None)
+    with pytest.raises(MptkError, match="in all layers alike; leave out search"):
+        mptk.ladder(llama, tmp_path / "sizes", (0.2, 0.3), settings=settings, search=True, progress=None)
+    with pytest.raises(MptkError, match="by one method; leave out --search"):
+        replace(settings, search=True, larger="runs/a")

@@ -79,7 +79,6 @@ def settings(
     kv_heads = [int(addition.removeprefix("kv")) for addition in additions if addition.startswith("kv")]
     found = Settings(
         method=name,
-        kv_heads=kv_heads[0] if kv_heads else None,
         sparsity=sparsity,
         data=str(work / "training.jsonl"),
         samples=windows[0] if minutes is None else None,
@@ -92,6 +91,7 @@ def settings(
         learning=learning,
         compute_dtype=trains["compute"],
         resume=True,
+        **{"kv_heads": kv_heads[0] if kv_heads else None},  # a feature's
     )
     return replace(complete_settings(found, read_estimator(model, NO_CODE))[0], eval_windows=1, onnx=False)
 

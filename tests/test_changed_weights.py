@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 import mptk
 from mptk import MptkError
-from mptk.api.rerun import repeat_run
 from mptk.features.gguf.api import gguf
 
 SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "align": 4, "samples": 4, "length": 24}
@@ -86,8 +85,6 @@ def test_a_module_that_was_opened_is_trained_and_saved_without_its_dense_module(
     assert {"reloaded weights", "ONNX Runtime"} <= {row["stage"] for row in report.proof}
     assert (folder / "onnx" / "model.onnx").is_file()
     assert all(d.ok for d in mptk.verify(folder, model=Net()))
-    with pytest.raises(MptkError, match="mptk rerun cannot repeat"):
-        repeat_run(folder, tmp_path / "again")
 
 
 def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as_gguf(tmp_path: Path) -> None:

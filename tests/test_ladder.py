@@ -27,8 +27,8 @@ import mptk
 from mptk import MptkError, Plan, Pruned
 from mptk.api.ladder import estimate_ladder
 from mptk.api.pruned import estimate_run
-from mptk.api.rerun import repeat_run
 from mptk.cli.main import app
+from mptk.features.rerun.api import repeat_run
 from mptk.protocols.chain import Prepared
 
 llama, prepared_once, gpt2 = test_resume.llama, test_resume.prepared_once, test_pruning.gpt2

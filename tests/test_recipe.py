@@ -1,4 +1,4 @@
-"""Recipes: every option a key, the command line wins, each run writes its own; `mptk rerun` repeats a run.
+"""Recipes: every option a key, the command line wins, each run writes its own.
 
 It reaches for mptk.config.recipe: a recipe is read without a run.
 """
@@ -24,8 +24,7 @@ from mptk.cli.main import app
 from mptk.config.learning import Learning, LossWeights, Training
 from mptk.config.recipe import build_recipe, list_refused, read_recipe
 from mptk.config.setting import find_settings
-from mptk.files import write_json
-from mptk.publish.manifest import check_manifest, write_manifest
+from mptk.publish.manifest import check_manifest
 
 OTHER = api.Settings(
     sparsity=0.4,
@@ -174,85 +173,16 @@ def test_a_run_is_repeated_beside_files_of_the_user(made: Path, tmp_path: Path, 
     assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & list_refused(api.Settings)
 
 
-def test_rerun_gives_the_same_and_says_so(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
-    result = mptk("rerun", made, "--out", tmp_path / "again", "--json", tmp_path / "rerun.json")
+def recover_shortly(mptk, folder: Path, out: Path) -> None:  # noqa: F811
+    text = read_recipe(folder / "run.yaml")["data"]
+    options = "--steps 2 --batch 2 --micro 2 --length 32 --no-onnx --rank 2 --eval-length 24"
+    result = mptk("recover", folder, "--out", out, "--data", text, *options.split())
     assert result.code == 0, result.stderr
-    assert "the run gave the same result" in result.stdout
-    rows = {row["what"]: row for row in json.loads((tmp_path / "rerun.json").read_text())["rows"]}
-    assert {"model", "plan", "weights", "calibration data (input_ids)", "quality of pruned", "mptk", "torch"} <= set(
-        rows
-    )
-    assert all(row["same"] for row in rows.values())
 
 
-def test_rerun_says_what_differs(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
-    other = tmp_path / "other"
-    shutil.copytree(made, other)
-    text = tmp_path / "text.raw"
-    text.write_text(" ".join(f"dragon {n} has {n * n} jars of gold\n" for n in range(150)))
-    report = json.loads((other / "report.json").read_text())
-    report["settings"]["data"] = str(text)
-    report["versions"]["torch"] = "1.0"
-    (other / "report.json").write_text(json.dumps(report))
-    assert "was changed since it was published" in mptk("rerun", other, "--out", tmp_path / "again").error
-    write_manifest(other)
-    result = mptk("rerun", other, "--out", tmp_path / "again")
-    assert result.code == 1
-    assert f"the result differs from {other} in plan, weights, calibration data" in result.error
-    last = result.stdout.splitlines()[-1]
-    assert last.startswith("differs in ")
-    assert "weights" in last or "plan" in last
-    assert all(words in last for words in ("calibration data", "quality of pruned", "torch"))
-    assert "transformers" not in last
-
-
-def test_rerun_compares_the_files_and_not_what_the_report_says_of_them(
-    made: Path,
-    tmp_path: Path,
-    mptk,  # noqa: F811
-) -> None:
-    """Whoever changes a file can make the manifest fit, and other versions may give the same."""
-    other = tmp_path / "other"
-    shutil.copytree(made, other)
-    config = json.loads((other / "config.json").read_text())
-    write_json(other / "config.json", {**config, "rms_norm_eps": 0.5})
-    report = json.loads((other / "report.json").read_text())
-    report["versions"]["torch"] = "1.0"
-    write_json(other / "report.json", report)
-    write_manifest(other)
-    result = mptk("rerun", other, "--out", tmp_path / "again")
-    assert result.code == 1
-    assert "in written config.json; compare the versions" in result.error
-    assert result.stdout.splitlines()[-1] == "differs in torch, written config.json"
-    (other / "config.json").write_bytes((made / "config.json").read_bytes())
-    write_manifest(other)
-    result = mptk("rerun", other, "--out", tmp_path / "again")
-    assert (result.code, result.stdout.splitlines()[-1]) == (0, "differs in torch")
-
-
-def test_a_recovery_is_repeated_too(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
-    text = read_recipe(made / "run.yaml")["data"]
-    options = [
-        "--data",
-        text,
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--micro",
-        "2",
-        "--length",
-        "32",
-        "--no-onnx",
-        "--rank",
-        "2",
-    ]
-    result = mptk("recover", made, "--out", tmp_path / "r", *options, "--eval-length", "24")
-    assert result.code == 0, result.stderr
+def test_the_recipe_of_a_recovery_repeats_it(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
+    recover_shortly(mptk, made, tmp_path / "r")
     assert read_recipe(tmp_path / "r" / "run.yaml")["folder"] == str(made)
-    result = mptk("rerun", tmp_path / "r", "--out", tmp_path / "again")
-    assert result.code == 0, result.stderr
-    assert "the run gave the same result" in result.stdout
     result = mptk("recover", "--config", tmp_path / "r" / "run.yaml", "--out", tmp_path / "third")
     assert result.code == 0, result.stderr
     first, third = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("r", "third"))

@@ -150,7 +150,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "verify": lambda folder, out: (folder,),
 }
 """Command → words that let it load the folder."""
-READ_NO_FOLDER = {"fetch", "models", "ops", "passes"}
+READ_NO_FOLDER = {"features", "fetch", "models", "ops", "passes"}
 
 
 def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
@@ -238,12 +238,12 @@ DOORS = {
     "mptk/api/changed.py": {"write_again"},  # hands an earlier word on to a run
     "mptk/api/ladder.py": {"ladder", "rung"},
     "mptk/api/pruned.py": {"open"},
-    "mptk/api/rerun.py": {"repeat_run"},
     "mptk/api/use.py": {"evaluate", "generate_continuations"},
     "mptk/run/describe.py": {"describe"},  # takes it away
     "mptk/cli/use.py": {"evaluate_models"},
     "mptk/config/recipe.py": {"format_command"},  # prints what the caller may type again
-    "mptk/config/settings.py": {"Settings", "trust"},
+    "mptk/config/settings.py": {"CoreSettings", "trust"},
+    "mptk/features/rerun/api.py": {"repeat_run"},
     "mptk/io/models.py": {"load"},
     "mptk/proof/verification.py": {"verify"},
 }

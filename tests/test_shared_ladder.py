@@ -21,6 +21,7 @@ import mptk
 from mptk import MptkError, Pruned
 from mptk.config.learning import Training
 from mptk.distributed.processes import make_accelerator
+from mptk.features.rerun.api import repeat_run
 from mptk.io.slices import open_file_weights, restore_file, slice_weight, write_part
 from mptk.ir.samples import make_token_samples
 from mptk.methods.maskprune.losses import compute_class_losses
@@ -206,7 +207,7 @@ def test_its_recipe_repeats_it(shared: list[Pruned], tmp_path: Path) -> None:
     one, other = (hash_file(folder / "rungs/0.6/model.safetensors.part") for folder in (place, tmp_path / "again"))
     assert one == other
     with pytest.raises(MptkError, match="shares its weights with other sizes; run `mptk prune --config"):
-        mptk.api.rerun.repeat_run(place, tmp_path / "rerun")
+        repeat_run(place, tmp_path / "rerun")
 
 
 # ---- on the command line ----

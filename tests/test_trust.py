@@ -1,7 +1,4 @@
-"""A folder is data: nothing in it makes mptk run code, fetch something, or load another model than the user means.
-
-It reaches for mptk.api.rerun: the settings of a run that is not made.
-"""
+"""A folder is data: nothing in it makes mptk run code, fetch something, or load another model than the user means."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk
-import mptk.api.rerun
 from mptk import MptkError, Report
 from mptk.files import write_json
 from mptk.io import models
@@ -178,19 +174,6 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     for run in (lambda: mptk.verify(copy), lambda: mptk.recover(copy, tmp_path / "out", steps=2)):
         with pytest.raises(MptkError, match=message):
             run()
-
-
-def test_a_report_does_not_choose_where_a_rerun_writes(pruned: Path, tmp_path: Path, inside: Inside) -> None:
-    asked = inside.asked("mptk.api.rerun.prune")
-    copy = tmp_path / "copy"
-    shutil.copytree(pruned, copy)
-    settings = raw_report(copy)["settings"]
-    settings["learning"] |= {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere"), "tracker": "wandb"}
-    edit(copy, settings=settings)
-    assert Report.read(copy).settings.learning.teacher_cache
-    assert mptk.api.rerun.repeat_run(copy, tmp_path / "out") is None
-    learning = asked[0][2].learning
-    assert (learning.teacher, learning.teacher_cache, learning.tracker) == ("cached", None, "none")
 
 
 def test_a_dense_model_that_moved_is_named_by_the_user(dense: Path, pruned: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The Python API: prune, recover, evaluate, generate, export, shapes, rerun, and their results."""
+"""The Python API: prune, recover, evaluate, generate, export, shapes, and their results."""

@@ -13,7 +13,7 @@ __all__ = ["app", "features", "main", "models", "prune", "use", "verify"]
 PANELS = {
     "Prune a model": ("analyze", "prune", "recover", "rung"),
     "Check the result": ("report", "verify", "eval"),
-    "Use the result": ("generate", "bench", "export", "push"),
+    "Use the result": ("generate", "bench", "export"),
     "Look inside mptk": ("show", "passes", "ops", "features"),
 }
 """Title → the core's commands, in the order in which ``mptk --help`` shows them. Features say where theirs stand."""

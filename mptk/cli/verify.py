@@ -1,4 +1,4 @@
-"""verify: commands that read pruned folders: verify, rerun, report."""
+"""verify: commands that read pruned folders: verify, report."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import explain_stop, register_command, show_result
-from mptk.cli.console import err, make_pass_printer, out, show_stages
-from mptk.cli.options import (
-    DenseOption,
-    Folder,
-    JsonOption,
-    make_folder_option,
-    refuse,
-)
+from mptk.cli.app import register_command
+from mptk.cli.console import err, out, show_stages
+from mptk.cli.options import DenseOption, refuse
 from mptk.config import Settings, collect_values
 from mptk.errors import MptkError
 from mptk.progress import enter_stage
@@ -26,7 +20,6 @@ from mptk.trust import Trust
 if TYPE_CHECKING:
     from mptk.report.runs import Run
 
-RERUN = "mptk-rerun/1"
 NEW_TOKENS = 32
 """Tokens that models write after each prompt of a report."""
 
@@ -55,40 +48,6 @@ def show_proof(folder: Path, settings: Settings, model: str | None, like: Path |
         progress("prove", 0, 0)
         proof = verification.verify(folder, model=model, like=like, **collect_values(settings, "verify"))
     out.print(report.build_proof_view([d.to_dict() for d in proof]), *proof.notes, sep="\n")
-
-
-@register_command("rerun", examples=("rerun runs/m30 --out runs/again",))
-def show_rerun(
-    folder: Folder,
-    destination: Annotated[Path, make_folder_option("Folder for the new result.")],
-    settings: Settings,
-    model: DenseOption = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Repeat the run that made a folder, from its report, and show what differs. Exits with 1 if a result differs."""
-    from mptk.api.rerun import list_differing_results, repeat_run
-    from mptk.report import sections as report
-
-    with explain_stop(destination), show_stages(err) as progress:
-        found = repeat_run(
-            folder,
-            destination,
-            progress,
-            model=model,
-            on_stage=make_pass_printer(),
-            **collect_values(settings, "rerun"),
-        )
-    # Of several processes only the first has rows. The table comes before the error, which names only what differs.
-    if found is not None:
-        show_result(
-            json_file,
-            {"format": RERUN, "folder": str(folder), "out": str(destination), "rows": found},
-            report.build_rerun_view(found),
-        )
-        if differ := list_differing_results(found):
-            raise MptkError(
-                f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports"
-            )
 
 
 @register_command("report", examples=("report runs/m30",))

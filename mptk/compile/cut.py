@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mptk.errors import MptkError
 from mptk.io import Resident, load_tensors, models
 from mptk.ir import Analysis, Cut, Dims, Lazy, ProgramModule, Samples, Weights, build_renumbering, join_outputs
-from mptk.protocols import Chosen, Compiled, Context, Prepared, Report
+from mptk.protocols import Chosen, Compiled, Context, Prepared, Report, list_stages
 from mptk.reading import make_damage_error
 from mptk.targets.graph import WEIGHTS, GraphTarget
 from mptk.trust import Trust
@@ -45,10 +45,18 @@ def cut_to(prepared: Prepared, chosen: Chosen, context: Context) -> Compiled:
     return Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
 
 
-def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: Context) -> Compiled:
+def cut_to_form(prepared: Prepared, chosen: Chosen, samples: Samples, context: Context) -> Compiled:
     """Cut the program to the plan and find the form in which the target holds it."""
     compiled = cut_to(prepared, chosen, context)
     return replace(compiled, written=prepared.target.fit(compiled, samples[:1]))
+
+
+def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: Context) -> Compiled:
+    """Cut the model to the plan, with all that is written beside it."""
+    compiled = cut_to_form(prepared, chosen, samples, context)
+    for stage in list_stages():
+        compiled = stage.complete(compiled)
+    return compiled
 
 
 def build_small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:

@@ -26,10 +26,6 @@ from .dense import hash_model as hash_model
 from .dense import list_model_files as list_model_files
 from .dense import open_dense as open_dense
 from .dense import resolve_model_name as resolve_model_name
-from .drafter import BLOCK as BLOCK
-from .drafter import HEADS as HEADS
-from .drafter import OpenDrafter as OpenDrafter
-from .drafter import open_drafter as open_drafter
 from .evaluation import LogitsFn as LogitsFn
 from .evaluation import Perplexity as Perplexity
 from .evaluation import Runs as Runs

@@ -23,7 +23,6 @@ from mptk.io import Loaded, check_folder_named, models, open_dense, read_object
 from mptk.ir import Log, Plan, Samples, resolve_plan
 from mptk.methods import find_method
 from mptk.methods.division.budget import build_alignment
-from mptk.methods.drafter import with_drafter
 from mptk.plugins import explain_absent, load_parts
 from mptk.progress import show_nothing
 from mptk.proof.claims import LATER, check_files, check_numbers, check_samples, read_proof_samples, require_same
@@ -136,7 +135,7 @@ def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings)
     assert prepared.planned is not None
     changes = find_changes(prepared.analysis, prepared.planned.cut, folder, report, asked.trust)
     chosen = replace(prepared.planned, changes=changes)
-    compiled = with_drafter(compile_plan(prepared, chosen, samples, context))
+    compiled = compile_plan(prepared, chosen, samples, context)
     found = {} if compiled.written is None else find_config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples, again=True)

@@ -59,8 +59,8 @@ from .task import Task as Task
 from .values import LONG as LONG
 from .values import PROOF_SHAPE as PROOF_SHAPE
 from .values import Checks as Checks
+from .values import Companion as Companion
 from .values import Context as Context
-from .values import CutDrafter as CutDrafter
 from .values import Extra as Extra
 from .values import Further as Further
 from .values import SampleSets as SampleSets

@@ -314,14 +314,14 @@ class Target(Protocol):
     """A form of the result: its legal widths, how to write it, and what it must equal.
 
     ``classed``: ``fit`` returns a class, which supports adapters, gradient checkpointing and shards. ``ragged``: layers
-    may have different widths. ``drafts``: it writes the multi-token-prediction layers of the dense checkpoint, too.
+    may have different widths. ``companions``: it writes what else the dense checkpoint holds (``Companion``), too.
     """
 
     name: str
     summary: str
     classed: bool = False
     ragged: bool = False
-    drafts: bool = False
+    companions: bool = False
 
     def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         """Each family's legal widths; by default all widths that the graph's ops accept."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -99,16 +100,19 @@ class Witness:
 
 
 @dataclass(frozen=True)
-class CutDrafter:
-    """A model's multi-token-prediction layers after the cut, which its class does not hold.
+class Companion:
+    """What the dense checkpoint holds beside the weights of the model's class, after the cut. Features make it.
 
-    ``note``: why there are none; may be empty. ``weights``: by their names in the checkpoint; the experts of a layer
-    are still joined. ``difference``: of the cut layers' outputs from the masked ones.
+    ``note``: why there is none; may be empty. ``weights``: by their names in the checkpoint; what the class splits when
+    it is saved, as experts, is still joined.
     """
 
-    note: str
+    note: str = ""
     weights: Weights = field(default_factory=lambda: Weights({}))
-    difference: Difference | None = None
+
+    def check(self, written: Written, folder: Path) -> Sequence[Difference]:
+        """The differences of what ``folder`` holds of it from what it should. Raises ProofError if that is missing."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Written:
     ``cut``: the dense model's own config after the cut; it equals ``stock``'s unless another class holds the weights.
     ``dtype``: the type of the stored weights.
     ``note``: the reason for another class; empty if it is the model's own.
-    ``drafter``: the layers that predict further tokens; None if the dense checkpoint has none.
+    ``companions``: what else is written beside the model.
     """
 
     stock: StockConfig
@@ -126,7 +130,7 @@ class Written:
     cut: PreTrainedConfig
     dtype: torch.dtype
     note: str = ""
-    drafter: CutDrafter | None = None
+    companions: tuple[Companion, ...] = ()
 
 
 @dataclass(frozen=True)

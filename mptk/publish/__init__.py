@@ -1,1 +1,1 @@
-"""Folders that are published: whole, with a manifest, a licence and a card, on disk and on a hub."""
+"""Folders that are published: whole, with a manifest, a licence and a card."""

@@ -334,14 +334,3 @@ def build_estimate_view(found: Estimate) -> View:
             rows += [["" if number else what, name, said(size)] for number, (name, size) in enumerate(whole.items())]
             ends.append(len(rows) - 1)
     return View([Section("", [Table("llr", ["", "for", "about"], rows, ends), f"A run {found}."])])
-
-
-def build_rerun_view(rows: Sequence[Row]) -> View:
-    """``mptk rerun``: the compared values, before and now, and a sentence."""
-    cells = [
-        [row["what"], str(row["before"]), str(row["now"]), Good("same") if row["same"] else Bad("DIFFERS")]
-        for row in rows
-    ]
-    differ = [row["what"] for row in rows if not row["same"]]
-    said = f"differs in {', '.join(differ)}" if differ else "the run gave the same result"
-    return View([Section("", [Table("llll", ["", "before", "now", "result"], cells), said])])

@@ -18,7 +18,6 @@ from mptk.config import RECIPE_FILE
 from mptk.errors import MptkError
 from mptk.io import load_tensors
 from mptk.ir import Weights, build_renumbering
-from mptk.methods.drafter import with_drafter
 from mptk.proof.claims import read_proof_samples
 from mptk.protocols import Chosen, Compiled, Prepared, SampleSets
 from mptk.publish.folder import publish
@@ -104,7 +103,7 @@ def rewrite_folder(changed: ChangedWeights, run: Run) -> Result:
             samples, _ = read_proof_samples(changed.folder, prepared.task.make_examples(prepared.loaded.model))
             sets = SampleSets(samples, samples, samples, "", prepared.task.sequences)
         chosen = changed.read_choice(prepared)
-        compiled = with_drafter(compile_plan(prepared, chosen, sets.calibration, run))
+        compiled = compile_plan(prepared, chosen, sets.calibration, run)
         # The proof's reference has only the adopted weights, so it cannot see that one was not adopted.
         changed.check_adopted(compiled)
         with publish(run.out) as folder:

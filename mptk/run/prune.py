@@ -25,7 +25,6 @@ from mptk.errors import MptkError, ProofError
 from mptk.io import write_weights
 from mptk.ir import Analysis, Plan, Weights, resolve_plan
 from mptk.methods.division.budget import describe_left_whole, describe_nearest
-from mptk.methods.drafter import with_drafter
 from mptk.methods.maskprune.learner import start_training
 from mptk.proof.proof import check_proof, check_witness, prove_folder
 from mptk.proof.same_class import check_same_class
@@ -96,7 +95,7 @@ def run_prune(model: Start, run: Run) -> Result:
         base = take_larger(prepared)
         chosen, checked = choose_units(model, base, sets, run)
         chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)
-        compiled = with_drafter(compile_plan(prepared, join_larger(prepared, chosen), sets.calibration, run))
+        compiled = compile_plan(prepared, join_larger(prepared, chosen), sets.calibration, run)
         compiled, further = recover_quality(compiled, sets, run)
         # What is published. The other processes have trained with the first and have nothing to write.
         connect_processes().wait_for_everyone()  # they may still read what the folder keeps

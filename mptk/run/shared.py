@@ -19,7 +19,6 @@ from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
 from mptk.methods import find_method
 from mptk.methods.division.budget import find_widths
-from mptk.methods.drafter import with_drafter
 from mptk.protocols import Compiled, Prepared, SampleSets
 from mptk.publish.folder import publish
 from mptk.run.describe import measure
@@ -102,7 +101,7 @@ def cut_size(model: Start, prepared: Prepared, sets: SampleSets, run: Run) -> Co
     base = take_larger(prepared)
     chosen, _ = choose_units(model, base, sets, run)
     chosen = join_larger(prepared, reconstruct(base, chosen, sets, run))
-    return with_drafter(compile_plan(prepared, chosen, sets.calibration, run))
+    return compile_plan(prepared, chosen, sets.calibration, run)
 
 
 def prepare_further(larger: Compiled, sparsity: float, rest: Sequence[float]) -> Prepared:

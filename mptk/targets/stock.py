@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +20,10 @@ from mptk.io import (
     make_portable_config,
     make_writer,
     models,
-    open_drafter,
     read_object,
 )
 from mptk.ir import Alignment, Analysis, Log, Program, Samples, Weights, build_renumbering
-from mptk.protocols import Checks, Compiled, CutDrafter, Further, SampleSets, Target, Task, Written
+from mptk.protocols import Checks, Compiled, Further, SampleSets, Target, Task, Written
 from mptk.publish.manifest import list_files
 from mptk.staged.staged import Executor
 from mptk.targets.beside import (
@@ -46,7 +44,7 @@ from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 from passes.targets.stock.rehome import find_home, find_other_class, make_logits_check
 from passes.targets.stock.travel import find_broken_programs
-from passes.verify import TOLERANCE, Difference, StageOutputs
+from passes.verify import TOLERANCE, StageOutputs
 
 SHARD = 5 * 10**9
 """Largest file of weights by default, in bytes."""
@@ -58,7 +56,7 @@ class StockTarget(Target):
     name = "stock"
     summary = "the model's own transformers class"
     classed = True
-    drafts = True
+    companions = True
 
     def find_legal(self, analysis: Analysis, model: nn.Module, alignment: Alignment) -> LegalWidths:
         if not isinstance(model, PreTrainedModel):
@@ -114,8 +112,8 @@ class StockTarget(Target):
         assert compiled.written is not None
         _write(compiled, folder)
         write_pipeline(compiled.prepared.loaded, folder)
-        heads = compiled.written.drafter or CutDrafter("")
-        return [compiled.written.note, heads.note, *self.list_limits(compiled)]
+        beside = [each.note for each in compiled.written.companions]
+        return [compiled.written.note, *beside, *self.list_limits(compiled)]
 
     def list_files(self, compiled: Compiled, folder: Path) -> frozenset[str]:
         # The checkpoint is written again, but for its weights: of these only names and headers are noted. Which files
@@ -153,7 +151,7 @@ class StockTarget(Target):
         check_beside(folder, beside, all_known=loaded.tokenizer is not None)
         check_pipeline(loaded, folder)
         check_written_tokenizer(compiled, folder)
-        heads = check_heads(compiled, folder)
+        companions = [d for each in compiled.written.companions for d in each.check(compiled.written, folder)]
         # The weights, opened as transformers would, one at a time.
         executor = compiled.prepared.executor
         reloaded = models.open_weights(str(folder), Resident(0), trust=loaded.trust)
@@ -177,14 +175,16 @@ class StockTarget(Target):
                 example = example.of_length(length)
             dynamic = True if length is None else (0,)
             run = reloaded.with_weights(trace_to_program(reloaded.model, example.inputs, dynamic=dynamic))
-        return Checks((config, weights, *heads), {"reloaded checkpoint": (run, TOLERANCE)}, further=further)
+        return Checks((config, weights, *companions), {"reloaded checkpoint": (run, TOLERANCE)}, further=further)
 
 
 def _write(compiled: Compiled, folder: Path, save: Callable[[Weights], Callable[..., None]] = make_writer) -> None:
     """Write the checkpoint, and what prepares its inputs. ``save``: as of ``write_checkpoint``."""
     loaded, written = compiled.prepared.loaded, compiled.written
     assert written is not None
-    heads = written.drafter or CutDrafter("")
+    beside = Weights({})
+    for each in written.companions:
+        beside = beside.with_entries(each.weights)
     write_checkpoint(
         compiled.program.state_dict().cast(compiled.prepared.dtype),
         written.stock,
@@ -193,7 +193,7 @@ def _write(compiled: Compiled, folder: Path, save: Callable[[Weights], Callable[
         folder,
         portable=make_portable_config,
         max_shard_size=compiled.prepared.settings.max_shard_size or SHARD,
-        beside=heads.weights.cast(compiled.prepared.dtype),
+        beside=beside.cast(compiled.prepared.dtype),
         save=save,
     )
     copy_processors(loaded.path, folder, same_features=keeps_features(compiled))
@@ -219,25 +219,6 @@ def trace_like_samples(loaded: models.Loaded, task: Task, executor: Executor) ->
 def keeps_features(compiled: Compiled) -> bool:
     """Whether the model's features have the same number of channels as before."""
     return "hidden" not in compiled.chosen.plan.families
-
-
-def check_heads(compiled: Compiled, folder: Path) -> list[Difference]:
-    """How the multi-token-prediction layers in ``folder`` differ: their weights from the cut ones, and these layers'
-    outputs from the masked ones'. Empty if there are none."""
-    assert compiled.written is not None
-    heads = compiled.written.drafter
-    if heads is None or heads.difference is None:
-        return []
-    trust = compiled.prepared.loaded.trust
-    opened = open_drafter(models.open_weights(str(folder), Resident(0), trust=trust), folder, Resident(0))
-    if opened is None:
-        raise ProofError(f"the proof fails at 'config': {folder} has no multi-token-prediction layers; prune again")
-    expected = heads.weights.cast(compiled.prepared.dtype)
-    found = opened.weights.select_names({opened.names[name]: name for name in opened.weights}).with_entries(
-        opened.copies
-    )
-    stored = compare_stored(found.cast(compiled.prepared.dtype), expected)
-    return [replace(stored, stage="multi-token prediction, stored weights"), heads.difference]
 
 
 def check_written_tokenizer(compiled: Compiled, folder: Path) -> None:

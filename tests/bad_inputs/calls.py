@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mptk
 from mptk.ir.families import Analysis
-from mptk.publish.push import push_files
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(3, 51).view(2, 24)
@@ -426,7 +425,6 @@ IN_USE = [
     Call("a long folder to measure", lambda p: mptk.evaluate(LONG, X, progress=None), ("name is too long",)),
     Call("a long folder to generate", lambda p: mptk.generate(LONG, "a"), ("name is too long", "give a shorter")),
     Call("a long report", lambda p: mptk.Report.read(LONG), ("name is too long", "give a shorter")),
-    Call("a long folder to push", lambda p: push_files(LONG, "me/x", dry_run=True), ("has no mptk.json",)),
     Call("a null character in out", lambda p: prune(p, out=NULL), ("cannot be a file's name", "null")),
     Call("a null character in save", lambda p: p.pruned.save(NULL), ("cannot be a file's name", "null")),
     Call("a current folder that was removed", lambda p: _without_current_folder(p), ("current folder was removed",)),

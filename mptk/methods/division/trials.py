@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mptk.compile.cut import build_small_model, compile_plan
+from mptk.compile.cut import build_small_model, cut_to_form
 from mptk.config import Learning
 from mptk.ir import Lazy, Log, Program, Samples, Weights, resolve_plan
 from mptk.methods.criteria import list_criteria
@@ -101,7 +101,7 @@ class Trials:
 
     def cut(self, chosen: Chosen) -> Compiled:
         """The model cut to a choice, in the form of the target."""
-        return compile_plan(self.prepared, chosen, self.sets.calibration, Context(Log(), show_nothing))
+        return cut_to_form(self.prepared, chosen, self.sets.calibration, Context(Log(), show_nothing))
 
     def recover_program(
         self,

@@ -26,13 +26,13 @@ from mptk.io.tensors import Deferred, Files, find_own_weight, list_weight_names,
 from mptk.ir import Program, Weights
 
 # The module of a drafter that holds the layers.
-HEADS = "mtp"
+MTP_HEADS = "mtp"
 # Starts the names of a decoder layer's weights in a drafter.
-BLOCK = re.compile(rf"{HEADS}\.layers\.\d+\.mtp_block\.")
+MTP_BLOCK = re.compile(rf"{MTP_HEADS}\.layers\.\d+\.mtp_block\.")
 # The number of a layer in the names of a checkpoint that counts these layers apart from the model's.
 _NUMBERED = re.compile(r"(?:.*\.)?mtp\.layers\.(\d+)\.")
 # Checkpoints may hold the model's tables twice: end of a copy's name → the method that gives the table's module.
-_TABLES = {"embed_tokens.weight": "get_input_embeddings", "shared_head.head.weight": "get_output_embeddings"}
+_SHARED_TABLES = {"embed_tokens.weight": "get_input_embeddings", "shared_head.head.weight": "get_output_embeddings"}
 
 
 class Drafter(nn.Module):
@@ -88,7 +88,7 @@ class OpenDrafter:
 def find_stored_heads(model: PreTrainedModel, folder: Path) -> set[str]:
     """The names of the tensors of multi-token-prediction layers in a checkpoint folder; empty if there are none."""
     # A class that leaves no layers out has none of these: no file need be read.
-    if not any("layers" in each or HEADS in each for each in list_ignored_weights(model)):
+    if not any("layers" in each or MTP_HEADS in each for each in list_ignored_weights(model)):
         return set()
     names = {name for file in folder.glob("*.safetensors") for name in read_likes(file)}
     try:
@@ -116,7 +116,7 @@ def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafte
         raise MptkError(f"transformers cannot read them: {take_first_line(error)}") from error
     # The layers' own weights, without the tables that they share with the model.
     own = {n: t for n, t in heads.state_dict(keep_vars=True).items() if n.startswith("layers.")}
-    names = _map_names({f"{HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
+    names = _map_names({f"{MTP_HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
     weights = files.open_weights(heads, resident)
     module = Drafter(loaded.model, heads.eval()).eval()
     tables = _find_tables(loaded.model, stored)
@@ -124,7 +124,7 @@ def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafte
     if left := stored - {source for t in own.values() for source in list_weight_names(t)} - tables.keys():
         raise MptkError(f"transformers does not know what {min(left)} is for")
     copies = {name: open_stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
-    own_weights = Weights({f"{HEADS}.{name}": weights.get_entry(name) for name in own})
+    own_weights = Weights({f"{MTP_HEADS}.{name}": weights.get_entry(name) for name in own})
     return OpenDrafter(module, own_weights, names, tables, Weights(copies))
 
 
@@ -134,10 +134,10 @@ def _map_names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
     found = {name: source for name, tensor in tensors.items() if (source := find_own_weight(tensor)) is not None}
     starts = {}
     for name, source in found.items():
-        if (block := BLOCK.match(name)) and source.endswith(rest := name[block.end() :]):
+        if (block := MTP_BLOCK.match(name)) and source.endswith(rest := name[block.end() :]):
             starts[block.group()] = source.removesuffix(rest)
     for name in tensors.keys() - found.keys():
-        block = BLOCK.match(name)
+        block = MTP_BLOCK.match(name)
         if block is None or block.group() not in starts:
             raise MptkError(f"{name} is joined of several weights of the checkpoint")
         found[name] = starts[block.group()] + name[block.end() :]
@@ -150,7 +150,7 @@ def _find_tables(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
     return {
         name: f"{names[id(getattr(model, get)())]}.weight"
         for name in stored
-        for end, get in _TABLES.items()
+        for end, get in _SHARED_TABLES.items()
         if name.endswith(f".{end}")
     }
 

@@ -18,7 +18,7 @@ from mptk.publish.manifest import check_manifest, read_manifest
 from mptk.reading import Json
 from mptk.run.describe import PACKAGES
 
-OWN = (REPORT_FILE, RECIPE_FILE, CARD, METRICS, "bench.json")
+VARYING = (REPORT_FILE, RECIPE_FILE, CARD, METRICS, "bench.json")
 """Files that differ between equal runs: they name folders and times."""
 
 
@@ -86,7 +86,7 @@ def compare_reports(before: Report, now: Report) -> list[Json]:
 def compare_files(before: Path, now: Path) -> list[Json]:
     """Compare the files of two folders, as rows of ``repeat_run``, except files that hold paths or times."""
     first, second = read_manifest(before), read_manifest(now)
-    names = sorted(name for name in first | second if name not in OWN and not name.startswith(f"{TRACKER}/"))
+    names = sorted(name for name in first | second if name not in VARYING and not name.startswith(f"{TRACKER}/"))
     rows = [(name, first.get(name, "")[:12], second.get(name, "")[:12]) for name in names]
     return [{"what": f"written {name}", "before": a, "now": b, "same": a == b} for name, a, b in rows]
 

@@ -1,4 +1,4 @@
-"""drafter: cut a model's multi-token-prediction layers with the model, and prove the cut.
+"""cut: cut a model's multi-token-prediction layers with the model, and prove the cut.
 
 The class builds these layers with the widths of the model's config. So the plan decides their widths: each gets the
 width of the model's layers with the same weights. The hidden channels that stay are the model's. Magnitude decides
@@ -8,42 +8,74 @@ which units of its own a layer keeps: it needs no text, so verification finds th
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from mptk.errors import MptkError
-from mptk.io import BLOCK, HEADS, OpenDrafter, Resident, open_drafter
+from mptk.errors import MptkError, ProofError
+from mptk.features.drafter.drafter import MTP_BLOCK, MTP_HEADS, OpenDrafter, open_drafter
+from mptk.io import Resident, models
 from mptk.ir import Analysis, Family, FamilyPlan, Group, Keep, Log, Plan, Samples, build_renumbering, resolve_plan
 from mptk.methods.criteria import score_units
-from mptk.protocols import Compiled, CutDrafter
+from mptk.protocols import Companion, Compiled, Stage, Written
+from mptk.targets.graph import compare_stored
 from passes.analysis import group
 from passes.frontend.trace import trace_to_program
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 from passes.transforms.weight_types import Store
-from passes.verify import TOLERANCE, prove
+from passes.verify import TOLERANCE, Difference, prove
 
 _LAYER = re.compile(r".*?layers\.\d+\.")
 """Starts the names of a decoder layer's weights in a model."""
 STAGE = "multi-token prediction"
 
 
-def with_drafter(compiled: Compiled) -> Compiled:
-    """``compiled`` with the cut multi-token-prediction layers of the dense checkpoint, if it has any.
+@dataclass(frozen=True)
+class Heads(Companion):
+    """The multi-token-prediction layers after the cut. ``difference``: of their outputs from the masked ones."""
+
+    difference: Difference | None = None
+
+    def check(self, written: Written, folder: Path) -> list[Difference]:
+        """Of their stored weights from the cut ones, and of these layers' outputs from the masked ones'."""
+        if self.difference is None:
+            return []
+        opened = open_drafter(
+            models.open_weights(str(folder), Resident(0), trust=written.loaded.trust), folder, Resident(0)
+        )
+        if opened is None:
+            raise ProofError(f"the proof fails at 'config': {folder} has no multi-token-prediction layers; prune again")
+        found = opened.weights.select_names({opened.names[name]: name for name in opened.weights})
+        found = found.with_entries(opened.copies).cast(written.dtype)
+        stored = compare_stored(found, self.weights.cast(written.dtype))
+        return [replace(stored, stage=f"{STAGE}, stored weights"), self.difference]
+
+
+class CutHeads(Stage):
+    """Cuts the multi-token-prediction layers of the dense checkpoint, if it has any.
 
     If they cannot be cut or proven, a note says so, and the result has none.
     """
-    prepared, written = compiled.prepared, compiled.written
-    if written is None or not prepared.target.drafts or prepared.loaded.live:
-        return compiled
-    try:
-        opened = open_drafter(prepared.loaded, prepared.loaded.path, Resident(0))
-        found = None if opened is None else _cut(compiled, opened)
-    except MptkError as error:
-        found = CutDrafter(f"the multi-token-prediction layers are left out: {error}")
-    return replace(compiled, written=replace(written, drafter=found))
+
+    def complete(self, compiled: Compiled) -> Compiled:
+        prepared, written = compiled.prepared, compiled.written
+        if written is None or not prepared.target.companions or prepared.loaded.live:
+            return compiled
+        try:
+            opened = open_drafter(prepared.loaded, prepared.loaded.path, Resident(0))
+            if opened is None:
+                return compiled
+            found = cut_heads(compiled, opened)
+        except MptkError as error:
+            found = Heads(f"the multi-token-prediction layers are left out: {error}")
+        return replace(compiled, written=replace(written, companions=(*written.companions, found)))
 
 
-def _cut(compiled: Compiled, opened: OpenDrafter) -> CutDrafter:
+CUT_HEADS = CutHeads()
+
+
+def cut_heads(compiled: Compiled, opened: OpenDrafter) -> Heads:
+    """The layers of ``opened``, cut as the plan cuts the model. Raises MptkError if they cannot be cut or proven."""
     prepared, own = compiled.prepared, compiled.analysis
 
     # What the layers cannot follow: another class, merged KV heads, names that count the model's layers.
@@ -71,7 +103,7 @@ def _cut(compiled: Compiled, opened: OpenDrafter) -> CutDrafter:
     # The layers' copies of the model's tables are written as the cut model has them: a method may have trained these.
     state, model = small.program.state_dict(), compiled.program.state_dict()
     weights = state.select_names({opened.names[name]: name for name in opened.weights})
-    return CutDrafter("", weights.with_entries(model.select_names(opened.tables)), difference)
+    return Heads("", weights.with_entries(model.select_names(opened.tables)), difference)
 
 
 def _check_tables(compiled: Compiled, opened: OpenDrafter) -> None:
@@ -103,7 +135,7 @@ def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
             if not _is_own(each) and (found := known.pop(_find_model_weights(each), None)) is not None:
                 name, layer = found
                 entries.append((name, each.layer, plan.families[name].keep[layer]))
-            elif _is_own(each) and (twin := kinds.get(_describe_kind(family, each, BLOCK))) is not None:
+            elif _is_own(each) and (twin := kinds.get(_describe_kind(family, each, MTP_BLOCK))) is not None:
                 best = scores[family.name][i].sort(dim=-1, descending=True, stable=True).indices
                 kept = best[:, : plan.families[twin].width].sort(dim=-1).values.tolist()
                 entries.append((twin, each.layer, tuple(map(tuple, kept))))
@@ -124,7 +156,7 @@ def _find_model_weights(each: Group) -> frozenset[tuple[str, int]]:
     """The weights of the model that hold a group's units, and the dimensions."""
     if not each.members:  # of blocks
         return frozenset([(each.layer, 0)])
-    return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{HEADS}."))
+    return frozenset((m.weight, m.dim) for m in each.members if not m.weight.startswith(f"{MTP_HEADS}."))
 
 
 def _describe_kind(family: Family, each: Group, start: re.Pattern[str]) -> tuple[str, int, frozenset[tuple[str, int]]]:

@@ -17,8 +17,8 @@ from inside import Inside
 from test_replacing import code_of, forked
 
 from mptk import MptkError
+from mptk.features.hub.push import push_files
 from mptk.publish.manifest import write_manifest
-from mptk.publish.push import push_files
 
 CARD = "---\nlicense: mit\nbase_model: me/dense\ntags:\n- pruned\n---\n\n# A card\n"
 
@@ -131,6 +131,8 @@ def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub: Hub, folder: Path
     (tmp_path / "other").mkdir()
     with pytest.raises(MptkError, match=r"has no mptk.json"):
         push_files(tmp_path / "other", "me/small")
+    with pytest.raises(MptkError, match=r"has no mptk.json"):
+        push_files("a" * 300, "me/small")
     assert not hub.asked
 
 

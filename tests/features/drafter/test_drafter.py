@@ -24,8 +24,8 @@ from transformers.modeling_layers import MtpModel
 
 import mptk
 from benchmarks.tiny_models import tiny_model
-from mptk.io.drafter import Drafter
-from mptk.methods.drafter import STAGE
+from mptk.features.drafter.cut import STAGE
+from mptk.features.drafter.drafter import Drafter
 
 LAYERS, HIDDEN = 2, 48
 SIZES: dict[str, Any] = {

@@ -22,7 +22,7 @@ from mptk.ir.samples import make_token_samples
 from mptk.proof.proof import make_proof_batches
 from mptk.protocols import Use
 from mptk.publish.manifest import write_manifest
-from mptk.tasks.decoder_form import PLAIN, decode_samples
+from mptk.tasks.decoder_form import UNPADDED, decode_samples
 from passes.analysis.borders import find_config_borders, find_graph_borders, reach
 from passes.verify import Difference
 
@@ -126,7 +126,7 @@ class Counting:
 
 def test_decoding_steps_cross_each_border_with_the_cache() -> None:
     counting, samples = Counting(), make_token_samples(torch.zeros(1, 40, dtype=torch.long))
-    found = decode_samples(PLAIN, counting, Use([10, 12, 39]), samples)  # type: ignore[arg-type]
+    found = decode_samples(UNPADDED, counting, Use([10, 12, 39]), samples)  # type: ignore[arg-type]
     assert found.places.tolist() == [list(range(40))]
     assert found.outputs[0, :, 0].tolist() == list(range(40))
     ends = [cache + many for cache, many in counting.asked]

@@ -18,8 +18,8 @@ from .execution import build_executor as build_executor
 from .execution import find_device as find_device
 from .execution import find_session_device as find_session_device
 from .execution import measure_device_memory as measure_device_memory
-from .onnx_form import Case as Case
 from .onnx_form import Dense as Dense
+from .onnx_form import GraphCase as GraphCase
 from .onnx_form import OnnxForm as OnnxForm
 from .onnx_form import Part as Part
 from .onnx_form import Traced as Traced

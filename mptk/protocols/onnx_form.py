@@ -135,7 +135,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Case:
+class GraphCase:
     """A way in which the proof runs the graphs; ``stage``: its name.
 
     ``run``: opened graphs, their use and samples → outputs as in ``StageOutputs``. ``promise``: a key that the graphs'
@@ -181,7 +181,7 @@ class OnnxForm:
 
     trace: Callable[[Dense, Samples | None], Traced]
     open: Callable[[Path, torch.device], Any]
-    cases: tuple[Case, ...]
+    cases: tuple[GraphCase, ...]
     judge: Callable[[str, Sequence[tuple[Tensor, Tensor]]], Difference]
     outputs: tuple[str, ...] = ()
     axes: Mapping[str, Axes] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.ir import Samples, make_token_samples
 from mptk.ort.decoder import Cache, Ids, OrtDecoder
 from mptk.progress import step
-from mptk.protocols import PROOF_SHAPE, Case, Dense, OnnxForm, Traced, Use
+from mptk.protocols import PROOF_SHAPE, Dense, GraphCase, OnnxForm, Traced, Use
 from mptk.tasks.inputs.base import POSITIONS
 from mptk.tasks.model_form import LOGITS
 from mptk.tasks.onnx_proof import MOST_ROWS, compare_logits
@@ -66,7 +66,7 @@ LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
 """Tokens of the calls after the prompt: a token behind another, several behind a cache, a token behind several."""
-PLAIN = DecodingCase(STEPS)
+UNPADDED = DecodingCase(STEPS)
 """What runs a decoder without padding."""
 SEVERAL_NEW = (33, 32, 31, 17, 16, 15, 9, 8, 7, 6, 5, 4, 3, 2)
 """Tokens of one call: a kernel may change at a power of two, and an exporter may fix a small number."""
@@ -216,11 +216,11 @@ DECODER_FORM = OnnxForm(
     trace_step,
     OrtDecoder,
     (
-        Case("ONNX Runtime prefill", partial(decode_samples, DecodingCase())),
-        Case("ONNX Runtime padded left", partial(decode_samples, DecodingCase(STEPS, "left"))),
-        Case("ONNX Runtime padded right", partial(decode_samples, DecodingCase(STEPS, "right"))),
-        Case("ONNX Runtime decode", partial(decode_samples, PLAIN)),
-        Case("ONNX Runtime sizes", decode_sizes),
+        GraphCase("ONNX Runtime prefill", partial(decode_samples, DecodingCase())),
+        GraphCase("ONNX Runtime padded left", partial(decode_samples, DecodingCase(STEPS, "left"))),
+        GraphCase("ONNX Runtime padded right", partial(decode_samples, DecodingCase(STEPS, "right"))),
+        GraphCase("ONNX Runtime decode", partial(decode_samples, UNPADDED)),
+        GraphCase("ONNX Runtime sizes", decode_sizes),
     ),
     compare_logits,
     (LOGITS,),

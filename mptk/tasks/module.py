@@ -31,7 +31,7 @@ from passes.targets.onnx.emit import TOKEN_AXES
 
 BATCH_POSITIONS = 2048
 """Positions that are measured at once."""
-OUTPUT = "output"
+OUTPUT_NAME = "output"
 """The name of a graph's output."""
 
 
@@ -226,7 +226,7 @@ def take_program(dense: Dense, samples: Samples | None, names: Sequence[str]) ->
         raise MptkError("the module changes its buffers, which a graph would forget after each call; leave out ONNX")
     (results,) = program.graph.graph.output_node().args
     count = len(results) if isinstance(results, tuple | list) else 1
-    outputs = tuple(f"{OUTPUT}_{i}" for i in range(count)) if count > 1 else (OUTPUT,)
+    outputs = tuple(f"{OUTPUT_NAME}_{i}" for i in range(count)) if count > 1 else (OUTPUT_NAME,)
     return Traced(program, names, outputs=outputs, padding={})
 
 

@@ -19,7 +19,7 @@ from mptk.config import Settings
 from mptk.errors import ProofError
 from mptk.ir import Program, Samples, is_tokens, join_outputs
 from mptk.ort.sessions import OrtGraph
-from mptk.protocols import Case, Checks, Further, OnnxForm, Use
+from mptk.protocols import Checks, Further, GraphCase, OnnxForm, Use
 from mptk.tasks.inputs.base import PIXELS
 from mptk.tasks.padding import PADDING_KEY, Unpadded, has_token_ids, pad_by_metadata, remove_padding, with_mask
 from passes.targets.onnx.check_quantized import DIVERGENCES, compute_token_divergence
@@ -75,11 +75,13 @@ def compute_outputs(graph: OrtGraph, inputs: Mapping[str, Tensor]) -> Tensor | S
     return found if len(found) > 1 else found[0]
 
 
-def list_whole_cases(compute: GraphRun = compute_outputs, unpad: Unpadded = remove_padding) -> tuple[Case, Case]:
+def list_whole_cases(
+    compute: GraphRun = compute_outputs, unpad: Unpadded = remove_padding
+) -> tuple[GraphCase, GraphCase]:
     """The proof's samples, and the same with padding, if the metadata of the graphs promise that this works."""
     return (
-        Case("ONNX Runtime", partial(_run_plain, compute)),
-        Case("ONNX Runtime padded", partial(_run_padded, compute, unpad), PADDING_KEY),
+        GraphCase("ONNX Runtime", partial(_run_plain, compute)),
+        GraphCase("ONNX Runtime padded", partial(_run_padded, compute, unpad), PADDING_KEY),
     )
 
 

@@ -171,13 +171,13 @@ def open_sizes(inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: (0, 1) if is_text_input(name) or (patches and name != SHAPES) else (0,) for name in inputs}
 
 
-TEXT_AXES = ("text_batch_size", "sequence_length")
-FORM = replace(
+CAPTION_AXES = ("text_batch_size", "sequence_length")
+DUAL_ENCODER_FORM = replace(
     MODEL_FORM,
     trace=trace_pairs,
     cases=list_whole_cases(compute_embeddings),
     outputs=OUTPUTS,
-    axes={IDS: TEXT_AXES, MASK: TEXT_AXES, PIXELS: ("image_batch_size", "num_channels", "height", "width")},
+    axes={IDS: CAPTION_AXES, MASK: CAPTION_AXES, PIXELS: ("image_batch_size", "num_channels", "height", "width")},
     other_axes=("image_batch_size",),
 )
-DUAL_ENCODER = DualEncoder("dual-encoder", "dual encoder", (), "embeddings of texts and images", FORM)
+DUAL_ENCODER = DualEncoder("dual-encoder", "dual encoder", (), "embeddings of texts and images", DUAL_ENCODER_FORM)

@@ -19,8 +19,8 @@ from mptk.compat.torch import check
 from mptk.errors import MptkError
 from mptk.ir import Samples
 from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
-from mptk.protocols import PROOF_SHAPE, Case, Dense, OnnxForm, Part, Traced, Use
-from mptk.tasks.decoder_form import PLAIN
+from mptk.protocols import PROOF_SHAPE, Dense, GraphCase, OnnxForm, Part, Traced, Use
+from mptk.tasks.decoder_form import UNPADDED
 from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.base import PIXELS, Named
 from mptk.tasks.inputs.text import make_example_ids
@@ -139,7 +139,7 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
 def run_steps(graphs: OrtEncoderDecoder, use: Use, samples: Samples) -> Tensor:
     """The logits of the text in several calls."""
     ids = samples.inputs[DECODER_IDS]
-    prompts, calls = PLAIN.split_calls(len(ids), ids.shape[1], use.crossed)
+    prompts, calls = UNPADDED.split_calls(len(ids), ids.shape[1], use.crossed)
     return graphs(with_mask(samples.inputs), [prompts[0], *calls])
 
 
@@ -148,11 +148,11 @@ def draw_lengths(samples: Samples, seed: str, longer: bool) -> Iterable[Samples]
     return (draw_texts if longer and IDS in samples.inputs else draw_row_counts)(samples, seed)
 
 
-WHOLE, PADDED = list_whole_cases(OrtEncoderDecoder.__call__, keep_output)
+WHOLE_CASE, PADDED_CASE = list_whole_cases(OrtEncoderDecoder.__call__, keep_output)
 ENCODER_DECODER_FORM = OnnxForm(
     trace_both,
     OrtEncoderDecoder,
-    (WHOLE, Case("ONNX Runtime steps", run_steps), PADDED),
+    (WHOLE_CASE, GraphCase("ONNX Runtime steps", run_steps), PADDED_CASE),
     compare_logits,
     outputs=(LOGITS,),
     axes=DECODER_AXES,

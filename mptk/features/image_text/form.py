@@ -24,7 +24,7 @@ from mptk.features.image_text.inputs import ImagesWithText, find_image_token
 from mptk.ir import Program, Samples
 from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
 from mptk.progress import step
-from mptk.protocols import Case, Dense, Part, Traced, Use
+from mptk.protocols import Dense, GraphCase, Part, Traced, Use
 from mptk.staged.staged import Executor
 from mptk.tasks.decoder_form import DECODER_FORM
 from mptk.tasks.inputs.base import PIXELS, POSITIONS
@@ -113,7 +113,7 @@ def select_image_inputs(samples: Samples) -> dict[str, Tensor]:
     return {name: x for name, x in arrange_inputs(samples.inputs).items() if name not in (IDS, POSITIONS, IMAGE_SIZES)}
 
 
-def run_with_images(case: Case, tiles: int, decoder: OrtDecoder, use: Use, samples: Samples) -> Any:
+def run_with_images(case: GraphCase, tiles: int, decoder: OrtDecoder, use: Use, samples: Samples) -> Any:
     """What a decoder's ``case`` gives for the embeddings of samples with images.
 
     ``tiles``: how many times the graphs of embeddings get all samples at once; the last ones' are taken.
@@ -214,20 +214,20 @@ def compute_last_logits(
     return logits[:, -1:]
 
 
-def add_images(case: Case, tiles: int = 1) -> Case:
+def add_images(case: GraphCase, tiles: int = 1) -> GraphCase:
     """A decoder's case for samples with images."""
     return replace(case, run=partial(run_with_images, case, tiles))
 
 
-*TEXTS, SIZES = DECODER_FORM.cases
+*TEXT_CASES, SIZES_CASE = DECODER_FORM.cases
 IMAGE_TEXT_FORM = replace(
     DECODER_FORM,
     trace=trace_pictured,
     cases=(
-        *map(add_images, TEXTS),
-        add_images(SIZES, TILES),
+        *map(add_images, TEXT_CASES),
+        add_images(SIZES_CASE, TILES),
         # Images of another size run only if the vision encoder takes them: its trace may hold one size.
-        replace(add_images(TEXTS[-1]), stage="ONNX Runtime", takes=can_encode_images),
+        replace(add_images(TEXT_CASES[-1]), stage="ONNX Runtime", takes=can_encode_images),
     ),
     parts=(
         Part(VISION_FILE, {name: name for name in (PIXELS, GRIDS)}, (IMAGE_FEATURES,)),

@@ -8,8 +8,6 @@ from .api.compiler import show as show
 from .api.compiler import trace as trace
 from .api.graphs import bench as bench
 from .api.graphs import export as export
-from .api.ladder import ladder as ladder
-from .api.ladder import rung as rung
 from .api.pruned import Pruned as Pruned
 from .api.pruned import prune as prune
 from .api.pruned import recover as recover
@@ -18,6 +16,8 @@ from .api.use import generate as generate
 from .config import Settings as Settings
 from .errors import MptkError as MptkError
 from .errors import ProofError as ProofError
+from .features.ladder.api import ladder as ladder
+from .features.ladder.api import rung as rung
 from .io import fetch as fetch
 from .io import load as load
 from .ir import FamilyPlan as FamilyPlan

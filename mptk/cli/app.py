@@ -93,11 +93,12 @@ class Registered:
 class Extension:
     """Options that a feature adds to a command: the parameters of ``function`` that the command lacks.
 
-    ``after``: the parameter of the command below which they stand in its help.
+    ``after``: the parameter of the command below which they stand in its help. ``examples``: of the command with them.
     """
 
     function: Callable[..., None]
     after: str
+    examples: tuple[str, ...] = ()
 
 
 COMMANDS: dict[str, Registered] = {}
@@ -122,15 +123,17 @@ def register_command(
     return add
 
 
-def extend_command(command: str, *, after: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def extend_command(
+    command: str, *, after: str, examples: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add options to a command of another module. If one is typed, the function carries out the command.
 
     Its parameters that the command lacks are the options. By the names of the command's parameters it gets these.
-    ``after``: the parameter of the command below which the options stand in its help.
+    ``after``, ``examples``: as in ``Extension``.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        EXTENSIONS.setdefault(command, []).append(Extension(function, after))
+        EXTENSIONS.setdefault(command, []).append(Extension(function, after, examples))
         return function
 
     return add
@@ -199,7 +202,8 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
     kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.values() if each.name != "settings"]
     run.__signature__ = inspect.Signature([*kept, *options, *more])  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
-    lines = [f"mptk {example}".replace("[", r"\[") for example in command.examples]  # typer reads help as rich's markup
+    examples = [*command.examples, *(example for each in extensions for example in each.examples)]
+    lines = [f"mptk {example}".replace("[", r"\[") for example in examples]  # typer reads help as rich's markup
     epilog = "\n\n".join(["Examples:", *lines]) if lines else None
     app.command(called, epilog=epilog, rich_help_panel=panel)(run)
 
@@ -257,7 +261,7 @@ def tidy_for(arguments: Iterable[object]) -> None:
             if isinstance(name, str | Path):
                 check_text(name)
                 tidy(expand_path(name).parent)
-                tidy(expand_path(name))  # of a ladder, whose sizes are made in it
+                tidy(expand_path(name))  # some results are made in a folder of several
 
 
 @contextmanager

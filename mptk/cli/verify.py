@@ -124,13 +124,13 @@ def show_report(
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
     from mptk.report import sections as report
-    from mptk.report.runs import read_runs, with_rungs
+    from mptk.report.runs import list_results, read_runs
 
     if model is not None and not prompt:
         raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
     if not prompt:
         refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
-    folders = with_rungs(folders)  # a ladder's folder stands for its sizes
+    folders = list_results(folders)  # a ladder's folder stands for its sizes
     runs = read_runs(folders)
     if prompt:
         runs = [

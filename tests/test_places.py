@@ -28,11 +28,11 @@ import mptk
 from mptk import MptkError
 from mptk.cli.app import tidy_for
 from mptk.errors import explain_errors
+from mptk.features.ladder.ladder import is_finished
 from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
 from mptk.io.cache import build_once
 from mptk.protocols.run_folder import RunFolder, check_unfinished, read_kept_settings
 from mptk.publish.folder import amend, publish
-from mptk.run.ladder import is_finished
 from mptk.staged.spool import Spool
 from tests.lab import bare_run
 

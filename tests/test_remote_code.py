@@ -236,13 +236,13 @@ def test_the_word_is_in_no_file_and_in_no_copy(sound: dict[str, Path]) -> None:
 
 DOORS = {
     "mptk/api/changed.py": {"write_again"},  # hands an earlier word on to a run
-    "mptk/api/ladder.py": {"ladder", "rung"},
     "mptk/api/pruned.py": {"open"},
     "mptk/api/use.py": {"evaluate", "generate_continuations"},
     "mptk/run/describe.py": {"describe"},  # takes it away
     "mptk/cli/use.py": {"evaluate_models"},
     "mptk/config/recipe.py": {"format_command"},  # prints what the caller may type again
     "mptk/config/settings.py": {"CoreSettings", "trust"},
+    "mptk/features/ladder/api.py": {"ladder", "rung"},
     "mptk/features/rerun/api.py": {"repeat_run"},
     "mptk/io/models.py": {"load"},
     "mptk/proof/verification.py": {"verify"},

@@ -266,7 +266,7 @@ def tidy_for(arguments: Iterable[object]) -> None:
             if isinstance(name, str | Path):
                 check_text(name)
                 tidy(expand_path(name).parent)
-                tidy(expand_path(name))  # of a ladder, whose sizes are made in it
+                tidy(expand_path(name))  # some results are made in a folder of several
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from mptk.plugins import list_features
 __all__ = ["app", "features", "main", "models", "prune", "use", "verify"]
 
 PANELS = {
-    "Prune a model": ("analyze", "prune", "recover", "rung"),
+    "Prune a model": ("analyze", "prune", "recover"),
     "Check the result": ("report", "verify", "eval"),
     "Use the result": ("generate", "bench", "export"),
     "Look inside mptk": ("show", "passes", "ops", "features"),

@@ -66,7 +66,7 @@ def show_report(
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Compares several folders."""
     from mptk.report import sections as report
-    from mptk.report.runs import with_rungs
+    from mptk.report.runs import list_results
 
     # The first in full, then all of them side by side.
     runs = read_asked_runs(folders, prompt, model, settings)
@@ -74,20 +74,20 @@ def show_report(
     out.print(report.build_prune_view(first.report, first.bench, first.texts))
     if len(runs) > 1:
         out.print(report.build_comparison_view(runs))
-    out.print(f"files in {with_rungs(folders)[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)
+    out.print(f"files in {list_results(folders)[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)
 
 
 def read_asked_runs(
     folders: Sequence[Path], prompts: Sequence[str] | None, model: str | None, settings: Settings
 ) -> list[Run]:
     """The runs that ``report`` shows, with what their models write after the prompts."""
-    from mptk.report.runs import read_runs, with_rungs
+    from mptk.report.runs import list_results, read_runs
 
     if model is not None and not prompts:
         raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
     if not prompts:
         refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
-    folders = with_rungs(folders)  # a ladder's folder stands for its sizes
+    folders = list_results(folders)  # a ladder's folder stands for its sizes
     runs = read_runs(folders)
     if not prompts:
         return runs

@@ -25,11 +25,6 @@ ALL_STAY = Idle(
     "--sparsity 0 removes only tokens or KV heads",
     "give a --sparsity, or leave it out",
 )
-NO_LADDER = Idle(
-    lambda a: "sparsity" not in a.instead,
-    "only the sizes of --ladder can share weights",
-    "give --ladder, or leave it out",
-)
 CHOOSES = (PLANNED, ALL_STAY)
 """Cases of the settings that say how units are chosen."""
 TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget", "leave out one of both")

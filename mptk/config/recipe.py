@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,19 +49,20 @@ def collect_recorded(record: Record, command: str) -> dict[str, object]:
 
 
 def write_recipe(
-    folder: Path, source: str, settings: Settings, start: Path | None = None, ladder: Sequence[float] = ()
+    folder: Path,
+    source: str,
+    settings: Settings,
+    start: Path | None = None,
+    changes: Mapping[str, object] | None = None,
 ) -> None:
     """Write the ``run.yaml`` of a run on the model ``source``, or of a recovery of the folder ``start``.
 
-    ``ladder``: the sparsities of sizes that share weights, of which ``settings`` have one, and its part of the steps.
+    ``changes``: option → value in place of the settings' one; None: without the option.
     """
     model = resolve_model_name(source)
     command = "prune" if start is None else "recover"
-    values = build_recipe(model, settings, command)
-    # The settings are one size's. The recipe repeats the whole ladder, whose steps are divided again.
-    if ladder:
-        values |= {"ladder": ",".join(f"{size:g}" for size in ladder), "steps": len(ladder) * settings.steps}
-        del values["sparsity"]
+    values = {**build_recipe(model, settings, command), **(changes or {})}
+    values = {name: value for name, value in values.items() if value is not None}
     if start is not None:
         values = {"folder": str(start.resolve()), **values}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

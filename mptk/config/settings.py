@@ -22,7 +22,6 @@ from mptk.config.cases import (
     MACHINE,
     NO_CLASS,
     NO_GRAPH,
-    NO_LADDER,
     ON_DEVICE,
     PHASED,
     PLANNED,
@@ -145,14 +144,6 @@ class CutSettings(Record):
         PRUNE,
         CHOOSES,
         form="path",
-        in_plan=True,
-    )
-    shared: bool = declare_setting(
-        False,
-        "One set of weights for all sizes of --ladder, in one folder; `mptk rung` writes each smaller one.",
-        CUT,
-        PRUNE,
-        (NO_LADDER,),
         in_plan=True,
     )
     portable: bool = declare_setting(
@@ -439,6 +430,16 @@ class CoreSettings(CutSettings):
     def renumbers_tokens(self) -> bool:
         """Whether the result has other token ids, so that data must be texts. Features extend it."""
         return False
+
+    @property
+    def not_alone(self) -> str:
+        """Why no run makes the result by itself; empty if one does. Features extend it."""
+        return ""
+
+    @property
+    def subfolders(self) -> tuple[str, ...]:
+        """Those of the result with parts of others (``mptk.plugins.Feature.subfolders``). Features extend it."""
+        return ()
 
     @property
     def steps(self) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -296,34 +296,6 @@ def estimate(sizes: ModelSizes, work: Work, on: Machine, bound: float, device: s
         _drop_zeros(there),
         device,
         note=on.note,
-    )
-
-
-ONCE = ("start", "read", "trace and analyse", "calibration data")
-"""Stages that the runs of a ladder share."""
-
-
-def sum_estimates(runs: Sequence[Estimate]) -> Estimate:
-    """What several runs on one model need, one after the other in one process: the most memory, all disk and time."""
-    # Runs follow each other, so memory and temporary files are those of the largest one; results stay.
-    first = runs[0]
-
-    def find_most(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
-        return {name: max(what(run).get(name, 0) for run in runs) for name in what(first)}
-
-    def sum_up(what: Callable[[Estimate], Mapping[str, float]]) -> dict[str, float]:
-        return {name: sum(what(run).get(name, 0) for run in runs) for name in what(first)}
-
-    return Estimate(
-        find_most(lambda run: run.needed),
-        find_most(lambda run: run.held),
-        sum_up(lambda run: run.output),
-        find_most(lambda run: run.temporary),
-        sum_up(lambda run: run.seconds) | {name: first.seconds[name] for name in ONCE if name in first.seconds},
-        find_most(lambda run: run.there),
-        first.device,
-        f"{len(runs)} models, each with {first.does}" if first.does else f"{len(runs)} models",
-        first.note,
     )
 
 

@@ -54,14 +54,10 @@ from .remade import rebuild_model as rebuild_model
 from .resident import Resident as Resident
 from .resident import choose_memory_bound as choose_memory_bound
 from .resident import measure_free_memory as measure_free_memory
-from .slices import Places as Places
-from .slices import open_file_weights as open_file_weights
-from .slices import restore_file as restore_file
-from .slices import slice_weight as slice_weight
-from .slices import write_part as write_part
 from .tensors import defer_weight as defer_weight
 from .tensors import make_writer as make_writer
 from .tensors import plan_shards as plan_shards
+from .tensors import read_likes as read_likes
 from .tensors import write_weights as write_weights
 from .text.files import CHATS as CHATS
 from .text.files import Document as Document
@@ -75,6 +71,7 @@ from .text.sources import RANDOM_NAME as RANDOM_NAME
 from .text.tokens import split_documents as split_documents
 from .untrusted import CONFIG as CONFIG
 from .untrusted import GENERATION as GENERATION
+from .untrusted import check_weights as check_weights
 from .untrusted import load_tensors as load_tensors
 from .untrusted import read_metadata as read_metadata
 from .untrusted import read_object as read_object

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import find_config_field
 from mptk.errors import MptkError, take_first_line
-from mptk.publish.manifest import check_not_rung
+from mptk.publish.manifest import check_whole
 from mptk.reading import Damaged, Json, check_inside, make_damage_error, read_json_object, shorten_text
 
 CONFIG = "config.json"
@@ -56,7 +56,7 @@ def check_folder(folder: Path) -> None:
     """
     # Where the files lead comes first: nothing outside of the folder is opened.
     check_inside(folder)
-    check_not_rung(folder)
+    check_whole(folder)
     for file in sorted(folder.glob("*.json")):
         check_regular(file, MOST_JSON)
     if (folder / ADAPTER).exists():

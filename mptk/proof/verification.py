@@ -47,7 +47,7 @@ from mptk.protocols import (
     make_report_error,
 )
 from mptk.publish.licence import CARD, list_notices
-from mptk.publish.manifest import MARKER, RUNGS, check_manifest, hash_file, identify_file, list_files
+from mptk.publish.manifest import MARKER, check_manifest, hash_file, identify_file, list_files
 from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.beside import READ
@@ -275,13 +275,12 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
         if files is None:
             return
         known |= files
-    # Files that depend on the run: metrics, FLAP's biases, smaller sizes of a ladder, a tokenizer, licence notices.
+    # Files that depend on the run: metrics, FLAP's biases, parts of other results, a tokenizer, licence notices.
     if settings.steps:
         known |= {METRICS, *(name for name in found if name.startswith(f"{TRACKER}/"))}
     if compiled.chosen.changes and not compiled.chosen.trained:
         known.add(COMPENSATION)
-    if settings.shared:
-        known |= {name for name in found if name.startswith(f"{RUNGS}/")}
+    known |= {name for name in found if name.startswith(tuple(f"{each}/" for each in settings.subfolders))}
     if compiled.prepared.loaded.tokenizer is None:  # of a model in memory: verify's note says that nothing reads them
         known |= {name for name in found if any(PurePosixPath(name).match(pattern) for pattern in READ)}
     copies = ((each, folder / each.name) for each in list_notices(dense))

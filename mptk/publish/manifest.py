@@ -15,14 +15,13 @@ from pathlib import Path
 
 from mptk.errors import MptkError
 from mptk.files import format_json, write_text
+from mptk.plugins import list_features
 from mptk.reading import read_json
 
 MARKER = "mptk.json"
 MANIFEST_FORMAT = "mptk-output/1"
 REPORT_FILE = "report.json"
 """What a pruned folder says of itself (``mptk/protocols/report.py``)."""
-RUNGS = "rungs"
-"""The subfolder with what the smaller sizes of a ladder have beside the weights that they share with the folder."""
 
 # A digest is remembered only if the file's last change is at least this many nanoseconds old: file systems have coarse
 # clocks, and one more change in the same tick would not show in the file's times.
@@ -90,18 +89,18 @@ def read_manifest(folder: Path) -> dict[str, str]:
     return files
 
 
-def check_not_rung(folder: Path) -> None:
-    """Raise MptkError if a folder is one size of a ladder, which is not whole without the folder around it."""
-    rungs = folder.absolute().parent
-    if rungs.name == RUNGS and is_ours(rungs.parent):
-        raise MptkError(
-            f"{folder} is a part of {rungs.parent}; write it first: `mptk rung {rungs.parent} {folder.name} --out DIR`"
-        )
+def check_whole(folder: Path) -> None:
+    """Raise MptkError if a folder is only a part, as a size of a ladder: it shares files with the folder around it."""
+    place = folder.absolute().parent
+    commands = {name: command for feature in list_features().values() for name, command in feature.subfolders.items()}
+    if place.name in commands and is_ours(whole := place.parent):
+        command = f"mptk {commands[place.name]} {whole} {folder.name} --out DIR"
+        raise MptkError(f"{folder} is a part of {whole}; write it first: `{command}`")
 
 
 def check_manifest(folder: Path) -> None:
     """Raise MptkError if a file is missing, new or changed, or if the folder's report names other weights."""
-    check_not_rung(folder)
+    check_whole(folder)
     check_listed(folder, others=False)
     _check_weights(folder)  # somebody may have written the manifest again after the weights were lost
 

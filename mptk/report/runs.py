@@ -14,7 +14,6 @@ from mptk.files import format_json
 from mptk.ir import FamilyPlan, Plan, split_layer
 from mptk.ort.bench import Bench
 from mptk.protocols import REPORT_FILE, Report, Row
-from mptk.publish.manifest import RUNGS
 from mptk.reading import make_damage_error, make_typed, parse_json, read_as, read_text
 from mptk.report.view import format_count, format_ranges
 
@@ -103,18 +102,19 @@ class MetricsLine(TypedDict):
     step: int
 
 
-def with_rungs(folders: Sequence[Path]) -> list[Path]:
-    """``folders``, with the results of a ladder in the place of its folder, the largest model first.
+def list_results(folders: Sequence[Path]) -> list[Path]:
+    """``folders``, with the results in a folder in its place, the largest model first.
 
-    If the sizes share weights, the folder is the largest.
+    A result itself comes with those of which it holds parts.
     """
 
-    def list_rungs(folder: Path) -> list[Path]:
+    def list_within(folder: Path) -> list[Path]:
         own = (folder / REPORT_FILE).exists()
-        found = [each.parent for each in (folder / RUNGS if own else folder).glob(f"*/{REPORT_FILE}")]
+        places = [folder / name for name in Report.read(folder).settings.subfolders] if own else [folder]
+        found = [each.parent for place in places for each in place.glob(f"*/{REPORT_FILE}")]
         return [folder] * own + sorted(found, key=lambda each: Report.read(each).sparsity) or [folder]
 
-    return [rung for folder in folders for rung in list_rungs(folder)]
+    return [result for folder in folders for result in list_within(folder)]
 
 
 def name_folders(folders: Sequence[Path]) -> list[str]:

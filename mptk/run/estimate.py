@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mptk.compat.transformers import find_config_field
 from mptk.config import Settings
 from mptk.conversions import count_dense_models
-from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, describe_size, estimate, measure_machine, sum_estimates
+from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, describe_size, estimate, measure_machine
 from mptk.distributed.processes import find_module_blocks
 from mptk.errors import MptkError
 from mptk.files import expand_path
@@ -38,21 +38,15 @@ class Estimator:
 
     ``model``: its parameters may have no values. ``stored``: the type of its checkpoint. ``kept``: the share of the
     parameters that a plan keeps, if there is one. ``instead``: what a run does that makes no cut; None: it makes one.
-    ``sparsities``: of a ladder, whose runs are added up.
     """
 
     model: PreTrainedModel
     stored: torch.dtype
     kept: float = 1.0
     instead: Stage | None = None
-    sparsities: Sequence[float] = ()
 
     def estimate(self, settings: Settings) -> Estimate:
         """What a run with complete settings needs."""
-        # A ladder: the sum of its runs.
-        if self.sparsities:
-            each = replace(self, sparsities=())
-            return sum_estimates([each.estimate(replace(settings, sparsity=sparsity)) for sparsity in self.sparsities])
         # The model's sizes, from its config and its parameters' shapes.
         config = self.model.config.get_text_config()
         stored = self.stored if settings.dtype == "auto" else getattr(torch, settings.dtype)

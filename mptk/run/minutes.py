@@ -117,8 +117,8 @@ def list_undecided(settings: Settings, recovers: bool = False) -> list[str]:
     numbers = {"steps": settings.learning.steps} if trains else {}
     numbers |= {name: getattr(settings, name) for name in ("samples", *settings.further_numbers)}
     found = [name for name, number in numbers.items() if number is None]
-    # Distillation goes on from fitted consumers, and sizes that share weights refuse it (`check_shared`).
-    distils = trains and not settings.shared and should_reconstruct(settings, find_method(settings.method))
+    # Distillation goes on from fitted consumers.
+    distils = trains and should_reconstruct(settings, find_method(settings.method))
     return [*found, "distil_epochs"] if "samples" in found and distils and settings.distil_epochs is None else found
 
 

@@ -78,8 +78,8 @@ def run_prune(model: Start, run: Run) -> Result:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof exceeds its tolerance. The output then stays as it was.
     """
-    if run.settings.shared:
-        raise MptkError("only the sizes of a ladder can share weights; use mptk.ladder, or leave out --shared")
+    if why := run.settings.not_alone:
+        raise MptkError(why)
     # What is there: the dense model, traced and analysed, the widths it may get, and text.
     prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
@@ -104,7 +104,7 @@ def run_prune(model: Start, run: Run) -> Result:
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
             notes = write_targets(compiled, sets, folder, run)
             proven = prove_outputs(compiled, sets, folder, [*checked, *further], run)
-            write_recipe(folder, run.source, run.settings, run.start, run.sizes)
+            write_recipe(folder, run.source, run.settings, run.start)
             report = write_report(compiled, proven, sets, notes, folder, run)
         try:
             report = measure(report, compiled, sets, run.out, run)

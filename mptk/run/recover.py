@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from mptk.compile.cut import apply_choice, build_small_model, cut_to, widen_weights
 from mptk.distributed.processes import holds
-from mptk.io import Places
 from mptk.ir import Samples, Weights, build_renumbering, list_removed_blocks
 from mptk.methods.distil import NO_BLOCK, Schedule, distil_blocks
 from mptk.methods.maskprune.learner import Learner, Recovered
-from mptk.methods.maskprune.together import Together
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from mptk.proof.proof import check_witness
 from mptk.protocols import Chosen, Compiled, Kept, Prepared, Row, SampleSets, should_reconstruct
@@ -87,38 +80,6 @@ def recover_quality(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Com
     return (compiled, []) if found is None else adopt_weights(compiled, found, sets, run)
 
 
-def recover_together(
-    compiled: Sequence[Compiled], sets: SampleSets, run: Run
-) -> list[tuple[Compiled, list[Difference]]]:
-    """``recover_quality`` for sizes that share their weights, the largest first: each step trains all of them."""
-    if run.folder is None or run.accelerator is None:
-        return [(each, []) for each in compiled]
-    prepared = compiled[0].prepared
-    s = prepared.recovery
-    learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress)
-    with run.stage("recover"):
-        # A generator: `Together` takes one size at a time, and keeps no memory for what it shares with the largest.
-        sizes = (
-            (build_small_model(each, each.exact.state_dict()), find_places(each, compiled[0])) for each in compiled
-        )
-        held_out = take_guards(sets, s.training.batch)
-        found = learner.recover_all(Together(sizes), prepared.settings.steps, sets.proof, held_out)
-    return [adopt_weights(each, one, sets, run) for each, one in zip(compiled, found, strict=True)]
-
-
-def find_places(compiled: Compiled, largest: Compiled) -> Places:
-    """Where the weights of a size are in the largest size's, which has the same units and more."""
-    analysis, found = compiled.analysis, dict[str, list[Tensor]]()
-    for name, owner in {**{name: name for name in analysis.weights}, **analysis.program.aliases}.items():
-        terms, one, other = analysis.weights.get(owner, ()), largest.chosen.cut, compiled.chosen.cut
-        # Rows that differ along another dimension are not a slice of the largest size's: the weight is the size's own.
-        if one.find_varying(terms) is None and other.find_varying(terms) is None:
-            # Positions are sorted dense ones, and the larger size has all of the smaller one's.
-            pairs = [(one.find_positions(term), other.find_positions(term)) for term in terms]
-            found[name] = [torch.from_numpy(np.searchsorted(there, here)) for there, here in pairs]
-    return found
-
-
 def take_guards(sets: SampleSets, batch: int) -> Samples | None:
     """The held-out samples that training is watched on."""
     return None if sets.held_out is None else sets.held_out[:batch]
@@ -140,7 +101,6 @@ def adopt_weights(
     row: Row = {"rank": s.rank or 0, "lr": s.training.lr}
     if found.watch is not None:
         row = {**row, **found.watch.to_row(prepared.settings.data, s.training.save_every)}
-        row = {**row, "metric": "training loss, added up over the sizes"} if prepared.settings.shared else row
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     # The model is cut again, with these weights. The form in which the target holds it (`written`) stays.
     held = compiled.analysis.with_weights(chosen.changes)  # the rest is as stored

@@ -60,7 +60,7 @@ class Run(Context):
     ``source``: the model as the user named it. ``start``: the pruned folder that it trains. ``settings``: complete.
     ``plan``: what the settings' file of a plan says, read once, so that later changes of the file have no effect.
     ``estimator``: estimates it; None if that is not possible. ``reads_data``: whether it reads data. ``further``:
-    sparsities to which its result is cut further. ``sizes``: the sparsities of all sizes, if they share weights.
+    sparsities to which its result is cut further.
 
     Found by its stages: ``dense``: the analysed dense model, which further runs on it share. ``origin``: digests of the
     inputs. ``rows``: what stages of features found, as rows of the report.
@@ -75,16 +75,11 @@ class Run(Context):
     estimator: Estimator | None = None
     reads_data: bool = True
     further: Sequence[float] = ()
-    sizes: Sequence[float] = ()
     resident: Resident = field(default_factory=lambda: Resident(0))
     executor: Executor = EXECUTOR
     dense: DenseModel | None = None
     origin: Origin = field(default_factory=Origin)
     rows: Rows = field(default_factory=dict)
-
-    def with_output(self, out: Path, settings: Settings, further: Sequence[float] = ()) -> Self:
-        """The same run with another output and other settings: a size of a ladder."""
-        return replace(self, out=out, settings=settings, further=further)
 
     @property
     def keeps_stages(self) -> bool:

@@ -56,7 +56,7 @@ def repeat_run(
         raise MptkError(f"the weights of {folder} were changed in memory, which mptk rerun cannot repeat; prune again")
     if IN_MEMORY in before.settings.sources:
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
-    if before.settings.shared:
+    if before.settings.not_alone:
         raise MptkError(
             f"{folder} shares its weights with other sizes; run `mptk prune --config {folder / RECIPE_FILE}`"
         )

@@ -43,7 +43,6 @@ from mptk.methods.division.layers import describe_ends
 from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_model_weights
-from mptk.methods.maskprune.together import Together
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, count_product_tokens, move_to_host, run_module
 from mptk.progress import Progress
 from mptk.protocols import TRACKER, Chosen, Kept, Prepared, RunFolder, SampleSets, Task, Witness
@@ -318,20 +317,6 @@ class Learner:
         trained = gather_tensors(state, keep=self.accelerator.is_main_process)
         return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
 
-    def recover_all(self, student: Together, steps: int, batch: Samples, held_out: Samples | None) -> list[Recovered]:
-        """Train all sizes of ``student`` at once; returns what each became. Arguments as in ``recover``."""
-        watch = None if held_out is None else Watch(held_out)
-        teacher = self._make_teacher(self._make_separate_teacher())
-        loop = self._make_loop(student, teacher, steps, "recovery", watch=watch, sizes=student.views)
-        loop.run()
-        without_autocast(self.accelerator, loop.student)
-        found = []
-        for i, view in enumerate(student.views):
-            witness = Witness("trained model", self.compute_outputs(view, batch), self.tolerance)
-            found.append(Recovered(gather_tensors(student.compute_weights(i).items(), keep=True), witness, watch))
-        self.accelerator.free_memory()
-        return found
-
     @property
     def tolerance(self) -> float:
         """Largest difference of the trained model and its stored weights, relative to the largest output."""
@@ -350,9 +335,11 @@ class Learner:
         else:
             student = small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
-        return self._make_loop(
-            student, self._make_teacher(self._make_separate_teacher()), steps, "recovery", first_row=used, watch=watch
-        )
+        return self.make_recovery_loop(student, steps, first_row=used, watch=watch)
+
+    def make_recovery_loop(self, student: nn.Module, steps: int, **more: Any) -> Loop:
+        """The loop that trains the parameters of ``student`` that require a gradient. ``more``: its other fields."""
+        return self._make_loop(student, self._make_teacher(self._make_separate_teacher()), steps, "recovery", **more)
 
     # ---- shared ----
 

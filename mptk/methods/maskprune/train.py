@@ -35,10 +35,14 @@ STATE = "watched"
 
 @dataclass
 class Watch:
-    """``losses``: number of steps → the training loss on ``samples``, which are never trained on."""
+    """``losses``: number of steps → the training loss on ``samples``, which are never trained on.
+
+    ``metric``: how the report calls it.
+    """
 
     samples: Samples
     losses: dict[int, float] = field(default_factory=dict)
+    metric: str = "training loss"
 
     def add(self, step: int, loss: float) -> None:
         """Record the loss after ``step`` steps. NaN counts as infinite."""
@@ -62,7 +66,7 @@ class Watch:
         """The report's row. ``source``: of the samples. ``every``: steps between two measurements."""
         when = f"before training, every {every} steps and at the end"
         return {
-            "metric": "training loss",
+            "metric": self.metric,
             "protocol": f"{len(self.samples)} samples of {source}, never trained on; {when}",
             "losses": {str(step): loss for step, loss in self.losses.items()},
             "kept": self.best,

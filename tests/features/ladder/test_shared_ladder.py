@@ -21,11 +21,12 @@ import mptk
 from mptk import MptkError, Pruned
 from mptk.config.learning import Training
 from mptk.distributed.processes import make_accelerator
+from mptk.features.ladder.rungs import list_rung_sizes
+from mptk.features.ladder.slices import open_file_weights, restore_file, slice_weight, write_part
+from mptk.features.ladder.together import Together
 from mptk.features.rerun.api import repeat_run
-from mptk.io.slices import open_file_weights, restore_file, slice_weight, write_part
 from mptk.ir.samples import make_token_samples
 from mptk.methods.maskprune.losses import compute_class_losses
-from mptk.methods.maskprune.together import Together
 from mptk.methods.maskprune.train import Loop
 from mptk.protocols.run_folder import RunFolder
 from mptk.publish.manifest import check_manifest, hash_file, write_manifest
@@ -176,8 +177,8 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     ("stop", "call"),
     [
         (STEP, 2),
-        ("mptk.run.shared.keep_rung", 2),
-        pytest.param("mptk.run.shared.measure", 1, marks=pytest.mark.long),
+        ("mptk.features.ladder.shared.keep_rung", 2),
+        pytest.param("mptk.features.ladder.shared.measure", 1, marks=pytest.mark.long),
         pytest.param("mptk.run.prune.compile_plan", 2, marks=pytest.mark.long),
     ],
 )
@@ -303,6 +304,13 @@ def test_a_size_that_is_not_written_yet_says_how(shared: list[Pruned], use: Call
     place = shared[0].place
     with pytest.raises(MptkError, match=f"write it first: `mptk rung {place} 0.4 --out DIR`"):
         use(place / "rungs" / "0.4")
+
+
+def test_sizes_are_listed_by_number_the_largest_model_first(tmp_path: Path) -> None:
+    for name in ("0.5", "0.35", "0.123", "0.4", "mine"):
+        (tmp_path / "rungs" / name).mkdir(parents=True)
+        (tmp_path / "rungs" / name / "mptk.json").touch()
+    assert list_rung_sizes(tmp_path) == ["0.123", "0.35", "0.4", "0.5", "mine"]
 
 
 def test_names_in_a_manifest_lead_nowhere(shared: list[Pruned], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mptk.io import Places, slice_weight
+from mptk.features.ladder.slices import Places, slice_weight
 from passes.frontend.trace import find_cache_switch
 
 

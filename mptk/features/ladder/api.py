@@ -1,9 +1,8 @@
-"""ladder: ``mptk.ladder``, which prunes a model to several sizes in one run."""
+"""api: ``mptk.ladder``, which prunes a model to several sizes in one run, and ``mptk.rung``, which writes one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from mptk.api.changed import FirstRun
 from mptk.api.pruned import Pruned, Shown, check_start, make_default_settings, report_progress, resolve_place
 from mptk.api.words import wrap_public
-from mptk.compile.rungs import list_rung_sizes, restore_rung
 from mptk.config import Settings, with_keywords
-from mptk.cost.estimate import Estimate, sum_estimates
+from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import is_leader
 from mptk.errors import MptkError
+from mptk.features.ladder.estimate import LadderEstimator, sum_estimates
+from mptk.features.ladder.ladder import climb, divide_steps, list_settings, name_size, open_ladder, should_share_weights
+from mptk.features.ladder.rungs import list_rung_sizes, restore_rung
+from mptk.features.ladder.shared import prune_together
 from mptk.files import make_scratch
 from mptk.files.outputs import check_apart
 from mptk.ir import Log, PassRecord
@@ -24,11 +26,9 @@ from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import read_estimator
 from mptk.run.inputs import Data, GivenInputs, Inputs, name_given
-from mptk.run.ladder import climb, divide_steps, list_settings, name_size, open_ladder
 from mptk.run.minutes import complete_settings
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.prune import Result
-from mptk.run.shared import prune_together
 from mptk.trust import Trust, trust_by_caller
 
 
@@ -84,7 +84,7 @@ def ladder(
         open_ladder(start, source, place, asked, sparsities, inputs, Context(Log(on_record=on_stage), say)) as runs,
     ):
         # The smaller sizes lie inside the largest one's folder, and are made anew into temporary folders.
-        if asked.shared:
+        if should_share_weights(asked):
             found = prune_together(start, runs[0])
             sizes = [rung(place, size, trust_remote_code=asked.trust_remote_code) for size in sparsities[1:]]
             return [_make_pruned(place, found, asked.trust), *sizes]
@@ -106,7 +106,7 @@ def estimate_ladder(model: str, settings: Settings, sparsities: Sequence[float])
     asked = divide_steps(settings, sparsities)
     estimator = read_estimator(model, settings.trust)
     places = [Path(name_size(sparsity)) for sparsity in sparsities]
-    each = complete_settings(asked, replace(estimator, sparsities=sparsities))[0]
+    each = complete_settings(asked, LadderEstimator(**vars(estimator), sparsities=sparsities))[0]
     return sum_estimates([estimator.estimate(own) for own in list_settings(each, sparsities, places)])
 
 

@@ -1,30 +1,38 @@
 """rungs: the smaller sizes of a ladder inside the folder of the largest, whose weights they share.
 
 ``rungs/SIZE`` has each file that differs from the largest size's folder or is missing there, and of each file of
-weights only what is not a slice of the larger weights (``io/slices.py``). Its manifest lists the files of the whole
+weights only what is not a slice of the larger weights (``slices.py``). Its manifest lists the files of the whole
 folder, as the size was proven.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 from mptk.compile.cut import COMPENSATION
 from mptk.errors import MptkError, ProofError
-from mptk.io import Places, open_file_weights, restore_file, write_part
+from mptk.features.ladder import RUNGS
+from mptk.features.ladder.slices import Places, open_file_weights, restore_file, write_part
 from mptk.ir import Weights
-from mptk.publish.manifest import MARKER, RUNGS, hash_file, list_files, read_manifest
+from mptk.publish.manifest import MARKER, hash_file, list_files, read_manifest
 
 PART_SUFFIX = ".part"
 """The end of a part's name. With it no program that looks for ``*.safetensors`` takes a part for weights."""
 
 
 def list_rung_sizes(folder: Path) -> list[str]:
-    """The names of the smaller sizes in a folder, the largest first."""
-    return sorted(
-        (place.parent.name for place in (folder / RUNGS).glob(f"*/{MARKER}")), key=lambda name: (len(name), name)
-    )
+    """The names of the smaller sizes in a folder, the largest model first."""
+    return sorted((place.parent.name for place in (folder / RUNGS).glob(f"*/{MARKER}")), key=read_size)
+
+
+def read_size(name: str) -> float:
+    """The sparsity in the name of a size; infinite if it is another name, which somebody gave a folder."""
+    try:
+        return float(name)
+    except ValueError:
+        return math.inf
 
 
 def keep_rung(full: Path, folder: Path, places: Places) -> None:

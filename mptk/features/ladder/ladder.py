@@ -1,7 +1,8 @@
 """ladder: models of several sizes in one run. Each is cut further from the next larger one and begins with its weights.
 
 Each rung is a run of its own (``mptk/run/larger.py``), with a folder, a proof and a report. They share the dense
-model, its analysis and a cached teacher. Steps and minutes are those of the whole ladder, in equal parts.
+model, its analysis and a cached teacher. Steps and minutes are those of the whole ladder, in equal parts. Sizes that
+share weights are one run (``shared.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from mptk.compat.accelerate import separate_state
 from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, to_json, with_keywords
 from mptk.distributed.processes import is_leader, run_once
 from mptk.errors import MptkError
+from mptk.features.ladder import LadderSettings
+from mptk.features.ladder.estimate import LadderEstimator
+from mptk.features.ladder.shared import check_shared
 from mptk.files.outputs import check_apart
 from mptk.io import RANDOM_DATA
 from mptk.io.text.sources import SELF
@@ -48,7 +52,6 @@ from mptk.run.run import (
     make_run,
     read_estimator_of,
 )
-from mptk.run.shared import check_shared
 
 TEACHER = "teacher"
 """Name of the folder of a cached teacher, within the folder of the unfinished ladder."""
@@ -74,11 +77,16 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
     }
     if wrong := next((name for name, is_given in given.items() if is_given), None):
         raise MptkError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}")
-    if settings.shared:
+    if should_share_weights(settings):
         check_shared(settings)
     if 0 < (steps := settings.steps) < len(sparsities):
         count = len(sparsities)
         raise MptkError(f"--steps {steps} is less than one for each of {count} models; give {count} or more")
+
+
+def should_share_weights(settings: Settings) -> bool:
+    """Whether all sizes are one set of weights."""
+    return LadderSettings.of(settings).shared
 
 
 def name_size(sparsity: float) -> str:
@@ -111,8 +119,9 @@ def open_ladder(
         MptkError: as ``open_run``; the sparsities or the settings do not suit a ladder; or ``out`` is a result itself.
     """
     asked = divide_steps(asked, sparsities)
-    places = [out] if asked.shared else [out / name_size(sparsity) for sparsity in sparsities]
-    if not asked.shared and is_ours(out):
+    shared = should_share_weights(asked)
+    places = [out] if shared else [out / name_size(sparsity) for sparsity in sparsities]
+    if not shared and is_ours(out):
         raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
     with enter_run_state(asked.device), lock_ladder(out, places, asked, source):
         check_settings(fill_in(asked), None, inputs.texts)
@@ -120,9 +129,9 @@ def open_ladder(
         settings = run_once(lambda: complete_ladder(model, asked, sparsities, places))
         each = make_run(source, out, settings, inputs, read_estimator_of(model, asked.trust), context)
         # The minutes are the whole ladder's: in the report of one size they would read as its own.
-        if asked.shared:
+        if shared:
             settings = replace(settings, sparsity=sparsities[0], minutes=None)
-            yield [replace(each, settings=settings, further=sparsities[1:], sizes=sparsities)]
+            yield [replace(each, settings=settings, further=sparsities[1:])]
         else:
             yield list_rungs(each, sparsities, places)
 
@@ -133,7 +142,7 @@ def lock_ladder(out: Path, places: Sequence[Path], settings: Settings, source: s
 
     Whether a rung may be replaced is checked later (``count_finished``): a finished one stays.
     """
-    if settings.shared:
+    if should_share_weights(settings):
         with lock_outputs([out], settings, [source]):
             yield
         return
@@ -144,7 +153,7 @@ def lock_ladder(out: Path, places: Sequence[Path], settings: Settings, source: s
 def complete_ladder(model: Start, asked: Settings, sparsities: Sequence[float], places: Sequence[Path]) -> Settings:
     """The complete settings that all rungs have: those of an unfinished ladder in ``places`` if it is resumed."""
     estimator = read_estimator_of(model, asked.trust)
-    whole = None if estimator is None else replace(estimator, sparsities=sparsities)
+    whole = None if estimator is None else LadderEstimator(**vars(estimator), sparsities=sparsities)
     unfinished = next(filter(None, map(read_earlier, places)), {}) if asked.resume else {}
     return complete_settings(asked, whole, unfinished=unfinished)[0]
 
@@ -156,7 +165,7 @@ def list_rungs(each: Run, sparsities: Sequence[float], places: Sequence[Path]) -
         # In the ladder's folder: in its own run's folder, each rung would run the same teacher again.
         settings = with_keywords(settings, {"teacher_cache": str(name_run_folder(each.out) / TEACHER)})
     own = list_settings(settings, sparsities, places)
-    return [each.with_output(places[i], one, sparsities[i + 1 :]) for i, one in enumerate(own)]
+    return [replace(each, out=places[i], settings=one, further=sparsities[i + 1 :]) for i, one in enumerate(own)]
 
 
 def list_settings(settings: Settings, sparsities: Sequence[float], places: Sequence[Path]) -> list[Settings]:

@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk import MptkError, Plan, Pruned
-from mptk.api.ladder import estimate_ladder
 from mptk.api.pruned import estimate_run
 from mptk.cli.main import app
+from mptk.features.ladder.api import estimate_ladder
 from mptk.features.rerun.api import repeat_run
 from mptk.protocols.chain import Prepared
 
@@ -249,7 +249,7 @@ def test_finished_sizes_stay_and_other_settings_are_refused(
     out = tmp_path / "m"
     shutil.copytree(trained[0].place.parent, out)
     shutil.rmtree(out / "0.2")
-    inside.forbid("mptk.run.ladder.run_prune")
+    inside.forbid("mptk.features.ladder.ladder.run_prune")
     shutil.copytree(out / "0.4", out / "0.2")
     with pytest.raises(MptkError, match=r"0.2 was made with other settings \(larger, seed, sparsity\)"):
         mptk.ladder(llama, out, TWO, data=text, resume=True, **TRAINED)

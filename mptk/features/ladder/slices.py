@@ -16,8 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mptk.io.tensors import read_likes, write_weights
-from mptk.io.untrusted import check_weights, load_tensors
+from mptk.io import check_weights, load_tensors, read_likes, write_weights
 from mptk.ir import Lazy, Weights
 from mptk.reading import make_damage_error
 

@@ -1,0 +1,88 @@
+"""command: ``mptk prune --ladder`` and ``mptk rung``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mptk.cli.app import explain_stop, extend_command, register_command
+from mptk.cli.console import err, make_pass_printer, out, show_stages
+from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, parse_share, with_latency
+from mptk.cli.prune import check_prune, show_needs
+from mptk.config import CUT, Settings
+from mptk.errors import MptkError
+
+
+@extend_command(
+    "prune",
+    after="max_prefill_ms",
+    examples=("prune smollm2-135m --ladder 0.2,0.3,0.5 --data book.txt --out runs/sizes",),
+)
+def prune_to_sizes(
+    model: ModelArgument,
+    settings: Settings,
+    folder: Path | None = None,
+    max_decode_ms: MaxMs = None,
+    max_prefill_ms: MaxMs = None,
+    ladder: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CUT, help="Make several sizes, as 0.2,0.3,0.5: each cut further from the larger one."
+        ),
+    ] = None,
+    estimate: bool = False,
+) -> None:
+    """Make the models of a ladder and show them side by side; or only show what they need."""
+    from mptk.features.ladder import api
+    from mptk.features.ladder.ladder import divide_steps, name_size, should_share_weights
+    from mptk.report import sections as report
+    from mptk.report.runs import Run
+
+    assert ladder is not None, "without it another function carries out the command"
+    settings = with_latency(settings, max_decode_ms, max_prefill_ms)
+    sizes = [parse_share(each, "--ladder") for each in parse_names(ladder)]
+    divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused
+    instead = {"sparsity": "--ladder names the sizes; leave out one of both"}
+    check_prune(settings, folder is not None, estimate, instead)
+    if estimate:
+        show_needs(api.estimate_ladder(model, settings, sizes), folder)
+        return
+    if folder is None:
+        raise MptkError("the results need a folder; give --out FOLDER")
+    # Sizes that share weights are one folder; others are folders in it, and a stopped run says which are finished.
+    shared = should_share_weights(settings)
+    places = [folder] if shared else [folder / name_size(each) for each in sizes]
+    with explain_stop(*places, goes_on=settings.resume), show_stages(err) as progress:
+        found = api.ladder(model, folder, sizes, settings, progress=progress, on_stage=make_pass_printer())
+    if found:
+        out.print(report.build_prune_view(found[-1].report))
+        out.print(report.build_comparison_view([Run(each.place.name, each.report) for each in found]))
+        if shared:
+            smaller = ", ".join(each.place.name for each in found[1:])
+            out.print(f"written to {folder}; `mptk rung {folder} SIZE --out FOLDER` writes {smaller}", soft_wrap=True)
+        else:
+            out.print(f"written to {', '.join(str(each.place) for each in found)}", soft_wrap=True)
+
+
+@register_command("rung", examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
+def write_rung(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder --shared`.")],
+    size: Annotated[str | None, typer.Argument(help="One of its smaller sizes; without it they are listed.")] = None,
+    destination: Annotated[Path | None, make_folder_option("Folder for that size.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result that was changed.")] = False,
+) -> None:
+    """Write a smaller size of a ladder that shares weights: the folder that the run proved. No model runs."""
+    from mptk.features.ladder import api
+    from mptk.report import sections as report
+    from mptk.report.runs import list_results, read_runs
+
+    if size is None:  # list them, as a table
+        api.list_smaller_sizes(folder)
+        out.print(report.build_comparison_view(read_runs(list_results([folder]))))
+        return
+    if destination is None:
+        raise MptkError("the result needs a folder; give --out FOLDER")
+    api.rung(folder, parse_share(size, "SIZE"), destination, overwrite=overwrite)
+    out.print(f"written to {destination}", soft_wrap=True)

@@ -108,7 +108,9 @@ def test_one_name_is_one_thing() -> None:
         for file in (ROOT / package).rglob("*.py")
         for name in set(defined(ast.parse(file.read_text())))
     )
-    twice = [name for name, count in places.items() if count > 1 and not name.startswith("__")]
+    # Each feature calls its record FEATURE, as its entry point says.
+    known = {"FEATURE"}
+    twice = [name for name, count in places.items() if count > 1 and not name.startswith("__") and name not in known]
     assert len(twice) < 10, twice
 
 

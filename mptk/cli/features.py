@@ -14,8 +14,8 @@ from mptk.cli.options import JsonOption
 from mptk.config import Settings
 from mptk.plugins import Feature, list_absent_features, list_features, name_owner
 
-FEATURES = "mptk-features/1"
-KINDS = ("loaders", "tasks", "inputs", "targets", "methods", "conversions", "stages", "rows")
+FEATURES_FORMAT = "mptk-features/1"
+LISTED_PARTS = ("loaders", "tasks", "inputs", "targets", "methods", "conversions", "stages", "rows")
 """Fields of a feature that are listed by the names of what they hold."""
 
 
@@ -27,14 +27,14 @@ def show_features(json_file: JsonOption = None) -> None:
     for each in found:
         words = each["name"], each["of"], each["summary"], ", ".join([*each["commands"], *each["options"]])
         table.add_row(*map(Text, words))
-    show_result(json_file, {"format": FEATURES, "features": found, "absent": absent}, table)
+    show_result(json_file, {"format": FEATURES_FORMAT, "features": found, "absent": absent}, table)
     if absent and json_file is None:
         out.print(f"not installed: {', '.join(absent)}")
 
 
 def describe_feature(feature: Feature) -> dict[str, Any]:
     """A feature as JSON."""
-    parts = {kind: list(getattr(feature, kind)) for kind in KINDS if getattr(feature, kind)}
+    parts = {kind: list(getattr(feature, kind)) for kind in LISTED_PARTS if getattr(feature, kind)}
     return {
         "name": feature.name,
         "of": name_owner(feature.name),

@@ -277,8 +277,8 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     # Settings and records of settings, each once.
     known = list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
     if unknown := sorted(values.keys() - set(known)):
-        hint = suggest_name(unknown[0], known, explain_absent() or "help(mptk.Settings) has them all")
-        raise MptkError(f"there is no setting {unknown[0]!r}; {hint}")
+        hints = [explain_absent(), suggest_name(unknown[0], known, "help(mptk.Settings) has them all")]
+        raise MptkError(f"there is no setting {unknown[0]!r}; {'; '.join(filter(None, hints))}")
     return _replace_values(record, values)
 
 

@@ -12,10 +12,6 @@ from mptk.compat.transformers import find_auto_classes
 from mptk.errors import MptkError
 from mptk.io.loaders import PLAIN_CHECKPOINTS, list_loaders
 
-# Before any config is read.
-for loader in list_loaders():
-    loader.register_classes()
-
 # If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 

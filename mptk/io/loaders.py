@@ -6,6 +6,7 @@ brings: a loader says what it takes, and makes a checkpoint folder of it, or rea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +79,7 @@ class Loader:
         """The config of a file or folder that it takes. Nothing is converted for it."""
         from transformers import AutoConfig
 
+        register_all_classes()
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust.allows_code)
         return config
 
@@ -115,6 +117,13 @@ def list_loaders() -> list[Loader]:
     """The installed features' loaders, in the order in which they are asked."""
     found: Sequence[Loader] = list(load_parts("loaders").values())
     return sorted(found, key=lambda loader: -loader.priority)
+
+
+@functools.cache
+def register_all_classes() -> None:
+    """Make the classes of all loaders known to transformers, before the first config is read."""
+    for loader in list_loaders():
+        loader.register_classes()
 
 
 def choose_loader(path: Path) -> Loader:

@@ -15,7 +15,18 @@ from mptk.io import data, resolve_model_name, write_weights
 from mptk.ir import Samples, Weights
 from mptk.progress import Count
 from mptk.proof.claims import compute_costs, compute_widths
-from mptk.protocols import PROVEN_ON, REPORT_FILE, Compiled, Context, OnnxForm, Proven, Report, SampleSets, list_sources
+from mptk.protocols import (
+    PROVEN_ON,
+    REPORT_FILE,
+    Compiled,
+    Context,
+    OnnxForm,
+    Proven,
+    Report,
+    SampleSets,
+    list_sources,
+    list_stages,
+)
 from mptk.publish.folder import amend
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import hash_weight_files, list_files, update_manifest
@@ -38,6 +49,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
     rows = {each.name: row for each in prepared.conversions if (row := each.to_row())}
+    described = {name: row for stage in list_stages() for name, row in stage.describe(compiled).items()}
     figures = compute_costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.conversions)
     return Report(
         mptk=__version__,
@@ -68,7 +80,7 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
         data=describe_data(sets, prepared.settings),
         recovery=compiled.recovery,
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        rows={**rows, **run.rows},
+        rows={**rows, **run.rows, **described},
     )
 
 

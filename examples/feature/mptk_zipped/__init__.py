@@ -19,5 +19,4 @@ FEATURE = Feature(
     loaders=["mptk_zipped.parts:ZIPPED"],
     stages={"label": "mptk_zipped.parts:LABEL"},
     rows={"label": "mptk_zipped.parts:LabelRow"},
-    views={"label": "mptk_zipped.parts:LabelView"},
 )

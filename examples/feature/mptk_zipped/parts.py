@@ -1,4 +1,4 @@
-"""parts: what FEATURE names. These modules are imported only when they are used."""
+"""parts: what FEATURE names. This module is imported only when it is used."""
 
 import json
 import zipfile
@@ -8,9 +8,8 @@ from transformers import AutoConfig
 
 from mptk.io import Loader
 from mptk.protocols import OpenRow, Stage
-from mptk.report.row_view import RowView
-from mptk.report.view import Name, Section
-from mptk_zipped import LabelSettings
+
+from . import LabelSettings
 
 
 class ZippedLoader(Loader):
@@ -36,11 +35,6 @@ class Label(Stage):
 
 class LabelRow(OpenRow):
     text: str
-
-
-class LabelView(RowView):
-    def build_sections(self, row):
-        return [Section("Label", [Name(row["text"])])]
 
 
 ZIPPED, LABEL = ZippedLoader(), Label()

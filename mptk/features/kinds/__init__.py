@@ -27,6 +27,6 @@ FEATURE = Feature(
     inputs={
         "input_features": "mptk.features.kinds.audio:SPECTROGRAMS",
         "input_values": "mptk.features.kinds.audio:WAVES",
-        "past_values": "mptk.features.kinds.series:SERIES",
+        "past_values": "mptk.features.kinds.series:PAST_VALUES",
     },
 )

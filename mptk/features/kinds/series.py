@@ -58,4 +58,4 @@ def read_series(file: Path, steps: int, channels: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-SERIES = Series()
+PAST_VALUES = Series()

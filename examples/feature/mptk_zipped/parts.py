@@ -21,6 +21,7 @@ class ZippedLoader(Loader):
             return AutoConfig.for_model(**json.loads(archive.read("config.json")))
 
     def convert(self, path, folder):
+        folder.mkdir()
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if Path(name).suffix in (".json", ".safetensors"):  # no code, and no path out of the folder

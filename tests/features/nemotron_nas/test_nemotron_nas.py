@@ -40,6 +40,7 @@ from mptk import MptkError, ProofError
 from mptk.features.nemotron_nas.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, compute_ffn_width
 from mptk.features.nemotron_nas.target import describe_ffn
 from mptk.files import write_json
+from mptk.io.loaders import register_all_classes
 from mptk.publish.manifest import write_manifest
 
 TARGET = "nemotron-nas"
@@ -82,6 +83,7 @@ def model_of(blocks: list[dict[str, Any]]) -> DeciLMForCausalLM:
 def test_it_is_saved_loaded_and_generates_with_a_cache_as_without(name: str, tmp_path: Path) -> None:
     model = model_of(BLOCKS[name])
     model.save_pretrained(tmp_path)
+    register_all_classes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again) is DeciLMForCausalLM
     with torch.no_grad():

@@ -22,8 +22,8 @@ from benchmarks.common import result_header, write_result
 from benchmarks.onnx import MODEL, export, resized
 from mptk.api import compiler as api
 from mptk.cost.budgets import OBJECTIVES
-from mptk.cost.latency import Latency, Measure
 from mptk.cost.operator_times import Operator, measure_typical_ms, time_once
+from mptk.features.latency.predict import Latency, Measure
 from mptk.io import models
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.steps import Case, bind_decoder_step

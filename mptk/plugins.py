@@ -60,6 +60,7 @@ class Feature:
         targets: forms in which a cut model is written (``mptk.protocols.Target``), by name.
         methods: ways to choose what is cut (``mptk.protocols.Method``), by name.
         provers: kinds of files that ``verify`` proves against a folder (``mptk.protocols.Prover``).
+        predictors: what predicts the figure of a budget from widths (``mptk.methods.division.budget``), by the budget.
         conversions: changes of a model before the cut (``mptk.protocols.Conversion``), by name.
         stages: further stages of a run (``mptk.protocols.Stage``), by name.
         rows: its rows of ``report.json``, by name: the type that a row is checked against.
@@ -80,6 +81,7 @@ class Feature:
     targets: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, str] = field(default_factory=dict)
     provers: Sequence[str] = ()
+    predictors: Mapping[str, str] = field(default_factory=dict)
     conversions: Mapping[str, str] = field(default_factory=dict)
     stages: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from mptk import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "feature"
-PRUNE = "--method magnitude --samples 4 --length 32 --align 4 --no-onnx --width ffn=32 --eval-windows 2"
+PRUNE = "--method magnitude --samples 4 --length 32 --align 4 --no-onnx --families ffn --width ffn=32 --eval-windows 2"
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,10 @@ import toy_checkpoints as toys
 from mptk.config import CoreSettings
 from mptk.plugins import Feature, list_features, load_parts
 
+NOT_PARTS = ("name", "summary", "page", "settings", "commands", "options", "subfolders")
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(path.parent.name for path in (ROOT / "mptk" / "features").glob("*/__init__.py"))
-PARTS = ("loaders", "tasks", "inputs", "targets", "methods", "conversions", "stages", "rows", "views")
+PARTS = tuple(each.name for each in fields(Feature) if each.name not in NOT_PARTS)
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ONLY_THE_COPY = """import sys
 sys.argv[0] = "mptk"

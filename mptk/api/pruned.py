@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from mptk.protocols import Compiled, Context, Opened, Report, check_dense, check
 from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import check_listed, check_manifest, copy_listed, read_manifest
 from mptk.run.estimate import read_estimator
-from mptk.run.inputs import Data, GivenInputs, Inputs, name_given
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_given, split_texts
 from mptk.run.minutes import complete_settings
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.prune import Result
@@ -318,7 +318,6 @@ def prune(
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
-    vocabulary: str | Path | Sequence[str] | None = None,
     **keywords: object,
 ) -> Pruned | None:
     """Prune a model and prove the result::
@@ -337,10 +336,9 @@ def prune(
         data, eval_data: as in ``Settings`` (a file, folder, data set), or in memory: a list of texts; token ids, int64
             [n, length]; inputs by name; ``mptk.Samples``; or batches (a ``DataLoader``, a list) of tensors, tuples or
             dicts of inputs. By default an ``nn.Module`` is calibrated on its example inputs.
-        vocabulary: as in ``Settings`` (a file, folder, data set), or a list of texts; tokens that they do not use are
-            removed.
         keywords: fields of ``Settings`` (``sparsity``, ``method``, ``families``, …), of its ``Learning`` (``steps``,
-            ``rank``, …), ``Training`` (``batch``, ``lr``, …) and ``LossWeights``.
+            ``rank``, …), ``Training`` (``batch``, ``lr``, …) and ``LossWeights``. What names texts, as ``vocabulary``,
+            may be a list of texts.
 
     Returns:
         The pruned model. If several processes work on one run, only the first gets it; the others get None.
@@ -350,13 +348,12 @@ def prune(
             there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
     # Settings name what is in memory, so that the report says so; `inputs` holds it.
+    named, texts = split_texts(keywords)
     asked = with_keywords(
         make_default_settings(settings, out, model, example_inputs),
-        {**name_given(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+        {**name_given(data=data, eval_data=eval_data), **named},
     )
-    inputs = Inputs.of(
-        tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
-    )
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, texts=texts)
     start, asked, inputs = take_model(model, asked, inputs)
     check_start(start, asked, inputs)
     # Without `out` the run publishes into a temporary folder, which lives as long as the result.

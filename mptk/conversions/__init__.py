@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from mptk.compile.trace import trace_loaded
 from mptk.config import Settings
@@ -25,8 +26,10 @@ def list_conversions() -> list[type[Conversion]]:
     return sorted(load_parts("conversions").values(), key=lambda kind: (bool(kind.fits), kind.name))
 
 
-def find_conversions(settings: Settings, plan: Plan | None, texts: Sequence[str] | None = None) -> Changes:
-    """The conversions that the settings and the plan ask for. ``texts``: the caller's texts in memory.
+def find_conversions(
+    settings: Settings, plan: Plan | None, texts: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Changes:
+    """The conversions that the settings and the plan ask for. ``texts``: the caller's texts in memory, by setting.
 
     Raises:
         MptkError: the settings and the plan both decide the same; or one of them asks for something impossible.
@@ -52,7 +55,7 @@ def read_plan_conversions(plan: Plan) -> Changes:
 
 def needs_fit(settings: Settings, plan: Plan | None = None) -> bool:
     """Whether a conversion that the settings or the plan ask for fits weights to samples."""
-    asked = [kind for kind in list_conversions() if kind.fits and kind.find_change(settings, None) is not None]
+    asked = [kind for kind in list_conversions() if kind.fits and kind.find_change(settings, {}) is not None]
     return bool(asked) or any(kind.fits for kind, _ in ([] if plan is None else read_plan_conversions(plan)))
 
 

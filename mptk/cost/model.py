@@ -34,7 +34,7 @@ class Cost:
     ``parameters``: all, tied ones once. ``block``: the parameters in the prunable weights (``find_block_weights``).
     ``flops``: operations in products with weights for one input token, 2 for a multiply-add. Attention's own products
     grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
-    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), if latency is budgeted. ``kv_cache``:
+    ``latency_ms``: predicted milliseconds of a step (the feature ``latency``), if latency is budgeted. ``kv_cache``:
     bytes of the keys and values of a context, if they are budgeted; ``serving``: these and ``bytes`` together.
     """
 

@@ -254,3 +254,13 @@ def _feed(name: str, shape: Sequence[int]) -> Float32s:
     return np.where(np.tri(rows, total, total - rows, dtype=bool), 0, np.finfo(np.float32).min).astype(np.float32)[
         None, None
     ]
+
+
+def interpolate(knots: Sequence[float], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:
+    """Interpolate linearly along the first dimension, whose entries belong to ``knots``; extrapolate from the ends."""
+    if len(knots) == 1:
+        return np.asarray(values[0])
+    # The clamp takes the first or last interval beyond the ends, which extrapolates.
+    i = min(max(int(np.searchsorted(knots, x)) - 1, 0), len(knots) - 2)
+    share = (x - knots[i]) / (knots[i + 1] - knots[i])
+    return np.asarray((1 - share) * values[i] + share * values[i + 1])

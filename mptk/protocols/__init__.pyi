@@ -18,6 +18,8 @@ from .execution import build_executor as build_executor
 from .execution import find_device as find_device
 from .execution import find_session_device as find_session_device
 from .execution import measure_device_memory as measure_device_memory
+from .feature import Command as Command
+from .feature import Feature as Feature
 from .onnx_form import Dense as Dense
 from .onnx_form import GraphCase as GraphCase
 from .onnx_form import OnnxForm as OnnxForm

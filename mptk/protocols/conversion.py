@@ -71,8 +71,8 @@ class Conversion(ABC):
 
     @classmethod
     @abstractmethod
-    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
-        """The conversion that the settings ask for, with the caller's ``texts``; None if they ask for none.
+    def find_change(cls, settings: Settings, texts: Mapping[str, Sequence[str]]) -> Change | None:
+        """The conversion that the settings ask for, with the caller's ``texts`` by setting; None if they ask for none.
 
         Raises:
             MptkError: it cannot be done with these settings.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from mptk.config import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import find_conversions
@@ -21,10 +22,12 @@ def read_plan(settings: Settings) -> Plan | None:
     return None if settings.plan is None else Plan.load(settings.plan)
 
 
-def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
+def check_settings(
+    settings: Settings, plan: Plan | None = None, texts: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
     """Raise MptkError for settings that no model can meet, and paths of data that are not there, before any work.
 
-    ``plan``, ``texts``: a run's plan and vocabulary.
+    ``plan``, ``texts``: a run's plan, and its texts in memory by setting.
     """
     data.read_places(*{settings.data, settings.eval_data} - {IN_MEMORY})
     method = find_method(settings.method)

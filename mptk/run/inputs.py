@@ -6,13 +6,13 @@ Settings hold only names, so that they can be written into a report and a recipe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mptk.config import IN_MEMORY
+from mptk.config import IN_MEMORY, Settings
 from mptk.ir import Samples
 
 GivenInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -25,14 +25,15 @@ Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[object]
 class Inputs:
     """What the caller gives in memory; None: as the settings say.
 
-    ``data``, ``eval_data``: samples, in any form of ``Data`` but a name. ``texts``: the texts whose tokens stay.
+    ``data``, ``eval_data``: samples, in any form of ``Data`` but a name. ``texts``: of settings
+    that name texts, by setting.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     example_inputs: GivenInputs | None = None
     data: Data | None = None
     eval_data: Data | None = None
-    texts: Sequence[str] | None = None
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -41,7 +42,7 @@ class Inputs:
         example_inputs: GivenInputs | None = None,
         data: Data | None = None,
         eval_data: Data | None = None,
-        vocabulary: str | Path | Sequence[str] | None = None,
+        texts: Mapping[str, Sequence[str]] | None = None,
     ) -> Inputs:
         """The arguments of a call that are in memory. Names of files are settings (``name_given``)."""
         return Inputs(
@@ -49,13 +50,24 @@ class Inputs:
             example_inputs,
             data if is_in_memory(data) else None,
             eval_data if is_in_memory(eval_data) else None,
-            None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary),
+            texts or {},
         )
 
     @property
     def has_samples(self) -> bool:
         """Whether there are samples to train, calibrate or measure on."""
         return self.data is not None or self.eval_data is not None
+
+
+def split_texts(keywords: Mapping[str, object]) -> tuple[dict[str, object], dict[str, list[str]]]:
+    """Keywords as settings take them, and the texts in memory that were given for some, by keyword."""
+    sources = {each.name for each in Settings.declared if each.setting.form == "source"}
+    texts: dict[str, list[str]] = {
+        name: list(value)
+        for name, value in keywords.items()
+        if name in sources and isinstance(value, Iterable) and not isinstance(value, str)
+    }
+    return {**keywords, **dict.fromkeys(texts, IN_MEMORY)}, texts
 
 
 def is_in_memory(data: Data | None) -> bool:

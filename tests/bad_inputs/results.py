@@ -66,7 +66,7 @@ REPORTS = [
     ),
     Row("report.json a folder", REPORT, ("report.json",), (remove("pruned/report.json"), folder("pruned/report.json"))),
     Row("report.json missing", REPORT, ("holds no report.json",), (remove("pruned/report.json"),)),
-    Row("report.json another format", REPORT, ("mptk-report/1",), (reported(put("mptk-report/9", "format")),)),
+    Row("report.json another format", REPORT, ("mptk-report/2",), (reported(put("mptk-report/9", "format")),)),
     Row("report.json notes deep", REPORT, ("nested too deep",), (reported(deep),)),
     *(
         Row(f"report.json without {'.'.join(names)}", REPORT, ("report.json", names[-1]), (reported(without(*names)),))
@@ -102,8 +102,8 @@ REPORTS = [
             (("families",), []),
             (("families",), {"ffn": 7}),
             (("families", "ffn", "of"), 0),
-            (("vocabulary",), {"kept": 9}),
-            (("kv_heads",), {"kept": 9}),
+            (("rows", "vocabulary"), {"kept": 9}),
+            (("rows", "kv_heads"), {"kept": 9}),
             (("families", "ffn", "width"), "wide"),
             (("families", "ffn", "of"), -3),
             (("cost", "dense", "block"), 0),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mptk.config import CoreSettings, declare_setting
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 """
 
 from mptk.config import CHOOSER, READER
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 FEATURE = Feature(
     "advise",

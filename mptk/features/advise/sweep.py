@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
-from mptk.cost.latency import interpolate
+from mptk.cost.operator_times import interpolate
 from mptk.errors import MptkError
 from mptk.features.advise.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, sort_distinct
 from mptk.ir import Program, Samples

@@ -7,7 +7,7 @@ whole pipeline, in which the part is smaller. docs/how-to/diffusion.md shows it.
 counts in them. ``latents`` and ``pictures``: what they read.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "diffusers",

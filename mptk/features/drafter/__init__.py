@@ -5,7 +5,7 @@ the weights of the class, and without this feature a pruned folder has none. It 
 tells more.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "drafter",

@@ -5,7 +5,7 @@
 ``task``: the kind of model, and its graph. ``captioned``: images with captions.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "dual_encoder",

@@ -5,7 +5,7 @@
 ``task``: the kind of model. ``form``: its graphs.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "encoder_decoder",

@@ -14,7 +14,7 @@ which also asks llama.cpp (``llama_cpp``).
 
 from typing import Literal
 
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 """Types of the matrices in a GGUF file. auto: as the folder has them."""

@@ -4,7 +4,7 @@ For whoever shares a result: ``mptk push DIR OWNER/NAME``. Only a folder whose f
 docs/command-line.md tells more.
 """
 
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 FEATURE = Feature(
     "hub",

@@ -7,7 +7,7 @@
 images. ``command``: ``--image``.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "image_text",

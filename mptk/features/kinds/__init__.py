@@ -6,7 +6,7 @@ metric, and no labels are needed. docs/kinds.md lists them.
 ``classifier``, ``masked_lm``, ``numbers``: the kinds. ``audio``, ``series``: what they read.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "kinds",

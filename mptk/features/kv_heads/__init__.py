@@ -7,7 +7,7 @@ stay; with ``--sparsity`` the merged model is cut further. docs/plan.md and docs
 from dataclasses import dataclass
 
 from mptk.config import CUT, SEARCH, CoreSettings, declare_setting
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 
 @dataclass(frozen=True)

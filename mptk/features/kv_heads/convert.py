@@ -64,7 +64,7 @@ class MergedHeads(Conversion):
     values: How = "keep"
 
     @classmethod
-    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Mapping[str, Sequence[str]]) -> Change | None:
         if (count := KvHeadsSettings.of(settings).kv_heads) is None:
             return None
         # Only the merged model's latency is measured: a share of it is not a share of the dense model's.

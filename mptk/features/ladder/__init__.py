@@ -11,7 +11,7 @@ once; ``together`` is their module in training), ``rungs`` and ``slices`` (how s
 from dataclasses import dataclass
 
 from mptk.config import CUT, PRUNE, CoreSettings, Idle, declare_setting
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 RUNGS = "rungs"
 """The subfolder with what the smaller sizes have beside the weights that they share with the folder."""

@@ -25,7 +25,7 @@ from mptk.protocols import Context, Report
 from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import read_estimator
-from mptk.run.inputs import Data, GivenInputs, Inputs, name_given
+from mptk.run.inputs import Data, GivenInputs, Inputs, name_given, split_texts
 from mptk.run.minutes import complete_settings
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.prune import Result
@@ -45,7 +45,6 @@ def ladder(
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
-    vocabulary: str | Path | Sequence[str] | None = None,
     **keywords: object,
 ) -> list[Pruned]:
     """Prune a model to several sizes, each cut further from the next larger one, and prove each::
@@ -69,13 +68,12 @@ def ladder(
     """
     if "sparsity" in keywords:
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
+    named, texts = split_texts(keywords)
     asked = with_keywords(
         make_default_settings(settings, out, model, example_inputs),
-        {**name_given(data=data, eval_data=eval_data, vocabulary=vocabulary), **keywords},
+        {**name_given(data=data, eval_data=eval_data), **named},
     )
-    inputs = Inputs.of(
-        tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, vocabulary=vocabulary
-    )
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, texts=texts)
     start, asked, inputs = take_model(model, asked, inputs)
     check_start(start, asked, inputs)
     place, source = resolve_place(out), name_start(model)

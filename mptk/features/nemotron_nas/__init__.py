@@ -7,7 +7,7 @@ of others, also stands for a model wherever one is named, without its own code. 
 is copied into the result.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "nemotron_nas",

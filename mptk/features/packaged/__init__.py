@@ -8,7 +8,7 @@ begins with one.
 commands.
 """
 
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 FEATURE = Feature(
     "packaged",

@@ -6,7 +6,7 @@ matrices of a layer are cut together. docs/report.md tells more.
 ``render``: the pages. ``charts``: of pruned folders. ``coupling``: of a layer.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "page",

@@ -7,7 +7,7 @@ need ``mptk[quantized]``.
 ``loader``: such a checkpoint as a model. ``formats``: how each method stores a matrix.
 """
 
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 FEATURE = Feature(
     "quantized_checkpoints",

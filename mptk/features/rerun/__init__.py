@@ -4,7 +4,7 @@ For whoever wants to know whether a result can be reproduced: ``mptk rerun DIR -
 tells more.
 """
 
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 FEATURE = Feature(
     "rerun",

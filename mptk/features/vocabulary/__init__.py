@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mptk.config import CUT, PRUNE, CoreSettings, declare_setting
 from mptk.errors import MptkError
-from mptk.plugins import Feature
+from mptk.protocols import Feature
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,10 @@ class TrimmedVocabulary(Conversion):
     corpus: str
 
     @classmethod
-    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Mapping[str, Sequence[str]]) -> Change | None:
         if (name := VocabularySettings.of(settings).vocabulary) is None:
             return None
-        return partial(cls.trim, find_corpus(name, texts), name, read_alignment(settings.align).every)
+        return partial(cls.trim, find_corpus(name, texts.get(cls.name, ())), name, read_alignment(settings.align).every)
 
     @classmethod
     def from_entry(cls, entry: Entry) -> Change:
@@ -149,7 +149,7 @@ class TrimmedVocabulary(Conversion):
         return found.index_select(-1, kept.to(found.device)) if self.vocabulary.predicted else found
 
 
-def find_corpus(name: str, texts: Sequence[str] | None) -> Corpus:
+def find_corpus(name: str, texts: Sequence[str]) -> Corpus:
     """The documents whose tokens stay: of a source of text, or the caller's ``texts`` in memory."""
     if name == IN_MEMORY:
         if not texts or not all(isinstance(text, str) for text in texts):

@@ -10,7 +10,7 @@ from typing import Self
 
 from mptk.config import CHOICE, CHOOSER, DIVIDER, PRUNE, READER, SEARCH, WRITER, CoreSettings, Idle, declare_setting
 from mptk.errors import MptkError
-from mptk.plugins import Command, Feature
+from mptk.protocols import Command, Feature
 
 TRIAL_TOKENS = 131_072
 """Tokens on which a search trains, if minutes do not count: 64 steps of eight windows of 256."""

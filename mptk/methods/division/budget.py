@@ -7,13 +7,12 @@ from dataclasses import replace
 
 from mptk.config import FREE, MOST_SPARSITY, Settings
 from mptk.cost.budgets import KV_CACHE, LATENCY
-from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import find_operator_times
 from mptk.distributed.processes import connect_processes
 from mptk.errors import MptkError
 from mptk.ir import Alignment, Analysis, read_alignment
-from mptk.plugins import load_parts
+from mptk.plugins import explain_absent, load_parts
 from mptk.progress import Progress
 from mptk.protocols import Prepared
 from passes.targets import legalize
@@ -43,11 +42,15 @@ def apply_budget(
     s = settings
     if s.budget != LATENCY:
         return build_cost_model(analysis, s, itemsize, before), s
+    if s.budget not in (predictors := load_parts("predictors")):
+        raise MptkError(f"nothing here predicts a {s.budget}; {explain_absent() or 'give another --budget'}")
     names = _list_variable(analysis, legal, s, planned)
     families = [f for f in map(analysis.family, names) if f.kind == "channels"]
     ladders = {f.name: legalize.list_aligned_widths(f, build_alignment(s)) for f in families}
     with connect_processes().main_process_first():  # the others read what the first has kept, so that all plan alike
-        latency = Latency(analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress))
+        latency = predictors[s.budget](
+            analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress)
+        )
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
         return cost, s

@@ -226,6 +226,19 @@ def test_a_written_tokenizer_must_read_and_write_as_the_dense_one(tmp_path, part
         check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
 
 
+def test_a_report_of_the_format_before_is_read(pruned, tmp_path):
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    content = json.loads((copy / "report.json").read_text())
+    content |= {
+        "format": "mptk-report/1",
+        "search": {},
+        "kv_heads": {},
+        "vocabulary": content.pop("rows")["vocabulary"],
+    }
+    (copy / "report.json").write_text(json.dumps(content))
+    assert mptk.Report.read(copy) == mptk.Report.read(pruned)
+
+
 def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):
     copy = shutil.copytree(pruned, tmp_path / "copy")
     content = json.loads((copy / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""latency: predict the milliseconds of a decoder in ONNX Runtime from its families' widths.
+"""predict: the milliseconds of a decoder in ONNX Runtime from its families' widths.
 
     T(widths) = Σ t_matmul(M, K, N) + Σ t_attention(M, past, heads, KV heads, dims) + Σ (a + b · elements)
 
@@ -20,7 +20,7 @@ from torch import fx
 
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
-from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
+from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, interpolate
 from mptk.errors import MptkError
 from mptk.ir import (
     Analysis,
@@ -143,16 +143,6 @@ class Latency:
         for axis in range(values.ndim):
             values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
         return Grid(knots, values)
-
-
-def interpolate(knots: Sequence[float], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:
-    """Interpolate linearly along the first dimension, whose entries belong to ``knots``; extrapolate from the ends."""
-    if len(knots) == 1:
-        return np.asarray(values[0])
-    # The clamp takes the first or last interval beyond the ends, which extrapolates.
-    i = min(max(int(np.searchsorted(knots, x)) - 1, 0), len(knots) - 2)
-    share = (x - knots[i]) / (knots[i + 1] - knots[i])
-    return np.asarray((1 - share) * values[i] + share * values[i + 1])
 
 
 def sample_rungs(ladder: Sequence[int], most: int) -> list[int]:

@@ -24,9 +24,17 @@ import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.cost import operator_times
 from mptk.cost.budgets import OBJECTIVES
-from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
-from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, find_operator_times, time_operators
+from mptk.cost.operator_times import (
+    ATTENTION,
+    ELEMENTWISE,
+    MATMUL,
+    Operator,
+    find_operator_times,
+    interpolate,
+    time_operators,
+)
+from mptk.features.latency.predict import Latency, find_parts
 from mptk.io.models import Loaded
 from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed

@@ -27,6 +27,7 @@ from toy_checkpoints import tokenizer, write_gguf
 import mptk
 from mptk import MptkError
 from mptk.cli.app import tidy_for
+from mptk.config import Learning, Settings, to_json
 from mptk.errors import explain_errors
 from mptk.features.ladder.ladder import is_finished
 from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
@@ -339,17 +340,18 @@ def test_a_folder_that_comes_during_a_run_is_not_taken_for_its_own(tmp_path: Pat
 
 def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path: Path) -> None:
     """It was moved to another disk, or renamed to be kept: it is not replaced, but it can be resumed."""
-    RunFolder(tmp_path / "out", {"learning": {"steps": 0}}, resume=False).save("text", {"ids": torch.ones(2)})
+    one_shot = to_json(Settings(learning=Learning(steps=0)))
+    RunFolder(tmp_path / "out", one_shot, resume=False).save("text", {"ids": torch.ones(2)})
     shutil.copytree(tmp_path / "out.run", tmp_path / "copy.run")
     with pytest.raises(
         MptkError, match=r"copy\.run is a copy of an unfinished run; add --resume .*, or rename or remove"
     ):
-        RunFolder(tmp_path / "copy", {"learning": {"steps": 0}}, resume=False)
-    again = RunFolder(tmp_path / "copy", {"learning": {"steps": 0}}, resume=True)
+        RunFolder(tmp_path / "copy", one_shot, resume=False)
+    again = RunFolder(tmp_path / "copy", one_shot, resume=True)
     assert again.keeps("text")
     again.remove()
     assert names(tmp_path) == ["out.run"]
-    RunFolder(tmp_path / "out", {"learning": {"steps": 0}}, resume=False)
+    RunFolder(tmp_path / "out", one_shot, resume=False)
     assert names(tmp_path) == []
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -491,12 +490,14 @@ def test_a_folder_that_only_has_the_name_of_an_unfinished_run_is_not_taken_for_o
 def exports(inside: Inside, graph: Callable[[Path], bytes]) -> None:
     """An export takes no time; what it writes is ``graph`` of the model's folder."""
 
-    def export(dense: Path, plan: object, samples: object, folder: Path, log: object) -> None:
+    def export(
+        real: object, form: object, dense: Path, plan: object, samples: object, folder: Path, log: object
+    ) -> None:
         folder.mkdir()
         (folder / "model.onnx").write_bytes(graph(dense))
 
-    form = SimpleNamespace(export=export)
-    inside.around(f"{api.__name__}._load_dense", lambda real, model, *settings: (Path(model), form))
+    inside.around(f"{api.__name__}.export_form", export)
+    inside.around(f"{api.__name__}._load_dense", lambda real, model, *settings: (Path(model), None))
 
 
 def test_an_export_of_other_content_is_never_used_again(

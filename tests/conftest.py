@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import hypothesis
 import numpy as np
 import pytest
 import typer.rich_utils  # noqa: F401  # reads the terminal's width once; some tests have a wider one
+
+from mptk.plugins import list_absent_features
 
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
@@ -38,6 +41,19 @@ TOGETHER = {
 """File → the file whose worker runs it, too: both trace the same models."""
 
 
+ABSENT = list_absent_features()
+"""Features that are not there: `tests/core_only.py` runs the core's tests without any."""
+collect_ignore = [
+    str(path.relative_to(Path(__file__).parent))
+    for path in Path(__file__).parent.glob("test_*.py")
+    if ABSENT and re.search(r"^from mptk\.features", path.read_text(), re.MULTILINE)
+]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "features(*names): what a test of the core needs beside it")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
@@ -54,6 +70,10 @@ def pytest_collection_modifyitems(items):
     """The files that take longest come first: at the end no worker waits long for another."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    for item in items:
+        needed = {name for mark in item.iter_markers("features") for name in mark.args}
+        if missing := sorted(needed.intersection(ABSENT)):
+            item.add_marker(pytest.mark.skip(reason=f"without {', '.join(missing)}"))
 
 
 @pytest.fixture(autouse=True)

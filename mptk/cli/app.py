@@ -146,7 +146,9 @@ def register_all(panels: Mapping[str, Sequence[str]]) -> None:
     """Give typer all registered commands in order. ``panels``: title → the core's commands; features say their own."""
     titles = {name: title for title, names in panels.items() for name in names}
     order = [name for name in titles if name in COMMANDS]
-    for each in (command for feature in list_features().values() for command in feature.commands):
+    # A command whose module was not imported is none yet.
+    commands = [command for feature in list_features().values() for command in feature.commands]
+    for each in [command for command in commands if command.name in COMMANDS]:
         titles[each.name] = each.panel
         order.insert(order.index(each.after) + 1 if each.after in order else len(order), each.name)
     app.registered_commands.clear()

@@ -22,7 +22,7 @@ FUZZ_FILES_ARGS ?= --minutes 30
 BROKEN_ARGS ?= --json benchmarks/results/broken.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: help demo test test-long check docs format test-lowest fuzz fuzz-files broken crash soak mutants clean
+.PHONY: help demo test test-core test-long check docs format test-lowest fuzz fuzz-files broken crash soak mutants clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
@@ -31,6 +31,7 @@ help:
 	@echo "make check        ruff, mypy --strict, import contracts"
 	@echo "make docs         the documentation as a site, build/site; a warning is an error"
 	@echo "make format       let ruff format and fix what it can"
+	@echo "make test-core    the core's tests on a copy without features"
 	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
 	@echo "make fuzz         5,000 random programs and 800 modules: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
 	@echo "make fuzz-files   damaged files for every reader, half an hour: read, or refused in one line; FUZZ_FILES_ARGS=..."
@@ -56,6 +57,9 @@ demo: $(VENV)/.installed
 
 test: check
 	$(call RUN_TESTS,$(VENV))
+
+test-core: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/core_only.py $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-dev
 	$(call RUN_TESTS,$(VENV)) -m long

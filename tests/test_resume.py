@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Plan, Report
+from mptk.config import Learning, to_json
 from mptk.config.learning import Learning, Training
 from mptk.files import write_json
 from mptk.io.dense import hash_model
@@ -186,7 +187,7 @@ def test_other_settings_are_refused_with_resume_and_start_anew_without(
 
 
 def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp_path: Path) -> None:
-    one_shot, training = ({"learning": {"steps": steps}} for steps in (0, 3))
+    one_shot, training = (to_json(mptk.Settings(learning=Learning(steps=steps))) for steps in (0, 3))
     RunFolder(tmp_path / "out", one_shot, resume=False).save("text", {"ids": torch.ones(2)})
     work = RunFolder(tmp_path / "out", training, resume=False)
     assert not work.keeps("text")

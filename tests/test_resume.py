@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Plan, Report
-from mptk.config import Learning, to_json
+from mptk.config import to_json
 from mptk.config.learning import Learning, Training
 from mptk.files import write_json
 from mptk.io.dense import hash_model

@@ -1,11 +1,11 @@
-"""A kind of conversion of its own is a class and a line in a list: its model, its proof and its note follow.
+"""A kind of conversion of its own is a class that a feature names: its model, its proof and its note follow.
 
-It reaches for mptk.conversions: the list is where a conversion is added.
+It reaches for mptk.conversions: there it is added, in place of a feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ class ScaledValues(Conversion):
     by: float
 
     @classmethod
-    def find_change(cls, settings: Settings, texts: Sequence[str] | None) -> Change | None:
+    def find_change(cls, settings: Settings, texts: Mapping[str, Sequence[str]]) -> Change | None:
         return None
 
     @classmethod
@@ -66,9 +66,9 @@ class ScaledValues(Conversion):
 
 @pytest.fixture(autouse=True)
 def listed(inside: Inside) -> None:
-    listed = (*conversions.CONVERSIONS, ScaledValues)
+    listed = [*conversions.list_conversions(), ScaledValues]
     for module in (conversions, claims):
-        inside.bound(f"{module.__name__}.CONVERSIONS", listed)
+        inside.gives(f"{module.__name__}.list_conversions", listed)
 
 
 def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:

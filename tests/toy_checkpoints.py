@@ -19,7 +19,6 @@ from transformers import (
 )
 
 import mptk
-from benchmarks import gguf_file
 from mptk.io import data
 
 BEGIN, END = "<s>", "</s>"
@@ -100,6 +99,8 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerFast, path: Path, *, quantise: bool = False) -> None:
     """``model`` as llama.cpp's converter writes it; ``quantise``: the matrices of the feed-forward part as Q8_0."""
+    from benchmarks import gguf_file  # it needs the feature
+
     gguf_file.write_gguf(
         model, text, path, "Toy Of The Tests", lambda name: Kind.Q8_0 if quantise and ".mlp." in name else Kind.F32
     )

@@ -18,14 +18,16 @@ from torch import Tensor
 
 import mptk
 from mptk import MptkError, Samples
+from mptk.features.kinds import FEATURE
 from mptk.features.kinds.classifier import CTC, SEGMENTATION, Classifier, sum_agreement, sum_divergence
+from mptk.features.kinds.numbers import DEPTH, FORECASTS, MASKS
 from mptk.features.kinds.series import read_series
 from mptk.io.models import load
 from mptk.ort.sessions import OrtGraph
+from mptk.plugins import load_parts
 from mptk.protocols.task import Task
-from mptk.tasks import HEAD_TASKS, bind_task
+from mptk.tasks import bind_task
 from mptk.tasks.inputs.images import Images
-from mptk.tasks.numbers import DEPTH, FORECASTS, MASKS
 
 CLASSES, SIDE, FRAMES, STEPS, CHANNELS = 5, 32, 4, 32, 3
 WAVES = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
@@ -163,7 +165,7 @@ def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tup
     at = dense.clone().requires_grad_()
     task.compute_sensitivity(at, samples).backward()
     assert at.grad.abs().min() > 0
-    assert len({each.name for each in HEAD_TASKS}) == len(HEAD_TASKS)
+    assert {name: load_parts("tasks")[name].name for name in FEATURE.tasks} == {name: name for name in FEATURE.tasks}
 
 
 def test_figures_are_means_over_positions() -> None:

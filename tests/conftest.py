@@ -51,7 +51,9 @@ collect_ignore = [
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "features(*names): what a test of the core needs beside it")
+    config.addinivalue_line(
+        "markers", "features(*names): what a test needs beside the core; without names: the whole product"
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,7 +73,8 @@ def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
-        needed = {name for mark in item.iter_markers("features") for name in mark.args}
+        marks = list(item.iter_markers("features"))
+        needed = {name for mark in marks for name in mark.args or ABSENT}
         if missing := sorted(needed.intersection(ABSENT)):
             item.add_marker(pytest.mark.skip(reason=f"without {', '.join(missing)}"))
 

@@ -32,6 +32,7 @@ def test_the_table_is_large_and_each_call_has_a_name_of_its_own() -> None:
     assert len({call.name for call in CALLS}) == len(CALLS)
 
 
+@pytest.mark.features
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_bad_call(call: Call, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(parts.root)

@@ -20,6 +20,7 @@ def test_the_table_is_large_and_each_row_has_a_name_of_its_own() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
+@pytest.mark.features
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_bad_input(row: Row, tiny_folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(tmp_path, tiny_folders)

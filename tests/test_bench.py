@@ -188,6 +188,7 @@ def other_kinds(tmp_path_factory):
     return found
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     ("kind", "cases"),
     [
@@ -212,6 +213,7 @@ def test_each_graph_of_a_model_that_is_no_plain_decoder_is_run(other_kinds, kind
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.features
 def test_operations_of_an_encoder_of_speech_are_what_its_sizes_say(other_kinds):
     """Two convolutions over 8 channels and 100 frames, of which the second halves these, then two blocks."""
     config = kinds.MODELS["speech"]().config
@@ -223,11 +225,13 @@ def test_operations_of_an_encoder_of_speech_are_what_its_sizes_say(other_kinds):
     assert work.flops == 2 * (convolutions + config.encoder_layers * block)
 
 
+@pytest.mark.features
 def test_models_of_two_kinds_are_not_compared(other_kinds, dense):
     with pytest.raises(MptkError, match="speech has prefill, decode, encoder, and dense has prefill, decode; compare"):
         bench_graphs({"dense": dense, "speech": other_kinds["speech"]})
 
 
+@pytest.mark.features
 def test_a_length_that_a_graph_does_not_take_is_said_in_one_line(other_kinds):
     with pytest.raises(MptkError, match=r"does not run on 1 × 900: .*; give other --lengths"):
         bench_graphs({"encoder": other_kinds["encoder"]}, lengths=(900,), rounds=2)

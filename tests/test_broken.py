@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
 QUICK = (*FILES_SAID,)[:5]
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FILES_SAID]
 )
@@ -50,6 +51,7 @@ def test_a_row_that_changes_nothing_is_an_error(folder: Published) -> None:
         check(Broken(side_files.KIND, "nothing", lambda place: None), folder)
 
 
+@pytest.mark.features
 def test_a_models_name_is_no_folder(typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     for words, makes in ((("verify", "smollm2-135m"), "prune"), (("generate", "smollm2-135m", "Once"), "export")):
         assert typed(*words) == 1

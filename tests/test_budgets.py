@@ -72,6 +72,7 @@ def test_total_counts_embeddings_too(model: LlamaForCausalLM) -> None:
     assert found.report.sparsity > gone + 0.03, "it says the share of the blocks"
 
 
+@pytest.mark.features
 def test_merged_heads_count_in_the_budget(model: LlamaForCausalLM) -> None:
     found = pruned(model, budget="kv-cache", sparsity=0, kv_heads=2)
     assert found.report.cost["dense"]["kv_cache"] == cache(GROUPS, 4096)
@@ -88,6 +89,7 @@ def test_a_model_without_a_cache_is_refused(folders: Path) -> None:
         mptk.prune(str(folders / "encoder"), None, SETTINGS, budget="kv-cache", data=str(folders / "text.txt"))
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     ("asked", "levers", "others"),
     [

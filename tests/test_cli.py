@@ -250,6 +250,7 @@ def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, inside):
     assert "The proof, stage by stage" in shown.stdout
 
 
+@pytest.mark.features
 def test_models_lists_what_fetch_takes(mptk):
     result = mptk("models")
     assert result.code == 0

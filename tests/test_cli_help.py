@@ -51,6 +51,7 @@ def test_help_lists_every_command_below_what_it_is_for() -> None:
 # ---- choices ----
 
 
+@pytest.mark.features
 def test_the_names_of_choices_are_those_that_are_there() -> None:
     assert tuple(list_methods()) == METHODS.names
     assert tuple(list_targets()) == TARGET_CHOICES.names
@@ -159,6 +160,7 @@ def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk) 
     assert "error: './none'" in loud.stderr.splitlines()[-1]
 
 
+@pytest.mark.features
 def test_tables_are_wide_where_no_terminal_is(files) -> None:  # noqa: F811
     environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mptk", "models"]

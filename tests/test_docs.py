@@ -13,6 +13,8 @@ import typer
 
 from mptk.cli.main import app
 
+pytestmark = pytest.mark.features
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/**/*.md")]

@@ -27,6 +27,7 @@ def _text(node: ast.expr) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
 
 
+@pytest.mark.features
 @pytest.mark.parametrize("quoted", QUOTED)
 def test_the_code_says_it(quoted: str) -> None:
     pattern = re.compile(".*".join(map(re.escape, quoted.strip("… ").split("…"))))

@@ -23,6 +23,7 @@ def tables() -> ModuleType:
     return module
 
 
+@pytest.mark.features
 def test_tables_are_those_of_the_code(tables: ModuleType) -> None:
     assert [tables.written(page) for page in PAGES] == PAGES, f"run {sys.executable} docs/tables.py"
     assert {name for page in PAGES for name in re.findall(r"^<!-- (\w+) -->$", page, re.MULTILINE)} == {

@@ -153,6 +153,7 @@ def test_a_config_is_enough(eight_billion: str) -> None:
     assert "calibration data" not in found.seconds
 
 
+@pytest.mark.features
 def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     base = Settings(method="wanda", onnx=False, data="text")
     ask = lambda **changes: estimate_run(eight_billion, replace(base, **changes))  # noqa: E731

@@ -31,6 +31,7 @@ def test_json_has_null_for_what_is_no_number() -> None:
     assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN", "e": True}
 
 
+@pytest.mark.features
 def test_all_json_is_written_by_the_one_helper() -> None:
     writers = [
         f"{path.relative_to(ROOT)}"

@@ -166,6 +166,7 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
     assert {f["width"] for name, f in found.report.families.items() if name.startswith("q_heads.")} == {2}
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -253,6 +254,7 @@ def test_a_range_of_layers_counts_the_models_blocks() -> None:
     assert {layer.split(".")[1] for layer in cut} == {"3"}
 
 
+@pytest.mark.features
 def test_a_plan_with_single_layers_says_which_targets_hold_it(checkpoint: str, pruned: mptk.Pruned) -> None:
     plan = str(pruned.folder / "plan.json")
     with pytest.raises(

@@ -35,6 +35,7 @@ def said(*words: object) -> str:
     return str(result.output)
 
 
+@pytest.mark.features
 def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
     dense, small, inputs, more = (folder / n for n in ("dense", "small", "inputs.safetensors", "more.safetensors"))
     assert "ffn" in said("analyze", dense, "--inputs", inputs, "--json", folder / "analysis.json")
@@ -73,6 +74,7 @@ def test_masks_are_learned_on_it(folder: Path) -> None:
     assert found.report.families["ffn.3"]["width"] < 40
 
 
+@pytest.mark.features
 def test_what_is_no_such_file_is_refused(folder: Path, tmp_path: Path) -> None:
     dense, inputs = str(folder / "dense"), str(folder / "inputs.safetensors")
     for words in ({"data": "book.txt"}, {"eval_data": "self"}, {"vocabulary": "book.txt"}):

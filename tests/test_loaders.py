@@ -52,6 +52,7 @@ def test_of_two_that_take_a_model_the_one_with_the_higher_priority_has_it(inside
         models.load(str(tmp_path / "text"))
 
 
+@pytest.mark.features
 def test_a_part_of_a_pipeline_is_not_a_quantised_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     both = write_config(tmp_path / "both", _class_name="UNet2DModel", quantization_config={"quant_method": "gptq"})
@@ -59,6 +60,7 @@ def test_a_part_of_a_pipeline_is_not_a_quantised_checkpoint(tmp_path: Path) -> N
     assert "give the float model of diffusers" in refused("analyze", both)
 
 
+@pytest.mark.features
 def test_every_loader_leaves_a_plain_checkpoint_to_transformers(tmp_path: Path) -> None:
     assert len(list_loaders()) >= 4
     toys.save(toys.llama(), tmp_path / "plain")

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 MOST = {"participle": 0, "noun": 133, "in several files": 0}
 
 
+@pytest.mark.features
 def test_functions_are_named_by_what_they_do() -> None:
     counts, homes = Counter[str](), defaultdict[str, set[Path]](set)
     for file in [file for top in ("mptk", "passes") for file in (ROOT / top).rglob("*.py")]:

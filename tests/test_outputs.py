@@ -90,6 +90,7 @@ def test_no_output_replaces_what_the_command_reads(command: str, output: str, op
         assert sorted((str(path), path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.features
 def test_outputs_of_one_command_are_apart(tmp_path: Path) -> None:
     model, page = tmp_path / "model", tmp_path / "page"
     model.mkdir()
@@ -141,6 +142,7 @@ def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").read_bytes() == b"\x08 of somebody"
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     ("call", "given"),
     [
@@ -165,6 +167,7 @@ def test_keywords_in_python_are_outputs_too(
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
+@pytest.mark.features
 def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path, inside: Inside) -> None:
     """There it would replace a part of the ladder, or be a file that was added: either makes the ladder unusable."""
     inside.gives("mptk.features.ladder.api.list_smaller_sizes", ["0.2"])

@@ -221,6 +221,7 @@ def test_dependencies_are_ranges_with_a_lower_bound(project: dict[str, Any]) -> 
     assert [r for r in requirements if ">=" not in r or "==" in r or "@" in r] == []
 
 
+@pytest.mark.features
 def test_contracts_cover_every_module(project: dict[str, Any]) -> None:
     """A new module of mptk must stand in a layer, or it would escape the contract."""
     house, *_ = project["tool"]["importlinter"]["contracts"]

@@ -94,6 +94,7 @@ def evil_report(place: Place, evil: str) -> None:
     file.write_text(json.dumps(report))
 
 
+@pytest.mark.features
 @pytest.mark.parametrize("kind", EVIL)
 def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     evil, shown = EVIL[kind]
@@ -133,6 +134,7 @@ def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.replace("\n", "") == escape_text(evil)
 
 
+@pytest.mark.features
 def test_a_model_and_data_with_such_names(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     place, name = Place(tmp_path, tiny_folders), "[/x]\x1b]8;;evil\x07\u202e"
     name = name.replace("/", "_")
@@ -148,6 +150,7 @@ def test_a_model_and_data_with_such_names(tiny_folders: Mapping[str, Path], tmp_
     assert not ACTS.search(result.stdout)
 
 
+@pytest.mark.features
 def test_mptks_own_error_has_a_log_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, inside: Inside, tmp_path: Path
 ) -> None:

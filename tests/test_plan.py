@@ -214,6 +214,7 @@ HEADS = {"width": 2, "of": 8}
 TOKENS = {"width": 4, "of": 9, "keep": "0-2,5"}
 
 
+@pytest.mark.features
 def test_conversions_are_read_as_they_were_written() -> None:
     plan = Plan({}, conversions={"vocabulary": TOKENS, "kv_heads": HEADS})
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
@@ -222,6 +223,7 @@ def test_conversions_are_read_as_they_were_written() -> None:
     assert len(read_plan_conversions(again)) == 2
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     ("name", "entry", "said"),
     [

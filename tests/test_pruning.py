@@ -134,6 +134,7 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
     assert report.plan_sha256 == pruned[1].plan_sha256
 
 
+@pytest.mark.features
 def test_a_plan_writes_only_the_text_that_its_run_uses(llama, pruned, tmp_path):
     def windows(name: str, **changes: object) -> tuple[int, int]:
         settings = mptk.Settings(plan=str(tmp_path / "plan.json"), length=16, onnx=False, **changes)

@@ -12,6 +12,8 @@ from inside import Inside, changed
 from benchmarks import quality
 from benchmarks.quality_text import HELD_OUT, PIECE, write_mixture
 
+pytestmark = pytest.mark.features
+
 
 def texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]

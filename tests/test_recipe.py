@@ -112,6 +112,7 @@ def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str, message: str,
     assert "cannot read" in mptk("prune", "m", "--out", "o", "--config", tmp_path / "none.yaml").error
 
 
+@pytest.mark.features
 def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(OTHER.learning, teacher_cache="cache", mask_share=0.3, rank=8)
     learning = replace(learning, training=replace(learning.training, lr=0.1))

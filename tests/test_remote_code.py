@@ -31,6 +31,8 @@ from mptk.publish.manifest import write_manifest
 from mptk.trust import NO_CODE, trust_by_caller
 from tests.lab import raw_report
 
+pytestmark = pytest.mark.features
+
 TRUE = "trust_remote_code"
 ROOT = Path(mptk.__file__).parents[1]
 SHORT: dict[str, Any] = {

@@ -7,6 +7,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.features
+
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     function.name

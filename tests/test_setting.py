@@ -130,6 +130,7 @@ def test_keywords() -> None:
     assert with_keywords(found, {"dough": Dough(seed=1), "grains": ["oat"]}).dough == Dough(("oat",), 1)
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     ("values", "said"),
     [

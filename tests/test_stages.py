@@ -79,6 +79,7 @@ def found(model: PreTrainedModel) -> Any:
     return SimpleNamespace(analysis=analysis, legal=legal, widths=widths, kept=kept, sizes=sizes)
 
 
+@pytest.mark.features
 def test_entries_of_one_value_belong_to_their_stages() -> None:
     """The feed-forwards of two stages of one width are one family, so both entries follow it."""
     stages = found(convnext(12, 12))
@@ -88,6 +89,7 @@ def test_entries_of_one_value_belong_to_their_stages() -> None:
     assert config.changes == {"hidden_sizes": ([12, 12], [9, 9])}
 
 
+@pytest.mark.features
 def test_a_stage_is_cut_alone() -> None:
     stages = found(convnext(12, 20))
     assert set(stages.legal.together) == {frozenset({f"channels.{i}", f"ffn.{i}"}) for i in (1, 2)}
@@ -97,6 +99,7 @@ def test_a_stage_is_cut_alone() -> None:
     assert config.changes == {"hidden_sizes": ([12, 20], [12, 9])}
 
 
+@pytest.mark.features
 def test_a_width_of_which_the_class_makes_all_others() -> None:
     model = swin()
     stages = found(model)
@@ -119,6 +122,7 @@ def test_a_width_of_which_the_class_makes_all_others() -> None:
         torch.testing.assert_close(logits, cut.program(images))
 
 
+@pytest.mark.features
 def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
     refused = found(cvt()).legal.refused
     assert refused["channels.1"] == (
@@ -128,6 +132,7 @@ def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
     assert "scale: it changes from" in refused["heads"]
 
 
+@pytest.mark.features
 def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:
     """T5 scales what its head reads by d_model ** -0.5."""
     sizes = {"vocab_size": 97, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_heads": 3, "num_layers": 1}
@@ -138,6 +143,7 @@ def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:
     assert "hidden" not in apart.legal.refused
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     ("make", "families", "field", "old"),
     [
@@ -158,6 +164,7 @@ def test_the_cut_folder_is_loaded_by_its_own_class(
     assert "reloaded checkpoint" in [stage.stage for stage in mptk.verify(tmp_path / "out", model=model)]
 
 
+@pytest.mark.features
 def test_a_family_without_its_partner_is_refused_by_name() -> None:
     line = r"ffn.2 can only be cut together with channels.2 for target stock; name them in families, too"
     with pytest.raises(MptkError, match=line):

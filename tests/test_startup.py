@@ -29,6 +29,7 @@ def imported(program: str, tmp_path: Path) -> set[str]:
     return set(HEAVY) & set(found.read_text().split())
 
 
+@pytest.mark.features
 @pytest.mark.parametrize(
     "arguments",
     ["--help", "--version", "models", "ops --help", "prune --help", "analyze --help", "eval --help", "bench --help"],
@@ -54,6 +55,7 @@ def test_what_is_heavy_is_seen(tmp_path: Path) -> None:
     assert imported("import numpy", tmp_path) == {"numpy"}
 
 
+@pytest.mark.features
 def test_the_public_names_are_all_that_is_listed() -> None:
     assert dir(mptk) == sorted(mptk.__all__)
     assert all(getattr(mptk, name) is not None for name in mptk.__all__)

@@ -128,6 +128,7 @@ def test_what_no_checkpoint_holds_is_not_rounded() -> None:
     assert not torch.equal(rounded, before)
 
 
+@pytest.mark.features
 def test_quantised_weights_without_a_scale_are_refused(tmp_path: Path) -> None:
     folder = Path(checkpoint(tmp_path / "dense", torch.float32))
     state = load_file(folder / "model.safetensors")

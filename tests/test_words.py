@@ -30,6 +30,7 @@ def test_flags_of_other_programs_and_whole_commands_stay(said: str) -> None:
     assert to_python_words(said) == said
 
 
+@pytest.mark.features
 def test_a_command_reads_options(typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert typed("prune", "smollm2-135m", "--layers", "1", "--method", "wanda", "--out", "x") == 1
     assert "use --target nemotron-nas or --target graph" in capsys.readouterr().err

@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.words import IRREGULAR, PREDICATES, VERBS
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from commands import done, refused
 from inside import Inside
 from lab import remembered
-from test_latency import times
+from made_up_times import times
 from toy_checkpoints import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 

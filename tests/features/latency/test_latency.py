@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import done, refused
+from made_up_times import milliseconds, times
 from test_pruning import llama  # noqa: F401 (a fixture)
 from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
@@ -47,21 +48,6 @@ LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 
 SETTINGS = mptk.Settings(
     method="random", sparsity=0.25, budget="latency", samples=2, length=32, align=8, tolerance=0.02, onnx=False
 )
-
-
-def milliseconds(operator: Operator) -> float:
-    """Multilinear in each size, as most machines nearly are. Element-wise operators are free."""
-    if operator.kind == MATMUL:
-        rows, k, n = operator.sizes
-        return 0.01 + rows * k * n * 1e-5
-    if operator.kind == ATTENTION:
-        tokens, past, heads, groups, dim, value_dim = operator.sizes
-        return 0.02 + (tokens + past) * (heads * tokens + groups) * (dim + value_dim) * 1e-6
-    return 0.0
-
-
-def times(operators: Sequence[Operator]) -> Mapping[Operator, float]:
-    return {operator: milliseconds(operator) for operator in operators}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from test_page import Parsed
+from page_runs import Parsed
 
 from mptk.features.width_search.page import render_shapes_page
 from mptk.features.width_search.shapes import WORST, Rung, Shape, Shapes

@@ -17,7 +17,7 @@ import torch
 from commands import done
 from inside import Inside, Stopped
 from lab import remembered
-from test_latency import times
+from made_up_times import times
 from toy_checkpoints import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 

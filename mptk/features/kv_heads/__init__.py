@@ -10,7 +10,7 @@ from mptk.config import CUT, SEARCH, CoreSettings, declare_setting
 from mptk.protocols import Feature
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)  # only the joined settings are made: start-up counts
 class KvHeadsSettings(CoreSettings):
     """The setting of this feature."""
 

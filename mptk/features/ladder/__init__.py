@@ -22,7 +22,7 @@ NO_LADDER = Idle(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)  # only the joined settings are made: start-up counts
 class LadderSettings(CoreSettings):
     """The setting of this feature. The sizes are none: each run of a ladder has the sparsity of one."""
 

@@ -11,7 +11,7 @@ from mptk.errors import MptkError
 from mptk.protocols import Feature
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)  # only the joined settings are made: start-up counts
 class VocabularySettings(CoreSettings):
     """The setting of this feature."""
 

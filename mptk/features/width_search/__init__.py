@@ -24,7 +24,7 @@ QUICK = Idle(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)  # only the joined settings are made: start-up counts
 class WidthSearchSettings(CoreSettings):
     """The settings of this feature.
 

@@ -31,8 +31,6 @@ from mptk.publish.manifest import write_manifest
 from mptk.trust import NO_CODE, trust_by_caller
 from tests.lab import raw_report
 
-pytestmark = pytest.mark.features
-
 TRUE = "trust_remote_code"
 ROOT = Path(mptk.__file__).parents[1]
 SHORT: dict[str, Any] = {
@@ -94,7 +92,7 @@ FORMS: dict[str, Callable[[Path], None]] = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("own_modules")
+pytestmark = [pytest.mark.features, pytest.mark.usefixtures("own_modules")]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from lab import remembered
 
-from tests.broken import Broken, Published, check
+from tests.broken import Broken, Published, check, named
 from tests.broken import files as side_files
 
 FILES_SAID = {
@@ -21,10 +21,6 @@ FILES_SAID = {
     "weights: more metadata": 'quantization of the header of model.safetensors is "fp8", but missing',
     "config: version of the writer": "versions.transformers in report.json is wrong",
 }
-
-
-def named(rows: list[Broken], kind: str) -> dict[str, Broken]:
-    return {row.name: row for row in rows if row.kind == kind}
 
 
 @pytest.fixture(scope="module")

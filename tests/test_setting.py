@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,15 @@ import yaml
 from typer.testing import CliRunner
 
 from mptk import MptkError
-from mptk.cli.app import COMMANDS, app, build_command, register_command
+from mptk.cli.app import (
+    COMMANDS,
+    Extension,
+    app,
+    build_command,
+    carry_out,
+    list_further_parameters,
+    register_command,
+)
 from mptk.cli.options import Config, refuse_idle
 from mptk.config.recipe import collect_recorded
 from mptk.config.setting import (
@@ -161,3 +170,27 @@ def test_what_a_file_kept_is_checked() -> None:
 
 def test_the_docstring_lists_the_settings() -> None:
     assert "- ``heat``: How hot." in str(Oven.__doc__)
+
+
+def test_options_of_two_features_for_one_command_are_refused_together() -> None:
+    ran = list[str]()
+
+    def large(model: str, large: bool = False) -> None:
+        ran.append(f"large {model}")
+
+    def small(model: str, small: bool = False) -> None:
+        ran.append(f"small {model}")
+
+    def plain(model: str) -> None:
+        ran.append(f"plain {model}")
+
+    own = inspect.signature(plain).parameters
+    further = {
+        each: list_further_parameters(each, own)
+        for each in (Extension(large, "", (), ""), Extension(small, "", (), ""))
+    }
+    carry_out(plain, further, {"model": "m", "large": False, "small": False})
+    carry_out(plain, further, {"model": "m", "large": False, "small": True})
+    assert ran == ["plain m", "small m"]
+    with pytest.raises(MptkError, match="--large and --small: each makes another run of this command; give one"):
+        carry_out(plain, further, {"model": "m", "large": True, "small": True})

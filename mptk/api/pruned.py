@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -347,15 +347,8 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
-    # Settings name what is in memory, so that the report says so; `inputs` holds it.
-    named, texts = split_texts(keywords)
-    asked = with_keywords(
-        make_default_settings(settings, out, model, example_inputs),
-        {**name_given(data=data, eval_data=eval_data), **named},
-    )
-    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, texts=texts)
-    start, asked, inputs = take_model(model, asked, inputs)
-    check_start(start, asked, inputs)
+    given = make_default_settings(settings, out, model, example_inputs)
+    start, asked, inputs = take_arguments(model, given, tokenizer, example_inputs, data, eval_data, keywords)
     # Without `out` the run publishes into a temporary folder, which lives as long as the result.
     kept = make_scratch() if out is None else None
     place = kept.folder / "pruned" if kept is not None else resolve_place(str(out))
@@ -438,6 +431,29 @@ def estimate_recovery(folder: str | Path, settings: Settings, model: str | None 
     estimator = start.read_estimator(settings.trust)
     assert estimator is not None
     return estimator.estimate(complete_settings(settings, estimator, recovers=True)[0])
+
+
+def take_arguments(
+    model: Model,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    example_inputs: GivenInputs | None,
+    data: Data | None,
+    eval_data: Data | None,
+    keywords: Mapping[str, object],
+) -> tuple[Start, Settings, Inputs]:
+    """What a run starts from, its settings, and what the caller holds in memory. The arguments are those of ``prune``.
+
+    Raises:
+        MptkError: there is no such keyword; or the arguments do not suit each other.
+    """
+    # Settings name what is in memory, so that the report says so; `inputs` holds it.
+    named, texts = split_texts(keywords)
+    asked = with_keywords(settings, {**name_given(data=data, eval_data=eval_data), **named})
+    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, texts=texts)
+    start, asked, inputs = take_model(model, asked, inputs)
+    check_start(start, asked, inputs)
+    return start, asked, inputs
 
 
 def check_start(start: Start, asked: Settings, inputs: Inputs) -> None:

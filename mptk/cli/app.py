@@ -234,7 +234,10 @@ def insert_parameters(
 def carry_out(
     function: Callable[..., None], further: Mapping[Extension, Sequence[inspect.Parameter]], values: dict[str, object]
 ) -> None:
-    """Run a command's function, or that of the extension of which an option has a value."""
+    """Run a command. If the user typed an option of an extension, the extension's function runs instead.
+
+    Raises MptkError if options of two extensions were typed: each would run the command in its own way.
+    """
     asked = {
         each.name: extension.function
         for extension, added in further.items()

@@ -170,7 +170,7 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
                 continue
             place = expand_path(str(each))
             yield from (place.parent, place) if place.suffix == ".onnx" else (place,)
-            yield from _list_fetched(str(each))
+            yield from _list_local_copies(str(each))
             report = _report_in(place)
             yield from (expand_path(name) for name in _list_names(report, "model"))
             texts += [name for key in SAMPLES_FROM for name in _list_names(report.get("settings"), key)]
@@ -196,11 +196,11 @@ def _list_names(content: object, key: str) -> list[str]:
     return [found] if isinstance(found, str) else []
 
 
-def _list_fetched(name: str) -> list[Path]:
+def _list_local_copies(name: str) -> list[Path]:
     """The file or folder that a model's name stands for, if it has been fetched."""
-    from mptk.io import find_fetched
+    from mptk.io import find_local_copy
 
-    found = find_fetched(name)
+    found = find_local_copy(name)
     return [] if found is None else [found]
 
 

@@ -88,7 +88,7 @@ def generate_text(
     """Generate text in ONNX Runtime. It streams the answer to one prompt; several prompts run as one batch."""
     from mptk.ort.generation import Sampling, encode_prompts, fit_prompts
 
-    refuse_unsampled(temperature)
+    refuse_idle_sampling(temperature)
     runner = open_generator(model, settings)
     encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
     if cut:
@@ -96,7 +96,7 @@ def generate_text(
     print_answers(runner, prompts, encoded, max_new_tokens, Sampling(temperature, top_k, top_p), seed)
 
 
-def refuse_unsampled(temperature: float) -> None:
+def refuse_idle_sampling(temperature: float) -> None:
     """Refuse typed options that would do nothing, as nothing is sampled."""
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"

@@ -69,7 +69,7 @@ def show_report(
     from mptk.report.runs import list_results
 
     # The first in full, then all of them side by side.
-    runs = read_asked_runs(folders, prompt, model, settings)
+    runs = read_runs_to_show(folders, prompt, model, settings)
     first = runs[0]
     out.print(report.build_prune_view(first.report, first.bench, first.texts))
     if len(runs) > 1:
@@ -77,7 +77,7 @@ def show_report(
     out.print(f"files in {list_results(folders)[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)
 
 
-def read_asked_runs(
+def read_runs_to_show(
     folders: Sequence[Path], prompts: Sequence[str] | None, model: str | None, settings: Settings
 ) -> list[Run]:
     """The runs that ``report`` shows, with what their models write after the prompts."""

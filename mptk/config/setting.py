@@ -211,15 +211,15 @@ def record(kind: type[AnyRecord]) -> type[AnyRecord]:
             found.append(Declared(each.name, hints[each.name], default, each.metadata[Setting]))
         else:
             found += [replace(inner, path=f"{each.name}.{inner.path}") for inner in hints[each.name].declared]
-    found = order_declared(found)
+    found = order_settings(found)
     lines = [f"- ``{each.path}``: {each.setting.help}" for each in found]
     kind.__doc__ = "\n".join([inspect.cleandoc(str(kind.__doc__)), "", *lines])
     kind.declared = tuple(found)
     return kind
 
 
-def order_declared(found: Sequence[Declared]) -> list[Declared]:
-    """Settings in the order of the help: those that stand after another one are moved there."""
+def order_settings(found: Sequence[Declared]) -> list[Declared]:
+    """Sort settings as the help shows them. A setting with ``after`` goes below the setting that it names."""
     ordered = [each for each in found if not each.setting.after]
     for each in [each for each in found if each.setting.after]:
         # Below others that stand after the same one; at the end if that one is not there.

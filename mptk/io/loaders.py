@@ -50,12 +50,15 @@ class Loader:
         """Whether ``name`` is one of its names."""
         return False
 
-    def find_fetched(self, name: str) -> Path | None:
+    def find_local_copy(self, name: str) -> Path | None:
         """The file or folder of a name that it knows; None if it would have to be downloaded."""
         return None
 
     def fetch(self, name: str) -> Path:
-        """The file or folder of a name that it knows, downloaded if necessary. Raises MptkError if it cannot be."""
+        """The file or folder of a name that it knows, downloaded if necessary. A loader with names overrides it.
+
+        Raises MptkError if it cannot be downloaded.
+        """
         raise NotImplementedError
 
     def find_licence(self, name: str) -> str:
@@ -88,7 +91,7 @@ class Loader:
         return ""
 
     def convert(self, path: Path, folder: Path) -> None:
-        """Write the file or folder that it takes as a checkpoint of floats into the new ``folder``."""
+        """Write what it takes as a checkpoint of floats into the new ``folder``. Loaders that convert override it."""
         raise NotImplementedError
 
     def list_other_files(self, folder: Path) -> Mapping[str, Path]:
@@ -143,10 +146,10 @@ def find_naming_loader(name: str) -> Loader | None:
     return next((loader for loader in list_loaders() if loader.takes_name(name)), None)
 
 
-def find_fetched(name: str) -> Path | None:
+def find_local_copy(name: str) -> Path | None:
     """The file or folder of a name that a loader knows, if it is on this machine."""
     loader = find_naming_loader(name)
-    return None if loader is None else loader.find_fetched(name)
+    return None if loader is None else loader.find_local_copy(name)
 
 
 def find_named_licence(name: str) -> str:

@@ -214,7 +214,7 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
     """
     # In the order that ``load`` promises: a name that stands for a model, a file, a folder, the hub.
     if (naming := find_naming_loader(model)) is not None:
-        if local and not naming.find_fetched(model):
+        if local and not naming.find_local_copy(model):
             raise _make_absent_error(model)
         path = naming.fetch(model)
         if path.is_file() and find_file_loader(str(path)) is None:

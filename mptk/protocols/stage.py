@@ -33,7 +33,7 @@ class Stage:
         """Its numbers of complete settings, in words."""
         return []
 
-    def count_used(self, settings: Settings) -> int:
+    def count_training_samples(self, settings: Settings) -> int:
         """Number of training samples that it uses."""
         return 0
 

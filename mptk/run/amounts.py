@@ -23,7 +23,7 @@ def count_samples(settings: Settings, *, own: bool = False) -> int:
     """
     s = settings
     # The largest of them, not their sum: calibration, features and training use the same samples.
-    further = [stage.count_used(s) for stage in list_stages()]
+    further = [stage.count_training_samples(s) for stage in list_stages()]
     used = max(s.windows, *further, 0 if own else s.steps * s.learning.training.batch)
     return used + count_held_out(s, used)
 

@@ -43,6 +43,11 @@ Publish = Callable[[str, Path], Published]
 """A file's ``publish``: a kind of its rows, and an empty folder to write in."""
 
 
+def named(rows: list[Broken], kind: str) -> dict[str, Broken]:
+    """Name → row, of those of a kind."""
+    return {row.name: row for row in rows if row.kind == kind}
+
+
 def check(row: Broken, published: Published) -> str:
     """What refused a damaged copy, in one line; "" if it passed in silence.
 

@@ -66,7 +66,7 @@ def draw_change_chart(found: Advice) -> Svg:
         axes.set_yscale("symlog", linthresh=100 * found.tolerance)
         axes.set_ylim(bottom=100 * find_lowest(found))
         axes.yaxis.set_major_formatter(format_percent)
-        label_removed(axes, RISES[found.measure])
+        label_removal_axis(axes, RISES[found.measure])
 
     return draw_chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
 
@@ -78,7 +78,7 @@ def find_lowest(found: Advice) -> float:
     return min([0.0, *(point.texts[text].change for point, text in cuts), *after])
 
 
-def label_removed(axes: Axes, what: str) -> None:
+def label_removal_axis(axes: Axes, what: str) -> None:
     """Finish a chart of ``what`` over the share removed."""
     axes.xaxis.set_major_formatter(format_percent)
     axes.set_xlabel("removed")
@@ -105,7 +105,7 @@ def draw_agreement_chart(found: Advice) -> Svg | None:
             ys = [100 * (point.texts[text].agreement or 0.0) for point in (found.dense, *found.division)]
             axes.plot(xs, ys, "o-", color=SERIES[number % len(SERIES)], markersize=4, label=name_text(text))
         axes.yaxis.set_major_formatter(format_percent)
-        label_removed(axes, "same top-1 prediction")
+        label_removal_axis(axes, "same top-1 prediction")
 
     return draw_chart(draw, "agreement with the dense model over the share removed", 3.2)
 
@@ -118,7 +118,7 @@ def draw_families_chart(found: Advice) -> Svg:
             _draw_line(axes, found, points, SERIES[number % len(SERIES)], name)
         if len(found.families) > 1:
             _draw_line(axes, found, found.division, QUIET, "as pruned", "--")
-        label_removed(axes, "rise of the loss")
+        label_removal_axis(axes, "rise of the loss")
 
     return draw_chart(draw, "rise of the loss over the share removed, family by family", 3.2)
 

@@ -29,9 +29,9 @@ class GgufLoader(Loader):
         return read_gguf_config(path)
 
     def convert(self, path: Path, folder: Path) -> None:
-        from mptk.features.gguf.reading import write_dequantized
+        from mptk.features.gguf.reading import write_float_checkpoint
 
-        write_dequantized(path, folder)
+        write_float_checkpoint(path, folder)
 
 
 GGUF = GgufLoader()

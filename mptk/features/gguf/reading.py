@@ -48,7 +48,7 @@ def read_gguf_config(gguf: Path) -> PreTrainedConfig:
     return config
 
 
-def write_dequantized(gguf: Path, folder: Path) -> None:
+def write_float_checkpoint(gguf: Path, folder: Path) -> None:
     """Dequantise ``gguf`` to float32 and save it in ``folder`` as a checkpoint.
 
     Raises:

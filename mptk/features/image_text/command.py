@@ -9,7 +9,7 @@ import typer
 
 from mptk.cli.app import extend_command
 from mptk.cli.options import refuse
-from mptk.cli.use import open_generator, print_answers, refuse_unsampled
+from mptk.cli.use import open_generator, print_answers, refuse_idle_sampling
 from mptk.config import Settings
 from mptk.errors import MptkError
 
@@ -33,7 +33,7 @@ def generate_after_images(
     from mptk.features.image_text.inputs import encode_image_prompt
     from mptk.ort.generation import Sampling
 
-    refuse_unsampled(temperature)
+    refuse_idle_sampling(temperature)
     refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
     runner = open_generator(model, settings)
     if len(prompts) > 1:

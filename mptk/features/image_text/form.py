@@ -94,7 +94,7 @@ class PicturedStep(DecoderStep):
             return joined.flatten(0, -2)
 
 
-def trace_pictured(dense: Dense, samples: Samples | None) -> Traced:
+def trace_with_images(dense: Dense, samples: Samples | None) -> Traced:
     """One decoding step with images, which also gives the values at which its graph is divided."""
     model, settings = dense.loaded.model, dense.settings
     shapes, shown = cache_shapes(model), Samples(ImagesWithText().make_example(model))
@@ -222,7 +222,7 @@ def add_images(case: GraphCase, tiles: int = 1) -> GraphCase:
 *TEXT_CASES, SIZES_CASE = DECODER_FORM.cases
 IMAGE_TEXT_FORM = replace(
     DECODER_FORM,
-    trace=trace_pictured,
+    trace=trace_with_images,
     cases=(
         *map(add_images, TEXT_CASES),
         add_images(SIZES_CASE, TILES),

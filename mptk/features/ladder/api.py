@@ -8,9 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mptk.api.changed import FirstRun
-from mptk.api.pruned import Pruned, Shown, check_start, make_default_settings, report_progress, resolve_place
+from mptk.api.pruned import Pruned, Shown, make_default_settings, report_progress, resolve_place, take_arguments
 from mptk.api.words import wrap_public
-from mptk.config import Settings, with_keywords
+from mptk.config import Settings
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import is_leader
 from mptk.errors import MptkError
@@ -25,9 +25,9 @@ from mptk.protocols import Context, Report
 from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest
 from mptk.run.estimate import read_estimator
-from mptk.run.inputs import Data, GivenInputs, Inputs, name_given, split_texts
+from mptk.run.inputs import Data, GivenInputs
 from mptk.run.minutes import complete_settings
-from mptk.run.open import Model, name_start, take_model
+from mptk.run.open import Model, name_start
 from mptk.run.prune import Result
 from mptk.trust import Trust, trust_by_caller
 
@@ -68,14 +68,8 @@ def ladder(
     """
     if "sparsity" in keywords:
         raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
-    named, texts = split_texts(keywords)
-    asked = with_keywords(
-        make_default_settings(settings, out, model, example_inputs),
-        {**name_given(data=data, eval_data=eval_data), **named},
-    )
-    inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data, eval_data=eval_data, texts=texts)
-    start, asked, inputs = take_model(model, asked, inputs)
-    check_start(start, asked, inputs)
+    given = make_default_settings(settings, out, model, example_inputs)
+    start, asked, inputs = take_arguments(model, given, tokenizer, example_inputs, data, eval_data, keywords)
     place, source = resolve_place(out), name_start(model)
     with (
         report_progress(progress) as say,

@@ -18,7 +18,7 @@ class PackagedLoader(Loader):
     def takes_name(self, name: str) -> bool:
         return name in wheels.ALIASES
 
-    def find_fetched(self, name: str) -> Path | None:
+    def find_local_copy(self, name: str) -> Path | None:
         return wheels.find_cached(name)
 
     def fetch(self, name: str) -> Path:

@@ -9,7 +9,7 @@ from mptk.cli.app import extend_command, show_result
 from mptk.cli.console import out
 from mptk.cli.models import analyze_model
 from mptk.cli.options import DenseOption, JsonOption, make_file_option
-from mptk.cli.verify import read_asked_runs
+from mptk.cli.verify import read_runs_to_show
 from mptk.config import Settings
 from mptk.files import write_text
 
@@ -34,7 +34,7 @@ def write_report_page(
     from mptk.features.page.render import render_report_page
 
     assert html is not None, "the command has the option"
-    write_text(html, render_report_page(read_asked_runs(folders, prompt, model, settings)))
+    write_text(html, render_report_page(read_runs_to_show(folders, prompt, model, settings)))
     out.print(f"written to {html}", soft_wrap=True)
 
 

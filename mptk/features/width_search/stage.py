@@ -44,7 +44,7 @@ class SearchStage(Stage):
         s = WidthSearchSettings.of(settings)
         return [f"{s.trial_tokens:,} tokens for the search"] if s.search else []
 
-    def count_used(self, settings: Settings) -> int:
+    def count_training_samples(self, settings: Settings) -> int:
         s = WidthSearchSettings.of(settings)
         planned = plan_search_rungs(settings, s.search_finalists) if s.search else []
         return sum(steps for _, steps in planned) * settings.learning.training.batch  # those of the longest training

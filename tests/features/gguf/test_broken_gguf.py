@@ -16,7 +16,7 @@ import mptk
 from mptk import ProofError
 from mptk.features.gguf import api, llama_cpp
 from mptk.features.gguf.architectures import ARCHITECTURES
-from tests.broken import Broken, Published, check
+from tests.broken import Published, check, named
 from tests.broken import gguf as gguf_files
 
 AGAIN = "do not use it, and write it again"
@@ -36,10 +36,6 @@ GGUF_SAID = {
     "bytes more": "out.gguf is damaged: it has",
 }
 """Row → what verify says. Each is found in a way of its own."""
-
-
-def named(rows: list[Broken], kind: str) -> dict[str, Broken]:
-    return {row.name: row for row in rows if row.kind == kind}
 
 
 @pytest.fixture(scope="module")

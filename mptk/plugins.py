@@ -131,13 +131,33 @@ def is_absent(entry: EntryPoint) -> bool:
 
 @functools.cache
 def load_parts(kind: str) -> Mapping[str, Any]:
-    """All objects that features name in a field of ``Feature``, by name; objects without names by ``module:object``."""
-    found = {}
+    """All objects that features name in a field of ``Feature``, by name; objects without names by ``module:object``.
+
+    Raises:
+        MptkError: one cannot be imported, or two features bring one of the same name.
+    """
+    found, owners = dict[str, Any](), dict[str, str]()
     for feature in list_features().values():
         named = getattr(feature, kind)
-        for name, path in (named if isinstance(named, Mapping) else dict(zip(named, named, strict=True))).items():
+        for name, path in (named if isinstance(named, Mapping) else {each: each for each in named}).items():
+            # Which one counts may not depend on what else is installed: a recipe would mean something else.
+            if (other := owners.setdefault(name, feature.name)) != feature.name:
+                raise MptkError(f"the features {other} and {feature.name} both bring {name} ({kind}); remove one")
             found[name] = load_part(feature, path)
     return found
+
+
+def with_features(own: Mapping[str, Plugin], kind: str) -> dict[str, Plugin]:
+    """The core's objects and those that features name in a field of ``Feature``, by name.
+
+    Raises:
+        MptkError: as ``load_parts``; or a feature brings one with the name of the core's.
+    """
+    parts = load_parts(kind)
+    for feature in list_features().values():
+        if taken := sorted(own.keys() & {*getattr(feature, kind)}):
+            raise MptkError(f"the feature {feature.name} brings {taken[0]} ({kind}), which mptk has itself; remove it")
+    return {**own, **parts}
 
 
 def load_part(feature: Feature, path: str) -> Any:
@@ -184,14 +204,21 @@ def load_entry(entry: EntryPoint) -> Any:
 
 @functools.cache
 def find_entries(group: str) -> Sequence[EntryPoint]:
-    """The entry points of a group, each name once: of the first package on the path that has it."""
+    """The entry points of a group. A package that is on the path twice counts where it comes first.
+
+    Raises:
+        MptkError: two packages bring one of the same name.
+    """
     # ``importlib.metadata.entry_points`` parses the files of all packages, which takes three times as long: every
     # command waits for it.
     found = dict[str, EntryPoint]()
     for package in distributions():
         if f"[{group}]" in (package.read_text("entry_points.txt") or ""):
             for entry in package.entry_points.select(group=group):
-                found.setdefault(entry.name, entry)
+                first = found.setdefault(entry.name, entry)
+                if first is not entry and first.dist is not None and first.dist.name != package.name:
+                    names = f"{first.dist.name} and {package.name}"
+                    raise MptkError(f"{names} both bring {entry.name} ({group}); remove one of them")
     return tuple(found.values())
 
 

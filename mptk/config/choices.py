@@ -16,8 +16,9 @@ UNIFORM, FREE = LAYERS = ("uniform", "free")
 METHODS = Choices(
     ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
     plugins=("mptk.methods", "mptk.criteria"),
+    parts="methods",
 )
-TARGET_CHOICES = Choices(FORMS, plugins=("mptk.targets",))
+TARGET_CHOICES = Choices(FORMS, plugins=("mptk.targets",), parts="targets")
 ENGINE_CHOICES = Choices(ENGINES)
 SCHEMES = Choices(("int8", "int4", "fp16"))
 DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))

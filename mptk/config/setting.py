@@ -46,7 +46,7 @@ class Choices:
     @property
     def shown(self) -> list[str]:
         """The values as the help shows them."""
-        names = [*self.names, *(list_part_names(self.parts) if self.parts else ())]
+        names = dict.fromkeys([*self.names, *(list_part_names(self.parts) if self.parts else ())])
         named = [word for name in names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
         return [*named, "5-20,28"] if self.or_ranges else named
 

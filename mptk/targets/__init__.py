@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mptk.config import Settings
-from mptk.plugins import find_entry, load_parts, with_plugins
+from mptk.plugins import find_entry, with_features, with_plugins
 from mptk.protocols import Target
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import OnnxTarget
@@ -16,8 +16,9 @@ STOCK_TARGET, GRAPH_TARGET = StockTarget(), GraphTarget()
 def list_targets() -> dict[str, Target]:
     """Targets of mptk, of features and of plugins (group ``mptk.targets``), by name. Each can also write ONNX."""
     # The graph holds any widths, so it is named last.
-    own = {STOCK_TARGET.name: STOCK_TARGET, **load_parts("targets"), GRAPH_TARGET.name: GRAPH_TARGET}
-    return with_plugins(own, "mptk.targets")
+    found = with_features({STOCK_TARGET.name: STOCK_TARGET, GRAPH_TARGET.name: GRAPH_TARGET}, "targets")
+    graph = found.pop(GRAPH_TARGET.name)
+    return with_plugins({**found, graph.name: graph}, "mptk.targets")
 
 
 def find_target(name: str) -> Target:

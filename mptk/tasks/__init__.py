@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
 from mptk.io import Loaded, Resident, find_model_classes, load_tensors, models
-from mptk.plugins import load_parts, with_plugins
+from mptk.plugins import with_features, with_plugins
 from mptk.protocols import PROVEN_ON, OnnxForm, Report, Task
 from mptk.tasks.causal_lm import CausalLM, make_kind_error
 from mptk.tasks.encoder import Encoder
@@ -30,7 +30,7 @@ def list_tasks() -> dict[str, Task]:
     """The core's, features' and plugins' tasks (group ``mptk.tasks``), by name, in the order they are tried in."""
     # The first task that takes a model has it, so the order counts: a vision-language model could also be taken for a
     # decoder, and a dual encoder for a bare encoder.
-    found: dict[str, Task] = with_plugins({**TASKS, **load_parts("tasks")}, "mptk.tasks")
+    found: dict[str, Task] = with_plugins(with_features(TASKS, "tasks"), "mptk.tasks")
     return dict(sorted(found.items(), key=lambda named: -named[1].priority))
 
 

@@ -7,7 +7,7 @@ from inspect import signature
 from torch import nn
 
 from mptk.errors import MptkError
-from mptk.plugins import load_parts
+from mptk.plugins import with_features
 from mptk.tasks.inputs.base import Inputs
 from mptk.tasks.inputs.images import Images, Videos, count_frames
 from mptk.tasks.inputs.text import TextWindows
@@ -22,7 +22,7 @@ VIDEOS = Videos()
 
 def choose_inputs(model: nn.Module) -> Inputs:
     """What a transformers model reads. Raises MptkError for what neither a file here nor a feature makes."""
-    kinds: dict[str, Inputs] = {**INPUT_KINDS, **load_parts("inputs")}
+    kinds: dict[str, Inputs] = with_features(INPUT_KINDS, "inputs")
     main = getattr(model, "main_input_name", "input_ids")
     if main not in kinds:  # Perceiver's ``inputs`` has another name as well
         main = next((name for name in kinds if name in signature(model.forward).parameters), main)

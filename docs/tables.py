@@ -3,7 +3,7 @@ tables of docs/deploy.md from ``mptk/ir/consumers.py``.
 
     python docs/tables.py
 
-The same files each time. `tests/test_docs_settings.py` compares.
+The same files each time. `tests/house/test_docs_settings.py` compares.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ ABSENT = list_absent_features()
 # The tiny models of benchmarks are of all kinds, so they need features, too.
 collect_ignore = [
     str(path.relative_to(Path(__file__).parent))
-    for path in Path(__file__).parent.glob("test_*.py")
+    for path in Path(__file__).parent.rglob("test_*.py")
     if ABSENT and re.search(r"^from (mptk\.features|benchmarks)\b", path.read_text(), re.MULTILINE)
 ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "core"
-SKIPPED = ("mptk/features/", "tests/features/", "tests/test_features.py", "tests/test_example_feature.py")
+SKIPPED = ("mptk/features/", "tests/features/", "tests/house/test_features.py", "tests/house/test_example_feature.py")
 ONLY_THE_COPY = """import sys
 
 # An editable installation finds modules of a package that the copy lacks.

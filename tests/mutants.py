@@ -40,28 +40,51 @@ TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md"
 LIMIT_S, HANGS_S = 400, 1600
 """Seconds of processor time that the tests of a mutant may take, and seconds after which they hang."""
 
-RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2))
-HIDDEN = "test_python_prune.py::test_a_new_head_of_zeros_hides_no_wrong_cut"
-CACHED = "test_rewrite.py::test_a_decoder_step_is_cut_with_its_cache"
-BORDERS = "test_image_text_onnx.py::test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach"
-CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
+RANDOM = tuple(
+    f"analysis/test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2)
+)
+HIDDEN = "api/test_python_prune.py::test_a_new_head_of_zeros_hides_no_wrong_cut"
+CACHED = "transforms/test_rewrite.py::test_a_decoder_step_is_cut_with_its_cache"
+BORDERS = "features/image_text/test_image_text_onnx.py::test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach"
+CUTS = (
+    "analysis/test_soundness.py",
+    "analysis/test_custom_op.py",
+    "transforms/test_check_cut.py",
+    *RANDOM,
+    "transforms/test_rewrite.py",
+    "analysis/test_rules.py",
+)
 SUBJECTS: dict[str, tuple[str, ...]] = {
-    "mptk/ir/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
-    "mptk/ir/resolved_plan.py": ("test_plan.py", *CUTS, "test_depth.py"),
+    "mptk/ir/axes.py": ("ir/test_axes.py", "analysis/test_soundness.py", *RANDOM),
+    "mptk/ir/resolved_plan.py": ("ir/test_plan.py", *CUTS, "transforms/test_depth.py"),
     "passes/transforms/rewrite.py": CUTS,
     "passes/transforms/masked_reference.py": CUTS,
-    "passes/transforms/fold_norms.py": ("test_fold_norms.py", "test_check_cut.py", "test_legalize.py"),
-    "passes/analysis/zero_propagation.py": ("test_soundness.py", "test_exactness.py", *RANDOM, "test_rules.py"),
-    "passes/analysis/dependence.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
-    "passes/check_cut.py": ("test_check_cut.py", CACHED),
-    "passes/verify.py": ("test_verify.py", "test_faults.py"),
-    "mptk/methods/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
-    "mptk/proof/proof.py": ("test_borders.py", HIDDEN, "test_faults.py", BORDERS),
-    "mptk/proof/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
-    "mptk/publish/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
-    "mptk/targets/stock_config.py": ("test_configs.py", "test_faults.py", "test_rehome.py", "test_trust.py"),
-    "mptk/io/checkpoint.py": ("test_checkpoint.py",),
-    "passes/targets/stock/emit.py": ("test_emit_hf.py",),
+    "passes/transforms/fold_norms.py": (
+        "transforms/test_fold_norms.py",
+        "transforms/test_check_cut.py",
+        "targets/test_legalize.py",
+    ),
+    "passes/analysis/zero_propagation.py": (
+        "analysis/test_soundness.py",
+        "analysis/test_exactness.py",
+        *RANDOM,
+        "analysis/test_rules.py",
+    ),
+    "passes/analysis/dependence.py": ("analysis/test_soundness.py", *RANDOM, "analysis/test_rules.py"),
+    "passes/check_cut.py": ("transforms/test_check_cut.py", CACHED),
+    "passes/verify.py": ("proof/test_verify.py", "proof/test_faults.py"),
+    "mptk/methods/maskprune/solver.py": ("methods/test_solver.py", "methods/test_maskprune.py"),
+    "mptk/proof/proof.py": ("proof/test_borders.py", HIDDEN, "proof/test_faults.py", BORDERS),
+    "mptk/proof/verification.py": ("proof/test_verify.py", "proof/test_trust.py", "proof/test_faults.py"),
+    "mptk/publish/manifest.py": ("publish/test_files.py", "targets/test_emit_hf.py", "proof/test_trust.py"),
+    "mptk/targets/stock_config.py": (
+        "targets/test_configs.py",
+        "proof/test_faults.py",
+        "targets/test_rehome.py",
+        "proof/test_trust.py",
+    ),
+    "mptk/io/checkpoint.py": ("io/test_checkpoint.py",),
+    "passes/targets/stock/emit.py": ("targets/test_emit_hf.py",),
 }
 """File → what is to notice its mutants, in this order, under ``tests/``."""
 

@@ -1,4 +1,4 @@
 """compat: all private names of other libraries that mptk uses. One module a library (torch has two); each has a test.
 
-If an upgrade changes one of them, ``tests/test_compat.py`` fails first.
+If an upgrade changes one of them, ``tests/house/test_compat.py`` fails first.
 """

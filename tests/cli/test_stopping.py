@@ -1,0 +1,252 @@
+"""A signal stops a command whoever drops its exception; streams that are closed or full do not."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from inside import Inside
+
+import mptk.cli.main  # noqa: F401  # it registers the commands, before these tests register their own
+from mptk import MptkError
+from mptk.cli.app import COMMANDS, app, build_command, register_command
+from mptk.cli.console import err, show_stages
+
+ROOT = Path(__file__).resolve().parents[2]
+NUMBERS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+
+
+@pytest.fixture(autouse=True)
+def _not_ignored() -> Iterator[None]:
+    """A shell that starts something with & lets it ignore SIGINT."""
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in NUMBERS}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.fixture
+def ended(typed: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], int]]:
+    """The exit code of a command that does what is given."""
+    known = list(app.registered_commands)
+
+    def run(work: Callable[[], None]) -> int:
+        register_command("work")(work)
+        build_command(COMMANDS.pop("work"), [], None)
+        try:
+            return typed("work")
+        finally:
+            app.registered_commands[:] = known
+
+    yield run
+    app.registered_commands[:] = known
+
+
+class Thing:
+    """Something that a weak reference can hold."""
+
+
+def in_a_callback(number: int) -> None:
+    """A signal comes while Python calls back for a weak reference, where it drops all exceptions."""
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+    del thing
+    gc.collect()
+    assert reference() is None
+
+
+def in_a_destructor(number: int) -> None:
+    class Last:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    Last()
+
+
+def in_a_library(number: int) -> None:
+    """It catches everything."""
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException:
+        return
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("drop", [in_a_callback, in_a_destructor])
+def test_a_signal_whose_exception_python_drops_stops_the_command(
+    ended: Callable[[Callable[[], None]], int],
+    drop: Callable[[int], None],
+    name: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    went_on = []
+
+    def work() -> None:
+        drop(getattr(signal, name))
+        for _ in range(200):
+            time.sleep(0.05)
+        went_on.append(True)
+
+    assert (ended(work), went_on) == (NUMBERS[name], [])
+    said = capfd.readouterr().err
+    assert said == ("interrupted" if name == "SIGINT" else "terminated") + "; nothing was published\n"
+
+
+def test_a_signal_that_a_library_drops_is_seen_at_the_next_word(
+    ended: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    went_on = []
+
+    def work() -> None:
+        with show_stages(err) as progress:
+            in_a_library(signal.SIGTERM)
+            progress("next", 0, 0)
+            went_on.append(True)
+
+    assert (ended(work), went_on) == (143, [])
+    assert capfd.readouterr().err == "terminated; nothing was published\n"
+
+
+def test_a_signal_that_was_dropped_until_the_end_is_no_success(
+    ended: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(lambda: in_a_library(signal.SIGINT)) == 130
+    assert capfd.readouterr().err == "interrupted; the command had already finished\n"
+    assert ended(lambda: None) == 0  # the next command knows of no signal
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_signal_while_options_are_read_is_said_too(
+    ended: Callable[[Callable[[], None]], int], inside: Inside, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(*_: object) -> bool:
+        os.kill(os.getpid(), getattr(signal, name))
+        return False
+
+    def work(number: int = 1) -> None:
+        pytest.fail(f"it went on with {number}")
+
+    inside.around("mptk.cli.app._is_typed", signalled)
+    assert ended(work) == NUMBERS[name]
+    said = "interrupted" if name == "SIGINT" else "terminated"
+    assert capfd.readouterr().err == f"{said}; nothing was published\n"
+
+
+def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
+    ended: Callable[[Callable[[], None]], int],
+) -> None:
+    logged = io.StringIO()
+    log = logging.getLogger("library")
+    log.addHandler(logging.StreamHandler(logged))
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            log.exception("failed")
+            raise TypeError("it was interrupted") from error
+
+    assert ended(work) == 143
+    assert logged.getvalue() == ""
+    log.error("later")
+    assert logged.getvalue() == "later\n"
+
+
+def test_another_error_that_python_drops_is_shown_as_ever(
+    ended: Callable[[Callable[[], None]], int], inside: Inside
+) -> None:
+    seen: list[object] = []
+    inside.around("sys.unraisablehook", lambda hook, found: seen.append(found.exc_type))
+
+    class Last:
+        def __del__(self) -> None:
+            raise MptkError("a library's; its own matter")
+
+    def work() -> None:
+        Last()
+
+    assert (ended(work), seen) == (0, [MptkError])
+
+
+# ---- streams ----
+
+PROGRAM = """
+import contextlib, os, sys
+from pathlib import Path
+from mptk.cli.app import register_all, main, register_command
+from mptk.cli.console import err, out, show_stages
+
+@register_command("work")
+def work():
+    with show_stages(err) as progress, open("file", "w") as file:
+        for n in range(3):
+            progress(f"stage {n}", 0, 0)
+        with contextlib.suppress(OSError):
+            os.write(2, b"words of a library\\n")
+    out.print("the result " * 2000)
+    Path("done").touch()
+
+register_all({})
+
+sys.argv = ["mptk", "work"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [
+        ("", 0),
+        ("<&-", 0),
+        (">&-", 0),
+        ("2>&-", 0),
+        ("2>/dev/full", 0),
+        ("<&- >&- 2>&-", 0),
+        (">&- 2>/dev/full", 0),
+        (">/dev/full", 1),
+        ("| true", 0),
+        ("| head -c 100 >/dev/null", 0),
+    ],
+)
+def test_streams_that_are_closed_or_full_end_nothing(streams: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    line = f"set -o pipefail; {sys.executable} program.py {streams}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "Exception ignored" not in run.stderr
+    assert (tmp_path / "done").exists()
+    assert (tmp_path / "file").read_text() == ""  # no word went to a file that got a closed stream's number
+    if streams == ">/dev/full":
+        assert run.stderr.splitlines()[-1] == (
+            "error: the result could not be printed: No space left on device; files that the command writes are complete, "
+            "so print elsewhere"
+        )
+    elif ">" not in streams and "|" not in streams:
+        assert " ".join(run.stdout.split()).count("the result") == 2000  # lines break where the terminal ends
+
+
+def test_help_and_a_bad_option_need_no_streams(tmp_path: Path) -> None:
+    for line, code in (("--help >&-", 0), ("--help >/dev/full", 1), ("nonsense 2>&-", 2)):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(tmp_path / "cache")}
+        run = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m mptk {line}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (run.returncode, "Traceback" in run.stderr) == (code, False)

@@ -1,0 +1,533 @@
+"""What other users can and cannot do to a run's files, and which folders mptk takes for its own.
+
+It reaches for mptk.files.staging: hidden folders.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import test_resume
+import torch
+from commands import refused
+from inside import Inside
+from test_replacing import code_of, forked, hold, killed, names, write
+from toy_checkpoints import llama as toy
+from toy_checkpoints import tokenizer, write_gguf
+
+import mptk
+from mptk import MptkError
+from mptk.cli.app import tidy_for
+from mptk.config import Learning, Settings, to_json
+from mptk.errors import explain_errors
+from mptk.features.ladder.ladder import is_finished
+from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
+from mptk.io.cache import build_once
+from mptk.protocols.run_folder import RunFolder, check_unfinished, read_kept_settings
+from mptk.publish.folder import amend, publish
+from mptk.staged.spool import Spool
+from tests.lab import bare_run
+
+llama, prepared_once, settings = test_resume.llama, test_resume.prepared_once, test_resume.settings
+ROOT = Path(__file__).resolve().parents[2]
+ANOTHER = 1000
+"""The number of a user who is not this one."""
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A private folder of this user."""
+    folder = tmp_path / "private"
+    (folder / "new").mkdir(mode=0o700, parents=True)
+    folder.chmod(0o700)
+    (folder / "new" / "thesis.txt").write_text("irreplaceable")
+    (folder / "thesis.txt").write_text("irreplaceable")
+    return folder
+
+
+def require_untouched(victim: Path) -> None:
+    found = {str(path.relative_to(victim)): path.is_dir() or path.read_text() for path in victim.rglob("*")}
+    assert found == {"new": True, "new/thesis.txt": "irreplaceable", "thesis.txt": "irreplaceable"}
+
+
+def swap(parent: Path, victim: Path) -> None:
+    """What somebody may do who can write into a folder: every hidden folder becomes a link to another."""
+    for name in [name for name in os.listdir(parent) if name.startswith(".") and "mptk" in name]:
+        os.rename(parent / name, parent / f"away-{name.lstrip('.')}")
+        (parent / name).symlink_to(victim)
+
+
+# ---- links that are planted while a run works ----
+
+
+def published(place: Path, act: Callable[[], None]) -> None:
+    with publish(place / "out") as new:
+        (new / "file").write_text("x")
+        act()
+
+
+def renewed(place: Path, act: Callable[[], None]) -> None:
+    with claim_place(place / "out") as held:
+        act()
+        held.renew()
+
+
+def left(place: Path, act: Callable[[], None]) -> None:
+    with claim_place(place / "out"):
+        act()
+
+
+def amended(place: Path, act: Callable[[], None]) -> None:
+    write(place / "out", "earlier")
+    with amend(place / "out"):
+        act()
+
+
+def filed(place: Path, act: Callable[[], None]) -> None:
+    write_file(place / "file", lambda path: (path.write_text("x"), act()))
+
+
+def fails(place: Path, act: Callable[[], None]) -> None:
+    with make_staging(place):
+        act()
+        raise OSError("a library that lost its files")
+
+
+@pytest.mark.parametrize("use", [published, renewed, left, amended, filed, fails])
+def test_a_link_that_is_planted_during_a_run_leads_nowhere(
+    use: Callable[[Path, Callable[[], None]], None], tmp_path: Path, victim: Path
+) -> None:
+    """Nothing is removed through it, and nothing is published of what was written elsewhere."""
+    place = tmp_path / "place"
+    place.mkdir()
+    said = rf"^{place}/\.(out\.mptk|mptk-\w+) is no longer the folder that this process made: .*; run again in a folder"
+    with pytest.raises(MptkError, match=said):
+        use(place, lambda: swap(place, victim))
+    require_untouched(victim)
+    if use is amended:
+        assert (place / "out" / "file").read_text() == "earlier"
+    tidy(place)
+    require_untouched(victim)
+    assert sum(path.is_symlink() for path in place.iterdir()) == 1, "it is left as it is"
+
+
+def test_a_folder_above_that_is_exchanged_during_a_run_leads_nowhere(tmp_path: Path, victim: Path) -> None:
+    """By its owner, or by a group's member: nothing is published of what was written elsewhere, nothing is removed."""
+
+    def act() -> None:
+        (tmp_path / "place").rename(tmp_path / "away")
+        (tmp_path / "place").mkdir()
+        (tmp_path / "place" / ".out.mptk").symlink_to(victim)
+
+    (tmp_path / "place").mkdir()
+    with pytest.raises(
+        MptkError, match=rf"^{tmp_path}/place/\.out\.mptk is no longer the folder that this process made"
+    ):
+        published(tmp_path / "place", act)
+    require_untouched(victim)
+    assert names(tmp_path / "away") == []
+
+
+def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(
+    tmp_path: Path, victim: Path, inside: Inside
+) -> None:
+    def exchanging(mkdir: Callable[..., None], name: str, *given: int, **at: int) -> None:
+        mkdir(name, *given, **at)
+        if name.startswith(".mptk-"):
+            os.rename(tmp_path / name, tmp_path / "away")
+            os.rename(victim, tmp_path / name)
+
+    inside.around("os.mkdir", exchanging)
+    with pytest.raises(OSError, match="not permitted"):
+        make_staging(tmp_path)
+    taken = next(path for path in tmp_path.iterdir() if path.name.startswith(".mptk-"))
+    require_untouched(taken)
+
+
+def test_a_folder_that_is_exchanged_while_it_is_discarded_stays(tmp_path: Path, victim: Path, inside: Inside) -> None:
+    def exchanging(rename: Callable[..., None], *given: str, **at: int) -> None:
+        if given[0] == "run":
+            os.replace(tmp_path / "run", tmp_path / "away")
+            os.replace(victim, tmp_path / "run")
+        rename(*given, **at)
+
+    (tmp_path / "run").mkdir()
+    inside.around("os.rename", exchanging)
+    with pytest.raises(MptkError, match="run was replaced while it was to be removed, and is left as it is"):
+        discard(tmp_path / "run")
+    require_untouched(tmp_path / "run")
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("mode", "group", "said"),
+    [
+        (0o777, 0, "lets other users rename"),
+        (0o772, 0, "lets other users rename"),
+        (0o775, 4321, "lets other users rename"),
+        (0o775, 0, ""),
+        (0o1777, 0, ""),
+        (0o755, 4321, ""),
+    ],
+)
+def test_a_folder_that_others_can_write_in_is_refused_before_any_work(
+    tmp_path: Path, mode: int, group: int, said: str
+) -> None:
+    """Not one whose sticky bit keeps others from renaming, nor one of the own group."""
+    place = tmp_path / "place"
+    place.mkdir()
+    os.chown(place, -1, group)
+    place.chmod(mode)
+    if not said:
+        write(place / "out", "x")
+        return
+    for work in (lambda: write(place / "out", "x"), lambda: make_staging(place), lambda: hold(place / "out")):
+        with pytest.raises(MptkError, match=rf"^{place} lets other users rename what is in it, .*; take that right"):
+            work()
+    assert names(place) == []
+
+
+def test_a_folder_above_that_all_can_write_in_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "all" / "mine").mkdir(parents=True)
+    (tmp_path / "all").chmod(0o777)
+    with pytest.raises(MptkError, match=rf"^{tmp_path}/all lets other users rename what is in it"):
+        write(tmp_path / "all" / "mine" / "out", "x")
+    assert names(tmp_path / "all" / "mine") == []
+
+
+def test_temporary_files_are_refused_where_others_can_exchange_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside, llama: str, settings: mptk.Settings
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o777)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    inside.bound("tempfile.tempdir", None)
+    with pytest.raises(MptkError, match=rf"^{tmp_path}/tmp lets other .* written; set TMPDIR to a folder of your own$"):
+        make_scratch()
+    inside.forbid("mptk.run.prepare.open_unchanged")
+    with pytest.raises(MptkError, match="set TMPDIR to a folder of your own"):
+        mptk.prune(llama, tmp_path / "out", settings)
+    assert names(tmp_path) == ["tmp"]
+
+
+@as_root
+def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp_path: Path, victim: Path) -> None:
+    """One file is made elsewhere if its folder is open to others: the command's result is not lost."""
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)  # the other user must get there
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(0o777)
+
+    def attack() -> None:
+        os.setgroups([])
+        os.setgid(ANOTHER)
+        os.setuid(ANOTHER)
+        swap(place, victim)
+
+    def writes(path: Path) -> None:
+        path.write_text("x")
+        if attacked:
+            assert code_of(forked(attack)) == 0
+
+    for attacked in (False, True):
+        with suppress(MptkError, OSError):
+            write_file(place / f"file-{attacked}", writes)
+    assert (place / "file-False").read_text() == "x"
+    require_untouched(victim)
+
+
+# ---- which calls follow paths ----
+
+REMOVING = {"rename": "src_dir_fd", "replace": "src_dir_fd", "unlink": "dir_fd", "remove": "dir_fd", "rmdir": "dir_fd"}
+
+
+def test_mptk_removes_and_renames_only_within_folders_that_it_holds_open() -> None:
+    """In mptk/files, no call names what it removes or renames by a path."""
+    wrong, right = [], 0
+    for file in (ROOT / "mptk" / "files").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name, given = node.func.attr, {each.arg for each in node.keywords}
+                needed = "dir_fd" if name == "rmtree" else REMOVING.get(name)
+                module = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+                if needed and not (name == "replace" and module != "os"):  # of a text or a dataclass
+                    right += needed in given
+                    wrong += [f"{file.name}:{node.lineno}"] if needed not in given else []
+    assert wrong == []
+    assert right > 10
+
+
+def test_a_run_removes_and_renames_by_no_path(tmp_path: Path) -> None:
+    """Seen by the interpreter's audit events: of publishing, replacing, discarding, single files and tidying."""
+    killed(lambda: hold(tmp_path / "left"))
+
+    def watched() -> None:
+        seen: list[str] = []
+
+        def audit(event: str, given: tuple[object, ...]) -> None:
+            numbers = {"os.rename": (2, 3), "os.remove": (1,), "os.rmdir": (1,), "shutil.rmtree": (1,)}.get(event, ())
+            if any(given[i] in (-1, None) for i in numbers):
+                seen.append(f"{event} {given}")
+
+        sys.addaudithook(audit)
+        for content in "12":
+            write(tmp_path / "deep" / "out", content)
+        write_text(tmp_path / "text", "x")
+        (tmp_path / "gone" / "more").mkdir(parents=True)
+        discard(tmp_path / "gone")
+        tidy(tmp_path)
+        assert seen == []
+
+    assert code_of(forked(watched)) == 0
+    assert names(tmp_path) == ["deep", "text"]
+
+
+# ---- mptk's own, by a mark ----
+
+FOUND = {
+    "metrics.jsonl": "{}",
+    "settings.json": "{}",
+    "text.safetensors": "x",
+    "mptk.mark": json.dumps({"token": "1", "name": "out.run", "folder": 1, "mark": "2"}),
+}
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path: Path, name: str) -> None:
+    """Whatever it holds; nor is an unfinished run of a version that had no marks."""
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    (run / "plots").mkdir(parents=True)
+    (run / "plots" / "loss.png").write_text("mine")
+    (run / name).write_text(FOUND[name])
+    before = content(run)
+    said = rf"^{run} is not an unfinished run of this version of mptk, .*; give another --out, or rename or remove it$"
+    for work in (
+        lambda: check_unfinished(out, {}, resume=False),
+        lambda: check_unfinished(out, {}, resume=True),
+        lambda: read_kept_settings(out),
+        lambda: RunFolder(out, {}, resume=False),
+        lambda: is_finished(bare_run(mptk.Settings(resume=True), out=out)),
+    ):
+        with pytest.raises(MptkError, match=said):
+            work()
+    assert content(run) == before
+
+
+def test_a_folder_that_comes_during_a_run_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out", {}, resume=False)
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "thesis.txt").write_text("mine")
+    with pytest.raises(MptkError, match="is not an unfinished run"):
+        folder.save("text", {"ids": torch.ones(2)})
+    folder.remove()
+    assert content(tmp_path / "out.run") == {"thesis.txt": "mine"}
+
+
+def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path: Path) -> None:
+    """It was moved to another disk, or renamed to be kept: it is not replaced, but it can be resumed."""
+    one_shot = to_json(Settings(learning=Learning(steps=0)))
+    RunFolder(tmp_path / "out", one_shot, resume=False).save("text", {"ids": torch.ones(2)})
+    shutil.copytree(tmp_path / "out.run", tmp_path / "copy.run")
+    with pytest.raises(
+        MptkError, match=r"copy\.run is a copy of an unfinished run; add --resume .*, or rename or remove"
+    ):
+        RunFolder(tmp_path / "copy", one_shot, resume=False)
+    again = RunFolder(tmp_path / "copy", one_shot, resume=True)
+    assert again.keeps("text")
+    again.remove()
+    assert names(tmp_path) == ["out.run"]
+    RunFolder(tmp_path / "out", one_shot, resume=False)
+    assert names(tmp_path) == []
+
+
+def test_the_folder_of_a_run_is_marked_before_it_has_its_name(tmp_path: Path, inside: Inside) -> None:
+    inside.stop("mptk.files.replace.make_mark")
+    with suppress(BaseException):
+        RunFolder(tmp_path / "out", {}, resume=False).save("text", {"ids": torch.ones(2)})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("lock", [None, "", "mine", '{"pid": 1, "host": "h", "command": "c"}'])
+def test_a_hidden_folder_of_the_user_is_neither_emptied_nor_removed(tmp_path: Path, lock: str | None) -> None:
+    """Also if it holds a file with the name of mptk's lock, as an earlier version's did."""
+    folders = [tmp_path / name for name in (".out.mptk", ".mptk-x", ".mptk-0123456789ab")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+        if lock is not None:
+            (folder / staging.LOCK).write_text(lock)
+    before = content(tmp_path)
+    tidy(tmp_path)
+    with pytest.raises(MptkError, match=r"\.out\.mptk has no mark that mptk made it, .*; rename or remove it, or give"):
+        write(tmp_path / "out", "x")
+    assert content(tmp_path) == before
+
+
+def test_a_mark_is_of_one_folder(tmp_path: Path) -> None:
+    """What a process left that was killed is removed, and a copy of it that the user made is not."""
+    killed(lambda: hold(tmp_path / "out"))
+    shutil.copytree(tmp_path / ".out.mptk", tmp_path / ".mine.mptk")
+    (tmp_path / ".mptk-0123456789ab").mkdir()
+    (tmp_path / ".mptk-0123456789ab" / staging.LOCK).touch()  # killed before it had written its mark
+    tidy(tmp_path)
+    assert names(tmp_path) == [".mine.mptk"]
+
+
+def test_hidden_folders_are_private(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with make_staging(tmp_path) as made, claim_place(tmp_path / "out") as held:
+            assert [stat.S_IMODE(each.path.stat().st_mode) for each in (made, held)] == [0o700] * 2
+        RunFolder(tmp_path / "out", {}, resume=False).save("text", {"ids": torch.ones(2)})
+        assert stat.S_IMODE((tmp_path / "out.run").stat().st_mode) == 0o755
+        write(tmp_path / "deep" / "out", "x")
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("name", ["{}.run", ".{}.mptk"])
+def test_a_command_refuses_the_users_folder_before_any_work(
+    llama: str, settings: mptk.Settings, tmp_path: Path, inside: Inside, name: str
+) -> None:
+    inside.forbid("mptk.run.prepare.open_unchanged")
+    asked = {"data": settings.data, "samples": 4, "length": 32, "onnx": False, "progress": None}
+    out = tmp_path / "out"
+    for work, output in (
+        (lambda: mptk.prune(llama, out, settings), out),
+        (lambda: mptk.prune(llama, out, settings, resume=True), out),
+        (lambda: mptk.shapes(llama, out, sparsity=0.3, search_tokens=0, **asked), out),
+        (lambda: mptk.ladder(llama, out, [0.1, 0.2], **asked), out / "0.2"),
+        (lambda: mptk.ladder(llama, out, [0.1, 0.2], resume=True, **asked), out / "0.1"),
+        (lambda: mptk.ladder(llama, out, [0.1, 0.2], shared=True, method="wanda", **asked), out),
+    ):
+        theirs = output.with_name(name.format(output.name))
+        theirs.mkdir(parents=True)
+        for file in ("metrics.jsonl", "settings.json", "mptk.lock", "thesis.txt"):
+            (theirs / file).write_text("{}")
+        with pytest.raises(MptkError, match=r"is not an unfinished run|has no mark that mptk made it") as raised:
+            work()
+        assert "\n" not in str(raised.value)
+        assert content(tmp_path) == {f"{theirs.relative_to(tmp_path)}/{file}": "{}" for file in os.listdir(theirs)}
+        shutil.rmtree(theirs)
+
+
+# ---- the rungs of a ladder ----
+
+
+def test_a_ladder_locks_all_rungs_from_the_start_to_the_end(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    out, refused = tmp_path / "m", dict[int, bool]()
+
+    def other(stage: object) -> None:
+        done = sum(place.is_dir() for place in places)
+        if done not in refused:
+            refused[done] = all(code_of(forked(lambda place=place: taken(place))) == 0 for place in places)
+
+    def taken(place: Path) -> None:
+        with pytest.raises(MptkError, match=rf"^{place} is in use by process {os.getppid()} on .*; wait until it is"):
+            hold(place)
+
+    places = (out, out / "0.1", out / "0.2")
+    plain = {"method": "magnitude", "samples": 4, "length": 32, "eval_length": 32, "eval_windows": 2}
+    mptk.ladder(llama, out, [0.1, 0.2], onnx=False, progress=None, on_stage=other, data=settings.data, **plain)
+    assert refused == dict.fromkeys((1, 2), True) | {3: True} if 3 in refused else refused == {1: True, 2: True}
+    assert sorted(path.name for path in tmp_path.rglob("*mptk") if path.is_dir()) == []
+    write(tmp_path / "again", "x")
+
+
+def test_what_a_killed_ladder_left_goes_with_the_next_command_that_names_it(tmp_path: Path) -> None:
+    """Whatever the command, also if it only names the ladder's folder or one of its rungs."""
+    for named in ("m", "m/0.2"):
+        (tmp_path / "m" / "0.2").mkdir(parents=True, exist_ok=True)
+        killed(lambda: [hold(tmp_path / "m"), hold(tmp_path / "m" / "0.2"), hold(tmp_path / "m" / "0.4")])
+        tidy_for([tmp_path / named])
+        left = [path.name for path in (tmp_path / "m").iterdir()]
+        assert left == ["0.2"], named
+
+
+def test_what_a_killed_command_left_goes_with_one_whose_recipe_is_refused(tmp_path: Path) -> None:
+    killed(lambda: [hold(tmp_path / "m")])
+    assert (tmp_path / ".m.mptk").is_dir()
+    (tmp_path / "run.yaml").write_text("no options")
+    assert "does not list options" in refused("prune", "--config", tmp_path / "run.yaml")
+    assert not (tmp_path / ".m.mptk").exists()
+
+
+# ---- a cleaner of temporary files ----
+
+
+def test_a_temporary_folder_that_goes_during_a_run_is_one_clear_line(
+    llama: str, settings: mptk.Settings, tmp_path: Path, inside: Inside
+) -> None:
+    def clean(real: Callable[..., object], *given: object, **options: object) -> object:
+        shutil.rmtree(tmp_path / ".out.mptk")
+        return real(*given, **options)
+
+    inside.around("mptk.targets.stock.write_checkpoint", clean)
+    with pytest.raises(MptkError, match=GONE.format(tmp_path / ".out.mptk")):
+        mptk.prune(llama, tmp_path / "out", settings)
+
+
+GONE = (
+    r"^{} was removed while mptk used it, as cleaners of temporary files do; run again, with TMPDIR and MPTK_CACHE in"
+)
+
+
+def test_files_that_go_from_a_temporary_folder_are_one_clear_line() -> None:
+    """Also the first of them, while the folder is still there."""
+    for everything in (True, False):
+        spool = Spool(0)
+        spool.put("key", {"value": torch.ones(1 << 16)})
+        assert spool._staging is not None
+        if everything:
+            shutil.rmtree(spool._staging.path)
+        else:
+            (spool._staging.folder / "1").unlink()
+        with pytest.raises(MptkError, match=GONE.format(r"\S+")), explain_errors():
+            spool.take("key")
+
+
+def test_a_folder_of_temporary_files_that_goes_is_one_clear_line(tmp_path: Path, inside: Inside) -> None:
+    inside.bound("tempfile.tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(MptkError, match=GONE.format(tmp_path / "tmp")):
+        make_scratch()
+
+
+def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_line(
+    settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    write_gguf(toy(), tokenizer(), tmp_path / "toy.gguf")
+
+    def clean(real: Callable[..., object], *given: object, **options: object) -> object:
+        shutil.rmtree(tmp_path / "cache")
+        return real(*given, **options)
+
+    inside.around("mptk.run.prune.choose_units", clean)
+    with pytest.raises(
+        MptkError, match=rf"^{tmp_path}/cache\S+ was removed or cut short while it was read; start again$"
+    ):
+        mptk.prune(str(tmp_path / "toy.gguf"), tmp_path / "out", settings)
+
+    def build(path: Path) -> None:
+        shutil.rmtree(tmp_path / "cache")
+        path.write_text("x")
+
+    with pytest.raises(MptkError, match=GONE.format(tmp_path / r"cache\S+")):
+        build_once(tmp_path / "cache" / "kind" / "made", build)

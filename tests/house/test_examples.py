@@ -1,0 +1,57 @@
+"""The examples run: the script in a folder of its own, the notebook cell by cell in a kernel of its own."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+from runpy import run_path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NOTEBOOK = EXAMPLES / "prune_in_a_notebook.ipynb"
+
+
+def test_the_script_prunes_both_kinds_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_path(str(EXAMPLES / "prune_in_python.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "Pruned(LlamaForCausalLM, sparsity 0." in said
+    dense, small = map(int, re.findall(r"(\d+) -> (\d+) channels", said)[0])
+    assert 0 < small < dense
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_the_notebook_runs_and_shows_its_progress() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    run = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": EXAMPLES.parent}}
+    )
+    run.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "".join(str(output.get("text") or output["data"]["text/plain"]) for output in outputs)
+    assert "Pruned(LlamaForCausalLM, sparsity 0." in said
+    assert said.count("reloaded checkpoint") == 2, "the report's and verify's"
+    assert re.search(r"\d s  trace", said)
+    assert "plan.json" in said
+
+
+def test_the_notebook_installs_mptk_only_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
+    (tmp_path / "cell.py").write_text(first.source)
+    ran: list[list[str]] = []
+    monkeypatch.setattr("subprocess.run", lambda words, check: ran.append(words))
+    run_path(str(tmp_path / "cell.py"))
+    assert ran == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run_path(str(tmp_path / "cell.py"))
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    assert ran == [[sys.executable, "-m", "pip", "install", "--quiet", f"git+{project['urls']['Repository']}"]]

@@ -1,0 +1,240 @@
+"""Features are folders: whole, named by entry points only, and each can be taken away and put back by moving it.
+
+The tree without ``mptk/features`` is a copy, which comes first on the path of a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from importlib.metadata import distributions
+from pathlib import Path
+
+import kinds
+import pytest
+import toy_checkpoints as toys
+from inside import Inside
+
+from mptk.config import CoreSettings
+from mptk.config.choices import METHODS, TARGET_CHOICES
+from mptk.errors import MptkError
+from mptk.methods import MASKPRUNE, find_method, list_methods
+from mptk.plugins import Feature, find_entries, list_features, load_parts
+from mptk.targets import STOCK_TARGET, list_targets
+
+NOT_PARTS = ("name", "summary", "page", "settings", "commands", "options", "subfolders")
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = sorted(path.parent.name for path in (ROOT / "mptk" / "features").glob("*/__init__.py"))
+PARTS = tuple(each.name for each in fields(Feature) if each.name not in NOT_PARTS)
+Run = Callable[..., subprocess.CompletedProcess[str]]
+ONLY_THE_COPY = """import sys
+sys.argv[0] = "mptk"
+sys.meta_path[:] = [each for each in sys.meta_path if "Editable" not in getattr(each, "__name__", "")]"""
+"""An editable installation finds modules of a package that are missing in the copy."""
+
+
+def test_each_folder_is_named_by_an_entry_point_and_by_nothing_else() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["entry-points"]["mptk.features"]
+    assert named == {name: f"mptk.features.{name}:FEATURE" for name in FOLDERS}
+    assert list(list_features()) == [each.name for each in list_features().values()] == FOLDERS
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_what_features_name_is_there(kind: str) -> None:
+    assert all(part is not None for part in load_parts(kind).values())
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_feature_says_what_it_is_for_and_where_that_is_described(name: str) -> None:
+    module = importlib.import_module(f"mptk.features.{name}")
+    feature: Feature = module.FEATURE
+    said = inspect.getdoc(module) or ""
+    assert len(said.splitlines()) >= 3, f"{name}: what is it for, for whom, and how does one use it?"
+    assert feature.page in said, f"{name} names its page of the documentation"
+    assert (ROOT / feature.page).is_file()
+    assert (ROOT / "tests" / "features" / name).is_dir(), f"tests of {name} are in a folder of their own"
+
+
+@pytest.mark.parametrize("feature", [each for each in list_features().values() if each.settings], ids=lambda f: f.name)
+def test_settings_of_a_feature_stand_below_one_of_the_core(feature: Feature) -> None:
+    core = {each.name for each in fields(CoreSettings)}
+    assert feature.settings is not None
+    for each in fields(feature.settings):
+        if each.name not in core:
+            after = next(iter(each.metadata.values())).after
+            assert after.partition(".")[0] in core | {other.name for other in fields(feature.settings)}, each.name
+
+
+# ---- names that two bring ----
+
+
+@pytest.fixture
+def bring(inside: Inside) -> Iterator[Callable[..., None]]:
+    """Install features that exist only here, beside mptk's own."""
+
+    def bring(*features: Feature) -> None:
+        there = {**list_features(), **{each.name: each for each in features}}
+        inside.gives("mptk.plugins.list_features", there)
+        load_parts.cache_clear()
+
+    yield bring
+    load_parts.cache_clear()
+
+
+def test_a_feature_adds_a_method_and_a_target(bring: Callable[..., None]) -> None:
+    bring(
+        Feature("mine", "", methods={"mine": "mptk.methods:MASKPRUNE"}, targets={"other": "mptk.targets:STOCK_TARGET"})
+    )
+    assert find_method("mine") is MASKPRUNE
+    assert list(list_targets())[-1] == "graph"
+    assert list_targets()["other"] is STOCK_TARGET
+    assert METHODS.explain_wrong("mine") is None
+    assert TARGET_CHOICES.explain_wrong("other") is None
+
+
+def test_no_feature_replaces_what_another_or_the_core_brings(bring: Callable[..., None]) -> None:
+    bring(Feature("mine", "", targets={"nemotron-nas": "mptk.targets:STOCK_TARGET"}))
+    with pytest.raises(
+        MptkError, match=r"features nemotron_nas and mine both bring nemotron-nas \(targets\); remove one"
+    ):
+        list_targets()
+    for list_named, part in ((list_targets, {"targets": {"stock": ""}}), (list_methods, {"methods": {"wanda": ""}})):
+        name = next(iter(next(iter(part.values()))))
+        bring(Feature("mine", "", **{kind: {name: "mptk.targets:ONNX"} for kind in part}))
+        with pytest.raises(
+            MptkError, match=rf"the feature mine brings {name} \(\w+\), which mptk has itself; remove it"
+        ):
+            list_named()
+
+
+def test_two_packages_with_a_feature_of_one_name_are_refused(inside: Inside, tmp_path: Path) -> None:
+    for package in ("one", "two"):
+        folder = tmp_path / package / f"{package}-1.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Name: {package}\nVersion: 1\n")
+        (folder / "entry_points.txt").write_text(f"[mptk.features]\nsame = {package}:FEATURE\n")
+    found = [*distributions(path=[str(tmp_path / "one"), str(tmp_path / "two")])]
+    inside.gives("mptk.plugins.distributions", found)
+    with pytest.raises(MptkError, match=r"one and two both bring same \(mptk.features\); remove one of them"):
+        find_entries.__wrapped__("mptk.features")
+    inside.gives("mptk.plugins.distributions", [found[0], found[0]])  # the same package twice on the path
+    assert [each.value for each in find_entries.__wrapped__("mptk.features")] == ["one:FEATURE"]
+
+
+# ---- a tree with fewer folders ----
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the product without its features."""
+    made = tmp_path_factory.mktemp("tree")
+    for package in ("mptk", "passes"):
+        shutil.copytree(ROOT / package, made / package, ignore=shutil.ignore_patterns("features", "__pycache__"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run a program, or a command line of mptk, on the copy."""
+
+    def run(*words: object, code: str = "from mptk.cli.main import main; main()") -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(tree), "COLUMNS": "200", "MPTK_CACHE": str(tree / "cache")}
+        command = [sys.executable, "-c", f"{ONLY_THE_COPY}\n{code}", *map(str, words)]
+        return subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A decoder and an encoder."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "decoder": toys.saved(toys.llama(), root / "decoder"),
+        "encoder": toys.saved(kinds.MODELS["encoder"](), root / "encoder"),
+    }
+
+
+CORE = """
+import json, sys, torch, mptk
+from pathlib import Path
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+if __name__ == "__main__":
+    decoder, encoder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    asked = dict(method="wanda", sparsity=0.25, tolerance=0.1, samples=4, length=32, eval_windows=2, eval_length=32, align=4, progress=None)
+    text = ["the quick brown fox jumps over the lazy dog while seven wizards quietly mix pale blue jars of honey"] * 40
+    found = {}
+    for name, model in (("decoder", decoder), ("encoder", encoder)):
+        made = mptk.prune(model, out / name, data=text, **asked)
+        found[name] = [made.report.cost["pruned"]["parameters"] < made.report.cost["dense"]["parameters"], made.report.files]
+        mptk.verify(out / name)
+    bench = mptk.bench([decoder, out / "decoder"], lengths=(16,), batches=(1,), threads=(1,), rounds=2, progress=None)
+    found["bench"] = len(bench.to_json()["rows"]) > 0
+    torch.manual_seed(0)
+    made = mptk.prune(nn.Sequential(Block(), Block()), out / "module", example_inputs=(torch.randn(8, 16),), **asked)
+    found["module"] = made.report.cost["pruned"]["parameters"] < made.report.cost["dense"]["parameters"]
+    print(json.dumps(found))
+"""
+
+
+def test_the_core_stands_by_itself(run: Run, models: dict[str, str], tmp_path: Path) -> None:
+    done = run(models["decoder"], models["encoder"], tmp_path, code=CORE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bench"]
+    assert found["module"]
+    for name in ("decoder", "encoder"):
+        smaller, files = found[name]
+        assert smaller
+        assert "model.safetensors" in files
+        assert any(file.endswith(".onnx") for file in files)
+
+
+def test_what_is_not_installed_is_said_in_one_sentence(run: Run) -> None:
+    done = run("prune", "model", "--kv-heads", "1")
+    assert done.returncode == 2
+    assert "No such option: --kv-heads" in done.stderr
+    assert "not installed here are the features" in done.stderr
+    done = run("advise", "model")
+    assert done.returncode == 2
+    assert "not installed here are the features advise" in done.stderr.replace("\n", " ")
+    done = run("features")
+    assert done.returncode == 0
+    assert "kv_heads" in done.stdout
+    done = run(code="import mptk\ntry: mptk.Settings(kv_heads=1)\nexcept TypeError: pass\nmptk.prune('x', kv_heads=1)")
+    assert "there is no setting 'kv_heads'; not installed here are the features" in done.stderr
+
+
+def test_a_feature_is_taken_away_and_put_back_by_moving_its_folder(run: Run, tree: Path) -> None:
+    place = tree / "mptk" / "features"
+    (tree / "taken").mkdir()
+    place.mkdir()
+    try:
+        shutil.copy(ROOT / "mptk" / "features" / "__init__.py", place)
+        assert "--kv-heads" not in run("prune", "--help").stdout
+        shutil.copytree(ROOT / "mptk" / "features" / "kv_heads", place / "kv_heads")
+        assert "--kv-heads" in run("prune", "--help").stdout
+        assert [each["name"] for each in json.loads(run("features", "--json", "-").stdout)["features"]] == ["kv_heads"]
+        shutil.move(place / "kv_heads", tree / "taken")
+        assert "--kv-heads" not in run("prune", "--help").stdout
+        shutil.move(tree / "taken" / "kv_heads", place)
+        assert "--kv-heads" in run("prune", "--help").stdout
+    finally:
+        shutil.rmtree(place)

@@ -1,0 +1,241 @@
+"""What --data may name: columns, chats, folders, several sources with weights, presets; long files are streamed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from inside import Inside
+from toy_checkpoints import texts
+
+from mptk import MptkError
+from mptk.io import data
+from mptk.io.text import files, tokens
+from mptk.io.text.files import PIECE
+from mptk.io.text.sources import PRESETS, share_count
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAT = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+
+
+def chatty() -> object:
+    tokenizer = toys.tokenizer(begin=True)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def write_rows(path: Path, *rows: dict) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+class TestColumns:
+    def test_a_column_is_named_after_a_colon(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", {"q": "why", "a": "so"}, {"q": "where", "a": "here"})
+        assert texts(f"{path}:a") == ["so", "here"]
+        with pytest.raises(MptkError, match=rf"2 columns of strings \(q, a\); name the one to use, as {path}:q"):
+            texts(path)
+        with pytest.raises(MptkError, match="has no column 'z'; it has q, a"):
+            texts(f"{path}:z")
+
+    def test_comma_and_tab_separated_and_compressed_tables(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text('title,body\none,"two, and"\nthree,four\n')
+        (tmp_path / "a.tsv").write_text("title\tbody\none\ttwo\n")
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
+        assert texts(f"{tmp_path / 'a.csv'}:body") == ["two, and", "four"]
+        assert texts(f"{tmp_path / 'a.tsv'}:title") == ["one"]
+        assert texts(str(tmp_path / "a.jsonl.gz")) == ["packed"]
+
+    @pytest.mark.parametrize(
+        ("column", "value"),
+        [
+            ("messages", CHAT),
+            ("conversations", [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]),
+            ("dialogue", CHAT),
+        ],
+    )
+    def test_chats_go_through_the_template(self, tmp_path: Path, column: str, value: list) -> None:
+        path = write_rows(tmp_path / "a.jsonl", {column: value, "stars": 3})
+        assert texts(path, chatty()) == ["[user] why\n[assistant] so\n"]
+        with pytest.raises(MptkError, match="no chat template; name a column of text"):
+            texts(path, toys.tokenizer())
+
+    def test_a_chat_column_goes_before_other_strings(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", {"prompt": "why", "prompt_id": "7", "messages": CHAT})
+        assert texts(path, chatty()) == ["[user] why\n[assistant] so\n"]
+
+    def test_each_window_of_chats_has_one_begin_of_sequence(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 9)
+        windows = data.load_evaluation_windows(chatty(), path, 11)
+        assert (windows == chatty().bos_token_id).sum(1).tolist() == [1] * len(windows)
+
+
+class TestFolders:
+    def folder(self, tmp_path: Path) -> Path:
+        for i in range(6):
+            (tmp_path / f"{i}.py").write_text(f"word{i} " * 3000)
+        return tmp_path
+
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_a_short_run_reads_all_files(self, tmp_path: Path, seed: int) -> None:
+        tokenizer, folder = toys.tokenizer(), self.folder(tmp_path)
+        windows = data.load_calibration_windows(toys.llama(), tokenizer, str(folder), 60, 16, seed=seed)
+        seen = {i for i in range(6) if any(f"word{i}" in tokenizer.decode(row) for row in windows)}
+        assert seen == set(range(6))
+
+    def test_evaluation_is_over_all_files_and_says_so(self, tmp_path: Path) -> None:
+        tokenizer, folder = toys.tokenizer(), str(self.folder(tmp_path))
+        windows = data.load_evaluation_windows(tokenizer, folder, 16, 60)
+        assert sum(any(f"word{i}" in tokenizer.decode(row) for row in windows) for i in range(6)) == 6
+        assert torch.equal(windows, data.load_evaluation_windows(tokenizer, folder, 16, 60))
+        assert data.name_data(folder) == f"{folder} (windows of all files of {folder}, seed 0)"
+        assert data.name_data(f"{folder}/1.py") == f"{folder}/1.py"
+
+    def test_what_is_no_text_is_left_out(self, tmp_path: Path) -> None:
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "index.txt").write_text("hidden")
+        (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+        (tmp_path / "package.json").write_text('{\n  "name": "a",\n  "text": "b"\n}')
+        (tmp_path / "rows.json").write_text('{"text": "a row"}\n{"text": "another"}')
+        (tmp_path / "code").write_text("code")
+        documents = files.read_folder_documents(tmp_path, characters=10**6, least=100)
+        found = sorted("".join(document) for document in documents)
+        assert found == ["a row", "another", "code", '{\n  "name": "a",\n  "text": "b"\n}']
+
+
+class TestWeights:
+    def test_windows_are_shared_out(self, tmp_path: Path) -> None:
+        tokenizer = toys.tokenizer()
+        (tmp_path / "a.txt").write_text("fox " * 4000)
+        (tmp_path / "b.txt").write_text("dog " * 4000)
+        mixed = f"{tmp_path / 'a.txt'}=0.7,{tmp_path / 'b.txt'}=0.3"
+        calibration = data.load_calibration_windows(toys.llama(), tokenizer, mixed, 20, 16, seed=3)
+        kinds = ["fox" in tokenizer.decode(row) for row in calibration]
+        assert (len(kinds), sum(kinds)) == (20, 14)
+        assert kinds != sorted(kinds, reverse=True), "in a random order"
+        evaluation = data.load_evaluation_windows(tokenizer, mixed, 16, 20)
+        assert ["fox" in tokenizer.decode(row) for row in evaluation] == [True] * 14 + [False] * 6
+
+    def test_largest_remainders(self) -> None:
+        assert share_count(10, [0.7, 0.3]) == [7, 3]
+        assert share_count(2, [1, 1, 1]) == [1, 1, 0]
+        assert share_count(7, [3, 1, 1]) == [4, 2, 1]
+
+    def test_a_path_that_is_there_is_one_source(self, tmp_path: Path) -> None:
+        (tmp_path / "a=1,b:c.txt").write_text("odd name")
+        assert texts(str(tmp_path / "a=1,b:c.txt")) == ["odd name"]
+
+
+class TestPresets:
+    def test_short_names_of_usual_sets(self, monkeypatch: pytest.MonkeyPatch, inside: Inside, tmp_path: Path) -> None:
+        asked = []
+
+        def load_dataset(real: object, *args: object, **options: object) -> list[dict[str, str]]:
+            asked.append((*args, options["split"]))
+            return [{"text": " = Title = \n"}, {"text": ""}, {"text": "body"}]
+
+        monkeypatch.chdir(tmp_path)
+        inside.around("datasets.load_dataset", load_dataset)
+        assert texts("wikitext2") == [" = Title = \n\n\n\n\nbody\n\n"]
+        data.load_evaluation_windows(toys.tokenizer(), "wikitext2", 4)
+        data.load_evaluation_windows(toys.tokenizer(), "c4", 4)
+        wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+        assert asked == [(*wikitext, "train"), (*wikitext, "test"), ("allenai/c4", "en", "validation")]
+
+    def test_without_network_it_is_one_line_with_a_remedy(self, monkeypatch, inside, tmp_path: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        inside.bound("datasets.config.HF_HUB_OFFLINE", True)
+        for name in PRESETS:
+            with pytest.raises(MptkError, match="the network and ID:CONFIG:SPLIT") as caught:
+                texts(name)
+            assert "\n" not in str(caught.value)
+
+
+class TestLongTexts:
+    def test_pieces_have_the_tokens_of_the_whole(self) -> None:
+        long = toys.TEXT * (3 * PIECE // len(toys.TEXT) + 1)
+        for start in (0, 7, 20):  # the pieces end in other words
+            text = long[start:]
+            assert len(list(tokens.split_text([text[:50], text[50:]]))) > 3
+            assert tokens.encode_documents([[text]], toys.tokenizer()).tolist() == toys.tokenizer()(text).input_ids
+
+    def test_a_text_without_spaces_loses_nothing(self) -> None:
+        words = "one two three four five six seven" * (PIECE // 10)
+        for spaced in (True, False):
+            assert "".join(tokens.split_text(["x" * 3 * PIECE], spaced)) == "x" * 3 * PIECE
+        assert "".join(tokens.split_text([words], True)) == words
+        assert " ".join(tokens.split_text([words], False)) == words
+
+    def test_no_more_is_read_than_is_wanted(self) -> None:
+        read = 0
+
+        def endless():
+            nonlocal read
+            while True:
+                read += 1
+                yield "seven wizards " * 1000
+
+        assert len(tokens.encode_documents([endless()], toys.tokenizer(), tokens=500)) >= 500
+        assert read < 10
+        tokens.encode_documents(([text] for text in endless()), toys.tokenizer(), characters=10_000)
+        assert read < 20
+
+    def test_a_line_of_50_megabytes_needs_little_memory(self, tmp_path: Path) -> None:
+        with (tmp_path / "long.txt").open("w") as file:
+            for _ in range(50):
+                file.write("wizards mix jars of honey " * 40_000)
+        toys.tokenizer().save_pretrained(tmp_path / "tokenizer")
+        code = (
+            "import resource, sys; from transformers import AutoTokenizer; from mptk.io import data;"
+            f"tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r});"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+            f"data._share_windows(data.parse({str(tmp_path / 'long.txt')!r}), tokenizer, 256, 32, 0);"
+            "print((peak() - before) // 1024)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert int(run.stdout) < 200
+
+
+class TestSelfSampledIsKept:
+    def test_the_same_text_is_sampled_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
+        written = []
+
+        def text(model=None, **options):
+            say = lambda done, total: written.append(total) if done == total else None  # noqa: E731
+            return data.load_calibration_windows(
+                model or toys.llama(), toys.tokenizer(), count=3, length=9, progress=say, **options
+            )
+
+        first = text(seed=4)
+        assert torch.equal(first, text(seed=4))
+        assert len(written) == 1
+        assert not torch.equal(first, text(seed=5))
+        text(toys.llama(seed=1), seed=4)
+        assert len(written) == 3, "another seed and other weights are sampled anew"
+        for path in (tmp_path / "self").iterdir():
+            path.write_bytes(b"damaged")
+        assert torch.equal(first, text(seed=4))
+
+    def test_a_cache_that_cannot_be_written_is_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "file"))
+        assert data.load_calibration_windows(toys.llama(), None, count=2, length=5).shape == (2, 5)
+
+
+def test_digests_of_windows_and_files(tmp_path: Path) -> None:
+    windows = torch.arange(12).view(3, 4)
+    expected = hashlib.sha256(b"".join(int(i).to_bytes(8, "little") for i in range(12))).hexdigest()
+    assert data.hash_windows(windows) == data.hash_windows(windows.t().contiguous().t()) == expected
+    (tmp_path / "a.txt").write_text("a")
+    found = data.hash_text_files(str(tmp_path / "a.txt"), None, "self")
+    assert found == {str(tmp_path / "a.txt"): hashlib.sha256(b"a").hexdigest()}
+    assert data.hash_text_files(str(tmp_path)) == found

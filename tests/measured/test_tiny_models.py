@@ -1,0 +1,225 @@
+"""The tiny models of the zoo: sizes that catch mixed-up axes, every kind of layer, no dead branch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from inside import Inside
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from benchmarks.tiny_config import tiny_config
+from benchmarks.tiny_models import BATCH, SEQ, TARGET_SEQ, CannotBuild, model_types, sweep, tiny_model
+from benchmarks.tiny_recipe import Recipe, recipes
+from benchmarks.tiny_roles import LABELS, role
+
+
+def test_every_type_of_the_mappings_is_listed() -> None:
+    assert model_types("causal-lm") == list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert model_types("masked-lm") == list(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    assert model_types("seq2seq") == list(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    assert model_types("image-classification") == list(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("hidden_size", "hidden"),
+        ("d_model", "hidden"),
+        ("moe_intermediate_size", "ffn"),
+        ("ffn_dim", "ffn"),
+        ("num_key_value_heads", "kv_heads"),
+        ("kv_n_heads", "kv_heads"),
+        ("n_head", "heads"),
+        ("mamba_d_head", "head_dim"),
+        ("qk_rope_head_dim", "head_dim"),
+        ("num_experts_per_tok", "top_k"),
+        ("n_routed_experts", "experts"),
+        ("n_shared_experts", "shared"),
+        ("kv_lora_rank", "rank"),
+        ("image_token_id", "token"),
+        ("type_vocab_size", "keep"),
+        ("conv_kernel_size", "keep"),
+        ("first_k_dense_replace", "first"),
+        ("scale_emb", "other"),
+    ],
+)
+def test_roles_are_read_from_the_words_of_a_name(name: str, kind: str) -> None:
+    assert role(name) == kind
+
+
+def test_recipes_give_up_few_liberties_first() -> None:
+    given_up = [sum(vars(recipe).values()) for recipe in recipes()]
+    assert given_up[0] == 0
+    assert given_up == sorted(given_up)
+    assert max(given_up) == 3
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_next", "deepseek_v32", "granitemoehybrid", "llama4_text"])
+def test_few_layers_show_every_kind_of_layer(model_type: str) -> None:
+    default = CONFIG_MAPPING[model_type]()
+    config = next(filter(None, (_config(model_type, recipe) for recipe in recipes())))
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(default, name, None):
+            assert set(getattr(config, name)) == set(getattr(default, name))
+            assert len(getattr(config, name)) == config.num_hidden_layers
+    assert 2 <= config.num_hidden_layers <= 4
+
+
+def _config(model_type: str, recipe: Recipe):  # type: ignore[no-untyped-def]
+    try:
+        return tiny_config(CONFIG_MAPPING[model_type], recipe)
+    except Exception:
+        return None
+
+
+def test_sizes_are_pairwise_different() -> None:
+    tiny = tiny_model("causal-lm", "qwen3_moe")
+    config = tiny.model.config
+    sizes = [
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+        config.head_dim,
+        config.num_attention_heads,
+        config.intermediate_size,
+        config.moe_intermediate_size,
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.vocab_size,
+        SEQ,
+    ]
+    assert len(set(sizes)) == len(sizes)
+    assert 1 < config.num_key_value_heads < config.num_attention_heads
+    assert tiny.recipe == Recipe()
+
+
+def test_a_relation_that_the_model_needs_is_found() -> None:
+    tiny = tiny_model("causal-lm", "mamba2")
+    config = tiny.model.config
+    assert config.num_heads * config.head_dim == config.expand * config.hidden_size
+    assert tiny.recipe == Recipe(relations=True)
+
+
+def test_nested_configs_share_the_sizes_that_they_share_by_default() -> None:
+    config = tiny_config(CONFIG_MAPPING["gemma3"], Recipe())
+    assert config.text_config.hidden_size != config.vision_config.hidden_size
+    assert config.text_config.num_hidden_layers <= 4
+    assert config.vision_config.num_hidden_layers <= 4
+    assert config.image_token_index < config.text_config.vocab_size
+
+
+def test_features_of_images_get_the_width_of_the_text_model() -> None:
+    """Ovis2's default config has 1536 channels for them, and a text model of 4096."""
+    config = tiny_model("image-text-to-text", "ovis2").model.config
+    assert config.hidden_size == config.get_text_config().hidden_size
+
+
+def test_layers_that_cut_out_masks_have_one_width_and_their_backbone_its_own_heads() -> None:
+    config = tiny_config(CONFIG_MAPPING["mask2former"], Recipe())
+    assert {config.feature_size, config.mask_feature_size, config.hidden_dim} == {96}
+    heads = tiny_config(CONFIG_MAPPING["maskformer"], Recipe()).backbone_config.num_heads
+    assert [*heads] == [*CONFIG_MAPPING["maskformer"]().backbone_config.num_heads]
+
+
+@pytest.mark.long
+def test_patches_of_several_frames_are_known_by_either_name() -> None:
+    """This vision config has ``patch_temporal`` in place of ``temporal_patch_size``."""
+    tiny = tiny_model("image-text-to-text", "muse_glimmer")
+    assert tiny.inputs[1].shape == (BATCH, 16, 3 * 2 * 8 * 8)
+
+
+@pytest.mark.parametrize("model_type", ["rt_detr", pytest.param("detr", marks=pytest.mark.long)])
+def test_a_detector_has_widths_that_its_backbone_gives_and_shows_classes_and_boxes(model_type: str) -> None:
+    tiny = tiny_model("object-detection", model_type)
+    assert tiny.wrapper(*tiny.inputs).shape == (BATCH, 8 * (LABELS + (model_type == "detr") + 4))
+    assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("mapping", "model_type", "shape"),
+    [
+        ("causal-lm", "gpt2", (BATCH, SEQ)),
+        ("causal-lm", "qwen3_next", (BATCH, SEQ)),
+        ("causal-lm", "mixtral", (BATCH, SEQ)),
+        ("causal-lm", "falcon_h1", (BATCH, SEQ)),
+        ("masked-lm", "bert", (BATCH, SEQ)),
+        ("seq2seq", "t5", (BATCH, TARGET_SEQ)),
+        ("image-classification", "convnext", (BATCH, LABELS)),
+        ("image-classification", "swin", (BATCH, LABELS)),
+    ],
+)
+def test_every_parameter_matters_and_the_logits_come_out(mapping: str, model_type: str, shape: tuple[int, ...]) -> None:
+    tiny = tiny_model(mapping, model_type)
+    assert not tiny.model.training
+    out = tiny.wrapper(*tiny.inputs)
+    assert out.shape[: len(shape)] == shape
+    assert out.dtype == torch.float32
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    dead = [n for n, p in tiny.model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    constant = [n for n, p in tiny.model.named_parameters() if p.numel() > 1 and p.std() == 0]
+    assert dead == []
+    assert constant == []
+    assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
+
+
+def test_a_last_relu_leaves_most_of_the_output() -> None:
+    """Without the other sign of its last convolution, most depths of this model are 0."""
+    tiny = tiny_model("depth-estimation", "depth_anything")
+    assert (tiny.wrapper(*tiny.inputs) > 0).float().mean() > 0.5
+
+
+def test_a_backbone_gives_as_many_states_as_the_head_takes() -> None:
+    config = tiny_config(CONFIG_MAPPING["depth_anything"], Recipe())
+    assert len(config.backbone_config.out_indices) == len(config.neck_hidden_sizes) == 4
+    assert config.backbone_config.num_hidden_layers == 4
+    assert config.reassemble_hidden_size == config.backbone_config.hidden_size
+
+
+def test_running_statistics_are_no_identity() -> None:
+    tiny = tiny_model("image-classification", "resnet")
+    statistics = {n: b for n, b in tiny.model.named_buffers() if "running" in n}
+    assert statistics
+    assert all(b.std() > 0 for b in statistics.values())
+    assert all(b.min() > 0 for n, b in statistics.items() if n.endswith("running_var"))
+
+
+def test_the_seed_decides_the_weights() -> None:
+    first, same, other = (tiny_model("causal-lm", "llama", seed) for seed in (0, 0, 1))
+    assert torch.equal(first.wrapper(*first.inputs), same.wrapper(*same.inputs))
+    assert not torch.equal(first.model.lm_head.weight, other.model.lm_head.weight)  # type: ignore[union-attr]
+
+
+def test_a_model_that_cannot_run_from_tokens_says_why() -> None:
+    with pytest.raises(CannotBuild, match="shared_kv_states") as caught:
+        tiny_model("causal-lm", "gemma4_unified_assistant")
+    assert caught.value.stage == "forward"
+
+
+def test_a_crash_and_a_hang_are_rows(inside: Inside) -> None:
+    def check(real: object, mapping: str, model_type: str) -> dict[str, str]:
+        if model_type == "hangs":
+            time.sleep(60)
+        os._exit(3)
+
+    inside.around("benchmarks.tiny_models.check", check)
+    inside.bound("benchmarks.tiny_models.TIME_LIMIT_S", 5)
+    rows = {row["type"]: row for row in sweep([("causal-lm", "dies"), ("causal-lm", "hangs")], jobs=2)}
+    assert rows["dies"]["reason"] == "the process died with exit code 3"
+    assert rows["hangs"]["reason"] == "ran past 5 s"
+
+
+def test_the_command_writes_a_row_per_type(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.tiny_models", "--mapping", "causal-lm", "--types", "gpt2,opt"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=root, capture_output=True, text=True)
+    assert "causal-lm: 2 of 2 export" in done.stdout, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {(row["type"], row["stage"]) for row in rows} == {("gpt2", "export"), ("opt", "export")}

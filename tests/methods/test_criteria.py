@@ -1,0 +1,319 @@
+"""One-shot criteria against formulas written out by hand over module hooks.
+
+It reaches for mptk.methods.criteria: a plan does not show a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import FFN, HEAD, HIDDEN, KV, VOCAB
+from criteria_cases import (
+    EXPERTS,
+    WINDOWS,
+    Case,
+    Q,
+    SharedLayer,
+    assert_scores,
+    heads_of,
+    layers,
+    norm,
+    position_slopes,
+    pull,
+    saliency,
+    wanda,
+)
+from inside import Inside
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from mptk import MptkError, Samples, analyze, trace
+from mptk.ir.samples import make_token_samples
+from mptk.methods import criteria
+from mptk.methods.criteria import fisher
+from mptk.methods.criteria.observe import Calibration, find_sites
+
+
+def given(case: Case, *families: str) -> Calibration:
+    return Calibration(case.analysis, [case.analysis.variable(name) for name in families], make_token_samples(WINDOWS))
+
+
+class Queries(nn.Module):
+    """Queries that are weights alone, repeated for each sample, read what is made of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Parameter(torch.randn(3, 6)), nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        read: Tensor = self.queries.expand(x.shape[0], -1, -1) @ self.keys(x).transpose(1, 2)
+        return read
+
+
+def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction() -> None:
+    """Perceiver's queries: their value is not known without inputs."""
+    analysis = analyze(trace(Queries(), (torch.randn(2, 4, 5),), dynamic=True))
+    names = [analysis.program.weights.get(site.weight.name) for site in find_sites(analysis)]
+    assert names == ["keys.1.weight"]
+    scores = criteria.score_units(analysis, "wanda", Samples({"x": torch.randn(4, 4, 5)}))
+    assert all(found.isfinite().all() for found in scores.values())
+
+
+# ---- each criterion against its formula ----
+
+
+def test_wanda_sums_over_consumers_by_unit_and_scope(gqa: Case) -> None:
+    scores = criteria.score_units(gqa.analysis, "wanda", WINDOWS)
+    attention = layers(lambda n: heads_of(wanda(gqa, f"{n}.self_attn.o_proj").sum(0)))
+    assert_scores(scores["ffn"], layers(lambda n: wanda(gqa, f"{n}.mlp.down_proj").sum(0)[None]))
+    assert_scores(scores["kv_groups"], attention.sum((2, 3))[:, None])
+    assert_scores(scores["q_heads"], attention.sum(3))
+    assert_scores(scores["v_dim"], attention.sum(2))
+
+
+def test_wanda_of_the_residual_width_sums_over_every_reader(gqa: Case) -> None:
+    readers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+    expected = layers(lambda n: sum((wanda(gqa, f"{n}.{r}").sum(0) for r in readers), torch.zeros(HIDDEN))).sum(0)
+    expected = expected + wanda(gqa, "lm_head").sum(0)
+    assert_scores(
+        criteria.score_units(gqa.analysis, "wanda", WINDOWS, families=["hidden"])["hidden"], expected[None, None]
+    )
+
+
+def test_wanda_scores_units_without_a_consumer_by_their_producers(gqa: Case) -> None:
+    def pairs(n: str) -> Tensor:
+        q = wanda(gqa, f"{n}.self_attn.q_proj").sum(1).view(KV, Q, 2, HEAD // 2).sum((0, 1, 2))
+        return (q + wanda(gqa, f"{n}.self_attn.k_proj").sum(1).view(KV, 2, HEAD // 2).sum((0, 1)))[None]
+
+    assert_scores(criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"], layers(pairs))
+
+
+def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Case) -> None:
+    def columns(name: str) -> Tensor:
+        return gpt2.inputs[name].var(0) * gpt2.weight(f"{name}.weight").square().sum(1)  # Conv1D: [in, out]
+
+    scores = criteria.score_units(gpt2.analysis, "flap", WINDOWS)
+    assert_scores(scores["ffn"], layers(lambda n: columns(f"{n}.mlp.c_proj")[None], "transformer.h"))
+    heads = layers(lambda n: columns(f"{n}.attn.c_proj").view(6, 8), "transformer.h")
+    assert_scores(scores["heads"], heads.sum(2)[:, None])
+    assert_scores(scores["v_dim"], heads)
+
+
+def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case) -> None:
+    scores = criteria.score_units(gqa.analysis, "taylor", WINDOWS, families=["ffn", "q_heads", "hidden"])
+
+    def ffn(n: str) -> Tensor:
+        rows = saliency(gqa, f"{n}.mlp.gate_proj.weight") + saliency(gqa, f"{n}.mlp.up_proj.weight")
+        return (rows.sum(1) + saliency(gqa, f"{n}.mlp.down_proj.weight").sum(0))[None]
+
+    def q_heads(n: str) -> Tensor:
+        rows = saliency(gqa, f"{n}.self_attn.q_proj.weight").sum(1)
+        return heads_of(rows + saliency(gqa, f"{n}.self_attn.o_proj.weight").sum(0)).sum(2)
+
+    assert_scores(scores["ffn"], layers(ffn))
+    assert_scores(scores["q_heads"], layers(q_heads))
+    hidden = torch.zeros(HIDDEN)
+    for name, p in gqa.model.named_parameters():
+        if p.ndim == 1:
+            hidden += saliency(gqa, name)
+        else:
+            hidden += saliency(gqa, name).sum(1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0)
+    assert_scores(scores["hidden"], hidden[None, None])
+
+    def gpt2_ffn(n: str) -> Tensor:
+        made = saliency(gpt2, f"{n}.mlp.c_fc.weight").sum(0) + saliency(gpt2, f"{n}.mlp.c_fc.bias")
+        return (made + saliency(gpt2, f"{n}.mlp.c_proj.weight").sum(1))[None]
+
+    got = criteria.score_units(gpt2.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"]
+    assert_scores(got, layers(gpt2_ffn, "transformer.h"))
+
+
+def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case, moe: Case) -> None:
+    slopes = fisher.measure_fisher(given(gqa, "ffn", "kv_groups", "q_heads")).slopes
+    by_head = layers(lambda n: heads_of(pull(gqa, f"{n}.self_attn.o_proj")))
+    assert_scores(slopes["ffn"].mean.float(), layers(lambda n: pull(gqa, f"{n}.mlp.down_proj")[None]))
+    assert_scores(slopes["q_heads"].mean.float(), by_head.sum(3))
+    assert_scores(slopes["kv_groups"].mean.float(), by_head.sum((2, 3))[:, None])
+    each = position_slopes(gqa, "model.layers.0.self_attn.o_proj").view(-1, KV, Q * HEAD).sum(-1)
+    assert slopes["kv_groups"].count == len(each) == WINDOWS.numel()
+    assert_scores(slopes["kv_groups"].squares[0, 0].float(), each.square().sum(0))
+
+    def experts(n: str) -> Tensor:
+        name = f"{n}.mlp.experts.down_proj"
+        return (moe.weight(name) * moe.grads[name]).sum(1)
+
+    routed = fisher.measure_fisher(given(moe, "ffn")).slopes["ffn"]
+    assert_scores(routed.mean.float(), layers(experts))
+
+
+def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case) -> None:
+    def ffn(n: str) -> Tensor:
+        each = position_slopes(gqa, f"{n}.mlp.down_proj").double()
+        g = each.mean(0)
+        curvature = each.square().mean(0) - g.square()
+        prior = wanda(gqa, f"{n}.mlp.down_proj").sum(0).double().square()
+        tempered = (curvature * prior * curvature.mean() / prior.mean()).sqrt()
+        sure = (g.abs() - 2 * (curvature / len(each)).sqrt()).clamp_min(0) * g.sign()
+        assert 0 < int((sure != 0).sum()) < FFN
+        return (0.5 * tempered - sure)[None]
+
+    scores = criteria.score_units(gqa.analysis, "fisher", WINDOWS)
+    assert_scores(scores["ffn"], layers(ffn))
+    assert_scores(
+        scores["rotary_pairs"], criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"]
+    )  # no consumer
+
+
+def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) -> None:
+    def heads(n: str) -> Tensor:
+        fused = gpt2.weight(f"{n}.attn.c_attn.weight").square().sum(0) + gpt2.weight(f"{n}.attn.c_attn.bias").square()
+        projection = gpt2.weight(f"{n}.attn.c_proj.weight").square().sum(1)
+        return (fused.view(3, 6, 8).sum((0, 2)) + projection.view(6, 8).sum(1)).sqrt()[None]
+
+    assert_scores(criteria.score_units(gpt2.analysis, "magnitude")["heads"], layers(heads, "transformer.h"))
+
+    def ffn(n: str) -> Tensor:
+        made = moe.weight(f"{n}.mlp.experts.gate_up_proj").square().sum(2).view(EXPERTS, 2, FFN).sum(1)
+        return (made + moe.weight(f"{n}.mlp.experts.down_proj").square().sum(1)).sqrt()
+
+    assert_scores(criteria.score_units(moe.analysis, "magnitude")["ffn"], layers(ffn))
+
+
+# ---- packed experts ----
+
+
+def routed(moe: Case, n: str, expert: int) -> tuple[Tensor, Tensor]:
+    """An expert's own tokens: its input rows and its inner activations."""
+    x, chosen = moe.inputs[f"{n}.mlp.experts"][:2]
+    x = x[(chosen == expert).any(1)].detach()
+    gate, up = (x @ moe.weight(f"{n}.mlp.experts.gate_up_proj")[expert].T).chunk(2, -1)
+    return x, silu(gate) * up
+
+
+def test_each_experts_channels_are_scored_on_its_own_tokens(moe: Case) -> None:
+    scores = criteria.score_units(moe.analysis, "wanda", WINDOWS, families=["ffn", "experts"])
+    flap = criteria.score_units(moe.analysis, "flap", WINDOWS, families=["ffn"])["ffn"]
+
+    def expected(n: str, statistic: Callable[[Tensor], Tensor], power: int) -> Tensor:
+        down = moe.weight(f"{n}.mlp.experts.down_proj").abs() ** power
+        return torch.stack([down[e].sum(0) * statistic(routed(moe, n, e)[1]) for e in range(EXPERTS)])
+
+    assert_scores(scores["ffn"], layers(lambda n: expected(n, norm, 1)))
+    assert_scores(flap, layers(lambda n: expected(n, lambda x: x.var(0), 2)))
+
+    def whole(n: str) -> Tensor:
+        made = moe.weight(f"{n}.mlp.experts.gate_up_proj").abs().sum(1)
+        own = torch.stack([(made[e] * norm(routed(moe, n, e)[0])).sum() for e in range(EXPERTS)])
+        return (wanda(moe, f"{n}.mlp.gate").sum(1) + own + expected(n, norm, 1).sum(1))[None]
+
+    assert_scores(scores["experts"], layers(whole))
+
+
+def test_gradients_pass_through_packed_experts(moe: Case) -> None:
+    def ffn(n: str) -> Tensor:
+        made = saliency(moe, f"{n}.mlp.experts.gate_up_proj").sum(2).view(EXPERTS, 2, FFN).sum(1)
+        return made + saliency(moe, f"{n}.mlp.experts.down_proj").sum(1)
+
+    assert_scores(criteria.score_units(moe.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], layers(ffn))
+
+
+class BlockDiagonal(nn.Module):
+    """A weight of its own for each of 3 blocks of 4 channels: y = Σ_g x_g W_g."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(VOCAB, 7), nn.Linear(7, 12)
+        self.blocks = nn.Parameter(torch.randn(3, 4, 11))
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.inner(self.embed(ids)).unflatten(-1, (3, 4))
+        return torch.einsum("btgk,gko->bto", x, self.blocks)
+
+
+def test_blocks_of_a_batched_product_keep_their_own_statistics() -> None:
+    torch.manual_seed(0)
+    model = BlockDiagonal().eval()
+    analysis = analyze(trace(model, (WINDOWS[:2],), dynamic=True))
+    family = next(f for f in analysis.families if f.size == 4)
+    with torch.no_grad():
+        x = model.inner(model.embed(WINDOWS)).flatten(0, 1).unflatten(-1, (3, 4))
+    expected = norm(x) * model.blocks.detach().abs().sum(2)
+    assert_scores(criteria.score_units(analysis, "wanda", WINDOWS)[family.name], expected[None])
+
+
+# ---- errors ----
+
+
+class NoContraction(nn.Module):
+    """Channels that no weight mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.scale = nn.Embedding(VOCAB, 12), nn.Parameter(torch.randn(12))
+
+    def forward(self, ids: Tensor) -> Any:
+        return (self.embed(ids) * self.scale).sum(-1)
+
+
+def test_a_family_that_no_weight_mixes_says_what_can_score_it() -> None:
+    analysis = analyze(trace(NoContraction(), (WINDOWS[:2],), dynamic=True))
+    (family,) = analysis.families
+    with pytest.raises(MptkError, match=rf"{family.name}, .*use magnitude"):
+        criteria.score_units(analysis, "wanda", WINDOWS)
+    assert criteria.score_units(analysis, "magnitude")[family.name].shape == (1, 1, 12)
+    with pytest.raises(MptkError, match="needs logits"):
+        criteria.score_units(analysis, "taylor", WINDOWS)
+
+
+def test_user_errors_name_cause_and_remedy(gqa: Case, moe: Case) -> None:
+    analysis = gqa.analysis
+    with pytest.raises(MptkError, match="no criterion 'wand'; choose one of random, magnitude"):
+        criteria.score_units(analysis, "wand")
+    for name in set(criteria.CRITERIA) - {"random", "magnitude"}:
+        assert criteria.CRITERIA[name].passes
+        with pytest.raises(MptkError, match="needs calibration text; pass windows of token ids, or use magnitude"):
+            criteria.score_units(moe.analysis if name == "reap" else analysis, name)
+    with pytest.raises(MptkError, match="pass int64"):
+        criteria.score_units(analysis, "wanda", WINDOWS.float())
+    with pytest.raises(MptkError, match="no family 'fn'; there are hidden"):
+        criteria.score_units(analysis, "magnitude", families=["fn"])
+    scores = criteria.score_units(analysis, "magnitude", families=["ffn"])
+    with pytest.raises(MptkError, match=rf"cannot keep {FFN + 1} units; give a width in 1..{FFN}"):
+        criteria.select_units(analysis, scores, {"ffn": FFN + 1})
+    with pytest.raises(MptkError, match="kv_groups has no scores"):
+        criteria.select_units(analysis, scores, {"kv_groups": 1})
+    state = {n: t * torch.inf for n, t in analysis.program.state.items() if "down_proj" in n}
+    with pytest.raises(MptkError, match="not finite"):
+        criteria.score_units(
+            replace(analysis, program=analysis.program.with_state(state)), "magnitude", families=["ffn"]
+        )
+
+
+def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
+    fixed = analyze(trace(SharedLayer(), (WINDOWS[:2],)))
+    with pytest.raises(MptkError, match="dynamic=True"):
+        criteria.score_units(fixed, "wanda", WINDOWS)
+    assert criteria.score_units(fixed, "wanda", WINDOWS[:2])
+    with torch.device("meta"):
+        bare = SharedLayer()
+    with pytest.raises(MptkError, match="program without weights"):
+        criteria.score_units(analyze(trace(bare, (WINDOWS[:2],))), "magnitude")
+
+
+# ---- extension ----
+
+
+def test_a_criterion_can_be_added_as_the_docs_say(gqa: Case, inside: Inside) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "criteria.md").read_text()
+    example = page.split("```python\n")[-1].split("```")[0]
+    inside.bound("mptk.methods.criteria.CRITERIA", dict(criteria.CRITERIA))
+    made: dict[str, Any] = {}
+    exec(compile(example, "docs/criteria.md", "exec"), made)  # noqa: S102
+    criteria.CRITERIA["norm"] = made["NORM"]
+    scores = criteria.score_units(gqa.analysis, "norm", WINDOWS, families=["ffn"])["ffn"]
+    assert_scores(scores, layers(lambda n: HIDDEN * norm(gqa.inputs[f"{n}.mlp.down_proj"])[None]))

@@ -1,0 +1,181 @@
+"""JSON that every reader takes, and the manifest of a published folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from inside import Inside
+
+from mptk import MptkError
+from mptk.files import format_json, make_staging, write_file, write_json, write_text, write_together
+from mptk.publish import manifest
+from mptk.publish.folder import publish
+from mptk.publish.manifest import check_manifest, read_manifest, update_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+OTHERS = ["mptk/cli/failure.py", "mptk/run/estimate.py", "mptk/targets/onnx.py", "passes/targets/onnx/tensors.py"]
+"""Two ask where temporary files go, one removes a folder in its own output, one opens a file without a name."""
+
+
+def test_json_has_null_for_what_is_no_number() -> None:
+    content = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": math.nan}, "d": "NaN", "e": True}
+    found = json.loads(format_json(content), parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN", "e": True}
+
+
+@pytest.mark.features
+def test_all_json_is_written_by_the_one_helper() -> None:
+    writers = [
+        f"{path.relative_to(ROOT)}"
+        for package in ("mptk", "passes")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"json\.dumps?\(", path.read_text())
+    ]
+    assert sorted(writers) == [
+        "mptk/features/gguf/llama_cpp.py",
+        "mptk/files/places.py",
+        "mptk/files/replace.py",
+        "mptk/reading.py",
+        "mptk/targets/beside.py",
+    ]  # llama_cpp runs without mptk; but for replace and places the others look at values
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+
+    def half(file: Path) -> None:
+        file.write_text("ha")
+        assert not path.exists() or path.read_text() == "whole"
+        raise RuntimeError("stopped")
+
+    for before in ([], ["weights"]):
+        with pytest.raises(RuntimeError, match="stopped"):
+            write_file(path, half)
+        assert [p.name for p in tmp_path.iterdir()] == before
+        write_file(path, lambda file: file.write_text("whole"))
+        assert path.read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path, inside: Inside) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    inside.around("mptk.files.staging._open_lock", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "weights", Path.touch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_utf8_in_a_folder_that_is_made_and_a_refusal_is_one_line(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "text", "σ\n")
+    assert (tmp_path / "new" / "text").read_bytes() == "σ\n".encode()
+    with pytest.raises(MptkError, match=r"cannot write .*text/more: Not a directory|File exists"):
+        write_text(tmp_path / "new" / "text" / "more", "x")
+
+
+def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+
+    def write(*, fails: bool) -> None:
+        with write_together(tmp_path, "data", "index") as temporary:
+            (temporary / "data").write_text("1")
+            (temporary / "index").write_text("2")
+            assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["other"]
+            if fails:
+                raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write(fails=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+    write(fails=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "index", "other"]
+
+
+def test_files_are_renamed_into_their_place_by_the_one_helper() -> None:
+    writers = [
+        str(path.relative_to(ROOT))
+        for package in ("mptk", "passes")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"os\.replace\(|\.rename\(|temporary\.replace\(|tempfile|mkdtemp|rmtree", path.read_text())
+    ]
+    assert [name for name in sorted(writers) if not name.startswith("mptk/files/")] == sorted(OTHERS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with publish(tmp_path / "out") as folder:
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+        (folder / "report.json").write_text("{}")
+    return tmp_path / "out"
+
+
+def test_the_manifest_lists_every_file_with_its_digest(folder: Path) -> None:
+    files = read_manifest(folder)
+    assert set(files) == {"onnx/model.onnx", "report.json"}
+    assert files["onnx/model.onnx"] == hashlib.sha256(b"graph").hexdigest()
+    check_manifest(folder)
+
+
+def test_every_difference_is_named(folder: Path) -> None:
+    (folder / "onnx" / "model.onnx").write_bytes(b"grape")
+    with pytest.raises(MptkError, match=r"onnx/model\.onnx in .* was changed"):
+        check_manifest(folder)
+    (folder / "onnx" / "more").symlink_to("/nowhere")
+    with pytest.raises(MptkError, match="onnx/more was added"):
+        check_manifest(folder)
+    (folder / "report.json").unlink()
+    with pytest.raises(MptkError, match=r"report\.json is missing"):
+        check_manifest(folder)
+
+
+def test_a_file_that_comes_later_is_taken_in_and_hides_nothing(folder: Path) -> None:
+    for number in (1, 2):
+        write_json(folder / "bench.json", {"rows": number})
+        update_manifest(folder, "bench.json")
+        check_manifest(folder)
+    (folder / "report.json").write_text("{ }")
+    update_manifest(folder, "bench.json")
+    with pytest.raises(MptkError, match=r"report\.json in .* was changed"):
+        check_manifest(folder)
+
+
+def test_a_marker_of_an_earlier_version_lists_nothing(folder: Path) -> None:
+    (folder / "mptk.json").write_text('{"format": "mptk-output/1"}')
+    with pytest.raises(MptkError, match=r"has no mptk\.json that lists its files; write the folder again"):
+        check_manifest(folder)
+    with pytest.raises(MptkError, match="was not made by mptk"), publish(folder):
+        pass
+
+
+def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, inside: Inside) -> None:
+    read = inside.calls("hashlib.file_digest")
+    inside.bound("mptk.publish.manifest.SETTLED", 10**7)
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    time.sleep(0.05)
+    before, state = manifest.hash_file(file), file.stat()
+    assert manifest.hash_file(file) == before == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 1
+    file.write_bytes(b"two")
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert manifest.hash_file(file) == hashlib.sha256(b"two").hexdigest()
+    file.write_bytes(b"six")  # at once, when a coarse clock may not show it
+    assert manifest.hash_file(file) == hashlib.sha256(b"six").hexdigest()
+
+
+def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path, inside: Inside) -> None:
+    folder = make_staging(tmp_path)
+    inside.stop("os.rmdir", error=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        folder.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,273 @@
+"""What is written of a module of one's own: it opens without its class, in plain torch too, and nothing in it can run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import mptk
+from mptk import MptkError
+from mptk.io.archive import EXAMPLE_INPUTS, MODEL, is_size_expression, read_archive
+from mptk.ort.sessions import OrtGraph
+from mptk.publish.manifest import update_manifest
+from mptk.targets.archive import ARCHIVE
+from tests.damage import mutated
+from tests.inside import Inside
+
+ROOT = Path(__file__).parents[2]
+PLAIN = """
+import sys, torch
+from safetensors.torch import load_file
+
+folder, inputs = sys.argv[1], load_file(sys.argv[2])
+module = torch.export.load(f"{folder}/model.pt2").module()
+module.load_state_dict(load_file(f"{folder}/model.safetensors"), assign=True)
+for found, name in zip(module(inputs["x"]), ("y", "h"), strict=True):
+    assert torch.equal(found, inputs[name])
+assert "mptk" not in sys.modules
+
+import mptk  # a new process, which has not the module's class either
+
+whole = torch.load(f"{folder}/../whole.pt", weights_only=False)
+for small in (mptk.Pruned.open(folder).model, whole):
+    for name, found in small(x=inputs["x"]).items():
+        assert torch.equal(found, inputs[name])
+"""
+
+
+class Odd(nn.Module):
+    """Tied, frozen and unsaved tensors, a state, a condition on sizes, and outputs in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 7, 3)
+        self.one, self.back, self.tied = nn.Linear(7, 5), nn.Linear(5, 7), nn.Linear(7, 5)
+        self.tied.weight = self.one.weight
+        self.first.bias.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("scale", torch.rand(5), persistent=False)
+        self.shift = torch.randn(5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        h = self.second(self.first(x).relu())
+        if x.shape[2] % 2 == 0 and x.shape[2] * x.shape[3] > 40:
+            h = h * 2 / (x.shape[3] + 1) ** 0.5
+        h = h.mean((2, 3))
+        return {"y": self.tied(self.back(self.one(h))) * self.scale + self.shift + self.calls, "h": h}
+
+
+X = torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def pruned() -> mptk.Pruned:
+    found = mptk.prune(Odd(), sparsity=0.33, tolerance=0.1, example_inputs=X, progress=None)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(pruned: mptk.Pruned, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pruned.save(tmp_path_factory.mktemp("archive") / "out")
+
+
+def test_a_new_process_opens_it_with_plain_torch_and_with_mptk(pruned: mptk.Pruned, folder: Path) -> None:
+    small = copy.deepcopy(pruned.model)
+    torch.save(small, folder.parent / "whole.pt")
+    x = torch.randn(3, 3, 12, 8)
+    found = small(x)
+    save_file({"x": x, "y": found["y"].detach(), "h": found["h"].detach()}, folder.parent / "x.safetensors")
+    command = [sys.executable, "-W", "ignore", "-c", PLAIN, str(folder), str(folder.parent / "x.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_opened_module_is_the_one_that_was_saved(pruned: mptk.Pruned, folder: Path) -> None:
+    opened, small = mptk.Pruned.open(folder).model, pruned.model
+    assert {n: t.shape for n, t in opened.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}
+    assert opened.state_dict().keys() == Odd().state_dict().keys()
+    assert opened.one.weight is opened.tied.weight
+    assert [n for n, p in opened.named_parameters() if not p.requires_grad] == ["first.bias"]
+    given = torch.randn(3, 3, 12, 8)
+    expected = copy.deepcopy(small)(given)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in opened(given).items())
+    assert opened.calls == 1
+    with pytest.raises(MptkError, match=r"x\.shape\[2\]\*x\.shape\[3\] > 40 \(test_archive\.py:\d+\) must hold"):
+        opened(torch.randn(1, 3, 8, 4))
+    opened.train()(given)["y"].sum().backward()
+    assert opened.tied.weight.grad is not None
+
+
+def test_it_can_be_pruned_again(folder: Path) -> None:
+    again = mptk.prune(mptk.Pruned.open(folder).model, sparsity=0.25, tolerance=0.1, example_inputs=X, progress=None)
+    assert again.model.first.weight.shape[0] < mptk.Pruned.open(folder).model.first.weight.shape[0]
+
+
+def test_an_archive_of_other_outputs_fails_the_proof(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong.pt2").write_bytes(
+        changed(folder, lambda name, part: replaced(name, part, "relu.def", "sin.def"))
+    )
+    wrong = torch.export.load(tmp_path / "wrong.pt2").graph_module
+    assert "sin" in str(wrong.code)
+    (folder / ARCHIVE).rename(tmp_path / "right.pt2")
+    try:
+        (folder / ARCHIVE).write_bytes((tmp_path / "wrong.pt2").read_bytes())
+        update_manifest(folder, ARCHIVE)
+        with pytest.raises(MptkError, match=r"the proof fails at 'model\.pt2': outputs differ"):
+            mptk.verify(folder, model=Odd())
+    finally:
+        (tmp_path / "right.pt2").rename(folder / ARCHIVE)
+        update_manifest(folder, ARCHIVE)
+
+
+# ---- what could run code ----
+
+
+def changed(folder: Path, change: Callable[[str, bytes], bytes], **more: bytes) -> bytes:
+    """The archive with each part changed, and more parts."""
+    place = folder.parent / "changed.pt2"
+    with zipfile.ZipFile(folder / ARCHIVE) as old, zipfile.ZipFile(place, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, change(info.filename.partition("/")[2], old.read(info)))
+        for name, part in more.items():
+            new.writestr(f"model/{name}", part)
+    return place.read_bytes()
+
+
+def replaced(name: str, part: bytes, old: str, new: str) -> bytes:
+    if name != MODEL and not name.endswith(".json"):
+        return part
+    return part.replace(old.encode(), new.encode())
+
+
+CALL = "__import__('os').system('true')"
+ATTACKS: dict[str, tuple[str, str, str]] = {
+    "an expression": ("Symbol('s", f"{CALL}+Symbol('s", "expr_str is"),
+    "an expression in a symbol": ("Symbol('s", "Symbol('exit() s", "expr_str is"),
+    "a function": ("torch.ops.aten.relu.default", "torch.hub.load", "target is 'torch.hub.load'"),
+    "a file that is mapped": ("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default", "target is"),
+    "a name": ('"relu"', json.dumps(f"relu, x={CALL}"), "name is"),
+    "a pickled weight": ('"use_pickle": false', '"use_pickle": true', "it holds a pickle"),
+    "a class": ("builtins.tuple", "collections.defaultdict", "in_spec is"),
+}
+
+
+@pytest.mark.parametrize("attack", list(ATTACKS))
+def test_what_could_run_code_is_refused(attack: str, folder: Path, tmp_path: Path) -> None:
+    old, new, said = ATTACKS[attack]
+    file = tmp_path / "model.pt2"
+    file.write_bytes(changed(folder, lambda name, part: replaced(name, part, old, new)))
+    assert file.read_bytes() != changed(folder, lambda _, part: part)
+    with pytest.raises(MptkError, match=said):
+        read_archive(file)
+
+
+def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> None:
+    file, ran = tmp_path / "model.pt2", tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (ran,)
+
+    torch.save(Evil(), tmp_path / "evil.pt")
+    evil = (tmp_path / "evil.pt").read_bytes()
+    file.write_bytes(changed(folder, lambda name, part: evil if name == EXAMPLE_INPUTS else part))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_archive(file)
+    assert not ran.exists()
+    file.write_bytes(changed(folder, lambda _, part: part, **{"data/weights/model.pt": evil}))
+    with pytest.raises(MptkError, match=r"it holds data/weights/model\.pt, which mptk never writes"):
+        read_archive(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(MptkError, match="damaged"):
+        read_archive(file)
+
+
+def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> None:
+    good, file, refused = (folder / ARCHIVE).read_bytes(), tmp_path / "model.pt2", 0
+    for seed in range(0, 48, 4):
+        file.write_bytes(mutated(good, random.Random(seed)))
+        try:
+            read_archive(file)
+        except MptkError:
+            refused += 1
+    assert refused > 6
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("Add(Symbol('s0', positive=True, integer=True), Integer(-2))", True),
+        ("Pow(Symbol('s0'), Integer(2))", True),
+        ("FloatPow(ToFloat(Symbol('s0')), Float('0.5', precision=53))", True),
+        ("Pow(Symbol('s0'), Rational(1, 2))", True),
+        ("Pow(Integer(9), Pow(Integer(9), Integer(9)))", False),
+        ("Pow(Integer(9), Float('1e9', precision=53))", False),
+        ("PowByNatural(Integer(2), Add(Symbol('s0'), Integer(-1)))", True),
+        ("Pow(Integer(9), Mul(Symbol('s0'), Symbol('s0')))", False),
+        ("Pow(Integer(11), Symbol('s0'))", False),
+        ("Integer(9)**9", False),
+        ("Symbol('s0').name", False),
+        ("exit()", False),
+        ("Symbol('exit()')", False),
+        ("(" * 2000, False),
+    ],
+)
+def test_only_sizes_are_expressions(text: str, holds: bool) -> None:
+    assert is_size_expression(text) is holds
+
+
+# ---- ONNX ----
+
+
+class Several(nn.Module):
+    """Two outputs of any number of samples and of steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.up(x).relu()
+        return self.down(h), h.mean((1, 2))
+
+
+def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> None:
+    found = mptk.prune(
+        Several(), tmp_path / "out", sparsity=0.25, tolerance=0.1, example_inputs=torch.randn(2, 5, 6), progress=None
+    )
+    assert {row["stage"] for row in found.report.proof} >= {ARCHIVE, "ONNX Runtime"}
+    again = mptk.export(found.model, tmp_path / "again", example_inputs=torch.randn(2, 5, 6))
+    x = torch.randn(3, 7, 6)
+    for folder in (tmp_path / "out" / "onnx", again):
+        graph = OrtGraph(folder / "model.onnx")
+        assert [value.name for value in graph.session.get_outputs()] == ["output_0", "output_1"]
+        for one, other in zip(graph.run_all({"x": x}), found.model(x), strict=True):
+            torch.testing.assert_close(one, other.detach())
+
+
+def test_a_module_that_onnx_would_change_is_refused(tmp_path: Path, inside: Inside) -> None:
+    with pytest.raises(MptkError, match="give example_inputs"):
+        mptk.export(Several(), tmp_path)
+    with pytest.raises(MptkError, match="changes its buffers, which a graph would forget"):
+        mptk.export(Odd(), tmp_path, example_inputs=X)
+    inside.spoil("mptk.api.graphs.cut_to_plan", lambda program: program.with_state({"down.bias": torch.ones(4)}))
+    with pytest.raises(mptk.ProofError, match="the proof fails at 'ONNX Runtime'"):
+        mptk.export(Several(), tmp_path, example_inputs=torch.randn(2, 5, 6))

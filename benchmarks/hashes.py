@@ -53,11 +53,9 @@ def main() -> None:
 
 def write_tiny(folder: Path) -> None:
     """A Llama of two layers whose sizes all differ, with a tokenizer."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from tests import toy_checkpoints
+    from mptk.testing import make_llama, make_tokenizer, save_model
 
-    toy_checkpoints.llama().save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
+    save_model(make_llama(), folder, make_tokenizer(begin=True))
 
 
 def hashes(row: list[str], folder: Path) -> dict[str, str]:

@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import architectures
 import torch
-from architectures import HEAD, KV, LAYERS, VOCAB
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 
-from mptk import analyze, trace
+from mptk import analyze, testing, trace
 from mptk.ir.families import Analysis
+from mptk.testing.decoders import HEAD_SIZE, KV_COUNT, LAYER_COUNT, VOCAB_SIZE
 
-Q, EXPERTS = 3, 5  # query heads: KV · Q = 6
-WINDOWS = torch.randint(3, VOCAB, (7, 9), generator=torch.Generator().manual_seed(1))
+Q, EXPERTS = 3, 5  # query heads: KV_COUNT · Q = 6
+WINDOWS = torch.randint(3, VOCAB_SIZE, (7, 9), generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,15 @@ def make_case(build: Callable[[], Any]) -> Case:
 
 
 def grouped_queries() -> Case:
-    return make_case(lambda: LlamaForCausalLM(architectures.config("llama")))
+    return make_case(lambda: LlamaForCausalLM(testing.make_config("llama")))
 
 
 def fused_heads() -> Case:
-    return make_case(lambda: GPT2LMHeadModel(architectures.config("gpt2")))
+    return make_case(lambda: GPT2LMHeadModel(testing.make_config("gpt2")))
 
 
 def packed_experts() -> Case:
-    return make_case(lambda: MixtralForCausalLM(architectures.config("mixtral")))
+    return make_case(lambda: MixtralForCausalLM(testing.make_config("mixtral")))
 
 
 def norm(x: Tensor) -> Tensor:
@@ -81,12 +80,12 @@ def wanda(case: Case, name: str) -> Tensor:
 
 
 def layers(f: Callable[[str], Tensor], prefix: str = "model.layers") -> Tensor:
-    return torch.stack([f(f"{prefix}.{i}") for i in range(LAYERS)])
+    return torch.stack([f(f"{prefix}.{i}") for i in range(LAYER_COUNT)])
 
 
 def heads_of(positions: Tensor) -> Tensor:
-    """[KV · Q · HEAD] → [KV, Q, HEAD]."""
-    return positions.view(KV, Q, HEAD)
+    """[KV_COUNT · Q · HEAD_SIZE] → [KV_COUNT, Q, HEAD_SIZE]."""
+    return positions.view(KV_COUNT, Q, HEAD_SIZE)
 
 
 def assert_scores(got: Tensor, expected: Tensor) -> None:
@@ -126,7 +125,7 @@ class SharedLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(VOCAB, 7), nn.Linear(7, 13)
+        self.embed, self.head = nn.Embedding(VOCAB_SIZE, 7), nn.Linear(7, 13)
         self.inner, self.outer = nn.Linear(7, 12), nn.Linear(12, 7)
 
     def forward(self, ids: Tensor) -> Any:

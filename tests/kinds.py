@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import toy_checkpoints as toys
 from filelock import FileLock
 from PIL import Image
 from transformers import (
@@ -29,8 +28,9 @@ from transformers import (
 )
 
 import mptk
+from mptk import testing
 
-VOCAB = len(toys.tokenizer())
+VOCAB = len(testing.make_tokenizer())
 CLASSES = 7
 SIZE = {
     "vocab_size": VOCAB,
@@ -104,8 +104,8 @@ def write_all(root: Path) -> None:
         torch.manual_seed(0)
         make().save_pretrained(root / name)
     for name in ("encoder", "text classifier", "encoder-decoder"):
-        toys.tokenizer().save_pretrained(root / name)
-    words = toys.tokenizer()
+        testing.make_tokenizer().save_pretrained(root / name)
+    words = testing.make_tokenizer()
     words.add_special_tokens({"mask_token": "<mask>"})
     words.save_pretrained(root / "masked language model")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / "image classifier")

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import GROUPED, HEAD
-from cutting import random_plan
 from inside import Inside, changed
 from safetensors.torch import load_file, save_file
-from toy_checkpoints import WORDS, save
 from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
@@ -31,6 +28,8 @@ from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.publish.manifest import write_manifest
 from mptk.run.prepare import resolve_widths
 from mptk.run.run import Run
+from mptk.testing import WORDS, draw_plan, save_word_model
+from mptk.testing.decoders import GROUPED, HEAD_SIZE
 from passes.analysis import group
 
 WINDOW = 64
@@ -81,12 +80,12 @@ class Lab:
 
     def __init__(self, root: Path, quantize: tuple[str, ...] = ("int8", "int4")) -> None:
         self.root, self.count = root, 0
-        sizes = {**GROUPED, "pad_token_id": None, "head_dim": HEAD, "max_position_embeddings": 128}
+        sizes = {**GROUPED, "pad_token_id": None, "head_dim": HEAD_SIZE, "max_position_embeddings": 128}
         config = MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=True)
-        self.dense = save(MistralForCausalLM(config), root / "dense")
+        self.dense = save_word_model(MistralForCausalLM(config), root / "dense")
         loaded = models.load(self.dense)
         analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
-        random_plan(analysis, ["hidden", "q_heads", "ffn"], share=0.7).save(root / "plan.json")
+        draw_plan(analysis, ["hidden", "q_heads", "ffn"], share=0.7).save(root / "plan.json")
         text = root / "text.txt"
         generator = torch.Generator().manual_seed(0)
         text.write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (600,), generator=generator)))

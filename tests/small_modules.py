@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cutting import cut_and_compare, random_plan
 from torch import Tensor, nn
 
 from mptk import analyze, trace
 from mptk.ir.families import Analysis
+from mptk.testing import cut_and_compare, draw_plan
 
 WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -65,7 +65,7 @@ def prove(module: nn.Module, *inputs: Tensor) -> Analysis:
     """Analyse, and cut each family by itself and all together."""
     analysis = analyze(trace(module.eval(), inputs or (X,)))
     for names in [*([f.name] for f in analysis.families), None]:
-        plan = random_plan(analysis, names)
+        plan = draw_plan(analysis, names)
         if plan.families:
             difference = cut_and_compare(analysis, plan, inputs or (X,))
             assert difference.error <= 1e-5 < 1e-3 < difference.moved, (names, difference)

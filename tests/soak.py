@@ -253,9 +253,11 @@ def write_inputs(place: Path) -> None:
     import kinds
     import toy_checkpoints as toys
 
+    from mptk import testing
+
     kinds.write_all(place / "kinds")
-    toys.saved(toys.llama(), place / "llama")
-    toys.write_gguf(toys.llama(), toys.tokenizer(), place / "toy.gguf")
+    testing.save_model(testing.make_llama(), place / "llama")
+    toys.write_gguf(testing.make_llama(), testing.make_tokenizer(), place / "toy.gguf")
     shutil.copy(place / "kinds" / "text.txt", place)
     for name in ("cache", "tmp"):
         (place / name).mkdir()

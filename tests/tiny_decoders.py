@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import architectures
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mptk import testing
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx
 
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "grouped heads, rotary": architectures.config("llama"),
-    "sliding window, normed heads": architectures.config("gemma3"),
-    "learned positions, fused qkv": architectures.config("gpt2"),
-    "learned positions, biases": architectures.config("opt"),
+    "grouped heads, rotary": testing.make_config("llama"),
+    "sliding window, normed heads": testing.make_config("gemma3"),
+    "learned positions, fused qkv": testing.make_config("gpt2"),
+    "learned positions, biases": testing.make_config("opt"),
 }
 GROUPED, SLIDING, FUSED, BIASED = CONFIGS
 
@@ -27,7 +27,7 @@ def tiny_decoder(kind: str | PreTrainedConfig, **changes: int) -> PreTrainedMode
         config = type(config)(**{**config.to_dict(), **changes})
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    return architectures.spread(model, 0.3)
+    return testing.spread_weights(model, 0.3)
 
 
 def write_graphs(kind: str, folder: Path) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cutting import cut_and_compare, random_plan
 from small_modules import offered as sizes
 from small_modules import prove
 from torch import Tensor, nn
 
 from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.families import Analysis
+from mptk.testing import cut_and_compare, draw_plan
 from passes.frontend.trace import export_program
 
 VOCAB, HIDDEN, INNER, OUT = 13, 12, 10, 11
@@ -328,7 +328,7 @@ class PackedHeads(nn.Module):
 def test_a_choice_that_varies_along_two_dimensions() -> None:
     found = prove(PackedHeads(), IDS)
     assert {f.size: f.scopes for f in found.families} == {HIDDEN: 1, 4: 1, 3: 4, 5: 12}
-    assert cut_and_compare(found, random_plan(found, seed=3, share=0.5), (IDS,)).error <= 1e-5
+    assert cut_and_compare(found, draw_plan(found, seed=3, share=0.5), (IDS,)).error <= 1e-5
 
 
 def test_an_unscoped_choice_serves_every_scope() -> None:

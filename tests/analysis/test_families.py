@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from architectures import CONFIGS, FFN, HEAD, HEADS, HIDDEN, KV, LAYERS, VOCAB, model, tokens
-from cutting import cut_and_compare, largest, random_plan
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
@@ -21,17 +19,19 @@ from mptk.ir.ops import name_op
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.targets import find_target
+from mptk.testing import DECODERS, cut_and_compare, draw_plan, draw_tokens, make_decoder, measure_largest
+from mptk.testing.decoders import FFN_SIZE, HEAD_COUNT, HEAD_SIZE, HIDDEN_WIDTH, KV_COUNT, LAYER_COUNT, VOCAB_SIZE
 from passes.frontend.trace_decoder import trace_decoder
 from passes.targets.stock.config import StockConfig
 from passes.transforms.masked_reference import mask
 
 Positions = npt.NDArray[np.int64]
-EACH = pytest.mark.parametrize("architecture", CONFIGS)
+EACH = pytest.mark.parametrize("architecture", DECODERS)
 
 
 @functools.cache
 def analysis(architecture: str) -> Analysis:
-    return analyze(trace(model(architecture), (tokens(),)))
+    return analyze(trace(make_decoder(architecture), (draw_tokens(),)))
 
 
 # ---- where units lie, by hand ----
@@ -51,7 +51,7 @@ def joined(*parts: Positions) -> Positions:
 
 Golden = dict[str, dict[str, Positions]]
 """Family → member of layer 0 → positions by unit."""
-GROUP = HEADS // KV
+GROUP = HEAD_COUNT // KV_COUNT
 
 
 def linear(name: str, positions: Positions, bias: bool = False) -> dict[str, Positions]:
@@ -61,7 +61,7 @@ def linear(name: str, positions: Positions, bias: bool = False) -> dict[str, Pos
 def grouped(head: int, bias: bool = False, norms: bool = False) -> Golden:
     """Separate projections; query heads by KV head; channel i of a head turns with channel i + head/2."""
     half = head // 2
-    q, k, v, o = (KV, GROUP, 2, half), (KV, 2, half), (KV, head), (KV, GROUP, head)
+    q, k, v, o = (KV_COUNT, GROUP, 2, half), (KV_COUNT, 2, half), (KV_COUNT, head), (KV_COUNT, GROUP, head)
     at = "self_attn."
     norm = {f"{at}{n}_norm.weight[0]": units((2, half), 1) for n in "qk"} if norms else {}
     return {
@@ -75,7 +75,7 @@ def grouped(head: int, bias: bool = False, norms: bool = False) -> Golden:
     }
 
 
-CHANNELS = units((FFN,), 0)
+CHANNELS = units((FFN_SIZE,), 0)
 GATED = {
     "ffn": {"mlp.gate_proj.weight[0]": CHANNELS, "mlp.up_proj.weight[0]": CHANNELS, "mlp.down_proj.weight[1]": CHANNELS}
 }
@@ -83,27 +83,27 @@ GATED = {
 
 def fused_grouped() -> Golden:
     """One projection: query heads, then key heads, then value heads; one projection for gate and up."""
-    q, k, v, o = (KV, GROUP, 2, 4), (KV, 2, 4), (KV, 8), (KV, GROUP, 8)
+    q, k, v, o = (KV_COUNT, GROUP, 2, 4), (KV_COUNT, 2, 4), (KV_COUNT, 8), (KV_COUNT, GROUP, 8)
     qkv, out = "self_attn.qkv_proj.weight[0]", "self_attn.o_proj.weight[1]"
-    key, value = HIDDEN, HIDDEN + 16
+    key, value = HIDDEN_WIDTH, HIDDEN_WIDTH + 16
     return {
         "kv_groups": {qkv: joined(units(q, 0), units(k, 0, start=key), units(v, 0, start=value)), out: units(o, 0)},
         "q_heads": {qkv: units(q, 1, [0]), out: units(o, 1, [0])},
         "rotary_pairs": {qkv: joined(units(q, 3), units(k, 2, start=key))},
         "v_dim": {qkv: units(v, 1, [0], value), out: units(o, 2, [0])},
-        "ffn": {"mlp.gate_up_proj.weight[0]": units((2, FFN), 1), "mlp.down_proj.weight[1]": CHANNELS},
+        "ffn": {"mlp.gate_up_proj.weight[0]": units((2, FFN_SIZE), 1), "mlp.down_proj.weight[1]": CHANNELS},
     }
 
 
 def fused_heads() -> Golden:
     """Weights stored [in, out]; queries, keys and values of all heads one after the other."""
-    heads, out = (HEADS, 8), "attn.c_proj.weight[0]"
+    heads, out = (HEAD_COUNT, 8), "attn.c_proj.weight[0]"
 
     def fused(positions: Positions) -> dict[str, Positions]:
         return {"attn.c_attn.weight[1]": positions, "attn.c_attn.bias[0]": positions}
 
     def third(axis: int, part: int, scope: Sequence[int] = ()) -> Positions:
-        return units(heads, axis, scope, part * HIDDEN)
+        return units(heads, axis, scope, part * HIDDEN_WIDTH)
 
     return {
         "heads": fused(joined(*(third(0, part) for part in range(3)))) | {out: units(heads, 0)},
@@ -114,7 +114,7 @@ def fused_heads() -> Golden:
 
 
 def separate_heads() -> Golden:
-    heads, at, out = (HEADS, 8), "self_attn.", "self_attn.out_proj.weight[1]"
+    heads, at, out = (HEAD_COUNT, 8), "self_attn.", "self_attn.out_proj.weight[1]"
     whole, inner = units(heads, 0), units(heads, 1, [0])
     return {
         "heads": {key: p for n in "qkv" for key, p in linear(f"{at}{n}_proj", whole, bias=True).items()} | {out: whole},
@@ -126,16 +126,17 @@ def separate_heads() -> Golden:
 
 def interleaved_heads() -> Golden:
     """Each head's query, key and value stand together; the first half of a head's channels turns, by pairs (i, i + 2)."""
-    qkv, out, heads = "attention.query_key_value", "attention.dense.weight[1]", np.arange(HEADS) * 24
+    qkv, out, heads = "attention.query_key_value", "attention.dense.weight[1]", np.arange(HEAD_COUNT) * 24
     turned = np.array([[0, 2, 8, 10], [1, 3, 9, 11]])  # in a head's 24 rows: q is 0-7, k is 8-15, v is 16-23
     passed = np.array([[4, 12], [5, 13], [6, 14], [7, 15]])
     return {
-        "heads": linear(qkv, units((HEADS, 24), 0), bias=True) | {out: units((HEADS, 8), 0)},
+        "heads": linear(qkv, units((HEAD_COUNT, 24), 0), bias=True) | {out: units((HEAD_COUNT, 8), 0)},
         "rotary_pairs": linear(
             qkv, np.sort((heads[:, None, None] + turned).transpose(1, 0, 2).reshape(1, 2, -1)), bias=True
         ),
         "qk_dim": linear(qkv, heads[:, None, None] + passed, bias=True),
-        "v_dim": linear(qkv, units((HEADS, 24), 1, [0])[:, 16:], bias=True) | {out: units((HEADS, 8), 1, [0])},
+        "v_dim": linear(qkv, units((HEAD_COUNT, 24), 1, [0])[:, 16:], bias=True)
+        | {out: units((HEAD_COUNT, 8), 1, [0])},
         "ffn": linear("mlp.dense_h_to_4h", CHANNELS, bias=True) | {"mlp.dense_4h_to_h.weight[1]": CHANNELS},
     }
 
@@ -143,7 +144,7 @@ def interleaved_heads() -> Golden:
 def mixture() -> Golden:
     """Packed experts: [expert, gate and up, hidden] and [expert, hidden, ffn]; channels may differ by expert."""
     expert = units((5,), 0)
-    by_expert = np.tile(units((2, FFN), 1), (5, 1, 1))
+    by_expert = np.tile(units((2, FFN_SIZE), 1), (5, 1, 1))
     return grouped(8) | {
         "experts": {
             "mlp.gate.weight[0]": expert,
@@ -155,10 +156,10 @@ def mixture() -> Golden:
 
 
 GOLDEN: dict[str, tuple[str, Golden]] = {
-    "llama": ("model.layers.", grouped(HEAD) | GATED),
+    "llama": ("model.layers.", grouped(HEAD_SIZE) | GATED),
     "qwen2": ("model.layers.", grouped(8, bias=True) | GATED),
-    "qwen3": ("model.layers.", grouped(HEAD, norms=True) | GATED),
-    "gemma3": ("model.layers.", grouped(HEAD, norms=True) | GATED),
+    "qwen3": ("model.layers.", grouped(HEAD_SIZE, norms=True) | GATED),
+    "gemma3": ("model.layers.", grouped(HEAD_SIZE, norms=True) | GATED),
     "phi3": ("model.layers.", fused_grouped()),
     "gpt2": ("transformer.h.", fused_heads()),
     "opt": ("model.decoder.layers.", separate_heads()),
@@ -174,7 +175,7 @@ def test_members_and_the_exact_positions_of_their_units(architecture: str) -> No
     assert families.keys() == {"hidden", *golden}
     for name, expected in golden.items():
         family = families[name]
-        assert len(family.groups) == LAYERS
+        assert len(family.groups) == LAYER_COUNT
         for i, group in enumerate(family.groups):
             assert f"{group.layer}.".startswith(f"{layers}{i}.")
             found = {f"{m.weight.removeprefix(f'{layers}{i}.')}[{m.dim}]": group.positions(m) for m in group.members}
@@ -189,16 +190,16 @@ def test_members_and_the_exact_positions_of_their_units(architecture: str) -> No
 def test_the_residual_width_has_every_dimension_of_its_size_that_is_nothing_else(architecture: str) -> None:
     layers, golden = GOLDEN[architecture]
     found = analysis(architecture)
-    others = {f"{layers}{i}.{m}" for members in golden.values() for m in members for i in range(LAYERS)}
+    others = {f"{layers}{i}.{m}" for members in golden.values() for m in members for i in range(LAYER_COUNT)}
     expected = {
         f"{name}[{d}]"
         for name, dims in found.weights.items()
         for d, term in enumerate(dims)
-        if term.size == HIDDEN and f"{name}[{d}]" not in others
+        if term.size == HIDDEN_WIDTH and f"{name}[{d}]" not in others
     }
     (hidden,) = found.family("hidden").groups
     assert {f"{m.weight}[{m.dim}]" for m in hidden.members} == expected
-    assert all(np.array_equal(hidden.positions(m), np.arange(HIDDEN)[None, :, None]) for m in hidden.members)
+    assert all(np.array_equal(hidden.positions(m), np.arange(HIDDEN_WIDTH)[None, :, None]) for m in hidden.members)
 
 
 @EACH
@@ -206,27 +207,27 @@ def test_every_axis_of_every_weight_is_offered_or_blocked_with_a_reason(architec
     found = analysis(architecture)
     offered = {g.axis for f in found.families for g in f.groups}
     blocked = {w for b in found.blocked for w in b.weights}
-    names = {found.program.aliases.get(name, name) for name, _ in model(architecture).named_parameters()}
+    names = {found.program.aliases.get(name, name) for name, _ in make_decoder(architecture).named_parameters()}
     assert names == set(found.program.parameters)
     for name in found.program.parameters:
         for d, term in enumerate(found.weights[name]):
             assert offered.issuperset(list_axes(term)) or f"{name}[{d}]" in blocked
     assert all(b.reasons for b in found.blocked)
-    assert {b.size for b in found.blocked} <= {VOCAB, 64, 66}  # and tables of positions
+    assert {b.size for b in found.blocked} <= {VOCAB_SIZE, 64, 66}  # and tables of positions
 
 
 @EACH
 def test_each_family_cut_at_random_equals_the_masked_model(architecture: str) -> None:
     found = analysis(architecture)
     for names in [*([f.name] for f in found.families), None]:
-        difference = cut_and_compare(found, random_plan(found, names), (tokens(),))
+        difference = cut_and_compare(found, draw_plan(found, names), (draw_tokens(),))
         assert difference.error <= 1e-5, (names, difference)
         assert difference.moved > 0.1, (names, difference)
 
 
 def test_experts_in_bfloat16_take_another_op() -> None:
     """The same families; equal up to the format's rounding."""
-    found = analyze(trace(model("mixtral").bfloat16(), (tokens(),)))
+    found = analyze(trace(make_decoder("mixtral").bfloat16(), (draw_tokens(),)))
     assert "aten._grouped_mm.default" in {name_op(n) for n in found.facts.results}
     assert "transformers.grouped_mm_fallback.default" in {name_op(n) for n in analysis("mixtral").facts.results}
     assert listing(found) == listing(analysis("mixtral"))
@@ -234,24 +235,24 @@ def test_experts_in_bfloat16_take_another_op() -> None:
 
 def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_float32_trace_needs_none() -> None:
     """The class calls torch's kernel, in whatever type its checkpoint is loaded."""
-    legal = find_target("stock").find_legal(analysis("mixtral"), model("mixtral"), read_alignment("1"))
-    free = find_target("graph").find_legal(analysis("mixtral"), model("mixtral"), read_alignment("1")).ladders
+    legal = find_target("stock").find_legal(analysis("mixtral"), make_decoder("mixtral"), read_alignment("1"))
+    free = find_target("graph").find_legal(analysis("mixtral"), make_decoder("mixtral"), read_alignment("1")).ladders
     for name in ("hidden", "ffn"):
         assert {width % 8 for width in legal.ladders[name]} == {0}
         assert {width % 8 for width in free[name]} == {*range(8)}
         found = legal.stock.build_config({name: legal.ladders[name][0]})
         assert isinstance(found, StockConfig)
-        assert found.model_class(found.config).bfloat16()(tokens()).logits.isfinite().all()
+        assert found.model_class(found.config).bfloat16()(draw_tokens()).logits.isfinite().all()
 
 
 def test_the_rows_of_a_grouped_product_stay_whole_multiples_of_16_bytes() -> None:
-    found = analyze(trace(model("mixtral").bfloat16(), (tokens(),)))
+    found = analyze(trace(make_decoder("mixtral").bfloat16(), (draw_tokens(),)))
     assert {f.name: f.multiple for f in found.families if f.multiple > 1} == {"hidden": 8, "ffn": 8}
-    difference = cut_and_compare(found, random_plan(found), (tokens(),))
+    difference = cut_and_compare(found, draw_plan(found), (draw_tokens(),))
     assert difference.error <= 0.03 * difference.moved
     keep = {g.layer: (tuple(range(41)),) for g in found.family("ffn").groups}
     with pytest.raises(MptkError, match=r"ffn cannot have width 41: it needs .* a multiple of 8"):
-        resolve_plan(found, Plan({"ffn": FamilyPlan(41, FFN, keep)}))
+        resolve_plan(found, Plan({"ffn": FamilyPlan(41, FFN_SIZE, keep)}))
 
 
 @EACH
@@ -259,7 +260,7 @@ def test_masks_and_slices_follow_the_positions(architecture: str) -> None:
     """Of each weight, a mask made from the units' positions alone; a slice is what the mask leaves, in order."""
     found = analysis(architecture)
     for family in found.families:
-        plan = random_plan(found, [family.name])
+        plan = draw_plan(found, [family.name])
         cut = resolve_plan(found, plan)
         for group in family.groups:
             rows = plan.families[family.name].keep[group.layer]
@@ -293,17 +294,17 @@ def listing(found: Analysis) -> dict[str, list[object]]:
 
 FEW = ("llama", "gpt2", "mixtral")
 VARIANTS = {
-    "dynamic": lambda name: trace(model(name), (tokens(),), dynamic=True),
-    "eager attention": lambda name: trace(model(name, attention="eager"), (tokens(),)),
-    "no weights": lambda name: trace(model(name, meta=True), (tokens(),)),
-    "with a cache": lambda name: trace_decoder(model(name)),
-    "training": lambda name: trace(model(name).train(), (tokens(),)),
-    "other sizes": lambda name: trace(model(name), (tokens(3, 11),)),
+    "dynamic": lambda name: trace(make_decoder(name), (draw_tokens(),), dynamic=True),
+    "eager attention": lambda name: trace(make_decoder(name, attention="eager"), (draw_tokens(),)),
+    "no weights": lambda name: trace(make_decoder(name, meta=True), (draw_tokens(),)),
+    "with a cache": lambda name: trace_decoder(make_decoder(name)),
+    "training": lambda name: trace(make_decoder(name).train(), (draw_tokens(),)),
+    "other sizes": lambda name: trace(make_decoder(name), (draw_tokens(3, 11),)),
 }
 CHOSEN = {
     "dynamic": ("llama", "mixtral"),
-    "eager attention": CONFIGS,
-    "no weights": CONFIGS,
+    "eager attention": DECODERS,
+    "no weights": DECODERS,
     "with a cache": ("gpt2", "gemma3"),
     "training": FEW,
     "other sizes": FEW,
@@ -311,7 +312,7 @@ CHOSEN = {
 
 
 TRACED = [
-    pytest.param(a, v, marks=[pytest.mark.long] if chosen is CONFIGS and a not in FEW else [])
+    pytest.param(a, v, marks=[pytest.mark.long] if chosen is DECODERS and a not in FEW else [])
     for v, chosen in CHOSEN.items()
     for a in chosen
 ]
@@ -323,10 +324,10 @@ def test_families_do_not_depend_on_how_the_model_was_traced(architecture: str, v
 
 
 def test_a_mask_input_changes_nothing() -> None:
-    ids = tokens()
+    ids = draw_tokens()
     padding = torch.ones_like(ids)
     padding[0, :3] = 0
-    assert listing(analyze(trace(model("llama"), (ids, padding)))) == listing(analysis("llama"))
+    assert listing(analyze(trace(make_decoder("llama"), (ids, padding)))) == listing(analysis("llama"))
 
 
 EQUAL = {
@@ -345,13 +346,13 @@ def test_equal_sizes_are_not_mixed_up(architecture: str) -> None:
     def members(found: Analysis) -> dict[str, list[set[tuple[str, int]]]]:
         return {f.name: [{(m.weight, m.dim) for m in g.members} for g in f.groups] for f in found.families}
 
-    changes = {key: EQUAL[key] for key in EQUAL if key in CONFIGS[architecture][1]}
+    changes = {key: EQUAL[key] for key in EQUAL if key in DECODERS[architecture][1]}
     heads = {"num_key_value_heads": 6} if "num_key_value_heads" in changes else {}
-    reference = analyze(trace(model(architecture, **heads), (tokens(),)))
-    same = {"head_dim": 8} if "head_dim" in CONFIGS[architecture][1] else {}
-    found = analyze(trace(model(architecture, **changes, **same), (tokens(),)))
+    reference = analyze(trace(make_decoder(architecture, **heads), (draw_tokens(),)))
+    same = {"head_dim": 8} if "head_dim" in DECODERS[architecture][1] else {}
+    found = analyze(trace(make_decoder(architecture, **changes, **same), (draw_tokens(),)))
     assert members(found) == members(reference)
-    assert cut_and_compare(found, random_plan(found), (tokens() % 64,)).error <= 1e-5
+    assert cut_and_compare(found, draw_plan(found), (draw_tokens() % 64,)).error <= 1e-5
 
 
 # ---- that these tests can fail ----
@@ -375,19 +376,19 @@ def shifted(found: Analysis, plan: Plan, weight: str) -> Program:
 )
 def test_wrong_rows_are_found_out(architecture: str, family: str, weight: str) -> None:
     found = analysis(architecture)
-    plan = random_plan(found, [family])
-    masked = mask(found, resolve_plan(found, plan))(tokens())
-    assert largest(mptk.rewrite(found, plan)(tokens()), masked) <= 1e-5
-    assert largest(shifted(found, plan, weight)(tokens()), masked) > 0.1
+    plan = draw_plan(found, [family])
+    masked = mask(found, resolve_plan(found, plan))(draw_tokens())
+    assert measure_largest(mptk.rewrite(found, plan)(draw_tokens()), masked) <= 1e-5
+    assert measure_largest(shifted(found, plan, weight)(draw_tokens()), masked) > 0.1
 
 
 def test_query_heads_of_the_wrong_group_are_found_out() -> None:
     """As if KV head 0 stood for query rows 0-9: the mistake of a tool that does not see the groups."""
     found = analysis("llama")
     plan = Plan({"kv_groups": FamilyPlan(1, 2, {g.layer: ((1,),) for g in found.family("kv_groups").groups})})
-    masked = mask(found, resolve_plan(found, plan))(tokens())
+    masked = mask(found, resolve_plan(found, plan))(draw_tokens())
     query = "model.layers.0.self_attn.q_proj.weight"
     rows = [i for i in range(60) if i // 10 % 2 == 1]
     wrong = mptk.rewrite(found, plan).with_state({query: found.program.state[query][rows]})
-    assert largest(mptk.rewrite(found, plan)(tokens()), masked) <= 1e-5
-    assert largest(wrong(tokens()), masked) > 0.1
+    assert measure_largest(mptk.rewrite(found, plan)(draw_tokens()), masked) <= 1e-5
+    assert measure_largest(wrong(draw_tokens()), masked) > 0.1

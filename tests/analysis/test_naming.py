@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import toy_checkpoints as toys
 from kinds import MODELS
 from torch import nn
 from traces import remembered
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.config import Settings
 from mptk.methods.division.selection import tie_layers
 
@@ -31,7 +30,7 @@ def test_an_axis_that_stays_has_the_name_of_what_it_is(kind: str) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_rows_of_a_table_are_the_vocabulary_of_a_tied_head_too(tied: bool) -> None:
-    model: Callable[..., nn.Module] = toys.llama
+    model: Callable[..., nn.Module] = testing.make_llama
     found = {w: axis.name for axis in mptk.analyze(model(tied=tied)).blocked for w in axis.weights}
     rows = [found[weight] for weight in ("model.embed_tokens.weight[0]", "lm_head.weight[0]") if weight in found]
     assert rows == (["vocab"] if tied else ["vocab", "output"])

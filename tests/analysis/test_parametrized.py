@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cutting import cut_and_compare, largest, random_plan
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import mptk
 from mptk import analyze, trace
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.testing import cut_and_compare, draw_plan, measure_largest
 
 X = torch.randn(2, 5, 6)
 INNER = 8
@@ -67,11 +67,11 @@ def test_a_computed_weight_is_cut_as_it_is_masked(
     module = Net(wrap, kernel).eval()
     program = trace(module, (X,))
     with torch.no_grad():
-        assert largest(program(X), module(X)) < 1e-6
+        assert measure_largest(program(X), module(X)) < 1e-6
     found = analyze(program)
     assert [f.size for f in found.families] == sizes
     if sizes:
-        difference = cut_and_compare(found, random_plan(found), (X,))
+        difference = cut_and_compare(found, draw_plan(found), (X,))
         assert difference.moved > 1e-3
         assert difference.error < 1e-6 * max(10, difference.moved)
 
@@ -80,7 +80,7 @@ def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
     """Independent of what the masked program says: rows of v and g, columns of the next layer's v."""
     module = Net(parametrizations.weight_norm).eval()
     found = analyze(trace(module, (X,)))
-    plan = random_plan(found)
+    plan = draw_plan(found)
     (choice,) = resolve_plan(found, plan).choices.values()
     kept = torch.from_numpy(choice.table[0]).nonzero().flatten()
     small = copy.deepcopy(module)
@@ -89,7 +89,7 @@ def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
     v = small.down.parametrizations.weight.original1  # type: ignore[union-attr, attr-defined]
     v.data = v.data[:, kept]
     with torch.no_grad():
-        assert largest(small(X), mptk.rewrite(found, plan)(X)) < 1e-6
+        assert measure_largest(small(X), mptk.rewrite(found, plan)(X)) < 1e-6
 
 
 class Recurrent(nn.Module):
@@ -108,5 +108,5 @@ class Recurrent(nn.Module):
 def test_a_recurrent_layer_and_others_are_cut(make: Callable[..., nn.Module]) -> None:
     found = analyze(trace(Recurrent(make(6, 4, num_layers=2, batch_first=True)).eval(), (X,)))
     assert [f.size for f in found.families] == [4, INNER]
-    difference = cut_and_compare(found, random_plan(found), (X,))
+    difference = cut_and_compare(found, draw_plan(found), (X,))
     assert difference.error < 1e-5 < 1e-3 < difference.moved

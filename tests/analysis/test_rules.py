@@ -17,7 +17,6 @@ import rule_cases_space
 import rule_cases_sums
 import torch
 import transformers.integrations.moe  # noqa: F401 (registers its ops)
-from cutting import largest, random_plan
 from rule_cases import BATCH, INPUT, SEQUENCE, Case, Cases
 
 import mptk
@@ -25,6 +24,7 @@ from mptk import analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.ops import name_op
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.testing import draw_plan, measure_largest
 from passes.analysis.rules import POINTWISE, RULES
 from passes.transforms.masked_reference import mask
 
@@ -71,16 +71,16 @@ def test_families_around_each_op(group: str) -> None:
 def differences(group: str, share: float) -> tuple[dict[str, float], list[str]]:
     """Cut all families: where the cut model is not the masked one, and where the mask did nothing."""
     found = analysis(group)
-    plan = random_plan(found, share=share, seed=round(share * 100))
+    plan = draw_plan(found, share=share, seed=round(share * 100))
     with torch.no_grad():
         dense, cut = found.program(X), mptk.rewrite(found, plan, check=False)(X)
         masked = mask(found, resolve_plan(found, plan))(X)
     wrong, unmoved = {}, []
     for branch, columns in module(group).columns(X).items():
-        error = largest(masked[:, columns], cut[:, columns])
+        error = measure_largest(masked[:, columns], cut[:, columns])
         if not error <= 1e-5 * max(1, masked[:, columns].abs().max()):
             wrong[branch] = error
-        if offered(group)[branch] and not largest(masked[:, columns], dense[:, columns]) > 1e-3:
+        if offered(group)[branch] and not measure_largest(masked[:, columns], dense[:, columns]) > 1e-3:
             unmoved.append(branch)
     return wrong, unmoved
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cutting import cut_and_compare, random_plan
 from small_modules import HIDDEN, INNER, OUT, WIDTH, Small, X, offered, prove
 from torch import Tensor, nn
 
 from mptk import analyze, rewrite, trace
+from mptk.testing import cut_and_compare, draw_plan
 
 # ---- positions, and the pieces that they are taken apart in ----
 
@@ -89,7 +89,7 @@ class Scaled(Small):
 
 def test_a_saved_buffer_is_cut_like_a_weight() -> None:
     analysis = prove(Scaled())
-    small = rewrite(analysis, random_plan(analysis)).state_dict()
+    small = rewrite(analysis, draw_plan(analysis)).state_dict()
     assert offered(analysis) == [INNER]
     assert small["weights.other"].shape == (6, OUT)
     assert small["scale"].shape == (6,)
@@ -380,7 +380,7 @@ def test_a_dimension_that_is_cut_to_one_is_not_squeezed_away() -> None:
         return (h.unsqueeze(1).squeeze() * w).sum(-1)
 
     analysis = analyze(trace(Small(body, w=(INNER,)), (X,)))
-    assert cut_and_compare(analysis, random_plan(analysis, share=0.1), (X,)).error <= 1e-5
+    assert cut_and_compare(analysis, draw_plan(analysis, share=0.1), (X,)).error <= 1e-5
 
 
 def test_a_variance_keeps_more_positions_than_its_correction() -> None:

@@ -6,12 +6,11 @@ import inspect
 import linecache
 import re
 
-import architectures
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mptk import analyze, trace
+from mptk import analyze, testing, trace
 from mptk.ir.families import Analysis
 from mptk.ir.ops import find_reachable
 
@@ -28,7 +27,7 @@ def reasons(analysis: Analysis) -> list[dict[str, str]]:
 
 EMBEDDING = {"model.embed_tokens": "self.embed_tokens("}
 HEAD = {"lm_head": "self.lm_head("}
-ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(architectures.LAYERS)}
+ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(testing.decoders.LAYERS)}
 
 
 @pytest.mark.parametrize(
@@ -42,9 +41,9 @@ ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(architectu
 def test_a_reason_names_the_module_and_the_line_of_the_models_own_file(
     architecture: str, changes: dict[str, int], lines: dict[str, str]
 ) -> None:
-    model = architectures.model(architecture, **changes)
+    model = testing.make_decoder(architecture, **changes)
     source = str(inspect.getsourcefile(type(model)))
-    found = reasons(analyze(trace(model, (architectures.tokens(),))))
+    found = reasons(analyze(trace(model, (testing.draw_tokens(),))))
     assert {reason["module"] for reason in found} == lines.keys()
     for reason in found:
         assert source.endswith(f"/{reason['file']}")

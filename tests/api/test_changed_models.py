@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import architectures
 import pytest
 import torch
-import toy_checkpoints as toys
 from small_modules import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, ProofError
+from mptk import MptkError, ProofError, testing
 
 IDS = torch.arange(3, 51).view(2, 24)
 X = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -62,7 +60,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_module_is_named_that_computes_otherwise_than_its_class(change: str) -> None:
-    model = toys.llama()
+    model = testing.make_llama()
     make, path = CHANGES[change]
     make(model)
     with pytest.raises(MptkError) as caught:
@@ -73,14 +71,14 @@ def test_the_module_is_named_that_computes_otherwise_than_its_class(change: str)
 
 
 def test_a_graph_holds_the_hook_that_a_class_does_not() -> None:
-    model = toys.llama()
+    model = testing.make_llama()
     hooked(model)
     small = prune(model, target="graph", onnx=False).model
     assert torch.isfinite(small(IDS)).all()
 
 
 def test_a_proof_that_fails_by_little_names_the_module_too() -> None:
-    model = toys.llama()
+    model = testing.make_llama()
     model.model.layers[0].mlp.register_forward_hook(lambda module, given, result: result * 1.003)
     with pytest.raises(MptkError, match=r"computes otherwise at model\.layers\.0\.mlp by 3e-03"):
         prune(model)
@@ -89,7 +87,7 @@ def test_a_proof_that_fails_by_little_names_the_module_too() -> None:
 @pytest.mark.parametrize("there_and_back", [False, True])
 def test_a_model_that_was_converted_to_half_precision_by_hand(there_and_back: bool) -> None:
     """``.to`` rounds the rotary frequencies, which the class of the folder makes anew."""
-    model = architectures.spread(toys.llama(max_position_embeddings=512), 0.3).to(torch.bfloat16)
+    model = testing.spread_weights(testing.make_llama(max_position_embeddings=512), 0.3).to(torch.bfloat16)
     model = model.float() if there_and_back else model
     rounded = model.model.rotary_emb.inv_freq.clone()
     small = prune(model, data=torch.arange(600).view(2, 300) % 290 + 3, length=300)
@@ -98,7 +96,7 @@ def test_a_model_that_was_converted_to_half_precision_by_hand(there_and_back: bo
 
 
 def test_a_module_in_two_layers_is_cut_once() -> None:
-    model = toys.llama()
+    model = testing.make_llama()
     model.model.layers[1].mlp = model.model.layers[0].mlp
     small = prune(model, families=("ffn",)).model
     first, second = (layer.mlp.gate_proj.weight for layer in small.model.layers)
@@ -147,7 +145,7 @@ def test_a_cut_of_a_module_that_draws_is_not_called_wrong() -> None:
 
 
 def test_a_model_that_draws_in_one_layer_names_it() -> None:
-    model = toys.llama()
+    model = testing.make_llama()
     own = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda x: F.dropout(own(x), 0.3, True)
     with pytest.raises(MptkError, match=r"draws random numbers \(aten\.dropout\.default in model\.layers\.1\.mlp"):

@@ -12,14 +12,13 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-import toy_checkpoints as toys
 from gguf import GGUFReader
 from small_modules import Net
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.features.gguf.api import gguf
 
 SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "align": 4, "samples": 4, "length": 24}
@@ -88,8 +87,8 @@ def test_a_module_that_was_opened_is_trained_and_saved_without_its_dense_module(
 
 
 def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as_gguf(tmp_path: Path) -> None:
-    toys.llama().save_pretrained(tmp_path / "dense")
-    toys.tokenizer().save_pretrained(tmp_path / "dense")
+    testing.make_llama().save_pretrained(tmp_path / "dense")
+    testing.make_tokenizer().save_pretrained(tmp_path / "dense")
     ids = torch.randint(3, 300, (6, 24))
     pruned = mptk.prune(tmp_path / "dense", tmp_path / "out", data=ids, onnx=False, **SMALL)
     first = mptk.evaluate(pruned, ids, length=24, progress=None)["pruned"]
@@ -119,7 +118,7 @@ def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as
 def test_no_path_of_a_temporary_folder_is_in_a_result(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    pruned = mptk.prune(toys.llama(), data=torch.randint(3, 300, (4, 24)), **SMALL)
+    pruned = mptk.prune(testing.make_llama(), data=torch.randint(3, 300, (4, 24)), **SMALL)
     place = str(pruned.place)
     adapted = get_peft_model(pruned.model, LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
@@ -141,7 +140,7 @@ def test_no_path_of_a_temporary_folder_is_in_a_result(tmp_path: Path) -> None:
 def test_adapters_must_be_merged_first(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    pruned = mptk.prune(toys.llama(), data=torch.randint(3, 300, (4, 24)), **SMALL)
+    pruned = mptk.prune(testing.make_llama(), data=torch.randint(3, 300, (4, 24)), **SMALL)
     adapted = get_peft_model(pruned.model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(MptkError, match=r"other parameters than the pruned model.*merge"):
         pruned.save(tmp_path / "out")
@@ -150,8 +149,8 @@ def test_adapters_must_be_merged_first(tmp_path: Path) -> None:
 
 
 def test_all_else_that_a_user_changes_is_refused_by_name(tmp_path: Path) -> None:
-    toys.llama().save_pretrained(tmp_path / "dense")
-    toys.tokenizer().save_pretrained(tmp_path / "dense")
+    testing.make_llama().save_pretrained(tmp_path / "dense")
+    testing.make_tokenizer().save_pretrained(tmp_path / "dense")
     mptk.prune(tmp_path / "dense", tmp_path / "out", data=torch.randint(3, 300, (4, 24)), onnx=False, **SMALL)
 
     def change_plan(pruned: mptk.Pruned) -> None:

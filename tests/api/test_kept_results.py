@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from small_modules import Net
 from torch import nn
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.features.gguf.api import gguf
 from mptk.publish.manifest import check_manifest, hash_weight_files, write_manifest
 
@@ -41,8 +40,8 @@ def measure_net(pruned: mptk.Pruned | Path) -> dict[str, Any]:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder whose embedding and head are one weight."""
     folder = tmp_path_factory.mktemp("kept") / "dense"
-    toys.llama().save_pretrained(folder)
-    toys.tokenizer().save_pretrained(folder)
+    testing.make_llama().save_pretrained(folder)
+    testing.make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -106,11 +105,11 @@ def quantize(pruned: mptk.Pruned) -> None:
 
 
 def put_another(pruned: mptk.Pruned) -> None:
-    pruned.model = toys.llama()
+    pruned.model = testing.make_llama()
 
 
 def put_tokenizer(pruned: mptk.Pruned) -> None:
-    tokenizer = toys.tokenizer()
+    tokenizer = testing.make_tokenizer()
     tokenizer.add_tokens(["mine"])
     pruned.tokenizer = tokenizer
 
@@ -199,7 +198,7 @@ def test_a_dense_model_that_changed_is_no_reference(dense: Path, tmp_path: Path)
     with pytest.raises(MptkError, match=r"the dense Net changed since it was pruned"):
         pruned.save(tmp_path / "trained")
 
-    tokenizer, model = toys.tokenizer(), toys.llama()
+    tokenizer, model = testing.make_tokenizer(), testing.make_llama()
     decoder = mptk.prune(model, data=IDS, tokenizer=tokenizer, **SMALL)
     calls = uses(decoder, tmp_path)
     tokenizer.add_tokens(["mine"])
@@ -310,7 +309,7 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
         thread.join()
     expected = {
         hash_weight_files(prune_net().proven),
-        sum(p.numel() for p in toys.llama().parameters()),
+        sum(p.numel() for p in testing.make_llama().parameters()),
         id(pruned.model),
     }
     assert len(found) == 9
@@ -338,5 +337,5 @@ def test_what_the_caller_set_in_torch_does_not_count(first: Path) -> None:
 
 
 def test_a_graph_with_its_tokenizer_beside_it_writes_text(tmp_path: Path) -> None:
-    mptk.export(toys.llama(), tmp_path / "onnx", tokenizer=toys.tokenizer())
+    mptk.export(testing.make_llama(), tmp_path / "onnx", tokenizer=testing.make_tokenizer())
     assert len(mptk.generate(tmp_path / "onnx", "the cat", max_new_tokens=2)) == 1

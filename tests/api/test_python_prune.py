@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from inside import Inside
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Settings
+from mptk import MptkError, Settings, testing
 from mptk.config.choices import IN_MEMORY
 from mptk.config.learning import Learning, Training
 from mptk.config.setting import with_keywords
@@ -30,19 +29,19 @@ from mptk.ir.program import ProgramModule
 
 SMALL = {"sparsity": 0.3, "align": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
 SMALL |= {"progress": None}
-TEXTS = [toys.TEXT, "seven wizards mix blue jars of honey while the fox jumps over the lazy dog\n" * 8]
+TEXTS = [testing.SENTENCES, "seven wizards mix blue jars of honey while the fox jumps over the lazy dog\n" * 8]
 
 
 @pytest.fixture(scope="module")
 def pruned() -> mptk.Pruned:
     """A live model, pruned with texts in memory; nothing is written."""
-    found = mptk.prune(toys.llama(), method="wanda", data=TEXTS, tokenizer=toys.tokenizer(), **SMALL)
+    found = mptk.prune(testing.make_llama(), method="wanda", data=TEXTS, tokenizer=testing.make_tokenizer(), **SMALL)
     assert found is not None
     return found
 
 
 def test_a_model_in_memory_stays_as_it_is() -> None:
-    model = toys.llama().train()
+    model = testing.make_llama().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     mptk.prune(model, method="taylor", data=torch.randint(3, 300, (4, 24)), **SMALL)
     assert model.training
@@ -62,7 +61,7 @@ def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(
     family: str, given: dict[str, Any], used: dict[str, Any]
 ) -> None:
     """All weights by default, and adapters where norms follow the cut."""
-    model = toys.llama()
+    model = testing.make_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learning = {"steps": 4, "batch": 2, "micro": 2, "method": "maskprune", **given}
     found = mptk.prune(model, data=torch.randint(3, 300, (8, 24)), families=family, **SMALL | learning)
@@ -91,12 +90,12 @@ def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path:
     assert AutoModelForCausalLM.from_pretrained(folder).config.intermediate_size == pruned.plan.widths["ffn"]
     with pytest.raises(MptkError, match=r"was pruned in memory .* save_pretrained\(DIR\) and give --model DIR"):
         mptk.verify(folder)
-    assert all(d.ok for d in mptk.verify(folder, model=toys.llama()))
-    toys.llama().save_pretrained(tmp_path / "dense")
+    assert all(d.ok for d in mptk.verify(folder, model=testing.make_llama()))
+    testing.make_llama().save_pretrained(tmp_path / "dense")
     stages = [d.stage for d in mptk.verify(folder, model=str(tmp_path / "dense"))]
     assert stages == [row["stage"] for row in pruned.report.proof]
     with pytest.raises(MptkError, match="its weights differ"):
-        mptk.verify(folder, model=toys.llama(seed=1))
+        mptk.verify(folder, model=testing.make_llama(seed=1))
     opened = mptk.Pruned.open(folder)
     assert opened.folder == folder
     assert opened.plan.digest == pruned.plan.digest
@@ -110,7 +109,7 @@ def test_without_a_folder_nothing_stays_and_half_precision_stays(
     inside.bound("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
-    model = toys.llama().to(torch.bfloat16)
+    model = testing.make_llama().to(torch.bfloat16)
     found = mptk.prune(model, method="wanda", data=torch.randint(3, 300, (4, 24)), **SMALL)
     assert found.model is found.model
     assert {parameter.dtype for parameter in found.model.parameters()} == {torch.bfloat16}
@@ -122,7 +121,7 @@ def test_without_a_folder_nothing_stays_and_half_precision_stays(
 
 
 def test_the_tokenizer_is_found_where_the_model_came_from(tmp_path: Path) -> None:
-    toys.saved(toys.llama(), tmp_path)
+    testing.save_model(testing.make_llama(), tmp_path)
     found = mptk.prune(LlamaForCausalLM.from_pretrained(tmp_path), method="wanda", data=TEXTS, **SMALL)
     assert found.tokenizer is not None
     assert found.report.model == str(tmp_path)
@@ -130,7 +129,7 @@ def test_the_tokenizer_is_found_where_the_model_came_from(tmp_path: Path) -> Non
 
 def test_settings_and_keywords_go_together(tmp_path: Path) -> None:
     settings = Settings(method="magnitude", **{n: v for n, v in SMALL.items() if n != "progress"})
-    toys.llama().save_pretrained(tmp_path / "dense")
+    testing.make_llama().save_pretrained(tmp_path / "dense")
     found = mptk.prune(
         str(tmp_path / "dense"),
         tmp_path / "out",
@@ -181,21 +180,21 @@ def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> Non
 
 def test_adapters_recover_what_is_stored_in_fewer_bits_than_the_dense_model() -> None:
     """The trained model has the rounded numbers of all that no adapter trains."""
-    given = {"data": TEXTS, "tokenizer": toys.tokenizer(), "dtype": "bfloat16", **SMALL}
+    given = {"data": TEXTS, "tokenizer": testing.make_tokenizer(), "dtype": "bfloat16", **SMALL}
     training = {"steps": 2, "rank": 2, "batch": 2, "micro": 2}
-    found = mptk.prune(toys.llama(), method="magnitude", families="ffn", **given, **training)
+    found = mptk.prune(testing.make_llama(), method="magnitude", families="ffn", **given, **training)
     assert "trained model" in {row["stage"] for row in found.report.proof if row["ok"]}
 
 
 def test_it_writes_text(pruned: mptk.Pruned) -> None:
     (text,) = mptk.generate(pruned, "the quick", max_new_tokens=4)
-    inputs = toys.tokenizer()("the quick", return_tensors="pt")
+    inputs = testing.make_tokenizer()("the quick", return_tensors="pt")
     expected = pruned.model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False)[
         0, inputs["input_ids"].shape[1] :
     ]
-    assert text == toys.tokenizer().decode(expected, skip_special_tokens=True)
+    assert text == testing.make_tokenizer().decode(expected, skip_special_tokens=True)
     with pytest.raises(MptkError, match="prompts need a tokenizer"):
-        mptk.generate(toys.llama(), "the quick")
+        mptk.generate(testing.make_llama(), "the quick")
 
 
 # ---- any module ----

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import toy_checkpoints
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mptk
+from mptk import testing
 from mptk.ir.families import Analysis
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -51,8 +51,8 @@ class Parts:
 
     def __init__(self, folders: dict[str, Path], root: Path) -> None:
         self.root, self.folders = root, folders
-        self.module, self.two, self.model = three(), Two(), toy_checkpoints.llama()
-        self.tokenizer = toy_checkpoints.tokenizer()
+        self.module, self.two, self.model = three(), Two(), testing.make_llama()
+        self.tokenizer = testing.make_tokenizer()
         self.analysis: Analysis = mptk.analyze(self.module, (X,))
         pruned = mptk.prune(self.module, sparsity=0.5, example_inputs=X, progress=None)
         assert pruned is not None
@@ -139,7 +139,7 @@ MODELS = [
     Call("an empty name", lambda p: mptk.prune("", progress=None), ("model",)),
     Call("a module without parameters", lambda p: prune(p, nn.ReLU()), ("it has no weights",)),
     Call("a module on the meta device", lambda p: prune(p, three(device="meta")), ("not in memory",)),
-    Call("a model on the meta device", lambda p: mptk.prune(toy_checkpoints.llama().to("meta")), ("not in memory",)),
+    Call("a model on the meta device", lambda p: mptk.prune(testing.make_llama().to("meta")), ("not in memory",)),
     Call("a module that raises", lambda p: prune(p, nn.Sequential(nn.Linear(3, 4))), ("cannot trace Sequential",)),
     Call("a quantised module", lambda p: prune(p, quantized_module()), ("quantised",)),
     Call("a module with NaN", lambda p: prune(p, _filled(float("nan"))), ("0.weight", "not finite")),

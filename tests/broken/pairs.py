@@ -8,10 +8,10 @@ from pathlib import Path
 import kinds
 import torch
 from graph_damage import exchanged
-from toy_checkpoints import tokenizer
 from transformers import BartConfig, BartForConditionalGeneration
 
 import mptk
+from mptk.testing import make_tokenizer
 from tests.broken import Broken, Published
 from tests.broken.graphs import (
     Change,
@@ -55,7 +55,7 @@ def publish(kind: str, place: Path) -> Published:
         )
         name = "bart"
         model.save_pretrained(place / "dense" / name)
-        tokenizer().save_pretrained(place / "dense" / name)
+        make_tokenizer().save_pretrained(place / "dense" / name)
     settings = kinds.settings(place / "dense", name, onnx=True, data=str(place / "dense" / "text.txt"), length=40)
     mptk.prune(str(place / "dense" / name), place / "out", settings)
     return Published(place / "out", mptk.verify)

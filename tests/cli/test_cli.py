@@ -19,11 +19,11 @@ from typing import NamedTuple
 import pytest
 from inside import Inside
 from safetensors.torch import load_file, save_file
-from toy_checkpoints import llama, tokenizer
 from transformers.utils import logging
 
 from mptk.publish.manifest import check_manifest
 from mptk.report.view import format_figure
+from mptk.testing import make_llama, make_tokenizer
 from passes.analysis.rules import RULES
 from passes.pipelines import LISTS
 from tests.bad_inputs import table
@@ -53,11 +53,11 @@ class Files(NamedTuple):
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A checkpoint of 2 layers, 2 key/value heads for 3 queries each, 64 channels; and a text it can read."""
     folder = tmp_path_factory.mktemp("cli")
-    model = llama()
+    model = make_llama()
     for parameter in model.parameters():
         parameter.data.mul_(6)
     model.save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
     (folder / "text.raw").write_text(" ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(150)))
     return Files(str(folder / "model"), str(folder / "text.raw"))
 
@@ -107,7 +107,7 @@ def test_analyze_names_every_family_and_why_other_axes_stay(files, tmp_path, mpt
     families = {f["name"]: f for f in analysis["families"]}
     assert families["ffn"]["legal_widths"] == list(range(8, 65, 8))
     assert families["ffn"]["parameters_per_unit"] == 2 * 3 * 48
-    total = sum(p.numel() for p in llama().parameters())
+    total = sum(p.numel() for p in make_llama().parameters())
     assert families["ffn"]["share"] == pytest.approx(2 * 3 * 48 * families["ffn"]["width"] / total)
     assert families["hidden"]["share"] == pytest.approx(1), "every weight of this model has the residual width"
     assert families["kv_groups"]["legal_widths"] == [1, 2]

@@ -9,9 +9,9 @@ import io
 import re
 from pathlib import Path
 
-import toy_checkpoints as toys
 from rich.console import Console
 
+from mptk import testing
 from mptk.api import display
 from mptk.api.graphs import export
 from mptk.cli import console
@@ -70,7 +70,7 @@ def test_steps_belong_to_the_stage_that_they_are_in():
 def test_an_export_says_how_far_it_is(tmp_path: Path):
     said = []
     with enter_stage(lambda *words: said.append(words), "export"):
-        export(toys.llama(), tmp_path, quantize=["int8"])
+        export(testing.make_llama(), tmp_path, quantize=["int8"])
     figures = [words[3] for words in said]
     for part in ("trace a decoding step", "translate the graph", "weights in 8-bit blocks"):
         assert part in figures

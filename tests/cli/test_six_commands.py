@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import toy_checkpoints
 
 from benchmarks.tiny_models import tiny_model
+from mptk import testing
 
 KINDS = {
     "causal-lm": "a toy LLaMA",
@@ -36,8 +36,8 @@ def write(mapping: str, folder: Path) -> Path | str:
     if mapping != "causal-lm":
         tiny_model(mapping, KINDS[mapping]).model.save_pretrained(folder / "dense")
         return "random"
-    toy_checkpoints.llama().save_pretrained(folder / "dense")
-    toy_checkpoints.tokenizer().save_pretrained(folder / "dense")
+    testing.make_llama().save_pretrained(folder / "dense")
+    testing.make_tokenizer().save_pretrained(folder / "dense")
     (folder / "text.txt").write_text(TEXT)
     return folder / "text.txt"
 

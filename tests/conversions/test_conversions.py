@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from inside import Inside
 
 import mptk
-from mptk import Plan, ProofError, Settings, conversions
+from mptk import Plan, ProofError, Settings, conversions, testing
 from mptk.ir.plan import Entry
 from mptk.ir.program import Program
 from mptk.proof import claims
@@ -72,7 +71,7 @@ def listed(inside: Inside) -> None:
 
 
 def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:
-    dense = toys.llama(layers=2)
+    dense = testing.make_llama(layers=2)
     Plan({}, conversions={"values": {"by": 4.0}}).save(tmp_path / "plan.json")
     found = mptk.prune(dense, tmp_path / "out", plan=str(tmp_path / "plan.json"), onnx=False, **MEASURED)
     assert "values are 4.0 times as large" in found.report.notes
@@ -85,4 +84,4 @@ def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> N
 def test_a_conversion_that_changes_the_model_is_not_proven(tmp_path: Path) -> None:
     Plan({}, conversions={"values": {"by": 4.0, "back": 2.0}}).save(tmp_path / "plan.json")
     with pytest.raises(ProofError, match="fails at 'scaled values'"):
-        mptk.prune(toys.llama(layers=2), plan=str(tmp_path / "plan.json"), **MEASURED)
+        mptk.prune(testing.make_llama(layers=2), plan=str(tmp_path / "plan.json"), **MEASURED)

@@ -130,11 +130,11 @@ SCENES = {
 
 def write_inputs(place: Path) -> None:
     """A model with 2 layers and 16 hidden units, and a text. To be called in a process of its own."""
-    from toy_checkpoints import TEXT, llama, saved
+    from mptk.testing import SENTENCES, make_llama, save_model
 
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "head_dim": 8, "intermediate_size": 24}
-    saved(llama(tied=False, **sizes, max_position_embeddings=40), place / "model")
-    (place / "text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=2000)))
+    save_model(make_llama(tied=False, **sizes, max_position_embeddings=40), place / "model")
+    (place / "text.txt").write_text(" ".join(random.Random(0).choices(SENTENCES.split(), k=2000)))
     for name in ("cache", "tmp"):
         (place / name).mkdir()
 

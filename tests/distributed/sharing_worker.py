@@ -6,12 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-import architectures
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk import FamilyPlan, MptkError, Plan, analyze, trace
+from mptk import FamilyPlan, MptkError, Plan, analyze, testing, trace
 from mptk.distributed.processes import run_once
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
@@ -23,7 +22,7 @@ from passes.transforms.insert_masks import find_mask_sites
 
 def found() -> dict[str, Tensor]:
     observe.OBSERVED_TOKENS = observe.GRADIENT_TOKENS = distil.STEP = 18  # batches of two windows
-    model, windows = architectures.model("mixtral"), architectures.tokens(7, 9)
+    model, windows = testing.make_decoder("mixtral"), testing.draw_tokens(7, 9)
     analysis = analyze(trace(model, dynamic=True))
     result = {
         f"{name}.{family}": values
@@ -43,9 +42,9 @@ def found() -> dict[str, Tensor]:
 
 def made_up_for() -> dict[str, Tensor]:
     """The layer before a removed block, fitted to the residual stream after it."""
-    analysis = analyze(trace(architectures.model("llama"), dynamic=True))
+    analysis = analyze(trace(testing.make_decoder("llama"), dynamic=True))
     cut = resolve_plan(analysis, Plan({"layers": FamilyPlan(1, 2, {"model.layers": ((0,),)})}))
-    return dict(reconstruct_consumers(analysis, [], cut, {}, make_token_samples(architectures.tokens(10, 9))))
+    return dict(reconstruct_consumers(analysis, [], cut, {}, make_token_samples(testing.draw_tokens(10, 9))))
 
 
 def refused() -> str:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import architectures
 import pytest
 import torch
 from inside import Inside
 
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.distributed import processes
 from mptk.methods.maskprune.learner import adapt
 
 
 @pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])
 def test_blocks_are_found_without_knowing_the_model_inside_an_adapter_too(architecture: str, block: str) -> None:
-    model = architectures.model(architecture)
+    model = testing.make_decoder(architecture)
     for wrapped in (model, adapt(model, 2, 0)):
         assert [type(b).__name__ for b in processes.find_module_blocks(wrapped)] == [
             block

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import toy_checkpoints as toys
 from commands import done, refused
 from inside import Inside
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.cli.main import app
 from mptk.cli.options import OPERANDS, READ_PLACES, SAMPLES_FROM, OutputOption
 from mptk.files import write_json
@@ -138,7 +137,7 @@ def test_results_of_commands_replace_each_other(kind: str, tmp_path: Path) -> No
 def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08 of somebody")
     with pytest.raises(MptkError, match=r"model\.onnx exists, and mptk did not write it as a graph"):
-        mptk.export(toys.llama(), tmp_path)
+        mptk.export(testing.make_llama(), tmp_path)
     assert (tmp_path / "model.onnx").read_bytes() == b"\x08 of somebody"
 
 
@@ -157,7 +156,7 @@ def test_keywords_in_python_are_outputs_too(
     call: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    toys.saved(toys.llama(layers=1), Path("model"))
+    testing.save_model(testing.make_llama(layers=1), Path("model"))
     Path("out").mkdir()
     mptk.Plan({}).save("out/plan.json")
     Path("out/mptk.json").write_text('{"format": "mptk-output/1", "files": {"plan.json": ""}}')

@@ -20,9 +20,9 @@ import test_resume
 import torch
 from commands import refused
 from inside import Inside
+from lab import bare_run
 from test_replacing import code_of, forked, hold, killed, names, write
-from toy_checkpoints import llama as toy
-from toy_checkpoints import tokenizer, write_gguf
+from toy_checkpoints import write_gguf
 
 import mptk
 from mptk import MptkError
@@ -35,7 +35,8 @@ from mptk.io.cache import build_once
 from mptk.protocols.run_folder import RunFolder, check_unfinished, read_kept_settings
 from mptk.publish.folder import amend, publish
 from mptk.staged.spool import Spool
-from tests.lab import bare_run
+from mptk.testing import make_llama as toy
+from mptk.testing import make_tokenizer
 
 llama, prepared_once, settings = test_resume.llama, test_resume.prepared_once, test_resume.settings
 ROOT = Path(__file__).resolve().parents[2]
@@ -513,7 +514,7 @@ def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_line(
     settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    write_gguf(toy(), tokenizer(), tmp_path / "toy.gguf")
+    write_gguf(toy(), make_tokenizer(), tmp_path / "toy.gguf")
 
     def clean(real: Callable[..., object], *given: object, **options: object) -> object:
         shutil.rmtree(tmp_path / "cache")

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import mptk
 from mptk import MptkError
-from tests.cutting import random_plan
+from mptk.testing import draw_plan
 from tests.programs.oracles import zeroed
 
 WIDTH, INNER = 8, 24
@@ -138,7 +138,7 @@ def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed: tuple[Any, 
     body, example, refused, taken, _, said = fixed
     net = Net(body).eval()
     analysis = mptk.analyze(mptk.trace(net, made(*example), dynamic=True))
-    plan = random_plan(analysis)
+    plan = draw_plan(analysis)
     small, eager = mptk.rewrite(analysis, plan).module(), zeroed(net, analysis, plan)
     assert near(small(made(*taken)), eager(made(*taken)))
     with pytest.raises(MptkError) as error:
@@ -163,7 +163,7 @@ def test_sizes_that_tensors_carry_stay_open() -> None:
 
 def test_a_static_trace_takes_the_sizes_of_its_example_only() -> None:
     analysis = mptk.analyze(Net(last), made(2, 6))
-    small = mptk.rewrite(analysis, random_plan(analysis)).module()
+    small = mptk.rewrite(analysis, draw_plan(analysis)).module()
     assert small(made(2, 6)).shape == (2, 6, WIDTH)
     with pytest.raises(MptkError, match=r"batch must be 2, and it is 3; .*trace the model"):
         small(made(3, 6))
@@ -332,7 +332,7 @@ def test_other_state_is_refused_by_name(body: Callable[..., Tensor], name: str) 
         pruned_of(Net(body), made(2, 6))
     analysis = mptk.analyze(Net(body), made(2, 6))
     with pytest.raises(MptkError, match=rf"forward changes {name}\b"):
-        mptk.rewrite(analysis, random_plan(analysis))
+        mptk.rewrite(analysis, draw_plan(analysis))
 
 
 def state_of(net: nn.Module) -> tuple[object, ...]:
@@ -356,7 +356,7 @@ def test_the_given_module_stays_as_it_is(body: Callable[..., Tensor]) -> None:
     try:
         pruned_of(net, made(2, 6))
         analysis = mptk.analyze(net, made(2, 6))
-        mptk.rewrite(analysis, random_plan(analysis))
+        mptk.rewrite(analysis, draw_plan(analysis))
     except MptkError:
         assert body is counts
     assert state_of(net) == before

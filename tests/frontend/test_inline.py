@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from cutting import cut_and_compare, largest, random_plan
 from torch import Tensor, nn
 
 from mptk import MptkError, analyze, trace
 from mptk.ir.source_location import SourceLocation
+from mptk.testing import cut_and_compare, draw_plan, measure_largest
 
 X = torch.randn(2, 5, 6)
 INNER = 8
@@ -64,11 +64,11 @@ def test_a_region_computes_what_the_module_does_and_can_be_cut(mode: Callable[[]
     program = trace(module, (X,), dynamic=dynamic)
     assert not [n for n in program.graph.graph.nodes if "higher_order" in str(n.target)]
     with torch.no_grad():
-        assert largest(program(X), module(X)) == 0
-        assert largest(program.to_exported().module()(X), module(X)) == 0
+        assert measure_largest(program(X), module(X)) == 0
+        assert measure_largest(program.to_exported().module()(X), module(X)) == 0
     found = analyze(program)
     assert [f.size for f in found.families] == [INNER]
-    difference = cut_and_compare(found, random_plan(found), (X,))
+    difference = cut_and_compare(found, draw_plan(found), (X,))
     assert difference.error < 1e-5 < 1e-3 < difference.moved
 
 
@@ -95,7 +95,7 @@ class Result(nn.Module):
 def test_a_regions_result_may_be_the_output() -> None:
     module = Result()
     program = trace(module, (X,))
-    assert largest(program.to_exported().module()(X), module(X)) == 0
+    assert measure_largest(program.to_exported().module()(X), module(X)) == 0
     assert analyze(program).families == ()
 
 
@@ -125,6 +125,6 @@ def test_autocast_that_is_off_for_another_device_leaves_it_on() -> None:
 def test_control_flow_that_depends_on_values_is_refused_by_name() -> None:
     module = Branch()
     program = trace(module, (X,))
-    assert largest(program(X), module(X)) == 0
+    assert measure_largest(program(X), module(X)) == 0
     with pytest.raises(MptkError, match=r"no axis rule for \S*cond"):
         analyze(program)

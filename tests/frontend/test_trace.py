@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import model, tokens
-from cutting import largest
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,6 +18,7 @@ from transformers.utils import ModelOutput
 from mptk import MptkError
 from mptk.features.image_text.image_forms import AnyImages
 from mptk.ir.program import count_parameters
+from mptk.testing import draw_tokens, make_decoder, measure_largest
 from passes.frontend.trace import trace_to_program
 
 X = torch.randn(2, 5, 6)
@@ -48,12 +47,12 @@ class Net(nn.Module):
 def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> None:
     net = Net().eval()
     program = trace_to_program(net, (X,))
-    assert largest(program(X), net(X)) == 0
+    assert measure_largest(program(X), net(X)) == 0
     weights = dict(net.named_parameters(remove_duplicate=False))
     for name in program.parameters:
         assert program.state[name].data_ptr() == weights[name].data_ptr()
     net.first.weight.data.mul_(2)
-    assert largest(program(X), net(X)) == 0
+    assert measure_largest(program(X), net(X)) == 0
 
 
 def test_weights_have_the_modules_own_names() -> None:
@@ -139,7 +138,7 @@ def test_the_modules_mode_is_left_as_it_was(training: bool) -> None:
 def test_dropout_is_off_also_for_a_module_in_training() -> None:
     net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.9)).train()
     program = trace_to_program(net, (X,))
-    assert largest(program(X), net.eval()(X)) == 0
+    assert measure_largest(program(X), net.eval()(X)) == 0
 
 
 class Outputs(nn.Module):
@@ -163,7 +162,7 @@ class Outputs(nn.Module):
 def test_every_tensor_of_the_result_is_an_output(kind: str) -> None:
     net = Outputs(kind)
     found = trace_to_program(net, (X,))(X)
-    assert largest(found, (net.first(X), net.second(X))) == 0
+    assert measure_largest(found, (net.first(X), net.second(X))) == 0
 
 
 @pytest.mark.parametrize("kind", ["transformers", "tensor"])
@@ -171,18 +170,18 @@ def test_what_does_not_reach_the_result_is_dropped(kind: str) -> None:
     """Of what a transformers model returns, the first tensor is the result."""
     net = Outputs(kind)
     program = trace_to_program(net, (X,))
-    assert largest(program(X), net.first(X)) == 0
+    assert measure_largest(program(X), net.first(X)) == 0
     users = {program.weights[n.name] for n in program.list_placeholders() if n.name in program.weights and n.users}
     assert users == {"first.weight", "first.bias"}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_dynamic_program_runs_at_other_sizes(architecture: str) -> None:
-    net = model(architecture)
-    program = trace_to_program(net, (tokens(),), dynamic=True)
-    for ids in (tokens(1, 5), tokens(3, 19), tokens(2, 7)):
+    net = make_decoder(architecture)
+    program = trace_to_program(net, (draw_tokens(),), dynamic=True)
+    for ids in (draw_tokens(1, 5), draw_tokens(3, 19), draw_tokens(2, 7)):
         with torch.no_grad():
-            assert largest(program(ids), net(ids).logits) <= 1e-5
+            assert measure_largest(program(ids), net(ids).logits) <= 1e-5
 
 
 def test_missing_inputs_are_asked_for() -> None:
@@ -226,14 +225,14 @@ class Configured(nn.Module):
 
 def test_a_forward_without_a_cache_argument_is_given_none() -> None:
     net = Configured()
-    assert largest(trace_to_program(net, (X,))(X), net(X)) == 0
+    assert measure_largest(trace_to_program(net, (X,))(X), net(X)) == 0
 
 
 def test_the_exported_program_is_valid() -> None:
     program = trace_to_program(Net().eval(), (X,))
     exported = program.to_exported()
     assert (
-        largest(
+        measure_largest(
             exported.module()(X)[0] if isinstance(exported.module()(X), tuple) else exported.module()(X), program(X)
         )
         == 0
@@ -241,7 +240,7 @@ def test_the_exported_program_is_valid() -> None:
 
 
 def test_sizes_are_symbolic_in_the_dimensions_that_are_asked_for() -> None:
-    llama = model("llama")
+    llama = make_decoder("llama")
     assert [trace_to_program(llama, dynamic=dims).length for dims in (True, (0,))] == [None, 7]
 
 

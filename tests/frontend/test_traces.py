@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
 import traces
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import mptk
+from mptk import testing
 from mptk.ir.program import Program
 from mptk.ir.text import describe_program
 from passes.frontend.trace_decoder import trace_decoder
@@ -28,14 +28,14 @@ def exports(inside: Inside) -> list[nn.Module]:
 
 
 def tiny(seed: int = 0, **changes: object) -> PreTrainedModel:
-    model = architectures.model("llama", num_hidden_layers=1, **changes)
+    model = testing.make_decoder("llama", num_hidden_layers=1, **changes)
     with torch.no_grad():
         model.lm_head.weight.add_(seed)
     return model
 
 
 def test_a_second_trace_is_a_copy_with_the_weights_of_its_own_module(exports: list[nn.Module]) -> None:
-    ids = architectures.tokens()
+    ids = testing.draw_tokens()
     with traces.remembered():
         first, second = tiny(), tiny(1)
         one, two = mptk.trace(first, (ids,), dynamic=True), mptk.trace(second, (ids,), dynamic=True)
@@ -48,11 +48,11 @@ def test_a_second_trace_is_a_copy_with_the_weights_of_its_own_module(exports: li
 
 
 def test_the_trace_of_another_module_is_another(exports: list[nn.Module], inside: Inside) -> None:
-    ids, hooked, other = architectures.tokens(), tiny(), tiny()
+    ids, hooked, other = testing.draw_tokens(), tiny(), tiny()
     hooked.model.register_forward_hook(lambda *_: None)
     other.model.layers[0].mlp.forward = lambda x: x
     models = [tiny(), tiny(intermediate_size=84), tiny(attention="eager"), tiny(tie_word_embeddings=True)]
-    models += [architectures.model("gptneox") for _ in range(3)]
+    models += [testing.make_decoder("gptneox") for _ in range(3)]
     models[-2].gpt_neox.layers[0].mlp.act.act = torch.sigmoid
     models[-1].gpt_neox.layers[0].mlp.act.act = partial(torch.nn.functional.gelu, approximate="tanh")
     with traces.remembered():
@@ -70,16 +70,16 @@ def test_a_model_of_another_folder_is_the_same_model(
     architecture: str, exports: list[nn.Module], tmp_path: Path
 ) -> None:
     """Gemma 3 has an activation with arguments, and GPT-NeoX one that is a function, and other names in its file."""
-    model = architectures.model(architecture)
+    model = testing.make_decoder(architecture)
     with traces.remembered():
         for name in ("one", "two"):
             model.save_pretrained(tmp_path / name)
-            mptk.trace(type(model).from_pretrained(tmp_path / name), (architectures.tokens(),))
+            mptk.trace(type(model).from_pretrained(tmp_path / name), (testing.draw_tokens(),))
     assert len(exports) == 1
 
 
 def test_what_has_returned_hidden_states_is_traced_once(exports: list[nn.Module]) -> None:
-    models, ids = [tiny(), tiny()], architectures.tokens()
+    models, ids = [tiny(), tiny()], testing.draw_tokens()
     with traces.remembered():
         for model in models:
             model(ids, output_hidden_states=True)
@@ -88,12 +88,12 @@ def test_what_has_returned_hidden_states_is_traced_once(exports: list[nn.Module]
 
 
 def test_a_second_cut_has_the_same_sizes_and_the_weights_of_its_own_module(inside: Inside) -> None:
-    ids, made_anew = architectures.tokens(), inside.calls("traces.PROPAGATE")
+    ids, made_anew = testing.draw_tokens(), inside.calls("traces.PROPAGATE")
 
     def cut(seed: int, width: int) -> Program:
         keep = {"model.layers.0.mlp": (tuple(range(width)),)}
         analysis = mptk.analyze(mptk.trace(tiny(seed), (ids,), dynamic=True))
-        return mptk.rewrite(analysis, mptk.Plan({"ffn": mptk.FamilyPlan(width, architectures.FFN, keep)}))
+        return mptk.rewrite(analysis, mptk.Plan({"ffn": mptk.FamilyPlan(width, testing.decoders.FFN, keep)}))
 
     with traces.remembered():
         first, second, other = cut(0, 40), cut(1, 40), cut(0, 48)

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import architectures
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -47,6 +46,7 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import generic, import_utils
 
 import mptk
+from mptk import testing
 from mptk.api.graphs import export_folder
 from mptk.compat import torch as compat
 from mptk.compat.accelerate import separate_state
@@ -330,7 +330,7 @@ def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
 
 
 def test_a_model_is_made_without_settings_of_generation_from_its_config() -> None:
-    config = architectures.model("llama", meta=True).config
+    config = testing.make_decoder("llama", meta=True).config
     config.max_length = 7
     with without_generation(), torch.device("meta"):
         assert LlamaForCausalLM(config).generation_config.max_length != 7
@@ -338,7 +338,7 @@ def test_a_model_is_made_without_settings_of_generation_from_its_config() -> Non
 
 
 def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside: Inside) -> None:
-    (model := architectures.model("mixtral")).save_pretrained(tmp_path / "model")
+    (model := testing.make_decoder("mixtral")).save_pretrained(tmp_path / "model")
     inside.bound("transformers.modeling_utils.safe_open", None)
     files = Files()
     with files.defer_reads():
@@ -374,7 +374,7 @@ def test_peft_refuses_lora_where_kernels_read_a_weight() -> None:
     refused = {name.rpartition(".")[2] for name, _ in model.named_modules() if is_lora_refused(model, name)}
     assert refused == {"conv1d", "out_proj"}, changed("peft", "_check_lora_target_modules_mamba")
     assert adapt(model, 2, 0).peft_config["default"].target_modules
-    assert not is_lora_refused(architectures.model("llama"), "model.layers.0.self_attn.out_proj")
+    assert not is_lora_refused(testing.make_decoder("llama"), "model.layers.0.self_attn.out_proj")
 
 
 def test_adapters_are_in_the_layers_that_are_named() -> None:
@@ -385,8 +385,8 @@ def test_adapters_are_in_the_layers_that_are_named() -> None:
 
 
 def test_adapters_are_off_for_a_time_and_stay_trainable() -> None:
-    model = architectures.model("llama")
-    tokens = architectures.tokens(2, 7)
+    model = testing.make_decoder("llama")
+    tokens = testing.draw_tokens(2, 7)
     dense = model(tokens).logits
     adapted: PeftModel = adapt(model, 2, 0)
     for name, parameter in adapted.named_parameters():

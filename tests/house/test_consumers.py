@@ -17,13 +17,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import architectures
 import numpy as np
 import onnx
 import peft
 import pytest
 import torch
-import toy_checkpoints as toys
 from onnx import TensorProto, helper
 from transformers import (
     AutoModel,
@@ -42,7 +40,7 @@ from transformers import (
 )
 
 import mptk
-from mptk import Report
+from mptk import Report, testing
 from mptk.features.gguf.api import gguf
 from mptk.io.checkpoint import save_tokenizer
 from mptk.ort.decoder import OrtDecoder
@@ -73,13 +71,13 @@ SETTINGS = mptk.Settings(
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
-    config = toys.llama().config
+    config = testing.make_llama().config
     config.head_dim, config.max_position_embeddings = 32, 96  # blocks of 32 weights, and room for the text
-    model = architectures.spread(LlamaForCausalLM(config), 0.3)
+    model = testing.spread_weights(LlamaForCausalLM(config), 0.3)
     model.model.embed_tokens.weight.data[1] = 0  # and its logit: no text ends early
-    words = toys.tokenizer()
+    words = testing.make_tokenizer()
     words.chat_template = TEMPLATE
-    return Path(toys.saved(model, folder, words))
+    return Path(testing.save_model(model, folder, words))
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +238,7 @@ def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(prune
     """It drops the begin-of-sequence token, unless ``tokenizer_config.json`` says that there is one."""
     begun = tmp_path / "begun"
     shutil.copytree(pruned, begun)
-    save_tokenizer(toys.tokenizer(begin=True), begun)
+    save_tokenizer(testing.make_tokenizer(begin=True), begun)
     words = AutoTokenizer.from_pretrained(begun)
     prompt = words(PROMPTS[0], return_tensors="pt")
     assert prompt.input_ids[0, 0] == words.bos_token_id
@@ -316,18 +314,18 @@ def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: li
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned encoder–decoder that never ends a text. Heads stay whole, since optimum derives their size."""
-    words = toys.tokenizer()
+    words = testing.make_tokenizer()
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 2}
     sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2)
     ffn = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96)
     free = dict.fromkeys(("forced_eos_token_id", "forced_bos_token_id"))
     config = BartConfig(vocab_size=len(words), d_model=64, max_position_embeddings=96, **sizes, **ffn, **tokens, **free)
-    model = architectures.spread(BartForConditionalGeneration(config), 0.2)
+    model = testing.spread_weights(BartForConditionalGeneration(config), 0.2)
     model.model.shared.weight.data[1] = 0
     folder = tmp_path_factory.mktemp("reader")
     widths = {"ffn.1": 64, "ffn.2": 64}
     settings = replace(SETTINGS, widths=widths, families=tuple(widths), quantize=("int8",))
-    mptk.prune(toys.saved(model, folder / "dense", words), folder / "out", settings)
+    mptk.prune(testing.save_model(model, folder / "dense", words), folder / "out", settings)
     return folder / "out"
 
 
@@ -372,9 +370,9 @@ WITHOUT_DIFFUSERS = "import sys; sys.modules['diffusers'] = None"
 @pytest.mark.long
 def test_optimum_writes_what_transformers_writes(tmp_path: Path) -> None:
     """Its transformers is older than the tests'. It derives the heads' size, so only feed-forward units are cut."""
-    model = architectures.spread(toys.llama(head_dim=8, max_position_embeddings=96), 0.3)
+    model = testing.spread_weights(testing.make_llama(head_dim=8, max_position_embeddings=96), 0.3)
     model.model.embed_tokens.weight.data[1] = 0  # no text ends early
-    dense, out = toys.saved(model, tmp_path / "dense", toys.tokenizer()), tmp_path / "out"
+    dense, out = testing.save_model(model, tmp_path / "dense", testing.make_tokenizer()), tmp_path / "out"
     mptk.prune(str(dense), out, replace(SETTINGS, widths={"ffn": 32}, families=("ffn",)))
     code = f"""{WITHOUT_DIFFUSERS}
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -474,9 +472,9 @@ print(ids[10:])
 def check_engine(engine: str, python: Path, code: str, place: Path) -> None:
     """Run ``code`` on a LLaMA with fewer query heads, and on layers of unlike width, as ``engines`` allows."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 1024}
-    model = architectures.spread(toys.llama(layers=3, tied=False, **sizes), 0.2)
-    dense, how = toys.saved(model, place / "dense"), {"engines": (engine,), "method": "wanda", "onnx": False}
-    how |= {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}
+    model = testing.spread_weights(testing.make_llama(layers=3, tied=False, **sizes), 0.2)
+    dense, how = testing.save_model(model, place / "dense"), {"engines": (engine,), "method": "wanda", "onnx": False}
+    how |= {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [testing.SENTENCES] * 8}
     mptk.prune(dense, place / "heads", widths={"q_heads": 1}, sparsity=0.3, tolerance=0.05, **how)
     ragged = {"target": "nemotron-nas", "layers": "free", "sparsity": 0.33, "tolerance": 0.1}
     mptk.prune(dense, place / "nemotron-nas", **ragged, **how)
@@ -517,7 +515,7 @@ def test_sentence_transformers_gives_what_transformers_gives(tmp_path: Path) -> 
     sentences = pytest.importorskip("sentence_transformers")
     dense, out, texts = tmp_path / "dense", tmp_path / "out", list(PROMPTS)
     sizes = {"vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    toys.saved(BertModel(BertConfig(**sizes, intermediate_size=64, max_position_embeddings=64)), dense)
+    testing.save_model(BertModel(BertConfig(**sizes, intermediate_size=64, max_position_embeddings=64)), dense)
     sentences.SentenceTransformer(str(dense), device="cpu").save(str(dense))  # with a mean over tokens
     mptk.prune(str(dense), out, replace(SETTINGS, widths={"ffn": 32}, families=("ffn",), onnx=False))
     found = torch.from_numpy(sentences.SentenceTransformer(str(out), device="cpu").encode(texts))

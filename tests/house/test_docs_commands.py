@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 
 import mptk
 import mptk.run.minutes
+from mptk import testing
 from mptk.cli.main import app
 from mptk.features.packaged.wheels import ALIASES, _locate_target, hash_content
 from passes.analysis.rules import RULES
@@ -63,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     is started to measure a graph's memory.
     """
     folder = tmp_path_factory.mktemp("reader")
-    words, model = toys.tokenizer(), toys.llama(layers=1, **SIZES)
+    words, model = testing.make_tokenizer(), testing.make_llama(layers=1, **SIZES)
     with pytest.MonkeyPatch.context() as patch:
         inside = Inside(patch)
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -217,7 +218,7 @@ def _python(block: Block, names: dict[str, Any], file: Path, scope: dict[str, An
 def _names() -> dict[str, Any]:
     """What a reader of a page has before its first block."""
     net = torch.nn.Sequential(torch.nn.Linear(7, 320), torch.nn.ReLU(), torch.nn.Linear(320, 5))
-    model = toys.llama(layers=1, **SIZES)
+    model = testing.make_llama(layers=1, **SIZES)
     model.name_or_path = model.config._name_or_path = str(Path("MODEL").resolve())
     analysis = mptk.analyze(mptk.trace(model, dynamic=True))
     return {

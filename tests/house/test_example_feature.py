@@ -11,9 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import toy_checkpoints as toys
 
-from mptk import Report
+from mptk import Report, testing
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "feature"
@@ -46,7 +45,7 @@ def run(python: Path, *words: object, cache: Path) -> str:
 
 
 def test_a_feature_of_another_package(python: Path, tmp_path: Path) -> None:
-    dense = Path(toys.saved(toys.llama(), tmp_path / "dense"))
+    dense = Path(testing.save_model(testing.make_llama(), tmp_path / "dense"))
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
         for file in dense.iterdir():
             archive.write(file, file.name)
@@ -56,7 +55,7 @@ def test_a_feature_of_another_package(python: Path, tmp_path: Path) -> None:
     assert {each["of"].split()[0] for each in found} == {"mptk", "mptk-zipped"}
 
     text = tmp_path / "text.txt"
-    text.write_text(toys.TEXT * 40)
+    text.write_text(testing.SENTENCES * 40)
     out = tmp_path / "out"
     words = ("prune", tmp_path / "model.zip", "--label", "first", "--data", text, *PRUNE.split(), "--out", out)
     run(python, *words, cache=tmp_path / "cache")

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import kinds
 import pytest
-import toy_checkpoints as toys
 from inside import Inside
 
+from mptk import testing
 from mptk.config import CoreSettings
 from mptk.config.choices import METHODS, TARGET_CHOICES
 from mptk.errors import MptkError
@@ -159,8 +159,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A decoder and an encoder."""
     root = tmp_path_factory.mktemp("models")
     return {
-        "decoder": toys.saved(toys.llama(), root / "decoder"),
-        "encoder": toys.saved(kinds.MODELS["encoder"](), root / "encoder"),
+        "decoder": testing.save_model(testing.make_llama(), root / "decoder"),
+        "encoder": testing.save_model(kinds.MODELS["encoder"](), root / "encoder"),
     }
 
 

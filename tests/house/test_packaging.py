@@ -207,7 +207,11 @@ def test_imports_are_declared(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
     core = {normal(r) for r in project["project"]["dependencies"]}
     everything = core | {normal(r) for extra in extras.values() for r in extra}
-    optional = {normal(r) for extra in ("diffusers", "eval", "images", "llama-cpp", "quantized") for r in extras[extra]}
+    optional = {
+        normal(r)
+        for extra in ("diffusers", "eval", "images", "llama-cpp", "quantized", "testing")
+        for r in extras[extra]
+    }
     for package in PACKAGES:
         assert not undeclared(package, core | optional)
     assert not undeclared("tests", everything)

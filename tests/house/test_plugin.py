@@ -18,9 +18,8 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from mptk import Report
+from mptk import Report, testing
 from mptk.cli.main import app
-from tests import toy_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ["--samples", "4", "--length", "32", "--align", "4", "--no-onnx", "--sparsity", "0.25"]
@@ -39,8 +38,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    words = toy_checkpoints.tokenizer(begin=True)
-    return toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path_factory.mktemp("model"), words)
+    words = testing.make_tokenizer(begin=True)
+    return testing.save_model(testing.make_llama(), tmp_path_factory.mktemp("model"), words)
 
 
 class Done(NamedTuple):

@@ -18,18 +18,17 @@ from typing import Any
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from commands import refused
+from lab import raw_report
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import mptk
-from mptk import MptkError, Pruned
+from mptk import MptkError, Pruned, testing
 from mptk.cli.main import app
 from mptk.files import write_json
 from mptk.publish.manifest import write_manifest
 from mptk.trust import NO_CODE, trust_by_caller
-from tests.lab import raw_report
 
 TRUE = "trust_remote_code"
 ROOT = Path(mptk.__file__).parents[1]
@@ -99,7 +98,7 @@ pytestmark = [pytest.mark.features, pytest.mark.usefixtures("own_modules")]
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A pruned folder with graphs, and a ladder whose sizes share weights."""
     base = tmp_path_factory.mktemp("sound")
-    toys.save(toys.llama(), base / "dense")
+    testing.save_word_model(testing.make_llama(), base / "dense")
     dense = str(base / "dense")
     mptk.prune(dense, base / "pruned", sparsity=0.3, data="random", onnx=True, eval_windows=1, **SHORT)
     more = {"onnx": False, "shared": True, "eval_windows": 1, **SHORT, "method": "wanda"}
@@ -286,7 +285,7 @@ def test_only_the_callers_keyword_and_option_make_the_word() -> None:
 
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_a_config_names_no_kernel_of_a_hub(name: str, tmp_path: Path) -> None:
-    toys.save(toys.llama(), tmp_path / "model")
+    testing.save_word_model(testing.make_llama(), tmp_path / "model")
     merge(tmp_path / "model" / "config.json", **{name: "someone/attention"})
     assert "someone/attention" in (said := refused("analyze", tmp_path / "model"))
     assert "remove" in said

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_checkpoints as toys
 from commands import refused
 from inside import Inside
 from transformers import PreTrainedTokenizerFast
 
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.io.chat_templates import ChatTemplate
 from mptk.io.text.files import read_row_texts
 
@@ -56,7 +55,7 @@ OTHER = "{{ strftime_now('%Y') }}{{ messages | tojson }}{% if tools %}{{ tools }
 
 
 def tokenizer(template: str) -> PreTrainedTokenizerFast:
-    made = toys.tokenizer(begin=True)
+    made = testing.make_tokenizer(begin=True)
     made.chat_template = template
     return made
 
@@ -118,7 +117,7 @@ def test_a_process_that_gets_no_processor_time_is_stopped(inside: Inside) -> Non
 
 
 def test_a_command_ends_in_one_line(tmp_path: Path) -> None:
-    toys.saved(toys.llama(), tmp_path / "model", tokenizer(BOMBS["an escape"]))
+    testing.save_model(testing.make_llama(), tmp_path / "model", tokenizer(BOMBS["an escape"]))
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
     said = refused("eval", tmp_path / "model", "--data", tmp_path / "chats.jsonl", "--length", 8)
     assert "the model's chat template refuses a chat of" in said

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from benchmarks.tiny_models import tiny_model
+from mptk import testing
 from mptk.io.checkpoint import copy_processors, make_portable_config, save_checkpoint, save_tokenizer
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
@@ -80,7 +80,7 @@ def test_nested_config() -> None:
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    tokenizer = toys.tokenizer(begin=True)
+    tokenizer = testing.make_tokenizer(begin=True)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
     tokenizer.chat_template = "{{ messages[0]['content'] }}!"
     save_tokenizer(tokenizer, tmp_path / "once")
@@ -108,7 +108,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     ],
 )
 def test_both_places_of_a_chat_template_say_the_same(template: Any, written: object, tmp_path: Path) -> None:
-    tokenizer = toys.tokenizer()
+    tokenizer = testing.make_tokenizer()
     tokenizer.chat_template = template
     save_tokenizer(tokenizer, tmp_path)
     settings = tmp_path / "tokenizer_config.json"

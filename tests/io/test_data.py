@@ -12,19 +12,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-import toy_checkpoints as toys
 from inside import Inside
 from toy_checkpoints import texts
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.io import data
 from mptk.io.text.sampled import sample_text
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return toys.llama()
+    return testing.make_llama()
 
 
 class TestLoadText:
@@ -72,47 +71,47 @@ class TestLoadText:
 
 class TestTokenWindows:
     def test_the_stream_is_cut_without_overlap(self) -> None:
-        tokenizer = toys.tokenizer()
-        whole = tokenizer(toys.TEXT).input_ids
-        windows = data.make_token_windows([toys.TEXT], tokenizer, 7, seed=None)
+        tokenizer = testing.make_tokenizer()
+        whole = tokenizer(testing.SENTENCES).input_ids
+        windows = data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=None)
         assert windows.dtype == torch.int64
         assert windows.shape == (len(whole) // 7, 7)
         assert windows.flatten().tolist() == whole[: windows.numel()]
 
     def test_end_of_sequence_between_documents(self) -> None:
-        tokenizer = toys.tokenizer()
+        tokenizer = testing.make_tokenizer()
         fox, dog = tokenizer("the fox").input_ids, tokenizer("lazy dog").input_ids
         windows = data.make_token_windows(["the fox", "lazy dog"], tokenizer, len(fox) + 1 + len(dog), seed=None)
         assert windows.tolist() == [[*fox, tokenizer.eos_token_id, *dog]]
 
     def test_begin_of_sequence_where_the_tokenizer_sets_it(self) -> None:
-        tokenizer = toys.tokenizer(begin=True)
-        windows = data.make_token_windows([toys.TEXT], tokenizer, 7, seed=None)
+        tokenizer = testing.make_tokenizer(begin=True)
+        windows = data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=None)
         assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
-        text = tokenizer(toys.TEXT).input_ids[1:]
+        text = tokenizer(testing.SENTENCES).input_ids[1:]
         assert windows[:, 1:].flatten().tolist() == text[: len(windows) * 6]
 
     def test_seed_chooses_windows(self) -> None:
-        tokenizer = toys.tokenizer()
-        ordered = data.make_token_windows([toys.TEXT], tokenizer, 7, seed=None).tolist()
+        tokenizer = testing.make_tokenizer()
+        ordered = data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=None).tolist()
         first, same, other = (
-            data.make_token_windows([toys.TEXT], tokenizer, 7, 5, seed).tolist() for seed in (1, 1, 2)
+            data.make_token_windows([testing.SENTENCES], tokenizer, 7, 5, seed).tolist() for seed in (1, 1, 2)
         )
         assert first == same != other
         assert len(first) == 5
         assert all(window in ordered for window in first)
         assert first != ordered[:5]
-        assert sorted(data.make_token_windows([toys.TEXT], tokenizer, 7, seed=1).tolist()) == sorted(ordered)
+        assert sorted(data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=1).tolist()) == sorted(ordered)
 
     def test_evaluation_takes_the_first(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_text(toys.TEXT)
-        windows = data.load_evaluation_windows(toys.tokenizer(), str(tmp_path / "a.txt"), 7, 3)
-        assert windows.flatten().tolist() == toys.tokenizer()(toys.TEXT).input_ids[:21]
+        (tmp_path / "a.txt").write_text(testing.SENTENCES)
+        windows = data.load_evaluation_windows(testing.make_tokenizer(), str(tmp_path / "a.txt"), 7, 3)
+        assert windows.flatten().tolist() == testing.make_tokenizer()(testing.SENTENCES).input_ids[:21]
 
 
 class TestSelfSampled:
     def test_shape_start_and_seed(self, model: LlamaForCausalLM) -> None:
-        tokenizer = toys.tokenizer(begin=True)
+        tokenizer = testing.make_tokenizer(begin=True)
         state = torch.get_rng_state()
         first, same, other = (
             sample_text(model, tokenizer, count=5, length=11, seed=seed, batch_size=3) for seed in (1, 1, 2)
@@ -133,7 +132,7 @@ class TestSelfSampled:
 
     def test_follows_the_models_own_distribution(self) -> None:
         # A head that knows three tokens, the end of sequence (1) among them, at 20, 30 and 50 %.
-        model = toys.llama(tied=False)
+        model = testing.make_llama(tied=False)
         with torch.no_grad():
             model.lm_head.weight.zero_()
             model.lm_head.bias = torch.nn.Parameter(torch.full((300,), -30.0))
@@ -146,9 +145,9 @@ class TestSelfSampled:
         assert model.generation_config.top_k == 1
 
     def test_without_begin_of_sequence(self, model: LlamaForCausalLM) -> None:
-        sample = sample_text(toys.llama(), toys.tokenizer(), count=2, length=5, seed=0)
+        sample = sample_text(testing.make_llama(), testing.make_tokenizer(), count=2, length=5, seed=0)
         assert set(sample[:, 0].tolist()) == {model.config.bos_token_id}
-        lone = toys.llama()
+        lone = testing.make_llama()
         lone.config.bos_token_id = lone.config.eos_token_id = None
         starts = sample_text(lone, None, count=9, length=4, seed=0)[:, 0]
         assert len(set(starts.tolist())) > 1
@@ -170,8 +169,8 @@ class TestSelfSampled:
 
 class TestCalibration:
     def test_self_is_the_default(self, model: LlamaForCausalLM) -> None:
-        windows = data.load_calibration_windows(model, toys.tokenizer(), count=3, length=9, seed=4)
-        assert torch.equal(windows, sample_text(model, toys.tokenizer(), count=3, length=9, seed=4))
+        windows = data.load_calibration_windows(model, testing.make_tokenizer(), count=3, length=9, seed=4)
+        assert torch.equal(windows, sample_text(model, testing.make_tokenizer(), count=3, length=9, seed=4))
 
     def test_self_samples_only_what_no_run_before_has(
         self, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,12 +191,12 @@ class TestCalibration:
         assert torch.equal(two, five[:2])
 
     def test_text(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_text(toys.TEXT)
-        windows = data.load_calibration_windows(model, toys.tokenizer(), str(tmp_path / "a.txt"), 3, 9, seed=4)
-        assert torch.equal(windows, data.make_token_windows([toys.TEXT], toys.tokenizer(), 9, 3, 4))
+        (tmp_path / "a.txt").write_text(testing.SENTENCES)
+        windows = data.load_calibration_windows(model, testing.make_tokenizer(), str(tmp_path / "a.txt"), 3, 9, seed=4)
+        assert torch.equal(windows, data.make_token_windows([testing.SENTENCES], testing.make_tokenizer(), 9, 3, 4))
         with pytest.raises(MptkError, match="no tokenizer"):
             data.load_calibration_windows(model, None, str(tmp_path / "a.txt"), 3, 9)
 
     def test_longer_than_the_models_positions(self, model: LlamaForCausalLM) -> None:
         with pytest.raises(MptkError, match="71 tokens are longer than the model's 70"):
-            data.load_calibration_windows(model, toys.tokenizer(), count=3, length=71)
+            data.load_calibration_windows(model, testing.make_tokenizer(), count=3, length=71)

@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 
 import pytest
-import toy_checkpoints as toys
 from commands import refused
 from inside import Inside
 
-from mptk import MptkError, Report
+from mptk import MptkError, Report, testing
 from mptk.io import Loader, models
 from mptk.io.loaders import PLAIN_CHECKPOINTS, choose_loader, list_loaders
 
@@ -63,14 +62,14 @@ def test_a_part_of_a_pipeline_is_not_a_quantised_checkpoint(tmp_path: Path) -> N
 @pytest.mark.features
 def test_every_loader_leaves_a_plain_checkpoint_to_transformers(tmp_path: Path) -> None:
     assert len(list_loaders()) >= 4
-    toys.save(toys.llama(), tmp_path / "plain")
+    testing.save_word_model(testing.make_llama(), tmp_path / "plain")
     assert choose_loader(tmp_path / "plain") is PLAIN_CHECKPOINTS
 
 
 @pytest.mark.usefixtures("_without_features")
 class TestWithoutFeatures:
     def test_a_plain_checkpoint_is_loaded(self, tmp_path: Path) -> None:
-        toys.save(toys.llama(), tmp_path / "plain")
+        testing.save_word_model(testing.make_llama(), tmp_path / "plain")
         assert models.load(str(tmp_path / "plain")).path == tmp_path / "plain"
 
     @pytest.mark.parametrize("name", ["toy.gguf", "toy.other"])
@@ -100,7 +99,7 @@ class TestWithoutFeatures:
             Report.read("smollm2-135m")
 
     def test_a_quantised_checkpoint(self, tmp_path: Path) -> None:
-        toys.save(toys.llama(), tmp_path / "model")
+        testing.save_word_model(testing.make_llama(), tmp_path / "model")
         config = json.loads((tmp_path / "model/config.json").read_text())
         (tmp_path / "model/config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
         with pytest.raises(MptkError, match="is quantised, and no installed feature reads that; give the float"):

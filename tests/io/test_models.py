@@ -17,10 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
-import toy_checkpoints as toys
 import transformers
 import transformers.dynamic_module_utils
 from inside import Inside
@@ -41,7 +39,7 @@ from transformers import (
 )
 
 from benchmarks.tiny_models import tiny_model
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.compat.transformers import find_config_field
 from mptk.io import models
 from mptk.io.resident import Resident
@@ -59,7 +57,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "toy"
-    toys.saved(toys.llama(), path)
+    testing.save_model(testing.make_llama(), path)
     return path
 
 
@@ -71,9 +69,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 class TestFolder:
     def test_weights_and_tokenizer(self, folder: Path) -> None:
         loaded = models.load(str(folder))
-        assert torch.equal(logits(loaded.model), logits(toys.llama()))
+        assert torch.equal(logits(loaded.model), logits(testing.make_llama()))
         assert loaded.tokenizer is not None
-        assert loaded.tokenizer("brown fox").input_ids == toys.tokenizer()("brown fox").input_ids
+        assert loaded.tokenizer("brown fox").input_ids == testing.make_tokenizer()("brown fox").input_ids
         assert (loaded.source, loaded.path) == (str(folder), folder)
         assert not loaded.model.training
 
@@ -82,7 +80,7 @@ class TestFolder:
         assert models.build_skeleton(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 
     def test_without_tokenizer(self, tmp_path: Path) -> None:
-        toys.llama().save_pretrained(tmp_path / "bare")
+        testing.make_llama().save_pretrained(tmp_path / "bare")
         assert models.load(str(tmp_path / "bare")).tokenizer is None
         with pytest.raises(MptkError, match="no tokenizer"):
             models.load_tokenizer(str(tmp_path / "bare"))
@@ -92,7 +90,7 @@ class TestFolder:
         skeleton = models.build_skeleton(str(folder))
         assert {p.device.type for p in skeleton.parameters()} == {"meta"}
         assert {n: p.shape for n, p in skeleton.named_parameters()} == {
-            n: p.shape for n, p in toys.llama().named_parameters()
+            n: p.shape for n, p in testing.make_llama().named_parameters()
         }
         assert skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
 
@@ -147,7 +145,7 @@ class TestNothingRuns:
         assert not (tmp_path / "ran").exists()
         own = models.load(str(folder), trust_remote_code=True).model
         assert type(own).__name__ == "OwnForCausalLM"
-        assert torch.equal(logits(own), logits(toys.llama()))
+        assert torch.equal(logits(own), logits(testing.make_llama()))
         assert type(models.build_skeleton(str(folder), trust=trust_by_caller(True))).__name__ == "OwnForCausalLM"
 
 
@@ -188,9 +186,9 @@ class TestHub:
         repo = tmp_path / "hub" / "models--someone--toy"
         (repo / "refs").mkdir(parents=True)
         (repo / "refs" / "main").write_text("0" * 40)
-        toys.llama().save_pretrained(repo / "snapshots" / ("0" * 40))
+        testing.make_llama().save_pretrained(repo / "snapshots" / ("0" * 40))
         loaded = models.load("someone/toy")
-        assert torch.equal(logits(loaded.model), logits(toys.llama()))
+        assert torch.equal(logits(loaded.model), logits(testing.make_llama()))
         assert loaded.source == "someone/toy"
         assert loaded.path == repo / "snapshots" / ("0" * 40)
 
@@ -203,7 +201,7 @@ class TestHub:
 
 def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Path) -> None:
     """A mixture's experts are made of several weights of the file; a program may outlive its model."""
-    model = architectures.model("mixtral")
+    model = testing.make_decoder("mixtral")
     model.save_pretrained(tmp_path)
     loaded = models.open_weights(str(tmp_path), Resident(0))
     name = next(name for name in loaded.weights if "experts" in name)
@@ -215,7 +213,7 @@ def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Pa
 
 @pytest.mark.parametrize("load", [models.load, partial(models.open_weights, resident=Resident(0))])
 def test_a_weight_of_another_shape_than_the_configs_is_named(load: Callable[[str], Any], tmp_path: Path) -> None:
-    model = architectures.model("llama")
+    model = testing.make_decoder("llama")
     model.config.intermediate_size += 1
     model.save_pretrained(tmp_path)
     with pytest.raises(
@@ -279,7 +277,7 @@ def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, 
             if buffer.is_floating_point():
                 buffer.uniform_(1, 2)
     else:
-        model = architectures.model({"tied": "gemma3", "renamed": "llama", "converted": "mixtral"}[kind])
+        model = testing.make_decoder({"tied": "gemma3", "renamed": "llama", "converted": "mixtral"}[kind])
     model.save_pretrained(tmp_path)
     if kind == "renamed":  # a checkpoint of the model without its head
         model.config.architectures, model = ["LlamaModel"], model.model
@@ -332,7 +330,7 @@ def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> N
 
 def test_a_file_that_is_cut_short_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:
     """Its weights are mapped: to touch what is no longer there is a SIGBUS."""
-    toys.llama().save_pretrained(tmp_path)
+    testing.make_llama().save_pretrained(tmp_path)
     weights = models.open_weights(str(tmp_path), Resident(1 << 30)).weights
     name = "model.embed_tokens.weight"
     assert weights[name].isfinite().all()

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from inside import Inside
 from toy_checkpoints import texts
 
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.io import data
 from mptk.io.text import files, tokens
 from mptk.io.text.files import PIECE
@@ -27,7 +26,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['conten
 
 
 def chatty() -> object:
-    tokenizer = toys.tokenizer(begin=True)
+    tokenizer = testing.make_tokenizer(begin=True)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -66,7 +65,7 @@ class TestColumns:
         path = write_rows(tmp_path / "a.jsonl", {column: value, "stars": 3})
         assert texts(path, chatty()) == ["[user] why\n[assistant] so\n"]
         with pytest.raises(MptkError, match="no chat template; name a column of text"):
-            texts(path, toys.tokenizer())
+            texts(path, testing.make_tokenizer())
 
     def test_a_chat_column_goes_before_other_strings(self, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "a.jsonl", {"prompt": "why", "prompt_id": "7", "messages": CHAT})
@@ -86,13 +85,13 @@ class TestFolders:
 
     @pytest.mark.parametrize("seed", [0, 1])
     def test_a_short_run_reads_all_files(self, tmp_path: Path, seed: int) -> None:
-        tokenizer, folder = toys.tokenizer(), self.folder(tmp_path)
-        windows = data.load_calibration_windows(toys.llama(), tokenizer, str(folder), 60, 16, seed=seed)
+        tokenizer, folder = testing.make_tokenizer(), self.folder(tmp_path)
+        windows = data.load_calibration_windows(testing.make_llama(), tokenizer, str(folder), 60, 16, seed=seed)
         seen = {i for i in range(6) if any(f"word{i}" in tokenizer.decode(row) for row in windows)}
         assert seen == set(range(6))
 
     def test_evaluation_is_over_all_files_and_says_so(self, tmp_path: Path) -> None:
-        tokenizer, folder = toys.tokenizer(), str(self.folder(tmp_path))
+        tokenizer, folder = testing.make_tokenizer(), str(self.folder(tmp_path))
         windows = data.load_evaluation_windows(tokenizer, folder, 16, 60)
         assert sum(any(f"word{i}" in tokenizer.decode(row) for row in windows) for i in range(6)) == 6
         assert torch.equal(windows, data.load_evaluation_windows(tokenizer, folder, 16, 60))
@@ -113,11 +112,11 @@ class TestFolders:
 
 class TestWeights:
     def test_windows_are_shared_out(self, tmp_path: Path) -> None:
-        tokenizer = toys.tokenizer()
+        tokenizer = testing.make_tokenizer()
         (tmp_path / "a.txt").write_text("fox " * 4000)
         (tmp_path / "b.txt").write_text("dog " * 4000)
         mixed = f"{tmp_path / 'a.txt'}=0.7,{tmp_path / 'b.txt'}=0.3"
-        calibration = data.load_calibration_windows(toys.llama(), tokenizer, mixed, 20, 16, seed=3)
+        calibration = data.load_calibration_windows(testing.make_llama(), tokenizer, mixed, 20, 16, seed=3)
         kinds = ["fox" in tokenizer.decode(row) for row in calibration]
         assert (len(kinds), sum(kinds)) == (20, 14)
         assert kinds != sorted(kinds, reverse=True), "in a random order"
@@ -145,8 +144,8 @@ class TestPresets:
         monkeypatch.chdir(tmp_path)
         inside.around("datasets.load_dataset", load_dataset)
         assert texts("wikitext2") == [" = Title = \n\n\n\n\nbody\n\n"]
-        data.load_evaluation_windows(toys.tokenizer(), "wikitext2", 4)
-        data.load_evaluation_windows(toys.tokenizer(), "c4", 4)
+        data.load_evaluation_windows(testing.make_tokenizer(), "wikitext2", 4)
+        data.load_evaluation_windows(testing.make_tokenizer(), "c4", 4)
         wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
         assert asked == [(*wikitext, "train"), (*wikitext, "test"), ("allenai/c4", "en", "validation")]
 
@@ -161,11 +160,14 @@ class TestPresets:
 
 class TestLongTexts:
     def test_pieces_have_the_tokens_of_the_whole(self) -> None:
-        long = toys.TEXT * (3 * PIECE // len(toys.TEXT) + 1)
+        long = testing.SENTENCES * (3 * PIECE // len(testing.SENTENCES) + 1)
         for start in (0, 7, 20):  # the pieces end in other words
             text = long[start:]
             assert len(list(tokens.split_text([text[:50], text[50:]]))) > 3
-            assert tokens.encode_documents([[text]], toys.tokenizer()).tolist() == toys.tokenizer()(text).input_ids
+            assert (
+                tokens.encode_documents([[text]], testing.make_tokenizer()).tolist()
+                == testing.make_tokenizer()(text).input_ids
+            )
 
     def test_a_text_without_spaces_loses_nothing(self) -> None:
         words = "one two three four five six seven" * (PIECE // 10)
@@ -183,16 +185,16 @@ class TestLongTexts:
                 read += 1
                 yield "seven wizards " * 1000
 
-        assert len(tokens.encode_documents([endless()], toys.tokenizer(), tokens=500)) >= 500
+        assert len(tokens.encode_documents([endless()], testing.make_tokenizer(), tokens=500)) >= 500
         assert read < 10
-        tokens.encode_documents(([text] for text in endless()), toys.tokenizer(), characters=10_000)
+        tokens.encode_documents(([text] for text in endless()), testing.make_tokenizer(), characters=10_000)
         assert read < 20
 
     def test_a_line_of_50_megabytes_needs_little_memory(self, tmp_path: Path) -> None:
         with (tmp_path / "long.txt").open("w") as file:
             for _ in range(50):
                 file.write("wizards mix jars of honey " * 40_000)
-        toys.tokenizer().save_pretrained(tmp_path / "tokenizer")
+        testing.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
         code = (
             "import resource, sys; from transformers import AutoTokenizer; from mptk.io import data;"
             f"tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r});"
@@ -212,14 +214,14 @@ class TestSelfSampledIsKept:
         def text(model=None, **options):
             say = lambda done, total: written.append(total) if done == total else None  # noqa: E731
             return data.load_calibration_windows(
-                model or toys.llama(), toys.tokenizer(), count=3, length=9, progress=say, **options
+                model or testing.make_llama(), testing.make_tokenizer(), count=3, length=9, progress=say, **options
             )
 
         first = text(seed=4)
         assert torch.equal(first, text(seed=4))
         assert len(written) == 1
         assert not torch.equal(first, text(seed=5))
-        text(toys.llama(seed=1), seed=4)
+        text(testing.make_llama(seed=1), seed=4)
         assert len(written) == 3, "another seed and other weights are sampled anew"
         for path in (tmp_path / "self").iterdir():
             path.write_bytes(b"damaged")
@@ -228,7 +230,7 @@ class TestSelfSampledIsKept:
     def test_a_cache_that_cannot_be_written_is_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").write_text("no folder")
         monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "file"))
-        assert data.load_calibration_windows(toys.llama(), None, count=2, length=5).shape == (2, 5)
+        assert data.load_calibration_windows(testing.make_llama(), None, count=2, length=5).shape == (2, 5)
 
 
 def test_digests_of_windows_and_files(tmp_path: Path) -> None:

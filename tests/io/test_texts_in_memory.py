@@ -12,22 +12,21 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import toy_checkpoints as toys
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.io.live import open_live
 from mptk.io.models import Loaded
 from mptk.run.samples import check_texts, collect_samples
 from mptk.tasks import bind_task
 
-TEXTS = [" ".join(toys.WORDS[i : i + 9]) for i in range(9)]
+TEXTS = [" ".join(testing.WORDS[i : i + 9]) for i in range(9)]
 ROWS = datasets.Dataset.from_dict({"text": TEXTS, "stars": list(range(9))})
 
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return open_live(toys.llama(), toys.tokenizer())
+    return open_live(testing.make_llama(), testing.make_tokenizer())
 
 
 def windows(loaded: Loaded, data: Any, seed: int | None = None) -> torch.Tensor:
@@ -82,8 +81,8 @@ def test_texts_beside_a_vocabulary_may_be_of_a_data_set_and_are_not_lost_to_a_lo
 
 def test_a_run_takes_a_data_set() -> None:
     small = mptk.prune(
-        toys.llama(),
-        tokenizer=toys.tokenizer(),
+        testing.make_llama(),
+        tokenizer=testing.make_tokenizer(),
         data=ROWS,
         method="magnitude",
         tolerance=1.0,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from mptk.conversions import read_plan_conversions
 from mptk.ir.families import Analysis
 from mptk.ir.plan import PLAN_FORMAT
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.testing import make_decoder
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
 
@@ -131,7 +131,7 @@ def test_a_wrong_plan_is_refused(data: Any, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def analysis() -> Analysis:
-    return analyze(trace(model("mixtral", meta=True)))
+    return analyze(trace(make_decoder("mixtral", meta=True)))
 
 
 def fitting(analysis: Analysis) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import model
 from torch import Tensor, nn
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ir.text import describe_program
+from mptk.testing import make_decoder
 from passes.pipelines import lowering
 
 
@@ -154,7 +154,7 @@ return %mul_tensor
 
 
 def test_products_of_axes_and_source_lines_of_a_model_without_weights() -> None:
-    text = mptk.show(model("llama", meta=True), source=True)
+    text = mptk.show(make_decoder("llama", meta=True), source=True)
     lines = dict(line.split(" : ", 1) for line in text.splitlines() if " : " in line)
     assert lines["model.layers.0.mlp.up_proj.weight"] == "[ffn(80), hidden(48)]"
     assert "kv_groups(2)·q_heads(3)" in lines["model.layers.0.self_attn.q_proj.weight"]

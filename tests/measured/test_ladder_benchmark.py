@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_checkpoints as toys
 from inside import Inside
 
 from benchmarks.ladder import TEXTS, Study, fill, table
 from benchmarks.quality import rows_in
+from mptk import testing
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_rows_are_computed_once(tmp_path: Path, inside: Inside) -> None:
-    toys.saved(toys.llama(max_position_embeddings=600, intermediate_size=320), tmp_path / "dense")
+    testing.save_model(testing.make_llama(max_position_embeddings=600, intermediate_size=320), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 400)
     text = str(tmp_path / "text.txt")
     study = Study(

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import toy_checkpoints as toys
 from inside import Inside, changed
 
 from benchmarks import quality
 from benchmarks.quality_text import HELD_OUT, PIECE, write_mixture
+from mptk import testing
 
 pytestmark = pytest.mark.features
 
@@ -37,7 +37,7 @@ def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path: Path) ->
 @pytest.fixture
 def place(tmp_path: Path, inside: Inside) -> Path:
     """A folder with the text of a benchmark of a toy model."""
-    toys.saved(toys.llama(max_position_embeddings=600), tmp_path / "dense")
+    testing.save_model(testing.make_llama(max_position_embeddings=600), tmp_path / "dense")
     text = "the quick brown fox jumps over a lazy dog. " * 40
     (tmp_path / "train.txt").write_text(text * 40)
     (tmp_path / "wiki.test.raw").write_text(text * 10)

@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from inside import Inside
 from test_staged import MODELS, SMALL, built
 from torch import Tensor
-from toy_checkpoints import SETTINGS, llama_config, save
+from toy_checkpoints import SETTINGS, llama_config
 from transformers import LlamaForCausalLM
 
-from mptk import Plan, Settings, analyze, prune, trace, verify
+from mptk import Plan, Settings, analyze, prune, testing, trace, verify
 from mptk.config.learning import Learning, Training
 from mptk.ir.samples import make_token_samples
 from mptk.methods.criteria import score_units
@@ -27,6 +26,7 @@ from mptk.methods.criteria.observe import Calibration, sum_gradients
 from mptk.progress import Progress
 from mptk.run.minutes import fill_in
 from mptk.staged.staged import Executor
+from mptk.testing import save_word_model
 
 BF16 = Executor(compute=torch.bfloat16)
 STAGED = replace(SMALL, compute=torch.bfloat16)
@@ -75,7 +75,7 @@ def test_products_are_narrow_and_rotary_angles_are_not() -> None:
 
 @pytest.mark.parametrize("name", ["decoder", "sliding windows"])
 def test_gradients_are_summed_in_float32(name: str) -> None:
-    program, windows = built(name)[0], architectures.tokens(80, 9)  # two batches
+    program, windows = built(name)[0], testing.draw_tokens(80, 9)  # two batches
     names = [n for n in program.parameters if "proj" in n]
     assert names
     given = Calibration(analyze(program), (), make_token_samples(windows))
@@ -91,7 +91,7 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("criterion", ["wanda", "flap", "taylor"])
 def test_scores_are_near(criterion: str) -> None:
-    analysis, windows = analyze(trace(architectures.model("llama"), dynamic=True)), architectures.tokens(12, 16)
+    analysis, windows = analyze(trace(testing.make_decoder("llama"), dynamic=True)), testing.draw_tokens(12, 16)
     exact, found = (
         score_units(analysis, criterion, windows, families=["ffn"], executor=e)["ffn"] for e in (SMALL, STAGED)
     )
@@ -135,7 +135,7 @@ def share_kept(one: Plan, other: Plan) -> float:
 
 
 def test_a_run_keeps_nearly_the_same_units_and_its_folder_passes_the_same_proof(tmp_path: Path, ran: Ran) -> None:
-    dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
+    dense = save_word_model(LlamaForCausalLM(llama_config()), tmp_path / "dense")
     settings = replace(SETTINGS, families=("ffn",), onnx=False, reconstruct=True)
     prune(dense, tmp_path / "float32", settings)
     assert {dtype for _, dtype in ran} == {torch.float32}
@@ -177,7 +177,7 @@ def test_the_dense_model_teaches_in_the_type_too(tmp_path: Path, inside: Inside)
 
     inside.around("mptk.methods.maskprune.learner.run_module", seen)
     inside.around("mptk.methods.maskprune.learner.move_to_host", own)
-    dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
+    dense = save_word_model(LlamaForCausalLM(llama_config()), tmp_path / "dense")
     learning = Learning(steps=1, training=Training(batch=2, micro=2))
     settings = replace(SETTINGS, families=("ffn",), onnx=False, learning=learning)
     for compute in ("float32", "bfloat16"):

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import FFN, HEAD, HIDDEN, KV, VOCAB
 from criteria_cases import (
     EXPERTS,
     WINDOWS,
@@ -37,6 +36,7 @@ from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
 from mptk.methods.criteria import fisher
 from mptk.methods.criteria.observe import Calibration, find_sites
+from mptk.testing.decoders import FFN_SIZE, HEAD_SIZE, HIDDEN_WIDTH, KV_COUNT, VOCAB_SIZE
 
 
 def given(case: Case, *families: str) -> Calibration:
@@ -78,7 +78,7 @@ def test_wanda_sums_over_consumers_by_unit_and_scope(gqa: Case) -> None:
 
 def test_wanda_of_the_residual_width_sums_over_every_reader(gqa: Case) -> None:
     readers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
-    expected = layers(lambda n: sum((wanda(gqa, f"{n}.{r}").sum(0) for r in readers), torch.zeros(HIDDEN))).sum(0)
+    expected = layers(lambda n: sum((wanda(gqa, f"{n}.{r}").sum(0) for r in readers), torch.zeros(HIDDEN_WIDTH))).sum(0)
     expected = expected + wanda(gqa, "lm_head").sum(0)
     assert_scores(
         criteria.score_units(gqa.analysis, "wanda", WINDOWS, families=["hidden"])["hidden"], expected[None, None]
@@ -87,8 +87,8 @@ def test_wanda_of_the_residual_width_sums_over_every_reader(gqa: Case) -> None:
 
 def test_wanda_scores_units_without_a_consumer_by_their_producers(gqa: Case) -> None:
     def pairs(n: str) -> Tensor:
-        q = wanda(gqa, f"{n}.self_attn.q_proj").sum(1).view(KV, Q, 2, HEAD // 2).sum((0, 1, 2))
-        return (q + wanda(gqa, f"{n}.self_attn.k_proj").sum(1).view(KV, 2, HEAD // 2).sum((0, 1)))[None]
+        q = wanda(gqa, f"{n}.self_attn.q_proj").sum(1).view(KV_COUNT, Q, 2, HEAD_SIZE // 2).sum((0, 1, 2))
+        return (q + wanda(gqa, f"{n}.self_attn.k_proj").sum(1).view(KV_COUNT, 2, HEAD_SIZE // 2).sum((0, 1)))[None]
 
     assert_scores(criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"], layers(pairs))
 
@@ -117,7 +117,7 @@ def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case)
 
     assert_scores(scores["ffn"], layers(ffn))
     assert_scores(scores["q_heads"], layers(q_heads))
-    hidden = torch.zeros(HIDDEN)
+    hidden = torch.zeros(HIDDEN_WIDTH)
     for name, p in gqa.model.named_parameters():
         if p.ndim == 1:
             hidden += saliency(gqa, name)
@@ -139,7 +139,7 @@ def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case
     assert_scores(slopes["ffn"].mean.float(), layers(lambda n: pull(gqa, f"{n}.mlp.down_proj")[None]))
     assert_scores(slopes["q_heads"].mean.float(), by_head.sum(3))
     assert_scores(slopes["kv_groups"].mean.float(), by_head.sum((2, 3))[:, None])
-    each = position_slopes(gqa, "model.layers.0.self_attn.o_proj").view(-1, KV, Q * HEAD).sum(-1)
+    each = position_slopes(gqa, "model.layers.0.self_attn.o_proj").view(-1, KV_COUNT, Q * HEAD_SIZE).sum(-1)
     assert slopes["kv_groups"].count == len(each) == WINDOWS.numel()
     assert_scores(slopes["kv_groups"].squares[0, 0].float(), each.square().sum(0))
 
@@ -159,7 +159,7 @@ def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case
         prior = wanda(gqa, f"{n}.mlp.down_proj").sum(0).double().square()
         tempered = (curvature * prior * curvature.mean() / prior.mean()).sqrt()
         sure = (g.abs() - 2 * (curvature / len(each)).sqrt()).clamp_min(0) * g.sign()
-        assert 0 < int((sure != 0).sum()) < FFN
+        assert 0 < int((sure != 0).sum()) < FFN_SIZE
         return (0.5 * tempered - sure)[None]
 
     scores = criteria.score_units(gqa.analysis, "fisher", WINDOWS)
@@ -178,7 +178,7 @@ def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) 
     assert_scores(criteria.score_units(gpt2.analysis, "magnitude")["heads"], layers(heads, "transformer.h"))
 
     def ffn(n: str) -> Tensor:
-        made = moe.weight(f"{n}.mlp.experts.gate_up_proj").square().sum(2).view(EXPERTS, 2, FFN).sum(1)
+        made = moe.weight(f"{n}.mlp.experts.gate_up_proj").square().sum(2).view(EXPERTS, 2, FFN_SIZE).sum(1)
         return (made + moe.weight(f"{n}.mlp.experts.down_proj").square().sum(1)).sqrt()
 
     assert_scores(criteria.score_units(moe.analysis, "magnitude")["ffn"], layers(ffn))
@@ -216,7 +216,7 @@ def test_each_experts_channels_are_scored_on_its_own_tokens(moe: Case) -> None:
 
 def test_gradients_pass_through_packed_experts(moe: Case) -> None:
     def ffn(n: str) -> Tensor:
-        made = saliency(moe, f"{n}.mlp.experts.gate_up_proj").sum(2).view(EXPERTS, 2, FFN).sum(1)
+        made = saliency(moe, f"{n}.mlp.experts.gate_up_proj").sum(2).view(EXPERTS, 2, FFN_SIZE).sum(1)
         return made + saliency(moe, f"{n}.mlp.experts.down_proj").sum(1)
 
     assert_scores(criteria.score_units(moe.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], layers(ffn))
@@ -227,7 +227,7 @@ class BlockDiagonal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.inner = nn.Embedding(VOCAB, 7), nn.Linear(7, 12)
+        self.embed, self.inner = nn.Embedding(VOCAB_SIZE, 7), nn.Linear(7, 12)
         self.blocks = nn.Parameter(torch.randn(3, 4, 11))
 
     def forward(self, ids: Tensor) -> Any:
@@ -254,7 +254,7 @@ class NoContraction(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.scale = nn.Embedding(VOCAB, 12), nn.Parameter(torch.randn(12))
+        self.embed, self.scale = nn.Embedding(VOCAB_SIZE, 12), nn.Parameter(torch.randn(12))
 
     def forward(self, ids: Tensor) -> Any:
         return (self.embed(ids) * self.scale).sum(-1)
@@ -283,8 +283,8 @@ def test_user_errors_name_cause_and_remedy(gqa: Case, moe: Case) -> None:
     with pytest.raises(MptkError, match="no family 'fn'; there are hidden"):
         criteria.score_units(analysis, "magnitude", families=["fn"])
     scores = criteria.score_units(analysis, "magnitude", families=["ffn"])
-    with pytest.raises(MptkError, match=rf"cannot keep {FFN + 1} units; give a width in 1..{FFN}"):
-        criteria.select_units(analysis, scores, {"ffn": FFN + 1})
+    with pytest.raises(MptkError, match=rf"cannot keep {FFN_SIZE + 1} units; give a width in 1..{FFN_SIZE}"):
+        criteria.select_units(analysis, scores, {"ffn": FFN_SIZE + 1})
     with pytest.raises(MptkError, match="kv_groups has no scores"):
         criteria.select_units(analysis, scores, {"kv_groups": 1})
     state = {n: t * torch.inf for n, t in analysis.program.state.items() if "down_proj" in n}
@@ -316,4 +316,4 @@ def test_a_criterion_can_be_added_as_the_docs_say(gqa: Case, inside: Inside) -> 
     exec(compile(example, "docs/criteria.md", "exec"), made)  # noqa: S102
     criteria.CRITERIA["norm"] = made["NORM"]
     scores = criteria.score_units(gqa.analysis, "norm", WINDOWS, families=["ffn"])["ffn"]
-    assert_scores(scores, layers(lambda n: HIDDEN * norm(gqa.inputs[f"{n}.mlp.down_proj"])[None]))
+    assert_scores(scores, layers(lambda n: HIDDEN_WIDTH * norm(gqa.inputs[f"{n}.mlp.down_proj"])[None]))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import FFN, LAYERS
 from criteria_cases import WINDOWS, Case
 from inside import Inside
 
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import observe
+from mptk.testing.decoders import FFN_SIZE, LAYER_COUNT
 
 
 def test_routed_moments_of_experts_with_no_rows_and_rows_of_no_expert() -> None:
@@ -75,7 +75,7 @@ def test_progress_counts_windows(gqa: Case) -> None:
 def test_select_keeps_the_best_of_each_scope_row_and_breaks_ties_by_index(gqa: Case) -> None:
     scores = {
         "q_heads": torch.tensor([[[1.0, 3.0, 2.0], [5.0, 0.0, 9.0]], [[2.0, 2.0, 2.0], [0.0, 1.0, 1.0]]]),
-        "ffn": torch.arange(FFN).float().expand(LAYERS, 1, FFN),
+        "ffn": torch.arange(FFN_SIZE).float().expand(LAYER_COUNT, 1, FFN_SIZE),
     }
     plan = criteria.select_units(gqa.analysis, scores, {"q_heads": 2, "ffn": 3})
     assert dict(plan.families["q_heads"].keep) == {

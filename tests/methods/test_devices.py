@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
 from inside import Inside, Stopped, changed
+from lab import legalise_bare
 from second_device import DEVICE, SecondDevice, SecondTensor, live_bytes
 from test_learning import LEARNING, SETTINGS, metrics
 from torch import Tensor
-from toy_checkpoints import llama_config, save
+from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
 
+from mptk import testing
 from mptk.compat.accelerate import separate_state
 from mptk.config.learning import Learning
 from mptk.distributed.processes import make_replica
@@ -33,12 +34,12 @@ from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.values import SampleSets
 from mptk.tasks import CAUSAL_LM
+from mptk.testing import save_word_model
 from passes.analysis import group
 from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
-from tests.lab import legalise_bare
 
-TEXT = make_token_samples(architectures.tokens(8, 32))
+TEXT = make_token_samples(testing.draw_tokens(8, 32))
 ADAPTED = 7
 """Layers with an adapter: those of one block."""
 
@@ -47,7 +48,7 @@ ADAPTED = 7
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     config = llama_config()
     config.num_hidden_layers = 1
-    path = save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+    path = save_word_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
     loaded = models.load(path)
     analysis = group.analyze_program(trace.trace_to_program(loaded.model, dynamic=True))
     asked = replace(SETTINGS, keep=("hidden",), compute_dtype="float32")

@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
-from cutting import random_plan
 from inside import Inside, changed
 from test_staged import built
 from torch import Tensor, nn
 
 import mptk
-from mptk import FamilyPlan, MptkError, Plan, Samples, analyze, trace
+from mptk import FamilyPlan, MptkError, Plan, Samples, analyze, testing, trace
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, list_removed_blocks, resolve_plan
 from mptk.methods.distil import NO_BLOCK, Distilled, Schedule, distil_blocks
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
+from mptk.testing import draw_plan
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import rewrite_program
 
@@ -61,7 +60,7 @@ class Case:
 def case(name: str) -> Case:
     program, inputs = built(name)
     analysis = analyze(program)
-    plan = random_plan(analysis, [f.name for f in analysis.families if f.name.partition(".")[0] in INNER], share=0.6)
+    plan = draw_plan(analysis, [f.name for f in analysis.families if f.name.partition(".")[0] in INNER], share=0.6)
     members = [m for name in plan.families for group in analysis.family(name).groups for m in group.members]
     torch.manual_seed(1)
     rows = [
@@ -139,7 +138,7 @@ class Repeated(nn.Module):
 def test_weights_that_blocks_share_are_not_trained_by_themselves() -> None:
     analysis = analyze(trace(Repeated().eval(), (torch.randn(2, 6),)))
     (family,) = [f for f in analysis.families if f.size == 10]
-    cut = resolve_plan(analysis, random_plan(analysis, [family.name]))
+    cut = resolve_plan(analysis, draw_plan(analysis, [family.name]))
     assert distil_blocks(analysis, cut, {"down.weight"}, {}, Samples({"x": torch.randn(2, 6)}), HOW) is None
 
 
@@ -147,7 +146,7 @@ def test_a_cut_without_blocks_of_its_own_says_that_nothing_was_distilled() -> No
     """Minutes choose epochs before the families are known."""
     how = {"method": "wanda", "families": "hidden", "distil_epochs": 1, "data": torch.randint(3, 90, (6, 8))}
     how |= {"align": 1, "samples": 4, "length": 8, "eval_windows": 2, "eval_length": 8, "sparsity": 0.25}
-    found = mptk.prune(architectures.model("llama"), progress=None, **how)
+    found = mptk.prune(testing.make_decoder("llama"), progress=None, **how)
     assert NO_BLOCK in found.report.notes
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from commands import done
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 import mptk
-from mptk import MptkError, Plan, analyze, trace
+from mptk import MptkError, Plan, analyze, testing, trace
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
@@ -34,7 +33,7 @@ from mptk.methods.criteria.observe import Calibration
 from passes.targets.derived import find_derived_families
 
 PLANTED = 3
-SIZES = architectures.GROUPED
+SIZES = testing.decoders.GROUPED
 
 
 def planted(model: torch.nn.Module) -> torch.nn.Module:
@@ -42,8 +41,8 @@ def planted(model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for layer in model.model.layers:
             experts = layer.mlp.experts
-            experts.gate_up_proj[PLANTED, : architectures.FFN] *= 9
-            experts.gate_up_proj[PLANTED, architectures.FFN :] *= 1e-4
+            experts.gate_up_proj[PLANTED, : testing.decoders.FFN] *= 9
+            experts.gate_up_proj[PLANTED, testing.decoders.FFN :] *= 1e-4
             experts.down_proj[PLANTED] *= 3
     return model
 
@@ -74,7 +73,7 @@ def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_n
 
 
 def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_path: Path) -> None:
-    model = planted(architectures.model("mixtral"))
+    model = planted(testing.make_decoder("mixtral"))
     options = ("--families", "experts", "--width", "experts=4")
     kept = prune(model, tmp_path / "reap", "--method", "reap", *options)
     assert kept == {(0, 1, 2, 4)}
@@ -186,7 +185,7 @@ def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
 def test_a_mixture_with_latent_queries_and_shared_experts_is_trained(given: dict[str, Any], rank: int) -> None:
     how = {"method": "wanda", "steps": 2, "batch": 2, "samples": 4, "length": 12, "eval_windows": 2, "eval_length": 12}
     found = mptk.prune(
-        architectures.spread(grouped()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
+        testing.spread_weights(grouped()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
     )
     assert found.report.recovery["rank"] == rank
     assert "trained model" in {row["stage"] for row in found.report.proof}

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from architectures import FFN, LAYERS
 from criteria_cases import WINDOWS, Case, SharedLayer
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
 from mptk.methods.criteria import Calibration, Compensation
 from mptk.methods.criteria.flap import FLAP, compensate
+from mptk.testing.decoders import FFN_SIZE, LAYER_COUNT
 from passes.transforms.masked_reference import mask
 
 
@@ -41,12 +41,12 @@ def flapped(analysis: Analysis, widths: dict[str, int]) -> tuple[Plan, Compensat
 def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
     plan, result = flapped(gpt2.analysis, {"ffn": 61, "v_dim": 7})
     assert result.statement == "FLAP bias compensation: applied to c_proj"
-    assert len(result.state) == 2 * LAYERS
-    for i in range(LAYERS):
+    assert len(result.state) == 2 * LAYER_COUNT
+    for i in range(LAYER_COUNT):
         layer = f"transformer.h.{i}"
         for family, label, name in [("ffn", f"{layer}.mlp", "mlp.c_proj"), ("v_dim", f"{layer}.attn", "attn.c_proj")]:
             keep = plan.families[family].keep[label]
-            size = FFN if family == "ffn" else 8
+            size = FFN_SIZE if family == "ffn" else 8
             removed = [s * size + u for s, row in enumerate(keep) for u in range(size) if u not in row]
             means, bias = gpt2.inputs[f"{layer}.{name}"].mean(0), f"{layer}.{name}.bias"
             expected = gpt2.weight(bias) + means[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]

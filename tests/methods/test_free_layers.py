@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from inside import changed
 from safetensors.torch import load_file, save_file
 from small_modules import Residual
 from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Plan, analyze, trace
+from mptk import MptkError, Plan, analyze, testing, trace
 from mptk.compile.cut import find_changes
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
@@ -43,7 +42,7 @@ SETTINGS = mptk.Settings(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return toys.saved(toys.llama(layers=3), tmp_path_factory.mktemp("dense"))
+    return testing.save_model(testing.make_llama(layers=3), tmp_path_factory.mktemp("dense"))
 
 
 def falling(losses: object, prepared: object, programs: Sequence[object], *rest: object) -> range:
@@ -56,7 +55,7 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     out = tmp_path_factory.mktemp("pruned") / "out"
     with changed() as inside:
         inside.around("mptk.methods.division.trial.measure_losses", falling)
-        found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
+        found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 8)
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
 
@@ -82,7 +81,7 @@ def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
 
 def test_a_family_that_the_division_leaves_whole_is_named_once(checkpoint: str, tmp_path: Path) -> None:
     more = {"families": ("ffn", "v_dim"), "sparsity": 0.1, "tolerance": 0.1, "align": 2, "widths": {"ffn": 64}}
-    found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT] * 8, onnx=False, **more)
+    found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[testing.SENTENCES] * 8, onnx=False, **more)
     assert found.report.families["ffn"] == {"of": 64, "width": 64, "layers": 3}
     assert {"v_dim.0", "v_dim.1", "v_dim.2"} <= found.report.families.keys()
     assert mptk.verify(tmp_path / "out")
@@ -90,17 +89,19 @@ def test_a_family_that_the_division_leaves_whole_is_named_once(checkpoint: str, 
 
 def test_its_graph_writes_text_as_the_cut_model_does(pruned: mptk.Pruned) -> None:
     assert pruned.folder is not None
-    ids = torch.tensor([toys.tokenizer()("the quick brown")["input_ids"]])
+    ids = torch.tensor([testing.make_tokenizer()("the quick brown")["input_ids"]])
     with torch.no_grad():
         token = int(pruned.model(ids)[0, -1].argmax())
     (text,) = mptk.generate(pruned.folder, "the quick brown", max_new_tokens=1)
-    assert text == toys.tokenizer().decode([token], skip_special_tokens=True)
+    assert text == testing.make_tokenizer().decode([token], skip_special_tokens=True)
 
 
 def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned, tmp_path: Path) -> None:
     assert pruned.folder is not None
     plan = str(pruned.folder / "plan.json")
-    again = mptk.prune(checkpoint, tmp_path / "again", target="graph", plan=plan, data=[toys.TEXT] * 8, onnx=False)
+    again = mptk.prune(
+        checkpoint, tmp_path / "again", target="graph", plan=plan, data=[testing.SENTENCES] * 8, onnx=False
+    )
     assert again.report.families == pruned.report.families
     assert again.report.plan_sha256 == pruned.report.plan_sha256
 
@@ -112,7 +113,9 @@ def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.P
     with changed() as inside:
         inside.around("mptk.methods.division.trial.measure_losses", falling)
         asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
-        found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)
+        found = mptk.prune(
+            checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 16, onnx=False, **asked
+        )
     assert found is not None
     return found
 
@@ -133,7 +136,9 @@ def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(
 
 def test_a_graph_is_trained_again(learned: mptk.Pruned, tmp_path: Path) -> None:
     assert learned.folder is not None
-    found = mptk.recover(learned.folder, tmp_path / "more", data=[toys.TEXT] * 16, steps=2, batch=2, micro=2, lr=1e-3)
+    found = mptk.recover(
+        learned.folder, tmp_path / "more", data=[testing.SENTENCES] * 16, steps=2, batch=2, micro=2, lr=1e-3
+    )
     assert found.report.families == learned.report.families
     moved = found.model.state_dict()
     assert any(not moved[name].equal(weight) for name, weight in learned.model.state_dict().items())
@@ -157,12 +162,20 @@ def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned
 def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(MptkError, match=r"give sparsity 0\.950; nearest: 0\.\d+\. Ask for that, or leave out"):
         mptk.prune(
-            checkpoint, tmp_path / "out", SETTINGS, sparsity=0.95, families="ffn", data=[toys.TEXT] * 8, onnx=False
+            checkpoint,
+            tmp_path / "out",
+            SETTINGS,
+            sparsity=0.95,
+            families="ffn",
+            data=[testing.SENTENCES] * 8,
+            onnx=False,
         )
 
 
 def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path) -> None:
-    found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, widths={"q_heads": 2}, data=[toys.TEXT] * 8, onnx=False)
+    found = mptk.prune(
+        checkpoint, tmp_path / "out", SETTINGS, widths={"q_heads": 2}, data=[testing.SENTENCES] * 8, onnx=False
+    )
     assert {f["width"] for name, f in found.report.families.items() if name.startswith("q_heads.")} == {2}
 
 
@@ -193,13 +206,13 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
 )
 def test_what_cannot_be_divided_is_refused(checkpoint: str, tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(MptkError, match=message):
-        mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT], **change)
+        mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[testing.SENTENCES], **change)
 
 
 def widths_of(checkpoint: str, **asked: object) -> dict[str, int]:
     """Family or layer → units that stay, of those that were cut to a tenth less."""
     how = {"layers": "uniform", "sparsity": 0.1, "tolerance": 0.05, "onnx": False, "progress": None}
-    found = mptk.prune(checkpoint, settings=SETTINGS, data=[toys.TEXT] * 8, **{**how, **asked})
+    found = mptk.prune(checkpoint, settings=SETTINGS, data=[testing.SENTENCES] * 8, **{**how, **asked})
     assert found.report.sparsity == pytest.approx(0.1, abs=0.05)
     return {name: family["width"] for name, family in found.report.families.items() if family["width"] < family["of"]}
 
@@ -260,11 +273,11 @@ def test_a_plan_with_single_layers_says_which_targets_hold_it(checkpoint: str, p
     with pytest.raises(
         MptkError, match=r'ffn\.\d of the plan: a stock checkpoint .* use target="nemotron-nas" or target="graph"'
     ):
-        mptk.prune(checkpoint, plan=plan, data=[toys.TEXT] * 8, onnx=False, progress=None)
+        mptk.prune(checkpoint, plan=plan, data=[testing.SENTENCES] * 8, onnx=False, progress=None)
 
 
 def test_a_plan_names_no_unit_twice() -> None:
-    analysis = analyze(trace(toys.llama(), dynamic=True))
+    analysis = analyze(trace(testing.make_llama(), dynamic=True))
     keep = {"model.layers.0.mlp": "0-31", "model.layers.1.mlp": "0-31"}
     whole = {"width": 32, "of": 64, "keep": keep}
     layer = {"width": 16, "of": 64, "keep": {"model.layers.1.mlp": "0-15"}}
@@ -289,7 +302,7 @@ def test_a_plan_names_no_unit_twice() -> None:
     ],
 )
 def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whole: set[str]) -> None:
-    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    analysis = analyze(trace(testing.make_llama(layers=3), dynamic=True))
     found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", **asked))
     assert {v.name: v.layers for v in found.variables.values() if v.family.name == "ffn"} == tied
     assert {name for name in found.whole if name.startswith("ffn")} == whole
@@ -298,7 +311,7 @@ def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whol
 
 
 def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
-    analysis = analyze(trace(toys.llama(layers=3), dynamic=True))
+    analysis = analyze(trace(testing.make_llama(layers=3), dynamic=True))
     found = tie_layers(analysis, mptk.Settings(method="wanda", target="graph", layers="1-2"))
     cost = CostModel(analysis)
     assert cost.tie(found.variables).compute_sparsity({"ffn": 32}) == cost.compute_sparsity({"ffn.1": 32, "ffn.2": 32})
@@ -307,7 +320,7 @@ def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
 
 def test_no_other_division_loses_less() -> None:
     """Against all divisions of the same layers, with convex curves."""
-    cost = CostModel(analyze(trace(toys.llama(layers=3), dynamic=True)))
+    cost = CostModel(analyze(trace(testing.make_llama(layers=3), dynamic=True)))
     steepness = {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
     ladder = tuple(range(4, 65, 4))
 
@@ -337,7 +350,7 @@ def test_levels_are_legal_and_fall_from_the_whole() -> None:
 
 def test_a_curve_that_rises_again_is_read_as_level() -> None:
     """Noise may make a narrower layer seem better than a wider one."""
-    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)))
+    cost = CostModel(analyze(trace(testing.make_llama(), dynamic=True)))
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
     widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.compute_sparsity({"ffn.1": 16}))
     assert widths == {"ffn.0": 64, "ffn.1": 16}

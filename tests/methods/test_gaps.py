@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
 from inside import Inside
 from torch import Tensor, nn
-from toy_checkpoints import SETTINGS, llama, save
+from toy_checkpoints import SETTINGS
 from transformers import T5Config, T5ForConditionalGeneration
 
 import mptk
-from mptk import FamilyPlan, Plan, Samples, analyze, trace
+from mptk import FamilyPlan, Plan, Samples, analyze, testing, trace
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
 from mptk.methods.reconstruct import find_gaps, reconstruct_consumers
 from mptk.staged.staged import EXECUTOR, Executor
+from mptk.testing import make_llama, save_word_model
 from passes.transforms.insert_masks import MaskSite, find_mask_sites
 from passes.transforms.masked_reference import mask
 
@@ -104,7 +104,7 @@ def test_what_the_layer_before_a_gap_can_add_is_not_lost(gone: tuple[int, ...], 
 )
 def test_the_layer_is_found_in_the_graph(architecture: str, layer: str | None) -> None:
     """A mixture has a matrix for each expert, and behind a norm the sum is not linear in the weight."""
-    model, ids = architectures.model(architecture), architectures.tokens(8, 20)
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens(8, 20)
     analysis = built(model, [ids])
     plan = Plan(without(analysis, 1))
     assert [gap.weight for gap in find_gaps(analysis, resolve_plan(analysis, plan))] == [f"{layer}.weight"] * bool(
@@ -115,7 +115,7 @@ def test_the_layer_is_found_in_the_graph(architecture: str, layer: str | None) -
 
 
 def test_a_gap_at_the_start_of_a_stack_stays_as_it_is() -> None:
-    analysis = built(architectures.model("llama"), [architectures.tokens()])
+    analysis = built(testing.make_decoder("llama"), [testing.draw_tokens()])
     assert not find_gaps(analysis, resolve_plan(analysis, Plan(without(analysis, 0))))
 
 
@@ -140,7 +140,7 @@ def test_a_layer_whose_result_is_read_past_the_gap_stays_as_it_is() -> None:
 def test_encoder_and_decoder_have_gaps_of_their_own() -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_heads=3, num_layers=3, decoder_start_token_id=0)
-    model, ids = T5ForConditionalGeneration(config).eval(), architectures.tokens(8, 9)
+    model, ids = T5ForConditionalGeneration(config).eval(), testing.draw_tokens(8, 9)
     analysis = analyze(trace(model, {"input_ids": ids, "decoder_input_ids": ids}, dynamic=True))
     plan = Plan(without(analysis, 2))
     found = [gap.weight for gap in find_gaps(analysis, resolve_plan(analysis, plan))]
@@ -167,7 +167,7 @@ def test_a_gap_and_a_narrower_layer_before_it_are_made_up_for_at_once(inside: In
 
 
 def test_a_folder_whose_gap_is_made_up_for_is_proven(tmp_path: Path) -> None:
-    source = save(llama(layers=3), tmp_path / "dense")
+    source = save_word_model(make_llama(layers=3), tmp_path / "dense")
     settings = replace(SETTINGS, method="influence", sparsity=0.3, tolerance=0.1, onnx=False, samples=16)
     plain = mptk.prune(source, tmp_path / "plain", replace(settings, reconstruct=False)).report
     found = mptk.prune(source, tmp_path / "small", replace(settings, reconstruct=True)).report

@@ -23,12 +23,13 @@ import torch
 from inside import Inside, Stopped, changed
 from safetensors.torch import load_file
 from test_pruning import gpt2  # noqa: F401 (a fixture)
-from toy_checkpoints import llama_config, save
+from toy_checkpoints import llama_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mptk
 from mptk import MptkError, Plan, Report, verify
 from mptk.config.learning import Learning, LossWeights, Training
+from mptk.testing import save_word_model
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
 LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
@@ -45,7 +46,7 @@ def llama(tmp_path_factory) -> str:
     """Its head and its embedding are one weight, which shards and names must stay."""
     config = llama_config()
     config.tie_word_embeddings = True
-    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+    return save_word_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +315,7 @@ def test_flaps_biases_go_through_recovery(gpt2: str, tmp_path: Path) -> None:  #
 def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
     values = {**llama_config().to_dict(), "num_local_experts": 4, "num_experts_per_tok": 2}
     config = MixtralConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
-    mixtral = save(MixtralForCausalLM(config), tmp_path / "mixtral")
+    mixtral = save_word_model(MixtralForCausalLM(config), tmp_path / "mixtral")
     report = mptk.prune(mixtral, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, steps=4))).report
     assert report.families["experts"]["width"] == 4
     assert report.families["ffn"]["width"] < 80

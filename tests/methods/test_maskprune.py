@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import architectures
 import pytest
 import torch
-from cutting import random_plan
 from inside import Inside
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from mptk import MptkError, Samples, analyze, trace
+from mptk import MptkError, Samples, analyze, testing, trace
 from mptk.config.learning import Learning, LossWeights
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
@@ -22,6 +20,7 @@ from mptk.methods.reconstruct import _Fit, reconstruct_consumers
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
+from mptk.testing import draw_plan
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 
@@ -98,7 +97,7 @@ def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
 
 
 def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:
-    model, windows = architectures.model("llama"), make_token_samples(architectures.tokens(6, 9))
+    model, windows = testing.make_decoder("llama"), make_token_samples(testing.draw_tokens(6, 9))
     calls = []
 
     @torch.no_grad()
@@ -121,7 +120,7 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
 
 def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
     """As when it is in shards; else the other would wait for ever."""
-    model, windows, calls = architectures.model("llama"), make_token_samples(architectures.tokens(2, 9)), []
+    model, windows, calls = testing.make_decoder("llama"), make_token_samples(testing.draw_tokens(2, 9)), []
     live = torch.no_grad()(
         lambda samples: calls.append(len(samples)) or (model(*samples.tensors, use_cache=False).logits, None)
     )
@@ -131,7 +130,7 @@ def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it
 
 
 def test_a_fingerprint_tells_models_apart() -> None:
-    one, other = architectures.model("llama"), architectures.model("llama")
+    one, other = testing.make_decoder("llama"), testing.make_decoder("llama")
     assert hash_model_weights(one) == hash_model_weights(other)
     with torch.no_grad():
         next(other.parameters())[1, 2] += 1e-3
@@ -147,9 +146,9 @@ def test_what_is_left_takes_over_for_a_removed_copy_of_it(
 ) -> None:
     """If every removed unit is the double of a kept one, nothing need be lost."""
     inside.bound("mptk.methods.reconstruct.RIDGE", 0.01)
-    model, ids = architectures.model(architecture), architectures.tokens(8, 40)
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens(8, 40)
     analysis = analyze(trace(model, dynamic=True))
-    plan = random_plan(analysis, ["ffn"], share=0.5)
+    plan = draw_plan(analysis, ["ffn"], share=0.5)
     state = dict(model.named_parameters())
     for group in analysis.family("ffn").groups:
         kept = list(plan.families["ffn"].keep[group.layer][0])

@@ -6,7 +6,6 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
 from inside import Stopped, changed
@@ -23,6 +22,7 @@ from test_learning import (  # noqa: F401 (a fixture)
 from torch import nn
 
 import mptk
+from mptk import testing
 from mptk.config.learning import Training
 from mptk.methods.maskprune.train import (
     MUON_RATE,
@@ -61,18 +61,18 @@ def test_its_steps_are_those_of_torch() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_the_graph_of_a_model_has_the_matrices_of_the_model_and_no_table_is_one(architecture: str) -> None:
-    model = architectures.model(architecture)
+    model = testing.make_decoder(architecture)
     flat = {name for name, p in model.named_parameters() if p.ndim == 2}
     tables = {name for name in flat if name.endswith(TABLES)}
     assert len(tables) == 2
-    graph = mptk.analyze(model, architectures.tokens()).program.module()
+    graph = mptk.analyze(model, testing.draw_tokens()).program.module()
     for each in (model, graph):
         chosen = {id(p) for p in find_matrices(each)}
         assert {name for name, p in each.named_parameters() if id(p) in chosen} == flat - tables
 
 
 def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
-    model, twin = architectures.model("llama"), architectures.model("llama")
+    model, twin = testing.make_decoder("llama"), testing.make_decoder("llama")
     model.model.norm.weight.requires_grad_(False)
     muon = make_optimizer(model, Training(lr=1e-3, optimizer="muon"))
     assert [group["peak"] for group in muon.param_groups] == [MUON_RATE * 1e-3, 1e-3]
@@ -80,7 +80,7 @@ def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
     assert {id(p) for p in taken} == {id(p) for p in model.parameters() if p.requires_grad}
     both = muon, make_optimizer(twin, Training(lr=1e-3))
     for each, optimizer in zip((model, twin), both, strict=True):
-        each(architectures.tokens()).logits.square().mean().backward()
+        each(testing.draw_tokens()).logits.square().mean().backward()
         optimizer.step()
     rest = {id(p) for p in muon.param_groups[1]["params"]}
     for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):

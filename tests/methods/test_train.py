@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from inside import Inside
 from torch import Tensor, nn
 
-from mptk import trace
+from mptk import testing, trace
 from mptk.config.learning import Learning, LossWeights, Training
 from mptk.distributed.processes import make_accelerator
 from mptk.ir.program import compute_typical_size
@@ -22,7 +21,7 @@ from mptk.methods.maskprune.train import Loop, Watch
 from mptk.protocols.run_folder import RunFolder
 from mptk.tasks import CAUSAL_LM
 
-WINDOWS = make_token_samples(architectures.tokens(8, 9))
+WINDOWS = make_token_samples(testing.draw_tokens(8, 9))
 
 
 class Drawing(nn.Module):

@@ -10,13 +10,13 @@ import onnx
 import pytest
 import torch
 from commands import done
-from toy_checkpoints import llama, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mptk import MptkError, Settings
 from mptk.api.graphs import export_folder, find_onnx_folder
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate_tokens
+from mptk.testing import make_llama, make_tokenizer
 
 PROMPTS = [[5, 9, 31, 7], [8], [40, 41, 42, 43, 44, 45, 46]]
 NEW = 12
@@ -25,11 +25,11 @@ NEW = 12
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
-    model = llama()
+    model = make_llama()
     for parameter in model.parameters():
         parameter.data.mul_(6)
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -131,7 +131,7 @@ def test_commands_generate_and_eval(folder, source, tmp_path):
     run = done("generate", str(folder), "the cat", "--max-new-tokens", "5")
     generator = TextGenerator(folder)
     tokens = list(generator.stream(encode_prompts(generator.tokenizer, ["the cat"], chat=False), limit=5))
-    assert run.stdout.strip() == tokenizer().decode([t for (t,) in tokens], skip_special_tokens=True).strip()
+    assert run.stdout.strip() == make_tokenizer().decode([t for (t,) in tokens], skip_special_tokens=True).strip()
     assert "5 new tokens" in run.stderr
     values = {}
     for model, runtime in ((source, "torch"), (folder, "onnx"), (folder / "onnx" / "model_quantized.onnx", "onnx")):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import done
 from inside import Inside
-from toy_checkpoints import SETTINGS, WORDS, llama_config, save
+from toy_checkpoints import SETTINGS, llama_config
 from transformers import LlamaForCausalLM
 
 import mptk
@@ -25,6 +25,7 @@ from mptk.ort.sessions import HOST, list_providers, locate_memory, open_session
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.execution import find_session_device
 from mptk.targets import ONNX
+from mptk.testing import WORDS, save_word_model
 
 GPU = "CUDAExecutionProvider"
 Asked = list[list[tuple[str, dict[str, Any]]]]
@@ -92,7 +93,7 @@ def test_the_cache_stays_on_a_gpu_that_runs_the_graph() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("runs")
-    dense = save(LlamaForCausalLM(llama_config()), base / "dense")
+    dense = save_word_model(LlamaForCausalLM(llama_config()), base / "dense")
     prune(dense, base / "out", SETTINGS)
     return base / "out"
 

@@ -13,7 +13,6 @@ import torch
 from inside import Inside
 from tiny_decoders import SLIDING, tiny_decoder
 from torch import Tensor, nn
-from toy_checkpoints import save
 from transformers import LlamaConfig, PreTrainedConfig
 
 import mptk
@@ -23,6 +22,7 @@ from mptk.proof.proof import make_proof_batches
 from mptk.protocols import Use
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.decoder_form import UNPADDED, decode_samples
+from mptk.testing import save_word_model
 from passes.analysis.borders import find_config_borders, find_graph_borders, reach
 from passes.verify import Difference
 
@@ -135,7 +135,7 @@ def test_decoding_steps_cross_each_border_with_the_cache() -> None:
 
 def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, inside: Inside) -> None:
     """Gemma 3 with a window of 96 instead of 64: the config's check sees it, and so do the logits beyond it."""
-    dense = save(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=256), tmp_path / "dense")
+    dense = save_word_model(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=256), tmp_path / "dense")
     settings = mptk.Settings(
         method="magnitude", families=("ffn",), widths={"ffn": 40}, samples=2, length=48, onnx=False, align=8
     )

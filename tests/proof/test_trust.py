@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from inside import Inside
-from toy_checkpoints import llama_config, save
+from lab import raw_report
+from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
 
 import mptk
@@ -20,7 +21,7 @@ from mptk import MptkError, Report
 from mptk.files import write_json
 from mptk.io import models
 from mptk.publish.manifest import write_manifest
-from tests.lab import raw_report
+from mptk.testing import save_word_model
 
 SETTINGS = mptk.Settings(
     method="magnitude",
@@ -62,7 +63,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("dense")))
+    return Path(save_word_model(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("dense")))
 
 
 pytestmark = pytest.mark.usefixtures("own_modules")
@@ -72,7 +73,7 @@ pytestmark = pytest.mark.usefixtures("own_modules")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its own class, whose code leaves a file ``ran``."""
     folder = tmp_path_factory.mktemp("own")
-    save(LlamaForCausalLM(llama_config()), folder)
+    save_word_model(LlamaForCausalLM(llama_config()), folder)
     config = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config |= {"model_type": "own_llama", "auto_map": code, "architectures": ["OwnForCausalLM"]}
@@ -164,7 +165,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
     inside.forbid("mptk.io.models.load_pretrained")
     other = LlamaForCausalLM(llama_config())
-    save(other, tmp_path / "OTHER")
+    save_word_model(other, tmp_path / "OTHER")
     with torch.no_grad():
         other.model.norm.weight[0] += 1
     other.save_pretrained(tmp_path / "OTHER")

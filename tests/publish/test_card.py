@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import mptk
-from mptk import Report
+from mptk import Report, testing
 from mptk.publish import licence
 from mptk.publish.manifest import check_manifest
 from mptk.report.card import is_hub_id, render_results
@@ -31,7 +30,7 @@ LICENCE = "---\nlicense: mit\nlanguage: [en]\ntags: [secret]\n---\nA dense model
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small llama that was pruned with ONNX, from a folder with a hostile name, a card and a licence file."""
     source = tmp_path_factory.mktemp("dense") / BASE
-    toys.saved(toys.llama(), source)
+    testing.save_model(testing.make_llama(), source)
     (source / "README.md").write_text(LICENCE)
     (source / "LICENSE").write_text("be kind")
     out = tmp_path_factory.mktemp("pruned") / "out"

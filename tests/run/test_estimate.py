@@ -12,15 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import architectures
 import pytest
 import torch
 from commands import done, refused
 from inside import Inside
-from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
+from toy_checkpoints import SETTINGS, llama_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mptk import MptkError, Settings, analyze, prune, recover, trace
+from mptk import MptkError, Settings, analyze, prune, recover, testing, trace
 from mptk.api.pruned import estimate_recovery, estimate_run
 from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
@@ -39,6 +38,7 @@ from mptk.cost.model import CostModel
 from mptk.distributed.processes import find_module_blocks
 from mptk.run.estimate import Estimator, check_room_for
 from mptk.run.minutes import fill_in
+from mptk.testing import WORDS, make_llama, save_word_model
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
 BLOCK, EMBEDDING = ATTENTION + FFN + NORMS, 300 * 48
@@ -69,7 +69,7 @@ def eight_billion(tmp_path: Path) -> str:
 
 
 def toy(*, tied: bool) -> ModelSizes:
-    model = llama(tied=tied)
+    model = make_llama(tied=tied)
     return ModelSizes.of(model, find_module_blocks(model), stored=2, heads=6, vocab=300)
 
 
@@ -178,7 +178,7 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
 
 @pytest.mark.parametrize(("named", "share"), [(2, 2 / 5), (None, 1)])
 def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | None, share: float) -> None:
-    model = architectures.model("mixtral", meta=True)
+    model = testing.make_decoder("mixtral", meta=True)
     sizes = ModelSizes.of(model, find_module_blocks(model), stored=4, heads=6, vocab=97, experts=named or 0)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert experts == 2 * 5 * 3 * 48 * 80
@@ -189,7 +189,7 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | Non
 
 
 def test_products_are_those_of_the_traced_graph() -> None:
-    model = architectures.model("mixtral", meta=True)
+    model = testing.make_decoder("mixtral", meta=True)
     found = Estimator(model, torch.float32).estimate(
         fill_in(Settings(method="wanda", data="text", onnx=False, length=8))
     )
@@ -240,7 +240,7 @@ def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, inside: Inside) ->
 
 
 def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
-    dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
+    dense = save_word_model(LlamaForCausalLM(llama_config()), tmp_path / "dense")
     prune(dense, tmp_path / "pruned", replace(SETTINGS, onnx=False))
     learning = Learning(steps=2, training=Training(batch=2, micro=2))
     settings = Settings(learning=learning, length=16, eval_length=16, onnx=False)

@@ -20,12 +20,12 @@ import torch
 from inside import Inside
 from onnx import TensorProto, helper
 from test_cli import surroundings  # noqa: F401 (a fixture)
-from toy_checkpoints import TEXT, llama, saved
 
 import mptk
 from mptk import MptkError, trace
 from mptk.errors import Exhausted, explain_errors
 from mptk.ir.samples import make_token_samples
+from mptk.testing import SENTENCES, make_llama, save_model
 from passes.verify import prove
 
 TOO_MANY = 10**14
@@ -138,7 +138,7 @@ def free_descriptors(number: int) -> Iterator[None]:
 def test_a_command_that_may_open_few_files_is_refused_before_it_writes_any(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: Callable[..., int]
 ) -> None:
-    saved(llama(), tmp_path / "model")
+    save_model(make_llama(), tmp_path / "model")
     out, before, _ = tmp_path / "out", sorted(tmp_path.rglob("*")), capsys.readouterr()
     with free_descriptors(number):
         code = typed("prune", tmp_path / "model", "--method", "magnitude", "--sparsity", "0.1", "--out", out)
@@ -192,8 +192,8 @@ def test_a_run_that_fills_the_disk_ends_with_one_line_and_keeps_its_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: Callable[..., int]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    saved(llama(), tmp_path / "model")
-    (tmp_path / "text").write_text(TEXT)
+    save_model(make_llama(), tmp_path / "model")
+    (tmp_path / "text").write_text(SENTENCES)
     short = "--samples 2 --length 32 --eval-windows 2 --eval-length 32 --align 8 --data text --no-onnx"
     with limited(resource.RLIMIT_FSIZE, 20_000):
         code = typed("prune", "model", "--method", "magnitude", "--out", "out", *short.split())

@@ -18,7 +18,7 @@ from lab import remembered
 from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Settings
+from mptk import MptkError, Settings, testing
 from mptk.api.pruned import estimate_recovery
 from mptk.config.learning import MINUTES, MOST_STEPS, Learning, Training
 from mptk.cost.estimate import Machine
@@ -35,7 +35,7 @@ TINY = replace(TINY, learning=Learning(rank=2, training=TRAINING))
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return toys.save(LlamaForCausalLM(toys.llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+    return testing.save_word_model(LlamaForCausalLM(toys.llama_config()), tmp_path_factory.mktemp("llama") / "dense")
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_minutes_that_choose_nothing_are_refused(llama: str) -> None:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
-    file.write_text(" ".join(toys.WORDS * 200))
+    file.write_text(" ".join(testing.WORDS * 200))
     return file
 
 

@@ -17,11 +17,11 @@ from inside import Inside
 import mptk
 import mptk.proof.verification
 import mptk.run.prune
+from mptk import testing
 from mptk.config.learning import Learning, Training
 from mptk.ir.resolved_plan import resolve_plan
 from passes.targets.legalize import discover
 from passes.transforms.insert_masks import find_mask_sites
-from tests import toy_checkpoints
 
 LEARNING = Learning(steps=4, mask_share=0.5, rank=2, training=Training(batch=2, micro=2))
 SETTINGS = mptk.Settings(sparsity=0.3, samples=4, length=32, align=4, learning=LEARNING)
@@ -29,8 +29,8 @@ SETTINGS = mptk.Settings(sparsity=0.3, samples=4, length=32, align=4, learning=L
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    words = toy_checkpoints.tokenizer(begin=True)
-    return toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path_factory.mktemp("model"), words)
+    words = testing.make_tokenizer(begin=True)
+    return testing.save_model(testing.make_llama(), tmp_path_factory.mktemp("model"), words)
 
 
 def counted(inside: Inside, function: Callable[..., Any]) -> list[tuple[Any, ...]]:

@@ -17,7 +17,7 @@ from runpy import run_path
 import pytest
 import torch
 from commands import done
-from toy_checkpoints import SETTINGS, WORDS, llama_config, save
+from toy_checkpoints import SETTINGS, llama_config
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -30,6 +30,7 @@ from mptk import MptkError, Plan, Report
 from mptk.io import data
 from mptk.ort.decoder import OrtDecoder
 from mptk.protocols.chain import Proven
+from mptk.testing import WORDS, save_word_model
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx.names import ENDINGS
 from passes.verify import Difference
@@ -37,7 +38,7 @@ from passes.verify import Difference
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
-    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
+    return save_word_model(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def gpt2(tmp_path_factory) -> str:
     config = GPT2Config(
         n_embd=48, n_inner=80, n_layer=2, n_head=6, vocab_size=97, n_positions=64, bos_token_id=0, eos_token_id=1
     )
-    return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"))
+    return save_word_model(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"))
 
 
 CASES = ("prefill", "padded left", "padded right", "decode", "sizes")
@@ -150,7 +151,7 @@ def test_a_plan_writes_only_the_text_that_its_run_uses(llama, pruned, tmp_path):
 
 
 def test_a_dense_model_in_half_precision_is_written_in_float32_if_that_is_asked_for(tmp_path):
-    dense = save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
+    dense = save_word_model(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
     given = {"widths": {"ffn": 40}, "families": ("ffn",), "onnx": False, "dtype": "float32"}
     report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, method="magnitude", **given)).report
     assert report.config_changes == {"intermediate_size": [80, 40], "dtype": ["bfloat16", "float32"]}

@@ -19,23 +19,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from inside import Stopped, changed
 from lab import remembered
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_pruning import gpt2  # noqa: F401 (a fixture)
-from toy_checkpoints import WORDS, llama_config, save
+from toy_checkpoints import llama_config
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Plan, Report
+from mptk import MptkError, Plan, Report, testing
 from mptk.config import to_json
 from mptk.config.learning import Learning, Training
 from mptk.files import write_json
 from mptk.io.dense import hash_model
 from mptk.ir.passes import PassRecord
 from mptk.protocols.run_folder import RunFolder
+from mptk.testing import WORDS, save_word_model
 
 SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, align=8, onnx=False, eval_length=32
@@ -70,7 +70,7 @@ SAID = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+    return save_word_model(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -329,7 +329,7 @@ def test_the_report_has_the_fingerprint_of_the_start(place: Path) -> None:
 
 
 def test_a_model_in_memory_that_is_trained_meanwhile(tmp_path: Path) -> None:
-    model = toys.llama()
+    model = testing.make_llama()
 
     def train(record: PassRecord) -> None:
         if record.name == "write stock":

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mptk
-from mptk import MptkError, Report
+from mptk import MptkError, Report, testing
 from mptk.config.learning import Learning, Training
 from mptk.io import models
 from passes.transforms.weight_types import Store, round_to_type
-from tests import toy_checkpoints
 
 SETTINGS = mptk.Settings(
     sparsity=0.314, method="wanda", samples=4, length=32, align=4, eval_windows=4, eval_length=32, onnx=False
@@ -27,7 +26,7 @@ SETTINGS = mptk.Settings(
 
 
 def checkpoint(folder: Path, dtype: torch.dtype) -> str:
-    toy_checkpoints.saved(toy_checkpoints.llama().to(dtype), folder, toy_checkpoints.tokenizer(begin=True))
+    testing.save_model(testing.make_llama().to(dtype), folder, testing.make_tokenizer(begin=True))
     return str(folder)
 
 
@@ -118,7 +117,7 @@ def test_a_number_that_is_too_large_is_refused() -> None:
 
 
 def test_what_no_checkpoint_holds_is_not_rounded() -> None:
-    program = mptk.trace(toy_checkpoints.llama())
+    program = mptk.trace(testing.make_llama())
     after = Store(torch.bfloat16).run(program).program
     constants = program.state.keys() - program.state_dict().keys()
     assert any("inv_freq" in name for name in constants)

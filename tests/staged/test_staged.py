@@ -7,17 +7,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
-import toy_checkpoints
-from cutting import random_plan
 from inside import Inside
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 import mptk
-from mptk import MptkError, Settings, analyze, trace
+from mptk import MptkError, Settings, analyze, testing, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
@@ -29,6 +26,7 @@ from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
+from mptk.testing import draw_plan
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite_program
 
@@ -53,16 +51,16 @@ class Net(nn.Module):
 
 
 def decoder(name: str) -> tuple[Program, list[tuple[Tensor, ...]]]:
-    batches = [(architectures.tokens(2, 7),), (architectures.tokens(1, 9),), (architectures.tokens(3, 5),)]
-    return trace(architectures.model(name), dynamic=True), batches
+    batches = [(testing.draw_tokens(2, 7),), (testing.draw_tokens(1, 9),), (testing.draw_tokens(3, 5),)]
+    return trace(testing.make_decoder(name), dynamic=True), batches
 
 
 def t5(kind: type) -> tuple[Program, list[tuple[Tensor, ...]]]:
     sizes = {"d_model": 48, "d_kv": 10, "d_ff": 80, "num_layers": 2, "num_heads": 3, "vocab_size": 97}
     torch.manual_seed(0)
     model = kind(T5Config(**sizes, decoder_start_token_id=0)).eval()
-    ids = architectures.tokens(2, 7)
-    inputs = (ids,) if kind is T5EncoderModel else (ids, torch.ones_like(ids), architectures.tokens(2, 5))
+    ids = testing.draw_tokens(2, 7)
+    inputs = (ids,) if kind is T5EncoderModel else (ids, torch.ones_like(ids), testing.draw_tokens(2, 5))
     return trace(model, inputs), [inputs, tuple(t.flip(0) for t in inputs)]
 
 
@@ -109,7 +107,7 @@ def test_stages_give_the_numbers_of_the_whole_program(name: str) -> None:
 def test_dense_masked_and_cut_programs_run_side_by_side(name: str) -> None:
     program, inputs = built(name)
     analysis = analyze(program)
-    plan = random_plan(analysis)
+    plan = draw_plan(analysis)
     masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite_program(analysis, plan)
     found = list(SMALL.run_programs([masked, program, cut], inputs))
     expected = [run(*given) for given in inputs for run in (masked, program, cut)]
@@ -157,7 +155,7 @@ def test_borders_are_where_the_residual_stream_alone_is_alive() -> None:
     layer = sum(t.nbytes for n, t in program.state.items() if "layers.0" in n)
     ends = partition(flow, layer).ends
     alive = dict(zip((node.name for node in flow.calls), flow.count_live_bytes(), strict=True))
-    assert len(ends) == architectures.LAYERS
+    assert len(ends) == testing.decoders.LAYERS
     assert all(alive[name] < 1.3 * min(alive[other] for other in ends) < 0.7 * max(alive.values()) for name in ends)
 
 
@@ -174,7 +172,7 @@ def test_what_fits_into_memory_is_one_stage_without_a_search(inside: Inside) -> 
 @pytest.mark.parametrize("model", ["decoder", "learned positions", "mixture"])
 def test_scores_are_those_of_the_whole_program(name: str, model: str, inside: Inside) -> None:
     analysis = analyze(built(model)[0])
-    windows = architectures.tokens(5, 9)
+    windows = testing.draw_tokens(5, 9)
     inside.bound("mptk.methods.criteria.observe.OBSERVED_TOKENS", 18)
     inside.bound("mptk.methods.criteria.observe.GRADIENT_TOKENS", 18)
     families = [f.name for f in analysis.families if f.name in ("ffn", "heads", "q_heads", "kv_groups")]
@@ -188,8 +186,8 @@ def test_scores_are_those_of_the_whole_program(name: str, model: str, inside: In
 
 
 def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
-    model = architectures.model("llama", tie_word_embeddings=True)
-    program, windows = trace(model, dynamic=True), architectures.tokens(4, 9)
+    model = testing.make_decoder("llama", tie_word_embeddings=True)
+    program, windows = trace(model, dynamic=True), testing.draw_tokens(4, 9)
     (name,) = (n for n in program.state if n in ("lm_head.weight", "model.embed_tokens.weight"))
     given = Calibration(analyze(program), (), make_token_samples(windows), executor=SMALL)
     found = sum_gradients(given, lambda loss: loss / CAUSAL_LM.count_predictions(given.samples), [name])[0][name]
@@ -282,7 +280,7 @@ def test_a_word_that_is_no_device_is_refused() -> None:
     ],
 )
 def test_what_needs_the_whole_model_is_refused_if_it_does_not_fit(tmp_path: Path, changes: dict, said: str) -> None:
-    toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path / "dense")
+    testing.save_model(testing.make_llama(), tmp_path / "dense")
     with pytest.raises(MptkError, match=said):
         mptk.prune(str(tmp_path / "dense"), tmp_path / "out", Settings(memory=100_000, **changes))
     assert not (tmp_path / "out").exists()

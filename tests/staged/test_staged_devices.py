@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import architectures
 import pytest
 import torch
-from cutting import random_plan
 from second_device import DEVICE, SecondDevice, SecondTensor
 from test_staged import built
 from torch import Tensor
 
-from mptk import analyze, trace
+from mptk import analyze, testing, trace
 from mptk.compat.torch import FakeTensorMode
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
@@ -21,6 +19,7 @@ from mptk.methods.criteria import score_units
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from mptk.staged.staged import Executor
+from mptk.testing import draw_plan
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite_program
@@ -39,7 +38,7 @@ def close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
     program, inputs = built(name)
     analysis = analyze(program)
-    plan = random_plan(analysis)
+    plan = draw_plan(analysis)
     programs = [program, mask(analysis, resolve_plan(analysis, plan)), rewrite_program(analysis, plan)]
     with SecondDevice() as mode:
         found = list(THERE.run_programs(programs, inputs))
@@ -52,7 +51,7 @@ def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
 @pytest.mark.parametrize("name", ["wanda", "flap", "taylor"])
 @pytest.mark.parametrize("model", ["decoder", "mixture"])
 def test_scores_are_made_there(name: str, model: str) -> None:
-    analysis, windows = analyze(built(model)[0]), architectures.tokens(5, 9)
+    analysis, windows = analyze(built(model)[0]), testing.draw_tokens(5, 9)
     families = ["q_heads"]
     expected = score_units(analysis, name, windows, families=families)
     with SecondDevice():
@@ -62,9 +61,9 @@ def test_scores_are_made_there(name: str, model: str) -> None:
 
 @torch.no_grad()
 def test_consumers_are_fitted_and_blocks_are_distilled_there() -> None:
-    model, windows = architectures.model("llama"), architectures.tokens(20, 9)
+    model, windows = testing.make_decoder("llama"), testing.draw_tokens(20, 9)
     analysis = analyze(trace(model, dynamic=True))
-    cut, sites = resolve_plan(analysis, random_plan(analysis, ["ffn"])), find_mask_sites(analysis, model, ["ffn"])
+    cut, sites = resolve_plan(analysis, draw_plan(analysis, ["ffn"])), find_mask_sites(analysis, model, ["ffn"])
     expected = dict(reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(windows)))
     with SecondDevice():
         fitted = reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(windows), executor=THERE)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import Inside
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from mptk.ort.sessions import OrtGraph
 from mptk.publish.manifest import update_manifest
 from mptk.targets.archive import ARCHIVE
 from tests.damage import mutated
-from tests.inside import Inside
 
 ROOT = Path(__file__).parents[2]
 PLAIN = """

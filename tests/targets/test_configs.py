@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.io import models
 from mptk.io.checkpoint import make_portable_config
 from mptk.targets.stock import Written
@@ -28,7 +27,7 @@ def write(
     folder: Path, model: str | PreTrainedModel, *, changed: dict[str, Any] | None = None, listed: bool = True
 ) -> Written:
     """The model saved and written again, with another config if one is asked for; weights whose shapes stay."""
-    dense = architectures.model(model) if isinstance(model, str) else model
+    dense = testing.make_decoder(model) if isinstance(model, str) else model
     dense.save_pretrained(folder / "dense")
     loaded = models.load(str(folder / "dense"))
     config = copy.deepcopy(loaded.model.config)
@@ -44,7 +43,7 @@ def write(
     return Written(stock, loaded, config, loaded.dtype)
 
 
-@pytest.mark.parametrize("name", architectures.CONFIGS)
+@pytest.mark.parametrize("name", testing.DECODERS)
 def test_a_config_that_was_only_written_again_is_equal(tmp_path: Path, name: str) -> None:
     written = write(tmp_path, name)
     assert check_written_config(written, tmp_path / "out", NO_CODE).ok

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import architectures
 import pytest
 import torch
+from lab import legalise_bare
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
-from mptk import MptkError, Settings, analyze, trace
+from mptk import MptkError, Settings, analyze, testing, trace
 from mptk.cost.model import CostModel
 from mptk.io.models import Loaded
 from mptk.ir.alignment import Alignment, read_alignment
@@ -19,12 +19,11 @@ from mptk.targets import find_target
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
 from passes.targets.derived import find_derived_families
-from tests.lab import legalise_bare
 
 
 def llama(**changes: int) -> LlamaForCausalLM:
     sizes = {"intermediate_size": 160, "num_hidden_layers": 3, "num_key_value_heads": 3, **changes}
-    return architectures.model("llama", meta=True, **sizes)
+    return testing.make_decoder("llama", meta=True, **sizes)
 
 
 @pytest.fixture(scope="module")

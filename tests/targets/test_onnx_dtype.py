@@ -15,11 +15,10 @@ from onnx_checks import padded
 from tiny_decoders import BIASED, FUSED, GROUPED, SLIDING, tiny_decoder
 
 import mptk
-from mptk import MptkError, ProofError, Settings
+from mptk import MptkError, ProofError, Settings, testing
 from mptk.api.graphs import export_folder
 from mptk.ort.decoder import OrtDecoder
 from passes.pipelines import quantize_onnx
-from tests import toy_checkpoints
 
 SETTINGS = Settings(
     sparsity=0.314,
@@ -52,7 +51,7 @@ def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bfloat16")
-    toy_checkpoints.saved(toy_checkpoints.llama().to(torch.bfloat16), folder, toy_checkpoints.tokenizer(begin=True))
+    testing.save_model(testing.make_llama().to(torch.bfloat16), folder, testing.make_tokenizer(begin=True))
     return str(folder)
 
 

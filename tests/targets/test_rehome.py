@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from commands import done
-from toy_checkpoints import llama_config, save
+from toy_checkpoints import llama_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mptk
 from mptk import MptkError, Report
+from mptk.testing import save_word_model
 
 REFUSED = mptk.Settings(method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, align=8)
 """6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""
@@ -23,7 +24,7 @@ REFUSED = mptk.Settings(method="wanda", widths={"kv_groups": 3}, families=("kv_g
 def llama(tmp_path_factory) -> str:
     sizes = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 6}
     config = llama_config(num_hidden_layers=2, **sizes)
-    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+    return save_word_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_checkpoints as toys
 from commands import refused
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.api import compiler as api
 from mptk.features.gguf.architectures import ARCHITECTURES
 from mptk.ir.alignment import Alignment
@@ -35,7 +34,7 @@ HEADS = "programs that derive head_dim from hidden_size and num_attention_heads,
 
 def derivable() -> LlamaForCausalLM:
     """6 heads of 8 in hidden 48."""
-    config = toys.llama().config
+    config = testing.make_llama().config
     config.head_dim = 8
     return LlamaForCausalLM(config).eval()
 

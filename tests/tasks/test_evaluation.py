@@ -14,20 +14,19 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from commands import refused
 from inside import Inside
 from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.io import data, evaluation, models
 from mptk.trust import trust_by_caller
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return toys.llama()
+    return testing.make_llama()
 
 
 def windows(count: int = 5, length: int = 13) -> torch.Tensor:
@@ -100,7 +99,7 @@ class TestZeroShot:
     def test_local_task(self, task: Path, inside: Inside) -> None:
         pytest.importorskip("lm_eval")
         inside.bound("datasets.config.HF_DATASETS_CACHE", task / "cache")
-        model, tokenizer = toys.llama(), toys.tokenizer()
+        model, tokenizer = testing.make_llama(), testing.make_tokenizer()
         model.save_pretrained(task / "toy")
         tokenizer.save_pretrained(task / "toy")
         results = evaluation.zero_shot(
@@ -134,7 +133,7 @@ class TestZeroShot:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
             vars(sys.modules[name]).update(content)
         inside.gives("importlib.util.find_spec", True)
-        loaded = models.Loaded(toys.llama(), toys.tokenizer(), "toy", task)
+        loaded = models.Loaded(testing.make_llama(), testing.make_tokenizer(), "toy", task)
         with pytest.raises(MptkError, match=r"^lm-eval cannot run toy_task: .*column 'q' is not there.*; check the"):
             evaluation.zero_shot(loaded, ["toy_task"])
 

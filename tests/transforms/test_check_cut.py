@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import model, tokens
-from cutting import largest, random_plan
 from inside import Inside
 from torch import nn
 
@@ -21,6 +19,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Pass
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.testing import draw_plan, draw_tokens, make_decoder, measure_largest
 from passes.check_cut import draw_seeded_inputs
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.masked_reference import mask
@@ -29,7 +28,7 @@ from passes.transforms.rewrite import Rewrite
 
 @pytest.fixture(scope="module")
 def llama() -> Analysis:
-    return analyze(trace(model("llama"), (tokens(),)))
+    return analyze(trace(make_decoder("llama"), (draw_tokens(),)))
 
 
 def shifted(program: Program) -> Program:
@@ -62,7 +61,7 @@ class Headed(nn.Module):
 def test_where_a_parameter_hides_the_units_the_proof_has_a_random_one(module: Headed, inside: Inside) -> None:
     x, before = torch.randn(3, 8), {n: t.clone() for n, t in module.state_dict().items()}
     analysis = analyze(trace(module, (x,)))
-    plan = random_plan(analysis)
+    plan = draw_plan(analysis)
     small = mptk.rewrite(analysis, plan)
     assert torch.equal(small.state["head.weight"], module.head.weight)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
@@ -80,7 +79,7 @@ def spoil_program(inside: Inside, step: type[Pass], damage: Callable[[Program], 
 def test_the_stage_that_is_wrong_is_named_with_the_difference(
     llama: Analysis, inside: Inside, step: type[Pass], damage: Callable[[Program], Program]
 ) -> None:
-    plan = random_plan(llama)
+    plan = draw_plan(llama)
     spoil_program(inside, step, damage)
     with pytest.raises(
         MptkError, match=rf"the proof fails at '{step.name}': .* differ by \d\.\de[+-]\d+ of the largest"
@@ -94,7 +93,7 @@ def test_a_mask_that_moves_nothing_proves_nothing() -> None:
     net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.constant_(net[0].bias, -100.0)
     analysis = analyze(trace(net, (torch.ones(2, 5),)))
-    plan = random_plan(analysis)
+    plan = draw_plan(analysis)
     with pytest.raises(MptkError, match=r"nothing is proven: masking the units moves the outputs by 0\.0e\+00"):
         mptk.rewrite(analysis, plan)
     assert mptk.rewrite(analysis, plan, check=False).state["0.weight"].shape == (5, 5)
@@ -118,21 +117,21 @@ class Cancelling(nn.Module):
 @torch.no_grad()
 def test_a_program_that_rounding_moves_is_given_its_own_tolerance() -> None:
     analysis = analyze(trace(Cancelling(1e-3), (torch.ones(7, 5),)))
-    plan = random_plan(analysis)
+    plan = draw_plan(analysis)
     (x,) = draw_seeded_inputs(analysis.program).values()
     masked = mask(analysis, resolve_plan(analysis, plan))(x)
-    assert largest(mptk.rewrite(analysis, plan)(x), masked) > 5e-5 * masked.abs().max()
+    assert measure_largest(mptk.rewrite(analysis, plan)(x), masked) > 5e-5 * masked.abs().max()
 
 
 def test_a_program_that_rounding_moves_further_cannot_be_proven() -> None:
     analysis = analyze(trace(Cancelling(1e-6), (torch.ones(7, 5),)))
     with pytest.raises(MptkError, match="nothing is proven: rounding alone moves the masked program's outputs by"):
-        mptk.rewrite(analysis, random_plan(analysis))
+        mptk.rewrite(analysis, draw_plan(analysis))
 
 
 def test_a_program_in_float64_is_proven_in_float64() -> None:
     analysis = analyze(trace(Cancelling(1e-6).double(), (torch.ones(7, 5, dtype=torch.float64),)))
-    mptk.rewrite(analysis, random_plan(analysis))
+    mptk.rewrite(analysis, draw_plan(analysis))
 
 
 def test_an_output_without_elements_and_infinite_ones_that_agree_are_no_difference() -> None:
@@ -142,22 +141,22 @@ def test_an_output_without_elements_and_infinite_ones_that_agree_are_no_differen
             return torch.where(torch.arange(3) == 1, -torch.inf, y), y[:, :0]
 
     analysis = analyze(trace(Masked(nn.Linear(5, 8), nn.Linear(8, 3)), (torch.ones(2, 5),)))
-    mptk.rewrite(analysis, random_plan(analysis))
+    mptk.rewrite(analysis, draw_plan(analysis))
 
 
 def test_a_program_without_weights_is_cut_unproven() -> None:
     analysis = analyze(trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)).to("meta"), (torch.ones(2, 5),)))
-    assert not mptk.rewrite(analysis, random_plan(analysis)).has_values
+    assert not mptk.rewrite(analysis, draw_plan(analysis)).has_values
 
 
 def test_a_model_in_bfloat16_is_proven_in_float32() -> None:
     """In bfloat16 the cut model is further from the masked one than any tolerance that would find an error."""
-    analysis = analyze(trace(model("llama").bfloat16(), (tokens(),)))
-    plan = random_plan(analysis)
+    analysis = analyze(trace(make_decoder("llama").bfloat16(), (draw_tokens(),)))
+    plan = draw_plan(analysis)
     cut = mptk.rewrite(analysis, plan)
-    masked = mask(analysis, resolve_plan(analysis, plan))(tokens())
+    masked = mask(analysis, resolve_plan(analysis, plan))(draw_tokens())
     assert cut.state["model.layers.0.mlp.up_proj.weight"].dtype == masked.dtype == torch.bfloat16
-    assert largest(cut(tokens()), masked) > 1e-3 * masked.abs().max()
+    assert measure_largest(cut(draw_tokens()), masked) > 1e-3 * masked.abs().max()
 
 
 def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced() -> None:
@@ -183,5 +182,5 @@ def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place(llama: Anal
     with pytest.raises(
         ProofError, match=r"the cut graph does not fit together at aten\.\w+\.default in model\..*: .*; please report"
     ) as e:
-        mptk.rewrite(llama, random_plan(llama))
+        mptk.rewrite(llama, draw_plan(llama))
     assert "\n" not in str(e.value)

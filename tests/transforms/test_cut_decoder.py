@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cutting import random_plan
 from tiny_decoders import FUSED, GROUPED, SLIDING, tiny_decoder
 from transformers import BloomConfig
 
@@ -15,6 +14,7 @@ import mptk
 from mptk import analyze, trace
 from mptk.ir.families import Analysis
 from mptk.ort.decoder import OrtDecoder
+from mptk.testing import draw_plan
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 
@@ -36,7 +36,7 @@ def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_pa
     plain, decoder = analyze(trace(model, dynamic=True)), analyze(trace_decoder(model))
     assert listing(plain) == listing(decoder)
 
-    plan = random_plan(plain, families, share=0.5)
+    plan = draw_plan(plain, families, share=0.5)
     reference, step = mptk.rewrite(plain, plan), mptk.rewrite(decoder, plan)
     caches = [node.meta["val"] for node in step.list_placeholders() if node.name in step.user_inputs[3:]]
     assert [value.shape[1] for value in caches] == [heads] * 4
@@ -56,7 +56,7 @@ def test_decoder_with_batched_products_of_symbolic_sizes_is_cut(tmp_path):
     """Bloom adds its position biases by ``baddbmm``."""
     model = tiny_decoder(BloomConfig(hidden_size=48, n_head=6, n_layer=1, vocab_size=97))
     decoder = analyze(trace_decoder(model))
-    step = mptk.rewrite(decoder, random_plan(decoder, ["heads", "ffn"], share=0.5))
+    step = mptk.rewrite(decoder, draw_plan(decoder, ["heads", "ffn"], share=0.5))
     ids, mask, positions = torch.randint(3, 97, (2, 5)), torch.ones(2, 5, dtype=torch.long), torch.arange(5)[None]
     with torch.no_grad():
         expected, *_ = step(ids, mask, positions.expand(2, -1), *[torch.zeros(2, 3, 0, 8)] * 2)

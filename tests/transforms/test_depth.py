@@ -10,14 +10,12 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
-import architectures
 import pytest
 import torch
-from cutting import cut_and_compare
 from inside import changed
 from test_learning import SETTINGS as LEARNS
 from torch import nn
-from toy_checkpoints import SETTINGS, save
+from toy_checkpoints import SETTINGS
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -31,11 +29,12 @@ from transformers import (
 )
 
 import mptk
-from mptk import FamilyPlan, MptkError, Plan
+from mptk import FamilyPlan, MptkError, Plan, testing
 from mptk.cost.model import CostModel
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.ort.decoder import OrtDecoder
+from mptk.testing import cut_and_compare, save_word_model
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.legalize import discover
 
@@ -48,7 +47,7 @@ IDS = torch.tensor([[5, 9, 2, 31, 8, 4, 11]])
 
 def random_model(model):
     torch.manual_seed(0)
-    return architectures.spread(model, 0.15).eval()
+    return testing.spread_weights(model, 0.15).eval()
 
 
 def keeping(analysis, *units, name="layers"):
@@ -229,7 +228,7 @@ def test_influence_judges_no_channels(llama):
 
 def test_flap_corrects_no_bias_if_only_blocks_go(tmp_path):
     """It scores no block, so it has measured nothing to correct with."""
-    source = save(LlamaForCausalLM(LLAMA), tmp_path / "dense")
+    source = save_word_model(LlamaForCausalLM(LLAMA), tmp_path / "dense")
     short = {"onnx": False, "eval_windows": 1, "tolerance": 0.2, "sparsity": 0.2}
     found = mptk.prune(source, settings=SETTINGS, method="flap", families=("layers",), progress=None, **short)
     assert found.report.families["layers"]["width"] == 3
@@ -244,7 +243,7 @@ def pruned(tmp_path_factory):
     """A folder with fewer blocks and narrower feed-forward layers, with ONNX."""
     root = tmp_path_factory.mktemp("depth")
     config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 3})
-    source = save(LlamaForCausalLM(config), root / "dense")
+    source = save_word_model(LlamaForCausalLM(config), root / "dense")
     settings = replace(SETTINGS, families=("layers", "ffn"), widths={"layers": 2}, sparsity=0.4, tolerance=0.1)
     return root, mptk.prune(source, root / "small", settings)
 
@@ -275,7 +274,7 @@ LEARNED = replace(
 def learned(tmp_path_factory):
     """A checkpoint, and the folder of a run that learned masks of channels and of blocks."""
     root = tmp_path_factory.mktemp("learned")
-    source = save(LlamaForCausalLM(LLAMA), root / "dense")
+    source = save_word_model(LlamaForCausalLM(LLAMA), root / "dense")
     return source, root / "small", mptk.prune(source, root / "small", LEARNED)
 
 

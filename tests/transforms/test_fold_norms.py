@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import architectures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from mptk import FamilyPlan, MptkError, Plan, analyze, prune, trace
+from mptk import FamilyPlan, MptkError, Plan, analyze, prune, testing, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.rules.resizer import scale_of
@@ -44,7 +43,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_scales_go_into_weights_and_epsilons(name):
     torch.manual_seed(0)
-    model = architectures.spread(MODELS[name]().eval())
+    model = testing.spread_weights(MODELS[name]().eval())
     ids = torch.randint(97, (2, 7))
     analysis = analyze(trace(model))
     keep = tuple(sorted(torch.randperm(48)[:30].tolist()))

@@ -6,16 +6,15 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import architectures
 import pytest
 import torch
-from cutting import random_plan
 from torch import Tensor, nn
 
-from mptk import FamilyPlan, MptkError, Plan, analyze, trace
+from mptk import FamilyPlan, MptkError, Plan, analyze, testing, trace
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.maskprune.learner import adapt, unwrap_adapters
+from mptk.testing import draw_plan
 from passes.transforms.insert_masks import InsertedMasks, find_disturbance, find_mask_sites
 from passes.transforms.masked_reference import mask
 
@@ -44,13 +43,13 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
         return module(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("architecture", list(architectures.CONFIGS))
+@pytest.mark.parametrize("architecture", list(testing.DECODERS))
 def test_hard_masks_compute_what_the_masked_program_computes(architecture: str) -> None:
-    model, ids = architectures.model(architecture), architectures.tokens()
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     analysis = analyze(trace(model))
     dense = logits(model, ids)
     for family in families(analysis):
-        plan = random_plan(analysis, [family])
+        plan = draw_plan(analysis, [family])
         values = hard_values(analysis, plan)
         twin = copy.deepcopy(model)
         masked(twin, analysis, [family], lambda name, layer, v=values: v[name, layer])
@@ -60,9 +59,9 @@ def test_hard_masks_compute_what_the_masked_program_computes(architecture: str) 
         assert (seen - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item()), family
 
 
-@pytest.mark.parametrize("architecture", list(architectures.CONFIGS))
+@pytest.mark.parametrize("architecture", list(testing.DECODERS))
 def test_ones_change_no_bit(architecture: str) -> None:
-    model, ids = architectures.model(architecture), architectures.tokens()
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     before = logits(model, ids)
     analysis = analyze(trace(model))
     sizes = {f.name: (f.scopes, f.size) for f in analysis.families}
@@ -72,7 +71,7 @@ def test_ones_change_no_bit(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gptneox", "mixtral", "gemma3"])
 def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(architecture: str) -> None:
-    model, ids = architectures.model(architecture), architectures.tokens()
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     analysis = analyze(trace(model))
     generator = torch.Generator().manual_seed(0)
     values = {
@@ -111,7 +110,7 @@ def test_masks_reach_a_weight_that_is_read_without_its_layer() -> None:
     model, x = Past().eval(), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     analysis = analyze(trace(model, [x]))
     (family,) = analysis.families
-    plan = random_plan(analysis, [family.name])
+    plan = draw_plan(analysis, [family.name])
     values = hard_values(analysis, plan)
     dense, expected = model(x), mask(analysis, resolve_plan(analysis, plan))(x)
     masks = masked(model, analysis, [family.name], lambda name, layer: values[name, layer])
@@ -123,7 +122,7 @@ def test_masks_reach_a_weight_that_is_read_without_its_layer() -> None:
 
 
 def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
-    model = architectures.model("mixtral")
+    model = testing.make_decoder("mixtral")
     analysis = analyze(trace(model))
     with pytest.raises(MptkError, match=r"experts cannot be learned: zeros would disturb .*topk|softmax"):
         masked(model, analysis, ["experts"], lambda name, layer: torch.ones(1, 5))
@@ -132,7 +131,7 @@ def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gptneox", "mixtral"])
 def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
     """At 0 the block is removed. Its gradient is the sum of those that each position saw."""
-    model, ids = architectures.model(architecture), architectures.tokens()
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     analysis = analyze(trace(model))
     (depth,) = analysis.depths
     m, seen = torch.ones(1, depth.size, requires_grad=True), dict[int, Tensor]()
@@ -162,7 +161,7 @@ def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gptneox"])
 def test_gradients_seen_position_by_position_are_those_of_masks_at_that_position(architecture: str) -> None:
     """Their sum is the mask's gradient; and each is what a mask of that position alone would get."""
-    model, ids = architectures.model(architecture), architectures.tokens(1, 5)
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens(1, 5)
     analysis = analyze(trace(model))
     names = families(analysis)
     masks = {

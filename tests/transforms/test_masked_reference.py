@@ -5,22 +5,21 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 
-import architectures
 import pytest
 import torch
-from cutting import random_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mptk import analyze, trace
+from mptk import analyze, testing, trace
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.testing import draw_plan
 from passes.transforms.masked_reference import mask
 
 
 def analysis_and_cut(architecture: str) -> tuple[Analysis, Cut]:
-    analysis = analyze(trace(architectures.model(architecture)))
-    return analysis, resolve_plan(analysis, random_plan(analysis))
+    analysis = analyze(trace(testing.make_decoder(architecture)))
+    return analysis, resolve_plan(analysis, draw_plan(analysis))
 
 
 def with_masked_weights(analysis: Analysis, cut: Cut) -> Program:
@@ -38,7 +37,7 @@ def with_masked_weights(analysis: Analysis, cut: Cut) -> Program:
 def test_no_bit_differs_from_weights_masked_beforehand(architecture: str) -> None:
     """gpt2: layer norms over the cut residual width. mixtral: each expert keeps its own units."""
     analysis, cut = analysis_and_cut(architecture)
-    ids = architectures.tokens()
+    ids = testing.draw_tokens()
     assert torch.equal(mask(analysis, cut)(ids), with_masked_weights(analysis, cut)(ids))
     assert not torch.equal(mask(analysis, cut)(ids), analysis.program(ids))
 
@@ -60,10 +59,10 @@ class Alive(TorchDispatchMode):
 
 def test_no_weight_is_copied_but_while_it_is_used() -> None:
     analysis, _ = analysis_and_cut("llama")
-    cut = resolve_plan(analysis, random_plan(analysis, ["ffn"]))
+    cut = resolve_plan(analysis, draw_plan(analysis, ["ffn"]))
     program = mask(analysis, cut)
     assert all(program.state[name] is tensor for name, tensor in analysis.program.state.items())
     with torch.no_grad(), Alive() as alive:
-        program(architectures.tokens())
-    assert len(alive.made) == 3 * architectures.LAYERS
+        program(testing.draw_tokens())
+    assert len(alive.made) == 3 * testing.decoders.LAYERS
     assert alive.most == 1

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from inside import Inside
 from safetensors.torch import load_file
 from test_eager import INNER, WIDTH, made, near, oracle, pruned_of
 from torch import Tensor, nn
 
 import mptk
+from mptk.testing import draw_plan
 from passes.verify import HALF_TOLERANCE
-from tests.cutting import random_plan
-from tests.inside import Inside
 
 
 class Types(nn.Module):
@@ -54,7 +54,7 @@ def test_a_pruned_module_has_the_types_of_the_given_one(
     }
     assert all(d.ok for d in mptk.verify(tmp_path / "out", model=net))
     analysis = mptk.analyze(net, x)
-    cut = mptk.rewrite(analysis, random_plan(analysis)).module()
+    cut = mptk.rewrite(analysis, draw_plan(analysis)).module()
     assert {name: (p.dtype, p.requires_grad) for name, p in cut.named_parameters()} == given
     assert cut(x).dtype == outer
 
@@ -123,7 +123,7 @@ def test_complex_parameters_are_masked_and_cut() -> None:
 
     net = Complex()
     analysis = mptk.analyze(net, made(2, 6))
-    mptk.rewrite(analysis, random_plan(analysis))
+    mptk.rewrite(analysis, draw_plan(analysis))
     pruned = pruned_of(net, made(2, 6))
     assert pruned.model.turn.dtype == torch.complex64
     assert len(pruned.model.turn) < INNER

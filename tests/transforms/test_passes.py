@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from cutting import random_plan
 from torch import Tensor, nn
 
 from mptk import analyze, trace
@@ -16,6 +15,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, PassRecord, PassResult, run_passes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.testing import draw_plan
 from passes.pipelines import cutting
 from passes.targets.onnx.lower import LowerComplex, LowerOps
 from passes.transforms.fold_norms import FoldNorms
@@ -38,7 +38,7 @@ class Normed(nn.Module):
 @pytest.fixture(scope="module")
 def normed() -> tuple[Analysis, Cut]:
     analysis = analyze(trace(Normed(), (torch.ones(3, 4),)))
-    return analysis, resolve_plan(analysis, random_plan(analysis))
+    return analysis, resolve_plan(analysis, draw_plan(analysis))
 
 
 def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
@@ -57,7 +57,7 @@ def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
 
 def test_a_pass_that_finds_nothing_to_do_says_so(normed: tuple[Analysis, Cut]) -> None:
     analysis, _ = normed
-    whole = resolve_plan(analysis, random_plan(analysis, []))
+    whole = resolve_plan(analysis, draw_plan(analysis, []))
     log = Log()
     run_passes(analysis.program, [*cutting(analysis, whole), Retype(torch.float32)], log)
     assert [record.changed for record in log.records] == [False, False, False, False, False]

@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
-import toy_checkpoints as toys
-from cutting import random_plan
 from torch import nn
 
 import mptk
-from mptk import MptkError
+from mptk import MptkError, testing
+from mptk.testing import draw_plan
 
 
 class Net(nn.Module):
@@ -37,7 +36,7 @@ INPUTS = {"x": torch.randn(3, 6), "shift": torch.randn(3, 6)}
 
 def cut(module: nn.Module) -> mptk.ir.program.Program:  # type: ignore[name-defined]
     analysis = mptk.analyze(module, INPUTS)
-    return mptk.rewrite(analysis, random_plan(analysis, [analysis.families[0].name], share=0.5))
+    return mptk.rewrite(analysis, draw_plan(analysis, [analysis.families[0].name], share=0.5))
 
 
 @pytest.fixture
@@ -88,9 +87,9 @@ def test_its_state_goes_into_another_one(program) -> None:
 
 
 def test_a_transformers_model_keeps_its_names_and_ties() -> None:
-    model = toys.llama()
+    model = testing.make_llama()
     analysis = mptk.analyze(model)
-    program = mptk.rewrite(analysis, random_plan(analysis, ["ffn"], share=0.5))
+    program = mptk.rewrite(analysis, draw_plan(analysis, ["ffn"], share=0.5))
     small, ids = program.module(), torch.tensor([[3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3]])
     assert set(small.state_dict()) == set(model.state_dict())
     assert small.lm_head.weight is small.model.embed_tokens.weight

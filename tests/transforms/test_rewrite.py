@@ -7,8 +7,6 @@ import weakref
 
 import pytest
 import torch
-from architectures import CONFIGS, model, tokens
-from cutting import largest, random_plan
 from torch import Tensor, nn
 
 import mptk
@@ -17,6 +15,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program, count_parameters
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.testing import DECODERS, draw_plan, draw_tokens, make_decoder, measure_largest
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
@@ -26,49 +25,49 @@ SIZES = [(2, 7), (1, 5), (3, 19)]
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_a_dynamic_program_is_cut_for_all_batch_and_sequence_sizes(architecture: str) -> None:
-    analysis = analyze(trace(model(architecture), (tokens(),), dynamic=True))
-    plan = random_plan(analysis)
+    analysis = analyze(trace(make_decoder(architecture), (draw_tokens(),), dynamic=True))
+    plan = draw_plan(analysis)
     masked, cut = mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)
     for size in SIZES:
-        expected = masked(tokens(*size))
-        assert largest(expected, cut(tokens(*size))) <= 1e-5 * max(1, expected.abs().max())
+        expected = masked(draw_tokens(*size))
+        assert measure_largest(expected, cut(draw_tokens(*size))) <= 1e-5 * max(1, expected.abs().max())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_cut_program_outlives_the_module(architecture: str) -> None:
-    module = model(architecture)
-    analysis = analyze(trace(module, (tokens(),)))
-    plan = random_plan(analysis)
-    expected = mask(analysis, resolve_plan(analysis, plan))(tokens())
+    module = make_decoder(architecture)
+    analysis = analyze(trace(module, (draw_tokens(),)))
+    plan = draw_plan(analysis)
+    expected = mask(analysis, resolve_plan(analysis, plan))(draw_tokens())
     cut = mptk.rewrite(analysis, plan)
     gone = weakref.ref(module)
     del module, analysis
     gc.collect()
     assert gone() is None
-    assert largest(cut(tokens()), expected) <= 1e-5
+    assert measure_largest(cut(draw_tokens()), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", DECODERS)
 def test_the_cut_program_is_a_valid_exported_program(architecture: str) -> None:
     """Constructing it runs torch's verifier; its module computes the same."""
-    analysis = analyze(trace(model(architecture), (tokens(),)))
-    cut = mptk.rewrite(analysis, random_plan(analysis))
+    analysis = analyze(trace(make_decoder(architecture), (draw_tokens(),)))
+    cut = mptk.rewrite(analysis, draw_plan(analysis))
     exported = cut.to_exported()
-    assert largest(exported.module()(tokens()), cut(tokens())) == 0
+    assert measure_largest(exported.module()(draw_tokens()), cut(draw_tokens())) == 0
     shapes = {name: tuple(t.shape) for name, t in cut.state_dict().items()}
     assert {name: tuple(t.shape) for name, t in exported.state_dict.items()}.items() <= shapes.items()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_shapes_that_a_cut_graph_tells_are_those_it_computes(architecture: str) -> None:
-    analysis = analyze(trace(model(architecture), (tokens(),)))
-    cut = mptk.rewrite(analysis, random_plan(analysis))
+    analysis = analyze(trace(make_decoder(architecture), (draw_tokens(),)))
+    cut = mptk.rewrite(analysis, draw_plan(analysis))
     told = {n.name: n.meta["val"].shape for n in cut.graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     assert told.items() >= computed_shapes(cut).items()
 
 
 def test_a_rewrite_says_how_many_weights_it_sliced(llama: Analysis) -> None:
-    plan, log = random_plan(llama), Log()
+    plan, log = draw_plan(llama), Log()
     cut = cut_program(llama, resolve_plan(llama, plan), log).program
     sliced = sum(t.shape != llama.program.state_dict()[name].shape for name, t in cut.state_dict().items())
     (said,) = [record["notes"] for record in log.to_list() if record["name"] == "rewrite"]
@@ -86,13 +85,13 @@ def computed_shapes(program: Program) -> dict[str, torch.Size]:
                 found[n.name] = result.shape
             return result
 
-    Shapes(program.graph).run(*program.list_arguments(tokens()))
+    Shapes(program.graph).run(*program.list_arguments(draw_tokens()))
     return found
 
 
 @pytest.fixture(scope="module")
 def llama() -> Analysis:
-    return analyze(trace(model("llama"), (tokens(),)))
+    return analyze(trace(make_decoder("llama"), (draw_tokens(),)))
 
 
 def half_of_ffn(analysis: Analysis) -> Plan:
@@ -116,12 +115,12 @@ def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama: An
 
 
 def test_the_dense_program_is_left_as_it_was(llama: Analysis) -> None:
-    before, graph = llama.program(tokens()), llama.program.graph.print_readable(print_output=False)
-    plan = random_plan(llama)
+    before, graph = llama.program(draw_tokens()), llama.program.graph.print_readable(print_output=False)
+    plan = draw_plan(llama)
     mptk.rewrite(llama, plan)
-    mask(llama, resolve_plan(llama, plan))(tokens())
+    mask(llama, resolve_plan(llama, plan))(draw_tokens())
     assert llama.program.graph.print_readable(print_output=False) == graph
-    assert largest(llama.program(tokens()), before) == 0
+    assert measure_largest(llama.program(draw_tokens()), before) == 0
 
 
 def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
@@ -129,13 +128,13 @@ def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
         f.name: FamilyPlan(f.size, f.size, {g.layer: (tuple(range(f.size)),) for g in f.groups}) for f in llama.families
     }
     cut = mptk.rewrite(llama, Plan(families))
-    assert largest(cut(tokens()), llama.program(tokens())) == 0
+    assert measure_largest(cut(draw_tokens()), llama.program(draw_tokens())) == 0
     assert count_parameters(cut) == count_parameters(llama.program)
-    assert mptk.rewrite(llama, Plan({}))(tokens()).equal(llama.program(tokens()))
+    assert mptk.rewrite(llama, Plan({}))(draw_tokens()).equal(llama.program(draw_tokens()))
 
 
 def test_a_model_without_weights_is_cut_to_shapes() -> None:
-    analysis = analyze(trace(model("llama", meta=True), (tokens(),)))
+    analysis = analyze(trace(make_decoder("llama", meta=True), (draw_tokens(),)))
     cut = mptk.rewrite(analysis, half_of_ffn(analysis))
     assert cut.state["model.layers.0.mlp.up_proj.weight"].shape == (40, 48)
     assert cut.state["model.layers.0.mlp.down_proj.weight"].shape == (48, 40)
@@ -160,13 +159,13 @@ class Positional(nn.Module):
 
 
 def test_sizes_and_constants_in_the_forward_follow() -> None:
-    analysis = analyze(trace(Positional(), (tokens() % 13,), dynamic=True))
+    analysis = analyze(trace(Positional(), (draw_tokens() % 13,), dynamic=True))
     assert sorted(f.size for f in analysis.families) == [4, 6, 12]
     for seed in range(3):
-        plan = random_plan(analysis, seed=seed)
+        plan = draw_plan(analysis, seed=seed)
         masked, cut = mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)
         for size in SIZES:
-            assert largest(masked(tokens(*size) % 13), cut(tokens(*size) % 13)) <= 1e-5
+            assert measure_largest(masked(draw_tokens(*size) % 13), cut(draw_tokens(*size) % 13)) <= 1e-5
 
 
 # ---- with a KV cache ----
@@ -180,14 +179,14 @@ def run(program: object, ids: Tensor, past: list[Tensor], tokens_before: int) ->
 
 def test_a_decoder_step_is_cut_with_its_cache() -> None:
     """Prefill, then three tokens on the cache, every family cut: cut = masked."""
-    analysis = analyze(trace_decoder(model("llama")))
-    plan = random_plan(analysis)
-    ids, results = tokens(3, 9), []
+    analysis = analyze(trace_decoder(make_decoder("llama")))
+    plan = draw_plan(analysis)
+    ids, results = draw_tokens(3, 9), []
     for program in (mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)):
         caches = [n.meta["val"].shape for n in program.list_placeholders() if n.name in program.user_inputs][3:]
         empty = [torch.zeros(3, shape[1], 0, shape[3]) for shape in caches]
         first, *past = run(program, ids[:, :6], empty, 0)
         second, *_ = run(program, ids[:, 6:], past, 6)
         results.append(torch.cat((first, second), 1))
-    assert largest(*results) <= 1e-5
+    assert measure_largest(*results) <= 1e-5
     assert program.to_exported().example_inputs[0][3].shape[1] < analysis.program.exported.example_inputs[0][3].shape[1]

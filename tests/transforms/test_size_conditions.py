@@ -23,9 +23,9 @@ import mptk
 from mptk import MptkError
 from mptk.ir.size_functions import SizeNumbers
 from mptk.targets.archive import ARCHIVE, open_archive, write_archive
+from mptk.testing import draw_plan
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import Interface
-from tests.cutting import random_plan
 from tests.programs.oracles import zeroed
 
 Sizes = tuple[int, int]
@@ -74,7 +74,7 @@ def made(sizes: Sizes) -> Tensor:
 def cut(name: str) -> tuple[nn.Module, Any, nn.Module]:
     net = Net(CASES[name][0]).eval()
     analysis = mptk.analyze(mptk.trace(net, made((3, 6)), dynamic=True))
-    plan = random_plan(analysis)
+    plan = draw_plan(analysis)
     return net, mptk.rewrite(analysis, plan), zeroed(net, analysis, plan)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from inside import Inside
 
 from benchmarks.advice import SHARE, Compared, Study, fill, split
 from benchmarks.quality import rows_in
 from benchmarks.quality_text import PIECE
+from mptk import testing
 from mptk.features.advise.advice import Advice, Figures, Point, Recovery
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,10 +31,10 @@ def test_a_tenth_of_a_text_is_held_out(tmp_path: Path) -> None:
 
 
 def test_rows_are_computed_once(tmp_path: Path, inside: Inside) -> None:
-    toys.saved(toys.llama(max_position_embeddings=600), tmp_path / "dense")
+    testing.save_model(testing.make_llama(max_position_embeddings=600), tmp_path / "dense")
     for seed, name in enumerate(("code", "prose")):
-        order = torch.randint(len(toys.WORDS), (9000,), generator=torch.Generator().manual_seed(seed)).tolist()
-        (tmp_path / f"{name}.txt").write_text(" ".join(toys.WORDS[i] for i in order))
+        order = torch.randint(len(testing.WORDS), (9000,), generator=torch.Generator().manual_seed(seed)).tolist()
+        (tmp_path / f"{name}.txt").write_text(" ".join(testing.WORDS[i] for i in order))
     held_out, rest = split({n: tmp_path / f"{n}.txt" for n in ("code", "prose")}, tmp_path / "work")
     study = Study(str(tmp_path / "dense"), held_out, rest, 8, 32, 2, 2, 2, tmp_path / "work")
     rows = fill(study, [0.357], 1.0, tmp_path / "rows.json")

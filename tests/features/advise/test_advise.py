@@ -19,13 +19,14 @@ from commands import done, refused
 from inside import Inside
 from lab import remembered
 from made_up_times import times
-from toy_checkpoints import WORDS, llama_config, save
+from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError
 from mptk.features.advise.advice import Advice, Figures, Point, Range, Recovery
 from mptk.features.advise.sweep import to_train
+from mptk.testing import WORDS, save_word_model
 
 FIT, MEASURED = 8, 4
 ASKED = {"sparsities": [0.1, 0.3], "samples": FIT, "eval_windows": MEASURED, "length": 32, "align": 8}
@@ -39,7 +40,7 @@ def prepared_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+    return save_word_model(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import toy_checkpoints as toys
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -24,6 +23,7 @@ from transformers.modeling_layers import MtpModel
 
 import mptk
 from benchmarks.tiny_models import tiny_model
+from mptk import testing
 from mptk.features.drafter.cut import STAGE
 from mptk.features.drafter.drafter import Drafter
 
@@ -59,7 +59,7 @@ def made(model: type[PreTrainedModel], config: Any, folder: Path) -> Path:
     module = model(config)
     for parameter in module.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    toys.saved(module, folder)
+    testing.save_model(module, folder)
     config.num_hidden_layers = LAYERS
     config.architectures = [model.__name__]
     config.save_pretrained(folder)

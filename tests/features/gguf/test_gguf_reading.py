@@ -13,7 +13,7 @@ import toy_checkpoints as toys
 import transformers
 from inside import Inside
 
-from mptk import MptkError
+from mptk import MptkError, testing
 from mptk.features.gguf.reading import dequantize_gguf
 from mptk.io import cache, models
 
@@ -33,25 +33,25 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "toy.gguf"
-    toys.write_gguf(toys.llama(), toys.tokenizer(), path)
+    toys.write_gguf(testing.make_llama(), testing.make_tokenizer(), path)
     return path
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_same_model(tmp_path: Path, tied: bool) -> None:
-    toys.write_gguf(toys.llama(tied=tied), toys.tokenizer(), tmp_path / "toy.gguf")
+    toys.write_gguf(testing.make_llama(tied=tied), testing.make_tokenizer(), tmp_path / "toy.gguf")
     loaded = models.load(str(tmp_path / "toy.gguf"))
-    assert torch.equal(logits(loaded.model), logits(toys.llama(tied=tied)))
+    assert torch.equal(logits(loaded.model), logits(testing.make_llama(tied=tied)))
     head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
     assert (head is embedding) == tied
     ids = loaded.tokenizer("brown fox", add_special_tokens=False).input_ids
-    assert ids == toys.tokenizer()("brown fox").input_ids
+    assert ids == testing.make_tokenizer()("brown fox").input_ids
     assert loaded.tokenizer.model_max_length == 70
 
 
 def test_quantised(tmp_path: Path) -> None:
-    toys.write_gguf(toys.llama(), toys.tokenizer(), tmp_path / "toy.gguf", quantise=True)
-    error = (logits(models.load(str(tmp_path / "toy.gguf")).model) - logits(toys.llama())).abs().max()
+    toys.write_gguf(testing.make_llama(), testing.make_tokenizer(), tmp_path / "toy.gguf", quantise=True)
+    error = (logits(models.load(str(tmp_path / "toy.gguf")).model) - logits(testing.make_llama())).abs().max()
     assert 0 < error < 1e-2
 
 
@@ -68,7 +68,7 @@ def test_saved_as_an_ordinary_checkpoint(file: Path, tmp_path: Path) -> None:
         assert "gguf" not in written
         assert "toy of the tests" not in written
         again = transformers.AutoModelForCausalLM.from_pretrained(place)
-        assert torch.equal(logits(again), logits(toys.llama()))
+        assert torch.equal(logits(again), logits(testing.make_llama()))
         assert again.generation_config.eos_token_id == 1
 
 
@@ -77,8 +77,8 @@ def test_converted_once_and_again_when_it_changes(file: Path) -> None:
     written = first.stat().st_ino
     assert models.load(str(file)).path == first
     assert first.stat().st_ino == written
-    toys.write_gguf(toys.llama(seed=1), toys.tokenizer(), file)
-    assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=1)))
+    toys.write_gguf(testing.make_llama(seed=1), testing.make_tokenizer(), file)
+    assert torch.equal(logits(models.load(str(file)).model), logits(testing.make_llama(seed=1)))
 
 
 @pytest.mark.parametrize("small", [1 << 20, 0])
@@ -90,7 +90,7 @@ def test_a_file_of_the_same_size_and_time_is_converted_again(file: Path, small: 
     state = file.stat()
     for seed, replaces in ((1, True), (2, False)):
         other = file.with_name("other.gguf")
-        toys.write_gguf(toys.llama(seed=seed), toys.tokenizer(), other)
+        toys.write_gguf(testing.make_llama(seed=seed), testing.make_tokenizer(), other)
         os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
         if replaces:
             other.rename(file)
@@ -98,7 +98,7 @@ def test_a_file_of_the_same_size_and_time_is_converted_again(file: Path, small: 
             file.write_bytes(other.read_bytes())
             os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
         assert (file.stat().st_size, file.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
-        assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=seed)))
+        assert torch.equal(logits(models.load(str(file)).model), logits(testing.make_llama(seed=seed)))
 
 
 def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(
@@ -136,7 +136,7 @@ def test_skeleton_reads_the_metadata_alone(file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / "checkpoints").exists()
     assert {p.device.type for p in skeleton.parameters()} == {"meta"}
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {
-        n: p.shape for n, p in toys.llama().named_parameters()
+        n: p.shape for n, p in testing.make_llama().named_parameters()
     }
 
 

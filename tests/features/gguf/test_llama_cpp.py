@@ -14,21 +14,28 @@ from inside import Inside
 from safetensors.torch import load_file, save_file
 
 import mptk
-from mptk import FamilyPlan, MptkError, Plan, ProofError
+from mptk import FamilyPlan, MptkError, Plan, ProofError, testing
 from mptk.features.gguf import api
 from mptk.features.gguf.folder import GgufFolder, Pattern
 from mptk.features.gguf.weights import LayerWidths
 from mptk.ir.weights import Weights
 from tests.broken import gguf as gguf_files
 
-HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
+HOW = {
+    "method": "wanda",
+    "data": [testing.SENTENCES] * 8,
+    "samples": 2,
+    "length": 24,
+    "eval_windows": 2,
+    "eval_length": 24,
+}
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint, and its GGUF file in it."""
     folder = tmp_path_factory.mktemp("dense")
-    model, words = toys.llama(layers=3), toys.tokenizer()
+    model, words = testing.make_llama(layers=3), testing.make_tokenizer()
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     toys.write_gguf(model, words, folder / "dense.gguf")
@@ -54,14 +61,14 @@ def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: d
     assert torch.equal(logits(tmp_path / "out.gguf"), logits(tmp_path / "out"))
     words = mptk.load(str(tmp_path / "out.gguf")).tokenizer
     assert words is not None
-    assert words(toys.TEXT).input_ids == toys.tokenizer()(toys.TEXT).input_ids
+    assert words(testing.SENTENCES).input_ids == testing.make_tokenizer()(testing.SENTENCES).input_ids
 
 
 def test_llama_cpp_does_not_fill_the_files_chat_template(tmp_path: Path) -> None:
     """It would fill it when it opens the file, without bounds: this one never ends."""
-    words = toys.tokenizer()
+    words = testing.make_tokenizer()
     words.chat_template = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
-    toys.saved(toys.llama(), tmp_path / "model", words)
+    testing.save_model(testing.make_llama(), tmp_path / "model", words)
     mptk.prune(str(tmp_path / "model"), tmp_path / "out", widths={"ffn": 40}, align=8, onnx=False, **HOW)
     assert not api.gguf(tmp_path / "out", tmp_path / "out.gguf").notes
 
@@ -185,8 +192,8 @@ def test_what_a_file_cannot_hold(
 
 def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("text")
-    toys.write_gguf(toys.llama(layers=1, hidden_size=24), toys.tokenizer(), tmp_path / "narrow.gguf")
-    toys.write_gguf(toys.llama(layers=2), toys.tokenizer(), tmp_path / "short.gguf")
+    toys.write_gguf(testing.make_llama(layers=1, hidden_size=24), testing.make_tokenizer(), tmp_path / "narrow.gguf")
+    toys.write_gguf(testing.make_llama(layers=2), testing.make_tokenizer(), tmp_path / "short.gguf")
     for like, said in (
         (dense, r"is not a GGUF file; give the \.gguf file of the dense model"),
         (tmp_path / "text.gguf", "is damaged: it does not begin as a GGUF file does"),

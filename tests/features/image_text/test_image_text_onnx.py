@@ -27,8 +27,6 @@ from inside import Inside
 from pictures import IMAGE, PATCHES, llava, processor, write_captions, write_qwen
 from PIL import Image
 from torch import Tensor
-from toy_checkpoints import llama
-from toy_checkpoints import tokenizer as toy_tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import mptk
@@ -44,6 +42,8 @@ from mptk.proof.proof import find_windows
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.onnx_export import check_form
 from mptk.tasks.runtimes import build_js_config
+from mptk.testing import make_llama
+from mptk.testing import make_tokenizer as toy_tokenizer
 
 NODE = shutil.which("node")
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
@@ -354,7 +354,7 @@ def test_without_a_template_the_token_of_the_image_comes_first(pruned: Path, sto
 
 def _of_text(folder: Path) -> None:
     """Put graphs of a decoder that reads token ids in place of the others."""
-    llama().save_pretrained(folder / "llama")
+    make_llama().save_pretrained(folder / "llama")
     toy_tokenizer().save_pretrained(folder / "llama")
     shutil.rmtree(folder / "onnx")
     shutil.copytree(export_folder(str(folder / "llama"), folder / "text", Settings()), folder, dirs_exist_ok=True)

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toy_checkpoints as toys
 import transformers as t
 from kinds import BERT, SIZE
 from PIL import Image
 from torch import Tensor
 
 import mptk
-from mptk import MptkError, Samples
+from mptk import MptkError, Samples, testing
 from mptk.features.kinds import FEATURE
 from mptk.features.kinds.classifier import CTC, SEGMENTATION, Classifier, sum_agreement, sum_divergence
 from mptk.features.kinds.numbers import DEPTH, FORECASTS, MASKS
@@ -59,8 +58,8 @@ MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
     ),
 }
 PROCESSORS: dict[str, Callable[[], Any]] = {
-    "token-classification": toys.tokenizer,
-    "question-answering": toys.tokenizer,
+    "token-classification": testing.make_tokenizer,
+    "question-answering": testing.make_tokenizer,
     "object-detection": lambda: t.YolosImageProcessor(size={"height": SIDE, "width": SIDE}, do_pad=False),
     "ctc": t.Wav2Vec2FeatureExtractor,
     "semantic-segmentation": lambda: t.SegformerImageProcessor(size={"height": SIDE, "width": SIDE}),

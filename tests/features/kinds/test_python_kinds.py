@@ -12,7 +12,6 @@ import pytest
 import torch
 from kinds import METRICS, MODELS
 from torch import nn
-from toy_checkpoints import TEXT, llama, tokenizer
 
 import mptk
 from mptk import MptkError, Samples
@@ -21,6 +20,7 @@ from mptk.ir.samples import make_token_samples
 from mptk.run.samples import collect_samples
 from mptk.targets.graph import WEIGHTS
 from mptk.tasks import bind_task
+from mptk.testing import SENTENCES, make_llama, make_tokenizer
 
 SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "align": 2, "samples": 4}
 SMALL |= {"length": 12, "eval_windows": 3, "eval_length": 12, "progress": None}
@@ -62,11 +62,11 @@ def test_example_inputs_make_a_module_of_a_transformers_model(tmp_path: Path) ->
 
 def test_samples_and_texts_are_the_same_data() -> None:
     """Windows that the caller cuts are those that mptk cuts of the texts."""
-    words = tokenizer()
-    loaded = open_live(llama(), words)
-    stream = torch.tensor(words(TEXT * 4, add_special_tokens=False)["input_ids"])
+    words = make_tokenizer()
+    loaded = open_live(make_llama(), words)
+    stream = torch.tensor(words(SENTENCES * 4, add_special_tokens=False)["input_ids"])
     windows = stream[: len(stream) // 12 * 12].reshape(-1, 12)[:4]
-    for data in ([TEXT] * 4, windows, make_token_samples(windows), list(windows[:, None]), list(windows)):
+    for data in ([SENTENCES] * 4, windows, make_token_samples(windows), list(windows[:, None]), list(windows)):
         found = collect_samples(data, loaded, bind_task(loaded), 4, 12)
         assert torch.equal(found.inputs["input_ids"], windows)
         assert torch.equal(found.targets, make_token_samples(windows).targets)

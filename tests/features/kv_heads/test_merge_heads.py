@@ -13,22 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
-import toy_checkpoints as toys
 from commands import done
 from inside import Inside
 from small_modules import Small
 from transformers import PreTrainedModel
 
 import mptk
-from mptk import MptkError, Plan, ProofError
+from mptk import MptkError, Plan, ProofError, testing
 from mptk.features.kv_heads import convert as merging
 from mptk.publish.manifest import write_manifest
 
 ONE = {"width": 1, "of": 2}
-TEXTS = [toys.TEXT] * 8
+TEXTS = [testing.SENTENCES] * 8
 MEASURED = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "onnx": False, "progress": None}
 ALONE: dict[str, Any] = {"kv_heads": 1, "sparsity": 0.0, "method": "wanda", "data": TEXTS, **MEASURED}
 CUT: dict[str, Any] = {**ALONE, "families": ("ffn",), "sparsity": 0.2, "align": 4}
@@ -36,14 +34,14 @@ CUT: dict[str, Any] = {**ALONE, "families": ("ffn",), "sparsity": 0.2, "align": 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return toys.saved(toys.llama(layers=2), tmp_path_factory.mktemp("heads") / "dense")
+    return testing.save_model(testing.make_llama(layers=2), tmp_path_factory.mktemp("heads") / "dense")
 
 
 @pytest.fixture(scope="module")
 def cut(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One KV head of two, and a fifth of the dense model's blocks removed in all, with ONNX, by the command line."""
     out = tmp_path_factory.mktemp("cut") / "out"
-    (out.parent / "text.txt").write_text(toys.TEXT * 20)
+    (out.parent / "text.txt").write_text(testing.SENTENCES * 20)
     typed = f"prune {dense} --kv-heads 1 --families ffn --sparsity 0.2 --align 4 --method wanda --samples 4 "
     typed += f"--length 24 --eval-windows 2 --eval-length 24 --data {out.parent / 'text.txt'} --out {out}"
     result = done(*typed.split())
@@ -54,7 +52,7 @@ def cut(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(architectures.tokens(), use_cache=False).logits
+        found: torch.Tensor = model(testing.draw_tokens(), use_cache=False).logits
     return found
 
 
@@ -82,8 +80,8 @@ def redundant(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str, tmp_path: Path) -> None:
-    dense = redundant(architectures.model(name, vocab_size=300))
-    found = mptk.prune(toys.saved(dense, tmp_path / "dense"), **ALONE)
+    dense = redundant(testing.make_decoder(name, vocab_size=300))
+    found = mptk.prune(testing.save_model(dense, tmp_path / "dense"), **ALONE)
     small = found.model
     assert small.config.num_key_value_heads == 1
     assert small.config.num_attention_heads == dense.config.num_attention_heads
@@ -102,8 +100,8 @@ def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str,
 def test_principal_components_lose_less_than_means(
     changes: Mapping[str, int], kv_heads: int, tmp_path: Path, inside: Inside
 ) -> None:
-    dense, far = architectures.model("llama", vocab_size=300, **changes), []
-    source = toys.saved(dense, tmp_path / "dense")
+    dense, far = testing.make_decoder("llama", vocab_size=300, **changes), []
+    source = testing.save_model(dense, tmp_path / "dense")
     for ways in (None, ("mean", "mean")):
         if ways is not None:
             inside.gives(f"{merging.__name__}.choose_ways", ways)
@@ -114,7 +112,7 @@ def test_principal_components_lose_less_than_means(
 
 
 def test_keys_that_a_norm_follows_are_merged_by_their_mean(tmp_path: Path) -> None:
-    found = mptk.prune(toys.saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
+    found = mptk.prune(testing.save_model(testing.make_decoder("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
     (note,) = (note for note in found.report.notes if "KV heads" in note)
     assert "keys merged by their mean" in note
     assert "values by principal components" in note
@@ -230,7 +228,7 @@ def test_shapes_of_the_merged_model_are_ranked_beside_the_dense_one(dense: str) 
     ],
 )
 def test_what_cannot_be_merged_is_said(name: str, kv_heads: int, message: str, tmp_path: Path) -> None:
-    source = toys.saved(architectures.model(name, vocab_size=300), tmp_path / "dense")
+    source = testing.save_model(testing.make_decoder(name, vocab_size=300), tmp_path / "dense")
     with pytest.raises(MptkError, match=message):
         mptk.prune(source, tmp_path / "out", **{**ALONE, "kv_heads": kv_heads})
     assert not (tmp_path / "out").exists()
@@ -241,6 +239,6 @@ def test_what_contradicts_it_is_refused_in_a_line(cut: Path, dense: str) -> None
     with pytest.raises(MptkError, match="the plan says how many KV heads stay"):
         mptk.prune(dense, **{**ALONE, "plan": str(cut / "plan.json")})
     with pytest.raises(MptkError, match=r"this plan merges KV heads, which only mptk.prune"):
-        mptk.rewrite(mptk.analyze(toys.llama(layers=2)), plan)
+        mptk.rewrite(mptk.analyze(testing.make_llama(layers=2)), plan)
     with pytest.raises(MptkError, match="Small has no config that could say the number of KV heads"):
         mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), kv_heads=1, progress=None)

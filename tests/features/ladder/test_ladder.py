@@ -16,20 +16,19 @@ import pytest
 import test_pruning
 import test_resume
 import torch
-import toy_checkpoints as toys
-from architectures import tokens
 from inside import Inside, Stopped, changed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
-from mptk import MptkError, Plan, Pruned
+from mptk import MptkError, Plan, Pruned, testing
 from mptk.api.pruned import estimate_run
 from mptk.cli.main import app
 from mptk.features.ladder.api import estimate_ladder
 from mptk.features.rerun.api import repeat_run
 from mptk.protocols.chain import Prepared
+from mptk.testing import draw_tokens
 
 llama, prepared_once, gpt2 = test_resume.llama, test_resume.prepared_once, test_pruning.gpt2
 SIZES = [0.2, 0.4, 0.6]
@@ -84,7 +83,7 @@ def require_ladder(found: Sequence[Pruned], sizes: Sequence[float] = SIZES) -> N
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(tokens(), use_cache=False).logits
+        found: torch.Tensor = model.eval()(draw_tokens(), use_cache=False).logits
     return found
 
 
@@ -135,7 +134,7 @@ def test_biases_that_make_up_for_units_add_up(gpt2: str, text: str, tmp_path: Pa
 
 
 def test_a_ladder_of_a_model_with_fewer_tokens_and_kv_heads(text: str, tmp_path: Path) -> None:
-    dense = toys.saved(toys.llama(layers=2), tmp_path / "dense")
+    dense = testing.save_model(testing.make_llama(layers=2), tmp_path / "dense")
     asked = {**ASKED, "families": ("ffn",), "align": 4, "vocabulary": text, "kv_heads": 1, "steps": 2, "batch": 2}
     found = mptk.ladder(dense, tmp_path / "m", [0.2, 0.4], data=text, **asked)
     require_ladder(found, [0.2, 0.4])
@@ -174,7 +173,7 @@ def test_units_are_chosen_from_what_the_larger_folder_computes(
     dense = logits(LlamaForCausalLM.from_pretrained(llama))
     assert not torch.allclose(expected, dense, atol=1e-3)
     made = begun[-1]
-    found = next(made.executor.run_programs([made.analysis.program], [[tokens()]]))
+    found = next(made.executor.run_programs([made.analysis.program], [[draw_tokens()]]))
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(logits(made.copy_model()), expected, atol=1e-5)
     assert torch.allclose(logits(made.copy_teacher()), dense, atol=1e-5)

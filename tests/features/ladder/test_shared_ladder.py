@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import test_ladder
 import torch
-import toy_checkpoints as toys
 from inside import Inside, Stopped, changed
 from safetensors.torch import load_file, save_file
 from test_ladder import ASKED, SIZES, STEP, TRAINED, TWO, digests, logits, require_nested, typed
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mptk
-from mptk import MptkError, Pruned
+from mptk import MptkError, Pruned, testing
 from mptk.config.learning import Training
 from mptk.distributed.processes import make_accelerator
 from mptk.features.ladder.rungs import list_rung_sizes
@@ -139,7 +138,7 @@ def test_it_goes_with_other_settings(llama: str, text: str, tmp_path: Path, more
 
 @pytest.mark.long
 def test_experts_and_a_trimmed_vocabulary(text: str, tmp_path: Path) -> None:
-    dense = toys.saved(toys.llama(layers=2), tmp_path / "dense")
+    dense = testing.save_model(testing.make_llama(layers=2), tmp_path / "dense")
     asked = {**SHARED, "steps": 4, "families": ("ffn",), "align": 4, "vocabulary": text, "kv_heads": 1}
     found = mptk.ladder(dense, tmp_path / "m", TWO, data=text, **asked)
     assert all(stage.ok for each in found for stage in mptk.verify(each.place))
@@ -154,7 +153,7 @@ def test_experts_and_a_trimmed_vocabulary(text: str, tmp_path: Path) -> None:
         max_position_embeddings=256,
     )
     torch.manual_seed(0)
-    dense = toys.saved(MixtralForCausalLM(config), tmp_path / "experts")
+    dense = testing.save_model(MixtralForCausalLM(config), tmp_path / "experts")
     found = mptk.ladder(
         dense, tmp_path / "e", [0.176, 0.352], data=text, **{**SHARED, "steps": 4, "families": ("ffn",), "align": 4}
     )

@@ -11,18 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import architectures
 import numpy as np
 import pytest
 import torch
 from commands import done, refused
+from lab import legalise_bare
 from made_up_times import milliseconds, times
 from test_pruning import llama  # noqa: F401 (a fixture)
 from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import FamilyPlan, MptkError, Plan, analyze, trace
+from mptk import FamilyPlan, MptkError, Plan, analyze, testing, trace
 from mptk.cost import operator_times
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import CostModel
@@ -41,7 +41,6 @@ from mptk.protocols.chain import Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.tasks import CAUSAL_LM
 from passes.targets import legalize
-from tests.lab import legalise_bare
 
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
 LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 8))}
@@ -285,6 +284,6 @@ def test_command_line_says_what_is_budgeted(inside, options, wanted):
 
 
 def test_routed_experts_have_no_latency_by_shape():
-    experts = architectures.model("mixtral", meta=True)
+    experts = testing.make_decoder("mixtral", meta=True)
     with pytest.raises(MptkError, match=r"no latency can be predicted: .* in model\.layers\.0\..*; use --budget flops"):
         Latency(analyze(trace(experts)), {}, "decode", times)

@@ -13,10 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
-import toy_checkpoints as toys
 from commands import done
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +34,7 @@ from transformers import (
 )
 
 import mptk
-from mptk import MptkError, ProofError
+from mptk import MptkError, ProofError, testing
 from mptk.features.nemotron_nas.modeling_nemotron_nas import DeciLMConfig, DeciLMForCausalLM, Fields, compute_ffn_width
 from mptk.features.nemotron_nas.target import describe_ffn
 from mptk.files import write_json
@@ -44,7 +42,13 @@ from mptk.io.loaders import register_all_classes
 from mptk.publish.manifest import write_manifest
 
 TARGET = "nemotron-nas"
-HOW: dict[str, Any] = {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [toys.TEXT] * 8}
+HOW: dict[str, Any] = {
+    "samples": 2,
+    "length": 24,
+    "eval_windows": 2,
+    "eval_length": 24,
+    "data": [testing.SENTENCES] * 8,
+}
 SIZES: dict[str, Any] = {
     **{"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
     **{"intermediate_size": 1024, "vocab_size": 300, "max_position_embeddings": 70, "num_hidden_layers": 2},
@@ -76,7 +80,7 @@ BLOCKS = {
 def model_of(blocks: list[dict[str, Any]]) -> DeciLMForCausalLM:
     torch.manual_seed(0)
     config = DeciLMConfig(blocks, **{**SIZES, "num_hidden_layers": len(blocks)})
-    return architectures.spread(DeciLMForCausalLM(config), 0.3).eval()
+    return testing.spread_weights(DeciLMForCausalLM(config), 0.3).eval()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -154,8 +158,8 @@ def test_what_the_class_does_not_have_is_refused(blocks: list[dict[str, Any]], s
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Three layers, 6 heads of 8 on 2 KV heads, so that the size of a head can be derived."""
-    model = toys.llama(layers=3, num_attention_heads=6, head_dim=8, intermediate_size=1024)
-    return toys.saved(model, tmp_path_factory.mktemp("dense"))
+    model = testing.make_llama(layers=3, num_attention_heads=6, head_dim=8, intermediate_size=1024)
+    return testing.save_model(model, tmp_path_factory.mktemp("dense"))
 
 
 def cut(dense: str, folder: Path, families: dict[str, tuple[int, int, str, Any]], **how: Any) -> mptk.Pruned:
@@ -230,8 +234,8 @@ def test_onnxruntime_genai_runs_its_graph(ragged: mptk.Pruned) -> None:
 
 def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path: Path) -> None:
     """4 query heads everywhere: 2 KV heads with 2, 4 KV heads with 1."""
-    model = toys.llama(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=512)
-    dense = toys.saved(model, tmp_path / "dense")
+    model = testing.make_llama(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=512)
+    dense = testing.save_model(model, tmp_path / "dense")
     at = "model.layers.{}.self_attn"
     families = {"kv_groups.0": (2, 4, at.format(0), "1,3"), "q_heads.1": (1, 2, at.format(1), "1")}
     pruned = cut(dense, tmp_path, families)
@@ -279,7 +283,7 @@ def test_the_programs_that_must_read_it_decide_the_widths(dense: str, tmp_path: 
 
 
 def test_a_program_that_reads_no_cut_of_the_model_is_refused_before_any_work(tmp_path: Path) -> None:
-    wide = toys.saved(small(LlamaForCausalLM, LlamaConfig), tmp_path / "wide")  # 8 heads of 16 in hidden 64
+    wide = testing.save_model(small(LlamaForCausalLM, LlamaConfig), tmp_path / "wide")  # 8 heads of 16 in hidden 64
     said = "not read by mlx-lm: the size of a head must be .*; of engines only llama.cpp, .*, vllm read it"
     with pytest.raises(MptkError, match=said):
         mptk.prune(wide, tmp_path / "out", target=TARGET, method="wanda", engines=("mlx-lm", "vllm"), **HOW)
@@ -344,7 +348,7 @@ def small(kind: type[PreTrainedModel], config: Any, **more: Any) -> PreTrainedMo
     ],
 )
 def test_what_deci_cannot_hold_is_refused_before_any_work(model: PreTrainedModel, said: str, tmp_path: Path) -> None:
-    dense = toys.saved(model, tmp_path / "dense")
+    dense = testing.save_model(model, tmp_path / "dense")
     with pytest.raises(MptkError, match=f'{said}.*; use target="stock" or graph'):
         mptk.prune(dense, tmp_path / "out", target=TARGET, method="wanda", **HOW)
 
@@ -364,7 +368,7 @@ def test_what_deci_cannot_hold_is_refused_before_any_work(model: PreTrainedModel
 def test_what_it_holds(
     kind: type[PreTrainedModel], config: Any, more: dict[str, Any], said: list[str], tmp_path: Path
 ) -> None:
-    dense = toys.saved(architectures.spread(small(kind, config, **more), 0.15), tmp_path / "dense")
+    dense = testing.save_model(testing.spread_weights(small(kind, config, **more), 0.15), tmp_path / "dense")
     found = cut(dense, tmp_path, ffn(0, 256), onnx=False)
     assert all(row["ok"] for row in found.report.proof)
     assert [note for note in found.report.notes if "biases" in note] == said

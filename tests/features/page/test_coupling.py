@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from page_runs import HOSTILE, Parsed
+from tiny_decoders import tiny_decoder
 from transformers import MixtralConfig, PreTrainedConfig
 
 import mptk
@@ -24,8 +26,6 @@ from mptk.features.page.render import render_analysis_page
 from mptk.ir.alignment import Alignment
 from mptk.report.analysis import build_analysis_json
 from mptk.targets import find_target
-from tests.page_runs import HOSTILE, Parsed
-from tests.tiny_decoders import tiny_decoder
 
 ROTARY = "grouped heads, rotary"
 SIZES = {"hidden_size": 36, "intermediate_size": 20, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 97}

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from commands import done, refused
 from markdown_it import MarkdownIt
+from page_runs import HOSTILE, WORDS, Parsed, made
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -26,8 +27,7 @@ from mptk.files.outputs import check_file
 from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, read_runs, shorten_model_name
 from mptk.report.sections import build_prune_view
 from mptk.report.view import Table, render_markdown
-from tests.page_runs import HOSTILE, WORDS, Parsed, made
-from tests.toy_checkpoints import save
+from mptk.testing import save_word_model
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
     root = tmp_path_factory.mktemp("page")
     sizes = {"hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 97}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64}
-    dense = save(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), root / "dense")
+    dense = save_word_model(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), root / "dense")
     common = {"sparsity": 0.3, "samples": 4, "length": 32, "align": 4, "onnx": False, "families": ("ffn",)}
     learning = Learning(steps=4)
     mptk.prune(dense, root / "wanda", mptk.Settings(method="wanda", **common))

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page_runs import made
+from tiny_decoders import tiny_decoder
 
 import mptk
 from mptk.features.page.render import render_analysis_page, render_report_page
 from mptk.ir.alignment import Alignment
 from mptk.report.analysis import build_analysis_json
 from mptk.targets import find_target
-from tests.page_runs import made
-from tests.tiny_decoders import tiny_decoder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

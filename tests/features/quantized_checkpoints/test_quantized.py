@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import toy_checkpoints as toys
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mptk
+from mptk import testing
 from mptk.errors import MptkError
 from mptk.io import models
 
@@ -174,7 +174,9 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Callable[[Tensor], Quantised
 
 def write(folder: Path, settings: Mapping[str, Any], store: Callable[[Tensor], Quantised]) -> dict[str, Tensor]:
     """Write a quantised checkpoint of a tiny model. Returns the weights that it stands for."""
-    toys.saved(toys.llama(tied=False, hidden_size=64, num_attention_heads=4, intermediate_size=128), folder)
+    testing.save_model(
+        testing.make_llama(tied=False, hidden_size=64, num_attention_heads=4, intermediate_size=128), folder
+    )
     state, tensors, meant = load_file(folder / "model.safetensors"), dict[str, Tensor](), dict[str, Tensor]()
     for name, weight in state.items():
         if "_proj.weight" not in name:
@@ -240,7 +242,7 @@ def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:
     settings, store = CASES["gptq, 4 bits"]
     write(tmp_path / "q", settings, store())
     text = tmp_path / "text.txt"
-    text.write_text(toys.TEXT * 8)
+    text.write_text(testing.SENTENCES * 8)
     chosen = mptk.Settings(method="wanda", sparsity=0.3, data=str(text), samples=4, length=16, eval_windows=1)
     pruned = mptk.prune(tmp_path / "q", tmp_path / "out", chosen, align=8, onnx=False, eval_length=16)
     assert any("is quantised (gptq)" in note for note in pruned.report.notes)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from inside import Inside
+from lab import raw_report
 from test_changed_weights import X, prune_net, train
 from test_cli import files, mptk, surroundings  # noqa: F401 (fixtures)
 from test_recipe import made, recover_shortly  # noqa: F401 (a fixture)
@@ -21,7 +22,6 @@ from mptk import MptkError, Report
 from mptk.features.rerun.api import repeat_run
 from mptk.files import write_json
 from mptk.publish.manifest import write_manifest
-from tests.lab import raw_report
 
 
 def test_rerun_gives_the_same_and_says_so(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811

@@ -9,11 +9,9 @@ import json
 import shutil
 from pathlib import Path
 
-import architectures
 import kinds
 import pytest
 import torch
-import toy_checkpoints as toys
 from commands import done
 from small_modules import Small
 from transformers import (
@@ -26,7 +24,7 @@ from transformers import (
 )
 
 import mptk
-from mptk import MptkError, Plan
+from mptk import MptkError, Plan, testing
 from mptk.features.vocabulary.convert import Tokens
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
@@ -34,7 +32,7 @@ from mptk.targets.stock import check_same_reading
 
 WORDS = "the quick brown fox jumps "
 TEXT = WORDS * 90
-OTHER = toys.TEXT * 20
+OTHER = testing.SENTENCES * 20
 FEW = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "align": 2, "method": "wanda"}
 ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT], "vocabulary": [TEXT]}
 
@@ -42,14 +40,14 @@ ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT]
 def spread(model: PreTrainedModel) -> PreTrainedModel:
     """Weights of a size that shows a wrong row in the logits."""
     torch.manual_seed(0)
-    return architectures.spread(model)
+    return testing.spread_weights(model)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     """A decoder whose head is not its embedding, and the texts."""
     folder = tmp_path_factory.mktemp("dense")
-    toys.saved(spread(toys.llama(tied=False)), folder, toys.tokenizer(begin=True))
+    testing.save_model(spread(testing.make_llama(tied=False)), folder, testing.make_tokenizer(begin=True))
     (folder.parent / "few.txt").write_text(TEXT)
     (folder.parent / "many.txt").write_text(OTHER)
     return folder
@@ -83,7 +81,7 @@ def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     assert len(kept) % 2 == 0
     small, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
     assert small.get_input_embeddings().weight.shape[0] == small.lm_head.weight.shape[0] == len(kept) == len(words)
-    assert report.cost["dense"]["parameters"] == sum(p.numel() for p in toys.llama(tied=False).parameters())
+    assert report.cost["dense"]["parameters"] == sum(p.numel() for p in testing.make_llama(tied=False).parameters())
     assert report.cost["pruned"]["parameters"] == sum(p.numel() for p in small.parameters())
     whole = AutoTokenizer.from_pretrained(dense)
     assert [kept[i] for i in words(WORDS).input_ids] == whole(WORDS).input_ids
@@ -124,10 +122,10 @@ def test_a_model_that_keeps_all_tokens_writes_the_same_text(dense):
 
 
 def test_special_tokens_of_the_config_move_with_their_rows(dense, tmp_path):
-    model = spread(toys.llama(tied=True))
+    model = spread(testing.make_llama(tied=True))
     model.config.eos_token_id = model.generation_config.eos_token_id = [1, 299]
     model.generation_config.suppress_tokens = [3, 298]
-    words = toys.tokenizer()
+    words = testing.make_tokenizer()
     result = mptk.prune(model, tokenizer=words, **ALONE)
     keep = tokens_of(result.plan)
     assert keep[-1] == 299
@@ -176,7 +174,7 @@ def test_encoder_decoders_lose_rows_too(folders):
 def test_masked_models_lose_rows_too():
     torch.manual_seed(0)
     masked = spread(BertForMaskedLM(BertConfig(**kinds.BERT))).eval()
-    words = toys.tokenizer()
+    words = testing.make_tokenizer()
     words.add_special_tokens({"mask_token": "<pad>"})
     result = mptk.prune(masked, tokenizer=words, **ALONE)
     kept = list(tokens_of(result.plan))
@@ -216,7 +214,7 @@ def test_another_tokenizer_in_the_folder_is_seen(pruned, tmp_path):
 )
 def test_a_written_tokenizer_must_read_and_write_as_the_dense_one(tmp_path, part, value, message):
     """Added, special and rare tokens, whatever the files say."""
-    dense = toys.tokenizer()
+    dense = testing.make_tokenizer()
     dense.add_tokens(["<Added>"])
     dense.save_pretrained(tmp_path)
     check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
@@ -261,7 +259,7 @@ def test_what_cannot_be_done_is_refused_in_a_line(dense, pruned, tmp_path):
         with pytest.raises(MptkError, match=said):
             mptk.prune(name, **{**ALONE, **more})
     with pytest.raises(MptkError, match="has no tokenizer to trim"):
-        mptk.prune(toys.llama(), **{**ALONE, "data": "random"})
+        mptk.prune(testing.make_llama(), **{**ALONE, "data": "random"})
     with pytest.raises(MptkError, match="needs a text model"):
         mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), vocabulary=[TEXT], progress=None)
     other = Plan.load(pruned / "plan.json").to_json()
@@ -271,4 +269,4 @@ def test_what_cannot_be_done_is_refused_in_a_line(dense, pruned, tmp_path):
         mptk.prune(name, **{**FEW, "plan": str(tmp_path / "plan.json"), "data": [TEXT]}, progress=None)
     plan = Plan.load(pruned / "plan.json")
     with pytest.raises(MptkError, match=r"this plan removes tokens, which only mptk.prune"):
-        mptk.rewrite(mptk.analyze(toys.llama(tied=False)), plan)
+        mptk.rewrite(mptk.analyze(testing.make_llama(tied=False)), plan)

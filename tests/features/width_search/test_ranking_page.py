@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from page_runs import Parsed
+from page_runs import HOSTILE, Parsed
 
 from mptk.features.width_search.page import render_shapes_page
 from mptk.features.width_search.shapes import WORST, Rung, Shape, Shapes
-from tests.page_runs import HOSTILE
 
 
 def test_a_page_about_shapes_has_a_row_a_shape_and_no_markup_of_others() -> None:

@@ -18,7 +18,7 @@ from commands import done
 from inside import Inside, Stopped
 from lab import remembered
 from made_up_times import times
-from toy_checkpoints import WORDS, llama_config, save
+from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
 
 import mptk
@@ -27,6 +27,7 @@ from mptk.features.width_search.search import choose_finalists, plan_search_rung
 from mptk.features.width_search.shapes import Rung, Shape, Shapes, rank_shapes
 from mptk.protocols.chain import Chosen
 from mptk.reading import make_typed
+from mptk.testing import WORDS, save_word_model
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -53,7 +54,7 @@ def prepared_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+    return save_word_model(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
 
 
 @pytest.fixture(scope="module")

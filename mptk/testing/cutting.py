@@ -1,4 +1,4 @@
-"""Cutting at random: the check that a family is what the analysis says, used by several tests."""
+"""Cutting at random: the check that a family is what the analysis says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from passes.transforms.masked_reference import mask
 
 
-def random_plan(analysis: Analysis, names: Collection[str] | None = None, *, seed: int = 0, share: float = 0.6) -> Plan:
+def draw_plan(analysis: Analysis, names: Collection[str] | None = None, *, seed: int = 0, share: float = 0.6) -> Plan:
     """Keep about ``share`` of the units of each family (in ``names``), another choice in each layer and scope."""
     generator = random.Random(seed)
     families = {}
@@ -37,26 +37,26 @@ def random_plan(analysis: Analysis, names: Collection[str] | None = None, *, see
 
 
 @dataclass(frozen=True)
-class Difference:
+class Comparison:
     """Largest absolute differences: of the cut model to the masked one, and of the masked to the dense one."""
 
     error: float
     moved: float
 
 
-def cut_and_compare(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor]) -> Difference:
+def cut_and_compare(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor]) -> Comparison:
     """Run the dense, the masked and the cut program on ``inputs``."""
     with torch.no_grad():
         dense = analysis.program(*inputs)
         masked = mask(analysis, resolve_plan(analysis, plan))(*inputs)
         cut = mptk.rewrite(analysis, plan)(*inputs)
-    return Difference(largest(masked, cut), largest(masked, dense))
+    return Comparison(measure_largest(masked, cut), measure_largest(masked, dense))
 
 
-def largest(a: Any, b: Any) -> float:
+def measure_largest(a: Any, b: Any) -> float:
     """Largest absolute difference of two results (infinite if one holds a NaN)."""
     if isinstance(a, (tuple, list)):
-        return max(largest(x, y) for x, y in zip(a, b, strict=True))
+        return max(measure_largest(x, y) for x, y in zip(a, b, strict=True))
     assert a.shape == b.shape, f"{tuple(a.shape)}, not {tuple(b.shape)}"
     difference = (a.detach().double() - b.detach().double()).abs().max().item()
     return float("inf") if difference != difference else difference

@@ -1,0 +1,22 @@
+# What tests import from here; each name is loaded at its first use.
+from .checkpoints import SENTENCES as SENTENCES
+from .checkpoints import WORDS as WORDS
+from .checkpoints import make_tokenizer as make_tokenizer
+from .checkpoints import make_word_tokenizer as make_word_tokenizer
+from .checkpoints import save_model as save_model
+from .checkpoints import save_word_model as save_word_model
+from .cutting import Comparison as Comparison
+from .cutting import cut_and_compare as cut_and_compare
+from .cutting import draw_plan as draw_plan
+from .cutting import measure_largest as measure_largest
+from .decoders import DECODERS as DECODERS
+from .decoders import draw_tokens as draw_tokens
+from .decoders import make_config as make_config
+from .decoders import make_decoder as make_decoder
+from .decoders import make_llama as make_llama
+from .decoders import spread_weights as spread_weights
+from .kinds import MODEL_KINDS as MODEL_KINDS
+from .kinds import ModelKind as ModelKind
+from .kinds import write_kind as write_kind
+from .laboratory import Laboratory as Laboratory
+from .laboratory import copy_by_links as copy_by_links

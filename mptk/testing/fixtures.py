@@ -1,0 +1,16 @@
+"""Fixtures of pytest: ``pytest_plugins = ["mptk.testing.fixtures"]`` in a ``conftest.py``."""
+
+from __future__ import annotations
+
+import pytest
+
+from mptk.testing.laboratory import Laboratory
+
+
+@pytest.fixture(scope="session")
+def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    """One ``Laboratory`` for the run; the workers of pytest-xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    # Each worker of xdist has a folder of its own in that of the run.
+    shared = base.parent if base.name.startswith("popen-") else base
+    return Laboratory(shared / "laboratory")

@@ -1,0 +1,108 @@
+"""Folders of tiny models that all tests of a run share: each is made at its first use, and by one process only."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mptk
+from mptk.config import Settings
+from mptk.testing.kinds import MODEL_KINDS, write_data, write_kind
+
+DECODER_RUN: dict[str, Any] = {"sparsity": 0.35, "samples": 4, "length": 48, "eval_length": 48, "align": 8}
+OTHER_RUN: dict[str, Any] = {
+    "sparsity": 0.3,
+    "samples": 4,
+    "length": 12,
+    "eval_length": 12,
+    "eval_windows": 3,
+    "align": 2,
+    "tolerance": 0.3,
+}
+
+
+class Laboratory:
+    """Models, data and pruned folders below ``root``, to be read only; a test damages a ``copy``.
+
+    Processes that have one ``root`` share all of it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def keep(self, name: str, make: Callable[[Path], object]) -> Path:
+        """The folder or file ``name`` as ``make`` writes it. Whoever asks first makes it; the others wait."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = path.with_name(f"{path.name}.made")
+            if not made.exists():
+                make(path)
+                made.touch()
+        return path
+
+    def model(self, kind: str = "decoder") -> Path:
+        """The checkpoint of a tiny model (``KINDS``)."""
+        return self.keep(f"models/{kind}", lambda folder: write_kind(kind, folder))
+
+    def data(self, kind: str = "decoder") -> Path:
+        """What the kind reads: a text file, or a folder of images or sounds."""
+        return self.keep("data", write_data) / MODEL_KINDS[kind].data
+
+    def settings(self, kind: str = "decoder", **changes: Any) -> Settings:
+        """About a third of the model goes, chosen by Wanda on few short samples of ``data``; no ONNX."""
+        few = DECODER_RUN if kind == "decoder" else OTHER_RUN
+        return Settings(**{"method": "wanda", "data": str(self.data(kind)), "onnx": False, **few, **changes})
+
+    def prune(self, kind: str, out: Path, **changes: Any) -> Path:
+        """Prune the model of a kind anew, with ``changes`` of ``settings``. Gives ``out``."""
+        mptk.prune(str(self.model(kind)), out, self.settings(kind, **changes))
+        return out
+
+    def pruned(self, kind: str = "decoder") -> Path:
+        """A pruned folder of the kind, with ONNX."""
+        return self.keep(f"pruned/{kind}", lambda out: self.prune(kind, out, onnx=True))
+
+    def quantized(self) -> Path:
+        """A pruned decoder with a graph of each type: float32, float16, int8 and int4."""
+        return self.keep(
+            "quantized", lambda out: self.prune("decoder", out, onnx=True, quantize=("int8", "int4", "fp16"))
+        )
+
+    def recovered(self) -> Path:
+        """``pruned()`` after two steps of recovery, without ONNX."""
+        asked: dict[str, Any] = {"data": str(self.data()), "steps": 2, "batch": 2, "length": 32, "onnx": False}
+        return self.keep("recovered", lambda out: mptk.recover(self.pruned(), out, **asked))
+
+    def ladder(self) -> Path:
+        """A folder with two sizes of the decoder: 20 % and 40 % pruned, without ONNX."""
+        asked: dict[str, Any] = {
+            "data": str(self.data()),
+            "method": "wanda",
+            "samples": 4,
+            "length": 32,
+            "align": 8,
+            "onnx": False,
+        }
+        return self.keep("ladder", lambda out: mptk.ladder(str(self.model()), out, [0.2, 0.4], **asked))
+
+    def copy(self, folder: Path, to: Path) -> Path:
+        """A copy to damage (``copy_by_links``). Gives ``to``."""
+        copy_by_links(folder, to)
+        return to
+
+
+def copy_by_links(folder: Path, to: Path) -> None:
+    """Copy a folder or a file by hard links, so that nothing is read.
+
+    Replace a file of the copy (unlink, then write); what is written into it in place is written into the original.
+    """
+    if folder.is_file():
+        os.link(folder, to)
+    else:
+        shutil.copytree(folder, to, copy_function=os.link)

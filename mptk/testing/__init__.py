@@ -11,7 +11,7 @@ and in a test::
         assert (out / "my-file").is_file()
 
     def test_my_reader_refuses_a_damaged_folder(laboratory, tmp_path):
-        copy = laboratory.copy(laboratory.pruned("decoder"), tmp_path / "copy")
+        copy = laboratory.copy(laboratory.open_pruned("decoder"), tmp_path / "copy")
         ...
 
 Nothing here needs a network. The fixtures need pytest, and the data of kinds needs Pillow.

@@ -7,8 +7,8 @@ import pytest
 from mptk.testing.laboratory import Laboratory
 
 
-@pytest.fixture(scope="session")
-def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+@pytest.fixture(scope="session", name="laboratory")
+def share_laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     """One ``Laboratory`` for the run; the workers of pytest-xdist share it."""
     base = tmp_path_factory.getbasetemp()
     # Each worker of xdist has a folder of its own in that of the run.

@@ -46,50 +46,50 @@ class Laboratory:
                 made.touch()
         return path
 
-    def model(self, kind: str = "decoder") -> Path:
+    def open_model(self, kind: str = "decoder") -> Path:
         """The checkpoint of a tiny model (``KINDS``)."""
         return self.keep(f"models/{kind}", lambda folder: write_kind(kind, folder))
 
-    def data(self, kind: str = "decoder") -> Path:
+    def open_data(self, kind: str = "decoder") -> Path:
         """What the kind reads: a text file, or a folder of images or sounds."""
         return self.keep("data", write_data) / MODEL_KINDS[kind].data
 
-    def settings(self, kind: str = "decoder", **changes: Any) -> Settings:
-        """About a third of the model goes, chosen by Wanda on few short samples of ``data``; no ONNX."""
+    def make_settings(self, kind: str = "decoder", **changes: Any) -> Settings:
+        """About a third of the model goes, chosen by Wanda on few short samples of ``open_data``; no ONNX."""
         few = DECODER_RUN if kind == "decoder" else OTHER_RUN
-        return Settings(**{"method": "wanda", "data": str(self.data(kind)), "onnx": False, **few, **changes})
+        return Settings(**{"method": "wanda", "data": str(self.open_data(kind)), "onnx": False, **few, **changes})
 
     def prune(self, kind: str, out: Path, **changes: Any) -> Path:
-        """Prune the model of a kind anew, with ``changes`` of ``settings``. Gives ``out``."""
-        mptk.prune(str(self.model(kind)), out, self.settings(kind, **changes))
+        """Prune the model of a kind anew, with ``changes`` of ``make_settings``. Gives ``out``."""
+        mptk.prune(str(self.open_model(kind)), out, self.make_settings(kind, **changes))
         return out
 
-    def pruned(self, kind: str = "decoder") -> Path:
+    def open_pruned(self, kind: str = "decoder") -> Path:
         """A pruned folder of the kind, with ONNX."""
         return self.keep(f"pruned/{kind}", lambda out: self.prune(kind, out, onnx=True))
 
-    def quantized(self) -> Path:
+    def open_quantized(self) -> Path:
         """A pruned decoder with a graph of each type: float32, float16, int8 and int4."""
         return self.keep(
             "quantized", lambda out: self.prune("decoder", out, onnx=True, quantize=("int8", "int4", "fp16"))
         )
 
-    def recovered(self) -> Path:
-        """``pruned()`` after two steps of recovery, without ONNX."""
-        asked: dict[str, Any] = {"data": str(self.data()), "steps": 2, "batch": 2, "length": 32, "onnx": False}
-        return self.keep("recovered", lambda out: mptk.recover(self.pruned(), out, **asked))
+    def open_recovered(self) -> Path:
+        """``open_pruned()`` after two steps of recovery, without ONNX."""
+        asked: dict[str, Any] = {"data": str(self.open_data()), "steps": 2, "batch": 2, "length": 32, "onnx": False}
+        return self.keep("recovered", lambda out: mptk.recover(self.open_pruned(), out, **asked))
 
-    def ladder(self) -> Path:
+    def open_ladder(self) -> Path:
         """A folder with two sizes of the decoder: 20 % and 40 % pruned, without ONNX."""
         asked: dict[str, Any] = {
-            "data": str(self.data()),
+            "data": str(self.open_data()),
             "method": "wanda",
             "samples": 4,
             "length": 32,
             "align": 8,
             "onnx": False,
         }
-        return self.keep("ladder", lambda out: mptk.ladder(str(self.model()), out, [0.2, 0.4], **asked))
+        return self.keep("ladder", lambda out: mptk.ladder(str(self.open_model()), out, [0.2, 0.4], **asked))
 
     def copy(self, folder: Path, to: Path) -> Path:
         """A copy to damage (``copy_by_links``). Gives ``to``."""

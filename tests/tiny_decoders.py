@@ -27,7 +27,7 @@ def tiny_decoder(kind: str | PreTrainedConfig, **changes: int) -> PreTrainedMode
         config = type(config)(**{**config.to_dict(), **changes})
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    return testing.spread_weights(model, 0.3)
+    return testing.draw_weights(model, 0.3)
 
 
 def write_graphs(kind: str, folder: Path) -> None:

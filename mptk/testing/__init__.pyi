@@ -11,10 +11,10 @@ from .cutting import draw_plan as draw_plan
 from .cutting import measure_largest as measure_largest
 from .decoders import DECODERS as DECODERS
 from .decoders import draw_tokens as draw_tokens
+from .decoders import draw_weights as draw_weights
 from .decoders import make_config as make_config
 from .decoders import make_decoder as make_decoder
 from .decoders import make_llama as make_llama
-from .decoders import spread_weights as spread_weights
 from .kinds import MODEL_KINDS as MODEL_KINDS
 from .kinds import ModelKind as ModelKind
 from .kinds import write_kind as write_kind

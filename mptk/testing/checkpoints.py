@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mptk.testing.decoders import spread_weights
+from mptk.testing.decoders import draw_weights
 
 BEGIN, END, PADDING = "<s>", "</s>", "<pad>"
 WORDS = [f"w{i}" for i in range(95)]
@@ -52,4 +52,4 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
 def save_word_model(model: PreTrainedModel, folder: Path) -> str:
     """Write a checkpoint with ``make_word_tokenizer`` and weights that are drawn anew. Gives the folder's name."""
     torch.manual_seed(0)
-    return save_model(spread_weights(model, 0.15), folder, make_word_tokenizer())
+    return save_model(draw_weights(model, 0.15), folder, make_word_tokenizer())

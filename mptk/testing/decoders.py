@@ -81,11 +81,11 @@ def make_decoder(architecture: str, *, meta: bool = False, attention: str = "sdp
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             make_config(architecture, **changes), attn_implementation=attention
         )
-    found: PreTrainedModel = (made if meta else spread_weights(made)).eval()
+    found: PreTrainedModel = (made if meta else draw_weights(made)).eval()
     return found
 
 
-def spread_weights(model: SomeModule, std: float = 0.2) -> SomeModule:
+def draw_weights(model: SomeModule, std: float = 0.2) -> SomeModule:
     """The model itself, its weights far from their small initial values (norms and biases too)."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=std)

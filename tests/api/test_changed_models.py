@@ -87,7 +87,7 @@ def test_a_proof_that_fails_by_little_names_the_module_too() -> None:
 @pytest.mark.parametrize("there_and_back", [False, True])
 def test_a_model_that_was_converted_to_half_precision_by_hand(there_and_back: bool) -> None:
     """``.to`` rounds the rotary frequencies, which the class of the folder makes anew."""
-    model = testing.spread_weights(testing.make_llama(max_position_embeddings=512), 0.3).to(torch.bfloat16)
+    model = testing.draw_weights(testing.make_llama(max_position_embeddings=512), 0.3).to(torch.bfloat16)
     model = model.float() if there_and_back else model
     rounded = model.model.rotary_emb.inv_freq.clone()
     small = prune(model, data=torch.arange(600).view(2, 300) % 290 + 3, length=300)

@@ -73,7 +73,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     config = testing.make_llama().config
     config.head_dim, config.max_position_embeddings = 32, 96  # blocks of 32 weights, and room for the text
-    model = testing.spread_weights(LlamaForCausalLM(config), 0.3)
+    model = testing.draw_weights(LlamaForCausalLM(config), 0.3)
     model.model.embed_tokens.weight.data[1] = 0  # and its logit: no text ends early
     words = testing.make_tokenizer()
     words.chat_template = TEMPLATE
@@ -320,7 +320,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ffn = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96)
     free = dict.fromkeys(("forced_eos_token_id", "forced_bos_token_id"))
     config = BartConfig(vocab_size=len(words), d_model=64, max_position_embeddings=96, **sizes, **ffn, **tokens, **free)
-    model = testing.spread_weights(BartForConditionalGeneration(config), 0.2)
+    model = testing.draw_weights(BartForConditionalGeneration(config), 0.2)
     model.model.shared.weight.data[1] = 0
     folder = tmp_path_factory.mktemp("reader")
     widths = {"ffn.1": 64, "ffn.2": 64}
@@ -370,7 +370,7 @@ WITHOUT_DIFFUSERS = "import sys; sys.modules['diffusers'] = None"
 @pytest.mark.long
 def test_optimum_writes_what_transformers_writes(tmp_path: Path) -> None:
     """Its transformers is older than the tests'. It derives the heads' size, so only feed-forward units are cut."""
-    model = testing.spread_weights(testing.make_llama(head_dim=8, max_position_embeddings=96), 0.3)
+    model = testing.draw_weights(testing.make_llama(head_dim=8, max_position_embeddings=96), 0.3)
     model.model.embed_tokens.weight.data[1] = 0  # no text ends early
     dense, out = testing.save_model(model, tmp_path / "dense", testing.make_tokenizer()), tmp_path / "out"
     mptk.prune(str(dense), out, replace(SETTINGS, widths={"ffn": 32}, families=("ffn",)))
@@ -472,7 +472,7 @@ print(ids[10:])
 def check_engine(engine: str, python: Path, code: str, place: Path) -> None:
     """Run ``code`` on a LLaMA with fewer query heads, and on layers of unlike width, as ``engines`` allows."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 1024}
-    model = testing.spread_weights(testing.make_llama(layers=3, tied=False, **sizes), 0.2)
+    model = testing.draw_weights(testing.make_llama(layers=3, tied=False, **sizes), 0.2)
     dense, how = testing.save_model(model, place / "dense"), {"engines": (engine,), "method": "wanda", "onnx": False}
     how |= {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": [testing.SENTENCES] * 8}
     mptk.prune(dense, place / "heads", widths={"q_heads": 1}, sparsity=0.3, tolerance=0.05, **how)

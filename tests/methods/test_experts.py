@@ -185,7 +185,7 @@ def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
 def test_a_mixture_with_latent_queries_and_shared_experts_is_trained(given: dict[str, Any], rank: int) -> None:
     how = {"method": "wanda", "steps": 2, "batch": 2, "samples": 4, "length": 12, "eval_windows": 2, "eval_length": 12}
     found = mptk.prune(
-        testing.spread_weights(grouped()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
+        testing.draw_weights(grouped()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
     )
     assert found.report.recovery["rank"] == rank
     assert "trained model" in {row["stage"] for row in found.report.proof}

@@ -47,7 +47,7 @@ IDS = torch.tensor([[5, 9, 2, 31, 8, 4, 11]])
 
 def random_model(model):
     torch.manual_seed(0)
-    return testing.spread_weights(model, 0.15).eval()
+    return testing.draw_weights(model, 0.15).eval()
 
 
 def keeping(analysis, *units, name="layers"):

@@ -43,7 +43,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_scales_go_into_weights_and_epsilons(name):
     torch.manual_seed(0)
-    model = testing.spread_weights(MODELS[name]().eval())
+    model = testing.draw_weights(MODELS[name]().eval())
     ids = torch.randint(97, (2, 7))
     analysis = analyze(trace(model))
     keep = tuple(sorted(torch.randperm(48)[:30].tolist()))

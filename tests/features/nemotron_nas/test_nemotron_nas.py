@@ -80,7 +80,7 @@ BLOCKS = {
 def model_of(blocks: list[dict[str, Any]]) -> DeciLMForCausalLM:
     torch.manual_seed(0)
     config = DeciLMConfig(blocks, **{**SIZES, "num_hidden_layers": len(blocks)})
-    return testing.spread_weights(DeciLMForCausalLM(config), 0.3).eval()
+    return testing.draw_weights(DeciLMForCausalLM(config), 0.3).eval()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -368,7 +368,7 @@ def test_what_deci_cannot_hold_is_refused_before_any_work(model: PreTrainedModel
 def test_what_it_holds(
     kind: type[PreTrainedModel], config: Any, more: dict[str, Any], said: list[str], tmp_path: Path
 ) -> None:
-    dense = testing.save_model(testing.spread_weights(small(kind, config, **more), 0.15), tmp_path / "dense")
+    dense = testing.save_model(testing.draw_weights(small(kind, config, **more), 0.15), tmp_path / "dense")
     found = cut(dense, tmp_path, ffn(0, 256), onnx=False)
     assert all(row["ok"] for row in found.report.proof)
     assert [note for note in found.report.notes if "biases" in note] == said

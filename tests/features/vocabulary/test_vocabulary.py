@@ -40,7 +40,7 @@ ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT]
 def spread(model: PreTrainedModel) -> PreTrainedModel:
     """Weights of a size that shows a wrong row in the logits."""
     torch.manual_seed(0)
-    return testing.spread_weights(model)
+    return testing.draw_weights(model)
 
 
 @pytest.fixture(scope="module")

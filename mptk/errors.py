@@ -185,8 +185,9 @@ def find_exhaustion(error: BaseException) -> MptkError | None:
         if number in _FULL and silent:
             return MachineError(f"{_FULL[number]}{where}; free some space, or give a place on another disk", name=name)
         if number in _REFUSED and silent:
-            refused = f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place"
-            return MachineError(refused, name=name)
+            return MachineError(
+                f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place", name=name
+            )
         if silent and (gone := find_removed(cause)) is not None:
             return make_removed_error(gone)
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _is_memory_error(cause):

@@ -264,8 +264,8 @@ class Pruned:
             if self._kept is None:
                 raise
             raise error.reword(
-                f"{error.cause}: the temporary folder of this result was damaged; prune again with out=, or write the model "
-                "that is in memory by itself"
+                f"{error.cause}: the temporary folder of this result was damaged; prune again with out=, or write the "
+                "model that is in memory by itself"
             ) from error
         # The manifest is the one that was read first, except for timings, which `mptk bench` adds to a folder.
         now = read_manifest(self.proven)

@@ -286,7 +286,10 @@ def take(path: Path) -> Staging | None:
 
 
 def check_open_files() -> None:
-    """Raise MachineError if this process cannot open ``SPARE`` more files: it could write a folder, but not remove it."""
+    """Raise MachineError if this process cannot open ``SPARE`` more files.
+
+    It could write a folder, but not remove it.
+    """
     descriptors = list[int]()
     try:
         for _ in range(SPARE):

@@ -64,7 +64,11 @@ def find_first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Ten
     fitting = [n for n in range(1, size) if size % n == 0]
     if count not in fitting:
         remedy = f"give one of {', '.join(map(str, fitting))}" if fitting else "there is nothing to merge"
-        raise BudgetError(f"{layer.layer} has {size} KV heads, which cannot become {count}; {remedy}", name="kv_heads")
+        raise BudgetError(
+            f"{layer.layer} has {size} KV heads, which cannot become {count}; {remedy}",
+            name="kv_heads",
+            nearest=fitting,
+        )
     # Every step-th head is the first of its run.
     step = size // count
     return {

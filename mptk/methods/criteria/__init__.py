@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mptk.errors import BudgetError, DataError, InputError, ModelError, TraceError
+from mptk.errors import BudgetError, DataError, InputError, ModelError, TraceError, list_close_names
 from mptk.ir import Analysis, Depth, FamilyPlan, Plan, Samples, Variable, make_token_samples
 from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
 from mptk.methods.criteria.fisher import FISHER
@@ -158,10 +158,14 @@ def select_units(analysis: Analysis, scores: Scores, widths: Mapping[str, int], 
 
 def find_variables(analysis: Analysis, names: Iterable[str]) -> tuple[Variable, ...]:
     """The variables of these names. Raises MptkError if the model lacks one."""
-    try:
-        return tuple(analysis.variable(name) for name in names)
-    except KeyError as error:
-        raise InputError(error.args[0]) from error
+    found = []
+    for name in names:
+        try:
+            found.append(analysis.variable(name))
+        except KeyError as error:
+            known = [family.name for family in analysis.all_families]
+            raise InputError(error.args[0], name=name, nearest=list_close_names(name, known)) from error
+    return tuple(found)
 
 
 __all__ = [

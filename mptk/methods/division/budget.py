@@ -316,5 +316,6 @@ def limit_widths(legal: LegalWidths, prepared: Prepared) -> LegalWidths:
             f"{prepared.settings.larger} has only {most[none[0]]} units of {none[0]} left; give a narrower --width, or "
             "leave it out",
             name=none[0],
+            nearest=(most[none[0]],),
         )
     return replace(legal, ladders=ladders)

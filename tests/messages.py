@@ -20,7 +20,9 @@ HEADER = """\
 # {…} is an expression whose value goes in there. Below a sentence, at "name =", are the texts that it may be, and with
 # "…name:" a reason that other sentences hold. `make messages` writes this file.
 """
-REASONS = re.compile(r"explain|refus|_fault|_wrong|disturbance|not_alone|_bound_error|_describe_memory|why_not|describe_levers")
+REASONS = re.compile(
+    r"explain|refus|_fault|_wrong|disturbance|not_alone|_bound_error|_describe_memory|why_not|describe_levers"
+)
 """Names of functions that return a reason, or a whole sentence, for others to raise."""
 OTHERS = {"reword": "(as it was caught)", "_print_error": "(printed)"}
 """Functions that take a sentence → what stands in the place of its class."""
@@ -144,7 +146,11 @@ class _Reader(ast.NodeVisitor):
     def _find_texts(self, name: str, line: int) -> Iterator[str]:
         """The texts that a function gives to a name above a line, or that a table of the module has."""
         for node in self.tree.body if name.isupper() or name.startswith("_") else ():
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and ast.unparse(node.targets[0]) == name:
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.Dict)
+                and ast.unparse(node.targets[0]) == name
+            ):
                 yield from (_write(text) for value in node.value.values for text in _list_texts(value))
         for node in ast.walk(self.scopes[-1]) if len(self.scopes) > 1 else ():
             if isinstance(node, ast.Assign | ast.AugAssign | ast.NamedExpr) and node.lineno <= line:
@@ -166,6 +172,8 @@ def _list_texts(value: ast.expr) -> Iterator[ast.expr]:
     elif isinstance(value, ast.BoolOp):
         for each in value.values:
             yield from _list_texts(each)
+    elif isinstance(value, ast.Call) and ast.unparse(value.func) in list_error_classes():
+        return  # it is listed as what it is
     elif _has_words(value) or (isinstance(value, ast.Call) and any(map(_has_words, value.args))):
         yield value
 

@@ -416,7 +416,6 @@ class ProgramModule(nn.Module):
         return ModelError(
             f"this module was converted from {old} to {new}, and its graph names types of the trace "
             f"({take_first_line(error)}); convert it back, or convert the module before it is pruned",
-            name=type,
         )
 
     def _order_inputs(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:

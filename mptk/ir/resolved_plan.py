@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mptk.errors import PlanError
+from mptk.errors import PlanError, list_close_names
 from mptk.ir.axes import Axis, Index, Term, compute_size, find_occurrences, list_axes
 from mptk.ir.blocks import Block, Renumbering, Stack
 from mptk.ir.families import Analysis, Depth, Group, Variable, scope_coordinates
@@ -146,7 +146,9 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
         try:
             variable = analysis.variable(name)
         except KeyError as error:
-            raise PlanError(f"plan: {error.args[0]}", name=name) from error
+            known = [family.name for family in analysis.all_families]
+            nearest = list_close_names(name, known, cutoff=0)
+            raise PlanError(f"plan: {error.args[0]}", name=name, nearest=nearest) from error
         family = variable.family
         if chosen.of != family.size:
             raise PlanError(f"plan: {name} has {family.size} units in this model, not {chosen.of}", name=name)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mptk.errors import BudgetError, DataError, InputError, ModelError, TraceError, list_close_names
+from mptk.errors import AnalysisError, BudgetError, DataError, InputError, ModelError, TraceError, list_close_names
 from mptk.ir import Analysis, Depth, FamilyPlan, Plan, Samples, Variable, make_token_samples
 from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
 from mptk.methods.criteria.fisher import FISHER
@@ -92,8 +92,9 @@ def measure_and_score(criterion: AnyCriterion, given: Calibration) -> tuple[Scor
     """
     if not given.analysis.program.has_values:
         raise TraceError("a program without weights cannot be scored; trace the model with its weights")
-    if why := next(filter(None, (find_score_refusal(criterion, v) for v in given.variables)), None):
-        raise InputError(why, name="method")
+    for variable in given.variables:
+        if (why := find_score_refusal(criterion, variable)) is not None:
+            raise AnalysisError(why, name=variable.name)
     # Blocks that the criterion does not score get their influence.
     own = [v for v in given.variables if v.kind in criterion.judges]
     others = [v for v in given.variables if v.kind not in criterion.judges]
@@ -164,7 +165,7 @@ def find_variables(analysis: Analysis, names: Iterable[str]) -> tuple[Variable, 
             found.append(analysis.variable(name))
         except KeyError as error:
             known = [family.name for family in analysis.all_families]
-            raise InputError(error.args[0], name=name, nearest=list_close_names(name, known)) from error
+            raise InputError(error.args[0], name=name, nearest=list_close_names(name, known, cutoff=0)) from error
     return tuple(found)
 
 

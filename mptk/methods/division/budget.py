@@ -184,7 +184,7 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
         if name in s.keep:
             continue
         if (refusal := prepared.method.explain_refusal(prepared.analysis, name)) is not None:
-            raise InputError(refusal, name=name)
+            raise AnalysisError(refusal, name=name)
         if len(legal.ladders[name]) == 1:
             why = legal.refused.get(name, "no narrower width is legal")
             remedy = _choose_remedy(legal, "try --target graph", "name other --families")

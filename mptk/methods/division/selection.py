@@ -103,7 +103,7 @@ def find_named(analysis: Analysis, name: str) -> Variable:
         raise InputError(
             f"no layer {name!r}; there are {layers[0].name} to {layers[-1].name}",
             name=name,
-            nearest=list_close_names(name, [layer.name for layer in layers]),
+            nearest=list_close_names(name, [layer.name for layer in layers], cutoff=0),
         )
     if fixed := next((axis for axis in analysis.blocked if axis.name == name), None):
         why = fixed.reasons[0].partition(" (")[0]
@@ -113,7 +113,7 @@ def find_named(analysis: Analysis, name: str) -> Variable:
     raise InputError(
         f"no family {name!r}; there are {', '.join(families)}{example}",
         name=name,
-        nearest=list_close_names(name, families),
+        nearest=list_close_names(name, families, cutoff=0),
     )
 
 

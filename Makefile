@@ -22,7 +22,7 @@ FUZZ_FILES_ARGS ?= --minutes 30
 BROKEN_ARGS ?= --json benchmarks/results/broken.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: help demo test test-core test-long check docs format test-lowest fuzz fuzz-files broken crash soak mutants clean
+.PHONY: help demo test test-core test-long check docs format test-lowest fuzz fuzz-files broken crash soak mutants messages clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
@@ -39,6 +39,7 @@ help:
 	@echo "make soak         an hour of random commands, a fifth of them killed; SOAK_ARGS=... for other numbers"
 	@echo "make crash        160 kills of commands: what the next run makes of them; CRASH_ARGS=... for other numbers"
 	@echo "make mutants      a sample of small errors in the code, and which of them the tests notice; MUTANTS_ARGS=..."
+	@echo "make messages     tests/messages.txt, which has every sentence that mptk can raise, anew from the source"
 	@echo "make clean        remove .venv, .venv-*, caches and build files"
 
 # It trains on docs/ and measures on Python's own reference, which comes with Python.
@@ -103,6 +104,9 @@ soak: $(VENV)/.installed-dev
 
 mutants: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
+
+messages: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.messages
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

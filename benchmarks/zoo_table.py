@@ -112,7 +112,7 @@ SHORT = (
     (r"wrong by \S+ in fp32, \S+ in fp64", "right in fp64, but rounding in fp32 exceeds 1e-5"),
     (r"^(build|config|forward):|CannotBuild", "no tiny model could be built"),
     (r"fails when it fills its own cache", "the model fails when it fills its own cache"),
-    (r"Exhausted: out of memory", "needs more than the 4 GiB of memory that the sweep gives a process"),
+    (r"(Exhausted|MachineError): out of memory", "needs more than the 4 GiB of memory that the sweep gives a process"),
     (r"cannot trace", "torch.export cannot trace the model"),
     (r"does not run", "the cut graph does not run"),
     (r"config\.json makes it|has no weights for", "transformers cannot load the dense model's own weights"),

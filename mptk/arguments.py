@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mptk.errors import MptkError, find_removed, make_removed_error
+from mptk.errors import InputError, MptkError, find_removed, make_removed_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,7 +93,7 @@ def _shorten_error(error: OSError) -> MptkError | None:
     if error.filename is None:
         return None
     if error.errno == errno.ENAMETOOLONG:
-        return MptkError(f"{error.filename}: the name is too long; give a shorter one")
+        return InputError(f"{error.filename}: the name is too long; give a shorter one", name=error.filename)
     gone = find_removed(error) if error.errno == errno.ENOENT else None
     return None if gone is None else make_removed_error(gone)
 
@@ -105,7 +105,7 @@ def check_arguments(function: Callable[..., object], given: Mapping[str, object]
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
         hint = Sequence[hints[name]] if many else hints[name]  # type: ignore[valid-type]
         if (wrong := _find_fault(given[name], hint, name)) is not None:
-            raise MptkError(wrong)
+            raise InputError(wrong, name=name)
 
 
 @functools.cache

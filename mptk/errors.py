@@ -9,18 +9,107 @@ import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator
+from typing import Any, Self
 
 
 class MptkError(Exception):
     """A user-facing error: ``cause; remedy`` in one line. The command line prints it and exits with 1.
 
-    Other modules may drop the remedy: the text up to the first semicolon is the cause.
+    name: what it is about: a setting as in Python (``"sparsity"``), else a path, a module, an operator, a family, a
+        file in a folder or a package; empty if it is about no single thing.
+    nearest: what would work instead: the closest names, the nearest reachable budget or widths, the choices; it may be
+        empty.
     """
+
+    def __init__(self, message: str, *, name: object = "", nearest: Iterable[Any] = ()) -> None:
+        super().__init__(message)
+        self.name = str(name)
+        self.nearest = tuple(nearest)
+
+    @property
+    def cause(self) -> str:
+        """What is wrong: the sentence up to its first semicolon."""
+        return str(self).partition(";")[0]
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it: the sentence after its first semicolon; empty if it has none."""
+        return str(self).partition(";")[2].strip()
+
+    def reword(self, message: str) -> Self:
+        """An error of the same class, about the same thing, in another sentence: with a place in front, for example."""
+        return type(self)(message, name=self.name, nearest=self.nearest)
+
+
+class InputError(MptkError):
+    """A setting, option or argument is wrong, or contradicts another: the caller gives another value."""
+
+
+class DataError(MptkError):
+    """Samples, texts or inputs do not fit the model: the caller gives others."""
+
+
+class FileError(MptkError):
+    """A file or folder is missing, damaged or of another kind: the caller names or downloads another one."""
+
+
+class PlanError(MptkError):
+    """A plan is malformed or does not fit the model: its author mends it."""
+
+
+class BudgetError(MptkError):
+    """No legal widths reach the budget: the caller asks for what ``nearest`` has, or lets more be cut."""
+
+
+class ModelError(MptkError):
+    """mptk cannot open this model, run it or compare it: the caller gives another one, or mends its config or code."""
+
+
+class TraceError(MptkError):
+    """The model's code cannot be traced: its author writes the named place with tensors."""
+
+
+class AnalysisError(MptkError):
+    """Nothing can be cut at an operator, layer or family: the caller cuts others, or registers a rule for it."""
+
+
+class TargetError(MptkError):
+    """A class, ONNX or GGUF cannot hold this model or this cut: the caller chooses another target or other units."""
+
+
+class ProofError(MptkError):
+    """A result is wrong: mptk has a bug, or somebody changed a file. Nothing is published."""
+
+
+class ChangedError(MptkError):
+    """A file, a folder or a model in memory changed since mptk read or proved it: the caller restores it or starts
+    again.
+    """
+
+
+class OutputError(MptkError):
+    """What is to be written is in the way of something, in use or not writable: the caller gives another place."""
+
+
+class MachineError(MptkError):
+    """The machine lacks memory, disk space, open files, permissions or a device: its user provides them or asks for
+    less.
+    """
+
+
+class PackageError(MptkError):
+    """An installed package or plugin is missing, broken or collides with another: its user installs or removes it."""
+
+
+def list_close_names(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The names in ``known`` that are like ``name``, the closest first; with a ``cutoff`` of 0, all of them."""
+    names = list(known)
+    return difflib.get_close_matches(name, names, n=max(1, len(names)), cutoff=cutoff)
 
 
 def suggest_name(name: str, known: Iterable[str], otherwise: str) -> str:
     """``did you mean …?`` with the name in ``known`` that is closest to ``name``; ``otherwise`` if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = list_close_names(name, known)
     return f"did you mean {close[0]!r}?" if close else otherwise
 
 
@@ -28,14 +117,6 @@ def take_first_line(error: BaseException) -> str:
     """The first line of an error's text, and the second if the first ends in a colon; without text, its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-class ProofError(MptkError):
-    """A result is wrong: mptk has a bug, or somebody changed a file. Nothing is published."""
-
-
-class Exhausted(MptkError):
-    """The machine ran out of memory, of disk space or of files that a process may open."""
 
 
 # ---- what the machine lacks, or somebody took away ----
@@ -46,9 +127,10 @@ STAGED: set[str] = set()
 
 def make_removed_error(path: str) -> MptkError:
     """The error for a temporary file or folder that somebody removed while mptk used it."""
-    return MptkError(
+    return MachineError(
         f"{path} was removed while mptk used it, as cleaners of temporary files do; run again, with TMPDIR and "
-        "MPTK_CACHE in folders that are not cleaned"
+        "MPTK_CACHE in folders that are not cleaned",
+        name=path,
     )
 
 
@@ -79,7 +161,7 @@ def explain_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = None if isinstance(error, Exhausted) else find_exhaustion(error) or find_broken_package(error)
+        found = None if isinstance(error, MachineError) else find_exhaustion(error) or find_broken_package(error)
         if found is None:
             raise
         raise found from error
@@ -96,17 +178,20 @@ def find_exhaustion(error: BaseException) -> MptkError | None:
         number = _find_errno(cause)
         # Also behind an MptkError: a reader that cannot open one more file reports that file as damaged.
         if number in _FILES or _TOO_MANY in str(cause):
-            return Exhausted(NO_MORE_FILES)
+            return MachineError(NO_MORE_FILES)
         silent = not isinstance(error, MptkError)  # an MptkError already says what could not be written
-        where = f" ({name})" if (name := getattr(cause, "filename", None)) else ""
+        name = getattr(cause, "filename", None) or ""
+        where = f" ({name})" if name else ""
         if number in _FULL and silent:
-            return Exhausted(f"{_FULL[number]}{where}; free some space, or give a place on another disk")
+            return MachineError(f"{_FULL[number]}{where}; free some space, or give a place on another disk", name=name)
         if number in _REFUSED and silent:
-            return MptkError(f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place")
+            return MachineError(
+                f"{_REFUSED[number]}{where}; check the permissions of the files, or give another place", name=name
+            )
         if silent and (gone := find_removed(cause)) is not None:
             return make_removed_error(gone)
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _is_memory_error(cause):
-            return Exhausted(_describe_memory(str(cause)))
+            return MachineError(_describe_memory(str(cause)))
         cause = cause.__cause__
     return None
 
@@ -129,9 +214,10 @@ def find_broken_package(error: BaseException) -> MptkError | None:
     package = names[-1].partition(".")[0] if names else ""
     if package in ("", "__main__", "mptk", "passes"):
         return None
-    return MptkError(
+    return PackageError(
         f"the package {package} is installed, but does not import ({take_first_line(error)}); repair it, or uninstall "
-        "it if you do not need it"
+        "it if you do not need it",
+        name=package,
     )
 
 

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, distributions
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-from mptk.errors import MptkError
+from mptk.errors import InputError, PackageError, list_close_names
 
 Plugin = TypeVar("Plugin")
 FEATURES = "mptk.features"
@@ -142,7 +142,9 @@ def load_parts(kind: str) -> Mapping[str, Any]:
         for name, path in (named if isinstance(named, Mapping) else {each: each for each in named}).items():
             # Which one counts may not depend on what else is installed: a recipe would mean something else.
             if (other := owners.setdefault(name, feature.name)) != feature.name:
-                raise MptkError(f"the features {other} and {feature.name} both bring {name} ({kind}); remove one")
+                raise PackageError(
+                    f"the features {other} and {feature.name} both bring {name} ({kind}); remove one", name=feature.name
+                )
             found[name] = load_part(feature, path)
     return found
 
@@ -156,7 +158,10 @@ def with_features(own: Mapping[str, Plugin], kind: str) -> dict[str, Plugin]:
     parts = load_parts(kind)
     for feature in list_features().values():
         if taken := sorted(own.keys() & {*getattr(feature, kind)}):
-            raise MptkError(f"the feature {feature.name} brings {taken[0]} ({kind}), which mptk has itself; remove it")
+            raise PackageError(
+                f"the feature {feature.name} brings {taken[0]} ({kind}), which mptk has itself; remove it",
+                name=feature.name,
+            )
     return {**own, **parts}
 
 
@@ -165,7 +170,9 @@ def load_part(feature: Feature, path: str) -> Any:
     try:
         return resolve_name(path)
     except (ImportError, AttributeError) as error:
-        raise MptkError(f"{path} of the feature {feature.name} does not load: {error}; update or remove it") from error
+        raise PackageError(
+            f"{path} of the feature {feature.name} does not load: {error}; update or remove it", name=feature.name
+        ) from error
 
 
 def list_part_names(kind: str) -> list[str]:
@@ -199,7 +206,9 @@ def load_entry(entry: EntryPoint) -> Any:
         return entry.load()
     except (ImportError, AttributeError) as error:
         package = entry.dist.name if entry.dist else entry.value
-        raise MptkError(f"the plugin {entry.name} of {package} does not load: {error}; update or remove it") from error
+        raise PackageError(
+            f"the plugin {entry.name} of {package} does not load: {error}; update or remove it", name=package
+        ) from error
 
 
 @functools.cache
@@ -218,7 +227,9 @@ def find_entries(group: str) -> Sequence[EntryPoint]:
                 first = found.setdefault(entry.name, entry)
                 if first is not entry and first.dist is not None and first.dist.name != package.name:
                     names = f"{first.dist.name} and {package.name}"
-                    raise MptkError(f"{names} both bring {entry.name} ({group}); remove one of them")
+                    raise PackageError(
+                        f"{names} both bring {entry.name} ({group}); remove one of them", name=entry.name
+                    )
     return tuple(found.values())
 
 
@@ -234,5 +245,9 @@ def find_entry(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
     """The entry of that name. Raises MptkError with the known names."""
     if name not in known:
         absent = explain_absent()
-        raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}{absent and f' ({absent})'}")
+        raise InputError(
+            f"no {kind} {name!r}; choose one of {', '.join(known)}{absent and f' ({absent})'}",
+            name=name,
+            nearest=list_close_names(name, known, cutoff=0),
+        )
     return known[name]

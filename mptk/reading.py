@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, MptkError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -81,7 +81,7 @@ Damaged = Callable[[str], MptkError]
 
 def make_damage_error(file: Path, remedy: str = "download or export the model again") -> Damaged:
     """A function that makes the error for a file of what is wrong with it."""
-    return lambda why: MptkError(f"{file} is damaged: {why}; {remedy}")
+    return lambda why: FileError(f"{file} is damaged: {why}; {remedy}", name=file)
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
@@ -194,8 +194,9 @@ def check_inside(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         # A link is how a folder from a stranger would make mptk read, and publish, another file of this machine.
         if entry.is_symlink() and not any(_follow_link(entry).is_relative_to(place) for place in homes):
-            raise MptkError(
-                f"{entry} is a link to {_follow_link(entry)}, outside of its folder; put the file itself there"
+            raise FileError(
+                f"{entry} is a link to {_follow_link(entry)}, outside of its folder; put the file itself there",
+                name=entry,
             )
     for index in sorted(folder.glob("*.index.json")):
         _check_shards(index)
@@ -203,7 +204,7 @@ def check_inside(folder: Path) -> None:
 
 def _follow_link(link: Path) -> Path:
     """Where a link leads. For a circle of links Python before 3.13 raises an error; later versions stop at a link."""
-    circle = MptkError(f"{link} is a link that leads in a circle; put the file itself there")
+    circle = FileError(f"{link} is a link that leads in a circle; put the file itself there", name=link)
     try:
         end = link.resolve()
     except (OSError, RuntimeError) as error:
@@ -228,6 +229,6 @@ def _check_shards(index: Path) -> None:
         raise wrong("it lacks weight_map, which maps weights to files")
     for name in sorted(set(shards.values())):
         if name != Path(name).name or name in ("", ".", ".."):
-            raise MptkError(f"{index} names {name}, which is outside of its folder; do not use this model")
+            raise FileError(f"{index} names {name}, which is outside of its folder; do not use this model", name=index)
         if not _is_file(index.parent / name):
             raise wrong(f"it names {name[:80]}, which does not exist")

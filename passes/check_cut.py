@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import tree_leaves
-from mptk.errors import MptkError, ProofError
+from mptk.errors import ModelError, ProofError
 from mptk.ir import Analysis, Cut, Program, resolve_shape
 from passes.analysis.vocabulary import find_tables
 from passes.frontend.eager import check_steady
@@ -23,7 +23,7 @@ COARSE = (torch.float16, torch.bfloat16)
 """Types whose rounding alone is above ``TOLERANCE``: programs are compared in a finer one."""
 
 
-class Unmoved(MptkError):
+class Unmoved(ModelError):
     """Nothing is proven: the mask does not move the outputs."""
 
 
@@ -54,14 +54,15 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
     # Between the widest tolerance and the drift of rounding, nothing can be said. Above both, the cut is wrong.
     for stage, apart in found.items():
         if tolerance < apart <= ROUNDINGS * own:
-            raise MptkError(
+            raise ModelError(
                 f"nothing is proven: rounding alone moves the masked program's outputs by {own:.1e} of the largest, "
                 f"and the cut one differs by {apart:.1e}; pass check=False and compare on inputs of your own"
             )
         if not apart <= tolerance:
             raise ProofError(
                 f"the proof fails at '{stage}': outputs of the cut and the masked program differ by {apart:.1e} of the "
-                f"largest (tolerance {tolerance:.0e}); please report this model"
+                f"largest (tolerance {tolerance:.0e}); please report this model",
+                name=stage,
             )
     # Equal outputs prove something only if the mask moves them: units before a head of zeros could be cut in any way.
     moved = _measure_difference(_run_flat(dense, inputs.values()), expected)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
-from mptk.errors import MptkError
+from mptk.errors import InputError, list_close_names
 from mptk.ir import Analysis, Cut, Log, Pass, Program, run_passes
 from mptk.ort.sessions import CPU
 from passes.targets.onnx.attention import FoldKVPass, GroupQueriesPass
@@ -166,7 +166,11 @@ def list_passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
         for count, step in enumerate(steps, 1):
             if step.name == name:
                 return steps[:count]
-    raise MptkError(f"no pass {name!r}; choose one of: {', '.join(step.name for steps in lists for step in steps)}")
+    raise InputError(
+        f"no pass {name!r}; choose one of: {', '.join(step.name for steps in lists for step in steps)}",
+        name=name,
+        nearest=list_close_names(name, [step.name for steps in lists for step in steps], cutoff=0),
+    )
 
 
 def emit_onnx(
@@ -227,4 +231,8 @@ def check_schemes(names: Iterable[str]) -> None:
     """Raise MptkError if a name is not in ``ONNX_SCHEMES``."""
     for name in names:
         if name not in ONNX_SCHEMES:
-            raise MptkError(f"unknown scheme {name!r}; choose one of {', '.join(ONNX_SCHEMES)}")
+            raise InputError(
+                f"unknown scheme {name!r}; choose one of {', '.join(ONNX_SCHEMES)}",
+                name=name,
+                nearest=list_close_names(name, ONNX_SCHEMES, cutoff=0),
+            )

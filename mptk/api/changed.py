@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.config import IN_MEMORY
-from mptk.errors import MptkError
+from mptk.errors import ChangedError
 from mptk.files import format_json, make_scratch
 from mptk.io import load_tensors, save_tokenizer, unwrap_parallel, write_weights
 from mptk.ir import Log, Program, Samples, Weights
@@ -100,19 +100,23 @@ class Snapshot:
         # First the names, then what the folder's types and shapes can hold, then what a tied checkpoint can.
         found = {name: tensor.detach() for name, tensor in unwrap_parallel(module).state_dict().items()}
         if other := sorted(found.keys() ^ self.likes.keys()):
-            raise MptkError(
+            raise ChangedError(
                 f"model has other parameters than the pruned model ({other[0]}); merge or remove adapters first, for "
-                "example with merge_and_unload()"
+                "example with merge_and_unload()",
+                name=other[0],
             )
         for name, tensor in found.items():
             if (wrong := _explain_misfit(tensor, *self.likes[name])) is not None:
-                raise MptkError(f"{name} of model {wrong}; write the model by itself, or open the folder again")
+                raise ChangedError(
+                    f"{name} of model {wrong}; write the model by itself, or open the folder again", name=name
+                )
         cast = {name: tensor.to("cpu", self.likes[name][0]) for name, tensor in found.items()}
         for first, *others in self.tied:
             if apart := next((name for name in others if not cast[name].equal(cast[first])), None):
-                raise MptkError(
+                raise ChangedError(
                     f"{first} and {apart} are one weight of the pruned model, and differ now; give both the same "
-                    "numbers, or write the model by itself with model.save_pretrained(DIR)"
+                    "numbers, or write the model by itself with model.save_pretrained(DIR)",
+                    name=first,
                 )
         return cast
 
@@ -131,9 +135,10 @@ class Snapshot:
         for name, now in _list_configs(module).items():
             before = self.configs.get(name, {})
             if fields := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
-                raise MptkError(
+                raise ChangedError(
                     f"{name} of model was changed in memory ({fields[0]}), and a pruned folder has the config that was "
-                    "proven; put it back, or write the model by itself with model.save_pretrained(DIR)"
+                    "proven; put it back, or write the model by itself with model.save_pretrained(DIR)",
+                    name=name,
                 )
         parts = _list_parts(module)
         # Parts that were there must be as they were. Further ones count only by their weights.
@@ -141,16 +146,18 @@ class Snapshot:
             there = parts.get(name)
             if there is None or any(there.get(key) != value for key, value in part.items()):
                 what = _describe_difference(part, there)
-                raise MptkError(
+                raise ChangedError(
                     f"{name or 'model'} was changed in memory ({what}), and a pruned folder has the parts that were "
-                    "proven; put it back, or write the model by itself"
+                    "proven; put it back, or write the model by itself",
+                    name=name or "model",
                 )
         buffers = _list_unsaved_buffers(module)
         for name, buffer in self.buffers.items():
             if name not in buffers or not _is_rounded(buffer, buffers[name]):
-                raise MptkError(
+                raise ChangedError(
                     f"{name} of model was changed in memory, and no pruned folder holds this buffer; put it back, or "
-                    "write the model by itself"
+                    "write the model by itself",
+                    name=name,
                 )
 
 
@@ -254,9 +261,10 @@ def read_saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
 def check_same(what: str, now: object, before: object) -> None:
     """Raise MptkError if what a ``Pruned`` holds is not as its folder says."""
     if now != before:
-        raise MptkError(
+        raise ChangedError(
             f"{what} of this result was changed in memory, and a pruned folder says what was proven; open the folder "
-            "again with Pruned.open, or prune again"
+            "again with Pruned.open, or prune again",
+            name=what,
         )
 
 

@@ -12,7 +12,7 @@ import passes.frontend.trace
 from mptk.api.words import wrap_public
 from mptk.compat.torch import forget_sources
 from mptk.conversions import read_plan_conversions
-from mptk.errors import MptkError
+from mptk.errors import InputError, PlanError
 from mptk.io import models, unwrap_parallel
 from mptk.ir import (
     Analysis,
@@ -146,7 +146,7 @@ def show(
     """
     # The program as traced, or after a pass, which needs a plan.
     if (after is None) != (plan is None):
-        raise MptkError("a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan")
+        raise InputError("a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan")
     program = model if isinstance(model, Program) else trace(model, example_inputs, dynamic=True)
     analysis = group.analyze_program(program)
     if after is None or plan is None:
@@ -162,6 +162,7 @@ def show(
 def check_plain_plan(plan: Plan | None) -> None:
     """Raise MptkError if a plan converts the model first: the cut would then start from another model."""
     for kind, _ in () if plan is None else read_plan_conversions(plan):
-        raise MptkError(
-            f"this plan {kind.does}, which only mptk.prune can do; call mptk.prune(plan=...) with the plan's file"
+        raise PlanError(
+            f"this plan {kind.does}, which only mptk.prune can do; call mptk.prune(plan=...) with the plan's file",
+            name=kind.name,
         )

@@ -19,7 +19,7 @@ from mptk.arguments import check_arguments
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import trace_loaded
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError, ModelError, TargetError
 from mptk.files.outputs import check_apart, check_file
 from mptk.io import (
     Loaded,
@@ -126,8 +126,9 @@ def export(
     place = resolve_place(folder)
     if not isinstance(model, PreTrainedModel):
         if tokenizer is not None:
-            raise MptkError(
-                f"a {type(model).__name__} is not a transformers model and reads no texts; leave out tokenizer"
+            raise InputError(
+                f"a {type(model).__name__} is not a transformers model and reads no texts; leave out tokenizer",
+                name="tokenizer",
             )
         _export_module(model, place, example_inputs, plan, settings, about)
         return Path(folder)
@@ -135,7 +136,7 @@ def export(
     form, name = find_task_form(model) or CAUSAL_LM.onnx, type(model).__name__
     assert form is not None
     if form is not CAUSAL_LM.onnx and model.dtype is not torch.float32:
-        raise MptkError(f"the graphs of a {name} need a float32 model; call model.float()")
+        raise ModelError(f"the graphs of a {name} need a float32 model; call model.float()", name=name)
     # A decoder's form traces the model itself, with its cache.
     program = None if form is CAUSAL_LM.onnx else trace(model, dynamic=True)
     check_form(form, settings)
@@ -153,9 +154,10 @@ def check_metadata(given: Mapping[str, object]) -> dict[str, str]:
     """Entries for a graph's metadata. Raises MptkError if one is not a string, as a misspelt keyword's value is not."""
     for name, value in given.items():
         if not isinstance(value, str):
-            raise MptkError(
+            raise InputError(
                 f"export has no keyword {name}, and what it does not know is metadata of the graph, which is a string; "
-                f"leave {name} out, or give a string"
+                f"leave {name} out, or give a string",
+                name=name,
             )
     return {name: str(value) for name, value in given.items()}
 
@@ -244,15 +246,18 @@ def _load_dense(model: str, settings: Settings, text: str | None) -> tuple[Dense
     resident, executor = build_executor(settings)
     loaded, task = open_task(model, resident, trust=settings.trust)
     if task.onnx is None:
-        raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
+        raise TargetError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum", name=model)
     check_form(task.onnx, settings)
     if text is not None and task.onnx is not CAUSAL_LM.onnx:
-        raise MptkError(f"only a decoder's int4 needs text, and {model} is a {task.summary}; leave out --data")
+        raise InputError(
+            f"only a decoder's int4 needs text, and {model} is a {task.summary}; leave out --data", name="data"
+        )
     program = trace_loaded(loaded, task, executor, like=task.make_example(loaded.model))
     if (length := task.find_fixed_length(program)) is not None:
-        raise MptkError(
+        raise TargetError(
             f"{model} can be traced only for {length} tokens, so its ONNX graph would take no other length; mptk "
-            "writes none for it"
+            "writes none for it",
+            name=model,
         )
     return Dense(loaded, settings, program, executor), task.onnx
 
@@ -297,7 +302,7 @@ def bench(
     """
     check_arguments(bench_graphs, settings)
     if not models:
-        raise MptkError("no model is given; give models, folders or .onnx files")
+        raise InputError("no model is given; give models, folders or .onnx files", name="models")
     there, graphs = find_session_device(device), dict[str, Path]()
     # All models are checked before the first is exported, which takes minutes.
     longest = max(settings.get("lengths", LENGTHS))

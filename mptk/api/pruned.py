@@ -21,7 +21,7 @@ from mptk.api.words import wrap_public
 from mptk.arguments import TURN
 from mptk.config import IN_MEMORY, Settings, with_keywords
 from mptk.cost.estimate import Estimate
-from mptk.errors import MptkError
+from mptk.errors import ChangedError, FileError, InputError, MptkError, OutputError
 from mptk.files import format_json, make_scratch, make_write_error
 from mptk.io import find_stored_dtype, forget_folder, models, resolve_model_name, unwrap_parallel
 from mptk.ir import Log, PassRecord, Plan
@@ -131,7 +131,9 @@ class Pruned:
     @model.setter
     def model(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Module):
-            raise MptkError(f"model is a {type(module).__name__}; give a module with the pruned model's parameters")
+            raise InputError(
+                f"model is a {type(module).__name__}; give a module with the pruned model's parameters", name="model"
+            )
         if self._snapshot is None:
             self._snapshot = Snapshot.of(self._open_folder())
         self._model = module
@@ -160,7 +162,9 @@ class Pruned:
     @tokenizer.setter
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise MptkError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers")
+            raise InputError(
+                f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers", name="tokenizer"
+            )
         _ = self.tokenizer  # to know the files of the first one
         self._tokenizer = tokenizer
 
@@ -225,7 +229,7 @@ class Pruned:
         check_replaceable(folder, overwrite)
         place = self.place
         if place.resolve() in target.resolve().parents:
-            raise MptkError(f"{folder} lies in the folder that is copied; give a place outside of it")
+            raise OutputError(f"{folder} lies in the folder that is copied; give a place outside of it", name=folder)
         with publish(target, overwrite=overwrite) as new:
             copy_listed(place, new)
         self.folder = self.folder or target
@@ -251,21 +255,24 @@ class Pruned:
         # The folder fits its manifest. Of a temporary one the user does not know, so its error has other remedies.
         try:
             if not self.proven.is_dir():
-                raise MptkError(f"{self.proven} is no longer there; open the folder where it is now, or prune again")
+                raise FileError(
+                    f"{self.proven} is no longer there; open the folder where it is now, or prune again",
+                    name=self.proven,
+                )
             check_listed(self.proven)
         except MptkError as error:
             if self._kept is None:
                 raise
-            cause = str(error).partition(";")[0]
-            raise MptkError(
-                f"{cause}: the temporary folder of this result was damaged; prune again with out=, or write the model "
-                "that is in memory by itself"
+            raise error.reword(
+                f"{error.cause}: the temporary folder of this result was damaged; prune again with out=, or write the "
+                "model that is in memory by itself"
             ) from error
         # The manifest is the one that was read first, except for timings, which `mptk bench` adds to a folder.
         now = read_manifest(self.proven)
         if other := sorted(name for name, digest in self._files.items() if now.get(name) != digest and name != LATER):
-            raise MptkError(
-                f"{self.proven} holds another result by now ({other[0]} is another file); open it with Pruned.open"
+            raise ChangedError(
+                f"{self.proven} holds another result by now ({other[0]} is another file); open it with Pruned.open",
+                name=self.proven,
             )
         # Plan and report are attributes that a caller may exchange, delete or write into.
         said = self.__dict__.get("plan"), self.__dict__.get("report")
@@ -398,8 +405,10 @@ def recover(
     # Keywords that would have no effect are refused; fields of `settings` that have none are not.
     settled = {each.path for each in Settings.declared if "recover" not in each.setting.on}
     if refused := sorted(settled & keywords.keys()):
-        raise MptkError(
-            f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change it"
+        raise InputError(
+            f"recover cannot change {refused[0]}, which was decided when the model was pruned; prune again to change "
+            "it",
+            name=refused[0],
         )
     base = settings or Settings(onnx=out is not None)
     asked = with_keywords(base, {**name_given(data=data, eval_data=eval_data), **keywords})
@@ -460,13 +469,16 @@ def check_start(start: Start, asked: Settings, inputs: Inputs) -> None:
     """Raise MptkError if the settings do not suit a model in memory, or data in memory does not suit them."""
     if isinstance(start, Opened) and start.plain:
         if find_method(asked.method).learns and not asked.fixed:
-            raise MptkError(
+            raise InputError(
                 f"{asked.method} trains only transformers models; give method='wanda', 'taylor', 'flap' or "
-                "'magnitude', and train Pruned.model yourself"
+                "'magnitude', and train Pruned.model yourself",
+                name="method",
+                nearest=("wanda", "taylor", "flap", "magnitude"),
             )
         if asked.steps or asked.minutes is not None:
-            raise MptkError(
-                "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself"
+            raise InputError(
+                "mptk trains only transformers models; leave out steps and minutes, and train Pruned.model yourself",
+                name="steps",
             )
     if asked.renumbers_tokens:
         check_texts(data=inputs.data, eval_data=inputs.eval_data)
@@ -491,12 +503,14 @@ def resolve_place(out: str | Path) -> Path:
     try:
         place = place.absolute() if place.name else place  # what has no name is refused where it is written
     except FileNotFoundError as error:
-        raise MptkError(f"the current folder was removed, so {out} is nowhere; give an absolute path") from error
+        raise OutputError(
+            f"the current folder was removed, so {out} is nowhere; give an absolute path", name=out
+        ) from error
     # The system says whether a name is possible: a zero byte is a ValueError. A file that is not there is no error.
     try:
         os.lstat(place)
     except ValueError as error:
-        raise MptkError(f"{str(out)!r} cannot be a file's name ({error}); give another one") from error
+        raise OutputError(f"{str(out)!r} cannot be a file's name ({error}); give another one", name=out) from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise make_write_error(place, error) from error

@@ -17,7 +17,7 @@ from mptk.compat.torch import forget_sources
 from mptk.compile.trace import LONGEST_TRACE, fit_to_program, trace_loaded
 from mptk.config import IN_MEMORY, Settings, with_keywords
 from mptk.conversions import convert_model, read_plan_conversions
-from mptk.errors import MptkError, explain_errors
+from mptk.errors import InputError, ModelError, explain_errors
 from mptk.io import (
     LogitsFn,
     Perplexity,
@@ -100,7 +100,7 @@ def evaluate(
         if is_in_memory(data):
             samples = collect_samples(data, loaded, task, windows, length)
         elif data is None and task.sequences:
-            raise MptkError("evaluate needs data to measure on; give data")
+            raise InputError("evaluate needs data to measure on; give data", name="data")
         else:
             samples = task.draw_evaluation(loaded, settings)
         samples = runs.trace(samples)
@@ -164,9 +164,10 @@ class _Programs:
             self._take("dense", self._match_tokens(self._open(dense), place))
         elif small[1].compares:
             if report is None:
-                raise MptkError(
+                raise InputError(
                     f"a {small[1].summary} is measured by its distance from the dense model; give the dense model as "
-                    "dense"
+                    "dense",
+                    name="dense",
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
             self._take("dense", self._match_tokens((loaded, find_folder_task(Path(str(place)), report, loaded)), place))
@@ -270,7 +271,7 @@ def generate(
     model = unwrap_parallel(model) if isinstance(model, nn.Module) else model
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
-        raise MptkError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+        raise InputError(f"max_new_tokens is {max_new_tokens}; give 1 or more", name="max_new_tokens")
     # In ONNX Runtime, all prompts at once.
     place = _find_graphs(model)
     if place is not None:
@@ -283,9 +284,12 @@ def generate(
     module: object = model.model if isinstance(model, Pruned) else model
     words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
     if not isinstance(module, PreTrainedModel):
-        raise MptkError(f"a {type(module).__name__} cannot generate text; give a language model of transformers")
+        raise ModelError(
+            f"a {type(module).__name__} cannot generate text; give a language model of transformers",
+            name=type(module).__name__,
+        )
     if words is None:
-        raise MptkError("prompts need a tokenizer, and the model has none; give tokenizer=")
+        raise InputError("prompts need a tokenizer, and the model has none; give tokenizer=", name="tokenizer")
     encoded = encode_prompts(words, prompts, chat=chat)
     with set_evaluating(module):
         return [_generate_text(module, words, ids, max_new_tokens, sampling, seed) for ids in encoded]

@@ -29,7 +29,7 @@ from mptk.cli.failure import Interrupted, find_lost_output, replace_streams, rep
 from mptk.cli.options import TYPED, OutputOption, Overwrite, build_settings, check_output_paths, make_parameters
 from mptk.cli.stopping import STOPPED, catch_signals, ignore_signals
 from mptk.config import Record, Settings
-from mptk.errors import MptkError, explain_errors
+from mptk.errors import InputError, explain_errors
 from mptk.files import check_open_files, check_text, expand_path, format_json, tidy, write_json
 from mptk.io import tidy_shared
 from mptk.plugins import list_features
@@ -246,7 +246,7 @@ def carry_out(
     }
     if len({*asked.values()}) > 1:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise MptkError(f"{flags}: each makes another run of this command; give one of them")
+        raise InputError(f"{flags}: each makes another run of this command; give one of them")
     function = next(iter(asked.values()), function)
     taken = inspect.signature(function).parameters
     function(**{name: value for name, value in values.items() if name in taken})

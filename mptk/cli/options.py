@@ -40,7 +40,7 @@ from mptk.config import (
     list_roles,
     with_keywords,
 )
-from mptk.errors import MptkError, suggest_name
+from mptk.errors import FileError, InputError, MptkError, OutputError, list_close_names, suggest_name
 from mptk.files import expand_path, tidy
 from mptk.files.outputs import check_apart, check_file
 from mptk.reading import Json, read_json_object
@@ -156,7 +156,7 @@ def check_output_paths(outputs: Mapping[str, OutputOption], values: Mapping[str,
             place = Path(os.path.realpath(path))
             others = [Path(os.path.realpath(other)) for each, other in written.items() if each != name]
             if any(place == other or other in place.parents for other in others):
-                raise MptkError(f"{path} is where another option writes, too; give another {flag}")
+                raise OutputError(f"{path} is where another option writes, too; give another {flag}", name=path)
 
 
 def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> Iterator[Path]:
@@ -185,7 +185,7 @@ def _read(values: Mapping[str, object], outputs: Mapping[str, OutputOption]) -> 
 def _report_in(place: Path) -> Json:
     """The report of a folder; empty if there is none, or a damaged one, which the command itself refuses."""
     try:
-        return read_json_object(place / REPORT_JSON, MptkError)
+        return read_json_object(place / REPORT_JSON, FileError)
     except MptkError:
         return {}
 
@@ -251,7 +251,7 @@ def parse_width(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
     # Digits are counted in each of these patterns: Python refuses to read integers of thousands of digits.
     if not re.fullmatch(r"[0-9]{1,9}", value) or not int(value) or not name.strip():
-        raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
+        raise InputError(f"--width {text}: write FAMILY=UNITS, as ffn=1024", name="width")
     return name.strip(), int(value)
 
 
@@ -263,7 +263,7 @@ def parse_size(text: str | None) -> int | None:
     unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
     size = int(float(found[1]) * unit) if found and unit else 0
     if not size:
-        raise MptkError(f"{shorten_typed(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB")
+        raise InputError(f"{shorten_typed(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB")
     return size
 
 
@@ -271,7 +271,10 @@ def parse_share(text: str, option: str = "") -> float:
     """``30%`` or ``0.3`` → 0.3. ``option``: its name, for the error."""
     found = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}(?:e-?[0-9]{1,2})?) *(%?)", text.strip(), re.ASCII)
     if found is None:
-        raise MptkError(f"{option} {shorten_typed(text)}: write a share, as 0.3 or 30%".strip())
+        raise InputError(
+            f"{option} {shorten_typed(text)}: write a share, as 0.3 or 30%".strip(),
+            name=option.removeprefix("--").replace("-", "_"),
+        )
     return float(found[1]) / 100 if found[2] else float(found[1])
 
 
@@ -284,9 +287,15 @@ def parse_counts(text: str, option: str) -> tuple[int, ...]:
     """``128,512`` → (128, 512). Raises MptkError if a number is below 1; ``option`` is its name."""
     counts = text.split(",")
     if not all(re.fullmatch(r"[0-9]{1,7}", count.strip()) and int(count) for count in counts):
-        raise MptkError(f"{option} {shorten_typed(text)}: write numbers of at least 1 and at most 9999999, as 128,512")
+        raise InputError(
+            f"{option} {shorten_typed(text)}: write numbers of at least 1 and at most 9999999, as 128,512",
+            name=option.removeprefix("--").replace("-", "_"),
+        )
     if len({*map(int, counts)}) < len(counts):
-        raise MptkError(f"{option} {shorten_typed(text)}: a number is repeated; give each once")
+        raise InputError(
+            f"{option} {shorten_typed(text)}: a number is repeated; give each once",
+            name=option.removeprefix("--").replace("-", "_"),
+        )
     return tuple(map(int, counts))
 
 
@@ -400,7 +409,7 @@ def refuse(options: Sequence[str], why: str) -> None:
     """Raise MptkError if one of ``options`` was typed. ``why``: why they would do nothing, and a remedy."""
     for name in options:
         if name in TYPED.get():
-            raise MptkError(f"--{name.replace('_', '-')} would do nothing: {why}")
+            raise InputError(f"--{name.replace('_', '-')} would do nothing: {why}", name=name)
 
 
 def refuse_idle(command: str, asked: Asked) -> None:
@@ -424,7 +433,7 @@ def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float 
     if settings.plan is not None:
         refuse(("max_decode_ms", "max_prefill_ms"), "--plan already says which units stay; leave out one of both")
     if decode_ms is not None and prefill_ms is not None:
-        raise MptkError("only one latency can be the budget; give --max-decode-ms or --max-prefill-ms")
+        raise InputError("only one latency can be the budget; give --max-decode-ms or --max-prefill-ms", name="max_ms")
     for objective, ms in (("decode", decode_ms), ("prefill", prefill_ms)):
         if ms is not None:
             return replace(settings, budget="latency", objective=objective, max_ms=ms)
@@ -456,10 +465,14 @@ def apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
     for name, value in read_recipe(file).items():
         if name not in known:
             hint = suggest_name(name, known, f"there are {', '.join(known)}")
-            raise MptkError(f"{file} has {name!r}, which is not an option of `mptk {context.command.name}`; {hint}")
+            raise InputError(
+                f"{file} has {name!r}, which is not an option of `mptk {context.command.name}`; {hint}",
+                name=name,
+                nearest=list_close_names(name, known),
+            )
         if name in never:
-            raise MptkError(
-                f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_name_flag(name)}"
+            raise InputError(
+                f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_name_flag(name)}", name=name
             )
         if value is not None:
             values[known[name].name] = _format_typed(value, known[name])

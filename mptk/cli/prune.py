@@ -22,7 +22,7 @@ from mptk.cli.options import (
     with_latency,
 )
 from mptk.config import Asked, Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.progress import Progress
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def recover_model(
     from mptk.run.minutes import fill_in
 
     if (steps := settings.learning.steps) == 0:
-        raise MptkError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more")
+        raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
     # As in ``check_prune``: what would do nothing is refused by the settings as the run completes them.
     meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
@@ -124,7 +124,7 @@ def show_needs(found: Estimate, place: Path | None) -> None:
 def open_output(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
     """The output folder and the progress of a run that can be resumed. Raises MptkError if no folder is given."""
     if folder is None:
-        raise MptkError("the result needs a folder; give --out FOLDER")
+        raise InputError("the result needs a folder; give --out FOLDER", name="out")
     with explain_stop(folder), show_stages(err) as progress:
         yield folder, progress
 

@@ -25,7 +25,7 @@ from mptk.cli.options import (
     refuse,
 )
 from mptk.config import SEED, Choices, Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
 
@@ -223,9 +223,13 @@ def check_eval(data: str | None, tasks: str, runtime: str) -> None:
     else:
         refuse(("threads",), "torch uses all cores; give --runtime onnx, or leave it out")
     if data is None and not tasks:
-        raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
+        raise InputError(
+            "nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval", name="data"
+        )
     if tasks and runtime == "onnx":
-        raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
+        raise InputError(
+            "lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx", name="tasks"
+        )
 
 
 def build_quality_text(found: Mapping[str, object]) -> Text:
@@ -270,7 +274,7 @@ def bench_models(
     }
     # Timings are named by model, so a model that is named twice could not be told apart.
     if twice := [model for model in models if models.count(model) > 1]:
-        raise MptkError(f"{twice[0]} is given twice; name it once")
+        raise InputError(f"{twice[0]} is given twice; name it once", name=twice[0])
     with show_stages(err) as progress:
         result = api.bench(models, device=settings.device, progress=progress, rounds=rounds, **counts)
     # A pruned folder keeps its timings, and its report then shows them. The first model is only the baseline.

@@ -13,7 +13,7 @@ from mptk.cli.app import register_command
 from mptk.cli.console import err, out, show_stages
 from mptk.cli.options import DenseOption, refuse
 from mptk.config import Settings, collect_values
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.progress import enter_stage
 from mptk.trust import Trust
 
@@ -84,7 +84,9 @@ def read_runs_to_show(
     from mptk.report.runs import list_results, read_runs
 
     if model is not None and not prompts:
-        raise MptkError("--model is the dense model that writes after --prompt; give --prompt, or leave it out")
+        raise InputError(
+            "--model is the dense model that writes after --prompt; give --prompt, or leave it out", name="model"
+        )
     if not prompts:
         refuse(("trust_remote_code",), "only --prompt loads a model; give --prompt, or leave it out")
     folders = list_results(folders)  # a ladder's folder stands for its sizes

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
+from mptk.errors import FileError
 from mptk.io import Resident, load_tensors, models
 from mptk.ir import Analysis, Cut, Dims, Lazy, ProgramModule, Samples, Weights, build_renumbering, join_outputs
 from mptk.protocols import Chosen, Compiled, Context, Prepared, Report, list_stages
@@ -86,9 +86,10 @@ def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, tru
         biases = load_tensors(folder / COMPENSATION, make_damage_error(folder / COMPENSATION))
         for name, bias in biases.items():
             if name not in state or bias.ndim != 1 or bias.shape != state.find_like(name).shape:
-                raise MptkError(
+                raise FileError(
                     f"{COMPENSATION} holds {name}, which is not a bias of the model; "
-                    "do not use it, and prune the model again"
+                    "do not use it, and prune the model again",
+                    name=COMPENSATION,
                 )
         return biases
     if not report.trained:  # every weight is a cut of a dense one
@@ -99,8 +100,9 @@ def find_changes(analysis: Analysis, cut: Cut, folder: Path, report: Report, tru
     for name, there in names.items():
         shape = tuple(cut.size(term) for term in analysis.weights[name])
         if there not in small or small.find_like(there).shape != shape:
-            raise MptkError(
-                f"{folder} does not hold {there} of shape {shape}; do not use it, and prune the model again"
+            raise FileError(
+                f"{folder} does not hold {there} of shape {shape}; do not use it, and prune the model again",
+                name=folder,
             )
     return widen_weights(analysis, cut, small.select_names(names))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
-from mptk.errors import MptkError
+from mptk.errors import DataError, ModelError, MptkError, TraceError
 from mptk.io import Loaded, choose_wide_type, measure_free_memory
 from mptk.ir import Program, Samples, is_tokens
 from mptk.protocols import Prepared, Task
@@ -67,10 +67,11 @@ def trace_loaded(
     # The class fixed the length after all: trace again, for the length in which the run reads its text.
     if task.find_fixed_length(program) is not None:
         if len(example.inputs) > 1:  # ``of_length`` changes only token ids
-            raise MptkError(
+            raise TraceError(
                 f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
                 "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
-                "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
+                "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite",
+                name=type(loaded.model).__name__,
             )
         example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, task, example, (0,))
@@ -128,9 +129,10 @@ def fit_to_program(task: Task, program: Program, samples: Samples, what: str) ->
     """
     length = task.find_fixed_length(program)
     if length is not None and samples.tensors[0].shape[1] != length:
-        raise MptkError(
+        raise DataError(
             f"this model is traced only for {length} tokens, and the samples of {what} have "
-            f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text"
+            f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text",
+            name=what,
         )
     if task.sequences:  # token ids: any length, any batch
         return samples
@@ -140,7 +142,7 @@ def fit_to_program(task: Task, program: Program, samples: Samples, what: str) ->
     try:
         program.sizes.check([(batch or max(2, len(samples)), *tensor.shape[1:]) for tensor in samples.tensors])
     except MptkError as error:
-        raise MptkError(f"the samples of {what} do not fit: {error}") from error
+        raise error.reword(f"the samples of {what} do not fit: {error}") from error
     return samples
 
 
@@ -183,11 +185,15 @@ def check_traced_outputs(source: str, program: Program, outputs: Sequence[Tensor
         weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
         name = next((name for name in weights if not program.state[name].isfinite().all()), None)
         if name is not None:
-            raise MptkError(f"{name} of {source} has numbers that are not finite; give undamaged weights")
-        raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
+            raise ModelError(f"{name} of {source} has numbers that are not finite; give undamaged weights", name=name)
+        raise ModelError(
+            f"the outputs of {source} are not finite, though its weights are; give undamaged ones", name=source
+        )
     if not any(output.any() for output in outputs) and not (untrained and _has_zero_parameters(program)):
-        raise MptkError(
-            f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained ones"
+        raise ModelError(
+            f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained "
+            "ones",
+            name=source,
         )
 
 
@@ -223,9 +229,8 @@ def trace_module(loaded: Loaded, example: Samples) -> Program:
             causes.append(error)
             continue
         if causes:
-            cause = str(causes[0]).partition(";")[0]
             kept = "batch size" if dynamic else "no size"
-            found = replace(found, limits=replace(found.limits, note=f"{kept} is left open, since {cause}"))
+            found = replace(found, limits=replace(found.limits, note=f"{kept} is left open, since {causes[0].cause}"))
         # The comparison was in the module's own types. From here on the program computes in one wide type.
         types = {like.dtype for like in found.state.likes.values() if like.is_floating_point()}
         if types <= {choose_wide_type(loaded.model)}:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mptk.config.setting import record
 from mptk.config.settings import CoreSettings
-from mptk.errors import MptkError
+from mptk.errors import PackageError
 from mptk.plugins import list_features
 
 
@@ -25,7 +25,10 @@ def join_settings() -> type[CoreSettings]:
         own = [each.name for each in fields(feature.settings) if each.name in feature.settings.__annotations__]
         for name in own:
             if name in owners:
-                raise MptkError(f"the feature {feature.name} has a setting {name}, as {owners[name]} has; remove one")
+                raise PackageError(
+                    f"the feature {feature.name} has a setting {name}, as {owners[name]} has; remove one",
+                    name=feature.name,
+                )
             owners[name] = f"the feature {feature.name}"
         kinds.append(feature.settings)
     made = type("Settings", (*kinds, CoreSettings), {"__doc__": CoreSettings.__doc__, "__module__": __name__})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from mptk.config.cases import ADAPTED, NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
 from mptk.config.setting import COUNT, SEED, Choices, Default, Record, declare_setting, record
-from mptk.errors import MptkError
+from mptk.errors import InputError
 
 MINUTES = 20
 """Default minutes of a run that trains by default."""
@@ -48,8 +48,10 @@ class LossWeights(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.lm or self.kl or self.hidden_loss):
-            raise MptkError(
-                "all three losses have weight 0, so training has no objective; give --lm, --kl or --hidden-loss above 0"
+            raise InputError(
+                "all three losses have weight 0, so training has no objective; give --lm, --kl or --hidden-loss above "
+                "0",
+                name="lm",
             )
 
 
@@ -151,9 +153,11 @@ class Learning(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher_cache is not None and self.teacher != "cached":
-            raise MptkError("--teacher-cache is only for a cached teacher; add --teacher cached")
+            raise InputError("--teacher-cache is only for a cached teacher; add --teacher cached", name="teacher_cache")
         if self.teacher == "cached" and self.training.losses.hidden_loss:
-            raise MptkError("a cached teacher keeps only logits; use --teacher live for a hidden-state loss")
+            raise InputError(
+                "a cached teacher keeps only logits; use --teacher live for a hidden-state loss", name="teacher"
+            )
 
     @property
     def mask_steps(self) -> int:

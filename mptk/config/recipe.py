@@ -11,7 +11,7 @@ import yaml
 
 from mptk.config.joined import Settings
 from mptk.config.setting import Asked, Record, find_idle, find_settings
-from mptk.errors import MptkError
+from mptk.errors import FileError
 from mptk.files import write_text
 from mptk.io import resolve_model_name
 from mptk.reading import read_text
@@ -110,15 +110,17 @@ def read_recipe(path: Path) -> dict[str, object]:
     Raises:
         MptkError: the file cannot be read, or is not a mapping.
     """
-    text = read_text(path, lambda why: MptkError(f"cannot read {path}: {why}; check its name"), LARGEST_RECIPE)
+    text = read_text(
+        path, lambda why: FileError(f"cannot read {path}: {why}; check its name", name=path), LARGEST_RECIPE
+    )
     try:
         content = yaml.load(text, Loader=_Recipe)  # it is a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
-        raise MptkError(
-            f"{path} is not YAML: {' '.join(str(error).split())}; write lines as 'sparsity: 0.3'"
+        raise FileError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; write lines as 'sparsity: 0.3'", name=path
         ) from error
     except RecursionError as error:  # PyYAML calls itself once for each level
-        raise MptkError(f"{path} is nested too deep; write lines as 'sparsity: 0.3'") from error
+        raise FileError(f"{path} is nested too deep; write lines as 'sparsity: 0.3'", name=path) from error
     if not isinstance(content, dict):
-        raise MptkError(f"{path} does not list options; write lines as 'sparsity: 0.3'")
+        raise FileError(f"{path} does not list options; write lines as 'sparsity: 0.3'", name=path)
     return {str(name).replace("-", "_"): value for name, value in content.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_origin, get_type_hints
 
 from mptk.arguments import check_arguments
-from mptk.errors import MptkError, suggest_name
+from mptk.errors import InputError, MptkError, list_close_names, suggest_name
 from mptk.plugins import explain_absent, find_entries, list_features, list_part_names
 
 Default = TypeVar("Default")
@@ -169,13 +169,18 @@ class Declared:
         # A name that may be a plugin's is checked where it is looked up (`find_method`, `find_target`).
         bounds, choices = self.setting.within, self.setting.choices
         if value is not None and bounds is not None and (wrong := find_bound_error(value, *bounds)) is not None:
-            raise MptkError(
-                f"{self.name}: {wrong}; give a number from {format_number(bounds[0])} to {format_number(bounds[1])}"
+            raise InputError(
+                f"{self.name}: {wrong}; give a number from {format_number(bounds[0])} to {format_number(bounds[1])}",
+                name=self.name,
             )
         if value is not None and choices is not None and not choices.plugins:
             for each in value if isinstance(value, tuple) else (value,):
                 if (wrong := choices.explain_wrong(each)) is not None:
-                    raise MptkError(f"{self.name}: {wrong}")
+                    raise InputError(
+                        f"{self.name}: {wrong}",
+                        name=self.name,
+                        nearest=list_close_names(each, choices.list_values(), cutoff=0),
+                    )
 
 
 class Record:
@@ -278,7 +283,11 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     known = list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
     if unknown := sorted(values.keys() - set(known)):
         hints = [explain_absent(), suggest_name(unknown[0], known, "help(mptk.Settings) has them all")]
-        raise MptkError(f"there is no setting {unknown[0]!r}; {'; '.join(filter(None, hints))}")
+        raise InputError(
+            f"there is no setting {unknown[0]!r}; {'; '.join(filter(None, hints))}",
+            name=unknown[0],
+            nearest=list_close_names(unknown[0], known),
+        )
     return _replace_values(record, values)
 
 

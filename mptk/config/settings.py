@@ -58,7 +58,7 @@ from mptk.config.choices import (
 from mptk.config.learning import MINUTES, MOST_STEPS, Learning
 from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers
 from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.ir import HARDWARE, KERNEL_BLOCK, read_alignment
 from mptk.trust import Trust, trust_by_caller
 
@@ -182,13 +182,15 @@ class CutSettings(Record):
         super().__post_init__()
         read_alignment(self.align)  # for its errors
         if self.max_ms is not None and self.budget != LATENCY:
-            raise MptkError(f"milliseconds are given, but the budget is {self.budget}; set budget to {LATENCY}")
+            raise InputError(
+                f"milliseconds are given, but the budget is {self.budget}; set budget to {LATENCY}", name="max_ms"
+            )
         if len(set(self.families)) < len(self.families):
-            raise MptkError(f"families names one twice: {', '.join(self.families)}; give each once")
+            raise InputError(f"families names one twice: {', '.join(self.families)}; give each once", name="families")
         for name in self.keep:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"
-                raise MptkError(f"{name} is in --keep and in --{other}; leave it out of one of them")
+                raise InputError(f"{name} is in --keep and in --{other}; leave it out of one of them", name="keep")
 
     @property
     def only_layers(self) -> frozenset[int] | None:
@@ -376,12 +378,17 @@ class CoreSettings(CutSettings):
         # Settings that contradict each other whatever the model is. `check_settings` and the stages check the rest.
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
-            raise MptkError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize")
+            raise InputError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize", name="onnx_dtype")
         if self.distil_epochs and self.reconstruct is False:
-            raise MptkError("--distil-epochs needs reconstruction; leave out --no-reconstruct or --distil-epochs")
+            raise InputError(
+                "--distil-epochs needs reconstruction; leave out --no-reconstruct or --distil-epochs",
+                name="distil_epochs",
+            )
         if self.larger is not None and self.layers != UNIFORM:
             other = f"--layers {self.layers}"
-            raise MptkError(f"a larger folder is cut further in all layers alike, by one method; leave out {other}")
+            raise InputError(
+                f"a larger folder is cut further in all layers alike, by one method; leave out {other}", name="larger"
+            )
         self._check_inputs()
 
     def _check_inputs(self) -> None:
@@ -392,7 +399,9 @@ class CoreSettings(CutSettings):
         for name, default in by_default.items():
             data = getattr(self, name)
             if data not in (default, self.inputs, IN_MEMORY) and not data.endswith(INPUTS):
-                raise MptkError(f"{name} {data} is not a {INPUTS} file, as --inputs needs; give one, or leave it out")
+                raise InputError(
+                    f"{name} {data} is not a {INPUTS} file, as --inputs needs; give one, or leave it out", name=name
+                )
 
     @property
     def sources(self) -> list[str]:

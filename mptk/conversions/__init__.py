@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from mptk.compile.trace import trace_loaded
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError, PlanError
 from mptk.io import Loaded
 from mptk.ir import Plan, Samples, Weights
 from mptk.plugins import explain_absent, load_parts
@@ -40,7 +40,9 @@ def find_conversions(
             continue
         if kind in changes:
             option = kind.name.replace("_", "-")
-            raise MptkError(f'the plan says {kind.settles}; leave out --{option}, or the plan\'s "{kind.name}"')
+            raise InputError(
+                f'the plan says {kind.settles}; leave out --{option}, or the plan\'s "{kind.name}"', name=kind.name
+            )
         changes[kind] = change
     return [(kind, changes[kind]) for kind in list_conversions() if kind in changes]
 
@@ -49,7 +51,10 @@ def read_plan_conversions(plan: Plan) -> Changes:
     """The conversions that a plan asks for. Raises MptkError for an unknown entry or a wrong one."""
     known = {kind.name: kind for kind in list_conversions()}
     if unknown := plan.conversions.keys() - known.keys():
-        raise MptkError(f'plan: "{min(unknown)}" is not an entry of a plan; {explain_absent() or "see docs/plan.md"}')
+        raise PlanError(
+            f'plan: "{min(unknown)}" is not an entry of a plan; {explain_absent() or "see docs/plan.md"}',
+            name=min(unknown),
+        )
     return [(kind, kind.from_entry(plan.conversions[name])) for name, kind in known.items() if name in plan.conversions]
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import fx
 
 from mptk.cost.budgets import BUDGETS, CACHED, LATENCY
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.ir import (
     Analysis,
     Axis,
@@ -77,7 +77,9 @@ class CostModel:
         context: int = 0,
     ) -> None:
         if budget not in BUDGETS:
-            raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
+            raise InputError(
+                f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}", name="budget", nearest=BUDGETS
+            )
         self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
         self.variables = analysis.make_variables()
         self._counts, self._number, self._context = budget, itemsize, context

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mptk.errors import MptkError
+from mptk.errors import InputError, MptkError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Found = TypeVar("Found")
@@ -54,7 +54,9 @@ def make_accelerator(precision: str, **options: object) -> Accelerator:
     """
     plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if has_shards() else None
     if plugin is not None and plugin.fsdp_version != 2:
-        raise MptkError("FSDP's first version flattens the weights that masks go into; add --fsdp_version 2")
+        raise InputError(
+            "FSDP's first version flattens the weights that masks go into; add --fsdp_version 2", name="fsdp_version"
+        )
     result = Accelerator(mixed_precision=precision, fsdp_plugin=plugin, **options)
     # accelerate itself does this, but not on CPUs, and only once in a process.
     if plugin is not None:

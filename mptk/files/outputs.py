@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, InputError, MptkError, OutputError
 
 PAGE_MARK = "mptk-page/1"
 TABLE_MARK = "mptk-table/1"
@@ -51,9 +51,9 @@ def check_apart(out: str | Path, *sources: str | Path, option: str = "--out") ->
         if (state := _state(read)) is None:
             continue
         if any(os.path.samestat(state, folder) for folder in above):
-            raise MptkError(f"{out} lies in {source}, which is read; give another {option}")
+            raise OutputError(f"{out} lies in {source}, which is read; give another {option}", name=out)
         if there is not None and any(os.path.samestat(there, each) for each in _read_through(read, state)):
-            raise MptkError(f"{source} is what is read, and {out} would replace it; give another {option}")
+            raise OutputError(f"{source} is what is read, and {out} would replace it; give another {option}", name=out)
 
 
 def check_file(file: str | Path, kind: str, overwrite: bool = False, option: str = "--out") -> None:
@@ -63,13 +63,15 @@ def check_file(file: str | Path, kind: str, overwrite: bool = False, option: str
     """
     path = expand_path(file)
     if path.is_symlink():
-        raise MptkError(f"{file} is a symbolic link; give the file that it leads to as {option}")
+        raise OutputError(f"{file} is a symbolic link; give the file that it leads to as {option}", name=file)
     state = _state(path)
     # Nothing is lost with an empty file, and a device or a pipe is written to, not replaced.
     if overwrite or state is None or not stat.S_ISREG(state.st_mode) or not state.st_size:
         return
     if not _MARKS[kind].search(_read_ends(path)):
-        raise MptkError(f"{file} exists, and mptk did not write it as a {kind}; give another {option}, or --overwrite")
+        raise OutputError(
+            f"{file} exists, and mptk did not write it as a {kind}; give another {option}, or --overwrite", name=file
+        )
 
 
 def _read_through(path: Path, state: os.stat_result) -> Iterator[os.stat_result]:
@@ -128,7 +130,7 @@ _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def make_write_error(path: Path, error: OSError, remedy: str | None = None) -> MptkError:
     """The error of a file or folder that cannot be written, with the cause that the system names."""
     remedy = remedy or _REMEDIES.get(error.errno or 0, "check its folder, or give another place")
-    return MptkError(f"cannot write {path}: {error.strerror or error}; {remedy}")
+    return OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}", name=path)
 
 
 @contextlib.contextmanager
@@ -143,7 +145,7 @@ def name_write_errors(target: Path, staging: Path, remedy: str | None = None) ->
             raise make_write_error(target, error, remedy) from error
         if error.errno in _OF_WRITING:
             raise make_write_error(about, error) from error
-        raise MptkError(f"{about}: {error.strerror or error}; check this file and its rights") from error
+        raise FileError(f"{about}: {error.strerror or error}; check this file and its rights", name=about) from error
 
 
 def check_text(name: str | Path) -> None:
@@ -151,7 +153,9 @@ def check_text(name: str | Path) -> None:
     try:
         str(name).encode()
     except UnicodeEncodeError as error:
-        raise MptkError(f"the name {str(name)!r} is not UTF-8, which reports and recipes are; rename it") from error
+        raise InputError(
+            f"the name {str(name)!r} is not UTF-8, which reports and recipes are; rename it", name=name
+        ) from error
 
 
 def expand_path(name: str | Path) -> Path:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mptk.errors import MptkError
+from mptk.errors import MachineError
 
 # Flags of open(2). O_CLOEXEC: no program that mptk starts gets the descriptor.
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -100,9 +100,10 @@ def check_way(folder: Path) -> None:
     if (exposed := find_exposed(folder)) is not None:
         own = exposed.stat().st_uid == os.geteuid()
         remedy = f"take that right away (`chmod go-w {exposed}`)" if own else "give a place in a folder of your own"
-        raise MptkError(
+        raise MachineError(
             f"{exposed} lets other users rename what is in it, so they could exchange files while they are written; "
-            f"{remedy}"
+            f"{remedy}",
+            name=exposed,
         )
 
 

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from mptk.errors import MptkError
+from mptk.errors import OutputError
 from mptk.files.outputs import make_write_error
 from mptk.files.places import (
     PLAIN_FILE,
@@ -148,14 +148,16 @@ def discard(folder: Path, mark: str | None = None) -> None:
     """
     with make_staging(folder.parent) as staging, hold_open(folder.name, staging.place.at) as own:
         if not is_own(os.fstat(own)) or (mark is not None and not is_of(read_mark(own, mark), own, folder.name)):
-            raise MptkError(f"{folder} was not made by mptk; remove it yourself")
+            raise OutputError(f"{folder} was not made by mptk; remove it yourself", name=folder)
         # It is renamed into the staging folder, which is then removed. A rename takes whatever has the name at that
         # moment, so what was taken is compared with what was opened.
         aside = f"{NEW}/{folder.name}"
         os.rename(folder.name, aside, src_dir_fd=staging.place.at, dst_dir_fd=staging.place.own)
         if not os.path.samestat(os.fstat(own), read_state_in(staging.place.own, aside)):
             staging.put(folder.name)
-            raise MptkError(f"{folder} was replaced while it was to be removed, and is left as it is; look at it")
+            raise OutputError(
+                f"{folder} was replaced while it was to be removed, and is left as it is; look at it", name=folder
+            )
 
 
 def set_ordinary_rights(staging: Staging) -> None:
@@ -190,7 +192,9 @@ def _carry(source: Path, place: Path) -> None:
     """Link a file, or the files of a folder, at a new path; copy them if the file system has no links."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(place):
-        raise MptkError(f"{source} is not mptk's, and the new result has that name, too; move it, and run again")
+        raise OutputError(
+            f"{source} is not mptk's, and the new result has that name, too; move it, and run again", name=source
+        )
     if source.is_symlink():
         place.symlink_to(source.readlink())
     elif source.is_dir():

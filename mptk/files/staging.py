@@ -29,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from mptk.errors import NO_MORE_FILES, STAGED, Exhausted, MptkError, make_removed_error
+from mptk.errors import NO_MORE_FILES, STAGED, MachineError, MptkError, OutputError, make_removed_error
 from mptk.files.outputs import make_write_error
 from mptk.files.places import (
     PLAIN_FILE,
@@ -96,9 +96,10 @@ class Staging:
         # Without links it was removed, by a cleaner of temporary files. A library may have made its path again.
         if not os.fstat(self.place.own).st_nlink:
             raise make_removed_error(str(self.path))
-        raise MptkError(
+        raise OutputError(
             f"{self.path} is no longer the folder that this process made: somebody put another in its place, which "
-            "is left as it is; run again in a folder in which only you can write"
+            "is left as it is; run again in a folder in which only you can write",
+            name=self.path,
         )
 
     def _is_at_path(self) -> bool:
@@ -156,7 +157,7 @@ def check_scratch() -> None:
     try:
         check_way(Path(tempfile.gettempdir()))
     except MptkError as error:
-        raise MptkError(f"{str(error).partition(';')[0]}; set TMPDIR to a folder of your own") from error
+        raise error.reword(f"{error.cause}; set TMPDIR to a folder of your own") from error
 
 
 # ---- the staging folder of an output, which is also its lock ----
@@ -213,9 +214,10 @@ def _take_place(place: Path, said: Path, wait: bool) -> Staging:
         owner = read_owner(path)
         # Without an owner somebody is tidying, which ends soon.
         if owner and not wait:
-            raise MptkError(
+            raise OutputError(
                 f"{said} is in use by process {owner['pid']} on {owner['host']} ({owner['command']}); "
-                "wait until it is done, or give another place"
+                "wait until it is done, or give another place",
+                name=said,
             )
         time.sleep(PAUSE)
     return staging
@@ -275,21 +277,25 @@ def take(path: Path) -> Staging | None:
             if not os.listdir(own):
                 os.rmdir(path.name, dir_fd=at)  # nobody's, or its owner is about to do the same
             elif not marked and OpenFolder(path, at, own).leads_here():
-                raise MptkError(
+                raise OutputError(
                     f"{path} has no mark that mptk made it, and files would be made there; rename or remove it, or "
-                    "give another place"
+                    "give another place",
+                    name=path,
                 )
     return None
 
 
 def check_open_files() -> None:
-    """Raise Exhausted if this process cannot open ``SPARE`` more files: it could write a folder, but not remove it."""
+    """Raise MachineError if this process cannot open ``SPARE`` more files.
+
+    It could write a folder, but not remove it.
+    """
     descriptors = list[int]()
     try:
         for _ in range(SPARE):
             descriptors.append(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
-        raise Exhausted(NO_MORE_FILES) from error
+        raise MachineError(NO_MORE_FILES) from error
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import find_auto_classes
-from mptk.errors import MptkError
+from mptk.errors import ModelError
 from mptk.io.loaders import PLAIN_CHECKPOINTS, list_loaders
 
 # If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
@@ -42,7 +42,10 @@ def name_class(config: PreTrainedConfig) -> str:
         heads = [name for name in named if "For" in name] if taken[0] == "AutoModel" else []
         return next((name for name in taken if fitting[name] & saved), (heads or taken)[0])
     if not named:
-        raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
+        raise ModelError(
+            f"transformers has no model class for {type(config).__name__}; trust its own code or update",
+            name=type(config).__name__,
+        )
     return named[0]  # no auto class knows decoders such as ``MusicgenForCausalLM`` (4)
 
 

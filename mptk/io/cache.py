@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mptk.errors import STAGED, MptkError
+from mptk.errors import STAGED, MachineError, MptkError
 from mptk.files import (
     claim_place,
     discard,
@@ -84,7 +84,7 @@ def build_private(folder: Path, build: Callable[[Path], None]) -> Path:
 
     if os.path.lexists(folder) and not _is_as_made(folder):
         if folder.lstat().st_uid != os.geteuid():
-            raise MptkError(f"{folder} belongs to another user; remove it, or {CACHE_REMEDY}")
+            raise MachineError(f"{folder} belongs to another user; remove it, or {CACHE_REMEDY}", name=folder)
         # Checked again under the lock: another process may have made it anew meanwhile.
         with claim_place(folder, wait=True, remedy=CACHE_REMEDY), name_write_errors(folder, folder, CACHE_REMEDY):
             if os.path.lexists(folder) and not _is_as_made(folder):

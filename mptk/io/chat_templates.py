@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import DataError, FileError, MptkError, take_first_line
 from mptk.files import format_json
 from mptk.reading import parse_json, shorten_text
 
@@ -75,7 +75,7 @@ class ChatTemplate:
             if late := not pipe.poll(WAITING_SECONDS):
                 os.kill(pid, signal.SIGKILL)
             # JSON, not pickle: a template that broke out of the sandbox could send anything.
-            found, refused = parse_json(pipe.recv_bytes(LONGEST_CHAT).decode(), MptkError)
+            found, refused = parse_json(pipe.recv_bytes(LONGEST_CHAT).decode(), FileError)
         except MptkError as error:
             found, refused = None, f"what it writes cannot be used: {error}"
         except (OSError, EOFError):
@@ -85,7 +85,7 @@ class ChatTemplate:
             bound = f"{TEMPLATE_SECONDS:.0f} s" if late else f"{TEMPLATE_MEMORY >> 20} MB"
             refused = f"it takes more than {bound}"
         if refused:
-            raise MptkError(f"the model's chat template refuses {where}: {refused}; {remedy}")
+            raise DataError(f"the model's chat template refuses {where}: {refused}; {remedy}", name=where)
         return found
 
     def _end(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import DataError, FileError, InputError, ModelError
 from mptk.io.text import sampled
 from mptk.io.text.files import Document
 from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME, SELF, TextSource, parse, share_count
@@ -50,7 +50,9 @@ def read_documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iter
             ``random``).
     """
     if data in (SELF, RANDOM_DATA):
-        raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")
+        raise DataError(
+            f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset", name=data
+        )
     for source in parse(data):
         yield from source.read_documents(tokenizer)
 
@@ -104,7 +106,9 @@ def load_evaluation_windows(
         MptkError: as ``read_documents`` and ``make_token_windows``; ``data`` is ``self``; or there is no tokenizer.
     """
     if data == SELF:
-        raise MptkError("there is no model to write the text to measure on; give a file, folder or dataset")
+        raise InputError(
+            "there is no model to write the text to measure on; give a file, folder or dataset", name="data"
+        )
     return _share_windows(parse(data, held_out=True), _require_tokenizer(tokenizer), length, count, None)
 
 
@@ -149,7 +153,7 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 def check_positions(positions: int | None, length: int, what: str) -> None:
     """Raise MptkError if ``what``, of ``length`` tokens, is longer than a model's ``positions``."""
     if positions is not None and length > positions:
-        raise MptkError(f"{what} are longer than the model's {positions} positions; ask for shorter ones")
+        raise InputError(f"{what} are longer than the model's {positions} positions; ask for shorter ones", name=what)
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
@@ -157,9 +161,10 @@ def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     # A kernel would fail at such an id, without its name; on a GPU no other kernel would run after that.
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and ids.numel() and int(ids.max()) >= size:
-        raise MptkError(
+        raise FileError(
             f"the tokenizer gives token {int(ids.max())}, and the model's vocabulary has {size}; give the tokenizer "
-            "files that belong to the model"
+            "files that belong to the model",
+            name="tokenizer",
         )
 
 
@@ -219,7 +224,7 @@ def _read_windows(
     documents = source.read_documents(tokenizer, limits.characters, _ENOUGH * length, seed or 0)
     stream = encode_documents(documents, tokenizer, characters=limits.characters, tokens=limits.tokens)
     if not len(stream):
-        raise MptkError(f"{source.name} holds no text; give a file, folder or dataset with some")
+        raise DataError(f"{source.name} holds no text; give a file, folder or dataset with some", name=source.name)
     return cut_windows(stream, tokenizer, length, count, seed)
 
 
@@ -243,5 +248,5 @@ def _compute_limits(count: int | None, length: int, seed: int | None) -> _Limits
 
 def _require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise MptkError("the model has no tokenizer to read text with; add its tokenizer files, or use --data self")
+        raise ModelError("the model has no tokenizer to read text with; add its tokenizer files, or use --data self")
     return tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, InputError, MptkError
 from mptk.files import expand_path, format_json
 from mptk.io import models
 from mptk.io.live import hash_loaded_weights, open_live
@@ -84,7 +84,9 @@ def open_dense(
         return _open_same_weights(said, expected, model, trust, resident, live)
     source = model or said
     if hash_model(source, local=model is None) != expected:
-        raise MptkError(f"{source} is not the dense model that was pruned: its files differ; give that one as --model")
+        raise InputError(
+            f"{source} is not the dense model that was pruned: its files differ; give that one as --model", name="model"
+        )
     return models.open_weights(source, resident, trust=trust, local=model is None)
 
 
@@ -94,7 +96,9 @@ def _open_same_weights(
     """The dense model, if it has the weights that were pruned."""
     # The fingerprint of files cannot be compared with weights in memory. The other way round works: files are opened.
     if not live:
-        raise MptkError("this folder was pruned from files; give the name of that model, and not a model in memory")
+        raise InputError(
+            "this folder was pruned from files; give the name of that model, and not a model in memory", name="model"
+        )
     if isinstance(model, nn.Module):
         loaded = open_live(model, trust=trust)
     else:
@@ -104,13 +108,15 @@ def _open_same_weights(
             if model is not None:
                 raise
             # ``said`` names what the model in memory came from. It may be gone by now, or never have been a folder.
-            raise MptkError(
+            raise FileError(
                 f"the dense {said} was pruned in memory and is not on this disk; save it with save_pretrained(DIR) and "
-                "give --model DIR, or give the model itself to mptk.verify"
+                "give --model DIR, or give the model itself to mptk.verify",
+                name=said,
             ) from error
     if hash_loaded_weights(loaded) != expected:
-        raise MptkError(
+        raise InputError(
             f"{loaded.source} is not the dense model that was pruned: its weights differ; save that one with "
-            "save_pretrained(DIR) and give --model DIR"
+            "save_pretrained(DIR) and give --model DIR",
+            name="model",
         )
     return loaded

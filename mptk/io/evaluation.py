@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import DataError, FileError, InputError, ModelError, PackageError, take_first_line
 from mptk.io import models
 from mptk.ir import Samples, make_token_samples
 from mptk.progress import Count
@@ -76,7 +76,7 @@ def measure_perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progr
 
     (found,) = _measure_runs(run_batches, windows, data, progress or (lambda done, total: None)).values()
     if not math.isfinite(found.nll):
-        raise MptkError(
+        raise ModelError(
             f"the logits on {data} are not finite; the model's weights are damaged, or too large for "
             f"torch.{found.dtype}"
         )
@@ -95,7 +95,7 @@ def _measure_runs(runs: Runs, windows: Tensor, data: str, progress: Count) -> di
     """Name → perplexity of each of ``runs``."""
     count, length = windows.shape
     if count == 0 or length < 2:
-        raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
+        raise DataError(f"no token to predict in {count} windows of {length} tokens; give more text")
     # One window at a time: its logits may take gigabytes. Sums are Python's floats, so their order hardly matters.
     rows, totals, dtype, tokens = windows.split(1), dict[str, float](), torch.float32, count * (length - 1)
     for name, i, logits in runs([make_token_samples(row) for row in rows], progress):
@@ -135,13 +135,17 @@ def zero_shot(
     check_trusted(include_path, trust)
     # lm-eval is optional, and slow to import.
     if importlib.util.find_spec("lm_eval") is None:
-        raise MptkError("lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'")
+        raise PackageError(
+            "lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'", name="lm-eval"
+        )
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     loaded = model if isinstance(model, models.Loaded) else models.load(str(model))
     if loaded.tokenizer is None:
-        raise MptkError(f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files")
+        raise FileError(
+            f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files", name=loaded.source
+        )
     manager = _make_task_manager(tasks, include_path)
     try:
         report = lm_eval.simple_evaluate(
@@ -151,9 +155,10 @@ def zero_shot(
             limit=limit,
         )
     except Exception as error:  # a task's data, templates and functions fail in any way
-        raise MptkError(
+        raise InputError(
             f"lm-eval cannot run {', '.join(tasks)}: {take_first_line(error)}; check the network, the task's data and "
-            "its files"
+            "its files",
+            name="tasks",
         ) from error
     # The numbers of each task. lm-eval's rows also have names and counts.
     return {
@@ -165,9 +170,10 @@ def zero_shot(
 def check_trusted(include_path: str | Path | None, trust: Trust) -> None:
     """Raise MptkError for task files that the caller does not trust: functions and templates in them are code."""
     if include_path is not None and not trust.allows_code:
-        raise MptkError(
+        raise InputError(
             f"the task files in {include_path} can run Python code on this machine; read them, and if you trust them "
-            "pass --trust-remote-code (trust_remote_code=True)"
+            "pass --trust-remote-code (trust_remote_code=True)",
+            name="trust_remote_code",
         )
 
 
@@ -183,4 +189,6 @@ def _make_task_manager(tasks: Sequence[str], include_path: str | Path | None) ->
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if not unknown:
             return manager
-    raise MptkError(f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or give --include-path")
+    raise InputError(
+        f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or give --include-path", name=unknown[0]
+    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import ModelError, MptkError
 from mptk.files import make_scratch
 from mptk.io import models
 from mptk.io.checkpoint import copy_beside
@@ -100,18 +100,20 @@ def hash_loaded_weights(loaded: Loaded) -> str:
 def _check(model: nn.Module) -> None:
     name = type(model).__name__
     if any(map(is_lazy, model.parameters())):
-        raise MptkError(f"some weights of this {name} have no shape yet; run it once on an input")
+        raise ModelError(f"some weights of this {name} have no shape yet; run it once on an input", name=name)
     if any(p.layout is not torch.strided for p in model.parameters()):
-        raise MptkError(f"some weights of this {name} are sparse tensors; make them dense with to_dense()")
+        raise ModelError(f"some weights of this {name} are sparse tensors; make them dense with to_dense()", name=name)
     if any(tensor.is_meta for tensor in model.parameters()):
-        raise MptkError(f"some weights of this {name} are not in memory; load it without device_map and offloading")
+        raise ModelError(
+            f"some weights of this {name} are not in memory; load it without device_map and offloading", name=name
+        )
     packed = any(type(m).__module__.startswith("torch.ao.nn.quantized") for m in model.modules())
     if (
         packed
         or getattr(model, "is_quantized", False)
         or any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters())
     ):
-        raise MptkError(f"this {name} is quantised, and mptk prunes float weights; load the float model")
+        raise ModelError(f"this {name} is quantised, and mptk prunes float weights; load the float model", name=name)
 
 
 def copy_without_weights(model: nn.Module) -> nn.Module:

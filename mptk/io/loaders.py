@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mptk.errors import MptkError
+from mptk.errors import FileError
 from mptk.plugins import load_parts
 from mptk.trust import Trust
 
@@ -161,7 +161,7 @@ def check_folder_named(place: str | Path, makes: str) -> None:
     """Raise MptkError if ``place`` should be a folder and is a model's name. ``makes``: the command that makes one."""
     if find_naming_loader(str(place)) is not None and not Path(place).exists():
         command = f"`mptk {makes} {place} --out DIR`"
-        raise MptkError(f"{place} is a model's name, and here a folder is needed; {command} makes one")
+        raise FileError(f"{place} is a model's name, and here a folder is needed; {command} makes one", name=place)
 
 
 def list_other_files(folder: Path) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.arguments import guard_arguments
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import ChangedError, FileError, InputError, ModelError, MptkError, take_first_line
 from mptk.files import expand_path, tidy
 from mptk.io.auto_classes import find_class
 from mptk.io.cache import build_private, locate_private_folder, read_sha256
@@ -141,11 +141,14 @@ def _load(model: str, trust: Trust, local: bool, **options: object) -> Loaded:
         with explain_load_errors(model):
             config = _read_config(folder, trust)
     elif is_quantized(folder):
-        raise MptkError(f"{model} is quantised, and no installed feature reads that; give the float checkpoint")
+        raise ModelError(
+            f"{model} is quantised, and no installed feature reads that; give the float checkpoint", name=model
+        )
     elif (found := find_quantized_dtype(folder)) is not None:
-        raise MptkError(
+        raise ModelError(
             f"{model} has weights of type {found}, and its config.json has no quantization_config; give the float "
-            "checkpoint"
+            "checkpoint",
+            name=model,
         )
     module = load_pretrained(folder, model, config, trust, **options)
     tokenizer = _load_tokenizer(folder, model, trust) if has_tokenizer(folder) else None
@@ -167,7 +170,7 @@ def build_skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust: Tru
             module = kind.from_config(config, dtype=dtype, trust_remote_code=trust.allows_code)
     made: PreTrainedModel = module.eval()
     if (count := sum(p.numel() for p in made.parameters())) > PARAMETERS:
-        raise MptkError(f"{model} would have {count:.1e} parameters; check the numbers in its config.json")
+        raise ModelError(f"{model} would have {count:.1e} parameters; check the numbers in its config.json", name=model)
     return made
 
 
@@ -193,7 +196,9 @@ def load_tokenizer(model: str, *, trust: Trust = NO_CODE) -> PreTrainedTokenizer
     """
     folder = _open_folder(locate(model, weights=False))
     if not has_tokenizer(folder):
-        raise MptkError(f"{model} has no tokenizer; copy the tokenizer files of the model it came from into {folder}")
+        raise FileError(
+            f"{model} has no tokenizer; copy the tokenizer files of the model it came from into {folder}", name=model
+        )
     return _load_tokenizer(folder, model, trust)
 
 
@@ -223,7 +228,7 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
     path = _parse_path(model)
     if (loader := find_file_loader(model)) is not None:
         if not path.is_file():
-            raise MptkError(f"there is no file {model}; check the path")
+            raise FileError(f"there is no file {model}; check the path", name=model)
         loader.check_file(path)
         return path
     tidy(path.parent)  # a killed process may have left this folder renamed aside
@@ -232,13 +237,15 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
         if not os.path.lexists(path / CONFIG) or (path / CONFIG).is_dir():
             forms = " or a ".join(["transformers checkpoint folder", *files])
             said = (loader.explain_folder(model, path) for loader in list_loaders())
-            raise MptkError(next(filter(None, said), f"{model} has no config.json; give a {forms}"))
+            raise FileError(next(filter(None, said), f"{model} has no config.json; give a {forms}"), name=model)
         check_folder(path)
         return path
     if os.path.lexists(path):
         if not files:
             raise _make_unread_error(model)
-        raise MptkError(f"{model} is neither a checkpoint folder nor a {' nor a '.join(files)}; give one of these")
+        raise FileError(
+            f"{model} is neither a checkpoint folder nor a {' nor a '.join(files)}; give one of these", name=model
+        )
     # Nothing of this name is here, so it can only be a hub's.
     try:
         found = Path(
@@ -255,9 +262,10 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
         if local:
             raise _make_absent_error(model) from error
         forms = ", ".join([*(loader.names for loader in list_loaders() if loader.names), *files])
-        raise MptkError(
+        raise FileError(
             f"{model!r} is no {f'{forms} or ' if forms else ''}local folder, and the hub does not provide it: "
-            f"{take_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
+            f"{take_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN",
+            name=model,
         ) from error
 
 
@@ -268,20 +276,20 @@ def _parse_path(model: str) -> Path:
         path = expand_path(model)
         path.exists()
     except (OSError, ValueError) as error:  # too long; a null character
-        raise MptkError(
-            f"{model!r} cannot be a model's name: {error}; give a folder, a file, an alias or a hub id"
+        raise InputError(
+            f"{model!r} cannot be a model's name: {error}; give a folder, a file, an alias or a hub id", name=model
         ) from error
     if not model or "\0" in model:
-        raise MptkError(f"{model!r} cannot be a model's name; give a folder, a file, an alias or a hub id")
+        raise InputError(f"{model!r} cannot be a model's name; give a folder, a file, an alias or a hub id", name=model)
     return path
 
 
 def _make_absent_error(model: str) -> MptkError:
-    return MptkError(f"{model} is not on this machine, and a report may not start a download; give --model")
+    return FileError(f"{model} is not on this machine, and a report may not start a download; give --model", name=model)
 
 
 def _make_unread_error(model: str) -> MptkError:
-    return MptkError(f"{model}: no installed feature reads this; give a transformers checkpoint folder")
+    return ModelError(f"{model}: no installed feature reads this; give a transformers checkpoint folder", name=model)
 
 
 def _open_folder(source: Path) -> Path:
@@ -297,7 +305,7 @@ def _convert(loader: Loader, source: Path) -> Path:
         loader.convert(source, folder)
         # The place is named after the content that was there before. Another content must not get its name.
         if _locate_converted(loader, source) != place:
-            raise MptkError(f"{source} changed while it was converted; start again")
+            raise ChangedError(f"{source} changed while it was converted; start again", name=source)
 
     return build_private(place, write)
 
@@ -328,14 +336,16 @@ def load_pretrained(
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, wanted = mismatched[0]
         file = next((file for file in folder.glob("*.safetensors") if name in read_float_types(file)), folder)
-        raise MptkError(
+        raise FileError(
             f"{name} in {file} is {list(found)}, and config.json makes it {list(wanted)}; one of both is of another "
-            "model: download it again"
+            "model: download it again",
+            name=name,
         )
     if missing := sorted(report["missing_keys"]):
-        raise MptkError(
+        raise FileError(
             f"{model} has no weights for {len(missing)} parameters of {type(module).__name__} ({missing[0]}, ...), "
-            "which would be random; give a checkpoint with them, or name its class in config.json's architectures"
+            "which would be random; give a checkpoint with them, or name its class in config.json's architectures",
+            name=model,
         )
     loaded: PreTrainedModel = module.eval()
     return loaded
@@ -345,17 +355,19 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
     # transformers reads the weights from this file, whatever it is. It must not lead out of the folder.
     named = getattr(config, "transformers_weights", None)
     if named is not None and (not isinstance(named, str) or named != Path(named).name):
-        raise MptkError(
-            f"config.json in {folder} names {named!r} for weights, which is no file of it; remove that name"
+        raise FileError(
+            f"config.json in {folder} names {named!r} for weights, which is no file of it; remove that name",
+            name=folder,
         )
     # A pickle beside safetensors does no harm: transformers is told to read only these.
     if any(folder.glob("*.safetensors")) and (named is None or ".safetensors" in named):
         return
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none at all"
-    raise MptkError(
+    raise FileError(
         f"{folder} has no safetensors weights ({found}); if you trust it, convert it with transformers: "
-        "AutoModel....from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        "AutoModel....from_pretrained(DIR).save_pretrained(NEW_DIR)",
+        name=folder,
     )
 
 
@@ -380,11 +392,13 @@ def explain_load_errors(model: str) -> Iterator[None]:
         raise
     except Exception as error:  # a config of any content meets code of any class: no error has a base class in common
         if "trust_remote_code" in str(error):
-            raise MptkError(
+            raise InputError(
                 f"{model} needs Python code of its own, which would run on this machine; read it, and if you trust "
-                "it pass --trust-remote-code (trust_remote_code=True)"
+                "it pass --trust-remote-code (trust_remote_code=True)",
+                name="trust_remote_code",
             ) from error
-        raise MptkError(
+        raise ModelError(
             f"transformers cannot load {model}: {take_first_line(error)}; "
-            f"check its files, and whether transformers {transformers.__version__} knows it"
+            f"check its files, and whether transformers {transformers.__version__} knows it",
+            name=model,
         ) from error

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.files import make_scratch
 from mptk.io.checkpoint import copy_beside, save_tokenizer
 from mptk.io.models import Loaded
@@ -62,14 +62,15 @@ def _build_model(
         model = make_anew(type(dense), config)
     except Exception as error:  # a model class may raise anything
         reason = str(error).strip().partition("\n")[0]
-        raise MptkError(f"{name} cannot have {what} ({reason}); {remedy}") from error
+        raise TargetError(f"{name} cannot have {what} ({reason}); {remedy}", name=name) from error
     # The class decides what weights it has with this config. They must be the ones that were made.
     there = {n: tuple(tensor.shape) for n, tensor in model.state_dict(keep_vars=True).items()}
     cut = {n: tuple(tensor.shape) for n, tensor in weights.likes.items()}
     if wrong := sorted(n for n in there.keys() | cut.keys() if there.get(n) != cut.get(n)):
-        raise MptkError(
+        raise TargetError(
             f"{name} cannot have {what}: its {wrong[0]} would be {_describe_shape(there, wrong[0])}, and what is left "
-            f"of it is {_describe_shape(cut, wrong[0])}; {remedy}"
+            f"of it is {_describe_shape(cut, wrong[0])}; {remedy}",
+            name=name,
         )
     # A buffer that the class computes may have been changed in the dense model, so its numbers come from there if its
     # shape is the same.

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import ChangedError
 from mptk.ir import Lazy
 
 MEMORY_SHARE = 0.5
@@ -58,13 +58,15 @@ def open_stored_weight(
             with safe_open(file, "pt") as opened:
                 tensor: Tensor = opened.get_tensor(key)
         except SafetensorError as error:
-            raise MptkError(f"{file} was changed or damaged while it was read ({error}); start again") from error
+            raise ChangedError(
+                f"{file} was changed or damaged while it was read ({error}); start again", name=file
+            ) from error
         return tensor
 
     def make() -> Tensor:
         # To touch a mapped page that the file no longer has would end the process (SIGBUS).
         if _measure_file(file) < size:
-            raise MptkError(f"{file} was removed or cut short while it was read; start again")
+            raise ChangedError(f"{file} was removed or cut short while it was read; start again", name=file)
         return resident.get(f"{file}|{key}", lambda: read_narrow().to(like.dtype))
 
     return Lazy(like, make, held, read_narrow if held is not None else None)

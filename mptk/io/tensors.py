@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mptk.compat.accelerate import load_on_all
 from mptk.compat.torch import tree_leaves, tree_map
 from mptk.compat.transformers import replace_opener
-from mptk.errors import MptkError
+from mptk.errors import FileError
 from mptk.files import format_json
 from mptk.io.checkpoint import read_float_types
 from mptk.io.resident import Resident, open_stored_weight
@@ -159,7 +159,9 @@ class Files(dict[str, tuple[Path, Tensor]]):
             for key in list_weight_names(tensor) if isinstance(tensor, Deferred) and tensor.is_floating_point() else ():
                 file, _ = self[key]
                 if held[file][key] is None:
-                    raise MptkError(f"{key} in {file} is not of floating-point numbers; give the float checkpoint")
+                    raise FileError(
+                        f"{key} in {file} is not of floating-point numbers; give the float checkpoint", name=key
+                    )
 
     def _make_entry(self, tensor: Deferred, resident: Resident) -> Lazy:
         like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import find_config_field
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import ModelError, MptkError, take_first_line
 from mptk.publish.manifest import check_whole
 from mptk.reading import Damaged, Json, check_inside, make_damage_error, read_json_object, shorten_text
 
@@ -60,9 +60,10 @@ def check_folder(folder: Path) -> None:
     for file in sorted(folder.glob("*.json")):
         check_regular(file, MOST_JSON)
     if (folder / ADAPTER).exists():
-        raise MptkError(
+        raise ModelError(
             f"{folder} has an {ADAPTER}: whether an adapter is part of the model is not clear; merge it (peft's "
-            "merge_and_unload) and save that, or move the adapter's files elsewhere"
+            "merge_and_unload) and save that, or move the adapter's files elsewhere",
+            name=folder,
         )
     content = check_config_file(folder / CONFIG)
     if (folder / GENERATION).exists():
@@ -128,7 +129,7 @@ def check_sizes(model: str, config: PreTrainedConfig) -> None:
         value = None if isinstance(getattr(type(text), name, None), property) else find_config_field(text, name)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and each < 1:
-                raise MptkError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json")
+                raise ModelError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json", name=name)
 
 
 def check_weights(file: Path) -> int:

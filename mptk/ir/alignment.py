@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mptk.errors import MptkError, suggest_name
+from mptk.errors import InputError, list_close_names, suggest_name
 
 KERNEL_BLOCK = 32
 """Block of the common 4- and 8-bit quantisers, which pad sums to it; and of the kernels for CPUs."""
@@ -64,9 +64,11 @@ def read_alignment(
         divisor = int(text_of) if text_of.isdecimal() else HARDWARE.get(text_of, 0)
         if found is None or not 1 <= divisor <= 1 << 20:
             hint = suggest_name(part, HARDWARE, "")
-            raise MptkError(
+            raise InputError(
                 f"align: {part[:40]!r} is not known; {f'{hint} ' if hint else ''}give a number from 1 to {1 << 20}, "
-                f"one of {', '.join(HARDWARE)}, or families with theirs, as ffn=512,hidden=256"
+                f"one of {', '.join(HARDWARE)}, or families with theirs, as ffn=512,hidden=256",
+                name="align",
+                nearest=list_close_names(part, HARDWARE),
             )
         if found["name"]:
             own[found["name"]] = divisor

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mptk.errors import MptkError
+from mptk.errors import InputError
 
 STOCK, NAS = "stock", "nemotron-nas"
 FORMS = (STOCK, NAS, "graph")
@@ -242,4 +242,7 @@ def check_engines(engines: Collection[str], target: str) -> None:
         if engine not in list_engines(target):
             where = " or ".join(f"--target {each}" for each in FORMS if engine in list_engines(each))
             others = ", ".join(list_engines(target)) or "none"
-            raise MptkError(f"--engines {engine}: it does not read the target {target}; use {where}, or name {others}")
+            raise InputError(
+                f"--engines {engine}: it does not read the target {target}; use {where}, or name {others}",
+                name="engines",
+            )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mptk.compat.torch import list_field_names
-from mptk.errors import MptkError
+from mptk.errors import TraceError
 
 TENSOR, CONSTANT = "tensor", "constant"
 CONSTANTS = (bool, int, float, str, type(None))
@@ -129,7 +129,7 @@ def _build_template(output: object, tensors: list[Tensor]) -> Container:
         return Container(name, tuple(_build_template(part, tensors) for part in output))
     if isinstance(output, Mapping):
         if not all(isinstance(key, str | int) for key in output):
-            raise MptkError(
+            raise TraceError(
                 "forward returns a dict whose keys are neither text nor numbers; return it with text as keys"
             )
         parts = tuple(_build_template(part, tensors) for part in output.values())
@@ -140,8 +140,8 @@ def _build_template(output: object, tensors: list[Tensor]) -> Container:
         parts = tuple(_build_template(getattr(output, name), tensors) for name in names)
         return Container("dataclass", parts, tuple(names), kind.__name__, made=kind)
     if isinstance(output, torch.SymInt | torch.SymFloat | torch.SymBool):
-        raise MptkError("forward returns a size as a number, which a graph holds as one value; return tensors")
-    raise MptkError(
+        raise TraceError("forward returns a size as a number, which a graph holds as one value; return tensors")
+    raise TraceError(
         f"forward returns a {kind.__name__}, which a graph cannot give back; return tensors, in dicts, lists, tuples, "
         "named tuples or dataclasses"
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mptk.compat.torch import forward_hooks
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import ModelError, take_first_line
 
 
 def copy_module(
@@ -46,9 +46,10 @@ def copy_module(
     try:
         return copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
-        raise MptkError(
+        raise ModelError(
             f"this {type(module).__name__} cannot be copied ({take_first_line(error)}); keep tensors in parameters and "
-            "buffers"
+            "buffers",
+            name=type(module).__name__,
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import sympy
 import torch
 
-from mptk.errors import MptkError
+from mptk.errors import DataError, MptkError
 from mptk.ir.size_functions import number_at
 
 SymbolicSize = Any
@@ -99,9 +99,10 @@ class CallSizes:
         values: dict[sympy.Symbol, int] = {}
         for k, ((_, sizes), shape) in enumerate(zip(self.inputs, shapes, strict=True)):
             if len(sizes) != len(shape):
-                raise MptkError(
+                raise DataError(
                     f"{self.names[k]} has {len(shape)} dimensions, and {len(sizes)} were traced; give example inputs "
-                    "like the call's inputs"
+                    "like the call's inputs",
+                    name=self.names[k],
                 )
             for d, (size, given) in enumerate(zip(sizes, shape, strict=True)):
                 if (solved := solve_size(size)) is not None and solved.symbol not in values:
@@ -197,7 +198,7 @@ class CallSizes:
 
     def _make_error(self, what: str, given: object) -> MptkError:
         said = given if isinstance(given, str) else f"it is {given}"
-        return MptkError(
+        return DataError(
             f"this program was traced for other sizes: {what}, and {said}; "
             "give such inputs, or trace the model with an example of these sizes"
         )

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import express_size, find_schema, find_size_hint
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 
 Vertex = TypeVar("Vertex", bound=Hashable)
 TYPE_CHECK = torch.ops.aten._assert_tensor_metadata.default
@@ -133,7 +133,9 @@ def resolve_size(size: int | torch.SymInt) -> int:
     # ``int(size)`` would make the trace hold for this size only.
     hint = find_size_hint(size)
     if hint is None:
-        raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")
+        raise AnalysisError(
+            f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation", name=size
+        )
     return hint
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mptk.arguments import guard_arguments
-from mptk.errors import MptkError
+from mptk.errors import PlanError
 from mptk.files import format_json, write_json
 from mptk.files.outputs import check_file
 from mptk.plain import hash_text
@@ -101,7 +101,10 @@ class Plan:
         """Read and validate a plan file. Raises MptkError with the place of the mistake."""
         where = Path(path)
         data = read_json(
-            where, lambda why: MptkError(f"cannot read plan {where}: {why}; give a plan.json, as docs/plan.md has it")
+            where,
+            lambda why: PlanError(
+                f"cannot read plan {where}: {why}; give a plan.json, as docs/plan.md has it", name=where
+            ),
         )
         return Plan.from_json(data, source=str(path))
 
@@ -109,13 +112,13 @@ class Plan:
     def from_json(data: object, *, source: str = "plan") -> Plan:
         """The plan in the content of a plan file. Raises MptkError with ``source`` and the place of the mistake."""
         if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
-            raise MptkError(f'{source}: "format" is not "{PLAN_FORMAT}"; see docs/plan.md')
+            raise PlanError(f'{source}: "format" is not "{PLAN_FORMAT}"; see docs/plan.md', name=source)
         families = data.get("families")
         if not isinstance(families, dict):
-            raise MptkError(f'{source}: "families" is not an object; see docs/plan.md')
+            raise PlanError(f'{source}: "families" is not an object; see docs/plan.md', name=source)
         meta = data.get("meta", {})
         if not isinstance(meta, dict):
-            raise MptkError(f'{source}: "meta" is not an object; see docs/plan.md')
+            raise PlanError(f'{source}: "meta" is not an object; see docs/plan.md', name=source)
         parsed, units = {}, 0
         for name, body in families.items():
             parsed[name] = read_family(body, f"{source}: families.{name}", MOST_UNITS - units)
@@ -123,7 +126,7 @@ class Plan:
         others = {name: body for name, body in data.items() if name not in _OWN and body is not None}
         for name, body in others.items():
             if not isinstance(body, dict):
-                raise MptkError(f'{source}: "{name}" is not an object; see docs/plan.md')
+                raise PlanError(f'{source}: "{name}" is not an object; see docs/plan.md', name=source)
         return Plan(parsed, meta, others)
 
 
@@ -140,27 +143,31 @@ def split_layer(name: str) -> tuple[str, str]:
 def read_family(body: object, where: str, most: int = MOST_UNITS) -> FamilyPlan:
     """A family's choice, with at most ``most`` kept units in all, which are counted before they are listed."""
     if not isinstance(body, dict):
-        raise MptkError(f"{where} is not an object; see docs/plan.md")
+        raise PlanError(f"{where} is not an object; see docs/plan.md", name=where)
     width, of, keep = body.get("width"), body.get("of"), body.get("keep")
     if type(width) is not int or type(of) is not int or not 0 < width <= of:
-        raise MptkError(f'{where}: "width" and "of" must be integers with 0 < width <= of')
+        raise PlanError(f'{where}: "width" and "of" must be integers with 0 < width <= of', name=where)
     if of > LARGEST_FAMILY:
-        raise MptkError(f'{where}: "of" is more than {LARGEST_FAMILY}; no family of a model is as large')
+        raise PlanError(f'{where}: "of" is more than {LARGEST_FAMILY}; no family of a model is as large', name=where)
     if not isinstance(keep, dict) or not keep:
-        raise MptkError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md')
+        raise PlanError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md', name=where)
     if width * sum(len(rows) if _has_scopes(rows) else 1 for rows in keep.values()) > most:
-        raise MptkError(f"{where}: it keeps more than {MOST_UNITS} units, more than a model has; see docs/plan.md")
+        raise PlanError(
+            f"{where}: it keeps more than {MOST_UNITS} units, more than a model has; see docs/plan.md", name=where
+        )
     return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
 
 
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
     """Raise MptkError, which names ``where``, unless ``row`` is ``width`` ascending, distinct units of 0 … of − 1."""
     if not isinstance(row, list | tuple) or not all(isinstance(unit, Integral) for unit in row):
-        raise MptkError(f"{where}: a row is not a tuple of whole numbers; give the units that stay, ascending")
+        raise PlanError(
+            f"{where}: a row is not a tuple of whole numbers; give the units that stay, ascending", name=where
+        )
     if len(row) != width:
-        raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
+        raise PlanError(f"{where}: {len(row)} units kept, but width is {width}", name=where)
     if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:
-        raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
+        raise PlanError(f"{where}: units must be ascending, distinct and in 0..{of - 1}", name=where)
 
 
 def _encode(keep: Keep) -> str | list[str]:
@@ -195,15 +202,15 @@ def _decode_units(value: object, width: int, of: int, where: str) -> tuple[int, 
     if isinstance(value, list) and all(isinstance(u, int) and not isinstance(u, bool) for u in value):
         return tuple(value)
     if not isinstance(value, str):
-        raise MptkError(f'{where}: expected a list of integers or ranges such as "0-3,7"')
+        raise PlanError(f'{where}: expected a list of integers or ranges such as "0-3,7"', name=where)
     units: list[int] = []
     for part in value.split(","):
         first, dash, last = part.strip().partition("-")
         if not _UNIT.fullmatch(first) or (dash and not _UNIT.fullmatch(last)):
-            raise MptkError(f'{where}: "{part[:40]}" is not a unit or a range; write "0-3,7"')
+            raise PlanError(f'{where}: "{part[:40]}" is not a unit or a range; write "0-3,7"', name=where)
         if int(last or first) >= of:
-            raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
+            raise PlanError(f"{where}: units must be ascending, distinct and in 0..{of - 1}", name=where)
         units.extend(range(int(first), int(last or first) + 1))
         if len(units) > width:
-            raise MptkError(f"{where}: more units are kept than width, which is {width}")
+            raise PlanError(f"{where}: more units are kept than width, which is {width}", name=where)
     return tuple(units)

@@ -17,7 +17,7 @@ from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
 from mptk.compat.torch import build_exported, express_size, tree_leaves, tree_map
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import DataError, InputError, ModelError, MptkError, TraceError, take_first_line
 from mptk.ir.containers import Container
 from mptk.ir.limits import CallSizes, Limits, SymbolicSize
 from mptk.ir.ops import TYPE_CHECK, is_open, resolve_size
@@ -192,7 +192,7 @@ class Program:
             MptkError: the program was traced without weights.
         """
         if not self.has_values:
-            raise MptkError("this program was traced without weights; trace the model with its weights")
+            raise TraceError("this program was traced without weights; trace the model with its weights")
         return ProgramModule(self)
 
     def to_exported(self) -> ExportedProgram:
@@ -364,16 +364,19 @@ class ProgramModule(nn.Module):
         # In an autocast and after a conversion, the module takes the floating types that it now computes in.
         for name, tensor, traced in zip(self._sizes.names, tensors, self._input_types, strict=False):
             if tensor.dtype != traced and not (traced.is_floating_point and self._takes(tensor.dtype)):
-                raise MptkError(f"{name} must be {traced}, as it was traced, and it is {tensor.dtype}; convert it")
+                raise DataError(
+                    f"{name} must be {traced}, as it was traced, and it is {tensor.dtype}; convert it", name=name
+                )
             if limits.contiguous and not tensor.is_contiguous():
-                raise MptkError(
-                    f"{name} must be contiguous, as it was traced: the module asks for strides; call .contiguous()"
+                raise DataError(
+                    f"{name} must be contiguous, as it was traced: the module asks for strides; call .contiguous()",
+                    name=name,
                 )
         if not limits.gradients or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return
         if limits.gradients == "off" or any(tensor.requires_grad for tensor in tensors):
             what = "gradients are on" if limits.gradients == "off" else "an input requires gradients"
-            raise MptkError(
+            raise InputError(
                 f"the module computes otherwise while {what}, and was traced without; call it under torch.no_grad()"
             )
 
@@ -410,9 +413,9 @@ class ProgramModule(nn.Module):
         if (name := self._converted) is None:
             return None
         old, new = self._types[name], self.get_parameter(name).dtype
-        return MptkError(
+        return ModelError(
             f"this module was converted from {old} to {new}, and its graph names types of the trace "
-            f"({take_first_line(error)}); convert it back, or convert the module before it is pruned"
+            f"({take_first_line(error)}); convert it back, or convert the module before it is pruned",
         )
 
     def _order_inputs(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:

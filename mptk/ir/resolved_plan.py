@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import PlanError, list_close_names
 from mptk.ir.axes import Axis, Index, Term, compute_size, find_occurrences, list_axes
 from mptk.ir.blocks import Block, Renumbering, Stack
 from mptk.ir.families import Analysis, Depth, Group, Variable, scope_coordinates
@@ -146,21 +146,24 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
         try:
             variable = analysis.variable(name)
         except KeyError as error:
-            raise MptkError(f"plan: {error.args[0]}") from error
+            known = [family.name for family in analysis.all_families]
+            nearest = list_close_names(name, known, cutoff=0)
+            raise PlanError(f"plan: {error.args[0]}", name=name, nearest=nearest) from error
         family = variable.family
         if chosen.of != family.size:
-            raise MptkError(f"plan: {name} has {family.size} units in this model, not {chosen.of}")
+            raise PlanError(f"plan: {name} has {family.size} units in this model, not {chosen.of}", name=name)
         unknown = set(chosen.keep) - {g.layer for g in variable.groups}
         if unknown:
-            raise MptkError(f"plan: {name} has no layer {sorted(unknown)[0]!r}; see `mptk analyze`")
+            raise PlanError(f"plan: {name} has no layer {sorted(unknown)[0]!r}; see `mptk analyze`", name=name)
         if chosen.width < family.minimum or chosen.width % family.multiple:
-            raise MptkError(
+            raise PlanError(
                 f"plan: {name} cannot have width {chosen.width}: it needs at least {family.minimum} "
-                f"and a multiple of {family.multiple}"
+                f"and a multiple of {family.multiple}",
+                name=name,
             )
         for group in variable.groups:
             if group.axis in choices:
-                raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
+                raise PlanError(f"plan: {name} names units of {group.layer} that another family names, too", name=name)
             choices[group.axis] = KeptUnits(group.scope, _build_table(variable, group, chosen))
         if isinstance(family, Depth):
             _check_blocks(name, family.stack, choices[family.stack.axis])
@@ -170,7 +173,7 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
 def _check_blocks(name: str, stack: Stack, choice: KeptUnits) -> None:
     for unit, why in stack.stay.items():
         if not choice.table[0, unit]:
-            raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")
+            raise PlanError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}", name=name)
 
 
 def collect_kept_units(analysis: Analysis, cut: Cut, names: Sequence[str]) -> dict[str, Tensor]:
@@ -201,13 +204,20 @@ def build_renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
 def _build_table(variable: Variable, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
     keep = chosen.keep.get(group.layer)
     if keep is None:
-        raise MptkError(
-            f"plan: {variable.name} has no entry for layer {group.layer!r}; every layer needs its kept units"
+        raise PlanError(
+            f"plan: {variable.name} has no entry for layer {group.layer!r}; every layer needs its kept units",
+            name=variable.name,
         )
     if not isinstance(keep, list | tuple):
-        raise MptkError(f"plan: {variable.name}.{group.layer} is not a tuple of rows; give one of units for each scope")
+        raise PlanError(
+            f"plan: {variable.name}.{group.layer} is not a tuple of rows; give one of units for each scope",
+            name=variable.name,
+        )
     if len(keep) not in (1, group.scopes):
-        raise MptkError(f"plan: {variable.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
+        raise PlanError(
+            f"plan: {variable.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}",
+            name=variable.name,
+        )
     for row in keep:
         check_units(row, chosen.width, variable.size, f"plan: {variable.name}.{group.layer}")
     rows = keep if len(keep) == group.scopes else keep * group.scopes
@@ -232,7 +242,9 @@ def transfer_cut(cut: Cut, source: Analysis, target: Analysis) -> Cut:
         if stack.module in blocks:
             same[stack.axis] = blocks[stack.module]
         elif stack.axis in cut.choices and any(name.startswith(f"{stack.module}.") for name in target.weights):
-            raise MptkError(f"another trace of this model runs only some blocks of {stack.module}, which are cut")
+            raise PlanError(
+                f"another trace of this model runs only some blocks of {stack.module}, which are cut", name=stack.module
+            )
     choices = {
         same[axis]: KeptUnits(tuple(same[outer] for outer in kept.scope), kept.table)
         for axis, kept in cut.choices.items()

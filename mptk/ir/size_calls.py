@@ -19,7 +19,7 @@ from torch import fx
 
 from mptk.compat.symbols import Symbols, interpret, to_expression
 from mptk.compat.torch import express_size
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.ir.limits import CallSizes, solve_size
 from mptk.ir.size_functions import SizeOperations, SizeValue
 
@@ -142,7 +142,7 @@ def assert_sizes(graph: fx.Graph, sizes: CallSizes) -> None:
             try:
                 holds = interpret(calls, values, condition.holds)
             except KeyError as error:
-                raise MptkError(
+                raise TargetError(
                     f"a graph cannot hold the condition on sizes that {sizes.describe_condition(condition)}: it lacks "
                     f"{error}; write "
                     "what depends on sizes with tensors (docs/tracing.md)"

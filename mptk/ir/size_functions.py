@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from mptk.compat.symbols import interpret
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 
 SizeValue = Any
 """A number in Python, or what a format has in its place: a node of a graph, a value of ONNX."""
@@ -164,7 +164,7 @@ class SizeOperations(ABC):
                 return self.mod(number, mask + 1)
         if isinstance(a, int) and isinstance(b, int):
             return a & b
-        raise MptkError(f"torch.export cannot write {a} & {b} of sizes; use % and //")
+        raise TargetError(f"torch.export cannot write {a} & {b} of sizes; use % and //")
 
     def or_(self, a: SizeValue, b: SizeValue) -> SizeValue:
         return self.apply(operator.or_, a, b)

@@ -25,7 +25,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import Field
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, InputError
 from mptk.ir import KERNEL_BLOCK
 from mptk.ort.decoder import find_onnx_file
 from mptk.ort.roofline import Peaks, Roofline, compute_graph_work, measure_peak_memory, run_work
@@ -135,7 +135,7 @@ def bench_graphs(
             the lengths; fewer than two rounds.
     """
     if rounds < 2:
-        raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
+        raise InputError("the spread of one round is unknown; give --rounds 2 or more", name="rounds")
     # The rounds are dealt out to the sets of sessions, at least one to each.
     say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
@@ -188,7 +188,9 @@ def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
     first, *others = models
     if other := next((name for name in others if models[name].keys() != models[first].keys()), None):
         phases = (", ".join(models[name]) for name in (other, first))
-        raise MptkError(f"{other} has {next(phases)}, and {first} has {next(phases)}; compare models of one kind")
+        raise FileError(
+            f"{other} has {next(phases)}, and {first} has {next(phases)}; compare models of one kind", name=other
+        )
     return models
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
-from mptk.errors import MptkError
+from mptk.errors import FileError
 from mptk.io import check_folder_named
 from mptk.ort.sessions import CPU, OrtGraph, locate_memory, open_file
 
@@ -65,7 +65,7 @@ def find_onnx_file(path: str | Path) -> Path:
         return file
     check_folder_named(path, "export")
     missing = Path(path) / GRAPH_FILE if Path(path).is_dir() else path
-    raise MptkError(f"there is no {missing}; make one with `mptk export MODEL --out DIR`")
+    raise FileError(f"there is no {missing}; make one with `mptk export MODEL --out DIR`", name=missing)
 
 
 def find_model_folder(path: str | Path) -> Path:
@@ -97,11 +97,14 @@ class OrtDecoder:
         self.past = [name for name in self.inputs if name.startswith(PAST_KEYS)]
         reads = [name for name in ("input_ids", EMBEDDINGS) if name in self.inputs]
         if "encoder_hidden_states" in self.inputs:
-            raise MptkError(f"{file} reads an encoder's output; generate with transformers, optimum or transformers.js")
+            raise FileError(
+                f"{file} reads an encoder's output; generate with transformers, optimum or transformers.js", name=file
+            )
         if not self.past or len(reads) != 1:
-            raise MptkError(
+            raise FileError(
                 f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "
-                "mptk"
+                "mptk",
+                name=file,
             )
         # A quantised decoder reads the embeddings of its own scheme, if there are any.
         self.reads = reads[0]
@@ -149,7 +152,9 @@ class OrtDecoder:
     def compute_torch_logits(self, ids: Tensor) -> Tensor:
         """``compute_logits`` as a tensor. Raises MptkError if the graph gives only the last position's."""
         if self.last_only:
-            raise MptkError("the graph gives logits of the last position only; export it with --logits all")
+            raise FileError(
+                "the graph gives logits of the last position only; export it with --logits all", name="logits"
+            )
         return torch.from_numpy(self.compute_logits(ids.numpy()))
 
     @property
@@ -288,9 +293,10 @@ class Embeddings:
         marks = ids == int(self.tokens.metadata[IMAGE_TOKEN])
         features = self.images(images)
         if int(marks.sum()) != len(features):
-            raise MptkError(
+            raise FileError(
                 f"the text has {int(marks.sum())} tokens for images, and the vision encoder makes {len(features)} of "
-                "them; correct processor_config.json"
+                "them; correct processor_config.json",
+                name="processor_config.json",
             )
         return found.masked_scatter(marks[..., None], features)
 

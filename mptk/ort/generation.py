@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, InputError
 from mptk.io import ChatTemplate, find_position_limit, models
 from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, find_model_folder
 from mptk.ort.sessions import CPU
@@ -37,7 +37,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
-            raise MptkError("sampling needs a temperature and a top_k of 0 or more, and a top_p above 0, at most 1")
+            raise InputError(
+                "sampling needs a temperature and a top_k of 0 or more, and a top_p above 0, at most 1",
+                name="temperature",
+            )
 
     def choose(self, logits: LogitsArray, rng: np.random.Generator) -> TokenIds:
         """The next token of each row of ``logits``, [batch, vocab]."""
@@ -103,7 +106,7 @@ def generate_tokens(
         MptkError: a prompt is empty; or it has another number of tokens for images than these become.
     """
     if not prompts or not all(map(len, prompts)):
-        raise MptkError("an empty prompt has no next token; give some text")
+        raise InputError("an empty prompt has no next token; give some text", name="prompts")
     # Pad on the left with any token: the mask hides it.
     chooser, rng = sampling or Sampling(), np.random.default_rng(seed)
     width = max(map(len, prompts))
@@ -164,9 +167,10 @@ class TextGenerator:
         """Raise MptkError if a token id is outside the graph's vocabulary."""
         largest, size = max(ids, default=0), self.decoder.vocabulary
         if size is not None and largest >= size:
-            raise MptkError(
+            raise FileError(
                 f"the tokenizer gives token {largest}, and the graph's vocabulary has {size}; give the tokenizer files "
-                "that belong to the model"
+                "that belong to the model",
+                name="tokenizer",
             )
 
     def stream(
@@ -208,13 +212,16 @@ def check_room(positions: int | None, prompts: Sequence[Sequence[int]], limit: i
     if positions is None or longest + limit <= positions:
         return
     if longest >= positions:
-        raise MptkError(
+        raise InputError(
             f"the prompt has {longest} tokens and the model {positions} positions; give a shorter one, or --cut "
-            "(which reads only its end)"
+            "(which reads only its end)",
+            name="prompts",
         )
-    raise MptkError(
+    raise InputError(
         f"the model has {positions} positions, and a prompt of {longest} tokens leaves {positions - longest} of them; "
-        f"give --max-new-tokens {positions - longest}, or --cut"
+        f"give --max-new-tokens {positions - longest}, or --cut",
+        name="max_new_tokens",
+        nearest=(positions - longest,),
     )
 
 
@@ -223,7 +230,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
     if not chat:
         return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     if not tokenizer.chat_template:
-        raise MptkError("the tokenizer has no chat template; leave out --chat")
+        raise InputError("the tokenizer has no chat template; leave out --chat", name="chat")
     with ChatTemplate(tokenizer) as template:
         chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
         return [template.encode(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.ort.decoder import PAST_KEYS
 from mptk.ort.sessions import CPU, open_session
 from mptk.ort.steps import PHASES, Case, choose_axis_sizes, find_phase_graphs, measure_shapes, open_stepper
@@ -206,7 +206,9 @@ def _count_flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
         flops = 2 * shapes[node.input[0]][0 if transposed else -1] * math.prod(shapes[node.output[0]])
     if not flops:
-        raise MptkError(f"cannot count the operations of {node.name}: its shape is unknown; export the model again")
+        raise AnalysisError(
+            f"cannot count the operations of {node.name}: its shape is unknown; export the model again", name=node.name
+        )
     return flops
 
 

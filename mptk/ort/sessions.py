@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import FileError, take_first_line
 
 CPU = torch.device("cpu")
 HALF, DTYPE = "float16", "dtype"
@@ -67,7 +67,9 @@ def open_file(file: Path, device: torch.device, threads: int = 0) -> ort.Inferen
     try:
         return open_session(str(file), device, threads=threads)
     except Exception as error:  # onnxruntime's errors have no base class
-        raise MptkError(f"ONNX Runtime cannot load {file}: {take_first_line(error)}; export the model again") from error
+        raise FileError(
+            f"ONNX Runtime cannot load {file}: {take_first_line(error)}; export the model again", name=file
+        ) from error
 
 
 def locate_memory(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:
@@ -85,7 +87,7 @@ class OrtGraph:
 
     def __init__(self, file: Path, device: torch.device = CPU) -> None:
         if not file.is_file():
-            raise MptkError(f"there is no {file}; make one with `mptk export MODEL --out DIR`")
+            raise FileError(f"there is no {file}; make one with `mptk export MODEL --out DIR`", name=file)
         self.session = open_file(file, device)
 
     @property

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import FileError, take_first_line
 from mptk.ort.decoder import (
     DECODER_NAMES,
     ENCODER_FILE,
@@ -124,9 +124,10 @@ class WholeRun:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no base class
-            raise MptkError(
+            raise FileError(
                 f"{self.file} does not run on {case.batch} × {case.length}: {take_first_line(error)}; give other "
-                "--lengths"
+                "--lengths",
+                name=self.file,
             ) from error
         return lambda: self.session.run_with_iobinding(binding)
 
@@ -164,7 +165,9 @@ def read_input_axes(file: Path) -> dict[str, list[str | int]]:
     try:
         graph = onnx.load(file, load_external_data=False).graph
     except Exception as error:  # protobuf's, which onnx does not name
-        raise MptkError(f"ONNX Runtime cannot load {file}: {take_first_line(error)}; export the model again") from error
+        raise FileError(
+            f"ONNX Runtime cannot load {file}: {take_first_line(error)}; export the model again", name=file
+        ) from error
     return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mptk.compile.cut import COMPENSATION
 from mptk.conversions import list_conversions
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
+from mptk.errors import FileError, MptkError
 from mptk.files import format_json
 from mptk.io import CONFIG, read_object
 from mptk.ir import Analysis, Plan, Program, Samples, is_tokens
@@ -42,7 +42,10 @@ def check_files(report: Report, folder: Path) -> None:
     there = list_files(folder)
     missing = sorted(set(report.files) - set(there))
     if missing:
-        raise MptkError(f"{folder} lacks {missing[0]}, which its report names; do not use it, prune the model again")
+        raise FileError(
+            f"{folder} lacks {missing[0]}, which its report names; do not use it, prune the model again",
+            name=missing[0],
+        )
     _require("files", report.files, [name for name in there if name != LATER])
     # What was written: the target, the float graphs unless a note says why there are none, the quantised graphs.
     settings = report.settings
@@ -145,7 +148,9 @@ def check_samples(samples: Samples, folder: Path, program: Program, example: Sam
 
 
 def _make_inputs_error(folder: Path) -> MptkError:
-    return MptkError(f"{PROVEN_ON} in {folder} holds no inputs of this model; do not use the folder, prune again")
+    return FileError(
+        f"{PROVEN_ON} in {folder} holds no inputs of this model; do not use the folder, prune again", name=PROVEN_ON
+    )
 
 
 def compute_costs(
@@ -181,9 +186,10 @@ def require_same(name: str, said: object, true: object) -> None:
 
 def _require(name: str, said: object, true: object) -> None:
     if not _is_same(said, true):
-        raise MptkError(
+        raise FileError(
             f"{name} in report.json is wrong: it says {shorten_text(format_json(said))}, but the folder and its plan "
-            f"give {shorten_text(format_json(true))}; do not use it, and prune the model again"
+            f"give {shorten_text(format_json(true))}; do not use it, and prune the model again",
+            name=name,
         )
 
 

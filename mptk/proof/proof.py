@@ -254,12 +254,13 @@ def check_proof(proof: Sequence[Difference], remedy: str) -> None:
     """Raise ProofError for the first stage above its tolerance, with the remedy."""
     for d in proof:
         if d.failure:
-            raise ProofError(f"the proof fails at '{d.stage}': it does not run ({d.failure}); {remedy}")
+            raise ProofError(f"the proof fails at '{d.stage}': it does not run ({d.failure}); {remedy}", name=d.stage)
         if not d.ok:
             what = "weights differ" if d.stage == "stored weights" else "outputs differ"
             raise ProofError(
                 f"the proof fails at '{d.stage}': {what} by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
-                f"tolerance {d.tolerance:.0e}); {remedy}"
+                f"tolerance {d.tolerance:.0e}); {remedy}",
+                name=d.stage,
             )
 
 

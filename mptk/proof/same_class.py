@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.compat.torch import tree_leaves
-from mptk.errors import MptkError
+from mptk.errors import ModelError
 from mptk.io import Loaded, fill_parameters, make_anew, measure_free_memory
 from mptk.ir import Samples, copy_module
 from mptk.protocols import Task
@@ -69,10 +69,11 @@ def check_same_class(loaded: Loaded, task: Task, samples: Samples, *, failed: bo
         return
     path, much = _find_first_changed(calls, mine) or ("", apart)
     kind = type(model).__name__
-    raise MptkError(
+    raise ModelError(
         f"the reloaded {kind} computes otherwise at {path or 'the model itself'} by {much:.0e} of the largest: the "
         "module in memory has a hook, another forward or other numbers (an epsilon, a scale) than its config says, and "
-        "a checkpoint holds only config and weights; put the change into one of these, or use --target graph"
+        "a checkpoint holds only config and weights; put the change into one of these, or use --target graph",
+        name=path,
     )
 
 

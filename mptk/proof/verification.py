@@ -17,7 +17,7 @@ from mptk.compile.trace import fit_to_program, trace_loaded
 from mptk.config import RECIPE_FILE, Settings
 from mptk.conversions import convert_model, read_plan_conversions
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError, ProofError
+from mptk.errors import ChangedError, FileError, InputError, ProofError
 from mptk.files import expand_path
 from mptk.io import Loaded, check_folder_named, models, open_dense, read_object
 from mptk.ir import Log, Plan, Samples, resolve_plan
@@ -109,7 +109,9 @@ def verify(
             return Proof(*prover.prove(file, like, model))
     if like is not None:
         kinds = " or ".join(each.kind for each in provers) or "proven"
-        raise MptkError(f"--like is the folder of a {kinds} file, and {folder} is not such a file; leave it out")
+        raise InputError(
+            f"--like is the folder of a {kinds} file, and {folder} is not such a file; leave it out", name="like"
+        )
     folder = Path(folder)
     check_folder_named(folder, "prune")
     # Only these settings are the caller's. All others are the folder's, and are checked against what it holds.
@@ -204,8 +206,9 @@ def read_folder_plan(folder: str | Path) -> Plan:
     path = Path(folder) / "plan.json"
     if not path.is_file():
         absent = explain_absent()  # it may be a file that a feature proves
-        raise MptkError(
-            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent and f' ({absent})'}"
+        raise FileError(
+            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent and f' ({absent})'}",
+            name=folder,
         )
     return Plan.load(path)
 
@@ -230,7 +233,9 @@ def _check_as_before(
 ) -> None:
     for place, files in zip(places, before, strict=True):
         if _identify_files(place) != files:
-            raise MptkError(f"{place} was changed or replaced while it was verified; verify it again") from error
+            raise ChangedError(
+                f"{place} was changed or replaced while it was verified; verify it again", name=place
+            ) from error
 
 
 def _identify_files(place: Path) -> dict[str, tuple[int, ...]]:
@@ -288,7 +293,8 @@ def check_planted(compiled: Compiled, targets: Sequence[Target], folder: Path) -
     if more := sorted(set(found) - known):
         raise ProofError(
             f"the proof fails: {more[0]} is not a file that mptk writes for this model; do not use {folder}, and prune "
-            "the model again"
+            "the model again",
+            name=more[0],
         )
 
 
@@ -301,7 +307,7 @@ def _check_once(folder: Path, name: str) -> None:
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ProofError(
-                f"the proof fails: {name} has {twice} twice; do not use {folder}, and prune the model again"
+                f"the proof fails: {name} has {twice} twice; do not use {folder}, and prune the model again", name=name
             )
         return fields
 

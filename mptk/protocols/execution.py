@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError, MachineError
 from mptk.io import Resident, choose_memory_bound
 from mptk.ort.sessions import CPU, HOST, list_providers
 from mptk.staged.staged import Executor
@@ -50,14 +50,19 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise MptkError(f"no device {name!r}; choose auto, cpu, cuda, cuda:N, mps or xpu") from error
+        raise InputError(
+            f"no device {name!r}; choose auto, cpu, cuda, cuda:N, mps or xpu",
+            name="device",
+            nearest=("auto", "cpu", "cuda", "mps", "xpu"),
+        ) from error
     if device.type != "cpu" and (there is None or device.type != there.type):
         has = "only a CPU" if there is None else f"a CPU and {there.type}"
-        raise MptkError(f"this machine has no device {name}, {has}; choose another --device")
+        raise MachineError(f"this machine has no device {name}, {has}; choose another --device", name="device")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise MptkError(
+        raise MachineError(
             f"this machine has no device {name}, only {torch.accelerator.device_count()} of that kind; choose another "
-            "--device"
+            "--device",
+            name="device",
         )
     return device
 
@@ -73,8 +78,9 @@ def find_session_device(name: str) -> torch.device:
     if device.type == "cpu" or list_providers(device)[0][0] != HOST:
         return device
     if name != "auto":
-        raise MptkError(
+        raise MachineError(
             f"this ONNX Runtime has no execution provider for {name}; install one that has it, as onnxruntime-gpu for "
-            "cuda, or choose --device cpu"
+            "cuda, or choose --device cpu",
+            name="device",
         )
     return CPU

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.io import Loaded
 from mptk.ir import Program, Samples, is_tokens
 from mptk.staged.staged import EXECUTOR, Executor
@@ -118,7 +118,9 @@ class Traced:
             # A size that the trace has fixed is a number; an open one is a symbol.
             axes = x.shape[: 2 if is_tokens(x) else 1]
             if fixed := [size for size in axes if str(size).isdigit()]:
-                raise MptkError(f"the trace of this model runs only on {name} with {fixed[0]} rows or columns")
+                raise TargetError(
+                    f"the trace of this model runs only on {name} with {fixed[0]} rows or columns", name=name
+                )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mptk.config import IN_MEMORY, Settings
-from mptk.errors import MptkError
+from mptk.errors import ChangedError, MptkError
 from mptk.files import expand_path, format_json
 from mptk.io import Loaded, data, hash_loaded_weights, hash_model, list_model_files
 from mptk.ir import Plan
@@ -41,7 +41,7 @@ class Origin:
     def require(self, now: Origin) -> None:
         """Raise MptkError if the inputs ``now`` differ: the result would mix old and new."""
         if changed := name_differing(self.parts, now.parts):
-            raise MptkError(f"{changed} changed during the run, so nothing was published; start again")
+            raise ChangedError(f"{changed} changed during the run, so nothing was published; start again", name=changed)
 
 
 def compute_origin(source: str, loaded: Loaded, settings: Settings, start: Path | None, plan: Plan | None) -> Origin:
@@ -84,18 +84,20 @@ def check_dense(source: str, loaded: Loaded, origin: Origin) -> None:
     """
     _, now = _hash_dense_parts(source, loaded)
     if changed := name_differing({name: origin.parts.get(name) for name in now}, now):
-        raise MptkError(
+        raise ChangedError(
             f"the dense {loaded.source} changed since it was pruned ({changed}); put it back, or save the pruned model "
-            "and open its folder"
+            "and open its folder",
+            name=changed,
         )
 
 
 def check_given_tokenizer(loaded: Loaded, origin: Origin) -> None:
     """Raise MptkError if the tokenizer that a run was given is no longer as the run found it."""
     if loaded.tokenizer is not None and _hash_tokenizer(loaded.tokenizer) != origin.parts.get(GIVEN_TOKENIZER):
-        raise MptkError(
+        raise ChangedError(
             f"{GIVEN_TOKENIZER} of the dense {loaded.source} changed since it was pruned; put it back, or save the "
-            "pruned model and open its folder"
+            "pruned model and open its folder",
+            name=GIVEN_TOKENIZER,
         )
 
 
@@ -112,8 +114,9 @@ def read_file_states(source: str) -> list[tuple[int, ...]]:
 def check_kept_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], where: Path) -> None:
     """Raise MptkError if the caller's samples differ from the ones of the unfinished run ``where``."""
     if not all(name in kept and torch.equal(kept[name], tensor) for name, tensor in now.items()):
-        raise MptkError(
-            f"data in memory differs from the data that {where} was started with; give the same, or remove that folder"
+        raise ChangedError(
+            f"data in memory differs from the data that {where} was started with; give the same, or remove that folder",
+            name="data",
         )
 
 

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic takes no other before Python
 
 from mptk.arguments import guard_arguments
 from mptk.config import Settings, from_json, to_json
-from mptk.errors import MptkError
+from mptk.errors import FileError, MptkError
 from mptk.files import tidy, write_json
 from mptk.io import check_folder_named
 from mptk.plugins import list_part_names, load_parts
@@ -240,13 +240,15 @@ class Report:
         # A command that was killed while it replaced the folder has left it under a hidden name: put it back first.
         tidy(path.parent.parent)
         if not path.is_file():
-            raise MptkError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`")
+            raise FileError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`", name=folder)
         data = read_json(path, make_damage_error(path, "prune the model again"))
         if isinstance(data, dict) and data.get("format") == OLD_FORMAT:
             rows = {name: data[name] for name in list_part_names("rows") if data.get(name)}
             data = {**data, "format": REPORT_FORMAT, "rows": rows}
         if not isinstance(data, dict) or data.get("format") != REPORT_FORMAT:
-            raise MptkError(f"{path} is not a {REPORT_FORMAT}; read it with the version of mptk that wrote it")
+            raise FileError(
+                f"{path} is not a {REPORT_FORMAT}; read it with the version of mptk that wrote it", name=path
+            )
         try:
             settings = from_json(Settings, data.get("settings"), "settings")
             return make_typed(Report, {**data, "settings": settings})
@@ -257,6 +259,7 @@ class Report:
 def make_report_error(folder: str | Path, error: Exception) -> MptkError:
     """The error for a report with a missing or wrong field."""
     said = shorten_text(str(error) if isinstance(error, ValueError) else repr(error), 300)
-    return MptkError(
-        f"{REPORT_FILE} in {folder} is damaged or was changed ({said}); do not use it, and prune the model again"
+    return FileError(
+        f"{REPORT_FILE} in {folder} is damaged or was changed ({said}); do not use it, and prune the model again",
+        name=REPORT_FILE,
     )

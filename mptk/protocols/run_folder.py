@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mptk.config import Settings, from_json
 from mptk.distributed.processes import connect_processes, is_leader
-from mptk.errors import MptkError
+from mptk.errors import ChangedError, OutputError
 from mptk.files import (
     discard,
     format_json,
@@ -240,20 +240,21 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
     before = read_json_object(file, _make_stage_error(file)) if os.path.lexists(file) else None
     # Hours of training are not thrown away without a word. A run that trains nothing is repeated as fast.
     if not resume and (before is None or _has_training(before)):
-        raise MptkError(f"{path} holds an unfinished run; add --resume to continue it, or remove it")
+        raise OutputError(f"{path} holds an unfinished run; add --resume to continue it, or remove it", name=path)
     if resume:
         # Its inputs and its settings must be the same, and the message names the ones that are not. The settings go
         # through JSON, so that a tuple equals the list that was read.
         before, given = before or {}, json.loads(format_json(settings))
         if GIVEN not in but and (others := name_differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
-            raise MptkError(
+            raise ChangedError(
                 f"{others} changed since {path} was started, so the result would mix old and new; restore what it was "
-                "started with, or remove it"
+                "started with, or remove it",
+                name=path,
             )
         names = sorted({*before, *given}.difference(but))
         if changed := [name for name in names if before.get(name) != given.get(name)]:
-            raise MptkError(
-                f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it"
+            raise OutputError(
+                f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it", name=path
             )
     return True
 
@@ -281,7 +282,7 @@ def check_run_folder(path: Path, resume: bool) -> None:
     With ``resume`` a copy of an unfinished run is one, too: the user says so, and the copy gets a mark of its own.
     """
     if path.is_symlink():
-        raise MptkError(f"{path} is a symbolic link, and the run keeps its stages there; remove the link")
+        raise OutputError(f"{path} is a symbolic link, and the run keeps its stages there; remove the link", name=path)
     if not os.path.lexists(path):
         return
     # By descriptor, so that nobody can exchange the folder between a look and the next. A mark holds for one folder of
@@ -292,16 +293,18 @@ def check_run_folder(path: Path, resume: bool) -> None:
             if not names or (is_own(os.fstat(own)) and is_of(mark, own, path.name)):
                 return
             if mark and not resume:
-                raise MptkError(
-                    f"{path} is a copy of an unfinished run; add --resume to continue it, or rename or remove it"
+                raise OutputError(
+                    f"{path} is a copy of an unfinished run; add --resume to continue it, or rename or remove it",
+                    name=path,
                 )
             if mark and is_own(os.fstat(own)):
                 os.unlink(RUN_MARK, dir_fd=own)
                 make_mark(own, RUN_MARK, path.name)
                 return
-    raise MptkError(
+    raise OutputError(
         f"{path} is not an unfinished run of this version of mptk, and this run would keep its stages there; give "
-        "another --out, or rename or remove it"
+        "another --out, or rename or remove it",
+        name=path,
     )
 
 

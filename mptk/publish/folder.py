@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mptk.errors import MptkError
+from mptk.errors import OutputError
 from mptk.files import check_text, claim_place, fill_folder, name_write_errors, put_folder, tidy
 from mptk.publish.manifest import is_ours, list_edited, list_foreign, write_manifest
 
@@ -61,13 +61,17 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
     check_text(folder)
     # ``Path("..").name`` is "..", ``Path("/").name`` is empty: neither can be renamed.
     if folder.name in ("", ".."):
-        raise MptkError(f"{folder} is not a name of a folder to write; give one, such as runs/small")
+        raise OutputError(f"{folder} is not a name of a folder to write; give one, such as runs/small", name=folder)
     if folder.is_symlink():
-        raise MptkError(f"{folder} is a symbolic link; give the folder that it leads to, {folder.readlink()}, as --out")
+        raise OutputError(
+            f"{folder} is a symbolic link; give the folder that it leads to, {folder.readlink()}, as --out", name=folder
+        )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not _is_output(folder):
-        raise MptkError(f"{folder} exists and was not made by mptk; give another --out, or remove it yourself")
+        raise OutputError(
+            f"{folder} exists and was not made by mptk; give another --out, or remove it yourself", name=folder
+        )
     if overwrite:
         return
     tidy(folder)  # what killed processes left in it is not the user's
@@ -78,7 +82,9 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
         if names:
             some = ", ".join(names[:NAMES_SHOWN])
             some += f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            raise MptkError(f"{folder} holds {some}, {which}; give another --out, or add --overwrite, which {then}")
+            raise OutputError(
+                f"{folder} holds {some}, {which}; give another --out, or add --overwrite, which {then}", name=folder
+            )
 
 
 def _is_output(folder: Path) -> bool:

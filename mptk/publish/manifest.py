@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mptk.errors import MptkError
+from mptk.errors import ChangedError, FileError, MptkError
 from mptk.files import format_json, write_text
 from mptk.plugins import list_features
 from mptk.reading import read_json
@@ -85,7 +85,9 @@ def read_manifest(folder: Path) -> dict[str, str]:
     """Path → sha256 of each file. Raises MptkError if the folder has no manifest, or a damaged one."""
     files = is_ours(folder).get("files")
     if not isinstance(files, dict):
-        raise MptkError(f"{folder} has no {MARKER} that lists its files; write the folder again with this mptk")
+        raise FileError(
+            f"{folder} has no {MARKER} that lists its files; write the folder again with this mptk", name=folder
+        )
     return files
 
 
@@ -95,7 +97,7 @@ def check_whole(folder: Path) -> None:
     commands = {name: command for feature in list_features().values() for name, command in feature.subfolders.items()}
     if place.name in commands and is_ours(whole := place.parent):
         command = f"mptk {commands[place.name]} {whole} {folder.name} --out DIR"
-        raise MptkError(f"{folder} is a part of {whole}; write it first: `{command}`")
+        raise FileError(f"{folder} is a part of {whole}; write it first: `{command}`", name=folder)
 
 
 def check_manifest(folder: Path) -> None:
@@ -110,25 +112,36 @@ def check_listed(folder: Path, *, others: bool = True) -> None:
     files, there = read_manifest(folder), set(list_files(folder))
     # First, so that no file is opened under a name that leads out of the folder: the list could be anybody's.
     if missing := files.keys() - there:
-        raise MptkError(f"{min(missing)} is missing in {folder} since it was published; do not use it, write it again")
+        raise ChangedError(
+            f"{min(missing)} is missing in {folder} since it was published; do not use it, write it again",
+            name=min(missing),
+        )
     if not others and (added := there - files.keys()):
-        raise MptkError(f"{min(added)} was added in {folder} since it was published; do not use it, write it again")
+        raise ChangedError(
+            f"{min(added)} was added in {folder} since it was published; do not use it, write it again", name=min(added)
+        )
     if linked := next((name for name in sorted(files) if (folder / name).is_symlink()), None):
-        raise MptkError(f"{linked} in {folder} is a link, which mptk never writes; do not use it, write it again")
+        raise ChangedError(
+            f"{linked} in {folder} is a link, which mptk never writes; do not use it, write it again", name=linked
+        )
     if changed := list_edited(folder) or [name for name in sorted(files) if not (folder / name).is_file()]:
-        raise MptkError(f"{changed[0]} in {folder} was changed since it was published; do not use it, write it again")
+        raise ChangedError(
+            f"{changed[0]} in {folder} was changed since it was published; do not use it, write it again",
+            name=changed[0],
+        )
 
 
 def _check_weights(folder: Path) -> None:
     """Raise MptkError if a folder lacks the weights that its report names. Exports have no report."""
     if not (folder / REPORT_FILE).is_file():
         return
-    report = read_json(folder / REPORT_FILE, MptkError)
+    report = read_json(folder / REPORT_FILE, FileError)
     said = report.get("weights_sha256") if isinstance(report, dict) else None
     if said is not None and said != hash_weight_files(folder):
-        raise MptkError(
+        raise ChangedError(
             f"weights_sha256 in {REPORT_FILE} is wrong: {folder} has other weights, or none; do not use it, and prune "
-            "the model again"
+            "the model again",
+            name=REPORT_FILE,
         )
 
 
@@ -142,7 +155,9 @@ def copy_listed(folder: Path, new: Path) -> None:
         shutil.copyfile(folder / name, new / name)
     copies = compute_digests(new / name for name in files)
     if changed := next((name for name, copy in zip(files, copies, strict=True) if copy != files[name]), None):
-        raise MptkError(f"{changed} in {folder} changed while it was copied; do not use it, write it again")
+        raise ChangedError(
+            f"{changed} in {folder} changed while it was copied; do not use it, write it again", name=changed
+        )
 
 
 def list_foreign(folder: Path) -> list[str]:
@@ -173,7 +188,7 @@ def list_edited(folder: Path) -> list[str]:
 def is_ours(folder: Path) -> dict[str, object]:
     """The content of a folder's ``mptk.json``; empty if it is missing or has another format."""
     try:
-        content = read_json(folder / MARKER, MptkError)
+        content = read_json(folder / MARKER, FileError)
     except MptkError:
         return {}
     return content if isinstance(content, dict) and content.get("format") == MANIFEST_FORMAT else {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mptk.compile.cut import COMPENSATION, compile_plan, open_pruned_weights, widen_weights
 from mptk.config import RECIPE_FILE
-from mptk.errors import MptkError
+from mptk.errors import ChangedError
 from mptk.io import load_tensors
 from mptk.ir import Weights, build_renumbering
 from mptk.proof.claims import read_proof_samples
@@ -84,9 +84,10 @@ class ChangedWeights(PrunedFolder):
         for name, weight in self.weights.items():
             there = expected if name in expected else stored  # a class may have weights that it does not use
             if name not in there or not there[name].to(weight.dtype).equal(weight):
-                raise MptkError(
+                raise ChangedError(
                     f"{name} was changed in memory, and the cut makes this weight anew from the dense model's; write "
-                    "the model by itself with model.save_pretrained(DIR), or leave this weight as it was"
+                    "the model by itself with model.save_pretrained(DIR), or leave this weight as it was",
+                    name=name,
                 )
 
 

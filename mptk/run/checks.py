@@ -9,7 +9,7 @@ from mptk.config import FREE, IN_MEMORY, UNIFORM, Settings
 from mptk.conversions import find_conversions
 from mptk.cost.budgets import LATENCY
 from mptk.distributed.processes import has_shards
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.io import data
 from mptk.ir import Plan, check_engines
 from mptk.methods import find_method
@@ -48,11 +48,14 @@ def check_graph_training(settings: Settings) -> None:
     """Raise MptkError for ways of training that a graph's module does not support: it can only train all weights."""
     learning = settings.learning
     if learning.rank:
-        raise MptkError("--rank: LoRA needs the layers of a class; leave it out to train all weights")
+        raise InputError("--rank: LoRA needs the layers of a class; leave it out to train all weights", name="rank")
     if learning.gradient_checkpointing:
-        raise MptkError("--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock")
+        raise InputError(
+            "--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock",
+            name="gradient_checkpointing",
+        )
     if has_shards():
-        raise MptkError("FSDP needs the blocks of a class; leave it out, or use --target stock")
+        raise InputError("FSDP needs the blocks of a class; leave it out, or use --target stock", name="target")
 
 
 def check_divides(settings: Settings, asked: str) -> None:
@@ -61,18 +64,21 @@ def check_divides(settings: Settings, asked: str) -> None:
     check_ragged(find_target(settings.target), asked)
     method = find_method(settings.method)
     if settings.layers == FREE and not method.divides:
-        raise MptkError(f"{asked}: {method.name} gives all layers one width; use a one-shot --method, as wanda")
+        raise InputError(
+            f"{asked}: {method.name} gives all layers one width; use a one-shot --method, as wanda", name="method"
+        )
     if settings.budget == LATENCY:
-        raise MptkError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget")
+        raise InputError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget", name="budget")
     if divider := settings.divider:
-        raise MptkError(f"{divider} only ranks shapes whose layers are alike; leave out {divider} or {asked}")
+        raise InputError(f"{divider} only ranks shapes whose layers are alike; leave out {divider} or {asked}")
 
 
 def check_ragged(target: Target, asked: str) -> None:
     """Raise MptkError, which names the targets that can, unless layers may have different widths in ``target``."""
     if not target.ragged:
         able = " or ".join(f"--target {each.name}" for each in list_targets().values() if each.ragged)
-        raise MptkError(
+        raise InputError(
             f"{asked}: a {target.name} checkpoint has one width for all layers; use {able}, from which `mptk gguf` "
-            "makes a file for llama.cpp if the model is a LLaMA"
+            "makes a file for llama.cpp if the model is a LLaMA",
+            name="target",
         )

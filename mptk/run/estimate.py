@@ -16,7 +16,7 @@ from mptk.config import Settings
 from mptk.conversions import count_dense_models
 from mptk.cost.estimate import Estimate, ModelSizes, Pass, Work, describe_size, estimate, measure_machine
 from mptk.distributed.processes import find_module_blocks
-from mptk.errors import MptkError
+from mptk.errors import MachineError
 from mptk.files import expand_path
 from mptk.io import choose_memory_bound, count_rows_at_once, find_stored_dtype, measure_free_memory, models
 from mptk.methods import distil, find_method, reconstruct
@@ -149,8 +149,9 @@ def check_room_for(found: Estimate, out: Path) -> None:
     ):
         needed, room = sum(parts.values()), shutil.disk_usage(place).free
         if needed > room:
-            raise MptkError(
-                f"{what} {describe_size(needed)} of disk and {place} has {describe_size(room)} free; {remedy}"
+            raise MachineError(
+                f"{what} {describe_size(needed)} of disk and {place} has {describe_size(room)} free; {remedy}",
+                name=place,
             )
 
 
@@ -159,10 +160,11 @@ def _check_memory(parts: Mapping[str, float], what: str, free: float | None, mor
     least = sum(parts.values())
     if free is not None and least > free:
         most = max(parts, key=lambda name: parts[name])
-        raise MptkError(
+        raise MachineError(
             f"the run needs at least {describe_size(least)} of {what} ({describe_size(parts[most])} of it: {most}), "
             "and "
-            f"{describe_size(free)} is free; {REMEDIES[most]}{more}"
+            f"{describe_size(free)} is free; {REMEDIES[most]}{more}",
+            name=what,
         )
 
 

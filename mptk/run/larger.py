@@ -17,7 +17,7 @@ from mptk.compile.cut import find_changes, without
 from mptk.config import Settings
 from mptk.conversions import list_conversions
 from mptk.distributed.processes import holds
-from mptk.errors import MptkError
+from mptk.errors import BudgetError, InputError, MptkError
 from mptk.files import expand_path, format_json
 from mptk.io import copy_without_weights
 from mptk.ir import Analysis, Cut, FamilyPlan, Plan, Weights, collect_kept_units, resolve_plan
@@ -47,16 +47,20 @@ def read_larger(
     report, plan = Report.read(folder), read_folder_plan(folder)
     check_manifest(folder)
     if report.model_sha256 != origin.model:
-        raise MptkError(f"{folder} was not pruned from this model; give a folder that was, or leave out --larger")
+        raise InputError(
+            f"{folder} was not pruned from this model; give a folder that was, or leave out --larger", name="larger"
+        )
     if format_json(plan.conversions, sort_keys=True) != format_json(
         {c.name: c.entry for c in conversions}, sort_keys=True
     ):
         others = " or ".join(kind.label for kind in list_conversions())
-        raise MptkError(f"{folder} was made with {others}; give the same")
+        raise InputError(f"{folder} was made with {others}; give the same", name="larger")
     if not all(analysis.variable(name).uniform for name in plan.families):
-        raise MptkError(f"{folder} has layers of different widths, and a further cut needs equal ones")
+        raise InputError(f"{folder} has layers of different widths, and a further cut needs equal ones", name="larger")
     if why := find_refusal(analysis, plan.families):
-        raise MptkError(f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size")
+        raise InputError(
+            f"{folder} cannot be cut further: {why}; cut the dense model to the smaller size", name="larger"
+        )
     # What the plan and the report say is checked before weights are read.
     check_code(model.loaded.path, folder)
     cut = resolve_plan(analysis, plan)
@@ -86,7 +90,9 @@ def keep_reachable(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
     if not sparsities:
         return prepared
     if why := find_refusal(prepared.analysis, prepared.families):
-        raise MptkError(f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size")
+        raise BudgetError(
+            f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size"
+        )
     refused: list[MptkError] = []
 
     def can_reach(candidate: Candidate) -> bool:
@@ -132,8 +138,9 @@ def join_larger(prepared: Prepared, chosen: Chosen) -> Chosen:
     kept = collect_kept_units(prepared.analysis, chosen.cut, [name for name in prepared.stays if name in plan.families])
     for name, units in prepared.stays.items():
         if name not in kept or (kept[name] & ~units).any():
-            raise MptkError(
-                f"{prepared.method.name} keeps units of {name} that {folder} has lost; use another --method"
+            raise InputError(
+                f"{prepared.method.name} keeps units of {name} that {folder} has lost; use another --method",
+                name="method",
             )
     changes = Weights(start.changes).with_entries(chosen.changes)
     # If either was trained, all count as trained: the folder then gets no file of corrected biases (`write_targets`).

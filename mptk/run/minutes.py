@@ -15,7 +15,7 @@ import torch
 from mptk.config import MOST_STEPS, SAMPLES, Settings, with_keywords
 from mptk.conversions import needs_fit
 from mptk.cost.estimate import Estimate, describe_duration, measure_machine
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.io import data
 from mptk.ir import Plan
 from mptk.methods import find_method
@@ -157,7 +157,7 @@ def fit_in_minutes(
     fits = bisect_right(range(most + 1), seconds, key=lambda steps: take(steps, 0))
     # Default minutes are no promise: a run that takes longer runs with the smallest numbers.
     if not fits and asked.minutes is not None:
-        raise MptkError(explain_too_short(with_steps(0), estimator.estimate(with_steps(0))))
+        raise InputError(explain_too_short(with_steps(0), estimator.estimate(with_steps(0))), name="minutes")
     return with_steps(max(0, fits - 1))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.io import Loaded, Resident, models, name_live_model, open_live, unwrap_parallel
 from mptk.protocols import Opened, Task
 from mptk.run.inputs import Inputs
@@ -26,7 +26,10 @@ def read_example_inputs(settings: Settings, inputs: Inputs) -> tuple[Settings, I
     if settings.inputs is None:
         return settings, inputs
     if inputs.example_inputs is not None:
-        raise MptkError("example inputs are given twice, in memory and as a file; leave out example_inputs or inputs")
+        raise InputError(
+            "example inputs are given twice, in memory and as a file; leave out example_inputs or inputs",
+            name="example_inputs",
+        )
     settings = replace(settings, data=settings.inputs if settings.data == Settings.data else settings.data)
     assert settings.inputs is not None
     return settings, replace(inputs, example_inputs=read_inputs(settings.inputs))
@@ -63,9 +66,10 @@ def open_in_memory(model: nn.Module, trust: Trust, inputs: Inputs) -> Opened:
     model = unwrap_parallel(model)
     plain = not isinstance(model, PreTrainedModel)
     if plain and inputs.example_inputs is None:
-        raise MptkError(
+        raise InputError(
             f"{type(model).__name__} is not a transformers model, so mptk cannot know its inputs; give "
-            "example_inputs, the tensors that forward() takes"
+            "example_inputs, the tensors that forward() takes",
+            name="example_inputs",
         )
     loaded = open_live(model, inputs.tokenizer, trust=trust)
     return Opened(loaded, choose_task(loaded, inputs), plain)

@@ -11,7 +11,7 @@ from mptk.conversions import convert_model, find_conversions
 from mptk.cost.budgets import CACHED
 from mptk.cost.model import CostModel, is_layered
 from mptk.distributed.processes import run_once
-from mptk.errors import MptkError
+from mptk.errors import BudgetError, ChangedError, InputError, MachineError, TargetError
 from mptk.files.outputs import check_apart
 from mptk.io import Loaded, can_write_text, data, measure_free_memory
 from mptk.ir import Plan, Samples, resolve_plan, split_layer
@@ -67,7 +67,9 @@ def prepare(model: Start, run: Run) -> tuple[Prepared, Run]:
     under = prepared.norms_change
     if settings.trains and under and (settings.learning.rank == 0 or not prepared.target.classed):
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
-        raise MptkError(f"all weights cannot be trained where {under[0]} is cut, as norms follow it; {remedy}")
+        raise InputError(
+            f"all weights cannot be trained where {under[0]} is cut, as norms follow it; {remedy}", name="rank"
+        )
     return prepared, replace(run, settings=prepared.settings, dense=dense, origin=origin).open_folder()
 
 
@@ -102,7 +104,7 @@ def open_unchanged(model: Start, run: Run) -> tuple[Opened, Origin]:
     given = run.dense.given if run.dense is not None else open_start(model, run)
     origin = run_once(lambda: compute_origin(run.source, given.loaded, run.settings, run.start, run.plan))
     if before and not given.loaded.live and read_file_states(run.source) != before:
-        raise MptkError(f"{run.source} changed while it was opened; start again")
+        raise ChangedError(f"{run.source} changed while it was opened; start again", name=run.source)
     return given, origin
 
 
@@ -117,9 +119,10 @@ def open_start(model: Start, run: Run) -> Opened:
 def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
     """Raise MptkError if the run would write a graph that takes only one length."""
     if not find_target(settings.target).classed:
-        raise MptkError(
+        raise TargetError(
             f"{type(loaded.model).__name__} can be traced only for {length} tokens, so a graph would take no other "
-            "length; use --target stock, or cut it for inputs of one length with mptk.rewrite"
+            "length; use --target stock, or cut it for inputs of one length with mptk.rewrite",
+            name=type(loaded.model).__name__,
         )
 
 
@@ -147,7 +150,10 @@ def check_data(given: Opened, run: Run) -> Samples | None:
     if settings.eval_data is not None:
         other = task.draw_evaluation(loaded, replace(settings, eval_windows=1))
         if like is not None and like.inputs.keys() != other.inputs.keys():
-            raise MptkError("--data and --eval-data are samples of two kinds; give images with both, or with neither")
+            raise InputError(
+                "--data and --eval-data are samples of two kinds; give images with both, or with neither",
+                name="eval_data",
+            )
         like = like if like is not None and has_same_sizes(like, other) else None
     return like
 
@@ -162,8 +168,9 @@ def check_memory(loaded: Loaded, settings: Settings) -> None:
             if settings.trains
             else ("generating text with the model needs", "give text with --data")
         )
-        raise MptkError(
-            f"{what} all weights in memory, {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}, or more --memory"
+        raise MachineError(
+            f"{what} all weights in memory, {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}, or more --memory",
+            name="memory",
         )
 
 
@@ -196,7 +203,9 @@ def resolve_widths(run: Run, settings: Settings, dense: DenseModel, larger: Chos
     if layer := next((n for n in plan.families if n not in known and split_layer(n)[0] in known), ""):
         check_ragged(target, f"{layer} of the plan")
     if settings.budget in CACHED and not model.task.caches:
-        raise MptkError(f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}")
+        raise InputError(
+            f"a {model.task.summary} keeps no KV cache; give another --budget than {settings.budget}", name="budget"
+        )
     # What widths cost, and the sparsity that milliseconds mean; then the widths that meet it.
     cost, settings = apply_budget(analysis, legal, settings, run.progress, stored.itemsize, before, list(plan.families))
     prepared = Prepared(dense, model, settings, method, target, legal, cost, start=larger)
@@ -210,9 +219,11 @@ def resolve_widths(run: Run, settings: Settings, dense: DenseModel, larger: Chos
 def check_left(cost: CostModel, settings: Settings) -> None:
     """Raise MptkError if merging KV heads already meets the budget, so that nothing is left to cut."""
     if (gone := cost.compute_sparsity({})) > settings.sparsity - settings.tolerance and cost.dense is not cost.whole:
-        raise MptkError(
+        raise BudgetError(
             f"merging KV heads already removes {gone:.1%} of the {settings.budget}, and --sparsity asks for "
-            f"{settings.sparsity:.1%}; ask for more, or give --sparsity 0 to cut nothing else"
+            f"{settings.sparsity:.1%}; ask for more, or give --sparsity 0 to cut nothing else",
+            name="sparsity",
+            nearest=(gone,),
         )
 
 

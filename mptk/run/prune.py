@@ -21,7 +21,7 @@ from mptk.config import write_recipe
 from mptk.conversions import fit_conversions, with_conversions
 from mptk.distributed.processes import connect_processes, is_leader
 from mptk.distributed.processes import describe_processes as describe_processes
-from mptk.errors import MptkError, ProofError
+from mptk.errors import FileError, InputError, ProofError
 from mptk.io import write_weights
 from mptk.ir import Analysis, Plan, Weights, resolve_plan
 from mptk.methods.division.budget import describe_left_whole, describe_nearest
@@ -79,7 +79,7 @@ def run_prune(model: Start, run: Run) -> Result:
             or a stage of the proof exceeds its tolerance. The output then stays as it was.
     """
     if why := run.settings.not_alone:
-        raise MptkError(why)
+        raise InputError(why)
     # What is there: the dense model, traced and analysed, the widths it may get, and text.
     prepared, run = prepare(model, run)
     with keep_stages_on_failure(prepared, run):
@@ -194,7 +194,9 @@ def read_choice_facts(facts: Mapping[str, object], folder: Path) -> KeptChoice:
     try:
         return make_typed(KeptChoice, facts)
     except ValueError as error:
-        raise MptkError(f"the choice in {folder} is damaged: {error}; remove it, and start again") from error
+        raise FileError(
+            f"the choice in {folder} is damaged: {error}; remove it, and start again", name=folder
+        ) from error
 
 
 # ---- writing ----

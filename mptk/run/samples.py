@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
 from mptk.config import IN_MEMORY, Settings
-from mptk.errors import MptkError
+from mptk.errors import DataError, InputError, MptkError
 from mptk.io import Loaded, check_positions, find_position_limit, read_row_texts
 from mptk.io import data as text
 from mptk.ir import Program, Samples, is_tokens
@@ -108,8 +108,8 @@ def check_texts(**given: Data | None) -> None:
         once = isinstance(data, Iterator)
         first = None if once or isinstance(data, Tensor | Samples | Mapping) else next(_iterate_data(data), None)
         if not (isinstance(first, str) or _is_row(first)):
-            raise MptkError(
-                f"{name} must be texts beside vocabulary, which gives tokens other ids; give a list of texts"
+            raise InputError(
+                f"{name} must be texts beside vocabulary, which gives tokens other ids; give a list of texts", name=name
             )
 
 
@@ -147,7 +147,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
     else:
         each = _iterate_data(data)
         if (first := next(each, _NOTHING)) is _NOTHING:
-            raise MptkError("data is empty; give texts, token ids [n, length], or batches of inputs")
+            raise DataError("data is empty; give texts, token ids [n, length], or batches of inputs")
         batches = chain([first], each)
         texts = _find_texts(batches, first, like, loaded)
         if texts is None:
@@ -178,14 +178,16 @@ def check_fits(samples: Samples | None, program: Program) -> None:
         node = nodes[given_name]
         like = node.meta["val"]
         if tensor.is_floating_point() != like.is_floating_point():
-            raise MptkError(
-                f"{name} in data has type {tensor.dtype}, but the model was traced for {like.dtype}; convert it"
+            raise DataError(
+                f"{name} in data has type {tensor.dtype}, but the model was traced for {like.dtype}; convert it",
+                name=name,
             )
         table = None if tensor.is_floating_point() else find_table_size(node)
         if table is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < table:
-            raise MptkError(
+            raise DataError(
                 f"{name} in data has ids from {int(tensor.min())} to {int(tensor.max())}, and the model's table has "
-                f"{table} rows; give ids from 0 to {table - 1}"
+                f"{table} rows; give ids from 0 to {table - 1}",
+                name=name,
             )
 
 
@@ -214,7 +216,7 @@ def _find_texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], 
 def _check_strings(each: Iterable[object]) -> Iterator[str]:
     for one in each:
         if not isinstance(one, str):
-            raise MptkError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
+            raise DataError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
         yield one
 
 
@@ -223,7 +225,10 @@ def _make_windows(
 ) -> Tensor:
     """Windows of texts. ``whole``: they are chosen from all texts; else no more is read than it takes to choose."""
     if loaded.tokenizer is None:
-        raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
+        raise InputError(
+            f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data",
+            name="tokenizer",
+        )
     return text.make_token_windows(texts, loaded.tokenizer, limit_length(loaded, length), count, seed, whole=whole)
 
 
@@ -254,7 +259,7 @@ def _join_batches(batches: Iterable[Any], like: Mapping[str, Tensor], count: int
 
 
 def _make_form_error(error: Exception) -> MptkError:
-    return MptkError(
+    return DataError(
         f"data has a wrong form ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
         "batches of inputs of one shape, with the samples in the first dimension"
     )

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 
 from mptk.compat.torch import build_exported, hide_exporter_logs
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import MptkError, TargetError, take_first_line
 from mptk.files import format_json, make_scratch
 from mptk.io import EXTRA, read_archive
 from mptk.ir import (
@@ -95,7 +95,7 @@ def write_archive(file: Path, program: Program) -> None:
         with hide_exporter_logs("torch.export"):
             torch.export.save(found, file, extra_files={EXTRA: format_json(asdict(_describe_program(program)))})
     except Exception as error:  # torch's writer has no base class of errors
-        raise MptkError(
+        raise TargetError(
             f"torch.export cannot write the graph ({take_first_line(error)}); open it in this process"
         ) from error
 
@@ -149,7 +149,7 @@ def check_archive(program: Program) -> None:
         try:
             open_archive(file, program.state)
         except MptkError as error:
-            raise MptkError(
+            raise TargetError(
                 f"mptk cannot read the graph that torch.export writes of this module ({take_first_line(error)}); "
                 "write what "
                 "depends on sizes with tensors (docs/tracing.md)"

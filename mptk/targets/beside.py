@@ -138,7 +138,9 @@ def require(file: str, field: str, found: object, expected: object) -> None:
 
 def fail(what: str) -> NoReturn:
     """Raise the ProofError of this stage."""
-    raise ProofError(f"the proof fails at '{CONFIG_STAGE}': {what}; do not use it, and prune the model again")
+    raise ProofError(
+        f"the proof fails at '{CONFIG_STAGE}': {what}; do not use it, and prune the model again", name=CONFIG_STAGE
+    )
 
 
 def walk_fields(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:

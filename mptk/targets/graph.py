@@ -131,7 +131,9 @@ def compare_stored(stored: Weights, expected: Weights) -> Difference:
     worst = Difference("stored weights", 0.0, 0.0, EXACT)
     for name in sorted(stored.keys() | expected.keys()):
         if name not in stored or name not in expected or stored.find_like(name).shape != expected.find_like(name).shape:
-            raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
+            raise ProofError(
+                f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again", name=name
+            )
         # In the types in which they are kept, if these are equal: then equal bits need no more arithmetic.
         pair = stored.read_narrow(name), expected.read_narrow(name)
         if pair[0].dtype != pair[1].dtype:

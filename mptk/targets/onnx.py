@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.config import Settings
-from mptk.errors import MptkError, ProofError, take_first_line
+from mptk.errors import MptkError, ProofError, TargetError, take_first_line
 from mptk.files import make_scratch
 from mptk.io import Loaded, find_position_limit, models, read_object, save_tokenizer
 from mptk.ir import Log, Program, Samples, is_tokens
@@ -152,7 +152,8 @@ class OnnxTarget(Target):
                     return f"{name} is not what this exporter writes ({now}); it was written by {written}: {apart}"
                 if apart:
                     raise ProofError(
-                        f"the proof fails at '{name} written again': {apart}; do not use it, and prune the model again"
+                        f"the proof fails at '{name} written again': {apart}; do not use it, and prune the model again",
+                        name=name,
                     )
         return ""
 
@@ -191,9 +192,9 @@ def choose_onnx_form(prepared: Prepared) -> OnnxForm:
     # Both refusals cost nothing: they come before any export.
     task = prepared.task
     if task.onnx is None:
-        raise MptkError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
+        raise TargetError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
     if (length := task.find_fixed_length(prepared.analysis.program)) is not None:
-        raise MptkError(
+        raise TargetError(
             f"the trace holds only for {length} tokens, so a graph would take no other length; leave out ONNX"
         )
     return task.onnx
@@ -287,7 +288,7 @@ def _check_weights(form: OnnxForm, compiled: Compiled, folder: Path) -> None:
             continue  # the stages say so
         matrices = ((key, t.detach().float().cpu().numpy()) for key, t in compiled.program.state.items() if t.ndim == 2)
         if wrong := compare_with_weights(read_lazily(folder / name), matrices):
-            raise ProofError(f"the proof fails at 'ONNX weights' of {name}: {wrong}; do not use it")
+            raise ProofError(f"the proof fails at 'ONNX weights' of {name}: {wrong}; do not use it", name=name)
 
 
 def _compare_use(scheme: str, runs: Sequence[Program | StageOutputs], batches: Sequence[Samples]) -> list[Difference]:
@@ -334,6 +335,7 @@ def _compare_quantized(
         raise
     except Exception as error:  # ONNX and ONNX Runtime share no error class
         raise ProofError(
-            f"the proof fails at '{scheme} weights': {file.name} does not run ({take_first_line(error)})"
+            f"the proof fails at '{scheme} weights': {file.name} does not run ({take_first_line(error)})",
+            name=file.name,
         ) from error
     return [Difference(f"{scheme} weights", share, share, 1.0), form.judge(scheme, pairs)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.errors import MptkError, ProofError
+from mptk.errors import ProofError, TargetError
 from mptk.files import make_scratch
 from mptk.io import (
     CONFIG,
@@ -90,11 +90,13 @@ class StockTarget(Target):
             if unread := prepared.settings.engines and find_broken_programs(
                 found, models.read_stored_config(loaded), prepared.settings.engines
             ):
-                raise MptkError(f"this cut breaks {'; '.join(unread)}; cut other units, or name other --engines")
+                raise TargetError(
+                    f"this cut breaks {'; '.join(unread)}; cut other units, or name other --engines", name="engines"
+                )
             return Written(found, loaded, found.config, dtype)
         # 2. Without the removed blocks it would hold the widths: then the blocks are the reason.
         if kept and isinstance(stock.build_config(widths, scalars=compiled.epsilons), StockConfig):
-            raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")
+            raise TargetError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")
         # 3. Another class, which must compute the same. Its candidates are causal language models.
         if prepared.settings.rehome and not kept and found.config is not None and list(sample.inputs) == ["input_ids"]:
             check = make_logits_check(compiled.program, sample.inputs["input_ids"])
@@ -102,11 +104,11 @@ class StockTarget(Target):
             if isinstance(other, StockConfig):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
                 return Written(other, loaded, found.config, dtype, note)
-            raise MptkError(f"the stock class refuses these widths: {found}; no other class holds them: {other}")
+            raise TargetError(f"the stock class refuses these widths: {found}; no other class holds them: {other}")
         # 4. A refusal, with the class that --rehome would find.
         home = self.name_home(analysis, loaded.model, prepared.legal, widths)
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
-        raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
+        raise TargetError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         assert compiled.written is not None
@@ -254,12 +256,14 @@ def check_same_reading(
         if found != expected:
             raise ProofError(
                 f"the proof fails at 'config': the written tokenizer reads {text!r} as {found}, not as {expected}; do "
-                "not use it, and prune the model again"
+                "not use it, and prune the model again",
+                name="config",
             )
         if written.decode(found) != dense.decode(ids):
             raise ProofError(
                 f"the proof fails at 'config': the written tokenizer writes the tokens of {text!r} as "
-                f"{written.decode(found)!r}; do not use it, and prune the model again"
+                f"{written.decode(found)!r}; do not use it, and prune the model again",
+                name="config",
             )
 
 

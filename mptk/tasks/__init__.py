@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, ModelError
 from mptk.io import Loaded, Resident, find_model_classes, load_tensors, models
 from mptk.plugins import with_features, with_plugins
 from mptk.protocols import PROVEN_ON, OnnxForm, Report, Task
@@ -93,9 +93,10 @@ def check_decoder(model: str, *, trust: Trust = NO_CODE) -> None:
     config = models.load_config(model, trust=trust)
     reason = CAUSAL_LM.explain_refusal(config, find_model_classes(config))
     if reason is not None:
-        raise MptkError(
+        raise ModelError(
             f"{model} is no {CAUSAL_LM.summary}: {reason}; `mptk analyze` shows what can be cut in it, and "
-            "`mptk prune` cuts it"
+            "`mptk prune` cuts it",
+            name=model,
         )
 
 
@@ -125,5 +126,7 @@ def load_folder_inputs(folder: Path, report: Report) -> dict[str, Tensor] | None
         return None
     return load_tensors(
         folder / PROVEN_ON,
-        lambda why: MptkError(f"{folder} has no {PROVEN_ON} ({why}); do not use the folder, prune again"),
+        lambda why: FileError(
+            f"{folder} has no {PROVEN_ON} ({why}); do not use the folder, prune again", name=PROVEN_ON
+        ),
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import ModelError
 from mptk.io import Loaded, Runs
 from mptk.ir import IGNORED, Samples, join_outputs
 from mptk.progress import Count, Progress
@@ -131,7 +131,7 @@ class TokenTask(ModelTask):
         targets = samples.targets
         assert targets is not None
         if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.count_predictions(samples):
-            raise MptkError(
+            raise ModelError(
                 "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
                 "more tokens; use magnitude or random for other models"
             )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config import IN_MEMORY
-from mptk.errors import MptkError
+from mptk.errors import ModelError, MptkError
 from mptk.io import Loaded, Runs, measure_perplexities
 from mptk.ir import Samples, make_token_samples
 from mptk.progress import Progress
@@ -77,6 +77,7 @@ class CausalLM(TokenTask):
 
 def make_kind_error(model: str, what: str) -> MptkError:
     """The error for a model that no task takes. ``what``: what it is not, and why."""
-    return MptkError(
-        f"{model} is {what}; `mptk prune` takes it with examples of what it reads, --inputs FILE (docs/kinds.md)"
+    return ModelError(
+        f"{model} is {what}; `mptk prune` takes it with examples of what it reads, --inputs FILE (docs/kinds.md)",
+        name=model,
     )

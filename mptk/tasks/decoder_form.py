@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import ModelError
 from mptk.ir import Samples, make_token_samples
 from mptk.ort.decoder import Cache, Ids, OrtDecoder
 from mptk.progress import step
@@ -88,7 +88,7 @@ def trace_step(dense: Dense, samples: Samples | None) -> Traced:
     # The graph is translated in float32 and then converted.
     wanted = settings.onnx_dtype
     if wanted != "auto" and model.dtype is not torch.float32:
-        raise MptkError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
+        raise ModelError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
     axes = make_decoder_interface(program).inputs
     return Traced(program, list(axes), axes, about={"objective": settings.objective})
 

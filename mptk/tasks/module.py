@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config import IN_MEMORY, INPUTS, Settings
-from mptk.errors import MptkError, find_exhaustion, take_first_line
+from mptk.errors import DataError, FileError, InputError, ModelError, TargetError, find_exhaustion, take_first_line
 from mptk.io import Loaded, Runs, load_tensors
 from mptk.ir import Samples, separate
 from mptk.progress import Count, Progress
@@ -61,15 +61,17 @@ class Module(Task):
         except RuntimeError as error:
             if (lacking := find_exhaustion(error)) is not None:
                 raise lacking from error
-            raise MptkError(
-                f"{loaded.source} does not run on its example inputs ({take_first_line(error)}); give other ones"
+            raise DataError(
+                f"{loaded.source} does not run on its example inputs ({take_first_line(error)}); give other ones",
+                name="example_inputs",
             ) from error
         each = [found] if isinstance(found, Tensor) else found
         if not each or any(tensor.ndim < 1 or len(tensor) != len(self.given) for tensor in each):
             said = ", ".join(str(list(tensor.shape)) for tensor in each) or "nothing"
-            raise MptkError(
+            raise ModelError(
                 f"{loaded.source} gives {said} for {len(self.given)} samples; give a module whose outputs have the "
-                "samples in their first dimension, as its inputs have"
+                "samples in their first dimension, as its inputs have",
+                name=loaded.source,
             )
 
     def make_example(self, model: nn.Module) -> Samples:
@@ -132,7 +134,7 @@ def _make_samples(inputs: dict[str, Tensor], what: str) -> Samples:
     sizes = {len(tensor) if tensor.ndim else 0 for tensor in inputs.values()}
     if len(sizes) != 1 or sizes == {0}:
         said = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items()) or "none"
-        raise MptkError(f"{what} need the samples in their first dimension, all as many; they are {said}")
+        raise DataError(f"{what} need the samples in their first dimension, all as many; they are {said}", name=what)
     return Samples(inputs)
 
 
@@ -150,9 +152,10 @@ def read_inputs(file: str | Path) -> dict[str, Tensor]:
     """
     return load_tensors(
         Path(file),
-        lambda why: MptkError(
+        lambda why: FileError(
             f"cannot read inputs in {file} ({why}); write it with safetensors.torch.save_file: a tensor for each "
-            "argument of forward, samples in the first dimension"
+            "argument of forward, samples in the first dimension",
+            name=file,
         ),
     )
 
@@ -175,17 +178,20 @@ def name_tensors(
     if not isinstance(inputs, Mapping):
         if len(inputs) > len(names):
             if not names:
-                raise MptkError(
+                raise ModelError(
                     "forward takes its inputs by *args, and mptk needs a name for each; give forward named arguments, "
                     "as def forward(self, x, y)"
                 )
-            raise MptkError(f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict")
+            raise InputError(
+                f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict",
+                name="example_inputs",
+            )
         inputs = dict(zip(names, inputs, strict=False))
 
     # Only dense tensors of numbers.
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
-        raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
+        raise DataError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only", name=odd[0])
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
 
@@ -213,9 +219,9 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
     """Raise MptkError for a tensor that does not hold all its numbers in memory, each of them one."""
     kind = "on the meta device" if tensor.is_meta else "sparse" if tensor.layout is not torch.strided else ""
     if kind := kind or ("quantized" if tensor.is_quantized else ""):
-        raise MptkError(f"{name} is {kind}; give a dense tensor of numbers")
+        raise DataError(f"{name} is {kind}; give a dense tensor of numbers", name=name)
     if tensor.is_floating_point() and tensor.isnan().any():
-        raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")
+        raise DataError(f"{name} holds NaN, which makes every output NaN; give finite numbers", name=name)
 
 
 def take_program(dense: Dense, samples: Samples | None, names: Sequence[str]) -> Traced:
@@ -223,7 +229,7 @@ def take_program(dense: Dense, samples: Samples | None, names: Sequence[str]) ->
     program = dense.program
     assert program is not None
     if program.keeps_state:
-        raise MptkError("the module changes its buffers, which a graph would forget after each call; leave out ONNX")
+        raise TargetError("the module changes its buffers, which a graph would forget after each call; leave out ONNX")
     (results,) = program.graph.graph.output_node().args
     count = len(results) if isinstance(results, tuple | list) else 1
     outputs = tuple(f"{OUTPUT_NAME}_{i}" for i in range(count)) if count > 1 else (OUTPUT_NAME,)

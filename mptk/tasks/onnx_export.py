@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
 
 from mptk.config import Settings
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import InputError, MptkError, TargetError, take_first_line
 from mptk.ir import Log, Plan, Program, Samples, resolve_plan, transfer_cut
 from mptk.ort.sessions import DTYPE, HALF
 from mptk.progress import step
@@ -45,8 +45,9 @@ CHANGED = "padding changes what the model computes, with a mask as well; give th
 def check_form(form: OnnxForm, settings: Settings) -> None:
     """Raise MptkError if the form's graphs cannot be written as the settings ask."""
     if form.float_only and settings.onnx_dtype == HALF:
-        raise MptkError(
-            f"the graphs of {form.float_only} are written in float32; leave out --onnx-dtype, or give --quantize fp16"
+        raise InputError(
+            f"the graphs of {form.float_only} are written in float32; leave out --onnx-dtype, or give --quantize fp16",
+            name="onnx_dtype",
         )
 
 
@@ -153,7 +154,9 @@ def trace_named(
         except (MptkError, RuntimeError) as error:
             reason = take_first_line(error)
     else:
-        raise MptkError(f"{type(model).__name__} is not written with named inputs: {reason}")
+        raise TargetError(
+            f"{type(model).__name__} is not written with named inputs: {reason}", name=type(model).__name__
+        )
     if not has_token_ids(inputs):
         return replace(traced, padding={})
 
@@ -201,7 +204,7 @@ def replace_outputs(program: Program, names: Sequence[str]) -> Program:
     module = program.copy_graph()
     values = {node.name: node for node in module.graph.nodes}
     if missing := [name for name in names if name not in values]:
-        raise MptkError(f"the graph has no value {missing[0]} after the cut")
+        raise TargetError(f"the graph has no value {missing[0]} after the cut", name=missing[0])
     module.graph.output_node().args = (tuple(values[name] for name in names),)
     module.recompile()
     signature = copy.deepcopy(program.signature)

@@ -39,7 +39,8 @@ def list_form_stages(form: OnnxForm, folder: Path, use: Use, device: torch.devic
     if form.explain_unfit is not None and (reason := form.explain_unfit(graphs, settings)) is not None:
         raise ProofError(
             f"the proof fails at '{form.cases[0].stage}': {file.name} {reason}; do not use it, and export the model "
-            "again"
+            "again",
+            name=file.name,
         )
     tolerance, ran = HALF_TOLERANCE if graphs.half else RUNTIME_TOLERANCE, graphs.providers[0]
     stages, further = dict[str, tuple[Program | StageOutputs, float]](), dict[str, Further]()

@@ -137,7 +137,7 @@ def has_half_cache(file: Path) -> bool:
     try:
         inputs = onnx.load(file, load_external_data=False).graph.input
     except Exception as error:  # protobuf's, which onnx does not name
-        raise ProofError(f"{file} is no ONNX graph; export the model again") from error
+        raise ProofError(f"{file} is no ONNX graph; export the model again", name=file.name) from error
     return any(v.name.startswith(CACHE) and v.type.tensor_type.elem_type == TensorProto.FLOAT16 for v in inputs)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.ir import (
     ArgumentPath,
     AxisFacts,
@@ -167,9 +167,10 @@ def _choose_rule(node: fx.Node) -> Rule:
         return found
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return POINTWISE
-    raise MptkError(
+    raise AnalysisError(
         f"no axis rule for {name_op(node)} ({SourceLocation(node)}); register one with mptk.rule, "
-        "see docs/adding-an-op.md"
+        "see docs/adding-an-op.md",
+        name=name_op(node),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from mptk.compat.torch import tree_leaves
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.ir import Analysis, Axis, list_axes, name_base_op, resolve
 
 # Calls through which token ids stay token ids.
@@ -48,7 +48,7 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
     sizes = sorted({axis.size for axis in looked_up})
     if len(sizes) != 1:
         found = " and ".join(map(str, sizes)) or "no"
-        raise MptkError(
+        raise AnalysisError(
             f"the model looks up {found} rows by token ids, and one table is trimmed; leave out --vocabulary"
         )
     # The output's last dimension: a tied head has the table's axis; an untied one has its own, of the same size.

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from mptk.errors import MptkError
+from mptk.errors import TraceError
 
 RESEND_SECONDS = 1.0
 """Seconds after which the signal comes again, since a destructor or a bare ``except`` may have swallowed the stop."""
 
 
-class Late(MptkError):
+class Late(TraceError):
     """A trace takes too long."""
 
 

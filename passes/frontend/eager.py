@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mptk.compat.torch import FakeTensor, find_custom_function, find_schema, list_gradient_hooks, tree_leaves
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import TraceError, take_first_line
 from mptk.ir import (
     Program,
     ProgramModule,
@@ -69,7 +69,8 @@ def compare_to_module(
     if pair.describe_difference(inputs) and not pair.describe_difference(inputs, on=True):
         raise GradientMode(
             f"{type(program.source.module).__name__} computes otherwise while gradients are on; trace it under "
-            "torch.no_grad()"
+            "torch.no_grad()",
+            name=type(program.source.module).__name__,
         )
     pair.check_state(inputs)
     # Other sizes. ``several``: symbols that must not be 1. ``ran``, ``failed``: whether the module ran with them at 1.
@@ -92,7 +93,7 @@ def compare_to_module(
         if not apart or (not ones and apart == BOTH_FAIL):
             continue
         if not ones:
-            raise MptkError(f"the traced program is not the module: {apart}; {WITH_TENSORS}")
+            raise TraceError(f"the traced program is not the module: {apart}; {WITH_TENSORS}")
         # A case with a symbol that is known to fail at 1 tells nothing new of the others.
         if several.isdisjoint(ones):
             several |= ones
@@ -113,7 +114,7 @@ def find_call_limits(pair: Pair, inputs: Sequence[Tensor]) -> dict[str, Any]:
     return {**found, "trains": compare_gradients(pair, inputs)}
 
 
-class GradientMode(MptkError):
+class GradientMode(TraceError):
     """A trace that was made while gradients were on does not hold without them."""
 
 
@@ -185,9 +186,10 @@ class Pair:
             run_flat(module, inputs)
         after = describe_outside_state(module.module)
         if changed := sorted(name for name in after if after[name] != before.get(name)):
-            raise MptkError(
+            raise TraceError(
                 f"forward changes {', '.join(changed)} at each call, which a trace holds as one value; keep such state "
-                "in a buffer, with tensors"
+                "in a buffer, with tensors",
+                name=changed[0],
             )
 
     def can_run_module(self, inputs: Sequence[Tensor]) -> bool:
@@ -208,13 +210,14 @@ class Pair:
             if apart and apart != BOTH_FAIL:
                 changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
                 said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
-                raise MptkError(f"the traced program is not the module at the {call} call: {said}; {WITH_TENSORS}")
+                raise TraceError(f"the traced program is not the module at the {call} call: {said}; {WITH_TENSORS}")
         # A first call may fill a cache. What a second one still changes is state, although outputs are equal so far.
         counted = sorted(n for n in states[2] if states[2][n] != states[1].get(n))
         if counted:
-            raise MptkError(
+            raise TraceError(
                 f"forward changes {', '.join(counted)} at each call, which a trace holds as one value; keep such state "
-                "in a buffer, with tensors"
+                "in a buffer, with tensors",
+                name=counted[0],
             )
 
     def make_stateful(self) -> Callable[..., object]:
@@ -248,7 +251,7 @@ def run_flat(module: Callable[..., object], inputs: Sequence[Tensor]) -> list[Te
         copies = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad) for x in inputs]
         found = [t for t in tree_leaves(module(*copies)) if isinstance(t, Tensor)]
     if any(isinstance(t, FakeTensor) for t in found):  # a constant of the trace that has no numbers
-        raise MptkError("a value of forward() is lost in the trace")
+        raise TraceError("a value of forward() is lost in the trace")
     return found
 
 
@@ -409,15 +412,17 @@ def check_steady(program: Program, run: Callable[[Sequence[Tensor]], Any], input
         return
     # A call may write to an input and yet leave its numbers as they were. Only a change of them is a cause.
     if changing and not all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True)):
-        raise MptkError(
+        raise TraceError(
             f"forward of {name} changes its input in place ({SourceLocation(changing[0])}), so a second run on the "
-            "same tensor gives something else; change a copy, as of x = x.clone()"
+            "same tensor gives something else; change a copy, as of x = x.clone()",
+            name=name,
         )
     if drawing:
-        raise MptkError(
+        raise TraceError(
             f"forward of {name} draws random numbers ({SourceLocation(drawing[0])}): two runs on the same inputs "
             f"differ by {apart:.1e} of the largest, so no cut can be compared with it; draw none in evaluation mode, "
-            "as by dropout(x, training=self.training), or make them an input"
+            "as by dropout(x, training=self.training), or make them an input",
+            name=name,
         )
 
 

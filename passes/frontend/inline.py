@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from mptk.errors import MptkError
+from mptk.errors import TraceError
 from mptk.ir import SourceLocation
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -56,7 +56,7 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
         if node.target in REGION_ARGUMENT:
             renamed |= _inline_call(module, node, casts)
         elif casts & _list_devices(node):
-            raise MptkError(
+            raise TraceError(
                 f"autocast is on around {SourceLocation(node)}, and its casts are not in a traced graph; cast "
                 "explicitly there, or trace the model with autocast off"
             )

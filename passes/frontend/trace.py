@@ -24,7 +24,7 @@ from mptk.compat.torch import (
     record_locations,
     stop_operator_cache,
 )
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import InputError, MptkError, TraceError, take_first_line
 from mptk.ir import (
     STATE_COPY,
     Condition,
@@ -137,12 +137,15 @@ def find_cache_switch(module: nn.Module) -> dict[str, bool]:
 def _read_signature(module: nn.Module) -> inspect.Signature:
     """The arguments of ``forward``. Raises MptkError for a TorchScript module, which hides them."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise MptkError(
+        raise TraceError(
             f"{module.original_name} is a TorchScript module, which torch.export cannot trace; give the nn.Module that "
-            "it was made of"
+            "it was made of",
+            name=module.original_name,
         )
     if type(module).forward is nn.Module.forward:
-        raise MptkError(f"{type(module).__name__} has no forward(); give the module that calls it")
+        raise TraceError(
+            f"{type(module).__name__} has no forward(); give the module that calls it", name=type(module).__name__
+        )
     return inspect.signature(module.forward)
 
 
@@ -177,7 +180,9 @@ def trace_to_program(
     # The inputs, by name and in order, and which of their sizes are open.
     if example_inputs is None:
         if not hasattr(module, "config"):
-            raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
+            raise InputError(
+                "cannot trace: example inputs are missing; pass the tensors that forward() takes", name="example_inputs"
+            )
         example_inputs = (torch.arange(TRACED_BATCH * TRACED_LENGTH).reshape(TRACED_BATCH, TRACED_LENGTH) % 11 + 1,)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
@@ -245,10 +250,11 @@ def export_program(
     except MptkError:
         raise
     except Exception as error:
-        raise MptkError(
+        raise TraceError(
             f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: "
             f"{take_first_line(error)}; "
-            "see docs/tracing.md for the usual causes"
+            "see docs/tracing.md for the usual causes",
+            name=type(wrapper.module).__name__,
         ) from error
     drop_tracked_inputs(exported)  # otherwise the fake inputs stay in memory for ever
     return build_program(exported, wrapper)
@@ -364,9 +370,10 @@ def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
     """Raise MptkError if the trace took a value of its example for a constant: then the constant's size is symbolic."""
     for constant in exported.constants.values():
         if isinstance(constant, Tensor) and any(isinstance(size, torch.SymInt) for size in constant.shape):
-            raise MptkError(
+            raise TraceError(
                 f"torch.export cannot trace {type(wrapper.module).__name__}: a value of forward() is lost, as the "
-                "result of torch.autograd.grad is; see docs/tracing.md for the usual causes"
+                "result of torch.autograd.grad is; see docs/tracing.md for the usual causes",
+                name=type(wrapper.module).__name__,
             )
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mptk.compat.torch import FakeTensorMode, check
-from mptk.errors import MptkError
+from mptk.errors import MptkError, TraceError
 from mptk.ir import Program
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.frontend.trace import export_program, hold_evaluation_mode
@@ -141,9 +141,10 @@ def trace_decoder(
         program = weights(export_step(step, inputs))
         if not program.has_values or _has_model_logits(program, model, shapes, dense, executor):
             return program
-    raise MptkError(
+    raise TraceError(
         f"one decode step of {type(model).__name__} with its own cache computes other logits than the whole sequence; "
-        f"{ONLY}"
+        f"{ONLY}",
+        name=type(model).__name__,
     )
 
 
@@ -236,7 +237,10 @@ class FilledCache(nn.Module):
         # A subclass may hold more than keys and values, so only the exact type will do.
         parts = (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,)
         if not all(type(part) is DynamicCache for part in parts):
-            raise MptkError(f"{type(self.module).__name__} returns no cache that holds only keys and values; {ONLY}")
+            raise TraceError(
+                f"{type(self.module).__name__} returns no cache that holds only keys and values; {ONLY}",
+                name=type(self.module).__name__,
+            )
         layers = enumerate(zip(*(part.layers for part in parts), strict=True))
         return tuple(x for index, layer in layers for part in layer for x in _read_keys_values(index, part))
 
@@ -248,7 +252,7 @@ def _read_keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
         or layer.values is None
         or type(layer) not in PLAIN_LAYERS
     ):
-        raise MptkError(f"layer {index} caches more or less than keys and values; {ONLY}")
+        raise TraceError(f"layer {index} caches more or less than keys and values; {ONLY}", name=index)
     return layer.keys, layer.values
 
 
@@ -282,8 +286,8 @@ def _make_fake_cache(filled: FilledCache, given: tuple[Tensor, ...]) -> tuple[Te
         raise
     except Exception as error:  # a model's own check of its cache
         name = type(filled.module).__name__
-        raise MptkError(
-            f"{name} fails when it fills its own cache: {str(error) or type(error).__name__}; {ONLY}"
+        raise TraceError(
+            f"{name} fails when it fills its own cache: {str(error) or type(error).__name__}; {ONLY}", name=name
         ) from error
     return cache
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.ir import Stack
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
@@ -32,9 +32,10 @@ def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stoc
     kinds = stock.find_pattern(stack.module, width)
     other = None if kinds is None else find_best_sequence(*kinds, scores, stack.stay)
     if other is None or not isinstance(stock.find_depth_config({stack.module: other}), StockConfig):
-        raise MptkError(
+        raise TargetError(
             f"the stock class does not hold {width} of the {len(scores)} blocks of {stack.module}: {found}; choose "
-            "another number, or use --target graph"
+            "another number, or use --target graph",
+            name=stack.module,
         )
     return other
 

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
-from mptk.errors import MptkError
+from mptk.errors import BudgetError, MptkError
 from mptk.ir import (
     Alignment,
     Analysis,
@@ -344,9 +344,11 @@ def choose_candidates(
         kept = near if count is None else pick_candidates(_drop_repeats(near, finest), count)
         return sorted(kept, key=lambda c: c.unevenness)
     nearest = "; ".join(f"{c.sparsity:.3f} with {describe_widths(c.widths)}" for c in candidates[:3])
-    raise MptkError(
+    raise BudgetError(
         f"no legal widths give sparsity {sparsity:.3f}; nearest: {nearest or 'none, nothing can be cut'}. "
-        f"Ask for one of these; or {others}"
+        f"Ask for one of these; or {others}",
+        name="sparsity",
+        nearest=(c.sparsity for c in candidates[:3]),
     )
 
 

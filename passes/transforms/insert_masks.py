@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.ir import (
     Analysis,
     AxisFacts,
@@ -85,7 +85,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
             continue
         refusal = find_disturbance(analysis, name)
         if refusal is not None:
-            raise MptkError(refusal)
+            raise AnalysisError(refusal, name=name)
         for layer, group in enumerate(variable.groups):
             # One site for each weight: the rows of its output and its bias are masked together.
             consumers = _find_sole_consumers(analysis.facts, group)
@@ -338,8 +338,9 @@ class InsertedMasks:
             # Blocks of transformers take the hidden states first, or by a name that differs between models.
             x = next((v for v in given if v.shape == y.shape and v.dtype == y.dtype), None)
             if x is None:
-                raise MptkError(
-                    f"{module} is called without the value that it adds to; leave its depth out of --families"
+                raise AnalysisError(
+                    f"{module} is called without the value that it adds to; leave its depth out of --families",
+                    name=module,
                 )
             y = x + masked(y - x)
             return y if isinstance(out, Tensor) else (y, *others)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.ir import (
     Analysis,
     Block,
@@ -149,8 +149,9 @@ class _Removal:
                 taken = str(user.meta["val"]) if name_base_op(user.target) == "sym_size" else None
                 sizes = ((n, d) for n in others for d, size in enumerate(_shape(n)) if str(size) == taken)
                 if (holder := next(sizes, None)) is None:
-                    raise MptkError(
-                        f"{user.name} reads {name}, the cache of a block; keep that block, or write no ONNX"
+                    raise TargetError(
+                        f"{user.name} reads {name}, the cache of a block; keep that block, or write no ONNX",
+                        name=user.name,
                     )
                 user.args = holder
 

@@ -121,7 +121,9 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
             interpreter.run(*values)
     except RuntimeError as error:
         reason, place = take_first_line(error), SourceLocation(interpreter.node)
-        raise ProofError(f"the cut graph does not fit together at {place}: {reason}; please report it") from error
+        raise ProofError(
+            f"the cut graph does not fit together at {place}: {reason}; please report it", name=place
+        ) from error
 
 
 class _ShapeInterpreter(fx.Interpreter):

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import tree_leaves
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.ir import TYPE_CHECK, Pass, PassResult, Program, Types, list_state_shapes
 
 OWN_TYPES = "own types"
@@ -128,7 +128,7 @@ def round_to_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     rounded = tensor.detach().to(dtype).to(tensor.dtype)
     if not rounded.isfinite().all() and tensor.isfinite().all():
-        raise MptkError(f"a weight is larger than {dtype} can hold; use --dtype bfloat16 or float32")
+        raise InputError(f"a weight is larger than {dtype} can hold; use --dtype bfloat16 or float32", name="dtype")
     return tensor if torch.equal(rounded, tensor) else rounded
 
 

@@ -196,15 +196,13 @@ FUNCTIONS: dict[str, Callable[[Path, Path], object]] = {
 }
 LOAD_NO_FOLDER = {
     "FamilyPlan",
-    "MptkError",
     "Plan",
-    "ProofError",
     "Samples",
     "Settings",
     "__version__",
     "fetch",
     "rule",
-}
+} | {name for name in mptk.__all__ if name.endswith("Error")}
 
 
 def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:

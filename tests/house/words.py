@@ -23,7 +23,7 @@ VERBS = frozenset(
     publish pull push put quantize query quote raise rank reach read rebuild recall receive recognize recompute record
     recover reduce refer refine refuse register reject relate release reload remain remember remove rename render
     reorder repair repeat replace report represent require rescale reset reshape resize resolve respond restart restore
-    restrict resume retrace return retype reuse reverse rewrite rotate round route run sample save scale scan scatter
+    restrict resume retrace return retype reuse reverse reword rewrite rotate round route run sample save scale scan scatter
     schedule scope score search see select send separate serialize serve set settle shape shard share shift shorten show
     shrink sign simplify skip slice smooth solve sort split spool stack stage start state step stop store stretch strip
     subtract suggest sum supply support swap switch synchronize take tell test tidy tie time touch trace track train

@@ -23,7 +23,7 @@ from test_cli import surroundings  # noqa: F401 (a fixture)
 
 import mptk
 from mptk import MptkError, trace
-from mptk.errors import Exhausted, explain_errors
+from mptk.errors import MachineError, explain_errors
 from mptk.ir.samples import make_token_samples
 from mptk.testing import SENTENCES, make_llama, save_model
 from passes.verify import prove
@@ -60,7 +60,7 @@ def failing(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_out_of_memory(run: Callable[[], object], amount: str) -> None:
-    with pytest.raises(Exhausted) as raised, explain_errors():
+    with pytest.raises(MachineError) as raised, explain_errors():
         run()
     assert str(raised.value).startswith(f"out of memory{amount}; free some, or lower --length")
     assert "\n" not in str(raised.value)
@@ -71,7 +71,7 @@ def test_a_device_is_named() -> None:
         "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 79 GiB, of which 1 is free.\n"
     )
     with (
-        pytest.raises(Exhausted, match=r"^the CUDA device is out of memory \(2.5 GiB more were asked for\); "),
+        pytest.raises(MachineError, match=r"^the CUDA device is out of memory \(2.5 GiB more were asked for\); "),
         explain_errors(),
     ):
         raise error
@@ -89,7 +89,7 @@ def test_a_device_is_named() -> None:
     ],
 )
 def test_a_full_disk(error: Exception, said: str) -> None:
-    with pytest.raises(Exhausted, match=said), explain_errors():
+    with pytest.raises(MachineError, match=said), explain_errors():
         raise error
 
 
@@ -107,7 +107,7 @@ TOO_MANY_FILES = "too many open files; let the process open more, as with `ulimi
     ],
 )
 def test_too_many_open_files(error: Exception) -> None:
-    with pytest.raises(Exhausted) as raised, explain_errors():
+    with pytest.raises(MachineError) as raised, explain_errors():
         raise error
     assert str(raised.value) == TOO_MANY_FILES
 
@@ -142,7 +142,7 @@ def test_a_command_that_may_open_few_files_is_refused_before_it_writes_any(
     out, before, _ = tmp_path / "out", sorted(tmp_path.rglob("*")), capsys.readouterr()
     with free_descriptors(number):
         code = typed("prune", tmp_path / "model", "--method", "magnitude", "--sparsity", "0.1", "--out", out)
-        with pytest.raises(Exhausted, match=r"^too many open files"):
+        with pytest.raises(MachineError, match=r"^too many open files"):
             mptk.prune(tmp_path / "model", method="magnitude", sparsity=0.1, out=out)
     assert (code, capsys.readouterr().err) == (1, f"error: {TOO_MANY_FILES}\n")
     assert sorted(tmp_path.rglob("*")) == before
@@ -168,14 +168,14 @@ def test_a_message_that_names_the_place_is_kept_and_one_that_hides_the_memory_is
 
     with pytest.raises(MptkError, match=r"^cannot load"), explain_errors():
         wrapped(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(Exhausted, match=r"^out of memory"), explain_errors():
+    with pytest.raises(MachineError, match=r"^out of memory"), explain_errors():
         wrapped(MemoryError())
 
 
 def test_the_proof_does_not_take_it_for_a_wrong_result() -> None:
     batch = make_token_samples(torch.zeros(1, 3, dtype=torch.int64))
     masked = trace(torch.nn.Embedding(7, 5), batch.tensors)
-    with pytest.raises(Exhausted, match="out of memory"):
+    with pytest.raises(MachineError, match="out of memory"):
         prove(masked, {"stage": (lambda batch: torch.empty(TOO_MANY), 1e-3)}, batch)
 
 

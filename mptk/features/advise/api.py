@@ -15,7 +15,7 @@ from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
 from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, format_command, with_keywords
 from mptk.distributed.processes import connect_processes
-from mptk.errors import MptkError
+from mptk.errors import DataError, InputError
 from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
 from mptk.features.advise.sweep import Measuring, give_advice
 from mptk.files import make_scratch
@@ -84,7 +84,7 @@ def advise(
     inputs = Inputs.of(tokenizer=tokenizer, example_inputs=example_inputs, data=data)
     start, chosen, inputs = take_model(model, chosen, inputs)
     if calibrate and isinstance(start, Opened) and start.plain:
-        raise MptkError("mptk trains only transformers models; leave out calibrate")
+        raise InputError("mptk trains only transformers models; leave out calibrate", name="calibrate")
     # For the estimate of what the run needs.
     texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
     measuring = Measuring(round(FAMILIES * len(sparsities)), texts)
@@ -126,9 +126,13 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
 def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
     """Raise MptkError if a sparsity or the tolerance is out of bounds."""
     if not sparsities or not all(0 < s <= MOST_SPARSITY for s in sparsities):
-        raise MptkError(f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3")
+        raise InputError(
+            f"sparsities must lie above 0 and be at most {MOST_SPARSITY}; give some, as 0.1,0.2,0.3", name="sparsities"
+        )
     if not 0 < tolerance <= 10:
-        raise MptkError(f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05")
+        raise InputError(
+            f"a tolerance of {tolerance} is not above 0 and at most 10; give a share, as 0.05", name="tolerance"
+        )
 
 
 def check_choice(settings: Settings) -> None:
@@ -137,11 +141,13 @@ def check_choice(settings: Settings) -> None:
     ``check_layers`` does the same for layers that families name.
     """
     if settings.plan is not None:
-        raise MptkError("--plan says which units stay, so there is nothing to advise; leave it out")
+        raise InputError("--plan says which units stay, so there is nothing to advise; leave it out", name="plan")
     if settings.larger is not None:
-        raise MptkError("an advice compares cuts of the dense model; leave out --larger")
+        raise InputError("an advice compares cuts of the dense model; leave out --larger", name="larger")
     if settings.layers != UNIFORM:
-        raise MptkError(f"an advice compares cuts whose layers are alike; leave out --layers {settings.layers}")
+        raise InputError(
+            f"an advice compares cuts whose layers are alike; leave out --layers {settings.layers}", name="layers"
+        )
 
 
 def check_layers(prepared: Prepared) -> None:
@@ -149,7 +155,7 @@ def check_layers(prepared: Prepared) -> None:
     s = prepared.settings
     for name in (*s.families, *s.keep, *s.widths):
         if not prepared.analysis.variable(name).uniform:
-            raise MptkError(f"an advice compares cuts whose layers are alike; leave out {name}")
+            raise InputError(f"an advice compares cuts whose layers are alike; leave out {name}", name=name)
 
 
 def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance: float) -> tuple[Advice, Settings]:
@@ -158,7 +164,7 @@ def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance:
     ``tolerance``: the largest change that is safe, as in ``mptk.advise``.
     """
     if connect_processes().num_processes > 1:
-        raise MptkError("an advice is measured in one process; run `mptk advise` in one")
+        raise InputError("an advice is measured in one process; run `mptk advise` in one")
     prepared, run = prepare(model, run)
     check_layers(prepared)
     with keep_stages_on_failure(prepared, run):
@@ -188,7 +194,9 @@ def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Sa
             # The last samples are measured on, at most half of a short text; the others are fitted to and held out.
             last = min(s.eval_windows, len(found) // 2)
             if not last:
-                raise MptkError(f"{name} has text for one sample, and advice needs two or more; give more --data")
+                raise DataError(
+                    f"{name} has text for one sample, and advice needs two or more; give more --data", name=name
+                )
             used, guard = hold_out(found[: min(count, len(found) - last)], s)
             fitted.append(used)
             held_out += [] if guard is None else [guard]

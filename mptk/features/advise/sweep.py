@@ -22,7 +22,7 @@ from torch import Tensor
 from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.cost.operator_times import interpolate
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.features.advise.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, sort_distinct
 from mptk.ir import Program, Samples
 from mptk.methods import find_method
@@ -89,7 +89,7 @@ def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
     by_family = {"+".join(each): [c for cuts in found for c in cuts] for each, found in apart.items() if any(found)}
     divisions = [found for s in sparsities if (found := near(names, s))]
     if not divisions:
-        raise MptkError("nothing in this model can be cut, so there is no advice; see `mptk analyze` for each axis")
+        raise AnalysisError("nothing in this model can be cut, so there is no advice; see `mptk analyze` for each axis")
     return Cuts(by_family, divisions)
 
 

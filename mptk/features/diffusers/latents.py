@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk.config import Settings
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import InputError, ModelError, take_first_line
 from mptk.features.diffusers.parts import ADDED_CONDITIONS, open_pipeline
 from mptk.io import RANDOM_DATA, Loaded
 from mptk.io import data as text
@@ -79,9 +79,10 @@ def draw_latents(model: nn.Module, count: int, seed: int) -> Named:
     # What has no default must be there; all else may be left out.
     needs = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if lacking := sorted(needs - made.keys()):
-        raise MptkError(
+        raise ModelError(
             f"{type(model).__name__} reads {lacking[0]}, which mptk cannot make; cut it in Python with example_inputs "
-            "(docs/python.md)"
+            "(docs/python.md)",
+            name=lacking[0],
         )
     return {name: made[name] for name in order if name in made}
 
@@ -159,8 +160,9 @@ def draw_conditions(pipeline: Any, data: str, generator: torch.Generator) -> Ite
     arguments = inspect.signature(pipeline.__call__).parameters
     if "prompt" in arguments:
         if data == text.SELF:
-            raise MptkError(
-                "this pipeline makes images of prompts; give a file with one on each line with --data, or random"
+            raise InputError(
+                "this pipeline makes images of prompts; give a file with one on each line with --data, or random",
+                name="data",
             )
         pieces = ("".join(document) for document in text.read_documents(data, None))
         prompts = [line.strip() for piece in pieces for line in piece.splitlines() if line.strip()]
@@ -182,8 +184,9 @@ def _make_image(pipeline: Any, condition: Mapping[str, object], steps: int, gene
         with torch.no_grad():
             pipeline(**condition, **known)
     except Exception as error:  # any part may raise anything
-        raise MptkError(
-            f"the pipeline {type(pipeline).__name__} does not run ({take_first_line(error)}); try it in diffusers"
+        raise ModelError(
+            f"the pipeline {type(pipeline).__name__} does not run ({take_first_line(error)}); try it in diffusers",
+            name=type(pipeline).__name__,
         ) from error
 
 

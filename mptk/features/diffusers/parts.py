@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import name_weight_files
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import FileError, ModelError, PackageError, take_first_line
 from mptk.files import format_json
 from mptk.io.untrusted import CONFIG, read_object
 from mptk.publish.licence import list_notices
@@ -41,8 +41,9 @@ def import_diffusers() -> ModuleType:
     try:
         import diffusers
     except ImportError as error:
-        raise MptkError(
-            "diffusers is not installed, and this is a model of it; run: pip install 'mptk[diffusers]'"
+        raise PackageError(
+            "diffusers is not installed, and this is a model of it; run: pip install 'mptk[diffusers]'",
+            name="diffusers",
         ) from error
     return diffusers
 
@@ -86,7 +87,7 @@ def read_part_config(folder: Path) -> DiffusersConfig:
     """
     said = read_object(folder / CONFIG)
     if "quantization_config" in said:
-        raise MptkError(f"{folder} has quantised weights; give the float model of diffusers")
+        raise ModelError(f"{folder} has quantised weights; give the float model of diffusers", name=folder)
     wrong = make_damage_error(folder / CONFIG)
     kind = _find_class(said[CLASS_NAME], wrong)
     parameters = inspect.signature(kind.__init__).parameters.values()
@@ -106,7 +107,7 @@ def _find_class(name: object, wrong: Damaged) -> Any:
 
 def find_diffusers_class(config: DiffusersConfig) -> type[PreTrainedModel]:
     """The class of a config."""
-    return build_part_class(_find_class(getattr(config, CLASS_NAME), MptkError))
+    return build_part_class(_find_class(getattr(config, CLASS_NAME), ModelError))
 
 
 class _Start:
@@ -189,8 +190,9 @@ def open_pipeline(folder: Path, part: PreTrainedModel) -> Any:
     """
     pipeline = find_pipeline(folder)
     if pipeline is None:
-        raise MptkError(
-            f"{folder} is no part of a pipeline, which would make its samples; put it into one, or give --data random"
+        raise FileError(
+            f"{folder} is no part of a pipeline, which would make its samples; put it into one, or give --data random",
+            name=folder,
         )
     # A pipeline's index names a package and a class for each part, and diffusers imports them: only its own and
     # transformers' are allowed, and no Python file beside them.
@@ -199,7 +201,7 @@ def open_pipeline(folder: Path, part: PreTrainedModel) -> Any:
     known = import_diffusers()
     foreign = [name for name, (package, *_) in listed.items() if not _is_known(package, known)]
     if foreign or any(pipeline.rglob("*.py")) or not isinstance(read_object(pipeline / PIPELINE).get(CLASS_NAME), str):
-        raise MptkError(f"{pipeline} brings code of its own, which mptk never runs; give --data random")
+        raise ModelError(f"{pipeline} brings code of its own, which mptk never runs; give --data random", name=pipeline)
     # In a pipeline that mptk wrote, the part is in the pipeline's own folder, and so has none of its name.
     own = folder.name if folder != pipeline else next(name for name in listed if not (pipeline / name).is_dir())
     try:
@@ -207,7 +209,9 @@ def open_pipeline(folder: Path, part: PreTrainedModel) -> Any:
             pipeline, use_safetensors=True, local_files_only=True, **{own: part}
         )
     except Exception as error:  # of any part's own library
-        raise MptkError(f"diffusers cannot load {pipeline} ({take_first_line(error)}); check its files") from error
+        raise ModelError(
+            f"diffusers cannot load {pipeline} ({take_first_line(error)}); check its files", name=pipeline
+        ) from error
 
 
 def _is_known(package: object, diffusers: ModuleType) -> bool:

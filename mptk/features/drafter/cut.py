@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mptk.errors import MptkError, ProofError
+from mptk.errors import MptkError, ProofError, TargetError
 from mptk.features.drafter.drafter import MTP_BLOCK, MTP_HEADS, OpenDrafter, open_drafter
 from mptk.io import Resident, models
 from mptk.ir import Analysis, Family, FamilyPlan, Group, Keep, Log, Plan, Samples, build_renumbering, resolve_plan
@@ -44,7 +44,10 @@ class Heads(Companion):
             models.open_weights(str(folder), Resident(0), trust=written.loaded.trust), folder, Resident(0)
         )
         if opened is None:
-            raise ProofError(f"the proof fails at 'config': {folder} has no multi-token-prediction layers; prune again")
+            raise ProofError(
+                f"the proof fails at 'config': {folder} has no multi-token-prediction layers; prune again",
+                name="config",
+            )
         found = opened.weights.select_names({opened.names[name]: name for name in opened.weights})
         found = found.with_entries(opened.copies).cast(written.dtype)
         stored = compare_stored(found, self.weights.cast(written.dtype))
@@ -80,11 +83,11 @@ def cut_heads(compiled: Compiled, opened: OpenDrafter) -> Heads:
 
     # What the layers cannot follow: another class, merged KV heads, names that count the model's layers.
     if compiled.written is not None and compiled.written.note:
-        raise MptkError("the result is of another class")
+        raise TargetError("the result is of another class")
     if any(each.fits for each in prepared.conversions):
-        raise MptkError("merged KV heads are not theirs")
+        raise TargetError("merged KV heads are not theirs")
     if build_renumbering(own, compiled.chosen.cut).kept and any(_LAYER.match(n) for n in opened.tables):
-        raise MptkError("their names have the number of the model's layers, of which some were removed")
+        raise TargetError("their names have the number of the model's layers, of which some were removed")
     _check_tables(compiled, opened)
 
     # The layers read the model's hidden states, so model and layers are analysed and cut as one program.
@@ -98,7 +101,7 @@ def cut_heads(compiled: Compiled, opened: OpenDrafter) -> Heads:
     masked = mask(analysis, cut)
     (difference,) = prove(masked, {STAGE: (small.exact, TOLERANCE)}, samples, executor=prepared.executor)
     if not difference.ok:
-        raise MptkError(f"their outputs differ from the masked ones by {difference.relative:.1e} of the largest")
+        raise TargetError(f"their outputs differ from the masked ones by {difference.relative:.1e} of the largest")
 
     # The layers' copies of the model's tables are written as the cut model has them: a method may have trained these.
     state, model = small.program.state_dict(), compiled.program.state_dict()
@@ -112,7 +115,7 @@ def _check_tables(compiled: Compiled, opened: OpenDrafter) -> None:
     assert dense is not None
     for name, table in opened.tables.items():
         if not opened.copies[name].float().equal(dense[table]):
-            raise MptkError(f"{name} is not the model's {table}")
+            raise TargetError(f"{name} is not the model's {table}", name=name)
 
 
 def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
@@ -143,7 +146,7 @@ def plan_with_heads(model: Analysis, drafter: Analysis, plan: Plan) -> Plan:
             width = plan.families[entries[0][0]].width
             made[family.name] = FamilyPlan(width, family.size, {layer: keep for _, layer, keep in entries})
     if known:  # groups of the plan that no group of the drafter matches
-        raise MptkError(f"they couple the units of {next(iter(known.values()))[0]} in another way")
+        raise TargetError(f"they couple the units of {next(iter(known.values()))[0]} in another way")
     return Plan(made)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from mptk.compat.transformers import list_ignored_weights
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import ModelError, take_first_line
 from mptk.io.models import Loaded, fill_program
 from mptk.io.resident import Resident, open_stored_weight
 from mptk.io.tensors import Deferred, Files, find_own_weight, list_weight_names, read_likes
@@ -113,7 +113,7 @@ def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafte
         with files.defer_reads(), _set_checkpoint(loaded.model, folder, stored):
             heads = MtpModel.from_pretrained(loaded.model)
     except (RuntimeError, ValueError, AttributeError, KeyError, StopIteration) as error:
-        raise MptkError(f"transformers cannot read them: {take_first_line(error)}") from error
+        raise ModelError(f"transformers cannot read them: {take_first_line(error)}") from error
     # The layers' own weights, without the tables that they share with the model.
     own = {n: t for n, t in heads.state_dict(keep_vars=True).items() if n.startswith("layers.")}
     names = _map_names({f"{MTP_HEADS}.{name}": tensor for name, tensor in own.items() if isinstance(tensor, Deferred)})
@@ -122,7 +122,7 @@ def open_drafter(loaded: Loaded, folder: Path, resident: Resident) -> OpenDrafte
     tables = _find_tables(loaded.model, stored)
     # Each stored tensor must have its use, or the result would lack it.
     if left := stored - {source for t in own.values() for source in list_weight_names(t)} - tables.keys():
-        raise MptkError(f"transformers does not know what {min(left)} is for")
+        raise ModelError(f"transformers does not know what {min(left)} is for", name=min(left))
     copies = {name: open_stored_weight(files[name][0], name, files[name][1], resident) for name in tables}
     own_weights = Weights({f"{MTP_HEADS}.{name}": weights.get_entry(name) for name in own})
     return OpenDrafter(module, own_weights, names, tables, Weights(copies))
@@ -139,7 +139,7 @@ def _map_names(tensors: Mapping[str, Deferred]) -> dict[str, str]:
     for name in tensors.keys() - found.keys():
         block = MTP_BLOCK.match(name)
         if block is None or block.group() not in starts:
-            raise MptkError(f"{name} is joined of several weights of the checkpoint")
+            raise ModelError(f"{name} is joined of several weights of the checkpoint", name=name)
         found[name] = starts[block.group()] + name[block.end() :]
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.config import Settings
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import DataError, FileError, InputError, take_first_line
 from mptk.io import RANDOM_DATA, Loaded, check_ids
 from mptk.io.data import SELF
 from mptk.progress import Count
@@ -57,10 +57,15 @@ class Captioned(Inputs):
 def read_pairs(data: str) -> list[Chat]:
     """As ``read_chats``. Raises MptkError if a row has several images."""
     if data == SELF:
-        raise MptkError("this model cannot write text; give a folder of images with captions with --data, or random")
+        raise InputError(
+            "this model cannot write text; give a folder of images with captions with --data, or random", name="data"
+        )
     rows = read_chats(data)
     if several := next((row for row in rows if len(row.images) > 1), None):
-        raise MptkError(f"{several.where} has {len(several.images)} images, and this model embeds one; leave one")
+        raise DataError(
+            f"{several.where} has {len(several.images)} images, and this model embeds one; leave one",
+            name=several.where,
+        )
     return rows
 
 
@@ -71,16 +76,19 @@ def encode_texts(loaded: Loaded, texts: Sequence[str], length: int) -> Named:
     in training.
     """
     if loaded.tokenizer is None:
-        raise MptkError(f"{loaded.source} has no tokenizer to read captions with; add its tokenizer files")
+        raise FileError(
+            f"{loaded.source} has no tokenizer to read captions with; add its tokenizer files", name=loaded.source
+        )
     tokenizer = copy.deepcopy(loaded.tokenizer)  # padding would stay in the tokenizer, and in the file that is written
     most = max(LEAST_LENGTH, min(length, tokenizer.model_max_length))
     padding = "longest" if MASK in tokenizer.model_input_names else "max_length"
     try:
         made = tokenizer(list(texts), padding=padding, truncation=True, max_length=most, return_tensors="pt")
     except ValueError as error:
-        raise MptkError(
+        raise FileError(
             f"the tokenizer of {loaded.source} does not take the captions: {take_first_line(error)}; give it a "
-            "pad_token"
+            "pad_token",
+            name=loaded.source,
         ) from error
     ids = made[IDS]
     return {IDS: ids, MASK: made[MASK] if padding == "longest" else torch.ones_like(ids)}

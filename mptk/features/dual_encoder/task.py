@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.features.dual_encoder.captioned import Captioned
 from mptk.io import Runs
 from mptk.ir import Samples, join_outputs
@@ -143,7 +143,9 @@ def trace_pairs(dense: Dense, samples: Samples | None) -> Traced:
     inputs = example if samples is None else samples.shorten(PROOF_SHAPE[0], sys.maxsize).inputs
     expected = join_outputs(next(dense.executor.run_programs([dense.program], [list(inputs.values())])))
     if not is_same_output(run_traced(traced, dense, inputs), expected):
-        raise MptkError(f"{type(model).__name__} computes other embeddings if texts are more than images")
+        raise TargetError(
+            f"{type(model).__name__} computes other embeddings if texts are more than images", name=type(model).__name__
+        )
     said = describe_padding(model)
     longer, rows = pad_by_metadata(inputs, said)
     same = is_same_output(run_traced(traced, dense, longer)[rows], expected)

@@ -16,7 +16,7 @@ from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from mptk.compat.torch import check
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.ir import Samples
 from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
 from mptk.protocols import PROOF_SHAPE, Dense, GraphCase, OnnxForm, Part, Traced, Use
@@ -133,7 +133,7 @@ def check_continues(traced: Traced, dense: Dense, inputs: Mapping[str, Tensor]) 
     end = traced.run(executor, {**inputs, DECODER_IDS: ids[:, second], **cache})
     if not is_same_output(torch.cat([start, end], 1), traced.run(executor, inputs)):
         name = type(dense.loaded.model).__name__
-        raise MptkError(f"{name} with its own cache computes other logits than for the whole text")
+        raise TargetError(f"{name} with its own cache computes other logits than for the whole text", name=name)
 
 
 def run_steps(graphs: OrtEncoderDecoder, use: Use, samples: Samples) -> Tensor:

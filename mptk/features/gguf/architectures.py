@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, TargetError
 from mptk.reading import Json
 
 WeightChange = Callable[[Tensor, int], Tensor]
@@ -210,9 +210,11 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
     """What llama.cpp expects of the model. Raises MptkError if it would compute the model with other numbers."""
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
-        raise MptkError(
+        raise TargetError(
             f"mptk cannot write {config.model_type} models as GGUF, only {', '.join(ARCHITECTURES)}; use llama.cpp's "
-            "converter"
+            "converter",
+            name=config.model_type,
+            nearest=ARCHITECTURES,
         )
     # What llama.cpp has built in must be what the config says: numbers, the activation, the order of windows.
     for name, wanted in found.fixed.items():
@@ -314,7 +316,8 @@ def _find_rope(config: PreTrainedConfig) -> Json:
 
 
 def _make_unlike_error(config: PreTrainedConfig, has: str, wanted: str) -> MptkError:
-    return MptkError(
+    return TargetError(
         f"this {config.model_type} model has {has}, and llama.cpp computes such models with {wanted}; use the folder "
-        "in another program"
+        "in another program",
+        name=config.model_type,
     )

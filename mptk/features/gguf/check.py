@@ -133,7 +133,7 @@ class GgufFile:
         """The error that a field has another value than the folder gives."""
         found, expected = _shorten_value(has), _shorten_value(wanted)
         said = f"the proof fails: {field} in {self.file.name} is {found}, but {expected} in the folder"
-        return ProofError(f"{said}; {GIVEN_LIKE if has is MISSING else WRITE_AGAIN}")
+        return ProofError(f"{said}; {GIVEN_LIKE if has is MISSING else WRITE_AGAIN}", name=field)
 
 
 def check_fields(
@@ -167,7 +167,8 @@ def check_fields(
         if not lists and settings[key] != widths[key]:
             raise ProofError(
                 f"the proof fails: the tensors of {found.file.name} have {key} {widths[key]}, but {settings[key]} in "
-                f"the folder; {WRITE_AGAIN}"
+                f"the folder; {WRITE_AGAIN}",
+                name=key,
             )
     kind = found.common
     expected: GgufFields = {
@@ -212,7 +213,8 @@ def _check_field(found: GgufFile, key: str, expected: object) -> None:
         raise found.fail(key, value, expected)
     if not _has_type(found.fields[key], expected):
         raise ProofError(
-            f"the proof fails: {key} in {found.file.name} is of a type that llama.cpp does not read; {WRITE_AGAIN}"
+            f"the proof fails: {key} in {found.file.name} is of a type that llama.cpp does not read; {WRITE_AGAIN}",
+            name=key,
         )
 
 
@@ -231,9 +233,12 @@ def _check_given(found: GgufFile, key: str, given: object) -> None:
         raise ProofError(
             f"the proof fails: {key} in {found.file.name} is {_shorten_value(value)}, but {_shorten_value(given)} in "
             "the dense model's "
-            f"file; {WRITE_AGAIN}"
+            f"file; {WRITE_AGAIN}",
+            name=key,
         )
-    raise ProofError(f"the proof fails: {key} in {found.file.name} does not follow from the folder; {GIVEN_LIKE}")
+    raise ProofError(
+        f"the proof fails: {key} in {found.file.name} does not follow from the folder; {GIVEN_LIKE}", name=key
+    )
 
 
 def check_tensors(found: GgufFile, tensors: Weights, kinds: Sequence[Mapping[str, Kind]]) -> float:
@@ -246,7 +251,7 @@ def check_tensors(found: GgufFile, tensors: Weights, kinds: Sequence[Mapping[str
     more = sorted(found.tensors.keys() ^ set(tensors))
     if more:
         where = "is not a tensor of the folder" if more[0] in found.tensors else "is missing"
-        raise ProofError(f"the proof fails: {more[0]} in {found.file.name} {where}; {WRITE_AGAIN}")
+        raise ProofError(f"the proof fails: {more[0]} in {found.file.name} {where}; {WRITE_AGAIN}", name=more[0])
     if found.kinds not in kinds:
         odd = next(name for name, kind in found.kinds.items() if kind is not kinds[0][name])
         raise found.fail(f"the type of {odd}", found.kinds[odd].name, kinds[0][odd].name)

@@ -13,7 +13,7 @@ from gguf import GGUFWriter
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import FileError, InputError, TargetError, take_first_line
 from mptk.features.gguf import GgufType
 from mptk.features.gguf.architectures import (
     ARCHITECTURES,
@@ -72,8 +72,9 @@ class Pattern(GgufFile):
 
     def _read_value(self, name: str) -> Any:
         if name not in self.values:
-            raise MptkError(
-                f"{self.file} has no {name}, so it is not a language model; give the GGUF file of the dense model"
+            raise FileError(
+                f"{self.file} has no {name}, so it is not a language model; give the GGUF file of the dense model",
+                name=self.file,
             )
         return self.values[name]
 
@@ -106,16 +107,18 @@ class Pattern(GgufFile):
         # The same tokens, and no more channels. Then the same tensors in each layer; layers themselves may be gone.
         dense = self.shapes.get("token_embd.weight", (0, 0))
         if table[0] != dense[0] or table[0] != self.tokens or table[1] > dense[1]:
-            raise MptkError(
+            raise FileError(
                 f"{self.file} has another vocabulary or hidden size than the folder; give the GGUF file of its dense "
-                "model, or leave --like out"
+                "model, or leave --like out",
+                name=self.file,
             )
         blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
         wanted = {name for name in self.shapes if not name.startswith("blk.") or name.split(".")[1] in blocks}
         if apart := (wanted ^ names) - free:
-            raise MptkError(
+            raise FileError(
                 f"{min(apart)} is only in one of the folder and {self.file}, so they belong to different models; give "
-                "the GGUF file of the folder's dense model"
+                "the GGUF file of the folder's dense model",
+                name=self.file,
             )
 
 
@@ -218,22 +221,30 @@ class GgufFolder:
 def _check_graph_pattern(place: Path, plan: Plan, pattern: Pattern | None) -> Pattern:
     """The pattern of a graph, which must be one of LLaMA."""
     if pattern is None:
-        raise MptkError(f"{place} is a graph without a config; give the dense model's GGUF file by --like")
+        raise InputError(
+            f"{place} is a graph without a config; give the dense model's GGUF file by --like", name="like"
+        )
     if pattern.architecture != EQUAL:
-        raise MptkError(
-            f"{pattern.file} holds a {pattern.architecture} model; of graphs, mptk writes only {EQUAL} models as GGUF"
+        raise TargetError(
+            f"{pattern.file} holds a {pattern.architecture} model; of graphs, mptk writes only {EQUAL} models as GGUF",
+            name=pattern.architecture,
         )
     # Without a config nothing else says what a cut of another family would mean.
     cut = {name for name, choice in plan.families.items() if choice.width < choice.of}
     if odd := {name for name in cut if name.partition(".")[0] not in GGUF_FAMILIES}:
-        raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(GGUF_FAMILIES)}")
+        raise TargetError(
+            f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(GGUF_FAMILIES)}",
+            name=min(odd),
+            nearest=GGUF_FAMILIES,
+        )
     return pattern
 
 
 def _check_pattern(pattern: Pattern, base: Architecture, weights: GgufWeights) -> None:
     if pattern.architecture != base.name:
-        raise MptkError(
+        raise FileError(
             f"{pattern.file} holds a {pattern.architecture} model and the folder a {base.name} model; give the GGUF "
-            "file of the folder's dense model"
+            "file of the folder's dense model",
+            name=pattern.file,
         )
     pattern.check(set(weights.tensors), weights.table, {HEAD, *DIVISORS})

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mptk.compile.cut import open_pruned_weights
-from mptk.errors import MptkError, ProofError
+from mptk.errors import FileError, InputError, ProofError
 from mptk.features.gguf import GgufType
 from mptk.features.gguf.architectures import GELU, find_ignored_window
 from mptk.features.gguf.check import TEXTS, WRITE_AGAIN, GgufFile
@@ -68,13 +68,14 @@ class GgufProver(Prover):
     ) -> tuple[list[Difference], list[str]]:
         """``model``: the dense model's GGUF file, if the file was written with it."""
         if not file.is_file():
-            raise MptkError(f"there is no file {file}; check the path")
+            raise FileError(f"there is no file {file}; check the path", name=file)
         if like is None:
-            raise MptkError(
-                f"{file} is a GGUF file, which is proven against the folder that it was made from; add --like DIR"
+            raise InputError(
+                f"{file} is a GGUF file, which is proven against the folder that it was made from; add --like DIR",
+                name="like",
             )
         if isinstance(model, nn.Module):
-            raise MptkError("the dense model of a GGUF file is a GGUF file, too; give its path")
+            raise InputError("the dense model of a GGUF file is a GGUF file, too; give its path", name="model")
         made = open_folder(like, model)
         differences = made.check(file)
         more, notes = run_llama_cpp(made, file)
@@ -94,7 +95,7 @@ def open_folder(folder: str | Path, like: str | Path | None, kind: GgufType = "a
     # The pattern is the dense model's file: its fields are taken over, except those of its weights and layers.
     place, pattern = expand_path(folder), None if like is None else models.locate(str(like))
     if pattern is not None and pattern.is_dir():
-        raise MptkError(f"{like} is not a GGUF file; give the .gguf file of the dense model")
+        raise FileError(f"{like} is not a GGUF file; give the .gguf file of the dense model", name=like)
     report = Report.read(place if place.exists() else folder)
     check_manifest(place)
     # A graph has no config. No code of the model runs: only its config class and its tensors are read.
@@ -158,7 +159,8 @@ def _compare_logits(made: GgufFolder, config: PreTrainedConfig, file: Path) -> D
     if not difference.ok:
         raise ProofError(
             f"the proof fails: llama.cpp computes other logits of {file.name} than transformers of the folder, by "
-            f"{difference.max_abs:.2g}; {WRITE_AGAIN}"
+            f"{difference.max_abs:.2g}; {WRITE_AGAIN}",
+            name=file.name,
         )
     return difference
 
@@ -189,7 +191,9 @@ def _ask(made: GgufFolder, file: Path, prompts: list[list[int] | str]) -> list[d
     written = tokenizer("a", add_special_tokens=False).input_ids[-1]
     answer = log_probabilities(file, prompts, written, LIKELIEST)
     if isinstance(answer, str):
-        raise ProofError(f"the proof fails: llama.cpp does not run {file.name} ({answer}); {WRITE_AGAIN}")
+        raise ProofError(
+            f"the proof fails: llama.cpp does not run {file.name} ({answer}); {WRITE_AGAIN}", name=file.name
+        )
     return answer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, TargetError
 from mptk.reading import Json
 
 # The expressions of pre-tokenizers, letter by letter as tokenizer.json has them: llama.cpp knows each only by a name.
@@ -139,6 +139,6 @@ def _has_prefix_step(spec: Json) -> bool:
 
 
 def _make_tokenizer_error(what: str) -> MptkError:
-    return MptkError(
+    return TargetError(
         f"the tokenizer has {what}; give the dense model's GGUF file by --like, which has llama.cpp's form"
     )

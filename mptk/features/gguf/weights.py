@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType, ReaderField
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, TargetError
 from mptk.features.gguf import GgufType
 from mptk.features.gguf.architectures import Architecture, shift_scale
 from mptk.ir import Weights
@@ -91,8 +91,9 @@ def arrange_weights(weights: Weights, architecture: Architecture, head_dim: int,
 
 
 def _make_weight_error(architecture: Architecture, weight: str) -> MptkError:
-    return MptkError(
-        f"a GGUF file of a {architecture.name} model cannot hold {weight}; use the folder in another program"
+    return TargetError(
+        f"a GGUF file of a {architecture.name} model cannot hold {weight}; use the folder in another program",
+        name=weight,
     )
 
 
@@ -176,7 +177,7 @@ class GgufWeights:
         # float16. 4 or 5 bits are too coarse for the table and the output matrix.
         like, held = self.tensors.find_like(name), self.tensors.read_narrow(name).dtype
         if held not in HELD:
-            raise MptkError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32")
+            raise TargetError(f"{name} is of {held}, which no GGUF file has; prune with --dtype float32", name=name)
         if like.ndim == 1 or FULL.search(name):
             return Kind.F32
         kind = HELD[held] if asked == "auto" else Kind[asked.upper()]
@@ -190,8 +191,9 @@ class GgufWeights:
         try:
             return [self._measure_layer(i) for i in range(max(blocks, default=-1) + 1)]
         except KeyError as error:
-            raise MptkError(
-                f"the folder has no {error.args[0]}, which a {self.base.name} model has; use it in another program"
+            raise TargetError(
+                f"the folder has no {error.args[0]}, which a {self.base.name} model has; use it in another program",
+                name=error.args[0],
             ) from error
 
     def _measure_layer(self, i: int) -> LayerWidths:
@@ -203,7 +205,7 @@ class GgufWeights:
         fused, experts = f"blk.{i}.attn_qkv.weight" in self.tensors, f"blk.{i}.ffn_down_exps.weight" in self.tensors
         keys = (shape("attn_qkv")[0] - queries) // 2 if fused else shape("attn_k")[0]
         if queries % size or keys % size or not (fused or shape("attn_v")[0] == keys):
-            raise MptkError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers")
+            raise TargetError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers")
         ffn = shape("ffn_down_exps" if experts else "ffn_down")[-1]
         return LayerWidths(queries // size, keys // size, ffn, shape("ffn_down_exps")[0] if experts else 0)
 
@@ -216,19 +218,19 @@ class GgufWeights:
         # What llama.cpp's code for the architecture takes for granted.
         first, hidden, sparse = self.layers[0], self.table[1], self.layers[self.leading :]
         if self.architecture == RAGGED and (self.base.name != EQUAL or sparse):
-            raise MptkError(
+            raise TargetError(
                 f"the layers differ in width, which llama.cpp reads only in {EQUAL} models without experts; cut all "
                 "layers to one width"
             )
         if not all(layer.experts for layer in sparse):
-            raise MptkError("llama.cpp has layers without experts only before the others; use the folder elsewhere")
+            raise TargetError("llama.cpp has layers without experts only before the others; use the folder elsewhere")
         if sparse and self.base.counted and self._count_shared() % sparse[0].ffn:
-            raise MptkError(
+            raise TargetError(
                 f"{self._count_shared()} shared channels are no multiple of an expert's {sparse[0].ffn}, as llama.cpp "
                 f"expects of {self.base.name} models; cut both by the same share"
             )
         if self.base.square and first.heads * self.head_dim != hidden:
-            raise MptkError(
+            raise TargetError(
                 f"{first.heads} heads of {self.head_dim} are not the hidden size {hidden}, as llama.cpp expects of "
                 f"{self.base.name} models; prune without --no-portable"
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from mptk.arguments import guard_arguments
-from mptk.errors import MptkError
+from mptk.errors import OutputError
 from mptk.publish.manifest import check_manifest
 
 
@@ -58,8 +58,9 @@ def push_files(
         )
     except Exception as error:  # errors of huggingface_hub and of its HTTP client share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MptkError(
+        raise OutputError(
             f"{repo} was not uploaded to {api.endpoint}: {reason}; check the name, the network and the login "
-            "(`hf auth login`, or HF_TOKEN with the right to write)"
+            "(`hf auth login`, or HF_TOKEN with the right to write)",
+            name=repo,
         ) from error
     return str(done.commit_url)

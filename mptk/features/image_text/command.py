@@ -11,7 +11,7 @@ from mptk.cli.app import extend_command
 from mptk.cli.options import refuse
 from mptk.cli.use import open_generator, print_answers, refuse_idle_sampling
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError
 
 
 @extend_command("generate", after="chat")
@@ -37,6 +37,6 @@ def generate_after_images(
     refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
     runner = open_generator(model, settings)
     if len(prompts) > 1:
-        raise MptkError("--image is for one prompt; give the others in calls of their own")
+        raise InputError("--image is for one prompt; give the others in calls of their own", name="image")
     ids, images = encode_image_prompt(model, runner.decoder, prompts[0], image or [])
     print_answers(runner, prompts, [ids], max_new_tokens, Sampling(temperature, top_k, top_p), seed, images)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.features.image_text.image_forms import GRIDS, IMAGE_SIZES, AnyImages, arrange_inputs, make_grid_function
 from mptk.features.image_text.inputs import ImagesWithText, find_image_token
 from mptk.ir import Program, Samples
@@ -88,7 +88,10 @@ class PicturedStep(DecoderStep):
             output = module.get_image_features(**images, **more, return_dict=True)
             # Such features enter the decoder in later layers, and its graph has no input for them.
             if getattr(output, "deepstack_features", None):
-                raise MptkError(f"{type(self.module).__name__} adds features of images to layers of its decoder")
+                raise TargetError(
+                    f"{type(self.module).__name__} adds features of images to layers of its decoder",
+                    name=type(self.module).__name__,
+                )
             found = getattr(output, "pooler_output", output)
             joined = found if isinstance(found, Tensor) else torch.cat(list(found))
             return joined.flatten(0, -2)
@@ -151,7 +154,7 @@ def trace_image_step(
     # A class that needs the sizes in pixels computes with them in Python, and a graph would hold them as numbers.
     sizes = signature(reads.get_image_features).parameters.get(IMAGE_SIZES)
     if sizes is not None and sizes.default is Parameter.empty:
-        raise MptkError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers")
+        raise TargetError(f"{name} divides images by {IMAGE_SIZES}, which a graph would hold as numbers", name=name)
     made = PicturedStep(model, images, dense.settings.logits)
     inputs = step_inputs(shapes)
     if POSITIONS in samples.inputs:
@@ -169,7 +172,9 @@ def trace_image_step(
         check_open(program, name)
         if is_same_output(compute_last_logits(program, dense.executor, samples, shapes), expected):
             return program, images
-    raise MptkError(f"one decoding step of {name} with its own cache computes other logits than the whole sequence")
+    raise TargetError(
+        f"one decoding step of {name} with its own cache computes other logits than the whole sequence", name=name
+    )
 
 
 def add_shown_images(shown: Samples, samples: Samples) -> Samples:
@@ -195,7 +200,7 @@ def check_open(program: Program, name: str) -> None:
     values = {node.name: node.meta["val"] for node in program.list_placeholders()}
     count = str(values[program.user_inputs[0]].shape[0])
     if count.isdigit():
-        raise MptkError(f"the trace of {name} runs only on {count} images")
+        raise TargetError(f"the trace of {name} runs only on {count} images", name=name)
 
 
 def compute_last_logits(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from mptk.compat.torch import hide_fake_logs, keep_small_constants
 from mptk.compat.transformers import compute_vision_inputs
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import ModelError, TargetError, take_first_line
 from mptk.tasks.inputs.base import EXAMPLES, PIXELS, POSITIONS, Named
 from mptk.tasks.inputs.images import IMAGE_CHANNELS, IMAGE_SIZE
 from passes.frontend.trace import hold_evaluation_mode, place_fake_weights
@@ -175,7 +175,10 @@ def make_grid_function(model: Any, grids: Tensor) -> Callable[[Tensor, Tensor], 
     names = [name for name, value in wanted.items() if isinstance(value, Tensor)]
     if not encoders or (unknown := [name for name in names if name not in FORMULAS]):
         what = unknown[0] if encoders else "something"
-        raise MptkError(f"{type(model).__name__} makes {what} of the sizes of images, which a graph cannot yet")
+        raise TargetError(
+            f"{type(model).__name__} makes {what} of the sizes of images, which a graph cannot yet",
+            name=type(model).__name__,
+        )
     return lambda sizes, patches: {
         f"image_{name}": FORMULAS[name](encoders[0], sizes, patches.shape[0]) for name in names
     }
@@ -192,7 +195,10 @@ def make_image_inputs(model: PreTrainedModel) -> Named:
         if not (reason := _explain_refusal(model, inputs)):
             return inputs
         reasons.append(reason)
-    raise MptkError(f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs")
+    raise ModelError(
+        f"{type(model).__name__} takes no image of its config's size ({reasons[0]}); give --inputs",
+        name=type(model).__name__,
+    )
 
 
 def _explain_refusal(model: PreTrainedModel, inputs: Named) -> str:

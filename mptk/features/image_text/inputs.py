@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
 from mptk.config import Settings
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import DataError, FileError, InputError, ModelError, take_first_line
 from mptk.features.image_text.image_forms import (
     GRIDS,
     KNOWN_SIZES,
@@ -97,9 +97,10 @@ class ImagesWithText(Inputs):
             for one in made
         }
         if len(sizes) > 1:
-            raise MptkError(
+            raise DataError(
                 f"the processor of {loaded.source} makes samples of {len(sizes)} sizes; give images of one size, and "
-                "as many in each chat"
+                "as many in each chat",
+                name=loaded.source,
             )
         found = {name: torch.cat([one[name] for one in made]) for name in made[0]}
         check_ids(loaded.model, found[IDS])
@@ -119,17 +120,20 @@ def prepare_sample(
     try:
         found = processor(text=[text], images=images, return_tensors="pt")
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise MptkError(
-            f"the processor does not take {chat.where}: {take_first_line(error)}; check its images"
+        raise DataError(
+            f"the processor does not take {chat.where}: {take_first_line(error)}; check its images", name=chat.where
         ) from error
     if missing := [name for name in names if name not in (*found, POSITIONS)]:
-        raise MptkError(f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)")
+        raise ModelError(
+            f"the processor gives no {missing[0]}, which the model reads; give --inputs (docs/kinds.md)",
+            name=missing[0],
+        )
     ids = found[IDS]
     marks = int((ids == token).sum())
     # Cut or fill up the text, so that all samples have as many tokens. No image may be cut off with it.
     total = marks + limit_text(model, marks, length)
     if total < ids.shape[1] and int((ids[:, total:] == token).sum()):
-        raise MptkError(f"{chat.where} has an image after {length} tokens of text; give more --length")
+        raise DataError(f"{chat.where} has an image after {length} tokens of text; give more --length", name=chat.where)
     # A short text is filled with its own tokens, without the image's.
     plain = ids[ids != token]
     own = min(total, ids.shape[1])
@@ -157,7 +161,7 @@ def with_images(model: Any, text: Tensor, generator: torch.Generator, example: N
 def without_images(loaded: Loaded, text: Named) -> Named:
     """The text. Raises MptkError if a token in it stands for an image."""
     if int((text[IDS] == find_image_token(loaded.model)).sum()):
-        raise MptkError("the text holds the token of images, and there are none; give a .jsonl of chats with images")
+        raise DataError("the text holds the token of images, and there are none; give a .jsonl of chats with images")
     return text
 
 
@@ -166,9 +170,10 @@ def _check_marks(loaded: Loaded, sample: Named) -> None:
     marks = int((sample[IDS] == find_image_token(loaded.model)).sum())
     features = count_image_tokens(loaded.model, {n: x for n, x in sample.items() if n in (PIXELS, *KNOWN_SIZES)})
     if marks != features:
-        raise MptkError(
+        raise FileError(
             f"the processor of {loaded.source} leaves {marks} tokens for its images, and the class has {features} "
-            "features for them; correct processor_config.json (patch_size, vision_feature_select_strategy, …)"
+            "features for them; correct processor_config.json (patch_size, vision_feature_select_strategy, …)",
+            name="processor_config.json",
         )
 
 
@@ -185,7 +190,9 @@ def find_image_token(model: nn.Module) -> int:
     for name in ("image_token_id", "image_token_index"):
         if isinstance(found := getattr(config, name, None), int):
             return found
-    raise MptkError(f"{type(config).__name__} names no token for images; give --inputs (docs/kinds.md)")
+    raise ModelError(
+        f"{type(config).__name__} names no token for images; give --inputs (docs/kinds.md)", name=type(config).__name__
+    )
 
 
 def _draw_like(example: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -219,7 +226,7 @@ def encode_image_prompt(
         MptkError: the model reads no images, or none of this size; it has no processor; or a file is no image.
     """
     if decoder.embeddings is None:
-        raise MptkError(f"{place} reads no images; leave out --image")
+        raise InputError(f"{place} reads no images; leave out --image", name="image")
     # Write the prompt as the processor's template does, and prepare the images.
     folder = find_model_folder(place)
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
@@ -231,17 +238,18 @@ def encode_image_prompt(
             text = chat.render(processor, template, asks=True)
         made = processor(text=[text], images=opened, return_tensors="pt")
     except (OSError, ValueError, ImportError, TypeError, KeyError, IndexError) as error:
-        raise MptkError(
+        raise FileError(
             f"the processor of {folder} does not take the prompt: {take_first_line(error)}; copy the files of the "
             "dense "
-            "model's processor into it"
+            "model's processor into it",
+            name=folder,
         ) from error
 
     # The graph reads only some of what the processor makes.
     given = {name: made[name] for name in decoder.embeddings.images.inputs}
     if not decoder.embeddings.takes(given):
         height, width = given["pixel_values"].shape[-2:]
-        raise MptkError(f"the vision encoder takes no images of {height} x {width}; give images of the data's size")
+        raise DataError(f"the vision encoder takes no images of {height} x {width}; give images of the data's size")
     return made[IDS][0].tolist(), PromptImages(given, _compute_positions(folder, decoder, {IDS: made[IDS], **given}))
 
 

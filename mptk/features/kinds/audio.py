@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor
 
-from mptk.errors import MptkError
+from mptk.errors import DataError, FileError, ModelError
 from mptk.io import Loaded
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, load_preprocessor
@@ -39,8 +39,9 @@ class Audio(FileInputs):
         bins = getattr(config, "num_mel_bins", None) or 80  # as Whisper has
         positions = getattr(config, "max_source_positions", None)
         if positions is None:
-            raise MptkError(
-                f"{type(model).__name__} does not say how many frames it reads; give --inputs (docs/kinds.md)"
+            raise ModelError(
+                f"{type(model).__name__} does not say how many frames it reads; give --inputs (docs/kinds.md)",
+                name=type(model).__name__,
             )
         stride = 2  # of the convolutions before the positions, in Whisper and its kin
         return {self.name: torch.randn(EXAMPLES, bins, stride * positions, generator=generator)}
@@ -68,16 +69,18 @@ def read_sound(path: Path, rate: int) -> Sound:
         with wave.open(str(path)) as file:
             if file.getsampwidth() != 2 or file.getframerate() != rate:
                 bits, own = 8 * file.getsampwidth(), file.getframerate()
-                raise MptkError(f"{path} has {bits} bits and {own} samples a second, not 16 and {rate}; {remedy}")
+                raise DataError(
+                    f"{path} has {bits} bits and {own} samples a second, not 16 and {rate}; {remedy}", name=path
+                )
             # The header may claim more frames than the file can hold, and as much memory.
             frames = min(file.getnframes(), path.stat().st_size // (2 * file.getnchannels()))
             raw = np.frombuffer(file.readframes(frames), np.int16)
             if not len(raw):
-                raise MptkError(f"{path} holds no sound; remove it or give another folder")
+                raise DataError(f"{path} holds no sound; remove it or give another folder", name=path)
             sound: Sound = (raw.reshape(-1, file.getnchannels()).mean(1) / 32768).astype(np.float32)
             return sound
     except (wave.Error, EOFError, OSError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise MptkError(f"{path} is not a readable WAV file ({error}); {remedy}") from error
+        raise FileError(f"{path} is not a readable WAV file ({error}); {remedy}", name=path) from error
 
 
 SPECTROGRAMS, WAVES = Audio("input_features"), Audio("input_values")

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mptk.config import IN_MEMORY
-from mptk.errors import MptkError
+from mptk.errors import FileError
 from mptk.io import RANDOM_DATA, Loaded, Runs
 from mptk.ir import IGNORED, Samples
 from mptk.progress import Progress
@@ -51,7 +51,10 @@ class MaskedLM(TokenTask):
         """Windows with some tokens masked. Random inputs and token ids in memory do without a mask token."""
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
         if mask is None and data not in (RANDOM_DATA, IN_MEMORY):
-            raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
+            raise FileError(
+                f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files",
+                name=loaded.source,
+            )
         return mask_tokens(inputs["input_ids"], mask or 0)
 
     def compute_loss(self, output: Tensor, samples: Samples) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import FileError, ModelError, MptkError, take_first_line
 from mptk.io import Loaded
 from mptk.progress import Count
 from mptk.reading import read_text
@@ -25,8 +25,9 @@ class Series(FileInputs):
         config = model.config
         steps, channels = getattr(config, "context_length", None), getattr(config, "num_input_channels", 1)
         if steps is None:
-            raise MptkError(
-                f"{type(model).__name__} does not say how many steps it reads; give --inputs (docs/kinds.md)"
+            raise ModelError(
+                f"{type(model).__name__} does not say how many steps it reads; give --inputs (docs/kinds.md)",
+                name=type(model).__name__,
             )
         generator = torch.Generator().manual_seed(0)
         return {"past_values": torch.randn(EXAMPLES, steps, channels, generator=generator)}
@@ -44,7 +45,7 @@ def read_series(file: Path, steps: int, channels: int) -> Tensor:
     """The first ``steps`` rows of a CSV file, float32 [steps, channels]; a first row of names is left out."""
 
     def make_error(why: str) -> MptkError:
-        return MptkError(f"{file} is not a series of {steps} rows and {channels} columns of numbers ({why})")
+        return FileError(f"{file} is not a series of {steps} rows and {channels} columns of numbers ({why})", name=file)
 
     rows = read_text(file, make_error).splitlines()
     # A row of names has letters; a number may have the e of its exponent.

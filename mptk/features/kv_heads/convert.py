@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.compat.transformers import match_configs
 from mptk.config import Settings
 from mptk.cost.budgets import CACHED, LATENCY
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError, BudgetError, InputError, ModelError, MptkError, PlanError
 from mptk.features.kv_heads import KvHeadsSettings
 from mptk.features.kv_heads.merge_heads import How, find_first_heads, merge_kv_heads, repeat_first_heads
 from mptk.features.kv_heads.shared_heads import SharedHeads, find_shared_heads
@@ -69,14 +69,19 @@ class MergedHeads(Conversion):
             return None
         # Only the merged model's latency is measured: a share of it is not a share of the dense model's.
         if settings.budget == LATENCY and settings.max_ms is None:
-            raise MptkError("--kv-heads changes the latency that --sparsity would be a share of; give --max-decode-ms")
+            raise InputError(
+                "--kv-heads changes the latency that --sparsity would be a share of; give --max-decode-ms",
+                name="kv_heads",
+            )
         return partial(cls.merge, count, None)
 
     @classmethod
     def from_entry(cls, entry: Entry) -> Change:
         width, of = entry.get("width"), entry.get("of")
         if type(width) is not int or type(of) is not int or not 0 < width < of or of % width:
-            raise MptkError('plan: kv_heads: "width" and "of" must be integers, and "of" a multiple of "width"')
+            raise PlanError(
+                'plan: kv_heads: "width" and "of" must be integers, and "of" a multiple of "width"', name="kv_heads"
+            )
         return partial(cls.merge, width, of)
 
     @classmethod
@@ -86,13 +91,15 @@ class MergedHeads(Conversion):
         # fit.
         loaded = model.loaded
         if not isinstance(loaded.model, PreTrainedModel):
-            raise MptkError(
-                f"{type(loaded.model).__name__} has no config that could say the number of KV heads; leave out kv_heads"
+            raise ModelError(
+                f"{type(loaded.model).__name__} has no config that could say the number of KV heads; leave out "
+                "kv_heads",
+                name=type(loaded.model).__name__,
             )
         layers, stock = find_mergeable_heads(model.analysis, loaded.model, count)
         found = layers[0].groups.size
         if of not in (None, found):
-            raise MptkError(f"plan: kv_heads has {found} KV heads in this model, not {of}")
+            raise PlanError(f"plan: kv_heads has {found} KV heads in this model, not {of}", name="kv_heads")
         small = rebuild_model(
             loaded,
             stock.config,
@@ -177,7 +184,7 @@ def find_mergeable_heads(
     every = [ways for each in found for ways in each]
     if not every:
         why = refusals.get(True, refusals.get(False, "nothing in it can be cut"))
-        raise MptkError(f"{type(model).__name__} has no KV heads to merge: {why}")
+        raise AnalysisError(f"{type(model).__name__} has no KV heads to merge: {why}", name=type(model).__name__)
     refused = None
     # The class decides which way is right: the first with which a config gives these shapes.
     for way in range(max(map(len, every))):
@@ -186,9 +193,10 @@ def find_mergeable_heads(
         if isinstance(config, StockConfig):
             return layers, config
         refused = refused or config
-    raise MptkError(
+    raise BudgetError(
         f"{type(model).__name__} cannot have {count} KV heads with its query heads: {refused}; leave out --kv-heads, "
-        "and cut heads as a family"
+        "and cut heads as a family",
+        name="kv_heads",
     )
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError, BudgetError
 from mptk.features.kv_heads.shared_heads import SharedHeads
 from mptk.ir import Axis, Edit, Member, find_unit_positions, list_axes
 
@@ -64,7 +64,11 @@ def find_first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Ten
     fitting = [n for n in range(1, size) if size % n == 0]
     if count not in fitting:
         remedy = f"give one of {', '.join(map(str, fitting))}" if fitting else "there is nothing to merge"
-        raise MptkError(f"{layer.layer} has {size} KV heads, which cannot become {count}; {remedy}")
+        raise BudgetError(
+            f"{layer.layer} has {size} KV heads, which cannot become {count}; {remedy}",
+            name="kv_heads",
+            nearest=fitting,
+        )
     # Every step-th head is the first of its run.
     step = size // count
     return {
@@ -148,7 +152,9 @@ def _merge_keys(
         rows, asked = key.find_channels(axis, (layer.groups,)), query.find_channels(axis, layer.scope)
         asked = asked.reshape(layer.groups.size, each, *asked.shape[1:])
         if rows.shape[-1] > 2:
-            raise MptkError(f"{layer.layer}: keys are turned in more than pairs, so their heads cannot be merged")
+            raise AnalysisError(
+                f"{layer.layer}: keys are turned in more than pairs, so their heads cannot be merged", name=layer.layer
+            )
         if how == "mean":
             for run in runs:
                 key.matrix[rows[run]] = key.matrix[rows[run]].mean(0, keepdim=True)

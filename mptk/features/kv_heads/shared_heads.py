@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.ir import Analysis, Axis, Group, Member, list_axes
 
 
@@ -45,9 +45,10 @@ def find_shared_heads(analysis: Analysis, name: str) -> list[tuple[SharedHeads, 
         ways = tuple(_list_readings(group))
         if not ways:
             where = group.layer or "the model"
-            raise MptkError(
+            raise AnalysisError(
                 f"queries, keys, values and outputs of {where} are not one weight each; leave out --kv-heads, and cut "
-                "heads"
+                "heads",
+                name=where,
             )
         found.append(ways)
     return found

@@ -13,7 +13,7 @@ from mptk.api.words import wrap_public
 from mptk.config import Settings
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import is_leader
-from mptk.errors import MptkError
+from mptk.errors import FileError, InputError
 from mptk.features.ladder.estimate import LadderEstimator, sum_estimates
 from mptk.features.ladder.ladder import climb, divide_steps, list_settings, name_size, open_ladder, should_share_weights
 from mptk.features.ladder.rungs import list_rung_sizes, restore_rung
@@ -67,7 +67,7 @@ def ladder(
         MptkError: as ``prune``; or the sparsities or the settings do not suit a ladder. Finished models stay.
     """
     if "sparsity" in keywords:
-        raise MptkError("sparsities names the sizes of a ladder; leave out sparsity")
+        raise InputError("sparsities names the sizes of a ladder; leave out sparsity", name="sparsity")
     given = make_default_settings(settings, out, model, example_inputs)
     start, asked, inputs = take_arguments(model, given, tokenizer, example_inputs, data, eval_data, keywords)
     place, source = resolve_place(out), name_start(model)
@@ -131,7 +131,7 @@ def rung(
     place, name = Path(folder), name_size(size)
     sizes = list_smaller_sizes(place)
     if name not in sizes:
-        raise MptkError(f"{place} has no size {name}; give {' or '.join(sizes)}")
+        raise InputError(f"{place} has no size {name}; give {' or '.join(sizes)}", name="size", nearest=sizes)
     kept = make_scratch() if out is None else None
     made = kept.folder / name if kept is not None else resolve_place(str(out))
     check_apart(made, place)
@@ -145,5 +145,7 @@ def list_smaller_sizes(folder: Path) -> list[str]:
     """The names of the smaller sizes in the folder of the largest. Raises MptkError if it was changed, or has none."""
     check_manifest(folder)
     if not (sizes := list_rung_sizes(folder)):
-        raise MptkError(f"{folder} has one size; give the --out folder of `mptk prune --ladder 0.2,0.4 --shared`")
+        raise FileError(
+            f"{folder} has one size; give the --out folder of `mptk prune --ladder 0.2,0.4 --shared`", name=folder
+        )
     return sizes

@@ -12,7 +12,7 @@ from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, parse_share, with_latency
 from mptk.cli.prune import check_prune, show_needs
 from mptk.config import CUT, Settings
-from mptk.errors import MptkError
+from mptk.errors import InputError
 
 
 @extend_command(
@@ -50,7 +50,7 @@ def prune_to_sizes(
         show_needs(api.estimate_ladder(model, settings, sizes), folder)
         return
     if folder is None:
-        raise MptkError("the results need a folder; give --out FOLDER")
+        raise InputError("the results need a folder; give --out FOLDER", name="out")
     # Sizes that share weights are one folder; others are folders in it, and a stopped run says which are finished.
     shared = should_share_weights(settings)
     places = [folder] if shared else [folder / name_size(each) for each in sizes]
@@ -83,6 +83,6 @@ def write_rung(
         out.print(report.build_comparison_view(read_runs(list_results([folder]))))
         return
     if destination is None:
-        raise MptkError("the result needs a folder; give --out FOLDER")
+        raise InputError("the result needs a folder; give --out FOLDER", name="out")
     api.rung(folder, parse_share(size, "SIZE"), destination, overwrite=overwrite)
     out.print(f"written to {destination}", soft_wrap=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from mptk.compat.accelerate import separate_state
 from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, to_json, with_keywords
 from mptk.distributed.processes import is_leader, run_once
-from mptk.errors import MptkError
+from mptk.errors import InputError, OutputError
 from mptk.features.ladder import LadderSettings
 from mptk.features.ladder.estimate import LadderEstimator
 from mptk.features.ladder.shared import check_shared
@@ -60,12 +60,19 @@ TEACHER = "teacher"
 def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
     """Raise MptkError if the sparsities or the settings do not suit a ladder."""
     if len(sparsities) < 2:
-        raise MptkError("a ladder has two sizes or more; give them as 0.2,0.3,0.5, or --sparsity for one")
+        raise InputError(
+            "a ladder has two sizes or more; give them as 0.2,0.3,0.5, or --sparsity for one", name="sparsities"
+        )
     if not all(0 < s <= MOST_SPARSITY for s in sparsities):
-        raise MptkError(f"the sparsities of a ladder lie above 0 and are at most {MOST_SPARSITY}; give 0.2,0.3,0.5")
+        raise InputError(
+            f"the sparsities of a ladder lie above 0 and are at most {MOST_SPARSITY}; give 0.2,0.3,0.5",
+            name="sparsities",
+        )
     if any(one >= other for one, other in pairwise(sparsities)):
-        raise MptkError(
-            f"the sparsities of a ladder ascend, each once; give {','.join(map(name_size, sorted({*sparsities})))}"
+        raise InputError(
+            f"the sparsities of a ladder ascend, each once; give {','.join(map(name_size, sorted({*sparsities})))}",
+            name="sparsities",
+            nearest=sorted({*sparsities}),
         )
     # Each of these decides a size by itself, or lets layers differ.
     given = {
@@ -76,12 +83,16 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
         f"--layers {settings.layers}": settings.layers != UNIFORM,
     }
     if wrong := next((name for name, is_given in given.items() if is_given), None):
-        raise MptkError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}")
+        raise InputError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}")
     if should_share_weights(settings):
         check_shared(settings)
     if 0 < (steps := settings.steps) < len(sparsities):
         count = len(sparsities)
-        raise MptkError(f"--steps {steps} is less than one for each of {count} models; give {count} or more")
+        raise InputError(
+            f"--steps {steps} is less than one for each of {count} models; give {count} or more",
+            name="steps",
+            nearest=(count,),
+        )
 
 
 def should_share_weights(settings: Settings) -> bool:
@@ -122,7 +133,9 @@ def open_ladder(
     shared = should_share_weights(asked)
     places = [out] if shared else [out / name_size(sparsity) for sparsity in sparsities]
     if not shared and is_ours(out):
-        raise MptkError(f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out")
+        raise OutputError(
+            f"{out} is itself a result of mptk, and a ladder needs a folder of its own; give another --out", name=out
+        )
     with enter_run_state(asked.device), lock_ladder(out, places, asked, source):
         check_settings(fill_in(asked), None, inputs.texts)
         # One process completes them for all: the others' own estimates could give other numbers.
@@ -244,5 +257,8 @@ def is_finished(rung: Run) -> bool:
     before, now = list_fixed_values(rung.source, report.settings), rung.described
     may_differ = {*FOUND} - {"sparsity"}  # a ladder has no latency, so its sparsities are what was asked for
     if changed := sorted(name for name in now.keys() - may_differ if before[name] != now[name]):
-        raise MptkError(f"{rung.out} was made with other settings ({', '.join(changed)}); give the same, or remove it")
+        raise OutputError(
+            f"{rung.out} was made with other settings ({', '.join(changed)}); give the same, or remove it",
+            name=rung.out,
+        )
     return True

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from mptk.compile.cut import COMPENSATION
-from mptk.errors import MptkError, ProofError
+from mptk.errors import FileError, ProofError
 from mptk.features.ladder import RUNGS
 from mptk.features.ladder.slices import Places, open_file_weights, restore_file, write_part
 from mptk.ir import Weights
@@ -60,7 +60,7 @@ def restore_rung(folder: Path, size: str, new: Path) -> None:
     for name, digest in read_manifest(rung).items():
         part, file = f"{name}{PART_SUFFIX}", new / name
         if not {name, part} & (own | shared):  # a manifest may name anything; only listed files are opened
-            raise MptkError(f"{folder} lacks {name} of size {size}; do not use it, prune again")
+            raise FileError(f"{folder} lacks {name} of size {size}; do not use it, prune again", name=name)
         file.parent.mkdir(parents=True, exist_ok=True)
         if part in own:
             restore_file(rung / part, larger, file)
@@ -68,7 +68,9 @@ def restore_rung(folder: Path, size: str, new: Path) -> None:
             shutil.copyfile((rung if name in own else folder) / name, file)
         # The rebuilt folder is what was proven only if each file has the same bytes.
         if hash_file(file) != digest:
-            raise ProofError(f"{name} of size {size} is not as it was proven; do not use {folder}, prune again")
+            raise ProofError(
+                f"{name} of size {size} is not as it was proven; do not use {folder}, prune again", name=name
+            )
 
 
 def _open_weights(folder: Path) -> Weights:

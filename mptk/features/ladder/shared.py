@@ -20,7 +20,7 @@ from mptk.compile.cut import build_small_model, compile_plan
 from mptk.config import Settings, write_recipe
 from mptk.conversions import fit_conversions
 from mptk.distributed.processes import connect_processes, gather_tensors
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.features.ladder.rungs import keep_rung
 from mptk.features.ladder.slices import Places
 from mptk.features.ladder.together import Together
@@ -52,7 +52,9 @@ from passes.verify import Difference
 def check_shared(settings: Settings) -> None:
     """Raise MptkError if the sizes of a ladder cannot share weights with these settings."""
     if find_method(settings.method).learns:
-        raise MptkError(f"{settings.method} trains each size by itself; give --shared a one-shot --method, as wanda")
+        raise InputError(
+            f"{settings.method} trains each size by itself; give --shared a one-shot --method, as wanda", name="method"
+        )
     # Each step trains the weights of all sizes at once (`together.py`), in none of these ways.
     given = {
         "--rank": bool(settings.learning.rank),
@@ -60,9 +62,14 @@ def check_shared(settings: Settings) -> None:
         "--distil-epochs": bool(settings.distil_epochs),
     }
     if wrong := next((name for name, is_given in given.items() if is_given), None):
-        raise MptkError(f"sizes that share weights are all trained together, without {wrong}; leave it out")
+        raise InputError(
+            f"sizes that share weights are all trained together, without {wrong}; leave it out",
+            name=wrong.removeprefix("--").replace("-", "_"),
+        )
     if connect_processes().num_processes > 1:
-        raise MptkError("sizes that share weights are trained in one process; start one, or leave out --shared")
+        raise InputError(
+            "sizes that share weights are trained in one process; start one, or leave out --shared", name="shared"
+        )
 
 
 def prune_together(model: Start, run: Run) -> Result:
@@ -76,8 +83,9 @@ def prune_together(model: Start, run: Run) -> Result:
         folder_of_run = run.folder
         assert folder_of_run is not None
         if run.settings.steps and prepared.under_norms:
-            raise MptkError(
-                f"{prepared.under_norms[0]} is trained by LoRA, which sizes cannot share; leave out --shared"
+            raise InputError(
+                f"{prepared.under_norms[0]} is trained by LoRA, which sizes cannot share; leave out --shared",
+                name="shared",
             )
         sets, run = read_samples(prepared, run)
         sets = add_dense_outputs(prepared, sets, run)

@@ -21,7 +21,7 @@ from torch import fx
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, interpolate
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.ir import (
     Analysis,
     Axis,
@@ -195,7 +195,7 @@ def _describe_contraction(
         return ATTENTION, _describe_attention(facts, product.node, tokens, past)
     if not weights or len(facts.dims(weights[0][0])) != 2:
         what = "has a weight of other than two dimensions" if weights else "multiplies two activations"
-        raise MptkError(f"no latency can be predicted: {SourceLocation(product.node)} {what}; use --budget flops")
+        raise AnalysisError(f"no latency can be predicted: {SourceLocation(product.node)} {what}; use --budget flops")
     weight, dim = weights[0]
     n = facts.dims(weight)[1 - dim]
 

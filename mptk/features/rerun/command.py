@@ -9,7 +9,7 @@ from mptk.cli.app import explain_stop, register_command, show_result
 from mptk.cli.console import err, make_pass_printer, show_stages
 from mptk.cli.options import DenseOption, Folder, JsonOption, make_folder_option
 from mptk.config import Settings, collect_values
-from mptk.errors import MptkError
+from mptk.errors import ChangedError
 
 RERUN = "mptk-rerun/1"
 
@@ -43,6 +43,7 @@ def show_rerun(
             build_rerun_view(found),
         )
         if differ := list_differing_results(found):
-            raise MptkError(
-                f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports"
+            raise ChangedError(
+                f"the result differs from {folder} in {', '.join(differ)}; compare the versions in both reports",
+                name=differ[0],
             )

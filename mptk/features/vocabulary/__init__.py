@@ -7,7 +7,7 @@ logits of the kept tokens stay the dense model's. docs/vocabulary.md tells more.
 from dataclasses import dataclass
 
 from mptk.config import CUT, PRUNE, CoreSettings, declare_setting
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.protocols import Feature
 
 
@@ -28,7 +28,9 @@ class VocabularySettings(CoreSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inputs is not None and self.vocabulary is not None:
-            raise MptkError("vocabulary trimming needs a text model; leave out --inputs or --vocabulary")
+            raise InputError(
+                "vocabulary trimming needs a text model; leave out --inputs or --vocabulary", name="vocabulary"
+            )
 
     @property
     def converts(self) -> bool:

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from mptk.compat.transformers import find_config_field
 from mptk.config import IN_MEMORY, Settings
 from mptk.cost.budgets import VOCABULARY
-from mptk.errors import MptkError
+from mptk.errors import DataError, FileError, InputError, ModelError, PlanError
 from mptk.features.vocabulary import VocabularySettings
 from mptk.files import format_json, make_scratch
 from mptk.io import Document, Loaded, data, models, rebuild_model, split_documents
@@ -100,7 +100,9 @@ class TrimmedVocabulary(Conversion):
         """
         loaded = model.loaded
         if isinstance(model.task, Module):
-            raise MptkError("vocabulary trimming needs a text model; leave out example_inputs, or vocabulary")
+            raise InputError(
+                "vocabulary trimming needs a text model; leave out example_inputs, or vocabulary", name="vocabulary"
+            )
         vocabulary = find_vocabulary(model.analysis, predicts=isinstance(model.task, TokenTask))
         # 1. A plan names the tokens; the model may come without a tokenizer.
         if isinstance(wanted, Tokens):
@@ -110,8 +112,9 @@ class TrimmedVocabulary(Conversion):
         # 2. A corpus decides, and both tokenizers must then read it alike.
         else:
             if loaded.tokenizer is None:
-                raise MptkError(
-                    f"{loaded.source} has no tokenizer to trim; add the tokenizer's files, or leave out --vocabulary"
+                raise FileError(
+                    f"{loaded.source} has no tokenizer to trim; add the tokenizer's files, or leave out --vocabulary",
+                    name=loaded.source,
                 )
             tokens = _choose_tokens(loaded, wanted, vocabulary.rows, multiple if vocabulary.rows % multiple == 0 else 1)
             small, changes = _trim_model(model, vocabulary, tokens)
@@ -153,16 +156,18 @@ def find_corpus(name: str, texts: Sequence[str]) -> Corpus:
     """The documents whose tokens stay: of a source of text, or the caller's ``texts`` in memory."""
     if name == IN_MEMORY:
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise MptkError("vocabulary is empty; give a list of texts, or the name of a file")
+            raise InputError("vocabulary is empty; give a list of texts, or the name of a file", name="vocabulary")
         return lambda loaded: ([text] for text in texts)
     return lambda loaded: data.read_documents(name, loaded.tokenizer)
 
 
 def _check_tokens(tokens: Tokens, vocabulary: Vocabulary) -> None:
     if tokens.of != vocabulary.rows:
-        raise MptkError(f"plan: vocabulary has {vocabulary.rows} tokens in this model, not {tokens.of}")
+        raise PlanError(
+            f"plan: vocabulary has {vocabulary.rows} tokens in this model, not {tokens.of}", name="vocabulary"
+        )
     if len(tokens.keep) < min(LEAST, tokens.of):
-        raise MptkError(f"plan: vocabulary keeps {len(tokens.keep)} tokens; keep {LEAST} or more")
+        raise PlanError(f"plan: vocabulary keeps {len(tokens.keep)} tokens; keep {LEAST} or more", name="vocabulary")
 
 
 def _choose_tokens(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> Tokens:
@@ -171,7 +176,7 @@ def _choose_tokens(loaded: Loaded, corpus: Corpus, rows: int, multiple: int) -> 
     choice = Choice(loaded.tokenizer, rows)
     used = find_used_ids(corpus(loaded), loaded.tokenizer)
     if not used:
-        raise MptkError("--vocabulary holds no text; give a file, folder or dataset with text")
+        raise DataError("--vocabulary holds no text; give a file, folder or dataset with text", name="vocabulary")
     named = find_named_ids(loaded.model.config, rows) | find_named_ids(
         getattr(loaded.model, "generation_config", None), rows
     )
@@ -322,9 +327,9 @@ def check_kind(tokenizer: Json) -> None:
     """Raise MptkError unless the model of a ``tokenizer.json`` is one of the four and deterministic."""
     model = tokenizer["model"]
     if model.get("type") not in ("BPE", "WordPiece", "Unigram", "WordLevel"):
-        raise MptkError(f"a tokenizer of the kind {model.get('type')} cannot be trimmed; leave out --vocabulary")
+        raise ModelError(f"a tokenizer of the kind {model.get('type')} cannot be trimmed; leave out --vocabulary")
     if model.get("dropout"):
-        raise MptkError("a tokenizer with dropout reads a text differently each time; set dropout to null in its file")
+        raise ModelError("a tokenizer with dropout reads a text differently each time; set dropout to null in its file")
 
 
 def find_spelling_tokens(tokenizer: Json) -> set[str]:
@@ -437,9 +442,10 @@ class Choice:
         self.ids = {**self.merges.tokens, **{each["content"]: each["id"] for each in self.content["added_tokens"]}}
         self.names = {number: token for token, number in self.ids.items()}
         if (last := max(self.names)) >= rows:
-            raise MptkError(
+            raise ModelError(
                 f"the tokenizer's token {self.names[last]!r} has the id {last}, and the model has {rows} rows; resize "
-                "the model's embedding to its tokenizer first, or leave out --vocabulary"
+                "the model's embedding to its tokenizer first, or leave out --vocabulary",
+                name=self.names[last],
             )
 
     def list_kept(self, used: Iterable[int], least: int, multiple: int) -> tuple[int, ...]:
@@ -476,9 +482,10 @@ def read_tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Json:
     """The content of a tokenizer's ``tokenizer.json``. Raises MptkError if there is none, or its kind is unknown."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise MptkError(
+        raise ModelError(
             f"{type(tokenizer).__name__} is not a fast tokenizer, so its vocabulary cannot be trimmed; convert it to "
-            "a tokenizer.json, or leave out --vocabulary"
+            "a tokenizer.json, or leave out --vocabulary",
+            name=type(tokenizer).__name__,
         )
     content: Json = json.loads(backend.to_str())
     check_kind(content)
@@ -497,7 +504,9 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> P
         for file in place.folder.iterdir():
             if file.suffix in (".txt", ".model") or file.name in ("vocab.json", "added_tokens.json"):
                 file.unlink()
-        settings = read_json(place.folder / _SETTINGS, lambda why: MptkError(f"{_SETTINGS} is damaged: {why}"))
+        settings = read_json(
+            place.folder / _SETTINGS, lambda why: FileError(f"{_SETTINGS} is damaged: {why}", name=_SETTINGS)
+        )
         decoder = settings.get("added_tokens_decoder")
         if isinstance(decoder, Mapping):
             settings["added_tokens_decoder"] = {str(new[int(i)]): entry for i, entry in decoder.items()}
@@ -508,8 +517,9 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> P
     # transformers may build a class's tokenizer from other files, or add tokens of its own.
     expected = {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}
     if found is None or found.get_vocab() != expected:
-        raise MptkError(
-            f"transformers reads a trimmed {type(tokenizer).__name__} back with other tokens; leave out --vocabulary"
+        raise ModelError(
+            f"transformers reads a trimmed {type(tokenizer).__name__} back with other tokens; leave out --vocabulary",
+            name=type(tokenizer).__name__,
         )
     return found
 
@@ -561,7 +571,8 @@ def check_trimmed_reading(
     for piece in split_documents(documents, dense):
         one, other = (each(piece, verbose=False).input_ids for each in (dense, small))
         if [new.get(i) for i in one] != other:
-            raise MptkError(
+            raise ModelError(
                 f"the trimmed {type(dense).__name__} reads the text differently ({piece[:40]!r}…); please report this "
-                "tokenizer, and leave out --vocabulary"
+                "tokenizer, and leave out --vocabulary",
+                name=type(dense).__name__,
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from mptk.config import CHOICE, CHOOSER, DIVIDER, PRUNE, READER, SEARCH, WRITER, CoreSettings, Idle, declare_setting
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.protocols import Command, Feature
 
 TRIAL_TOKENS = 131_072
@@ -74,9 +74,13 @@ class WidthSearchSettings(CoreSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.search and self.plan is not None:
-            raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
+            raise InputError(
+                "--plan says which units stay, so --search has nothing to choose; leave out one of both", name="search"
+            )
         if self.search and self.larger is not None:
-            raise MptkError("a larger folder is cut further in all layers alike, by one method; leave out --search")
+            raise InputError(
+                "a larger folder is cut further in all layers alike, by one method; leave out --search", name="search"
+            )
 
     def with_widths(self, widths: Mapping[str, int]) -> Self:
         return replace(super().with_widths(widths), search=False)

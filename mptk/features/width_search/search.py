@@ -20,7 +20,7 @@ from typing import Literal
 
 from mptk.compile.cut import with_dense_outputs
 from mptk.config import Settings
-from mptk.errors import MptkError
+from mptk.errors import DataError
 from mptk.features.width_search import WidthSearchSettings
 from mptk.features.width_search.shapes import Rung, Shape, Shapes, limit_loss, rank_shapes
 from mptk.files import write_json
@@ -48,7 +48,7 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
     """
     assert context.folder is not None
     if sets.held_out is None:
-        raise MptkError(
+        raise DataError(
             "a search holds out samples to measure shapes on, and there is only one sample; give more --data"
         )
     search = Search(prepared, sets, context, context.folder)
@@ -77,9 +77,10 @@ def plan_search_rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
         return []
     least, step = count_least_tokens(settings, shapes), settings.learning.training.batch * settings.length
     if tokens < least:
-        raise MptkError(
+        raise DataError(
             f"{tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
-            f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch"
+            f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch",
+            nearest=(least,),
         )
     return [(count, (tokens * count_least_steps(settings) << rung) // least) for rung, count in enumerate(alive)]
 

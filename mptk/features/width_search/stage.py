@@ -9,7 +9,7 @@ from types import MappingProxyType
 from mptk.config import Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.distributed.processes import connect_processes
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.features.width_search import WidthSearchSettings
 from mptk.features.width_search.search import JUDGED, count_least_tokens, plan_search_rungs, search_shapes
 from mptk.methods import find_method
@@ -33,7 +33,7 @@ class SearchStage(Stage):
         # For its errors only. The number of shapes is not known yet; there are at most this many finalists.
         plan_search_rungs(settings, s.search_finalists)
         if connect_processes().num_processes > 1:
-            raise MptkError(
+            raise InputError(
                 "a search runs in one process; run `mptk shapes` in one, and give prune the --width that it prints"
             )
 

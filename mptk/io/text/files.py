@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import DataError, FileError, MptkError, PackageError, list_close_names, take_first_line
 from mptk.io.chat_templates import ChatTemplate
 from mptk.reading import Damaged, Json, parse_json
 
@@ -44,7 +44,7 @@ def read_file_documents(
     suffix = _find_suffix(path)
     if suffix not in _TABLES:
         if column is not None:
-            raise MptkError(f"{path} is plain text and has no column {column!r}; give only the file's name")
+            raise DataError(f"{path} is plain text and has no column {column!r}; give only the file's name", name=path)
         yield _read_pieces(path)
         return
     # An empty file has no rows; some readers raise an error for it.
@@ -64,7 +64,7 @@ def read_file_documents(
     except MptkError:
         raise
     except Exception as error:  # of the library of each format: they have no base class
-        raise MptkError(f"cannot read {path}: {with_cause(error)}; check that it is {suffix[1:]}") from error
+        raise FileError(f"cannot read {path}: {with_cause(error)}; check that it is {suffix[1:]}", name=path) from error
 
 
 def read_folder_documents(
@@ -109,7 +109,9 @@ def list_text_files(folder: Path) -> list[Path]:
     """
     found = [file for file in list_visible_files(folder) if _find_suffix(file) in _TABLES or _is_text(file)]
     if not found:
-        raise MptkError(f"{folder} has no text in it; give a folder with text files or {', '.join(_TABLES)}")
+        raise DataError(
+            f"{folder} has no text in it; give a folder with text files or {', '.join(_TABLES)}", name=folder
+        )
     return found
 
 
@@ -163,9 +165,11 @@ def _read_pieces(path: Path) -> Iterator[str]:
             while piece := file.read(PIECE):
                 yield piece
     except UnicodeDecodeError as error:
-        raise MptkError(f"{path} is not UTF-8 text ({error.reason}); convert it, or give a .parquet file") from error
+        raise FileError(
+            f"{path} is not UTF-8 text ({error.reason}); convert it, or give a .parquet file", name=path
+        ) from error
     except OSError as error:
-        raise MptkError(f"cannot read {path}: {error.strerror}; check its rights") from error
+        raise FileError(f"cannot read {path}: {error.strerror}; check its rights", name=path) from error
 
 
 def _take_characters(documents: Iterable[Document], characters: int) -> Iterator[Document]:
@@ -190,7 +194,7 @@ def check_ordinary(path: Path) -> None:
     """Raise MptkError if a path is neither a file nor a folder: text is read more than once, and has an end."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise MptkError(f"{path} is not an ordinary file; write the text to one and give that")
+        raise FileError(f"{path} is not an ordinary file; write the text to one and give that", name=path)
 
 
 def with_cause(error: BaseException) -> str:
@@ -215,7 +219,7 @@ def read_json_rows(path: Path) -> Iterator[Json]:
     number = 0
 
     def make_error(why: str) -> MptkError:
-        return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
+        return FileError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}', name=path)
 
     with _open_unpacked(path) as file:
         while line := file.readline(LONGEST_LINE + 1):
@@ -234,7 +238,9 @@ def _open_unpacked(path: Path) -> BinaryIO:
     """The file, unpacked as it is read."""
     suffix = path.suffix.lower()
     if suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
-        raise MptkError(f"zstandard is not installed, and it unpacks {path}; run: pip install zstandard")
+        raise PackageError(
+            f"zstandard is not installed, and it unpacks {path}; run: pip install zstandard", name="zstandard"
+        )
     openers: dict[str, Callable[[Path, str], object]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     opener = importlib.import_module("zstandard").open if suffix == ".zst" else openers.get(suffix, open)
     return cast("BinaryIO", opener(path, "rb"))
@@ -299,16 +305,21 @@ def read_row_texts(
                 text = template.render(with_roles(value), f"a chat of {source}", "name a column of text as FILE:COLUMN")
                 yield text.removeprefix(begin)
             else:
-                raise MptkError(
+                raise DataError(
                     f"{chosen} of {source} holds {type(value).__name__}; a column of text has strings, one of chats "
-                    "has lists of {role, content}"
+                    "has lists of {role, content}",
+                    name=source,
                 )
 
 
 def _choose_column(row: Mapping[str, object], source: str, column: str | None) -> str:
     if column is not None:
         if column not in row:
-            raise MptkError(f"{source} has no column {column!r}; it has {', '.join(row)}")
+            raise DataError(
+                f"{source} has no column {column!r}; it has {', '.join(row)}",
+                name=source,
+                nearest=list_close_names(column, row, cutoff=0),
+            )
         return column
     strings = [name for name, value in row.items() if isinstance(value, str)]
     chats = [name for name, value in row.items() if _is_chat(value)]
@@ -318,10 +329,14 @@ def _choose_column(row: Mapping[str, object], source: str, column: str | None) -
             return found[0]
     # More than one could be meant, or none: never a guess.
     if not strings and not chats:
-        raise MptkError(f"{source} has no columns of strings ({', '.join(row)}); give a file with text in it")
-    raise MptkError(
+        raise DataError(
+            f"{source} has no columns of strings ({', '.join(row)}); give a file with text in it", name=source
+        )
+    raise DataError(
         f"{source} has {len(strings or chats)} columns of {'strings' if strings else 'chats'} "
-        f"({', '.join(strings or chats)}); name the one to use, as {source}:{(strings or chats)[0]}"
+        f"({', '.join(strings or chats)}); name the one to use, as {source}:{(strings or chats)[0]}",
+        name=source,
+        nearest=strings or chats,
     )
 
 
@@ -336,8 +351,9 @@ def _is_chat(value: object) -> bool:
 def check_has_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> None:
     """Raise MptkError if there is no template for the chats of ``source``."""
     if tokenizer is None or not tokenizer.chat_template:
-        raise MptkError(
-            f"{source} holds chats, but the model's tokenizer has no chat template; name a column of text, FILE:COLUMN"
+        raise DataError(
+            f"{source} holds chats, but the model's tokenizer has no chat template; name a column of text, FILE:COLUMN",
+            name=source,
         )
 
 

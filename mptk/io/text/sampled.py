@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mptk.errors import MptkError
+from mptk.errors import ModelError
 from mptk.files import write_file
 from mptk.io.cache import cache_dir
 from mptk.plain import hash_text
@@ -62,7 +62,10 @@ def sample_text(
         MptkError: the model cannot generate text.
     """
     if not can_write_text(model):
-        raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")
+        raise ModelError(
+            f"{type(model).__name__} cannot write text to calibrate on; give some with --data",
+            name=type(model).__name__,
+        )
     report, total = progress or (lambda done, total: None), (count - first) * length
     size, rows = batch_size or count_rows_at_once(length), list[Tensor]()
     for start in range(first, count, size):

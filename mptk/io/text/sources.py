@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, InputError, MptkError
 from mptk.files import expand_path
 from mptk.io.text.files import (
     Document,
@@ -61,9 +61,10 @@ class HubText:
             raise
         except Exception as error:  # of the hub, and of the library of each format: they have no base class
             said = with_cause(error)
-            raise MptkError(
+            raise FileError(
                 f"{self.id!r} is not a file or folder, and does not load as a dataset: {said}; "
-                "check the path, or the network and ID:CONFIG:SPLIT; a file of your own needs neither"
+                "check the path, or the network and ID:CONFIG:SPLIT; a file of your own needs neither",
+                name=self.id,
             ) from error
 
 
@@ -93,11 +94,12 @@ def parse_hub_text(name: str, *, held_out: bool) -> HubText:
         # Parts that are left out are empty; ``rest`` holds what is too much.
         dataset, config, named, column, *rest = [*name.split(":"), "", "", ""]
         if any(rest):
-            raise MptkError(
-                f"{name!r} has too many colons; write ID, ID:CONFIG, ID:CONFIG:SPLIT or ID:CONFIG:SPLIT:COLUMN"
+            raise InputError(
+                f"{name!r} has too many colons; write ID, ID:CONFIG, ID:CONFIG:SPLIT or ID:CONFIG:SPLIT:COLUMN",
+                name="data",
             )
         if _PATH.search(dataset):
-            raise MptkError(f"{dataset!r} is not a file or folder; check the path")
+            raise FileError(f"{dataset!r} is not a file or folder; check the path", name=dataset)
         preset = HubText(dataset, config or None, column=column or None)
         split = named
     return replace(preset, split=split or (preset.held_out if held_out else preset.split))
@@ -154,7 +156,9 @@ def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
     # A folder may be named ``a,b`` or ``a=2``.
     parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):
-        raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give only {SELF}")
+        raise InputError(
+            f"{data}: text that the model writes cannot be mixed with other text; give only {SELF}", name="data"
+        )
     return tuple(_make_source(*_split_weight(part), held_out) for part in parts)
 
 
@@ -176,13 +180,13 @@ def _split_weight(part: str) -> tuple[str, float]:
     except ValueError:
         value = 0.0
     if not name or not 0 < value < math.inf:
-        raise MptkError(f"{part}: write SOURCE=WEIGHT with a weight above 0, as c4.jsonl=0.7")
+        raise InputError(f"{part}: write SOURCE=WEIGHT with a weight above 0, as c4.jsonl=0.7", name="data")
     return name, value
 
 
 def _make_source(name: str, weight: float, held_out: bool) -> TextSource:
     if not name:
-        raise MptkError("'' names no text; give a file, folder or dataset")
+        raise InputError("'' names no text; give a file, folder or dataset", name="data")
     if _is_there(name):
         check_ordinary(expand_path(name))
         return TextSource(name, expand_path(name), weight=weight)

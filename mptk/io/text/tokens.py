@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import DataError
 from mptk.io.text.files import PIECE, Document
 
 # A document is read to its end, if that is at most this many characters beyond what is wanted. A longer one is cut off.
@@ -88,7 +88,7 @@ def cut_windows(
     size = length - len(prefix)
     total = len(stream) // size if size > 0 else 0
     if total == 0:
-        raise MptkError(
+        raise DataError(
             f"the text has {len(stream)} tokens, too few for a window of {length}; give more, or a shorter length"
         )
     rows = stream[: total * size].view(total, size)

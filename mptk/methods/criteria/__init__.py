@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError, BudgetError, DataError, InputError, ModelError, TraceError, list_close_names
 from mptk.ir import Analysis, Depth, FamilyPlan, Plan, Samples, Variable, make_token_samples
 from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
 from mptk.methods.criteria.fisher import FISHER
@@ -91,9 +91,10 @@ def measure_and_score(criterion: AnyCriterion, given: Calibration) -> tuple[Scor
     If the criterion does not score blocks, their influence does.
     """
     if not given.analysis.program.has_values:
-        raise MptkError("a program without weights cannot be scored; trace the model with its weights")
-    if why := next(filter(None, (find_score_refusal(criterion, v) for v in given.variables)), None):
-        raise MptkError(why)
+        raise TraceError("a program without weights cannot be scored; trace the model with its weights")
+    for variable in given.variables:
+        if (why := find_score_refusal(criterion, variable)) is not None:
+            raise AnalysisError(why, name=variable.name)
     # Blocks that the criterion does not score get their influence.
     own = [v for v in given.variables if v.kind in criterion.judges]
     others = [v for v in given.variables if v.kind not in criterion.judges]
@@ -104,7 +105,9 @@ def measure_and_score(criterion: AnyCriterion, given: Calibration) -> tuple[Scor
         evidence = criterion.measure(replace(given, variables=own))
         found |= criterion.score(evidence, own)
     if wrong := next((name for name, values in found.items() if not values.isfinite().all()), None):
-        raise MptkError(f"{criterion.name} gives {wrong} scores that are not finite; load the model in float32")
+        raise ModelError(
+            f"{criterion.name} gives {wrong} scores that are not finite; load the model in float32", name=criterion.name
+        )
     return {name: values.detach().cpu() for name, values in found.items()}, evidence
 
 
@@ -122,7 +125,7 @@ def _make_samples(windows: Tensor | Samples | None) -> Samples | None:
     if windows is None or isinstance(windows, Samples):
         return windows
     if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
-        raise MptkError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
+        raise DataError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
     return make_token_samples(windows)
 
 
@@ -139,9 +142,9 @@ def select_units(analysis: Analysis, scores: Scores, widths: Mapping[str, int], 
     for variable in find_variables(analysis, widths):
         name, family, width = variable.name, variable.family, widths[variable.name]
         if name not in scores and family.name not in scores:
-            raise MptkError(f"{name} has no scores; score it before choosing its units")
+            raise InputError(f"{name} has no scores; score it before choosing its units", name=name)
         if not 1 <= width <= family.size:
-            raise MptkError(f"{name} cannot keep {width} units; give a width in 1..{family.size}")
+            raise BudgetError(f"{name} cannot keep {width} units; give a width in 1..{family.size}", name=name)
         # The class decides, too: if a block's kind follows from its position, it holds only some sets of blocks.
         if isinstance(family, Depth):
             units = choose_blocks(family.stack, scores[name].flatten().tolist(), width, stock)
@@ -156,10 +159,14 @@ def select_units(analysis: Analysis, scores: Scores, widths: Mapping[str, int], 
 
 def find_variables(analysis: Analysis, names: Iterable[str]) -> tuple[Variable, ...]:
     """The variables of these names. Raises MptkError if the model lacks one."""
-    try:
-        return tuple(analysis.variable(name) for name in names)
-    except KeyError as error:
-        raise MptkError(error.args[0]) from error
+    found = []
+    for name in names:
+        try:
+            found.append(analysis.variable(name))
+        except KeyError as error:
+            known = [family.name for family in analysis.all_families]
+            raise InputError(error.args[0], name=name, nearest=list_close_names(name, known, cutoff=0)) from error
+    return tuple(found)
 
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError
 from mptk.ir import Analysis, Cut, Group, Kind, Term, Variable, find_unit_indices
 from mptk.methods.criteria.observe import Calibration, Site, find_uses
 
@@ -85,9 +85,10 @@ def sum_uses(evidence: Mapping[Site, T], variables: Sequence[Variable], importan
 def _use(evidence: Mapping[Site, T], variable: Variable, group: Group, importance: Callable[[T], Tensor]) -> Tensor:
     found = find_uses(evidence, group)
     if not found:
-        raise MptkError(
+        raise AnalysisError(
             f"no weight of {group.layer or 'the model'} sums over or makes the units of {variable.name}, so their "
-            "activations cannot be scored; use magnitude, taylor or random"
+            "activations cannot be scored; use magnitude, taylor or random",
+            name=variable.name,
         )
     return _sum_parts(sum_units(importance(evidence[site]), site.weight_dims, dim, group) for site, dim in found)
 

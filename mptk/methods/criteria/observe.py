@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from mptk.compat.torch import vmap_opens
 from mptk.distributed.processes import Sharing, share_batches
-from mptk.errors import MptkError
+from mptk.errors import DataError, InputError
 from mptk.ir import (
     Analysis,
     Dims,
@@ -61,8 +61,9 @@ class Calibration:
     def samples(self) -> Samples:
         """The text. Raises MptkError if there is none."""
         if self.text is None:
-            raise MptkError(
-                "this criterion needs calibration text; pass windows of token ids, or use magnitude or random"
+            raise InputError(
+                "this criterion needs calibration text; pass windows of token ids, or use magnitude or random",
+                name="data",
             )
         return self.text
 
@@ -305,7 +306,7 @@ def split_batches(program: Program, samples: Samples, positions: int) -> list[Sa
         shapes = [tensor.shape for tensor in batch.tensors]
         if len(traced) != len(shapes) or not all(map(_is_traced_shape, traced, shapes)):
             said = ", ".join(str(list(shape)) for shape in traced)
-            raise MptkError(
+            raise DataError(
                 f"the program was traced for inputs {said} and calibration has "
                 f"{', '.join(str(list(shape)) for shape in shapes)}; trace the model with dynamic=True"
             )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError, InputError
 from mptk.ir import Analysis, AxisFacts, Cut, Group, Term, Variable, list_axes, name_base_op, resolve
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Compensation, Criterion, Scores, sum_units
@@ -60,9 +60,10 @@ def measure_experts(given: Calibration) -> Routed:
     sites = find_sites(given.analysis)
     experts = [v for v in given.variables if all(_find_mixtures(sites, group) for group in v.groups)]
     if not experts:
-        raise MptkError(
+        raise InputError(
             f"reap scores whole experts, and none are in {', '.join(v.name for v in given.variables)}; name a family "
-            "of experts in --families, or use --method wanda"
+            "of experts in --families, or use --method wanda",
+            name="families",
         )
     others = [v for v in given.variables if v not in experts]
     scores, tokens = _sum_contributions(replace(given, variables=experts), sites)
@@ -129,9 +130,10 @@ def _find_gate(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
             found: fx.Node = node
             return found
         made.add(node)
-    raise MptkError(
+    raise AnalysisError(
         f"no router weight multiplies the outputs of {group.layer}'s experts, so reap cannot score them; use --method "
-        "wanda"
+        "wanda",
+        name=group.layer,
     )
 
 

@@ -10,7 +10,7 @@ from mptk.cost.budgets import KV_CACHE, LATENCY
 from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import find_operator_times
 from mptk.distributed.processes import connect_processes
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError, BudgetError, InputError, MptkError, TargetError
 from mptk.ir import Alignment, Analysis, read_alignment
 from mptk.plugins import explain_absent, load_parts
 from mptk.progress import Progress
@@ -43,7 +43,9 @@ def apply_budget(
     if s.budget != LATENCY:
         return build_cost_model(analysis, s, itemsize, before), s
     if s.budget not in (predictors := load_parts("predictors")):
-        raise MptkError(f"nothing here predicts a {s.budget}; {explain_absent() or 'give another --budget'}")
+        raise InputError(
+            f"nothing here predicts a {s.budget}; {explain_absent() or 'give another --budget'}", name="budget"
+        )
     names = _list_variable(analysis, legal, s, planned)
     families = [f for f in map(analysis.family, names) if f.kind == "channels"]
     ladders = {f.name: legalize.list_aligned_widths(f, build_alignment(s)) for f in families}
@@ -56,7 +58,11 @@ def apply_budget(
         return cost, s
     dense = latency({})
     if dense <= s.max_ms:
-        raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
+        raise BudgetError(
+            f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that",
+            name="max_ms",
+            nearest=(dense,),
+        )
     wanted = 1 - s.max_ms / dense + s.tolerance
     return cost, replace(s, sparsity=min(wanted, MOST_SPARSITY))
 
@@ -118,7 +124,7 @@ def find_widths(prepared: Prepared) -> list[Candidate]:
         if home is None:
             raise
         if not prepared.settings.rehome:
-            raise MptkError(f"{error}; or give --rehome: {home} holds them with equal logits") from error
+            raise error.reword(f"{error}; or give --rehome: {home} holds them with equal logits") from error
         return candidates
 
 
@@ -153,9 +159,11 @@ def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
     candidates = legalize.find_candidates(cost, legal, families, s.sparsity)
     if set(names) <= set(s.widths):
         if s.divider:
-            raise MptkError(f"--width fixes every family, so {s.divider} has nothing to choose; leave out one of both")
+            raise InputError(
+                f"--width fixes every family, so {s.divider} has nothing to choose; leave out one of both", name="width"
+            )
         if not candidates:
-            raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
+            raise TargetError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
         return candidates[:1]
     if s.max_ms is not None:
         _check_reached(prepared, legal, candidates)
@@ -176,16 +184,18 @@ def _check(prepared: Prepared, legal: LegalWidths, names: Sequence[str]) -> None
         if name in s.keep:
             continue
         if (refusal := prepared.method.explain_refusal(prepared.analysis, name)) is not None:
-            raise MptkError(refusal)
+            raise AnalysisError(refusal, name=name)
         if len(legal.ladders[name]) == 1:
             why = legal.refused.get(name, "no narrower width is legal")
             remedy = _choose_remedy(legal, "try --target graph", "name other --families")
-            raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
+            raise TargetError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}", name=name)
         if missing := find_missing_partners(name, {*names, *s.widths}, legal.together):
             others = ", ".join(sorted(missing))
-            raise MptkError(
+            raise TargetError(
                 f"{name} can only be cut together with {others} for target {s.target}; "
-                f"name them in --families, too{_choose_remedy(legal, ', or try --target graph')}"
+                f"name them in --families, too{_choose_remedy(legal, ', or try --target graph')}",
+                name=name,
+                nearest=sorted(missing),
             )
 
 
@@ -203,7 +213,9 @@ def _explain_nothing(prepared: Prepared, legal: LegalWidths) -> MptkError:
             f"no narrower width of {', '.join(unaligned[:3])} is aligned",
             "give a smaller --align, as --align 1",
         )
-    return MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
+    return TargetError(
+        f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}", name=s.target
+    )
 
 
 def _check_reached(prepared: Prepared, legal: LegalWidths, candidates: Sequence[Candidate]) -> None:
@@ -212,9 +224,11 @@ def _check_reached(prepared: Prepared, legal: LegalWidths, candidates: Sequence[
     if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
         return
     nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe_widths(c.widths)}" for c in candidates[:3]]
-    raise MptkError(
+    raise BudgetError(
         f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
-        f"Ask for one of these; or {describe_levers(prepared, legal, candidates[0].widths if candidates else ())}"
+        f"Ask for one of these; or {describe_levers(prepared, legal, candidates[0].widths if candidates else ())}",
+        name="max_ms",
+        nearest=((1 - c.sparsity) * dense for c in candidates[:3]),
     )
 
 
@@ -239,7 +253,7 @@ def check_any(analysis: Analysis, cost: CostModel) -> None:
     """Raise MptkError, with reasons, if no weight of the model can be cut."""
     if not getattr(cost.dense, cost.budget):
         why = "; ".join(f"{b.weights[0]}: {b.reasons[0]}" for b in analysis.blocked[:3])
-        raise MptkError(f"nothing in this model can be cut ({why or 'it has no weights'}); give another model")
+        raise AnalysisError(f"nothing in this model can be cut ({why or 'it has no weights'}); give another model")
 
 
 def _choose_remedy(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
@@ -283,7 +297,11 @@ def fix_widths(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:
     for name, width in widths.items():
         if width not in legal.ladders[name]:
             near = sorted(legal.ladders[name], key=lambda w: abs(w - width))[:3]
-            raise MptkError(f"{name} cannot have width {width}; the nearest legal ones are {sorted(near)}")
+            raise BudgetError(
+                f"{name} cannot have width {width}; the nearest legal ones are {sorted(near)}",
+                name=name,
+                nearest=sorted(near),
+            )
     return replace(legal, ladders={**legal.ladders, **{name: (width,) for name, width in widths.items()}})
 
 
@@ -294,8 +312,10 @@ def limit_widths(legal: LegalWidths, prepared: Prepared) -> LegalWidths:
     most = prepared.start.plan.widths
     ladders = {name: tuple(w for w in ws if w <= most.get(name, ws[-1])) for name, ws in legal.ladders.items()}
     if none := sorted(name for name, widths in ladders.items() if not widths):
-        raise MptkError(
+        raise BudgetError(
             f"{prepared.settings.larger} has only {most[none[0]]} units of {none[0]} left; give a narrower --width, or "
-            "leave it out"
+            "leave it out",
+            name=none[0],
+            nearest=(most[none[0]],),
         )
     return replace(legal, ladders=ladders)

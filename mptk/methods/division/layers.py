@@ -17,7 +17,7 @@ from functools import partial
 
 from mptk.cost.budgets import LATENCY
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
+from mptk.errors import BudgetError
 from mptk.ir import Plan, Variable
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
@@ -72,9 +72,11 @@ def choose_division(
     plans = {name: plan for name, plan in plans.items() if abs(removed[name] - sparsity) <= tolerance}
     if not plans:
         nearest = min(removed.values(), key=lambda share: abs(share - sparsity))
-        raise MptkError(
+        raise BudgetError(
             f"no tried widths give sparsity {sparsity:.3f}; nearest: {nearest:.3f}. Ask for that, or leave out "
-            "--layers free"
+            "--layers free",
+            name="sparsity",
+            nearest=(nearest,),
         )
     return find_best_plan(prepared, plans, sets.calibration.make_batches(COMPARED)[0])
 

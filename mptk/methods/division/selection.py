@@ -14,7 +14,7 @@ from torch import nn
 
 from mptk.config import Settings
 from mptk.cost.model import is_layered
-from mptk.errors import MptkError
+from mptk.errors import AnalysisError, DataError, InputError, list_close_names
 from mptk.ir import Analysis, Family, Variable, Variables, read_alignment
 from passes.targets.legalize import LegalWidths
 from passes.targets.width_choices import find_missing_partners
@@ -65,7 +65,7 @@ def tie_layers(analysis: Analysis, settings: Settings) -> Tying:
         whole |= {v.name for v in tied if not inside[family.name]}
     families = _name_cut(found, cut, [name for name in s.widths if name in found])
     if s.families and not families:
-        raise MptkError("--keep leaves nothing of --families to cut; leave out one of them")
+        raise InputError("--keep leaves nothing of --families to cut; leave out one of them", name="keep")
     widths = {name: width for name, width in s.widths.items() if name in found}
     return Tying(found, frozenset(whole), families, tuple(v.name for v in kept if v.uniform), widths)
 
@@ -100,20 +100,28 @@ def find_named(analysis: Analysis, name: str) -> Variable:
     families = {f.name: f for f in analysis.all_families}
     whole = families.get(name.rpartition(".")[0])
     if whole is not None and len(layers := whole.tie().list_layers()) > 1:
-        raise MptkError(f"no layer {name!r}; there are {layers[0].name} to {layers[-1].name}")
+        raise InputError(
+            f"no layer {name!r}; there are {layers[0].name} to {layers[-1].name}",
+            name=name,
+            nearest=list_close_names(name, [layer.name for layer in layers], cutoff=0),
+        )
     if fixed := next((axis for axis in analysis.blocked if axis.name == name), None):
         why = fixed.reasons[0].partition(" (")[0]
-        raise MptkError(f"{name} is no family, and keeps its {fixed.size} channels: {why}; leave it out")
+        raise InputError(f"{name} is no family, and keeps its {fixed.size} channels: {why}; leave it out", name=name)
     first = next((f.tie().list_layers()[0].name for f in analysis.families if is_layered(f)), "")
     example = first and f" (and layers of them, as {first})"
-    raise MptkError(f"no family {name!r}; there are {', '.join(families)}{example}")
+    raise InputError(
+        f"no family {name!r}; there are {', '.join(families)}{example}",
+        name=name,
+        nearest=list_close_names(name, families, cutoff=0),
+    )
 
 
 def check_aligned(analysis: Analysis, settings: Settings) -> None:
     """Raise MptkError unless each name in ``--align`` is a family's."""
     for name in read_alignment(settings.align).own:
         if not find_named(analysis, name).uniform:
-            raise MptkError(f"--align {name}: layers share the divisor of their family; name the family")
+            raise InputError(f"--align {name}: layers share the divisor of their family; name the family", name="align")
 
 
 def list_layers_inside(family: Family, settings: Settings) -> list[int]:
@@ -142,14 +150,14 @@ def _check(analysis: Analysis, inside: Mapping[str, Sequence[int]], settings: Se
     there = {block for f in analysis.families if is_layered(f) for block in number_blocks(f)}
     if missing := (s.only_layers or frozenset()) - there:
         known = f"0 to {max(there)}" if there else "none"
-        raise MptkError(f"--layers {s.layers}: there is no layer {min(missing)}; the model has {known}")
+        raise InputError(f"--layers {s.layers}: there is no layer {min(missing)}; the model has {known}", name="layers")
     for name in (*s.families, *s.widths):
         variable = find_named(analysis, name)
         family = variable.family.name
         if s.only_layers is not None and not set(variable.layers) & set(inside[family]):
-            raise MptkError(f"{name} is outside of --layers {s.layers}; leave out one of both")
+            raise InputError(f"{name} is outside of --layers {s.layers}; leave out one of both", name=name)
         if family in s.keep:
-            raise MptkError(f"{name} is to be cut, and {family} is in --keep; leave it out of one of them")
+            raise InputError(f"{name} is to be cut, and {family} is in --keep; leave it out of one of them", name=name)
 
 
 Parts = Mapping[str, Sequence[str]]
@@ -182,12 +190,16 @@ def expand_parts(names: Iterable[str], analysis: Analysis, legal: LegalWidths, p
             continue
         inside = list_part_families(analysis, parts, name)
         if not inside:
-            raise MptkError(f"the samples of --data do not run {name}; give data that it reads, or other --families")
+            raise DataError(
+                f"the samples of --data do not run {name}; give data that it reads, or other --families", name=name
+            )
         legals = [f for f in inside if len(legal.ladders.get(f, ())) > 1]
         channels = [f for f in legals if analysis.family(f).kind == "channels"]
         layered = [f for f in channels if is_layered(analysis.family(f))]
         if not (cut := _keep_independent(layered, legal) or _keep_independent(channels, legal)):
-            raise MptkError(f"no family of {name} has another legal width; see mptk analyze, or use --target graph")
+            raise AnalysisError(
+                f"no family of {name} has another legal width; see mptk analyze, or use --target graph", name=name
+            )
         found += cut
     return tuple(dict.fromkeys(found))
 

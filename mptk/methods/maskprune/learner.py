@@ -35,7 +35,7 @@ from mptk.distributed.processes import (
     make_accelerator,
     place_model,
 )
-from mptk.errors import MptkError
+from mptk.errors import InputError, ModelError, PackageError
 from mptk.ir import Samples, collect_kept_units, resolve_plan
 from mptk.methods.criteria import Scores, score_units, select_units
 from mptk.methods.criteria.wanda import WANDA
@@ -99,12 +99,13 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
     made = make_accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
     if tracker is not None:
         if not made.log_with:
-            raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
+            raise PackageError(f"the tracker {tracker} is not installed; pip install {tracker}", name=tracker)
         made.init_trackers(TRACKER)
     if settings.training.batch % made.num_processes:
-        raise MptkError(
+        raise InputError(
             f"a batch of {settings.training.batch} windows does not divide over {made.num_processes} processes; "
-            "give another --batch"
+            "give another --batch",
+            name="batch",
         )
     return made
 
@@ -210,9 +211,11 @@ class Learner:
         depths = {f.name: f.stack.stay for f in prepared.analysis.depths if f.name in shapes}
         whole, batch, count = prepared.settings.learning, self.settings.training.batch, self.accelerator.num_processes
         if batch % count:
-            raise MptkError(
+            raise InputError(
                 f"a step that learns masks has {batch} windows, which do not divide over {count} processes; "
-                f"give --batch {whole.mask_parts * count}"
+                f"give --batch {whole.mask_parts * count}",
+                name="batch",
+                nearest=(whole.mask_parts * count,),
             )
         # A step of the settings is several of the solver's (``mask_parts``), each with a part of the batch.
         steps = whole.mask_steps * whole.mask_parts
@@ -430,9 +433,10 @@ def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     names = [name for name in linear if name not in but and not is_lora_refused(model, name)]
     if not names:
-        raise MptkError(
+        raise ModelError(
             f"{type(model).__name__} has no linear layer for LoRA, with which masks are learned; give a one-shot "
-            "--method, as wanda, and no --rank"
+            "--method, as wanda, and no --rank",
+            name=type(model).__name__,
         )
     transposed = any(isinstance(m, Conv1D) for m in model.modules())  # GPT-2's layers hold [in, out]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)

@@ -9,7 +9,7 @@ import torch
 
 from mptk.config import FREE, Settings
 from mptk.cost.estimate import Pass
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.ir import Analysis
 from mptk.methods.division.layers import choose_division
 from mptk.methods.division.trial import plan_widths
@@ -35,9 +35,13 @@ class MaskPrune(Method):
 
     def check(self, settings: Settings) -> None:
         if not settings.steps:
-            raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
+            raise InputError(
+                "maskprune learns in steps; give --steps, 100 or more, or a one-shot --method", name="steps"
+            )
         if settings.learning.precision == "fp16":
-            raise MptkError("masks are learned from gradients, which fp16 scales; use --precision bf16 or no")
+            raise InputError(
+                "masks are learned from gradients, which fp16 scales; use --precision bf16 or no", name="precision"
+            )
 
     def explain_refusal(self, analysis: Analysis, family: str) -> str | None:
         return find_disturbance(analysis, family)

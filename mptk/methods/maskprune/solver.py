@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mptk.config import Rates
 from mptk.distributed.processes import find_widest_float
-from mptk.errors import MptkError
+from mptk.errors import BudgetError, InputError
 from mptk.methods.criteria.fisher import combine_curvature, subtract_noise
 
 Resource = Callable[[Mapping[str, float]], float]
@@ -181,7 +181,9 @@ class Solver:
         for family, m in self.masks.items():
             assert m.grad is not None
             if not m.grad.isfinite().all():
-                raise MptkError(f"the gradient of {family}'s masks is not finite; lower --lr or train in float32")
+                raise InputError(
+                    f"the gradient of {family}'s masks is not finite; lower --lr or train in float32", name="lr"
+                )
             g = m.grad.to(self.last[family].dtype)
             # g is a mean over n tokens: n times the squares of what each adds is the mean square of one token's.
             if self.squares[family].any():
@@ -253,9 +255,10 @@ class Solver:
         rate = 10 * self.rates.price / (self.steps * self.rounds)
         self.z *= math.exp(min(rate * self._compute_excess(), LARGEST_EXPONENT))
         if not 0 <= self.z < DIVERGED:
-            raise MptkError(
+            raise BudgetError(
                 f"step {self.step_count}: the dual z is {self.z:.3g} at {self.resource(self.compute_widths()):.3f} of "
-                f"the cost, so the budget of {self.budget:.3f} cannot be met; ask for less"
+                f"the cost, so the budget of {self.budget:.3f} cannot be met; ask for less",
+                name="sparsity",
             )
 
     def _compute_excess(self) -> float:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
+from mptk.errors import FileError, MptkError
 from mptk.files import tidy, write_file
 from mptk.io import load_tensors
 from mptk.ir import Samples
@@ -84,7 +84,7 @@ class CachedTeacher:
 
 
 def _explain_damage(file: Path, why: str) -> MptkError:
-    return MptkError(f"{file} is not a teacher's output ({why}); remove it, and it is computed again")
+    return FileError(f"{file} is not a teacher's output ({why}); remove it, and it is computed again", name=file)
 
 
 def hash_model_weights(model: nn.Module) -> str:

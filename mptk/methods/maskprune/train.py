@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 from mptk.config import Learning, Training
 from mptk.distributed.processes import find_widest_float, gather_tensor, gather_tensors, prepare_training, shard_like
-from mptk.errors import MptkError
+from mptk.errors import InputError
 from mptk.ir import ProgramModule, Samples, join_outputs
 from mptk.methods.maskprune.losses import compute_distillation_losses, compute_hidden_error
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
@@ -247,9 +247,10 @@ class Loop:
     def _require_finite(self, metrics: Metrics, step: int) -> None:
         if not all(math.isfinite(v) for v in metrics.values()):
             values = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-            raise MptkError(
+            raise InputError(
                 f"step {step + 1} of {self.phase}: {values}; lower --lr or use float32, then --resume from the last "
-                f"checkpoint in {self.folder.path}"
+                f"checkpoint in {self.folder.path}",
+                name="lr",
             )
 
     # ---- checkpoints ----
@@ -318,7 +319,9 @@ def run_module(task: Task, module: nn.Module, samples: Samples, *, hidden: bool 
         found = task.call(module, samples, output_hidden_states=True)
         output, states = task.read(found), getattr(found, "hidden_states", None)
         if states is None:
-            raise MptkError("this model gives no hidden states to compare; leave out --hidden-loss")
+            raise InputError(
+                "this model gives no hidden states to compare; leave out --hidden-loss", name="hidden_loss"
+            )
     return output if isinstance(output, Tensor) else join_outputs(output), states
 
 

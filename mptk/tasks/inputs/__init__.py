@@ -6,7 +6,7 @@ from inspect import signature
 
 from torch import nn
 
-from mptk.errors import MptkError
+from mptk.errors import ModelError
 from mptk.plugins import with_features
 from mptk.tasks.inputs.base import Inputs
 from mptk.tasks.inputs.images import Images, Videos, count_frames
@@ -27,7 +27,9 @@ def choose_inputs(model: nn.Module) -> Inputs:
     if main not in kinds:  # Perceiver's ``inputs`` has another name as well
         main = next((name for name in kinds if name in signature(model.forward).parameters), main)
     if main not in kinds:
-        raise MptkError(f"{type(model).__name__} reads {main}, which mptk cannot make; give --inputs (docs/kinds.md)")
+        raise ModelError(
+            f"{type(model).__name__} reads {main}, which mptk cannot make; give --inputs (docs/kinds.md)", name=main
+        )
     return VIDEOS if main == "pixel_values" and count_frames(model) else kinds[main]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk.config import Settings
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import DataError, FileError, MptkError, take_first_line
 from mptk.files import expand_path
 from mptk.io import RANDOM_DATA, RANDOM_NAME, Loaded
 from mptk.ir import Samples
@@ -93,13 +93,14 @@ class FileInputs(Inputs):
         """All such files in the folder ``data`` and below, in the order of their paths."""
         folder, what = expand_path(data), self.what
         if not folder.is_dir():
-            raise MptkError(
-                f"this model reads {what}, and {data} is not a folder of them; give one with --data, or random"
+            raise DataError(
+                f"this model reads {what}, and {data} is not a folder of them; give one with --data, or random",
+                name=data,
             )
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
         if not found:
             ends = ", ".join(self.suffixes)
-            raise MptkError(f"{data} holds no {what} ({ends}); give a folder with some, or convert them")
+            raise DataError(f"{data} holds no {what} ({ends}); give a folder with some, or convert them", name=data)
         return found
 
 
@@ -111,9 +112,10 @@ def load_preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") 
     try:
         return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trust.allows_code)
     except (OSError, ValueError, ImportError) as error:
-        raise MptkError(
+        raise FileError(
             f"{loaded.source} has no {what} that transformers can load ({take_first_line(error)}); add its "
-            f"preprocessor_config.json,{packages} or give --data random"
+            f"preprocessor_config.json,{packages} or give --data random",
+            name=loaded.source,
         ) from error
 
 
@@ -137,13 +139,16 @@ def check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
     for name in inputs.keys() & like.keys():
         tensor, wanted = inputs[name], ["n", *like[name].shape[1:]]
         if tensor.ndim != len(wanted) or not tensor.numel():
-            raise MptkError(
-                f"{name} in data is {list(tensor.shape)}, not like {wanted}; put the samples in the first dimension"
+            raise DataError(
+                f"{name} in data is {list(tensor.shape)}, not like {wanted}; put the samples in the first dimension",
+                name=name,
             )
         if tensor.isinf().any() and not like[name].isinf().any():
-            raise MptkError(f"{name} in data holds inf, and the example inputs do not; give finite numbers")
+            raise DataError(f"{name} in data holds inf, and the example inputs do not; give finite numbers", name=name)
 
 
 def make_missing_error(name: str, like: Mapping[str, Tensor]) -> MptkError:
     """The error for samples without the input ``name``."""
-    return MptkError(f"the samples in data lack the input {name!r}; the model takes {', '.join(like)}")
+    return DataError(
+        f"the samples in data lack the input {name!r}; the model takes {', '.join(like)}", name=name, nearest=like
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from mptk.errors import MptkError
+from mptk.errors import DataError, FileError
 from mptk.files import expand_path
 from mptk.io import CHATS, ChatTemplate, has_text, read_json_rows
 
@@ -60,12 +60,13 @@ def read_chats(data: str) -> list[Chat]:
     elif place.is_file() and place.suffix in TABLES:
         found = [_read_chat(row, place.parent, f"row {i} of {data}") for i, row in enumerate(read_json_rows(place), 1)]
     else:
-        raise MptkError(
+        raise DataError(
             f"this model reads images with text, and {data} is neither a folder of images with {' or '.join(METADATA)} "
-            "nor a .jsonl file of chats; give one with --data, or random"
+            "nor a .jsonl file of chats; give one with --data, or random",
+            name=data,
         )
     if not found:
-        raise MptkError(f"{data} holds no images with text; give a folder or a file with some")
+        raise DataError(f"{data} holds no images with text; give a folder or a file with some", name=data)
     return found
 
 
@@ -90,13 +91,17 @@ def _read_captions(folder: Path) -> Iterator[Chat]:
     """A chat for each caption: the user shows the image, the assistant says the caption."""
     file = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if file is None:
-        raise MptkError(f"{folder} has no {' or '.join(METADATA)} with captions; write one with the column {FILE}")
+        raise DataError(
+            f"{folder} has no {' or '.join(METADATA)} with captions; write one with the column {FILE}", name=folder
+        )
     for number, row in enumerate(_read_rows(file), 1):
         where = f"row {number} of {file}"
         # The column of captions may have any name, so it must be the only one with text.
         texts = [name for name, value in row.items() if name != FILE and isinstance(value, str)]
         if len(texts) != 1 or not isinstance(row.get(FILE), str):
-            raise MptkError(f"{where} needs {FILE} and one column of text; it has {', '.join(map(str, row))}")
+            raise DataError(
+                f"{where} needs {FILE} and one column of text; it has {', '.join(map(str, row))}", name=where
+            )
         said = {"role": "assistant", "content": [{"type": "text", "text": row[texts[0]]}]}
         turns = [{"role": "user", "content": [{"type": "image"}]}, said]
         yield Chat(turns, [_resolve_image(folder, row[FILE], where)], where)
@@ -114,7 +119,9 @@ def _read_chat(row: Mapping[str, Any], folder: Path, where: str) -> Chat:
     """A row with turns, whose images are named in the turns or in a column beside them."""
     turns = next((row[name] for name in CHATS if isinstance(row.get(name), list)), None)
     if turns is None or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
-        raise MptkError(f"{where} has no chat: a list of {{role, content}} in a column {' or '.join(CHATS)}")
+        raise DataError(
+            f"{where} has no chat: a list of {{role, content}} in a column {' or '.join(CHATS)}", name=where
+        )
     # Images without a name in the turns are those of the column, in their order.
     named = list(row.get(IMAGES) or [])
     plain, images = [], list[Path]()
@@ -125,18 +132,20 @@ def _read_chat(row: Mapping[str, Any], folder: Path, where: str) -> Chat:
             if part.get("type") == "image":
                 name = part.get("path") or part.get("image") or part.get("url") or (named.pop(0) if named else None)
                 if not isinstance(name, str):
-                    raise MptkError(f'{where} has an image without a file; name it as {{"type": "image", "path": …}}')
+                    raise DataError(
+                        f'{where} has an image without a file; name it as {{"type": "image", "path": …}}', name=where
+                    )
                 images.append(_resolve_image(folder, name, where))
         # A template gets only what it may write: text, and where an image is.
         shown = [part if part.get("type") == "text" else {"type": "image"} for part in parts]
         plain.append({"role": turn["role"], "content": shown})
     if not images:
-        raise MptkError(f'{where} has no image; put {{"type": "image", "path": …}} into a turn')
+        raise DataError(f'{where} has no image; put {{"type": "image", "path": …}} into a turn', name=where)
     return Chat(plain, images, where)
 
 
 def _resolve_image(folder: Path, name: str, where: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise MptkError(f"{where} names {name}, and there is no such file in {folder}; check the path")
+        raise FileError(f"{where} names {name}, and there is no such file in {folder}; check the path", name=name)
     return path

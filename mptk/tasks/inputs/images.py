@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
 
-from mptk.errors import MptkError
+from mptk.errors import DataError, FileError, ModelError, PackageError
 from mptk.io import Loaded
 from mptk.progress import Count
 from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, load_preprocessor, select_accepted
@@ -57,10 +57,15 @@ class Images(FileInputs):
         # The model is traced with the example's inputs, so data must have the same ones.
         if any(set(names) != set(one) for one in made):
             extra = ", ".join(sorted(set(made[0]) ^ set(names)))
-            raise MptkError(f"{loaded.source} reads {extra}, which mptk cannot make; give --inputs (docs/kinds.md)")
+            raise ModelError(
+                f"{loaded.source} reads {extra}, which mptk cannot make; give --inputs (docs/kinds.md)", name=extra
+            )
         # More shapes than inputs: some input has several.
         if len({tuple(one[name].shape) for one in made for name in names}) > len(names):
-            raise MptkError(f"the image processor of {loaded.source} gives several sizes; give images of one size")
+            raise DataError(
+                f"the image processor of {loaded.source} gives several sizes; give images of one size",
+                name=loaded.source,
+            )
         return {name: torch.cat([one[name] for one in made]).to(example[name].dtype) for name in names}
 
 
@@ -82,7 +87,9 @@ def open_image(path: Path) -> Any:
         # Pillow is an extra: only images need it.
         from PIL import Image
     except ImportError as error:
-        raise MptkError("pillow is not installed, and it reads images; run: pip install 'mptk[images]'") from error
+        raise PackageError(
+            "pillow is not installed, and it reads images; run: pip install 'mptk[images]'", name="pillow"
+        ) from error
     try:
         with (
             warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
@@ -90,7 +97,9 @@ def open_image(path: Path) -> Any:
         ):
             return image.convert("RGB")
     except Exception as error:  # each format's reader has errors of its own
-        raise MptkError(f"{path} is not a readable image ({error}); remove it or give another folder") from error
+        raise FileError(
+            f"{path} is not a readable image ({error}); remove it or give another folder", name=path
+        ) from error
 
 
 def count_frames(model: nn.Module) -> int | None:
@@ -122,7 +131,9 @@ class Videos(Images):
         for done, folder in enumerate(files, 1):
             pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in self.suffixes)[:frames]
             if len(pictures) != frames:
-                raise MptkError(f"{folder} has {len(pictures)} frames, and the model reads {frames}; give more")
+                raise DataError(
+                    f"{folder} has {len(pictures)} frames, and the model reads {frames}; give more", name=folder
+                )
             found = processor(images=[open_image(file) for file in pictures], return_tensors="pt")["pixel_values"]
             made.append(found.reshape(1, frames, *found.shape[-3:]))
             progress(done, len(files))

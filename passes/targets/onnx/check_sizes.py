@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from mptk.compat.symbols import interpret
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.ir import REFUSED, CallSizes, SizeOperations, SizeValue, compute_symbols
 
 # Python's numbers: float64, since float32 would round sizes.
@@ -66,7 +66,7 @@ class CheckSizesPass(ir.passes.InPlacePass):
             try:
                 holds = interpret(nodes, values, condition.holds)
             except KeyError as error:
-                raise MptkError(f"a graph cannot check that {said}: it lacks {error}; leave out ONNX") from error
+                raise TargetError(f"a graph cannot check that {said}: it lacks {error}; leave out ONNX") from error
             if isinstance(holds, ir.Value):  # else it holds whatever the sizes are
                 found = nodes.require(found, holds, f"{REFUSED}{said}")
         if found is checked:

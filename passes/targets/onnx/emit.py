@@ -18,7 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch.export import ExportedProgram
 
 from mptk.compat.torch import hide_exporter_logs
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import TargetError, TraceError, take_first_line
 from mptk.ir import Log, Pass, PassRecord, Program, run_passes
 from mptk.progress import step_through
 from passes.targets.onnx.check_sizes import CheckSizesPass
@@ -63,7 +63,7 @@ def make_decoder_interface(program: Program, positions: Axes = TOKEN_AXES, befor
     tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": positions}
     layers, rest = divmod(len(program.user_inputs) - before - len(tokens), 2)
     if layers < 1 or rest:
-        raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
+        raise TraceError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
     past = {f"past_key_values.{part}": PAST_AXES for part in parts}
     return Interface({**tokens, **past}, ["logits", *(f"present.{part}" for part in parts)])
@@ -125,7 +125,9 @@ def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
     try:
         return with_weights(_export_model(with_fake_weights(program).to_exported()), program)
     except torch.onnx.OnnxExporterError:
-        raise MptkError(f"torch.onnx cannot write this model: {_find_first_cause(first)}; see docs/onnx.md") from first
+        raise TargetError(
+            f"torch.onnx cannot write this model: {_find_first_cause(first)}; see docs/onnx.md"
+        ) from first
 
 
 def _export_model(program: ExportedProgram) -> ir.Model:

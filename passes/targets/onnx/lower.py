@@ -32,7 +32,7 @@ from torch.export import ExportedProgram
 from torch.fx.node import Argument
 
 from mptk.compat.torch import OpOverload, enable_python_dispatcher, express_size, find_schema, mark_undecomposed
-from mptk.errors import MptkError
+from mptk.errors import TraceError
 from mptk.ir import Pass, PassResult, Program, list_state_shapes, name_op, write_size_functions
 
 aten = torch.ops.aten
@@ -78,7 +78,9 @@ class LowerOps(Pass):
     def requires(self, program: Program) -> None:
         """Real weights."""
         if not program.has_values:
-            raise MptkError("cannot write ONNX: the program was traced without weights; load the model's weights first")
+            raise TraceError(
+                "cannot write ONNX: the program was traced without weights; load the model's weights first"
+            )
 
     def run(self, program: Program) -> PassResult:
         module = program.copy_graph()

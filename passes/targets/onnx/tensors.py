@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from mptk.errors import MptkError, take_first_line
+from mptk.errors import TargetError, take_first_line
 from mptk.files import write_together
 from passes.targets.onnx.names import name_data_file
 
@@ -66,7 +66,7 @@ def save_graph(model: ir.Model, file: Path) -> Path:
         try:
             onnx.checker.check_model(temporary / file.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise MptkError(
+            raise TargetError(
                 f"torch.onnx writes a graph that ONNX does not accept ({take_first_line(error)}); leave out ONNX"
             ) from error
     return file

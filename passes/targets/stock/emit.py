@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.transformers import replace_saver
-from mptk.errors import MptkError
+from mptk.errors import TargetError
 from mptk.files import format_json
 from mptk.io import defer_weight, make_portable_config, make_writer, plan_shards, save_tokenizer
 from mptk.ir import Weights
@@ -103,12 +103,13 @@ def _attach(shell: nn.Module, name: str, like: Tensor) -> None:
 def _check_shapes(likes: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(likes.keys() ^ shapes.keys()):
         owner = "cut model" if name in likes else "stock class"
-        raise MptkError(f"only the {owner} has the weight {name}; the stock config does not fit the cut")
+        raise TargetError(f"only the {owner} has the weight {name}; the stock config does not fit the cut", name=name)
     for name, like in likes.items():
         if tuple(like.shape) != shapes[name]:
-            raise MptkError(
+            raise TargetError(
                 f"{name} is {tuple(like.shape)} after the cut but {shapes[name]} in the stock class; "
-                "the stock config does not fit the cut"
+                "the stock config does not fit the cut",
+                name=name,
             )
 
 
@@ -120,6 +121,6 @@ def _check_tied(shell: PreTrainedModel, weights: Weights) -> None:
         if other == name or weights.get_entry(name) is weights.get_entry(other):  # nothing to read
             continue
         if not torch.equal(weights[name], weights[other]):
-            raise MptkError(
-                f"{name} and {other} are one weight in the stock class but differ; untie them in the config"
+            raise TargetError(
+                f"{name} and {other} are one weight in the stock class but differ; untie them in the config", name=name
             )

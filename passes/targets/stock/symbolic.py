@@ -34,7 +34,7 @@ from mptk.compat.symbols import (
     to_expression,
 )
 from mptk.compat.transformers import watch_missing_attributes, without_generation
-from mptk.errors import MptkError
+from mptk.errors import ModelError
 from passes.targets.stock.attempt import Refusal, build_on_meta, build_unchecked_config, hide_warnings, make_refusal
 
 WeightShapes = Mapping[str, tuple[int, ...]]
@@ -189,9 +189,10 @@ class Reading:
     def _make_unread_error(self) -> Exception:
         built = build_on_meta(self.model_class, self.template)
         if isinstance(built, Refusal):
-            return MptkError(
+            return ModelError(
                 f"{self.model_class.__name__} cannot be built from its own config ({built}); "
-                "repair the config, or choose a target that needs no stock class"
+                "repair the config, or choose a target that needs no stock class",
+                name=self.model_class.__name__,
             )
         none = Refusal("shape", self.model_class.__name__, "its config has no integers")
         return Unread(self._refused or none)

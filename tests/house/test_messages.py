@@ -1,0 +1,52 @@
+"""``tests/messages.txt`` has every sentence that mptk can raise: one clear line, cause; remedy."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from tests.messages import FILE, find_sentences, list_error_classes, write_golden
+
+SENTENCES = find_sentences()
+RAISED = [each for each in SENTENCES if each.kind in list_error_classes() - {"BadParameter"}]
+NO_REMEDY = {
+    "TargetError": 17,
+    "PlanError": 15,
+    "InputError": 12,
+    "AnalysisError": 5,
+    "FileError": 3,
+    "ModelError": 3,
+    "DataError": 2,
+    "MachineError": 1,
+    "ProofError": 1,
+    "TraceError": 1,
+}
+"""Sentences without a semicolon, by class; these numbers may only fall. Most are reasons that stand in another sentence,
+say what to write after a colon, or are made elsewhere as a whole."""
+WORDS_WITH_CAPITALS = ("FSDP", "GPTQ", "AWQ", "ONNX")
+
+
+def test_the_file_is_what_the_code_says() -> None:
+    assert FILE.read_text() == write_golden(SENTENCES), "run `make messages`, and read what has changed"
+
+
+def test_each_sentence_is_one_line_without_a_full_stop() -> None:
+    wrong = [
+        e.text for e in RAISED if "\\n" in e.text or "  " in e.text or e.text.endswith(".") or e.text != e.text.strip()
+    ]
+    assert wrong == []
+    assert [e.text for e in RAISED if e.text[0].isupper() and not e.text.startswith(WORDS_WITH_CAPITALS)] == []
+
+
+def test_each_sentence_has_a_remedy() -> None:
+    assert Counter(e.kind for e in RAISED if ";" not in e.text) == NO_REMEDY
+
+
+def test_no_sentence_is_for_two_classes() -> None:
+    whole = [e for e in RAISED if not re.fullmatch(r"{\w+}", e.text)]  # else it is made elsewhere
+    kinds = {text: {e.kind for e in whole if e.text == text} for text in {e.text for e in whole}}
+    assert {text: found for text, found in kinds.items() if len(found) > 1} == {}
+
+
+def test_each_class_is_raised() -> None:
+    assert {e.kind for e in RAISED} == list_error_classes() - {"BadParameter"}

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusals import refuses
 from torch import nn
 
 import mptk
 from mptk import MptkError
 from mptk.errors import explain_errors
+from mptk.testing import refuses
 from passes.analysis.rules import RULES
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""What tests of refusals ask: the class of an error, what it is about and what would work. Its words: ``messages.txt``."""
+"""What tests of refusals ask: the class of an error, what it is about and what would work. Its words are not asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mptk import MptkError
+from mptk.errors import MptkError
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from mptk.errors import MptkError
 
 
 @contextmanager
-def refuses(
+def expect_error(
     kind: type[MptkError], *, name: str | Path | None = None, nearest: Sequence[object] | None = None
 ) -> Iterator[pytest.ExceptionInfo[MptkError]]:
     """Fail unless the code inside raises ``kind``, or a class under it, about ``name`` and with ``nearest``.
 
-    ``with refuses(BudgetError, name="sparsity") as refused``: after it, ``refused.value`` is the error. MptkError itself
-    would take any refusal, so it has to be one of its classes.
+    ``with expect_error(BudgetError, name="sparsity") as refused``: after it, ``refused.value`` is the error. MptkError
+    itself would take any refusal, so it has to be one of its classes.
     """
     assert kind is not MptkError, "say which class"
     with pytest.raises(kind) as refused:

@@ -16,7 +16,7 @@ from torch import nn
 import mptk
 from mptk import MptkError
 from mptk.errors import explain_errors
-from mptk.testing import refuses
+from mptk.testing import expect_error
 from passes.analysis.rules import RULES
 
 ROOT = Path(__file__).parents[2]
@@ -88,25 +88,25 @@ def wrong_rule() -> Iterator[None]:
 
 
 def test_a_setting_is_named_as_in_python() -> None:
-    with refuses(mptk.InputError, name="sparsity", nearest=()):
+    with expect_error(mptk.InputError, name="sparsity", nearest=()):
         mptk.Settings(sparsity=2.0)
-    with refuses(mptk.InputError, name="families"):
+    with expect_error(mptk.InputError, name="families"):
         mptk.Settings(families=("ffn", "ffn"))
-    with refuses(mptk.InputError, name="teacher"):
+    with expect_error(mptk.InputError, name="teacher"):
         mptk.prune("x", teacher="cached", hidden_loss=1.0)
 
 
 def test_a_name_that_is_not_known_has_the_nearest() -> None:
-    with refuses(mptk.InputError, name="sparsty", nearest=("sparsity",)):
+    with expect_error(mptk.InputError, name="sparsty", nearest=("sparsity",)):
         prune(sparsty=0.3)
-    with refuses(mptk.InputError, name="wandaa") as refused:
+    with expect_error(mptk.InputError, name="wandaa") as refused:
         prune(method="wandaa")
     assert refused.value.nearest[0] == "wanda"
     assert "maskprune" in refused.value.nearest
-    with refuses(mptk.InputError, name="budget") as refused:
+    with expect_error(mptk.InputError, name="budget") as refused:
         mptk.Settings(budget="prams")
     assert refused.value.nearest[0] == "params"
-    with refuses(mptk.InputError, name="chanels", nearest=("channels",)):
+    with expect_error(mptk.InputError, name="chanels", nearest=("channels",)):
         prune(families=("chanels",))
 
 
@@ -114,34 +114,34 @@ def test_a_name_that_is_not_known_has_the_nearest() -> None:
 
 
 def test_data() -> None:
-    with refuses(mptk.DataError, name="input"):
+    with expect_error(mptk.DataError, name="input"):
         mptk.prune(net(), example_inputs=(torch.full((2, 8), torch.nan),), method="magnitude", progress=None)
 
 
 def test_files(tmp_path: Path) -> None:
-    with refuses(mptk.FileError, name=tmp_path):
+    with expect_error(mptk.FileError, name=tmp_path):
         mptk.Pruned.open(tmp_path)
-    with refuses(mptk.FileError, name=tmp_path / "none"):
+    with expect_error(mptk.FileError, name=tmp_path / "none"):
         mptk.load(tmp_path / "none")
 
 
 def test_plans(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
-    with refuses(mptk.PlanError, name=tmp_path / "plan.json"):
+    with expect_error(mptk.PlanError, name=tmp_path / "plan.json"):
         mptk.Plan.load(tmp_path / "plan.json")
     plan = mptk.Plan({"chanels": mptk.FamilyPlan(1, 16, {})})
-    with refuses(mptk.PlanError, name="chanels", nearest=["channels"]):
+    with expect_error(mptk.PlanError, name="chanels", nearest=["channels"]):
         mptk.rewrite(mptk.analyze(net(), X), plan)
 
 
 def test_models() -> None:
-    with refuses(mptk.ModelError, name="Sequential"):
+    with expect_error(mptk.ModelError, name="Sequential"):
         mptk.generate(net(), "a prompt")
-    with refuses(mptk.TraceError, name="Branch"):
+    with expect_error(mptk.TraceError, name="Branch"):
         mptk.trace(Branch(), X)
-    with refuses(mptk.AnalysisError, name="aten.linalg_svdvals.default"):
+    with expect_error(mptk.AnalysisError, name="aten.linalg_svdvals.default"):
         mptk.analyze(Values(*net()), X)
-    with refuses(mptk.TargetError):
+    with expect_error(mptk.TargetError):
         mptk.export(Counting(), "unwritten", example_inputs=X)
 
 
@@ -150,12 +150,12 @@ def test_models() -> None:
 
 def test_the_budgets_that_can_be_reached() -> None:
     asked = {"align": 8, "tolerance": 1e-4}
-    with refuses(mptk.BudgetError, name="sparsity", nearest=(0.5, 0.0)) as refused:
+    with expect_error(mptk.BudgetError, name="sparsity", nearest=(0.5, 0.0)) as refused:
         prune(sparsity=0.29, **asked)
     pruned = prune(sparsity=refused.value.nearest[0], **asked)
     assert pruned is not None
     assert pruned.report.sparsity == 0.5
-    with refuses(mptk.BudgetError, name="channels", nearest=(14, 15, 16)):
+    with expect_error(mptk.BudgetError, name="channels", nearest=(14, 15, 16)):
         prune(widths={"channels": 99})
 
 
@@ -166,11 +166,11 @@ def test_results(tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     prune(out, sparsity=0.25)
     (out / "README.md").write_text("changed")
-    with refuses(mptk.ChangedError, name="README.md"):
+    with expect_error(mptk.ChangedError, name="README.md"):
         mptk.verify(out, model=net())
     other.mkdir()
     (other / "mine").touch()
-    with refuses(mptk.OutputError, name=other):
+    with expect_error(mptk.OutputError, name=other):
         prune(other)
 
 
@@ -179,7 +179,7 @@ def test_a_wrong_rule_is_found_by_the_proof(wrong_rule: None) -> None:
     (name,) = [family.name for family in analysis.all_families]
     (layer,) = [group.layer for group in analysis.variable(name).groups]
     plan = mptk.Plan({name: mptk.FamilyPlan(4, 16, {layer: ((0, 1, 2, 5),)})})
-    with refuses(mptk.ProofError) as refused:
+    with expect_error(mptk.ProofError) as refused:
         mptk.rewrite(analysis, plan)
     assert refused.value.name in refused.value.cause
 
@@ -188,13 +188,13 @@ def test_a_wrong_rule_is_found_by_the_proof(wrong_rule: None) -> None:
 
 
 def test_the_machine_and_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with refuses(mptk.MachineError, name="device"):
+    with expect_error(mptk.MachineError, name="device"):
         prune(device="cuda:99")
-    with refuses(mptk.MachineError), explain_errors():
+    with expect_error(mptk.MachineError), explain_errors():
         raise MemoryError
     (tmp_path / "broken_package.py").write_text("raise OSError('a library is missing')")
     monkeypatch.syspath_prepend(tmp_path)
-    with refuses(mptk.PackageError, name="broken_package"), explain_errors():
+    with expect_error(mptk.PackageError, name="broken_package"), explain_errors():
         __import__("broken_package")
 
 
@@ -235,7 +235,7 @@ def test_no_place_raises_an_error_of_no_class() -> None:
 
 def test_the_helper_notices_another_class_and_another_name() -> None:
     for kind, name in ((mptk.DataError, None), (mptk.InputError, "budget")):
-        with pytest.raises((AssertionError, mptk.InputError)), refuses(kind, name=name):
+        with pytest.raises((AssertionError, mptk.InputError)), expect_error(kind, name=name):
             mptk.Settings(sparsity=2.0)
-    with pytest.raises(AssertionError), refuses(MptkError):
+    with pytest.raises(AssertionError), expect_error(MptkError):
         mptk.Settings(sparsity=2.0)

@@ -223,7 +223,7 @@ def test_another_sentence_keeps_class_and_fields(kind: type[MptkError]) -> None:
 
 
 def test_each_class_is_tried_here_and_is_raised() -> None:
-    here = set(re.findall(r"refuses\(mptk\.(\w+)", Path(__file__).read_text()))
+    here = set(re.findall(r"expect_error\(mptk\.(\w+)", Path(__file__).read_text()))
     assert here == {kind.__name__ for kind in CLASSES} - {"MptkError"}
 
 

@@ -11,7 +11,7 @@ VERBS = frozenset(
     connect consume continue contract convert copy correct count cover create crop cross cut cycle decide declare decode
     decompress deepen defer define delete dequantize derive describe detach detect determine discard discover dispatch
     display distil distill distribute divide do double download draw drop dump duplicate edit embed emit enable encode
-    end enqueue ensure enter enumerate erase escape estimate evaluate examine exclude execute exit expand explain export
+    end enqueue ensure enter enumerate erase escape estimate evaluate examine exclude execute exit expand expect explain export
     express extend extract fail feed fetch fill filter find finish fit fix flatten flush fold follow force forget format
     forward freeze fuse gather generate get give go grade group grow guard guess handle hash have hide hold identify
     ignore imitate import include index infer inform init initialize inline insert inspect install interpret intersect

@@ -16,6 +16,7 @@ import typer.rich_utils  # noqa: F401  # reads the terminal's width once; some t
 
 from mptk.plugins import list_absent_features
 
+pytest_plugins = ["mptk.testing.fixtures"]
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
 LONGEST = (
@@ -52,6 +53,8 @@ collect_ignore = [
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "always: what `make test` runs whatever it takes: a kind, a fault, a rule")
+    config.addinivalue_line("markers", "network: needs a network")
     config.addinivalue_line(
         "markers", "features(*names): what a test needs beside the core; without names: the whole product"
     )

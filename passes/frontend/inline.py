@@ -58,7 +58,8 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
         elif casts & _list_devices(node):
             raise TraceError(
                 f"autocast is on around {SourceLocation(node)}, and its casts are not in a traced graph; cast "
-                "explicitly there, or trace the model with autocast off"
+                "explicitly there, or trace the model with autocast off",
+                name=SourceLocation(node),
             )
     return renamed
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from inside import Stopped
-from rates import keep_rates
+from rates import find_rates, keep_rates
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mptk import Settings, analyze, prune, recover, testing, trace
@@ -277,6 +277,7 @@ def test_the_place_that_has_too_little_room_is_named(tmp_path: Path) -> None:
 
 
 def test_the_machine_is_measured_once() -> None:
+    find_rates(torch.bfloat16).unlink()
     narrow = costs.measure_machine(dtype=torch.bfloat16)
     assert min(narrow.flops, narrow.read, narrow.write, narrow.speedup) > 0
     assert costs.measure_machine(dtype=torch.bfloat16) == narrow
@@ -327,7 +328,7 @@ def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatc
         measured.append(folder)
         return replace(SLOW, flops=len(measured))
 
-    kept = keep_rates(SLOW)
+    kept = find_rates()
     assert costs.measure_machine(measure=measure) == SLOW
     for content in ("", "{", "[]", '{"rates": 3}', '{"rates": {"flops": 0, "read": 1, "write": 1}}', None):
         kept.unlink()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
 import mptk
+from mptk.cli.main import app
 from mptk.errors import BudgetError, InputError
 from mptk.testing import expect_error
 from mptk.testing.laboratory import Laboratory
@@ -93,7 +93,7 @@ def test_a_model_without_a_cache_is_refused(laboratory: Laboratory) -> None:
     ("asked", "levers"),
     [
         ({"sparsity": 0.95}, {"hidden", "layers"}),
-        ({"sparsity": 0.85, "portable": True}, {"portable"}),
+        ({"sparsity": 0.85, "portable": True}, {"portable", "hidden"}),
         ({"sparsity": 0.9, "budget": "total"}, {"vocabulary", "hidden"}),
         ({"sparsity": 0.85, "budget": "kv-cache"}, {"kv_heads", "layers"}),
         ({"sparsity": 0.2, "families": ("ffn",), "align": 48}, {"align"}),
@@ -108,6 +108,8 @@ def test_a_budget_that_is_out_of_reach_names_the_levers(
     assert "--" not in str(refused.value), "Python reads keywords"
 
 
-def test_a_context_needs_a_budget_that_counts_it(tmp_path: Path) -> None:
-    with expect_error(InputError, name="context"):
-        mptk.prune("smollm2-135m", tmp_path / "out", context=32768, data=__file__)
+def test_a_context_needs_a_budget_that_counts_it() -> None:
+    words = ["prune", "smollm2-135m", "--context", "32768", "--data", __file__, "--out", "x"]
+    refused = CliRunner().invoke(app, words).exception
+    assert isinstance(refused, InputError)
+    assert refused.name == "context"

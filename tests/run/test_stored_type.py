@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import mptk
 from mptk import Report, testing
 from mptk.config.learning import Learning, Training
-from mptk.errors import FileError, InputError, ModelError, ProofError
+from mptk.errors import FileError, InputError, ModelError
 from mptk.files import write_json
 from mptk.io import models
 from mptk.publish.manifest import write_manifest
@@ -109,7 +109,7 @@ def test_a_folder_of_another_type_than_it_says_fails(laboratory: Laboratory, tmp
     report["settings"]["dtype"] = "bfloat16"
     write_json(folder / "report.json", report)
     write_manifest(folder)
-    with expect_error(ProofError):
+    with expect_error(FileError):
         mptk.verify(folder)
 
 

@@ -5,7 +5,6 @@ It reaches for mptk.files.staging: hidden folders.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
@@ -39,7 +38,6 @@ from mptk.staged.spool import Spool
 from mptk.testing import expect_error, make_llama, make_tokenizer
 from mptk.testing.laboratory import Laboratory
 
-ROOT = Path(__file__).resolve().parents[2]
 ANOTHER = 1000
 """The number of a user who is not this one."""
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -252,24 +250,6 @@ def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp
 
 
 # ---- which calls follow paths ----
-
-REMOVING = {"rename": "src_dir_fd", "replace": "src_dir_fd", "unlink": "dir_fd", "remove": "dir_fd", "rmdir": "dir_fd"}
-
-
-def test_mptk_removes_and_renames_only_within_folders_that_it_holds_open() -> None:
-    """In mptk/files, no call names what it removes or renames by a path."""
-    wrong, right = [], 0
-    for file in (ROOT / "mptk" / "files").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                name, given = node.func.attr, {each.arg for each in node.keywords}
-                needed = "dir_fd" if name == "rmtree" else REMOVING.get(name)
-                module = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
-                if needed and not (name == "replace" and module != "os"):  # of a text or a dataclass
-                    right += needed in given
-                    wrong += [f"{file.name}:{node.lineno}"] if needed not in given else []
-    assert wrong == []
-    assert right > 10
 
 
 def test_a_run_removes_and_renames_by_no_path(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_stopped_run_keeps_each_finished_stage(
     two = kept_blocks(out)
     assert len(two) == 2
     prune_until("write stock", model, out, settings, ran=ran)
-    assert len(kept_blocks(out)) == 6
+    assert len(kept_blocks(out)) == 3
     assert kept_blocks(out).items() >= two.items()
     resumed = mptk.prune(model, out, settings, on_stage=lambda record: ran.append(record.name))
     assert (ran.count("score (wanda)"), ran.count("choose widths")) == (1, 2), (
@@ -218,7 +218,7 @@ def require_refused_after(changes: dict[str, Any], place: Path, settings: mptk.S
         change(place / "model")
         with expect_error(ChangedError) as refused:
             mptk.prune(str(place / "model"), place / "out", replace(settings, resume=True))
-        assert refused.value.name.endswith(name)
+        assert name in refused.value.name
         assert not (place / "out").exists()
         assert digests(place / "out.run", plan=False) == before
         shutil.copytree(place / "saved", place / "model", dirs_exist_ok=True)

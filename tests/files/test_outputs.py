@@ -20,8 +20,8 @@ from mptk.cli.options import OPERANDS, READ_PLACES, SAMPLES_FROM, OutputOption
 from mptk.errors import OutputError
 from mptk.files import write_json
 from mptk.files.outputs import check_apart, check_file
+from mptk.publish.folder import publish
 from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
 
 COMMANDS = {str(each.name): inspect.signature(each.callback).parameters for each in app.registered_commands}
 READ = (*OPERANDS, *READ_PLACES, *SAMPLES_FROM)
@@ -176,9 +176,12 @@ def test_keywords_in_python_are_outputs_too(
 
 
 @pytest.mark.features
-def test_a_size_of_a_ladder_is_not_written_into_it(laboratory: Laboratory) -> None:
+def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path) -> None:
     """There it would replace a part of the ladder, or be a file that was added: either makes the ladder unusable."""
-    ladder = laboratory.open_ladder()
+    ladder = tmp_path / "ladder"
+    with publish(ladder) as new:
+        (new / "rungs" / "0.2").mkdir(parents=True)
+        (new / "rungs" / "0.2" / "plan.json").write_text("{}")
     for place in (ladder / "rungs" / "0.2", ladder / "new", ladder):
         with expect_error(OutputError, name=place) as refused:
             mptk.rung(ladder, 0.2, place, overwrite=True)

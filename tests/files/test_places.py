@@ -509,7 +509,9 @@ def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_error(
             shutil.rmtree(tmp_path / "cache")
 
     with expect_error(ChangedError) as refused:
-        mptk.prune(str(tmp_path / "toy.gguf"), tmp_path / "out", laboratory.make_settings(), on_stage=clean)
+        mptk.prune(
+            str(tmp_path / "toy.gguf"), tmp_path / "out", laboratory.make_settings(method="magnitude"), on_stage=clean
+        )
     assert Path(refused.value.name).is_relative_to(tmp_path / "cache")
 
     def build(path: Path) -> None:

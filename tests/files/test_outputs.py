@@ -181,7 +181,7 @@ def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path) -> None:
     ladder = tmp_path / "ladder"
     with publish(ladder) as new:
         (new / "rungs" / "0.2").mkdir(parents=True)
-        (new / "rungs" / "0.2" / "plan.json").write_text("{}")
+        (new / "rungs" / "0.2" / "mptk.json").write_text("{}")
     for place in (ladder / "rungs" / "0.2", ladder / "new", ladder):
         with expect_error(OutputError, name=place) as refused:
             mptk.rung(ladder, 0.2, place, overwrite=True)

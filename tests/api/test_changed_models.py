@@ -70,7 +70,7 @@ def test_the_module_is_named_that_computes_otherwise_than_its_class(change: str)
 
 
 def test_a_graph_holds_the_hook_that_a_class_does_not() -> None:
-    model = testing.make_llama()
+    model = testing.make_llama(layers=1)
     hooked(model)
     small = prune(model, target="graph", onnx=False).model
     assert torch.isfinite(small(IDS)).all()

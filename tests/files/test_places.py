@@ -473,7 +473,7 @@ def test_files_that_go_from_a_temporary_folder_are_one_clear_error(tmp_path: Pat
     def work(everything: bool) -> None:
         tempfile.tempdir = str(tmp_path)
         spool = Spool(0)
-        spool.put("key", {"value": torch.ones(1 << 16)})
+        spool.put("key", {"value": torch.ones(1 << 10)})  # small: torch starts no threads in a fork
         (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
         if everything:
             shutil.rmtree(place)
@@ -498,6 +498,7 @@ def test_a_folder_of_temporary_files_that_goes_is_one_clear_error(tmp_path: Path
     assert code_of(forked(work)) == 0
 
 
+@pytest.mark.features
 def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_error(
     laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_layers_that_go_take_their_cache(model: LlamaForCausalLM) -> None:
     assert found.report.cost["pruned"]["kv_cache"] == cache(GROUPS, 4096) / LAYERS
 
 
+@pytest.mark.features
 def test_a_model_without_a_cache_is_refused(laboratory: Laboratory) -> None:
     with expect_error(InputError, name="budget"):
         mptk.prune(str(laboratory.open_model("encoder")), None, laboratory.make_settings("encoder"), budget="kv-cache")

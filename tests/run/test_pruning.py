@@ -139,6 +139,7 @@ def test_same_seed_same_result_and_the_report_has_the_hash_of_every_text(
     assert written["evaluation"]["inputs"]["input_ids"]["shape"] == [3, 21], "also of the model's own text"
 
 
+@pytest.mark.always
 def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
     heads = Settings(families=("heads",), widths={"heads": 4}, method="magnitude", samples=4, length=48)
     with expect_error(TargetError, name="heads", nearest=["hidden"]):

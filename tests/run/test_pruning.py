@@ -141,12 +141,12 @@ def test_same_seed_same_result_and_the_report_has_the_hash_of_every_text(
 
 @pytest.mark.always
 def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
-    heads = Settings(families=("heads",), widths={"heads": 4}, method="magnitude", samples=4, length=48)
+    heads = Settings(families=("heads",), widths={"heads": 4}, method="magnitude", samples=4, length=48, onnx=False)
     with expect_error(TargetError, name="heads", nearest=["hidden"]):
         mptk.prune(gpt2, tmp_path / "out", heads)
     report = mptk.prune(gpt2, tmp_path / "out", replace(heads, target="graph")).report
     assert report.families["heads"] == {"of": 6, "width": 4, "layers": 2}
-    stages = {"stored weights", "rewritten graph", "model.pt2", *(f"ONNX Runtime {case}" for case in CASES)}
+    stages = {"stored weights", "rewritten graph", "model.pt2"}
     assert {d["stage"] for d in report.proof} == stages
     assert {d.stage for d in mptk.verify(tmp_path / "out")} == stages
 

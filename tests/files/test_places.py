@@ -469,11 +469,12 @@ def test_a_temporary_folder_that_goes_during_a_run_is_one_clear_error(laboratory
 
 def test_files_that_go_from_a_temporary_folder_are_one_clear_error(tmp_path: Path) -> None:
     """Also the first of them, while the folder is still there."""
+    value = {"value": torch.ones(1 << 16)}  # here: torch can start no threads in a fork
 
     def work(everything: bool) -> None:
         tempfile.tempdir = str(tmp_path)
         spool = Spool(0)
-        spool.put("key", {"value": torch.ones(1 << 10)})  # small: torch starts no threads in a fork
+        spool.put("key", value)
         (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
         if everything:
             shutil.rmtree(place)

@@ -1,16 +1,25 @@
-"""Settings of short runs, GGUF files, and texts."""
+"""Settings of short runs, two decoders that files share, GGUF files, and texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gguf import GGMLQuantizationType as Kind
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 import mptk
 from mptk.io import data
-from mptk.testing import make_config
+from mptk.testing import make_config, save_word_model
+from mptk.testing.laboratory import Laboratory
 
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, align=8)
 
@@ -18,6 +27,19 @@ SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, al
 def llama_config(**changes: Any) -> PreTrainedConfig:
     sizes = {"num_hidden_layers": 3, "num_key_value_heads": 3, "pad_token_id": None}
     return make_config("llama", **{**sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def llama(laboratory: Laboratory) -> str:
+    return str(laboratory.open_model())
+
+
+@pytest.fixture(scope="module")
+def gpt2(laboratory: Laboratory) -> str:
+    """A decoder whose heads have no size in its config."""
+    sizes = {"n_embd": 48, "n_inner": 80, "n_layer": 2, "n_head": 6, "vocab_size": 97, "n_positions": 64}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)
+    return str(laboratory.keep("models/gpt2", lambda folder: save_word_model(GPT2LMHeadModel(config), folder)))
 
 
 # ---- files and texts ----

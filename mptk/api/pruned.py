@@ -286,7 +286,7 @@ class Pruned:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be copied and pickled: the files, and what is known of the dense model, would not come along."""
-        raise MptkError("a Pruned is not copied or pickled; save(DIR) it, and open that folder with Pruned.open(DIR)")
+        raise InputError("a Pruned is not copied or pickled; save(DIR) it, and open that folder with Pruned.open(DIR)")
 
     def _write_again(self) -> None:
         """Write the present weights into a temporary folder, which takes the place of the folder."""

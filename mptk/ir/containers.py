@@ -143,5 +143,6 @@ def _build_template(output: object, tensors: list[Tensor]) -> Container:
         raise TraceError("forward returns a size as a number, which a graph holds as one value; return tensors")
     raise TraceError(
         f"forward returns a {kind.__name__}, which a graph cannot give back; return tensors, in dicts, lists, tuples, "
-        "named tuples or dataclasses"
+        "named tuples or dataclasses",
+        name=kind.__name__,
     )

@@ -249,7 +249,7 @@ def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str]
             raise ChangedError(
                 f"{others} changed since {path} was started, so the result would mix old and new; restore what it was "
                 "started with, or remove it",
-                name=path,
+                name=others,
             )
         names = sorted({*before, *given}.difference(but))
         if changed := [name for name in names if before.get(name) != given.get(name)]:

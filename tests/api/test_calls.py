@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import pickle
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import mptk
-from mptk import MptkError
+from mptk.errors import DataError, InputError, ModelError, ProofError, TraceError
+from mptk.testing import expect_error
 from tests.programs.oracles import zeroed
 
 ASKED: dict[str, Any] = {"sparsity": 0.3, "align": 1, "tolerance": 0.2, "method": "magnitude", "progress": None}
@@ -114,7 +114,6 @@ def doubled(net: Any, x: Tensor) -> Tensor:
 )
 def test_a_backward_that_no_graph_holds_is_said_with_its_line(body: Callable[..., Any], said: str) -> None:
     (note,) = (note for note in prune(body)[0].report.notes if note.startswith("gradients: "))
-    assert note.startswith("gradients: the pruned model trains otherwise than the module: the gradient of ")
     assert re.search(said, note), note
 
 
@@ -122,32 +121,24 @@ def test_a_wrong_gradient_fails_the_proof(inside: Any) -> None:
     inside.around(
         "mptk.proof.proof.cut_gradients", lambda real, *given: {name: g * 2 for name, g in real(*given).items()}
     )
-    with pytest.raises(MptkError, match=r"the proof fails at 'gradients'"):
+    with expect_error(ProofError, name="gradients"):
         prune(lambda net, x: net.out(net.down(net.up(x))))
 
 
 @pytest.mark.parametrize(
-    ("body", "leaf", "said"),
+    ("body", "leaf"),
     [
-        (
-            lambda net, x: net.out(net.down(net.up(x))) * (2 if torch.is_grad_enabled() else 1),
-            False,
-            "gradients are on",
-        ),
-        (
-            lambda net, x: net.out(net.down(net.up(x))) * (2 if x.requires_grad else 1),
-            True,
-            "an input requires gradients",
-        ),
+        (lambda net, x: net.out(net.down(net.up(x))) * (2 if torch.is_grad_enabled() else 1), False),
+        (lambda net, x: net.out(net.down(net.up(x))) * (2 if x.requires_grad else 1), True),
     ],
 )
-def test_a_branch_on_gradients_is_refused_on_the_other_side(body: Any, leaf: bool, said: str) -> None:
+def test_a_branch_on_gradients_is_refused_on_the_other_side(body: Any, leaf: bool) -> None:
     pruned, oracle = prune(body)
     assert [note for note in pruned.report.notes if note.startswith("gradients: ")]
     with torch.no_grad():
         torch.testing.assert_close(pruned.model(X), oracle(X))
     for module in (pruned.model, copy.deepcopy(pruned.model)):
-        with pytest.raises(MptkError, match=f"computes otherwise while {said}"):
+        with expect_error(InputError):
             module(X.clone().requires_grad_(leaf))
 
 
@@ -162,7 +153,7 @@ def test_inputs_of_other_types_and_strides_are_refused() -> None:
     pruned, oracle = prune(by_type, x=whole)
     torch.testing.assert_close(pruned.model(whole), oracle(whole))
     for other in (whole.bool(), whole.int(), whole.float()):
-        with pytest.raises(MptkError, match=r"x must be torch.int64, as it was traced, and it is torch"):
+        with expect_error(DataError, name="x"):
             pruned.model(other)
 
     def by_stride(net: Any, x: Tensor) -> Tensor:
@@ -170,7 +161,7 @@ def test_inputs_of_other_types_and_strides_are_refused() -> None:
 
     pruned, oracle = prune(by_stride)
     torch.testing.assert_close(pruned.model(X), oracle(X))
-    with pytest.raises(MptkError, match="x must be contiguous"):
+    with expect_error(DataError, name="x"):
         pruned.model(X.transpose(0, 1).contiguous().transpose(0, 1))
     free, oracle = prune(lambda net, x: net.out(net.down(net.up(x))))
     strided = X.transpose(0, 1).contiguous().transpose(0, 1)
@@ -179,14 +170,14 @@ def test_inputs_of_other_types_and_strides_are_refused() -> None:
 
 def test_a_converted_module_takes_inputs_of_its_type_or_says_why_not() -> None:
     free, _ = prune(lambda net, x: net.out(net.down(net.up(x))))
-    with pytest.raises(MptkError, match=r"x must be torch.float32, as it was traced, and it is torch.float64"):
+    with expect_error(DataError, name="x"):
         free.model(X.double())
     assert free.model.double()(X.double()).dtype is torch.float64
     held, _ = prune(lambda net, x: net.out(net.down(net.up(x.double().float()))))
-    with pytest.raises(
-        MptkError, match=r"was converted from torch.float32 to torch.float64, and its graph names types of the trace"
-    ):
-        held.model.double()(X.double())
+    module = held.model.double()
+    with expect_error(ModelError):
+        module(X.double())
+    assert module.float()(X).dtype is torch.float32
 
 
 # ---- names ----
@@ -216,9 +207,9 @@ def test_inputs_by_position_and_by_name_are_forwards_own(tmp_path: Path) -> None
     named = mptk.prune(Named(len).eval(), tmp_path / "out", example_inputs=given, onnx=False, **ASKED)
     for module in (named.model, mptk.Pruned.open(tmp_path / "out").model):
         assert torch.equal(module(X, scale=scale), module(scale=scale, x=X))
-        with pytest.raises(TypeError, match="takes scale by name: in the traced module another argument stands there"):
+        with pytest.raises(TypeError):
             module(X, scale)
-        with pytest.raises(TypeError, match=r"forward\(\) takes x, scale"):
+        with pytest.raises(TypeError):
             module(X, bias=scale)
     placed = mptk.prune(ByPosition(len).eval(), example_inputs=(X, scale), **ASKED).model
     assert placed(X, scale).shape == (3, 6, 4)
@@ -249,16 +240,27 @@ CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_outputs_come_back_as_forward_returned_them(name: str, tmp_path: Path) -> None:
-    make = CONTAINERS[name]
-    pruned, oracle = prune(lambda net, x: make(net.out(net.down(net.up(x)))), tmp_path / "out")
+def test_outputs_come_back_as_forward_returned_them(tmp_path: Path) -> None:
+    """All containers at once, as the parts of a dict."""
+    pruned, oracle = prune(
+        lambda net, x: {name: make(net.out(net.down(net.up(x)))) for name, make in CONTAINERS.items()}, tmp_path / "out"
+    )
     expected = oracle(X)
     opened = mptk.Pruned.open(tmp_path / "out").model
     for module in (pruned.model, opened, copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))):  # noqa: S301
         found = module(X)
-        assert type(found).__name__ == type(expected).__name__
+        for name in CONTAINERS:
+            assert type(found[name]).__name__ == type(expected[name]).__name__
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["a tuple of one", "a dataclass"])
+def test_a_container_is_the_whole_output(name: str) -> None:
+    make = CONTAINERS[name]
+    pruned, oracle = prune(lambda net, x: make(net.out(net.down(net.up(x)))))
+    found, expected = pruned.model(X), oracle(X)
+    assert type(found).__name__ == type(expected).__name__
+    assert_same(found, expected)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -282,7 +284,7 @@ def test_an_output_that_no_graph_gives_back_is_refused_by_name() -> None:
         def __init__(self, y: Tensor) -> None:
             self.y = y
 
-    with pytest.raises(MptkError, match="forward returns a Odd, which a graph cannot give back; return tensors"):
+    with expect_error(TraceError, name="Odd"):
         prune(lambda net, x: Odd(net.out(net.down(net.up(x)))))
 
 
@@ -339,20 +341,20 @@ class Counting(Net):
     ids=["global", "list", "closure"],
 )
 def test_state_outside_of_a_module_is_refused_by_name(body: Any, name: str) -> None:
-    with pytest.raises(MptkError, match=f"forward changes {name} at each call"):
+    with expect_error(TraceError, name=name):
         prune(body)
 
 
 def test_state_of_a_class_and_of_a_hook_is_refused_by_name() -> None:
     plain = lambda net, x: net.out(net.down(net.up(x)))  # noqa: E731
-    with pytest.raises(MptkError, match=r"forward changes body at each call"):
+    with expect_error(TraceError, name="body"):
         prune(Ticking())
     listed = Net(plain)
     listed.bodies = [closed_over()]
     listed.body = lambda net, x: net.bodies[0](net, x)
-    with pytest.raises(MptkError, match=r"forward changes body.calls at each call"):
+    with expect_error(TraceError, name="body.calls"):
         mptk.prune(listed, example_inputs=X, **ASKED)
-    with pytest.raises(MptkError, match=r"forward changes Counting.calls at each call"):
+    with expect_error(TraceError, name="Counting.calls"):
         mptk.prune(Counting(plain), example_inputs=X, **ASKED)
     seen = {"calls": 0}
 
@@ -361,7 +363,5 @@ def test_state_of_a_class_and_of_a_hook_is_refused_by_name() -> None:
 
     net = Net(plain)
     net.up.register_forward_pre_hook(hook)
-    with pytest.raises(MptkError, match=r"forward changes hook.seen at each call"):
+    with expect_error(TraceError, name="hook.seen"):
         mptk.prune(net, example_inputs=X, **ASKED)
-    with contextlib.suppress(KeyError):
-        assert seen["calls"] > 0

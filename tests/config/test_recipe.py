@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 from inside import Inside
-from test_cli import SHORT, files, mptk, surroundings  # noqa: F401 (fixtures)
 from typer.testing import CliRunner
 
 import mptk as api
@@ -24,7 +22,9 @@ from mptk.cli.main import app
 from mptk.config.learning import Learning, LossWeights, Training
 from mptk.config.recipe import build_recipe, list_refused, read_recipe
 from mptk.config.setting import find_settings
-from mptk.publish.manifest import check_manifest
+from mptk.errors import FileError, InputError, MptkError, OutputError
+from mptk.publish.manifest import hash_weight_files
+from mptk.testing.laboratory import Laboratory
 
 OTHER = api.Settings(
     sparsity=0.4,
@@ -66,6 +66,12 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
 
 
+def require_refused(kind: type[MptkError], name: str, *arguments: str) -> None:
+    refused = run(*arguments).exception
+    assert isinstance(refused, kind), repr(refused)
+    assert Path(refused.name).name == name
+
+
 @pytest.mark.parametrize("settings", [api.Settings(), OTHER], ids=["defaults", "others"])
 def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp_path: Path, asked: list[Any]) -> None:
     path = write(tmp_path / "run.yaml", **build_recipe("dense", settings))
@@ -96,20 +102,19 @@ def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "kind", "name"),
     [
-        ("sparsty: 0.3", "'sparsty', which is not an option of `mptk prune`; did you mean 'sparsity'"),
-        ("config: other.yaml", "'config', which is not an option"),
-        ("- a list", "does not list options"),
-        ("a: [", "is not YAML"),
+        ("sparsty: 0.3", InputError, "sparsty"),
+        ("config: other.yaml", InputError, "config"),
+        ("- a list", FileError, "a.yaml"),
+        ("a: [", FileError, "a.yaml"),
+        (None, FileError, "a.yaml"),
     ],
 )
-def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str, message: str, mptk) -> None:  # noqa: F811
-    (tmp_path / "a.yaml").write_text(content)
-    result = mptk("prune", "m", "--out", "o", "--config", tmp_path / "a.yaml")
-    assert result.code == 1
-    assert message in result.error
-    assert "cannot read" in mptk("prune", "m", "--out", "o", "--config", tmp_path / "none.yaml").error
+def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str | None, kind: type[MptkError], name: str) -> None:
+    if content is not None:
+        (tmp_path / "a.yaml").write_text(content)
+    require_refused(kind, name, "prune", "m", "--out", "o", "--config", str(tmp_path / "a.yaml"))
 
 
 @pytest.mark.features
@@ -128,63 +133,35 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "out", "teacher_cache"])
-def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any], mptk) -> None:  # noqa: F811
+def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any]) -> None:
     (tmp_path / "a.yaml").write_text(f"model: m\nteacher: cached\nsteps: 2\n{name}: true\n")
-    result = mptk("prune", "--config", tmp_path / "a.yaml", "--out", "o")
-    assert (result.code, asked) == (1, [])
-    flag = name.replace("_", "-")
-    assert (
-        f"a.yaml has {name.replace('-', '_')!r}, which a recipe may not set; remove it, and type --{flag}"
-        in result.error
-    )
+    arguments = ["prune", "--config", str(tmp_path / "a.yaml"), "--out", "o"]
+    require_refused(InputError, name.replace("-", "_"), *arguments)
+    assert asked == []
 
 
 # ---- real runs ----
 
 
-@pytest.fixture(scope="module")
-def made(files, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    folder = tmp_path_factory.mktemp("recipe")
-    arguments = ["prune", files.model, "--data", files.text, *SHORT, "--eval-length", "24", "--no-onnx"]
-    assert run(*arguments, "--out", str(folder / "out")).exit_code == 0
-    return folder / "out"
-
-
-def test_each_run_writes_its_recipe(made: Path, files) -> None:  # noqa: F811
-    check_manifest(made)
+def test_each_run_writes_its_recipe(laboratory: Laboratory) -> None:
+    made = laboratory.open_pruned()
     written = read_recipe(made / "run.yaml")
-    assert (written["model"], written["data"], written["method"], written["onnx"]) == (
-        files.model,
-        files.text,
-        "wanda",
-        False,
-    )
+    assert (written["model"], written["data"]) == (str(laboratory.open_model()), str(laboratory.open_data()))
+    assert (written["method"], written["onnx"]) == ("wanda", True)
     assert "run.yaml" in json.loads((made / "report.json").read_text())["files"]
+    assert not written.keys() & list_refused(api.Settings)
 
 
-def test_a_run_is_repeated_beside_files_of_the_user(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
-    shutil.copytree(made, tmp_path / "out")
-    (tmp_path / "out" / "NOTES.txt").write_text("mine")
-    again = ["prune", "--config", made / "run.yaml", "--out", tmp_path / "out"]
-    result = mptk(*again)
-    assert result.code == 1
-    assert "out holds NOTES.txt, which mptk did not write; give another --out, or add --overwrite" in result.error
-    assert mptk(*again, "--overwrite").code == 0
-    assert (tmp_path / "out" / "NOTES.txt").read_text() == "mine"
-    assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & list_refused(api.Settings)
-
-
-def recover_shortly(mptk, folder: Path, out: Path) -> None:  # noqa: F811
-    text = read_recipe(folder / "run.yaml")["data"]
-    options = "--steps 2 --batch 2 --micro 2 --length 32 --no-onnx --rank 2 --eval-length 24"
-    result = mptk("recover", folder, "--out", out, "--data", text, *options.split())
-    assert result.code == 0, result.stderr
-
-
-def test_the_recipe_of_a_recovery_repeats_it(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
-    recover_shortly(mptk, made, tmp_path / "r")
-    assert read_recipe(tmp_path / "r" / "run.yaml")["folder"] == str(made)
-    result = mptk("recover", "--config", tmp_path / "r" / "run.yaml", "--out", tmp_path / "third")
-    assert result.code == 0, result.stderr
-    first, third = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("r", "third"))
-    assert first["weights_sha256"] == third["weights_sha256"]
+def test_a_recipe_repeats_its_run_beside_files_of_the_user(laboratory: Laboratory, tmp_path: Path) -> None:
+    first = laboratory.open_recovered()
+    assert read_recipe(first / "run.yaml")["folder"] == str(laboratory.open_pruned())
+    out = laboratory.copy(first, tmp_path / "out")
+    (out / "NOTES.txt").write_text("mine")
+    again = ["recover", "--config", str(first / "run.yaml"), "--out", str(out)]
+    require_refused(OutputError, "out", *again)
+    before = (out / "report.json").stat().st_ino
+    result = run(*again, "--overwrite")
+    assert result.exit_code == 0, repr(result.exception)
+    assert (out / "NOTES.txt").read_text() == "mine"
+    assert (out / "report.json").stat().st_ino != before
+    assert hash_weight_files(out) == hash_weight_files(first)

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mptk import MptkError
 from mptk.cli.app import (
     COMMANDS,
     Extension,
@@ -35,6 +34,8 @@ from mptk.config.setting import (
     record,
     with_keywords,
 )
+from mptk.errors import InputError
+from mptk.testing import expect_error
 
 KITCHEN, BAKE = "Kitchen", ("bake",)
 COLD = Idle(lambda asked: not asked.settings.heat, "the oven is cold", "give {heat}, or leave it out")
@@ -102,23 +103,21 @@ def test_help(run: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--heat 2", "Invalid value for '--heat'"),
-        ("--rack tip", "Invalid value for '--rack': 'tip' is not known; did you mean 'top'? choose one of top, low"),
-        ("--grains rye,oad", "'oad' is not known; did you mean 'oat'? choose one of rye, oat"),
-    ],
+    ("words", "shown"),
+    [("--heat 2", "--heat"), ("--rack tip", "top"), ("--grains rye,oad", "oat")],
 )
-def test_values_that_are_typed_wrong(words: str, said: str, run: Callable[..., Any]) -> None:
+def test_values_that_are_typed_wrong(words: str, shown: str, run: Callable[..., Any]) -> None:
     result = run(*words.split())
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert shown in result.stderr
 
 
 def test_an_option_that_would_do_nothing(run: Callable[..., Any]) -> None:
     assert run("--heat", "0").exit_code == 0
-    said = str(run("--heat", "0", "--rack", "low").exception)
-    assert said == "--rack would do nothing: the oven is cold; give --heat, or leave it out"
+    refused = run("--heat", "0", "--rack", "low").exception
+    assert isinstance(refused, InputError)
+    assert refused.name == "rack"
+    assert refused.remedy == "give --heat, or leave it out"
 
 
 def test_recipes(baked: list[Oven], run: Callable[..., Any], tmp_path: Path) -> None:
@@ -141,21 +140,21 @@ def test_keywords() -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "name", "nearest"),
     [
-        ({"haet": 1}, "there is no setting 'haet'; did you mean 'heat'?"),
-        ({"heat": 2}, "heat: 2 is more than 1.0; give a number from 0.0 to 1.0"),
-        ({"heat": float("nan")}, "heat: nan is not a finite number"),
-        ({"heat": "1"}, "heat is '1'; give a number"),
-        ({"rack": "tip"}, "rack: 'tip' is not known; did you mean 'top'?"),
-        ({"grains": ("oat", "oad")}, "grains: 'oad' is not known; did you mean 'oat'?"),
-        ({"dough": 3, "grains": "rye"}, "dough is 3; give a Dough"),
+        ({"haet": 1}, "haet", ["heat"]),
+        ({"heat": 2}, "heat", None),
+        ({"heat": float("nan")}, "heat", None),
+        ({"heat": "1"}, "heat", None),
+        ({"rack": "tip"}, "rack", ["top"]),
+        ({"grains": ("oat", "oad")}, "grains", ["oat"]),
+        ({"dough": 3, "grains": "rye"}, "dough", None),
     ],
 )
-def test_keywords_that_are_refused(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(MptkError) as told:
+def test_keywords_that_are_refused(values: dict[str, Any], name: str, nearest: list[str] | None) -> None:
+    with expect_error(InputError, name=name) as refused:
         with_keywords(Oven(), values)
-    assert str(told.value).startswith(said)
+    assert nearest is None or refused.value.nearest[0] == nearest[0]
 
 
 def test_what_a_file_kept_is_checked() -> None:
@@ -163,8 +162,8 @@ def test_what_a_file_kept_is_checked() -> None:
     kept = asdict(oven)
     kept["dough"]["grains"] = ["rye"]  # as JSON has it
     assert from_json(Oven, {**kept, "later": 1, "declared": 1}, "oven") == oven
-    for wrong, said in (({"heat": 2}, "oven: heat: 2 is more"), ({"dough": 1}, r"oven\.dough is not an object")):
-        with pytest.raises(ValueError, match=said):
+    for wrong in ({"heat": 2}, {"dough": 1}):
+        with pytest.raises(ValueError, match="oven"):
             from_json(Oven, kept | wrong, "oven")
 
 
@@ -192,5 +191,5 @@ def test_options_of_two_features_for_one_command_are_refused_together() -> None:
     carry_out(plain, further, {"model": "m", "large": False, "small": False})
     carry_out(plain, further, {"model": "m", "large": False, "small": True})
     assert ran == ["plain m", "small m"]
-    with pytest.raises(MptkError, match="--large and --small: each makes another run of this command; give one"):
+    with expect_error(InputError):
         carry_out(plain, further, {"model": "m", "large": True, "small": True})

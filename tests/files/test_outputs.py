@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from commands import done, refused
-from inside import Inside
+from commands import done
+from typer.testing import CliRunner
 
 import mptk
-from mptk import MptkError, testing
+from mptk import testing
 from mptk.cli.main import app
 from mptk.cli.options import OPERANDS, READ_PLACES, SAMPLES_FROM, OutputOption
+from mptk.errors import OutputError
 from mptk.files import write_json
 from mptk.files.outputs import check_apart, check_file
+from mptk.publish.folder import publish
+from mptk.testing import expect_error
 
 COMMANDS = {str(each.name): inspect.signature(each.callback).parameters for each in app.registered_commands}
 READ = (*OPERANDS, *READ_PLACES, *SAMPLES_FROM)
@@ -84,35 +87,41 @@ def test_no_output_replaces_what_the_command_reads(command: str, output: str, op
         source, places = file, [file, tmp_path / f"other{suffix}"]
     before = sorted((str(path), path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
     for place in places:
-        said = refused(*words_of(command, {operand: [source], output: [place]}), "--overwrite")
-        assert "is read" in said or "is what is read" in said or "which is read" in said, said
+        require_refused(place, *words_of(command, {operand: [source], output: [place]}), "--overwrite")
         assert sorted((str(path), path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
+
+
+def require_refused(place: Path, *words: object) -> None:
+    """A command refuses to write ``place``."""
+    refused = CliRunner().invoke(app, [str(word) for word in words]).exception
+    assert isinstance(refused, OutputError), repr(refused)
+    assert refused.name == str(place)
 
 
 @pytest.mark.features
 def test_outputs_of_one_command_are_apart(tmp_path: Path) -> None:
-    model, page = tmp_path / "model", tmp_path / "page"
+    model, page, inner = tmp_path / "model", tmp_path / "page", tmp_path / "o" / "s.json"
     model.mkdir()
-    assert "another option writes" in refused("analyze", model, "--json", page, "--html", page)
-    assert "another option writes" in refused("shapes", model, "--out", tmp_path / "o", "--json", tmp_path / "o/s.json")
+    require_refused(page, "analyze", model, "--json", page, "--html", page)
+    require_refused(inner, "shapes", model, "--out", tmp_path / "o", "--json", inner)
 
 
 def test_a_file_is_replaced_only_if_mptk_wrote_it_or_on_request(tmp_path: Path) -> None:
     file = tmp_path / "ops.json"
     file.write_text("mine")
-    assert "mptk did not write it as a JSON; give another --json" in refused("ops", "--json", file)
+    require_refused(file, "ops", "--json", file)
     assert file.read_text() == "mine"
     done("ops", "--json", file, "--overwrite")
     done("ops", "--json", file)
     kept = {"kept": [json.loads(file.read_text())]}
     write_json(file, kept)
-    assert "mptk did not write it" in refused("ops", "--json", file)
+    require_refused(file, "ops", "--json", file)
     assert json.loads(file.read_text()) == kept
     file.write_text("")
     done("ops", "--json", file)
     link = tmp_path / "link.json"
     link.symlink_to(file)
-    assert "is a symbolic link" in refused("ops", "--json", link, "--overwrite")
+    require_refused(link, "ops", "--json", link, "--overwrite")
 
 
 def test_a_plan_replaces_only_plans(tmp_path: Path) -> None:
@@ -120,11 +129,11 @@ def test_a_plan_replaces_only_plans(tmp_path: Path) -> None:
     for _ in range(2):
         plan.save(file)
     file.write_text('{"format": "mptk-report/1"}')
-    with pytest.raises(MptkError, match="mptk did not write it as a plan"):
+    with expect_error(OutputError, name=file):
         plan.save(file)
     plan.save(file, overwrite=True)
     assert mptk.Plan.load(file).families == {}
-    with pytest.raises(MptkError, match="mptk did not write it as a JSON"):
+    with expect_error(OutputError, name=file):
         check_file(file, "JSON")
 
 
@@ -136,7 +145,7 @@ def test_results_of_commands_replace_each_other(kind: str, tmp_path: Path) -> No
 
 def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08 of somebody")
-    with pytest.raises(MptkError, match=r"model\.onnx exists, and mptk did not write it as a graph"):
+    with expect_error(OutputError, name=tmp_path / "model.onnx"):
         mptk.export(testing.make_llama(), tmp_path)
     assert (tmp_path / "model.onnx").read_bytes() == b"\x08 of somebody"
 
@@ -161,19 +170,22 @@ def test_keywords_in_python_are_outputs_too(
     mptk.Plan({}).save("out/plan.json")
     Path("out/mptk.json").write_text('{"format": "mptk-output/1", "files": {"plan.json": ""}}')
     before = sorted(map(str, tmp_path.rglob("*")))
-    with pytest.raises(MptkError, match=r"which is read; give another (out|teacher_cache)$|is what is read"):
+    with expect_error(OutputError):
         getattr(mptk, call)("model", progress=None, overwrite=True, **given)
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
 @pytest.mark.features
-def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path, inside: Inside) -> None:
+def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path) -> None:
     """There it would replace a part of the ladder, or be a file that was added: either makes the ladder unusable."""
-    inside.gives("mptk.features.ladder.api.list_smaller_sizes", ["0.2"])
-    for place in (tmp_path / "rungs" / "0.2", tmp_path / "new", tmp_path):
-        with pytest.raises(MptkError, match=r"which is read|is what is read") as raised:
-            mptk.rung(tmp_path, 0.2, place, overwrite=True)
-        assert "overwrite" not in str(raised.value)
+    ladder = tmp_path / "ladder"
+    with publish(ladder) as new:
+        (new / "rungs" / "0.2").mkdir(parents=True)
+        (new / "rungs" / "0.2" / "mptk.json").write_text("{}")
+    for place in (ladder / "rungs" / "0.2", ladder / "new", ladder):
+        with expect_error(OutputError, name=place) as refused:
+            mptk.rung(ladder, 0.2, place, overwrite=True)
+        assert "overwrite" not in str(refused.value)
 
 
 def test_files_behind_links_of_a_folder_are_inputs(tmp_path: Path) -> None:
@@ -182,5 +194,5 @@ def test_files_behind_links_of_a_folder_are_inputs(tmp_path: Path) -> None:
         folder.mkdir()
     blob.write_text("weights")
     (snapshot / "model.safetensors").symlink_to(blob)
-    with pytest.raises(MptkError, match="would replace it"):
+    with expect_error(OutputError, name=blob):
         check_apart(blob, snapshot)

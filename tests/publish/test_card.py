@@ -22,7 +22,7 @@ from mptk.report.card import is_hub_id, render_results
 from mptk.report.view import Name, Table, format_code, format_figure, render_parts, render_text
 
 BASE = "a`b|<img src=x>[me](http:e)*x*"
-SETTINGS = mptk.Settings(method="wanda", widths={"ffn": 32}, families=("ffn",), data="random", samples=2, length=24)
+SETTINGS = mptk.Settings(method="magnitude", widths={"ffn": 32}, families=("ffn",), data="random", samples=2, length=24)
 LICENCE = "---\nlicense: mit\nlanguage: [en]\ntags: [secret]\n---\nA dense model.\n"
 
 

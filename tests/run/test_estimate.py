@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from commands import done, refused
-from inside import Inside
-from toy_checkpoints import SETTINGS, llama_config
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from inside import Stopped
+from rates import find_rates, keep_rates
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mptk import MptkError, Settings, analyze, prune, recover, testing, trace
+from mptk import Settings, analyze, prune, recover, testing, trace
 from mptk.api.pruned import estimate_recovery, estimate_run
 from mptk.config.learning import Learning, Training
 from mptk.cost import estimate as costs
@@ -36,39 +35,44 @@ from mptk.cost.estimate import (
 )
 from mptk.cost.model import CostModel
 from mptk.distributed.processes import find_module_blocks
-from mptk.run.estimate import Estimator, check_room_for
+from mptk.errors import MachineError
+from mptk.run.estimate import Estimator, check_room_for, read_estimator
 from mptk.run.minutes import fill_in
-from mptk.testing import WORDS, make_llama, save_word_model
+from mptk.testing import expect_error, make_llama
+from mptk.testing.laboratory import Laboratory
+from mptk.trust import NO_CODE
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
 BLOCK, EMBEDDING = ATTENTION + FFN + NORMS, 300 * 48
 SLOW = Machine(flops=1e9, read=1e6, write=2e6)
 WORK = Work(kept=0.75, passes={"score": Pass(tokens=1000, length=10)}, calibration=200, evaluated=20, length=10)
+BASE = Settings(method="wanda", onnx=False, data="text")
+PARAMETERS = 16_060_522_496 // 2
+"""Of Llama-3-8B."""
+HUGE = 10.0**18
+"""More bytes than any machine has."""
 
 
 @pytest.fixture(autouse=True)
-def machine(inside: Inside) -> None:
-    inside.gives("mptk.run.estimate.measure_machine", SLOW)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    keep_rates(SLOW)
 
 
-@pytest.fixture
-def eight_billion(tmp_path: Path) -> str:
-    """A folder with the config of Llama-3-8B and nothing else."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(tmp_path / "config")
-    return str(tmp_path / "config")
+def write_config(folder: Path, **sizes: int) -> str:
+    """A folder with the config of Llama-3-8B, or of other ``sizes``, and nothing else."""
+    llama = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    LlamaConfig(**llama | heads | sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
 
 
-def toy(*, tied: bool) -> ModelSizes:
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Estimator:
+    return read_estimator(write_config(tmp_path_factory.mktemp("config")), NO_CODE)
+
+
+def toy(*, tied: bool = True) -> ModelSizes:
     model = make_llama(tied=tied)
     return ModelSizes.of(model, find_module_blocks(model), stored=2, heads=6, vocab=300)
 
@@ -100,7 +104,7 @@ def test_the_embedding_may_be_the_largest_stage() -> None:
 
 
 def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
-    sizes = toy(tied=True)
+    sizes = toy()
     found = estimate(sizes, WORK, SLOW, bound=1e9)
     assert found.held == {"weights that stay": 4 * sizes.parameters, "values between stages": 8 * 200 * 48}
     assert found.needed["largest stage"] == 4 * 0.75 * BLOCK
@@ -122,7 +126,7 @@ def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
 
 
 def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> None:
-    sizes = toy(tied=True)
+    sizes = toy()
     loose, tight = (
         estimate(sizes, replace(WORK, passes={"score": Pass(1000, 10, gradients=True)}), SLOW, bound)
         for bound in (1e9, 100_000)
@@ -138,28 +142,40 @@ def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> No
 
 
 def test_training_holds_all_weights() -> None:
-    sizes = toy(tied=True)
+    sizes = toy()
     found = estimate(sizes, replace(WORK, passes={"train": Pass(1000, 10, training=7e6)}), SLOW, bound=1000)
     assert (found.needed["weights"], found.needed["training"]) == (4 * sizes.parameters, 7e6)
     assert "weights that stay" not in found.held
 
 
-def test_a_config_is_enough(eight_billion: str) -> None:
-    found = estimate_run(eight_billion, Settings(method="wanda", onnx=False, data="text"))
-    assert found.seconds["read"] == 16_060_522_496 / 1e6  # bfloat16, as the config says
+def test_a_device_has_memory_of_its_own() -> None:
+    sizes = toy()
+    host, found = (estimate(sizes, WORK, SLOW, 1e9, device) for device in ("", "cuda:1"))
+    assert (host.there, host.device) == ({}, "")
+    assert set(found.there) == {"largest stage", "activations", "logits", "values between stages"}
+    assert found.there["activations"] == host.needed["activations"]
+    assert set(found.needed) == {"libraries", "largest stage"}
+    work = replace(WORK, passes={"train": Pass(1000, 10, training=7e6)})
+    trained = estimate(sizes, work, SLOW, 1e9, "cuda:1")
+    assert trained.there["weights"] == trained.needed["weights"] == 4 * sizes.parameters
+    assert trained.there["cut model"] == 0.75 * 4 * sizes.parameters
+
+
+def test_a_config_is_enough(tmp_path: Path) -> None:
+    found = estimate_run(write_config(tmp_path / "config"), BASE)
+    assert found.seconds["read"] == 2 * PARAMETERS / 1e6  # bfloat16, as the config says
     block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
-    assert found.output["checkpoint"] == pytest.approx(16_060_522_496 - 0.3 * 2 * 32 * block)
+    assert found.output["checkpoint"] == pytest.approx(2 * PARAMETERS - 0.3 * 2 * 32 * block)
     assert set(found.seconds) >= {"score (wanda)", "choose widths", "prove", "measure"}
     assert "calibration data" not in found.seconds
 
 
 @pytest.mark.features
-def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
-    base = Settings(method="wanda", onnx=False, data="text")
-    ask = lambda **changes: estimate_run(eight_billion, replace(base, **changes))  # noqa: E731
+def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: Estimator) -> None:
+    ask = lambda **changes: eight_billion.estimate(fill_in(replace(BASE, **changes)))  # noqa: E731
     plan = ask(plan="plan.json")
     assert not {"score (wanda)", "choose widths", "reconstruct"} & set(plan.seconds)
-    assert plan.output["checkpoint"] == 16_060_522_496
+    assert plan.output["checkpoint"] == 2 * PARAMETERS
     assert ask(reconstruct=True).seconds["reconstruct"] > 32 * 2 / 3 * 14336**3 / 1e9
     assert ask(method="taylor").seconds["score (taylor)"] > 2 * ask().seconds["score (wanda)"]
     assert ask(method="magnitude").seconds["score (magnitude)"] < 0.1 * ask().seconds["score (wanda)"]
@@ -169,7 +185,7 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     learned = ask(method="maskprune", learning=Learning(steps=10))
     adapted = ask(method="maskprune", learning=Learning(steps=10, rank=16))
     assert learned.needed["training"] - adapted.needed["training"] > 5 * 8e9  # gradients and moments of what is left
-    assert learned.needed["weights"] == 2 * 16_060_522_496
+    assert learned.needed["weights"] == 4 * PARAMETERS
     masks: dict[str, Any] = {"method": "maskprune", "learning": Learning(steps=10)}
     assert ask(**masks, vocabulary="text").needed["weights"] == learned.needed["weights"]
     assert ask(**masks, kv_heads=4).needed["weights"] == 2 * learned.needed["weights"]  # the model before teaches
@@ -190,9 +206,7 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | Non
 
 def test_products_are_those_of_the_traced_graph() -> None:
     model = testing.make_decoder("mixtral", meta=True)
-    found = Estimator(model, torch.float32).estimate(
-        fill_in(Settings(method="wanda", data="text", onnx=False, length=8))
-    )
+    found = Estimator(model, torch.float32).estimate(fill_in(replace(BASE, length=8)))
     per_token = CostModel(analyze(trace(model, dynamic=True))).dense.flops
     of_text = 32 * 8 * (per_token + 4 * 8 * 48 * 2)
     assert found.seconds["score (wanda)"] == pytest.approx(of_text / (costs.EFFICIENCY * 1e9), rel=0.01)
@@ -203,162 +217,96 @@ def test_a_short_convolution_is_no_mixture() -> None:
     assert find_expert_weights([block]) == []
 
 
-def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, inside: Inside) -> None:
-    asked = inside.calls("mptk.run.estimate.measure_machine")
-    settings = Settings(method="wanda", data="text", onnx=False, device="cpu", memory=8 * 10**9)
-    host = estimate_run(eight_billion, settings)
-    assert (host.there, host.device) == ({}, "")
-    inside.gives("mptk.run.estimate.find_device", torch.device("cuda", 1))
-    found = estimate_run(eight_billion, replace(settings, compute_dtype="bfloat16"))
-    assert asked == [(torch.device("cpu"), torch.float32), (torch.device("cuda", 1), torch.bfloat16)]
-    assert set(found.there) == {"largest stage", "activations", "logits", "values between stages"}
-    assert found.there["activations"] == host.needed["activations"]
-    assert set(found.needed) == {"libraries", "largest stage"}
-    assert re.search(r"GB of memory, \d+\.\d GB on cuda:1, ", str(found))
-    trained = estimate_run(eight_billion, replace(settings, learning=Learning(steps=3)))
-    assert trained.there["weights"] == trained.needed["weights"] == 2 * 16_060_522_496
-    assert trained.there["cut model"] == pytest.approx(2 * trained.output["checkpoint"])
-
-
-def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billion: str, inside: Inside) -> None:
-    settings = Settings(method="wanda", data="text", onnx=False, reconstruct=True, memory=64 * 10**9)
-    single = estimate_run(eight_billion, settings).seconds
-    inside.gives("mptk.run.estimate.measure_machine", replace(SLOW, speedup=4.0))
-    half = estimate_run(eight_billion, replace(settings, compute_dtype="bfloat16")).seconds
+def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billion: Estimator) -> None:
+    settings = fill_in(replace(BASE, reconstruct=True, memory=64 * 10**9))
+    keep_rates(replace(SLOW, speedup=4.0), torch.bfloat16)
+    single = eight_billion.estimate(settings).seconds
+    half = eight_billion.estimate(replace(settings, compute_dtype="bfloat16")).seconds
     assert half["score (wanda)"] == pytest.approx(single["score (wanda)"] / 4)
     assert (half["prove"], half["measure"]) == (single["prove"], single["measure"])
     assert single["reconstruct"] / 4 < half["reconstruct"] < single["reconstruct"], "solves are float32"
 
 
-def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, inside: Inside) -> None:
-    found = Estimate({"libraries": 1.0}, {}, {}, {}, {}, {"weights": 3e9, "logits": 1e9}, "cuda:1")
-    inside.around("mptk.run.estimate.measure_device_memory", lambda _, device: 2e9 if device.index == 1 else None)
-    said = r"at least 4\.0 GB of memory on cuda:1 \(3\.0 GB of it: weights\), and 2\.0 GB is free; .*, or --device cpu"
-    with pytest.raises(MptkError, match=said):
-        check_room_for(found, tmp_path)
-    check_room_for(replace(found, device="cuda:0"), tmp_path)  # it does not say what is free
-
-
-def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
-    dense = save_word_model(LlamaForCausalLM(llama_config()), tmp_path / "dense")
-    prune(dense, tmp_path / "pruned", replace(SETTINGS, onnx=False))
+def test_a_recovery_says_what_it_needs(laboratory: Laboratory, tmp_path: Path) -> None:
+    dense, pruned = laboratory.open_model(), laboratory.open_pruned()
     learning = Learning(steps=2, training=Training(batch=2, micro=2))
     settings = Settings(learning=learning, length=16, eval_length=16, onnx=False)
-    found = estimate_recovery(tmp_path / "pruned", settings)
+    found = estimate_recovery(pruned, settings)
     kept, parameters = (
-        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
-        for folder in (tmp_path / "pruned", dense)
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()) for folder in (pruned, dense)
     )
     assert found.needed["weights"] == 4 * parameters
     assert found.output["checkpoint"] == pytest.approx(4 * kept)
     assert {"train", "prove"} <= set(found.seconds)
     assert not any(stage.startswith("score") for stage in found.seconds)
-    said: list[str] = []
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(WORDS * 50))
-    recover(
-        tmp_path / "pruned", tmp_path / "out", settings, data=str(text), progress=lambda stage, *_: said.append(stage)
-    )
-    assert next(line for line in said if line not in ("load", "reading")).startswith("will need about ")
-    shown = done("recover", str(tmp_path / "pruned"), "--estimate", "--steps", "2")
-    assert "A run will need about" in shown.output.replace("\n", " ")
-    assert "give --out FOLDER" in refused("recover", tmp_path / "pruned", "--steps", "2")
+    told: list[str] = []
+
+    def listen(stage: str, *_: object) -> None:
+        told.append(stage)
+        if stage not in ("load", "reading"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        recover(pruned, tmp_path / "out", settings, data=str(laboratory.open_data()), progress=listen)
+    assert told[-1] == str(found)
 
 
-class Disk(NamedTuple):
-    free: int
+# ---- what the machine has not ----
 
 
-@pytest.mark.parametrize(
-    ("changes", "memory", "disk", "said"),
-    [
-        (
-            {},
-            2e9,
-            10**12,
-            r"needs at least 6\.\d GB of memory \(3\.\d GB of it: largest stage\), and 2\.0 GB is free; use a",
-        ),
-        (
-            {"steps": 5},
-            90e9,
-            10**12,
-            r"\(8\d\.\d GB of it: training\), and 90\.0 GB is free; give rank=16, a smaller",
-        ),
-        (
-            {"steps": 5, "rank": 16},
-            20e9,
-            10**12,
-            r"\(32\.1 GB of it: weights\), and 20\.0 GB is free; .* give a one-shot method",
-        ),
-        ({}, 60e9, 10**10, r"the result needs 11\.\d GB of disk and .* has 10\.0 GB free; give an out on a"),
-        ({"onnx": True}, 60e9, 2 * 10**10, r"the result needs 35\.\d GB of disk and .* give onnx=False"),
-    ],
-)
-def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
-    eight_billion: str,
-    tmp_path: Path,
-    inside: Inside,
-    changes: dict[str, int],
-    memory: float,
-    disk: int,
-    said: str,
-) -> None:
-    inside.gives("mptk.run.estimate.measure_free_memory", memory)
-    inside.gives("shutil.disk_usage", Disk(disk))
-    learning = Learning(steps=changes.get("steps", 0), rank=changes.get("rank"))
-    changes = {name: value for name, value in changes.items() if name not in ("steps", "rank")}
-    settings = Settings(method="wanda", data="text", learning=learning, **({"onnx": False} | changes))  # type: ignore[arg-type]
-    with pytest.raises(MptkError, match=said) as raised:
-        prune(eight_billion, tmp_path / "out", settings)
-    assert "\n" not in str(raised.value)
+def test_what_cannot_fit_is_refused_before_any_work(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 2**20, "intermediate_size": 2**24, "num_hidden_layers": 1, "vocab_size": 100}
+    with expect_error(MachineError, name="memory"):
+        prune(write_config(tmp_path / "config", **sizes), tmp_path / "out", BASE)
     assert not (tmp_path / "out").exists()
 
 
-def test_temporary_files_have_a_place_of_their_own(tmp_path: Path) -> None:
-    found = Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1e18}, {})
-    with pytest.raises(MptkError, match=r"temporary files need .*; set TMPDIR to a folder on a larger disk"):
-        check_room_for(found, tmp_path / "not" / "there")
+def test_the_place_that_has_too_little_room_is_named(tmp_path: Path) -> None:
+    found = Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {}, {})
+    check_room_for(found, tmp_path)
+    with expect_error(MachineError, name="memory"):
+        check_room_for(replace(found, needed={"weights": HUGE}), tmp_path)
+    for part in ("checkpoint", "ONNX"):
+        with expect_error(MachineError, name=tmp_path):
+            check_room_for(replace(found, output={part: HUGE}), tmp_path / "not" / "there")
+    with expect_error(MachineError, name=tempfile.gettempdir()):
+        check_room_for(replace(found, temporary={"gradients": HUGE}), tmp_path)
 
 
-def test_a_temporary_folder_that_is_gone_is_no_error_of_the_estimate(tmp_path: Path, inside: Inside) -> None:
-    inside.bound("tempfile.tempdir", str(tmp_path / "gone"))
-    check_room_for(Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1.0}, {}), tmp_path)
+# ---- this machine ----
 
 
-def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
-    inside.bound("mptk.cost.estimate.SAMPLE", 1 << 16)
-    first = costs.measure_machine()
-    assert min(first.flops, first.read, first.write) > 0
-    (kept,) = (tmp_path / "machine").iterdir()
-    assert json.loads(kept.read_text())["rates"]["flops"] == first.flops
-    known = json.loads(kept.read_text())
-    kept.write_text(json.dumps({**known, "rates": {**known["rates"], "flops": 1.0}}))
-    assert costs.measure_machine() == replace(first, flops=1.0)
+def test_the_machine_is_measured_once() -> None:
+    find_rates(torch.bfloat16).unlink()
     narrow = costs.measure_machine(dtype=torch.bfloat16)
-    assert narrow.flops > 1
-    assert narrow.speedup != 1
-    assert len(list((tmp_path / "machine").iterdir())) == 2, "another type has a rate of its own"
+    assert min(narrow.flops, narrow.read, narrow.write, narrow.speedup) > 0
+    assert costs.measure_machine(dtype=torch.bfloat16) == narrow
+    assert costs.measure_machine() == SLOW, "each type has rates of its own"
 
 
-def test_a_slow_type_is_timed_by_a_small_product(inside: Inside) -> None:
+def test_a_slow_type_is_timed_by_a_small_product() -> None:
     """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
-    timed = inside.asked("mptk.cost.estimate.measure_typical_ms", lambda *_, **__: 100.0)
-    assert costs.measure_product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
-    assert len(timed) == 1
+    timed: list[int] = []
+
+    def take_long(run: object, threads: int, seconds: float) -> float:
+        timed.append(threads)
+        return 100.0
+
+    assert costs.measure_product_rate(costs.CPU, torch.bfloat16, take_long) == 2 * 64 * 1024 * 256 / 0.1
+    assert timed == [1]
 
 
-def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None:
+def test_on_a_busy_machine_the_rate_of_one_thread_counts() -> None:
     """All threads together wait for each other: two had 2 GFLOP/s, and one 150."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        inside.around(
-            "mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: 1.0 if threads == 1 else 90.0
-        )
-        assert costs.measure_product_rate(costs.CPU, torch.float32) == 2 * 1024 * 1024 * 4096 / 1e-3
-        inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: 0.9 / threads)
-        assert costs.measure_product_rate(costs.CPU, torch.float32) == pytest.approx(2 * 1024 * 1024 * 4096 / 0.45e-3)
+        for timer, ms in (
+            (lambda run, threads, seconds: 1.0 if threads == 1 else 90.0, 1.0),
+            (lambda run, threads, seconds: 0.9 / threads, 0.45),
+        ):
+            rate = costs.measure_product_rate(costs.CPU, torch.float32, timer)
+            assert rate == pytest.approx(2 * 1024 * 1024 * 4096 / ms * 1e3)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -372,28 +320,29 @@ def test_sizes_and_times_as_text() -> None:
     assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")
 
 
-def test_what_is_kept_of_the_machine_costs_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
-) -> None:
+def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is empty, damaged, a pipe or a folder is measured again; a cache that cannot be written is noted."""
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    inside.bound("mptk.cost.estimate.SAMPLE", 1 << 10)
-    inside.gives("mptk.cost.estimate.measure_product_rate", 1e9)
-    assert costs.measure_machine().note == ""
-    (kept,) = (tmp_path / "cache" / "machine").iterdir()
-    for content in ("", "{", "[]", '{"rates": 3}', '{"rates": {"flops": 0, "read": 1, "write": 1}}', "{}", None):
+    measured: list[Path] = []
+
+    def measure(folder: Path, *_: object) -> Machine:
+        measured.append(folder)
+        return replace(SLOW, flops=len(measured))
+
+    kept = find_rates()
+    assert costs.measure_machine(measure=measure) == SLOW
+    for content in ("", "{", "[]", '{"rates": 3}', '{"rates": {"flops": 0, "read": 1, "write": 1}}', None):
         kept.unlink()
         os.mkfifo(kept) if content is None else kept.write_text(content)
-        assert content == "{}" or "is damaged" in costs.measure_machine().note
-        assert costs.measure_machine().note == ""
+        assert costs.measure_machine(measure=measure).note
+        assert costs.measure_machine(measure=measure) == replace(SLOW, flops=len(measured))
+    assert len(measured) == 6
+    assert json.loads(kept.read_text())["rates"]["flops"] == 6
     kept.unlink()
     kept.mkdir()
-    assert "cannot write" in costs.measure_machine().note
+    assert costs.measure_machine(measure=measure).note
     for cache in ("/proc/x", "/dev/null/x"):
         monkeypatch.setenv("MPTK_CACHE", cache)
-        first = costs.measure_machine()
-        assert first.note.endswith("set MPTK_CACHE to a folder with room for it")
-        inside.gives("mptk.cost.estimate.measure_product_rate", 2e9)
-        assert costs.measure_machine() == first, "a process measures once"
-        inside.gives("mptk.cost.estimate.measure_product_rate", 1e9)
-    assert first.note in str(estimate(toy(tied=True), WORK, first, bound=1e9))
+        first = costs.measure_machine(measure=measure)
+        assert first.note
+        assert costs.measure_machine(measure=measure) == first, "a process measures once"
+    assert first.note in str(estimate(toy(), WORK, first, bound=1e9))

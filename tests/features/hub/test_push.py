@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from commands import done, refused
+from forks import code_of, forked
 from inside import Inside
-from test_replacing import code_of, forked
 
 from mptk import MptkError
 from mptk.features.hub.push import push_files

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import typer.rich_utils  # noqa: F401  # reads the terminal's width once; some tests have a wider one
 
-from mptk.plugins import list_absent_features
+# Before huggingface_hub is imported, which reads it once: no test asks the hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from mptk.plugins import list_absent_features  # noqa: E402
 
 pytest_plugins = ["mptk.testing.fixtures"]
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)

@@ -147,7 +147,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
     else:
         each = _iterate_data(data)
         if (first := next(each, _NOTHING)) is _NOTHING:
-            raise DataError("data is empty; give texts, token ids [n, length], or batches of inputs")
+            raise DataError("data is empty; give texts, token ids [n, length], or batches of inputs", name="data")
         batches = chain([first], each)
         texts = _find_texts(batches, first, like, loaded)
         if texts is None:

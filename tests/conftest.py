@@ -17,7 +17,7 @@ import typer.rich_utils  # noqa: F401  # reads the terminal's width once; some t
 # Before huggingface_hub is imported, which reads it once: no test asks the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from mptk.plugins import list_absent_features  # noqa: E402
+from mptk.plugins import list_absent_features
 
 pytest_plugins = ["mptk.testing.fixtures"]
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)

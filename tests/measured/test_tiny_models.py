@@ -129,14 +129,13 @@ def test_layers_that_cut_out_masks_have_one_width_and_their_backbone_its_own_hea
     assert [*heads] == [*CONFIG_MAPPING["maskformer"]().backbone_config.num_heads]
 
 
-@pytest.mark.long
 def test_patches_of_several_frames_are_known_by_either_name() -> None:
     """This vision config has ``patch_temporal`` in place of ``temporal_patch_size``."""
     tiny = tiny_model("image-text-to-text", "muse_glimmer")
     assert tiny.inputs[1].shape == (BATCH, 16, 3 * 2 * 8 * 8)
 
 
-@pytest.mark.parametrize("model_type", ["rt_detr", pytest.param("detr", marks=pytest.mark.long)])
+@pytest.mark.parametrize("model_type", ["rt_detr", "detr"])
 def test_a_detector_has_widths_that_its_backbone_gives_and_shows_classes_and_boxes(model_type: str) -> None:
     tiny = tiny_model("object-detection", model_type)
     assert tiny.wrapper(*tiny.inputs).shape == (BATCH, 8 * (LABELS + (model_type == "detr") + 4))

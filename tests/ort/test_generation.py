@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mptk import Settings
 from mptk.api.graphs import export_folder, find_onnx_folder
-from mptk.errors import InputError
+from mptk.errors import FileError
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate_tokens
 from mptk.testing import expect_error, make_llama, make_tokenizer
@@ -108,7 +108,7 @@ def test_a_graph_for_prefill_and_last_logits_keeps_its_heads_and_gives_the_same_
     assert (last.metadata["objective"], decoder.metadata["objective"]) == ("prefill", "decode")
     assert (last.last_only, decoder.last_only) == (True, False)
     np.testing.assert_allclose(last.compute_logits(ids), decoder.compute_logits(ids)[:, -1:], atol=1e-4)
-    with expect_error(InputError, name="logits"):
+    with expect_error(FileError, name="logits"):
         last.compute_torch_logits(torch.tensor(ids))
     heads = []
     for place in (tmp_path / "out", folder):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from inside import changed
+from inside import Inside, changed
 
 from benchmarks import quality
 from benchmarks.quality_text import HELD_OUT, PIECE, write_mixture
@@ -82,12 +82,13 @@ def test_a_row_is_computed_once_and_at_other_widths_again(place: Path) -> None:
     assert [row["mark"] for row in rows(place, "magnitude", widths="ffn=32")] == [1, 1]
 
 
-def test_an_interrupted_row_goes_on_where_it_was(place: Path) -> None:
+def test_an_interrupted_row_goes_on_where_it_was(place: Path, inside: Inside) -> None:
     rows(place, "magnitude")  # the dense row, too
     with changed() as stopping:
         stopping.stop("benchmarks.quality.measure", error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             rows(place, "wanda", tokens=1024)
+    inside.forbid("benchmarks.quality.prune")
     _, resumed = rows(place, "wanda", tokens=1024)
     assert (resumed["method"], resumed["tokens"], resumed["rank"]) == ("wanda", 1024, 0)
     assert not list((place / "work").glob("row-*"))

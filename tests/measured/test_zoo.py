@@ -18,13 +18,10 @@ from mptk.ir.program import Program
 TYPES = [
     ("causal-lm", "falcon"),  # multi-query, index by a list
     ("causal-lm", "mamba2"),  # state space: convolution, cumulative sums
-    ("causal-lm", "llama4_text"),  # complex rotary embeddings, interleaved experts
     ("causal-lm", "deepseek_v3"),  # latent attention, grouped experts
     ("masked-lm", "deberta-v2"),  # disentangled attention by gather
     ("seq2seq", "t5"),  # a shared relative bias ties all layers' heads
-    ("image-classification", "vit"),
     ("image-classification", "resnet"),
-    ("masked-lm", "perceiver"),  # learned latents between two cross attentions, each with widths of its own
 ]
 
 

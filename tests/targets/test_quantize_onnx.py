@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
-from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, graphs_of, tiny_decoder
+from tiny_decoders import BIASED, FUSED, GROUPED, graphs_of, tiny_decoder
 
 from mptk.errors import InputError
 from mptk.ort.decoder import OrtDecoder
@@ -31,7 +31,7 @@ ERROR = {"int8": 0.1, "int4": 0.9, "fp16": 0.01}
 """Of the logits, root mean square over their deviation: weights here are as spread as can be, without outliers."""
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=[GROUPED, FUSED])
 def graphs(request, decoder_graphs):
     return graphs_of(decoder_graphs(request.param))
 

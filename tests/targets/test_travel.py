@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config
+from typer.testing import CliRunner
 
 import mptk
 from mptk import testing
 from mptk.api import compiler as api
+from mptk.cli.main import app
 from mptk.errors import BudgetError, InputError, TargetError
 from mptk.features.gguf.architectures import ARCHITECTURES
 from mptk.ir.alignment import Alignment
@@ -155,19 +157,16 @@ def test_only_what_the_named_programs_read_is_legal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "nearest"),
+    ("words", "name"),
     [
-        ({"engines": ("vllm",), "target": "graph"}, []),
-        ({"engines": ("sglang",)}, []),
-        ({"engines": ("transformers.js",), "onnx": False}, []),
-        ({"engines": ("vlm",)}, ["vllm"]),
-        ({"engines": ("vllm",), "portable": False}, []),
+        ("--engines vllm --target graph", "engines"),
+        ("--engines sglang", "engines"),
+        ("--engines transformers.js --no-onnx", "engines"),
+        ("--engines vlm", "engines"),
+        ("--engines vllm --no-portable", "portable"),
     ],
-    ids=str,
 )
-def test_a_program_that_cannot_read_the_result_is_refused_before_any_work(
-    asked: dict[str, Any], nearest: list[str]
-) -> None:
-    with expect_error(InputError, name="engines") as refused:
-        mptk.prune("no/model", "nowhere", mptk.Settings(**asked))
-    assert refused.value.nearest[: len(nearest)] == tuple(nearest)
+def test_a_program_that_cannot_read_the_result_is_refused_before_any_work(words: str, name: str) -> None:
+    result = CliRunner().invoke(app, ["prune", "no/model", "--out", "nowhere", *words.split()])
+    assert isinstance(result.exception, InputError)
+    assert result.exception.name == name

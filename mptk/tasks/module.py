@@ -229,7 +229,9 @@ def take_program(dense: Dense, samples: Samples | None, names: Sequence[str]) ->
     program = dense.program
     assert program is not None
     if program.keeps_state:
-        raise TargetError("the module changes its buffers, which a graph would forget after each call; leave out ONNX")
+        raise TargetError(
+            "the module changes its buffers, which a graph would forget after each call; leave out ONNX", name="onnx"
+        )
     (results,) = program.graph.graph.output_node().args
     count = len(results) if isinstance(results, tuple | list) else 1
     outputs = tuple(f"{OUTPUT_NAME}_{i}" for i in range(count)) if count > 1 else (OUTPUT_NAME,)

@@ -242,14 +242,10 @@ def test_a_constant_of_one_number_is_no_table_that_the_class_would_compute_anew(
 
 
 def test_norms_whose_epsilon_the_class_fixes_are_not_cut():
-    """Zamba2 has a number for its recurrences' norms; Bamba takes it from its config."""
-    refused = {}
-    for name in ("zamba2", "bamba"):
-        model = tiny_model("causal-lm", name).model
-        legal = find_target("stock").find_legal(analyze(trace(model)), model, Alignment(1))
-        refused[name] = [why for why in legal.refused.values() if "fixes its norm's epsilon" in why]
-    assert refused["zamba2"]
-    assert not refused["bamba"]
+    """Zamba2 has a number for its recurrences' norms, which its config does not say."""
+    model = tiny_model("causal-lm", "zamba2").model
+    legal = find_target("stock").find_legal(analyze(trace(model)), model, Alignment(1))
+    assert any("fixes its norm's epsilon" in why for why in legal.refused.values())
 
 
 def test_the_channels_of_a_recurrence_are_offered_for_the_stock_class():

@@ -162,7 +162,6 @@ def test_only_what_the_named_programs_read_is_legal(tmp_path: Path) -> None:
         ("--engines vllm --target graph", "engines"),
         ("--engines sglang", "engines"),
         ("--engines transformers.js --no-onnx", "engines"),
-        ("--engines vlm", "engines"),
         ("--engines vllm --no-portable", "portable"),
     ],
 )

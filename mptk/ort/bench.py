@@ -163,7 +163,7 @@ def bench_graphs(
     rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
     measure = partial(measures.measure_memory, length=max(lengths), device=device)
     measured = [_measure_graph(name, parts, measure, say) for name, parts in models.items()]
-    products = _time_products(models, cases, device, partial(measures.time_steps, rounds=rounds))
+    products = _time_products(models, cases, device, lambda steps: measures.time_steps(steps, rounds))
     return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
 
 

@@ -82,12 +82,12 @@ def shape_of(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def shards(model: PreTrainedModel) -> Iterator[list[str]]:
-    """Names of the tensors of each shard, in the model's order."""
+def shards(model: PreTrainedModel, most: int) -> Iterator[list[str]]:
+    """Names of the tensors of each shard of at most ``most`` bytes, in the model's order."""
     names: list[str] = []
     size = 0
     for name, tensor in model.state_dict().items():
-        if names and size + 2 * tensor.numel() > SHARD_BYTES:
+        if names and size + 2 * tensor.numel() > most:
             yield names
             names, size = [], 0
         names.append(name)
@@ -107,9 +107,9 @@ def _parts(rows: int, size: int = 1024) -> list[int]:
     return [min(size, rows - first) for first in range(0, rows, size)]
 
 
-def write_weights(model: PreTrainedModel, folder: Path, seed: int) -> None:
+def write_weights(model: PreTrainedModel, folder: Path, seed: int, shard_bytes: int) -> None:
     """The shards and their index, as transformers names them."""
-    state, parts = model.state_dict(), list(shards(model))
+    state, parts = model.state_dict(), list(shards(model, shard_bytes))
     index: dict[str, str] = {}
     for number, names in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
@@ -135,23 +135,25 @@ def tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-def write_text(file: Path, seed: int) -> str:
+def write_text(file: Path, seed: int, characters: int) -> str:
     """Sentences of random words: enough for calibration and for the perplexity."""
     rng, lines, size = random.Random(seed), [], 0
-    while size < CHARACTERS:
+    while size < characters:
         lines.append(" ".join(rng.choices(WORDS, k=12)).capitalize() + ".")
         size += len(lines[-1])
     file.write_text(text := "\n".join(lines))
     return text
 
 
-def make_checkpoint(folder: Path, config: LlamaConfig, seed: int = 0) -> None:
+def make_checkpoint(
+    folder: Path, config: LlamaConfig, seed: int = 0, *, shard_bytes: int = SHARD_BYTES, characters: int = CHARACTERS
+) -> None:
     """Write everything; `shape.json` comes last and says that the folder is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     model = skeleton(config)
     config.save_pretrained(folder)
-    save_tokenizer(tokenizer(write_text(folder / "text.txt", seed)), folder)
-    write_weights(model, folder, seed)
+    save_tokenizer(tokenizer(write_text(folder / "text.txt", seed, characters)), folder)
+    write_weights(model, folder, seed, shard_bytes)
     width = config.intermediate_size * 5 // 8 // 32 * 32
     plan_of_widths(mptk.analyze(model), {"ffn": width}, random.Random(seed)).save(folder / "plan.json")
     write_json(folder / "shape.json", shape_of(model))

@@ -13,7 +13,7 @@ import multiprocessing
 import resource
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Annotated, Any
@@ -305,35 +305,40 @@ def check(mapping: str, model_type: str) -> dict[str, Any]:
     return row
 
 
-def sweep(pairs: list[tuple[str, str]], jobs: int) -> Iterator[dict[str, Any]]:
+def sweep(
+    pairs: list[tuple[str, str]],
+    jobs: int,
+    check: Callable[[str, str], dict[str, Any]] = check,
+    limit_s: float = TIME_LIMIT_S,
+) -> Iterator[dict[str, Any]]:
     """`check` of each (mapping, type) in a process of its own, at most `jobs` at once; rows as they finish."""
     context = multiprocessing.get_context("fork")  # the children find torch and transformers imported
     waiting, running = list(reversed(pairs)), dict[Connection, tuple[Any, float, tuple[str, str]]]()
     while waiting or running:
         while waiting and len(running) < jobs:
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(theirs, *waiting[-1]))
+            process = context.Process(target=_child, args=(theirs, check, *waiting[-1]))
             process.start()
             theirs.close()
-            running[ours] = (process, time.monotonic() + TIME_LIMIT_S, waiting.pop())
+            running[ours] = (process, time.monotonic() + limit_s, waiting.pop())
         first_deadline = min(deadline for _, deadline, _ in running.values())
         ready = wait(list(running), timeout=max(0.0, first_deadline - time.monotonic()))
         for pipe, (process, deadline, pair) in list(running.items()):
             if pipe in ready or time.monotonic() >= deadline:
-                yield _result(pipe, process, pair, pipe in ready)
+                yield _result(pipe, process, pair, None if pipe in ready else limit_s)
                 del running[pipe]
 
 
-def _child(pipe: Connection, mapping: str, model_type: str) -> None:
+def _child(pipe: Connection, check: Callable[[str, str], dict[str, Any]], mapping: str, model_type: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     torch.set_num_threads(1)
     pipe.send(check(mapping, model_type))
 
 
-def _result(pipe: Connection, process: Any, pair: tuple[str, str], ready: bool) -> dict[str, Any]:
+def _result(pipe: Connection, process: Any, pair: tuple[str, str], late: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {"mapping": pair[0], "type": pair[1], "stage": "none"}
     try:
-        row |= pipe.recv() if ready else {"reason": f"ran past {TIME_LIMIT_S} s"}
+        row |= pipe.recv() if late is None else {"reason": f"ran past {late:g} s"}
     except EOFError:
         process.join()
         row["reason"] = f"the process died with exit code {process.exitcode}"

@@ -15,6 +15,9 @@ import pytest
 import typer.rich_utils  # noqa: F401  # reads the terminal's width once; some tests have a wider one
 from durations import SUITES, Recorder, is_in_suite, read_durations, sum_by_file
 
+# Before huggingface_hub is imported, which reads it once: no test asks the hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 from mptk.plugins import list_absent_features
 
 pytest_plugins = ["mptk.testing.fixtures"]

@@ -15,6 +15,7 @@ import resource
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,12 +28,6 @@ from mptk.errors import DataError, FileError, MptkError, take_first_line
 from mptk.files import format_json
 from mptk.reading import parse_json, shorten_text
 
-# Processor time that a template has for a chat. The longest known templates take a hundredth of a second.
-TEMPLATE_SECONDS = 5.0
-# Time after which it is stopped on a machine that is too busy to give it its processor time.
-WAITING_SECONDS = 60.0
-# Bytes that filling templates may take beside what this process has.
-TEMPLATE_MEMORY = 1 << 29
 # Bytes of the longest chat as a template writes it: this process has to take it in.
 LONGEST_CHAT = 1 << 26
 # The signals that this process may handle, and SIGPROF, by which the system stops the fork.
@@ -41,11 +36,26 @@ Owner = PreTrainedTokenizerBase | ProcessorMixin | None
 Turns = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What a template may take.
+
+    ``seconds``: processor time for a chat; the longest known templates take a hundredth of a second. ``waiting``: time
+    after which it is stopped on a machine that is too busy to give it its processor time. ``memory``: bytes for filling
+    templates, beside what this process has.
+    """
+
+    seconds: float = 5.0
+    waiting: float = 60.0
+    memory: int = 1 << 29
+
+
 class ChatTemplate:
     """The chat template of ``owner``. Its process starts with the first chat, and ends with the ``with`` block."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, bounds: Bounds = Bounds()) -> None:
         self._owner = owner
+        self._bounds = bounds
         self._process: tuple[int, Connection] | None = None
 
     def __enter__(self) -> Self:
@@ -67,12 +77,12 @@ class ChatTemplate:
         return list(self._render(turns, where, remedy, {**options, "return_dict": True}))
 
     def _render(self, turns: Turns, where: str, remedy: str, options: Mapping[str, Any]) -> Any:
-        pid, pipe = self._process = self._process or _start_process(self._owner)
+        pid, pipe = self._process = self._process or _start_process(self._owner, self._bounds)
         late = False
         try:
             # The timer counts only processor time, so waiting has a bound of its own.
             pipe.send((turns, options))
-            if late := not pipe.poll(WAITING_SECONDS):
+            if late := not pipe.poll(self._bounds.waiting):
                 os.kill(pid, signal.SIGKILL)
             # JSON, not pickle: a template that broke out of the sandbox could send anything.
             found, refused = parse_json(pipe.recv_bytes(LONGEST_CHAT).decode(), FileError)
@@ -82,7 +92,7 @@ class ChatTemplate:
             # It was stopped, or its answer is too long. The next chat gets a new process.
             ended = self._end()
             late |= os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGPROF
-            bound = f"{TEMPLATE_SECONDS:.0f} s" if late else f"{TEMPLATE_MEMORY >> 20} MB"
+            bound = f"{self._bounds.seconds:.0f} s" if late else f"{self._bounds.memory >> 20} MB"
             refused = f"it takes more than {bound}"
         if refused:
             raise DataError(f"the model's chat template refuses {where}: {refused}; {remedy}", name=where)
@@ -101,7 +111,7 @@ class ChatTemplate:
         return 0
 
 
-def _start_process(owner: Owner) -> tuple[int, Connection]:
+def _start_process(owner: Owner, bounds: Bounds) -> tuple[int, Connection]:
     here, there = Pipe()
     # A signal whose handler raises in the fork before ``_answer`` would let the fork go on as a second command.
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -114,7 +124,7 @@ def _start_process(owner: Owner) -> tuple[int, Connection]:
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if not pid:
-            _answer(owner, there)
+            _answer(owner, bounds, there)
     finally:
         del os.environ["TOKENIZERS_PARALLELISM"]
         if before is not None:
@@ -124,34 +134,34 @@ def _start_process(owner: Owner) -> tuple[int, Connection]:
     return pid, here
 
 
-def _answer(owner: Owner, pipe: Connection) -> None:
+def _answer(owner: Owner, bounds: Bounds, pipe: Connection) -> None:
     """What the fork does: fill the template for each chat that it is sent, until the pipe ends."""
     try:
-        _isolate(pipe.fileno())
+        _isolate(pipe.fileno(), bounds.memory)
         while True:
             turns, options = pipe.recv()
-            signal.setitimer(signal.ITIMER_PROF, TEMPLATE_SECONDS)
-            pipe.send_bytes(format_json(_fill(owner, turns, options)).encode())
+            signal.setitimer(signal.ITIMER_PROF, bounds.seconds)
+            pipe.send_bytes(format_json(_fill(owner, bounds, turns, options)).encode())
             signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
         # However it ends, not a line of this process's program may run in the fork: no finalizer, no ``finally``.
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _fill(owner: Any, turns: Turns, options: Mapping[str, Any]) -> tuple[object, str]:
+def _fill(owner: Any, bounds: Bounds, turns: Turns, options: Mapping[str, Any]) -> tuple[object, str]:
     """What the template makes of a chat, and why it refuses it."""
     try:
         found = owner.apply_chat_template(turns, **options)
         return found if isinstance(found, str) else list(found["input_ids"]), ""
     except MemoryError:
-        return None, f"it takes more than {TEMPLATE_MEMORY >> 20} MB"
+        return None, f"it takes more than {bounds.memory >> 20} MB"
     except RecursionError:
         return None, "it calls itself too often"
     except Exception as error:  # noqa: BLE001  # a template of any content meets code of any class
         return None, shorten_text(take_first_line(error), 300).rstrip(".")
 
 
-def _isolate(kept: int) -> None:
+def _isolate(kept: int, memory: int) -> None:
     """Set the fork's bounds, and leave it nothing of this process but its memory and one descriptor.
 
     Locks of this process would else stay locked, and its signals be handled twice.
@@ -167,7 +177,7 @@ def _isolate(kept: int) -> None:
     os.closerange(kept + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     # The system bounds the whole address space, of which this process has much already.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    bound = pages * resource.getpagesize() + TEMPLATE_MEMORY
+    bound = pages * resource.getpagesize() + memory
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
     logging.disable()

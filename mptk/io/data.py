@@ -153,7 +153,11 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 def check_positions(positions: int | None, length: int, what: str) -> None:
     """Raise MptkError if ``what``, of ``length`` tokens, is longer than a model's ``positions``."""
     if positions is not None and length > positions:
-        raise InputError(f"{what} are longer than the model's {positions} positions; ask for shorter ones", name=what)
+        raise InputError(
+            f"{what} are longer than the model's {positions} positions; ask for shorter ones",
+            name=what,
+            nearest=(positions,),
+        )
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:

@@ -41,6 +41,9 @@ SESSIONS = 3
 the life of the session."""
 
 
+Step = Callable[[], object]
+Alternate = Callable[[Sequence[Step]], list[list[float]]]
+"""Gives milliseconds of each step in each round."""
 Times = Mapping[Case, list[list[float]]]
 """Case → graph → milliseconds of each round."""
 
@@ -111,6 +114,7 @@ def bench_graphs(
     phases: Sequence[str] | None = None,
     sessions: int = SESSIONS,
     device: torch.device = CPU,
+    instruments: Instruments | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Time ONNX graphs of one kind of model (``steps.find_phase_graphs``).
@@ -128,6 +132,7 @@ def bench_graphs(
         phases: what to time, such as ``prefill``; None: all.
         sessions: sets of fresh sessions, over which the rounds are divided.
         device: where the graphs run, and whose peaks are measured.
+        instruments: what measures; None: this module's own.
         progress: called with a stage, the cases done and all cases.
 
     Raises:
@@ -137,7 +142,7 @@ def bench_graphs(
     if rounds < 2:
         raise InputError("the spread of one round is unknown; give --rounds 2 or more", name="rounds")
     # The rounds are dealt out to the sets of sessions, at least one to each.
-    say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
+    say, measures, models = progress or show_nothing, instruments or Instruments(), _of_one_kind(_find_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = _list_cases(next(iter(models.values())), phases, lengths, batches, threads)
     times: Times = {case: [[] for _ in models] for case in cases}
@@ -150,11 +155,16 @@ def bench_graphs(
     # Sessions and peaks have one number of threads, so all cases of one number are timed together.
     for n in threads:
         own = {case: sides for case, sides in times.items() if case.threads == n}
-        peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, report_finished)
+        roofline = measures.open_roofline(n, device)
+        peaks[n], ran = _time_cases(
+            list(models.values()), own, shares, roofline, device, measures.time_steps, report_finished
+        )
     # Ratios from the times; then what needs no turns: memory, in new processes, and products of unaligned widths.
     rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
-    measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
-    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _time_products(models, cases, rounds, device))
+    measure = partial(measures.measure_memory, length=max(lengths), device=device)
+    measured = [_measure_graph(name, parts, measure, say) for name, parts in models.items()]
+    products = _time_products(models, cases, device, lambda steps: measures.time_steps(steps, rounds))
+    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
 
 
 GraphOf = Mapping[str, Path]
@@ -195,14 +205,14 @@ def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
 
 
 def _time_products(
-    models: Mapping[str, GraphOf], cases: Sequence[Case], rounds: int, device: torch.device
+    models: Mapping[str, GraphOf], cases: Sequence[Case], device: torch.device, timed: Alternate
 ) -> list[Unaligned]:
     """The products of unaligned widths in the longest case of each phase that reads tokens, with the first threads."""
     tokens = {
         case.phase: 1 if case.phase == "decode" else case.length for case in sorted(cases, key=lambda c: c.length)
     }
     # Decode multiplies one row, prefill as many as there are tokens. A graph of several phases is read once.
-    timed, found = partial(time_alternately, rounds=rounds), list[Unaligned]()
+    found = list[Unaligned]()
     for name, parts in models.items():
         for file in dict.fromkeys(parts[phase] for phase in tokens):
             rows = [count for phase, count in tokens.items() if count and parts[phase] == file]
@@ -216,6 +226,7 @@ def _time_cases(
     shares: Sequence[int],
     roofline: Roofline,
     device: torch.device,
+    time_steps: Callable[[Sequence[Step], int], list[list[float]]],
     finished: Callable[[], None],
 ) -> tuple[Peaks, list[str]]:
     """Extend ``times``, whose cases use the threads of ``roofline``; returns the peaks, and what ran the graphs.
@@ -230,7 +241,7 @@ def _time_cases(
         for case, sides in times.items():
             steppers = [open_once(parts[case.phase], case.phase in PHASES) for parts in models]
             ran = steppers[0].providers
-            found = time_alternately([stepper.step(case) for stepper in steppers[turn]], share)
+            found = time_steps([stepper.step(case) for stepper in steppers[turn]], share)
             for side, more in zip(sides[turn], found, strict=True):
                 side += more
             roofline.measure()  # between rounds, so that the same disturbances move the peaks
@@ -279,23 +290,24 @@ def _compute_iqr(values: Sequence[float]) -> float:
     return third - first
 
 
-def _measure_graph(name: str, parts: GraphOf, length: int, device: torch.device, say: Progress) -> Graph:
+def _measure_graph(name: str, parts: GraphOf, measure: Callable[[Path], int], say: Progress) -> Graph:
     say(f"peak memory of {name}", 0, 0)
     files = list(dict.fromkeys(parts.values()))
     size = sum(part.stat().st_size for file in files for part in file.parent.glob(f"{file.name}*"))
-    return Graph(name, str(files[0]), size, measure_peak_memory(files[0], length, device))
+    return Graph(name, str(files[0]), size, measure(files[0]))
 
 
 ROUND_S = 0.05
-"""A shorter step, in seconds, is repeated within its turn, so that switching between steps does not dominate."""
+"""Seconds of a turn in which switching between steps does not dominate."""
 
 
-def time_alternately(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+def time_alternately(steps: Sequence[Step], rounds: int, shortest: float = ROUND_S) -> list[list[float]]:
     """Milliseconds of each step in each round. Every other round reverses their order.
 
-    The steps take turns, so that disturbances of the machine affect all of them equally.
+    The steps take turns, so that disturbances of the machine affect all of them equally. ``shortest``: a step that
+    takes fewer seconds is repeated within its turn.
     """
-    repeats = [_count_repeats(step) for step in steps]
+    repeats = [_count_repeats(step, shortest) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     order = list(range(len(steps)))
     for _ in range(rounds):
@@ -308,15 +320,28 @@ def time_alternately(steps: Sequence[Callable[[], object]], rounds: int) -> list
     return times
 
 
-def _count_repeats(step: Callable[[], object]) -> int:
+def _count_repeats(step: Step, shortest: float) -> int:
     """Number of runs of ``step`` in one turn. This also warms it up."""
     for _ in range(2):  # the first call of a session also allocates its memory
         start = time.perf_counter()
         step()
         elapsed = time.perf_counter() - start
-        if elapsed > ROUND_S:
+        if elapsed > shortest:
             return 1
-    return min(50, int(ROUND_S / elapsed))
+    return min(50, int(shortest / elapsed))
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What ``bench_graphs`` measures with.
+
+    ``time_steps``: milliseconds of each of several steps in each of several rounds. ``measure_memory``: bytes by which
+    a process that runs a graph grows. ``open_roofline``: the peaks of a number of threads, or of a device.
+    """
+
+    time_steps: Callable[[Sequence[Step], int], list[list[float]]] = time_alternately
+    measure_memory: Callable[..., int] = measure_peak_memory
+    open_roofline: Callable[[int, torch.device], Roofline] = Roofline
 
 
 @dataclass(frozen=True)
@@ -373,11 +398,11 @@ def time_unaligned(
     rows: Sequence[int],
     threads: int,
     device: torch.device,
-    alternate: Callable[[list[Callable[[], object]]], list[list[float]]],
+    alternate: Alternate,
 ) -> list[Unaligned]:
     """Time each unaligned weight of the graph ``name`` beside the aligned one.
 
-    ``rows``: the numbers of tokens. ``alternate`` gives milliseconds of each step in each round.
+    ``rows``: the numbers of tokens.
     """
     found = []
     for inputs, outputs in list_unaligned_weights(file):

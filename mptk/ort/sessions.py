@@ -5,7 +5,7 @@ Numbers are computed in float32: providers that round them by default (TensorFlo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import onnxruntime as ort
@@ -36,10 +36,14 @@ OF_DEVICE: dict[str, Callable[[int], Provider]] = {
 """Type of a device → the execution provider of its n-th one, told to compute in float32."""
 
 
-def list_providers(device: torch.device) -> list[Provider]:
-    """The execution providers for a session on ``device``: the device's own, if it is there, and the CPU's last."""
+def list_providers(device: torch.device, there: Collection[str] | None = None) -> list[Provider]:
+    """The execution providers for a session on ``device``: the device's own, if it is there, and the CPU's last.
+
+    ``there``: the names of those that there are; None: of this ONNX Runtime.
+    """
+    there = ort.get_available_providers() if there is None else there
     found = [OF_DEVICE[device.type](device.index or 0)] if device.type in OF_DEVICE else []
-    return [own for own in found if own[0] in ort.get_available_providers()] + [(HOST, {})]
+    return [own for own in found if own[0] in there] + [(HOST, {})]
 
 
 def open_session(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import refused
-from inside import Inside
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from mptk import MptkError, testing
-from mptk.io.chat_templates import ChatTemplate
-from mptk.io.text.files import read_row_texts
+from mptk import testing
+from mptk.cli.main import app
+from mptk.errors import DataError
+from mptk.io.chat_templates import Bounds, ChatTemplate
+from mptk.testing import expect_error
 
 TURNS = [{"role": "user", "content": "hi ü 🦊"}, {"role": "assistant", "content": "ho"}]
 FOR = "{% for a in range(99999) %}"
@@ -65,13 +66,11 @@ def open_files() -> int:
 
 
 @pytest.mark.parametrize("template", BOMBS.values(), ids=BOMBS)
-def test_no_template_takes_more_than_its_time_and_memory(template: str, inside: Inside) -> None:
-    inside.bound("mptk.io.chat_templates.TEMPLATE_SECONDS", 0.5)
-    inside.bound("mptk.io.chat_templates.TEMPLATE_MEMORY", 1 << 27)
+def test_no_template_takes_more_than_its_time_and_memory(template: str) -> None:
     before, used = open_files(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    with pytest.raises(MptkError, match=r"the model's chat template refuses a chat of x: .+; name a column") as raised:
-        list(read_row_texts([{"messages": TURNS}], "x", None, tokenizer(template)))
-    assert "\n" not in str(raised.value)
+    bounds = Bounds(seconds=0.25, memory=1 << 27)
+    with ChatTemplate(tokenizer(template), bounds) as filled, expect_error(DataError, name="x"):
+        filled.render(TURNS, "x", "y")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 2
     assert open_files() == before
@@ -90,35 +89,38 @@ def test_other_templates_write_what_they_wrote(template: str) -> None:
             assert filled.encode(TURNS, "x", "y", add_generation_prompt=asks) == ids
 
 
-def test_a_library_that_runs_out_of_memory_in_it_writes_nothing(
-    inside: Inside, capfd: pytest.CaptureFixture[str]
-) -> None:
-    inside.bound("mptk.io.chat_templates.TEMPLATE_MEMORY", 1 << 26)
+def test_a_library_that_runs_out_of_memory_in_it_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     long = tokenizer("a b " * (1 << 22))
-    with ChatTemplate(long) as filled, pytest.raises(MptkError, match="takes more than"):
+    with ChatTemplate(long, Bounds(memory=1 << 26)) as filled, expect_error(DataError, name="x"):
         filled.encode(TURNS, "x", "y")
     assert capfd.readouterr().err == ""
 
 
-def test_a_chat_after_a_refused_one_is_filled(inside: Inside) -> None:
+def test_a_chat_after_a_refused_one_is_filled() -> None:
     """And each chat has its own time: a file may hold any number of them."""
-    once = "{% for a in range(99999) %}{% endfor %}" * 20 + "{{ messages[0].content }}"
-    inside.bound("mptk.io.chat_templates.TEMPLATE_SECONDS", 1.0)
-    with ChatTemplate(tokenizer("{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}" + once)) as filled:
-        with pytest.raises(MptkError, match="division by zero"):
+    once = "{% for a in range(99999) %}{% endfor %}" * 5 + "{{ messages[0].content }}"
+    refusing = tokenizer("{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}" + once)
+    with ChatTemplate(refusing, Bounds(seconds=0.3)) as filled:
+        with expect_error(DataError, name="x"):
             filled.render(TURNS, "x", "y")
         assert {filled.render(TURNS[:1], "x", "y") for _ in range(30)} == {TURNS[0]["content"]}
 
 
-def test_a_process_that_gets_no_processor_time_is_stopped(inside: Inside) -> None:
-    inside.bound("mptk.io.chat_templates.WAITING_SECONDS", 0.2)
-    with ChatTemplate(tokenizer(BOMBS["loops"])) as filled, pytest.raises(MptkError, match="takes more than 5 s"):
+def test_a_process_that_gets_no_processor_time_is_stopped() -> None:
+    bounds = Bounds(waiting=0.2)
+    with ChatTemplate(tokenizer(BOMBS["loops"]), bounds) as filled, expect_error(DataError, name="x"):
         filled.render(TURNS, "x", "y")
 
 
-def test_a_command_ends_in_one_line(tmp_path: Path) -> None:
-    testing.save_model(testing.make_llama(), tmp_path / "model", tokenizer(BOMBS["an escape"]))
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
-    said = refused("eval", tmp_path / "model", "--data", tmp_path / "chats.jsonl", "--length", 8)
-    assert "the model's chat template refuses a chat of" in said
-    assert "unsafe" in said
+def test_a_command_ends_in_one_line(laboratory: testing.Laboratory, tmp_path: Path) -> None:
+    model = laboratory.copy(laboratory.open_model(), tmp_path / "model")
+    for file in model.glob("*token*"):
+        file.unlink()
+    tokenizer(BOMBS["an escape"]).save_pretrained(model)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": TURNS}) + "\n")
+    result = CliRunner().invoke(app, ["eval", str(model), "--data", str(chats), "--length", "8"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, DataError)
+    assert result.exception.name == f"a chat of {chats}"
+    assert "\n" not in str(result.exception)

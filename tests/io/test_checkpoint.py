@@ -71,14 +71,6 @@ def test_config_without_rotary_embedding_is_as_it_was() -> None:
     assert not {"rope_theta", "rope_scaling"} & make_portable_config(json.loads(config.to_json_string())).keys()
 
 
-def test_nested_config() -> None:
-    class Nested(PreTrainedConfig):
-        def to_dict(self) -> dict[str, Any]:
-            return {"model_type": "nested", "text_config": {"rope_parameters": {"rope_theta": 7.0}}}
-
-    assert make_portable_config(json.loads(Nested().to_json_string()))["text_config"]["rope_theta"] == 7.0
-
-
 def test_tokenizer(tmp_path: Path) -> None:
     tokenizer = testing.make_tokenizer(begin=True)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})

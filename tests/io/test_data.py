@@ -12,13 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from inside import Inside
 from toy_checkpoints import texts
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
-from mptk import MptkError, testing
+from mptk import testing
+from mptk.errors import InputError, ModelError
 from mptk.io import data
 from mptk.io.text.sampled import sample_text
+from mptk.testing import expect_error
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +50,6 @@ class TestLoadText:
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "first"}))
         (tmp_path / "picture.png").write_bytes(b"\x89")
         assert texts(str(tmp_path)) == ["first", "second"]
-
-    def test_datasets_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
-        asked = []
-
-        def load_dataset(real: object, *args: object, **options: object) -> list[dict[str, str]]:
-            asked.append((*args, options["split"], options["streaming"]))
-            return [{"text": "row"}]
-
-        inside.around("datasets.load_dataset", load_dataset)
-        monkeypatch.chdir(tmp_path)
-        assert texts("org/set") == ["row"]
-        texts("org/set:cfg")
-        texts("org/set:cfg:test")
-        assert asked == [
-            ("org/set", None, "train", True),
-            ("org/set", "cfg", "train", True),
-            ("org/set", "cfg", "test", True),
-        ]
 
 
 class TestTokenWindows:
@@ -102,11 +85,6 @@ class TestTokenWindows:
         assert all(window in ordered for window in first)
         assert first != ordered[:5]
         assert sorted(data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=1).tolist()) == sorted(ordered)
-
-    def test_evaluation_takes_the_first(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_text(testing.SENTENCES)
-        windows = data.load_evaluation_windows(testing.make_tokenizer(), str(tmp_path / "a.txt"), 7, 3)
-        assert windows.flatten().tolist() == testing.make_tokenizer()(testing.SENTENCES).input_ids[:21]
 
 
 class TestSelfSampled:
@@ -163,15 +141,11 @@ class TestSelfSampled:
         encoder = BertModel(
             BertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=1, vocab_size=50)
         )
-        with pytest.raises(MptkError, match="data"):
+        with expect_error(ModelError, name="BertModel"):
             sample_text(encoder, None, count=1, length=4, seed=0)
 
 
 class TestCalibration:
-    def test_self_is_the_default(self, model: LlamaForCausalLM) -> None:
-        windows = data.load_calibration_windows(model, testing.make_tokenizer(), count=3, length=9, seed=4)
-        assert torch.equal(windows, sample_text(model, testing.make_tokenizer(), count=3, length=9, seed=4))
-
     def test_self_samples_only_what_no_run_before_has(
         self, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -194,9 +168,9 @@ class TestCalibration:
         (tmp_path / "a.txt").write_text(testing.SENTENCES)
         windows = data.load_calibration_windows(model, testing.make_tokenizer(), str(tmp_path / "a.txt"), 3, 9, seed=4)
         assert torch.equal(windows, data.make_token_windows([testing.SENTENCES], testing.make_tokenizer(), 9, 3, 4))
-        with pytest.raises(MptkError, match="no tokenizer"):
+        with expect_error(ModelError, name="tokenizer"):
             data.load_calibration_windows(model, None, str(tmp_path / "a.txt"), 3, 9)
 
     def test_longer_than_the_models_positions(self, model: LlamaForCausalLM) -> None:
-        with pytest.raises(MptkError, match="71 tokens are longer than the model's 70"):
+        with expect_error(InputError, name="windows of 71 tokens", nearest=[70]):
             data.load_calibration_windows(model, testing.make_tokenizer(), count=3, length=71)

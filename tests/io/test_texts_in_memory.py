@@ -13,12 +13,13 @@ import datasets
 import pytest
 import torch
 
-import mptk
-from mptk import MptkError, testing
+from mptk import testing
+from mptk.errors import DataError, InputError
 from mptk.io.live import open_live
 from mptk.io.models import Loaded
 from mptk.run.samples import check_texts, collect_samples
 from mptk.tasks import bind_task
+from mptk.testing import expect_error
 
 TEXTS = [" ".join(testing.WORDS[i : i + 9]) for i in range(9)]
 ROWS = datasets.Dataset.from_dict({"text": TEXTS, "stars": list(range(9))})
@@ -56,12 +57,12 @@ def test_no_more_of_an_endless_text_is_read_than_windows_are_chosen_from(loaded:
 
 @pytest.mark.parametrize("empty", [list, tuple, lambda: iter(()), lambda: ROWS.select([])])
 def test_empty_data_is_said_to_be_empty(empty: Callable[[], Any], loaded: Loaded) -> None:
-    with pytest.raises(MptkError, match=r"^data is empty; give texts, token ids"):
+    with expect_error(DataError, name="data"):
         windows(loaded, empty())
 
 
-def test_rows_without_text_name_their_columns(loaded: Loaded) -> None:
-    with pytest.raises(MptkError, match=r"data has no columns of strings \(stars\)"):
+def test_rows_without_text_are_refused(loaded: Loaded) -> None:
+    with expect_error(DataError, name="data"):
         windows(loaded, ROWS.remove_columns("text"))
 
 
@@ -74,22 +75,6 @@ def test_rows_of_tensors_are_inputs_as_before(loaded: Loaded) -> None:
 def test_texts_beside_a_vocabulary_may_be_of_a_data_set_and_are_not_lost_to_a_look() -> None:
     check_texts(data=ROWS, eval_data=ROWS["text"])
     texts: Iterator[str] = iter(TEXTS)
-    with pytest.raises(MptkError, match="give a list of texts"):
+    with expect_error(InputError, name="data"):
         check_texts(data=texts)
     assert next(texts) == TEXTS[0]
-
-
-def test_a_run_takes_a_data_set() -> None:
-    small = mptk.prune(
-        testing.make_llama(),
-        tokenizer=testing.make_tokenizer(),
-        data=ROWS,
-        method="magnitude",
-        tolerance=1.0,
-        progress=None,
-        samples=2,
-        length=8,
-        eval_length=8,
-    )
-    assert small is not None
-    assert small.report.settings.data == "samples given in Python"

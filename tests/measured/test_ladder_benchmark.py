@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inside import Inside
 
 from benchmarks.ladder import TEXTS, Study, fill, table
 from benchmarks.quality import rows_in
@@ -15,7 +14,7 @@ from mptk import testing
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_rows_are_computed_once(tmp_path: Path, inside: Inside) -> None:
+def test_rows_are_computed_once(tmp_path: Path) -> None:
     testing.save_model(testing.make_llama(max_position_embeddings=600, intermediate_size=320), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 400)
     text = str(tmp_path / "text.txt")
@@ -28,9 +27,9 @@ def test_rows_are_computed_once(tmp_path: Path, inside: Inside) -> None:
     assert [r["tokens"] for r in rows[1:]] == [512] * 4 + [256] * 2 + [512] * 2
     assert len({row["c4"] for row in (rows[0], *rows[2::2])}) == 5, "the smallest of each way is another model"
     assert not list(tmp_path.glob("tmp*"))
-    inside.forbid("benchmarks.ladder.prune")
-    inside.forbid("benchmarks.ladder.ladder")
+    written = (tmp_path / "rows.json").stat()
     assert fill(study, tmp_path / "rows.json") == rows
+    assert (tmp_path / "rows.json").stat() == written
 
 
 @pytest.fixture

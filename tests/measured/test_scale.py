@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from inside import Inside
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,18 +17,12 @@ from benchmarks.scale_checkpoint import config_of, make_checkpoint
 from mptk import Plan
 
 SIZES = {"layers": 3, "hidden": 48, "ffn": 96, "heads": 6, "kv_heads": 2, "vocab": 301}
+SMALL = {"shard_bytes": 30_000, "characters": 2000}
 EMBEDDING, BLOCK = 301 * 48, 48 * 48 * 2 + 48 * 16 * 2 + 3 * 48 * 96 + 2 * 48
 
 
-@pytest.fixture
-def small_shards(inside: Inside) -> None:
-    inside.bound("benchmarks.scale_checkpoint.SHARD_BYTES", 30_000)
-    inside.bound("benchmarks.scale_checkpoint.CHARACTERS", 2000)
-
-
-@pytest.mark.usefixtures("small_shards")
 def test_a_synthetic_checkpoint_is_a_stock_one_in_bf16(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, config_of(**SIZES))
+    make_checkpoint(tmp_path, config_of(**SIZES), **SMALL)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -41,10 +36,9 @@ def test_a_synthetic_checkpoint_is_a_stock_one_in_bf16(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json").widths == {"ffn": 32}
 
 
-@pytest.mark.usefixtures("small_shards")
 def test_a_seed_gives_the_same_files_and_another_seed_others(tmp_path: Path) -> None:
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make_checkpoint(tmp_path / folder, config_of(**SIZES), seed)
+        make_checkpoint(tmp_path / folder, config_of(**SIZES), seed, **SMALL)
     for file in ("model-00001-of-00007.safetensors", "plan.json", "text.txt"):
         same, other = ((tmp_path / folder / file).read_bytes() for folder in ("b", "c"))
         assert (tmp_path / "a" / file).read_bytes() == same != other
@@ -77,22 +71,28 @@ def test_a_failed_command_says_so(tmp_path: Path) -> None:
     assert "analyze tiny failed: exit 1: no such thing" in table([row | {"row": "analyze", "shape": "tiny"}])
 
 
-def test_a_copy_writes_as_many_bytes_as_it_is_told(tmp_path: Path, inside: Inside) -> None:
+def test_a_copy_writes_as_many_bytes_as_it_is_told(tmp_path: Path) -> None:
     for name, size in (("a", 3_000_000), ("b", 2_000_000)):
         (tmp_path / name).write_bytes(name.encode() * size)
     scratch, kept = tmp_path / "copy", tmp_path / "kept"
-    inside.around("pathlib.Path.unlink", lambda unlink, path: path.rename(kept))
+    kept.touch()
+    os.link(kept, scratch)  # it is written into, and then unlinked
     read_and_write([tmp_path / "a", tmp_path / "b"], 4_000_000, scratch)
+    assert not scratch.exists()
     assert kept.read_bytes() == b"a" * 3_000_000 + b"b" * 1_000_000
 
 
-def test_the_bound_is_a_gigabyte_and_three_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
-) -> None:
-    monkeypatch.setitem(scale.COMMANDS, "analyze", "-c pass")
-    bench = scale.Bench(tmp_path, 1, "", None, 1, "")
-    sizes = {"block_bytes": 500_000_000, "tensor_bytes": 1}
-    inside.gives("benchmarks.scale.Bench.checkpoint", (tmp_path, sizes))
-    row = bench.command("analyze", "tiny")
+class IdleBench(scale.Bench):
+    """Its commands do nothing, with a model of one size."""
+
+    def checkpoint(self, shape: str, weights: bool = True) -> tuple[Path, dict[str, int]]:
+        return self.work, {"block_bytes": 500_000_000, "tensor_bytes": 1}
+
+    def run(self, command: str, **how: Any) -> scale.Row:
+        return super().run("-c pass", **how)
+
+
+def test_the_bound_is_a_gigabyte_and_three_blocks(tmp_path: Path) -> None:
+    row = IdleBench(tmp_path, 1, "", None, 1, "").command("analyze", "tiny")
     assert row["bound_bytes"] == 2_500_000_000
     assert row["peak_ratio"] == pytest.approx(row["peak_bytes"] / 2.5e9, abs=1e-3)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from inside import Inside
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.tiny_config import tiny_config
-from benchmarks.tiny_models import BATCH, SEQ, TARGET_SEQ, CannotBuild, model_types, sweep, tiny_model
+from benchmarks.tiny_models import BATCH, SEQ, TARGET_SEQ, CannotBuild, main, model_types, sweep, tiny_model
 from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import LABELS, role
 
@@ -129,17 +127,9 @@ def test_layers_that_cut_out_masks_have_one_width_and_their_backbone_its_own_hea
     assert [*heads] == [*CONFIG_MAPPING["maskformer"]().backbone_config.num_heads]
 
 
-@pytest.mark.long
-def test_patches_of_several_frames_are_known_by_either_name() -> None:
-    """This vision config has ``patch_temporal`` in place of ``temporal_patch_size``."""
-    tiny = tiny_model("image-text-to-text", "muse_glimmer")
-    assert tiny.inputs[1].shape == (BATCH, 16, 3 * 2 * 8 * 8)
-
-
-@pytest.mark.parametrize("model_type", ["rt_detr", pytest.param("detr", marks=pytest.mark.long)])
-def test_a_detector_has_widths_that_its_backbone_gives_and_shows_classes_and_boxes(model_type: str) -> None:
-    tiny = tiny_model("object-detection", model_type)
-    assert tiny.wrapper(*tiny.inputs).shape == (BATCH, 8 * (LABELS + (model_type == "detr") + 4))
+def test_a_detector_has_widths_that_its_backbone_gives_and_shows_classes_and_boxes() -> None:
+    tiny = tiny_model("object-detection", "rt_detr")
+    assert tiny.wrapper(*tiny.inputs).shape == (BATCH, 8 * (LABELS + 4))
     assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
 
 
@@ -203,23 +193,21 @@ def test_a_model_that_cannot_run_from_tokens_says_why() -> None:
     assert caught.value.stage == "forward"
 
 
-def test_a_crash_and_a_hang_are_rows(inside: Inside) -> None:
-    def check(real: object, mapping: str, model_type: str) -> dict[str, str]:
-        if model_type == "hangs":
-            time.sleep(60)
-        os._exit(3)
+def hang_or_die(mapping: str, model_type: str) -> dict[str, Any]:
+    if model_type == "hangs":
+        time.sleep(60)
+    os._exit(3)
 
-    inside.around("benchmarks.tiny_models.check", check)
-    inside.bound("benchmarks.tiny_models.TIME_LIMIT_S", 5)
-    rows = {row["type"]: row for row in sweep([("causal-lm", "dies"), ("causal-lm", "hangs")], jobs=2)}
+
+def test_a_crash_and_a_hang_are_rows() -> None:
+    pairs = [("causal-lm", "dies"), ("causal-lm", "hangs")]
+    rows = {row["type"]: row for row in sweep(pairs, 2, hang_or_die, limit_s=5)}
     assert rows["dies"]["reason"] == "the process died with exit code 3"
     assert rows["hangs"]["reason"] == "ran past 5 s"
 
 
-def test_the_command_writes_a_row_per_type(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.tiny_models", "--mapping", "causal-lm", "--types", "gpt2,opt"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=root, capture_output=True, text=True)
-    assert "causal-lm: 2 of 2 export" in done.stdout, done.stderr
+def test_the_command_writes_a_row_per_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(mapping="causal-lm", types="gpt2,opt", jobs=1, json_file=tmp_path / "rows.json")
+    assert "causal-lm: 2 of 2 export" in capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {(row["type"], row["stage"]) for row in rows} == {("gpt2", "export"), ("opt", "export")}

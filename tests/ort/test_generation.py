@@ -12,20 +12,22 @@ import torch
 from commands import done
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mptk import MptkError, Settings
+from mptk import Settings
 from mptk.api.graphs import export_folder, find_onnx_folder
+from mptk.errors import FileError
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate_tokens
-from mptk.testing import make_llama, make_tokenizer
+from mptk.testing import expect_error, make_llama, make_tokenizer
 
 PROMPTS = [[5, 9, 31, 7], [8], [40, 41, 42, 43, 44, 45, 46]]
 NEW = 12
+QUANTIZED = {f"model_{ending}.{kind}" for ending in ("quantized", "q4") for kind in ("onnx", "onnx_data")}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
-    model = make_llama()
+    model = make_llama(layers=1)
     for parameter in model.parameters():
         parameter.data.mul_(6)
     model.save_pretrained(folder)
@@ -35,7 +37,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(source, tmp_path_factory):
-    return export_folder(str(source), tmp_path_factory.mktemp("out") / "exported", Settings(quantize=("int8",)))
+    return export_folder(str(source), tmp_path_factory.mktemp("out") / "exported", Settings(quantize=("int8", "int4")))
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +96,20 @@ def test_the_exported_folder_has_what_consumers_look_for(source, folder):
     assert AutoConfig.from_pretrained(folder).hidden_size == AutoConfig.from_pretrained(source).hidden_size
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids == AutoTokenizer.from_pretrained(source)("a").input_ids
     names = {path.name for path in (folder / "onnx").iterdir()}
-    assert names == {"model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data"}
+    assert names == {"model.onnx", "model.onnx_data", *QUANTIZED}
     assert not list(folder.glob("*.safetensors"))
     assert find_onnx_folder(str(folder)) == find_onnx_folder(str(folder / "onnx")) == folder / "onnx"
 
 
-def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
-    last = OrtDecoder(export_folder(str(source), tmp_path / "last", Settings(logits="last")), threads=1)
+def test_a_graph_for_prefill_and_last_logits_keeps_its_heads_and_gives_the_same_ones(source, folder, decoder, tmp_path):
+    done("export", source, "--out", tmp_path / "out", "--objective", "prefill", "--logits", "last")
     ids = np.array([PROMPTS[2]])
-    assert last.last_only
-    assert not decoder.last_only
+    last = OrtDecoder(tmp_path / "out", threads=1)
+    assert (last.metadata["objective"], decoder.metadata["objective"]) == ("prefill", "decode")
+    assert (last.last_only, decoder.last_only) == (True, False)
     np.testing.assert_allclose(last.compute_logits(ids), decoder.compute_logits(ids)[:, -1:], atol=1e-4)
-    with pytest.raises(MptkError, match="--logits all"):
+    with expect_error(FileError, name="logits"):
         last.compute_torch_logits(torch.tensor(ids))
-
-
-def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, folder, decoder, tmp_path):
-    words = ["export", str(source), "--out", str(tmp_path / "out"), "--objective", "prefill"]
-    done(*words)
-    ids = np.array([PROMPTS[2]])
-    other = OrtDecoder(tmp_path / "out", threads=1)
-    assert (other.metadata["objective"], decoder.metadata["objective"]) == ("prefill", "decode")
-    np.testing.assert_allclose(other.compute_logits(ids), decoder.compute_logits(ids), atol=1e-4)
     heads = []
     for place in (tmp_path / "out", folder):
         graph = onnx.load(place / "onnx" / "model.onnx", load_external_data=False).graph
@@ -126,31 +120,26 @@ def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, f
 
 
 def test_commands_generate_and_eval(folder, source, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat. " * 60)
-    run = done("generate", str(folder), "the cat", "--max-new-tokens", "5")
+    run = done("generate", folder, "the cat", "--max-new-tokens", "5")
     generator = TextGenerator(folder)
     tokens = list(generator.stream(encode_prompts(generator.tokenizer, ["the cat"], chat=False), limit=5))
     assert run.stdout.strip() == make_tokenizer().decode([t for (t,) in tokens], skip_special_tokens=True).strip()
-    assert "5 new tokens" in run.stderr
-    values = {}
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 60)
+    values = []
     for model, runtime in ((source, "torch"), (folder, "onnx"), (folder / "onnx" / "model_quantized.onnx", "onnx")):
-        words = ["eval", str(model), "--runtime", runtime, "--data", str(text), "--length", "32"]
-        run = done(*words)
-        values[model] = float(run.stdout.split()[1])
-    dense, plain, int8 = values.values()
+        run = done("eval", model, "--runtime", runtime, "--data", text, "--length", "32")
+        values.append(float(run.stdout.split()[1]))
+    dense, plain, int8 = values
     assert plain == pytest.approx(dense, rel=1e-3)
     assert int8 != plain
     assert int8 == pytest.approx(dense, rel=0.3)
 
 
-def test_export_rounds_int4_for_a_text(source, tmp_path):
+def test_export_rounds_int4_for_a_text(source, folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 400)
-    found = []
-    for name, more in (("alone", []), ("for", ["--data", str(text)])):
-        words = ["export", str(source), "--out", str(tmp_path / name), "--quantize", "int4", *more]
-        done(*words)
-        found.append((tmp_path / name / "onnx" / "model_q4.onnx_data").read_bytes())
-    assert len(found[0]) == len(found[1])
-    assert found[0] != found[1]
+    done("export", source, "--out", tmp_path / "for", "--quantize", "int4", "--data", text)
+    by_itself, for_text = (place / "onnx" / "model_q4.onnx_data" for place in (folder, tmp_path / "for"))
+    assert by_itself.stat().st_size == for_text.stat().st_size
+    assert by_itself.read_bytes() != for_text.read_bytes()

@@ -8,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_decoders import GROUPED, tiny_decoder
 
-from mptk import MptkError
+from mptk.errors import FileError
 from mptk.ort.decoder import OrtDecoder
+from mptk.testing import expect_error
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 
@@ -102,13 +103,13 @@ def test_shapes_that_do_not_fit_are_named(decoder):
 
 
 def test_missing_broken_and_other_files(folder, tmp_path):
-    with pytest.raises(MptkError, match="mptk export MODEL"):
+    with expect_error(FileError, name=tmp_path / "model.onnx"):
         OrtDecoder(tmp_path)
     (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:200])
-    with pytest.raises(MptkError, match="cannot load"):
+    with expect_error(FileError, name=tmp_path / "model.onnx"):
         OrtDecoder(tmp_path)
     pixels = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("pixels", "same")]
     graph = helper.make_graph([helper.make_node("Identity", ["pixels"], ["same"])], "g", pixels[:1], pixels[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "x.onnx")
-    with pytest.raises(MptkError, match="not a decoder with a KV cache: its inputs are pixels"):
+    with expect_error(FileError, name=tmp_path / "x.onnx"):
         OrtDecoder(tmp_path / "x.onnx")

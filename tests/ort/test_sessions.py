@@ -15,27 +15,24 @@ import pytest
 import torch
 from commands import done
 from inside import Inside
-from toy_checkpoints import SETTINGS, llama_config
-from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Samples, prune
-from mptk.files.outputs import check_file
+from mptk import Samples
+from mptk.errors import MachineError
+from mptk.ort.bench import Instruments
+from mptk.ort.roofline import Roofline
 from mptk.ort.sessions import HOST, list_providers, locate_memory, open_session
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.execution import find_session_device
 from mptk.targets import ONNX
-from mptk.testing import WORDS, save_word_model
+from mptk.testing import expect_error
 
 GPU = "CUDAExecutionProvider"
+THERE = torch.device("cuda", 1)
 Asked = list[list[tuple[str, dict[str, Any]]]]
 
 
-@pytest.fixture
-def everything(inside: Inside) -> None:
-    """An ONNX Runtime with every provider."""
-    names = ["TensorrtExecutionProvider", GPU, "CoreMLExecutionProvider", "OpenVINOExecutionProvider", HOST]
-    inside.gives("onnxruntime.get_available_providers", names)
+EVERYTHING = ("TensorrtExecutionProvider", GPU, "CoreMLExecutionProvider", "OpenVINOExecutionProvider", HOST)
 
 
 @pytest.mark.parametrize(
@@ -47,31 +44,15 @@ def everything(inside: Inside) -> None:
         ("xpu:1", "OpenVINOExecutionProvider", {"device_type": "GPU.1", "precision": "FP32"}),
     ],
 )
-def test_a_device_has_its_provider_and_the_cpu_is_last(
-    everything: None, device: str, first: str, options: dict[str, object]
+def test_a_device_has_its_provider_if_it_is_there_and_the_cpu_is_last(
+    device: str, first: str, options: dict[str, object]
 ) -> None:
-    assert list_providers(torch.device(device)) == [(first, options), (HOST, {})]
+    assert list_providers(torch.device(device), EVERYTHING) == [(first, options), (HOST, {})]
+    assert list_providers(torch.device(device), ["AzureExecutionProvider", HOST]) == [(HOST, {})]
 
 
-def test_the_cpu_has_its_own_alone(everything: None) -> None:
-    assert list_providers(torch.device("cpu")) == [(HOST, {})]
-
-
-@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
-def test_a_provider_that_is_not_there_is_not_asked_for(inside: Inside, device: str) -> None:
-    inside.gives("onnxruntime.get_available_providers", ["AzureExecutionProvider", HOST])
-    assert list_providers(torch.device(device)) == [(HOST, {})]
-
-
-def test_a_command_of_onnx_runtime_alone_refuses_a_device_that_it_lacks(inside: Inside) -> None:
-    there = torch.device("cuda", 0)
-    inside.gives("mptk.protocols.execution.find_device", there)
-    inside.gives("onnxruntime.get_available_providers", [HOST])
-    with pytest.raises(MptkError, match=r"no execution provider for cuda; install .* or choose --device cpu"):
-        find_session_device("cuda")
-    assert find_session_device("auto") == torch.device("cpu")
-    inside.gives("onnxruntime.get_available_providers", [GPU, HOST])
-    assert find_session_device("cuda") == find_session_device("auto") == there
+def test_the_cpu_has_only_its_own() -> None:
+    assert list_providers(torch.device("cpu"), EVERYTHING) == [(HOST, {})]
 
 
 class Told:
@@ -90,17 +71,9 @@ def test_the_cache_stays_on_a_gpu_that_runs_the_graph() -> None:
     assert locate_memory(Told(HOST), torch.device("cpu")) == ("cpu", 0)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("runs")
-    dense = save_word_model(LlamaForCausalLM(llama_config()), base / "dense")
-    prune(dense, base / "out", SETTINGS)
-    return base / "out"
-
-
 @pytest.fixture
 def asked(inside: Inside) -> Asked:
-    """A GPU that exists for ONNX Runtime alone: what each session is asked for. The CPU runs it."""
+    """A GPU that exists only for ONNX Runtime: what each session is asked for. The CPU runs it."""
     found: Asked = []
     inside.gives("onnxruntime.get_available_providers", [GPU, HOST])
 
@@ -112,31 +85,50 @@ def asked(inside: Inside) -> Asked:
     return found
 
 
-def test_every_session_of_a_command_is_on_the_device(
-    folder: Path, tmp_path: Path, asked: Asked, inside: Inside
-) -> None:
-    inside.gives("mptk.protocols.execution.find_device", torch.device("cuda", 1))
-    inside.around("mptk.ort.roofline.torch.ones", lambda ones, n, device: torch.zeros(n))
-    inside.gives("mptk.ort.bench.measure_peak_memory", 1)
-    inside.bound("mptk.ort.bench.ROUND_S", 0.0)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(WORDS))
-    table = tmp_path / "bench.md"
-    for command in (
-        ["generate", str(folder), "w1 w2", "--max-new-tokens", "2"],
-        ["eval", str(folder), "--runtime", "onnx", "--data", str(text), "--length", "16", "--windows", "1"],
-        ["bench", str(folder), "--lengths", "8", "--rounds", "2", "--markdown", str(table)],
+@pytest.fixture
+def machine(asked: Asked, inside: Inside) -> None:
+    """A GPU that is torch's first device, too."""
+    inside.gives("mptk.protocols.execution.find_device", THERE)
+
+
+@pytest.fixture(scope="module")
+def folder(laboratory: mptk.testing.Laboratory) -> Path:
+    return laboratory.open_pruned()
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_device_without_a_provider_is_refused(inside: Inside) -> None:
+    assert find_session_device("cuda") == find_session_device("auto") == THERE
+    inside.gives("onnxruntime.get_available_providers", [HOST])
+    with expect_error(MachineError, name="device"):
+        find_session_device("cuda")
+    assert find_session_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("machine")
+def test_every_session_is_on_the_device(folder: Path, laboratory: mptk.testing.Laboratory, asked: Asked) -> None:
+    text = laboratory.open_data()
+    no_peak = Instruments(measure_memory=lambda *_, **__: 1, open_roofline=lambda n, _: Roofline(n))
+    for start in (
+        lambda: done("generate", folder, "w1 w2", "--max-new-tokens", "2", "--device", "cuda:1"),
+        lambda: done(
+            *("eval", folder, "--runtime", "onnx", "--data", text),
+            *("--length", "16", "--windows", "1", "--device", "cuda:1"),
+        ),
     ):
         asked.clear()
-        done(*command, "--device", "cuda:1")
+        start()
         assert asked
         assert all(p == [(GPU, {"device_id": 1, "use_tf32": 0}), (HOST, {})] for p in asked)
-    check_file(table, "table")
-    assert HOST in table.read_text()  # what the session says, not what it was asked for
+    asked.clear()
+    result = mptk.bench([folder], lengths=[8], rounds=2, sessions=1, device="cuda:1", instruments=no_peak)
+    assert asked.pop(0) == [(HOST, {})], "the peaks, here"
+    assert all(p == [(GPU, {"device_id": 1, "use_tf32": 0}), (HOST, {})] for p in asked)
+    assert result.providers == [HOST], "what the session says, not what it was asked for"
 
 
 def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
-    folder: Path, tmp_path: Path, asked: Asked, inside: Inside
+    laboratory: mptk.testing.Laboratory, tmp_path: Path, asked: Asked, inside: Inside
 ) -> None:
     """Programs stay on the CPU here; the target is told that the run has a GPU."""
     proven: list[dict[str, object]] = []
@@ -145,7 +137,7 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
         real: Any, compiled: Compiled, targets: Sequence[Target], out: Path, windows: Samples, **how: bool
     ) -> Proven:
         dense = compiled.prepared.dense
-        dense = replace(dense, executor=replace(dense.executor, device=torch.device("cuda", 1)))
+        dense = replace(dense, executor=replace(dense.executor, device=THERE))
         there = replace(compiled, prepared=replace(compiled.prepared, dense=dense))
         asked.clear()
         ONNX.make_checks(there, out, [])
@@ -156,7 +148,9 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
         return real(compiled, targets, out, windows, **how)
 
     inside.around("mptk.run.prune.prove_folder", checked)
-    report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",))).report
+    report = mptk.Report.read(
+        laboratory.prune("decoder", tmp_path / "out", method="magnitude", onnx=True, quantize=("int8",))
+    )
     own, main, smoothing, int8, whole, used = proven
     assert own == int8 == whole == used == (GPU, {"device_id": 1, "use_tf32": 0})
     assert smoothing == (HOST, {}), "everywhere the same scales"
@@ -164,7 +158,6 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
     ran = {str(d["stage"]): d.get("ran") for d in report.proof}
     assert {ran.pop(stage) for stage in list(ran) if stage.startswith("ONNX Runtime")} == {HOST}
     assert set(ran.values()) == {None}
-    assert [d.ran for d in mptk.verify(tmp_path / "out")].count(HOST) == 5
 
 
 def test_open_session_takes_threads_and_entries(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mptk
-from mptk import MptkError
+from mptk.errors import DataError, FileError, InputError, ProofError, TargetError
 from mptk.io.archive import EXAMPLE_INPUTS, MODEL, is_size_expression, read_archive
 from mptk.ort.sessions import OrtGraph
 from mptk.publish.manifest import update_manifest
 from mptk.targets.archive import ARCHIVE
+from mptk.testing import expect_error
 from tests.damage import mutated
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +109,7 @@ def test_an_opened_module_is_the_one_that_was_saved(pruned: mptk.Pruned, folder:
     expected = copy.deepcopy(small)(given)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in opened(given).items())
     assert opened.calls == 1
-    with pytest.raises(MptkError, match=r"x\.shape\[2\]\*x\.shape\[3\] > 40 \(test_archive\.py:\d+\) must hold"):
+    with expect_error(DataError):
         opened(torch.randn(1, 3, 8, 4))
     opened.train()(given)["y"].sum().backward()
     assert opened.tied.weight.grad is not None
@@ -119,20 +121,13 @@ def test_it_can_be_pruned_again(folder: Path) -> None:
 
 
 def test_an_archive_of_other_outputs_fails_the_proof(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "wrong.pt2").write_bytes(
-        changed(folder, lambda name, part: replaced(name, part, "relu.def", "sin.def"))
-    )
-    wrong = torch.export.load(tmp_path / "wrong.pt2").graph_module
-    assert "sin" in str(wrong.code)
-    (folder / ARCHIVE).rename(tmp_path / "right.pt2")
-    try:
-        (folder / ARCHIVE).write_bytes((tmp_path / "wrong.pt2").read_bytes())
-        update_manifest(folder, ARCHIVE)
-        with pytest.raises(MptkError, match=r"the proof fails at 'model\.pt2': outputs differ"):
-            mptk.verify(folder, model=Odd())
-    finally:
-        (tmp_path / "right.pt2").rename(folder / ARCHIVE)
-        update_manifest(folder, ARCHIVE)
+    wrong = changed(folder, lambda name, part: replaced(name, part, "relu.def", "sin.def"))
+    assert wrong != (folder / ARCHIVE).read_bytes()
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    (copied / ARCHIVE).write_bytes(wrong)
+    update_manifest(copied, ARCHIVE)
+    with expect_error(ProofError, name=ARCHIVE):
+        mptk.verify(copied, model=Odd())
 
 
 # ---- what could run code ----
@@ -156,25 +151,27 @@ def replaced(name: str, part: bytes, old: str, new: str) -> bytes:
 
 
 CALL = "__import__('os').system('true')"
-ATTACKS: dict[str, tuple[str, str, str]] = {
-    "an expression": ("Symbol('s", f"{CALL}+Symbol('s", "expr_str is"),
-    "an expression in a symbol": ("Symbol('s", "Symbol('exit() s", "expr_str is"),
-    "a function": ("torch.ops.aten.relu.default", "torch.hub.load", "target is 'torch.hub.load'"),
-    "a file that is mapped": ("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default", "target is"),
-    "a name": ('"relu"', json.dumps(f"relu, x={CALL}"), "name is"),
-    "a pickled weight": ('"use_pickle": false', '"use_pickle": true', "it holds a pickle"),
-    "a class": ("builtins.tuple", "collections.defaultdict", "in_spec is"),
+ATTACKS: dict[str, tuple[str, str]] = {
+    "an expression": ("Symbol('s", f"{CALL}+Symbol('s"),
+    "an expression in a symbol": ("Symbol('s", "Symbol('exit() s"),
+    "a function": ("torch.ops.aten.relu.default", "torch.hub.load"),
+    "a file that is mapped": ("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default"),
+    "a name": ('"relu"', json.dumps(f"relu, x={CALL}")),
+    "a pickled weight": ('"use_pickle": false', '"use_pickle": true'),
+    "a class": ("builtins.tuple", "collections.defaultdict"),
 }
 
 
-@pytest.mark.parametrize("attack", list(ATTACKS))
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_what_could_run_code_is_refused(attack: str, folder: Path, tmp_path: Path) -> None:
-    old, new, said = ATTACKS[attack]
+    old, new = ATTACKS[attack]
     file = tmp_path / "model.pt2"
     file.write_bytes(changed(folder, lambda name, part: replaced(name, part, old, new)))
     assert file.read_bytes() != changed(folder, lambda _, part: part)
-    with pytest.raises(MptkError, match=said):
+    with expect_error(FileError, name=file) as refused:
         read_archive(file)
+    # Refused by the check of the text, before torch reads any of it.
+    assert refused.value.__cause__ is None
 
 
 def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> None:
@@ -192,10 +189,10 @@ def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> N
         read_archive(file)
     assert not ran.exists()
     file.write_bytes(changed(folder, lambda _, part: part, **{"data/weights/model.pt": evil}))
-    with pytest.raises(MptkError, match=r"it holds data/weights/model\.pt, which mptk never writes"):
+    with expect_error(FileError, name=file):
         read_archive(file)
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(MptkError, match="damaged"):
+    with expect_error(FileError, name=file):
         read_archive(file)
 
 
@@ -205,7 +202,7 @@ def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> N
         file.write_bytes(mutated(good, random.Random(seed)))
         try:
             read_archive(file)
-        except MptkError:
+        except FileError:
             refused += 1
     assert refused > 6
 
@@ -264,10 +261,10 @@ def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> 
 
 
 def test_a_module_that_onnx_would_change_is_refused(tmp_path: Path, inside: Inside) -> None:
-    with pytest.raises(MptkError, match="give example_inputs"):
+    with expect_error(InputError, name="example_inputs"):
         mptk.export(Several(), tmp_path)
-    with pytest.raises(MptkError, match="changes its buffers, which a graph would forget"):
+    with expect_error(TargetError, name="onnx"):
         mptk.export(Odd(), tmp_path, example_inputs=X)
     inside.spoil("mptk.api.graphs.cut_to_plan", lambda program: program.with_state({"down.bias": torch.ones(4)}))
-    with pytest.raises(mptk.ProofError, match="the proof fails at 'ONNX Runtime'"):
+    with expect_error(ProofError, name="ONNX Runtime"):
         mptk.export(Several(), tmp_path, example_inputs=torch.randn(2, 5, 6))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import filecmp
 import json
 from pathlib import Path
@@ -13,10 +12,12 @@ from toy_checkpoints import llama_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Report
+from mptk import Report
+from mptk.errors import BudgetError, TargetError
 from mptk.testing import save_word_model
 
-REFUSED = mptk.Settings(method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, align=8)
+FEW = {"method": "magnitude", "samples": 2, "length": 16, "eval_windows": 1, "eval_length": 16, "onnx": False}
+REFUSED = {"widths": {"kv_groups": 3}, "families": ("kv_groups",)}
 """6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""
 
 
@@ -31,10 +32,8 @@ def llama(tmp_path_factory) -> str:
 def rehomed(llama, tmp_path_factory) -> Path:
     """Pruned by the command line."""
     out = tmp_path_factory.mktemp("out") / "pruned"
-    words = (
-        "--method wanda --width kv_groups=3 --families kv_groups --samples 4 --length 48 --align 8 --no-onnx --rehome"
-    )
-    done("prune", llama, "--out", out, *words.split())
+    few = "--method magnitude --samples 2 --length 16 --eval-windows 1 --eval-length 16 --no-onnx"
+    done("prune", llama, "--out", out, *few.split(), "--width", "kv_groups=3", "--families", "kv_groups", "--rehome")
     return out
 
 
@@ -58,37 +57,27 @@ def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed):
     assert [d.stage for d in mptk.verify(rehomed)] == stages
 
 
-def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, tmp_path):
-    with pytest.raises(
-        MptkError,
-        match=r"kv_groups cannot have width 3; .*or give rehome=True: \w+ForCausalLM holds them with equal logits",
+def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, rehomed, tmp_path):
+    for asked, helps in (
+        (REFUSED, True),
+        ({"plan": str(rehomed / "plan.json")}, True),
+        ({"sparsity": 0.97}, False),
+        ({"families": ("rotary_pairs",)}, False),
     ):
-        mptk.prune(llama, tmp_path / "out", REFUSED)
-    for change in ({"sparsity": 0.97}, {"families": ("rotary_pairs",)}):
-        with pytest.raises(MptkError) as error:
-            mptk.prune(llama, tmp_path / "out", mptk.Settings(method="wanda", samples=4, length=48, align=8, **change))
-        assert "rehome" not in str(error.value)
+        with pytest.raises((BudgetError, TargetError)) as error:
+            mptk.prune(llama, tmp_path / "out", mptk.Settings(**FEW, **asked))
+        assert ("rehome" in error.value.remedy) == helps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_refused_plan_names_the_option_too(llama, rehomed, tmp_path):
-    plan = str(rehomed / "plan.json")
-    with pytest.raises(MptkError, match=r"LlamaConfig.validate_architecture.*or give rehome=True"):
-        mptk.prune(llama, tmp_path / "out", mptk.Settings(plan=plan, samples=4, length=48, onnx=False))
-    mptk.prune(llama, tmp_path / "out", mptk.Settings(plan=plan, samples=4, length=48, onnx=False, rehome=True))
-    assert filecmp.cmp((tmp_path / "out" / "model.safetensors"), (rehomed / "model.safetensors"), shallow=False)
-
-
 def test_the_own_class_is_kept_where_it_holds_the_cut(llama, tmp_path):
-    settings = mptk.Settings(
-        method="wanda", widths={"kv_groups": 4}, families=("kv_groups",), samples=4, length=48, onnx=False, rehome=True
-    )
-    mptk.prune(llama, tmp_path / "out", settings)
+    kept = {"widths": {"kv_groups": 4}, "families": ("kv_groups",), "rehome": True}
+    mptk.prune(llama, tmp_path / "out", mptk.Settings(**FEW, **kept))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path, monkeypatch):
-    """Its folder would not load where that program is not."""
+    """Its folder would not load where that program is not. And the plan gives the same folder again."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     class Registered(LlamaConfig):
@@ -98,5 +87,7 @@ def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path, 
         config_class = Registered
 
     monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, Registered, RegisteredForCausalLM)
-    mptk.prune(llama, tmp_path / "out", dataclasses.replace(REFUSED, onnx=False, rehome=True))
-    assert filecmp.cmp(tmp_path / "out" / "config.json", rehomed / "config.json", shallow=False)
+    plan = str(rehomed / "plan.json")
+    mptk.prune(llama, tmp_path / "out", mptk.Settings(**FEW, plan=plan, rehome=True))
+    for name in ("config.json", "model.safetensors"):
+        assert filecmp.cmp(tmp_path / "out" / name, rehomed / name, shallow=False)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from inside import Inside
 from stock_specs import Spec, changed, gpt2, gpt_neox, llama, mixtral, one_group, opt, qwen2, refused, t5
 from transformers import (
     LlamaConfig,
@@ -94,21 +93,30 @@ def test_probing_leaves_no_trace() -> None:
     assert "__getattr__" not in vars(PreTrainedConfig)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gemma3_text", "gemma2", "qwen2"])
-def test_a_class_is_built_three_times_at_most(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_class_is_built_three_times_at_most(kind: str) -> None:
     """With symbols, with symbols for what its config leaves open, and once with the numbers that were found.
 
     A class with experts does not run on tensors without numbers. It is built once more to see that it never did.
     """
     model: Any = tiny_model("causal-lm", kind).model
     analysis, built, init = analyze(trace(model)), [], type(model).__init__
-    monkeypatch.setattr(type(model), "__init__", lambda *given: built.append(given) or init(*given))
+    own = {"__init__": lambda *given: built.append(given) or init(*given)}
+    model.__class__ = type(type(model).__name__, (type(model),), own)
     stock = discover(analysis, model)
     assert "kv_groups" not in stock.refusals
-    assert len(built) <= 3 + (kind == "qwen3_moe")
+    assert 0 < len(built) <= 3 + (kind == "qwen3_moe")
 
 
-def test_widths_of_a_deep_model_are_asked_without_building_it(inside: Inside) -> None:
+class Counted(LlamaForCausalLM):
+    built = 0
+
+    def __init__(self, config: LlamaConfig) -> None:
+        Counted.built += 1
+        super().__init__(config)
+
+
+def test_widths_of_a_deep_model_are_asked_without_building_it() -> None:
     config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -119,7 +127,7 @@ def test_widths_of_a_deep_model_are_asked_without_building_it(inside: Inside) ->
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = Counted(config)
     rules = {
         r"q_proj.weight": (("kv", "q", 64), 576),
         r"[kv]_proj.weight": (("kv", 64), 576),
@@ -128,7 +136,8 @@ def test_widths_of_a_deep_model_are_asked_without_building_it(inside: Inside) ->
         r"down_proj.weight": (576, "ffn"),
     }
     stock = Spec(model, {"kv": 3, "q": 3, "ffn": 1536}, [64, 576, 49152], rules).discover()
-    inside.forbid("transformers.LlamaForCausalLM.__init__")
+    built = Counted.built
     for kv, q in itertools.product((1, 2, 3), (1, 2, 3)):  # 576 is a multiple of every product
         assert stock.check_widths({"kv": kv, "q": q}) is None
     assert ladder(stock, "ffn", range(64, 1537, 64)) == [*range(64, 1537, 64)]
+    assert Counted.built == built

@@ -94,11 +94,10 @@ def test_an_open_field_stands_for_what_it_is_derived_from() -> None:
     assert reading.drop_implicit({heads: 4, pin: 10}) == {heads: 4, pin: 10}
 
 
-def test_what_a_class_decides_by_a_size_is_found_by_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_class_decides_by_a_size_is_found_by_a_build() -> None:
     """Both trial cuts of ``half`` fit the expressions, but the class gives narrow models another shape."""
-    spec = Spec(Toy(ToyConfig()), {"half": 5}, [12, 2], {"up": (("half", 2), 12)})
-    assert spec.discover().refusals == {}
-    monkeypatch.setattr(Toy, "inner", staticmethod(lambda config: 2 * config.half if config.half > 4 else 11))
+    kind = toy(lambda config: 2 * config.half if config.half > 4 else 11)
+    spec = Spec(kind(ToyConfig()), {"half": 5}, [12, 2], {"up": (("half", 2), 12)})
     refusal = refused(spec.probe({"half": 3}))
     assert refusal.reason == "it would be (11, 12), but the cut leaves (6, 12)"
     assert spec.discover().refusals == {"half": refusal}

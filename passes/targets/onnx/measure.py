@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -43,26 +44,31 @@ def measure_onnx(
     text: Text,
     what: Literal["squares", "products"],
     device: torch.device = CPU,
+    *,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    most_bytes: int = BYTES,
 ) -> Iterator[tuple[str, Floats]]:
     """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
     ``file``: a graph of ``emit_onnx`` in float32 that ``takes_text_inputs``. ``channels``: name of a value → size of
-    its last axis.
+    its last axis. ``tokens_at_once``: in one run, or one window if that is longer; it bounds the memory of the
+    activations. ``most_bytes``: of the sums in one session, or of one value's sums if they are larger.
     """
+    measure = partial(_measure_sums, file, text, what, device, tokens_at_once)
     # 4 bytes a float.
     size = {name: 4 * count ** (1 if what == "squares" else 2) for name, count in channels.items()}
     part: list[str] = []
     for name in channels:
-        if part and sum(map(size.__getitem__, part)) + size[name] > BYTES:
-            yield from _measure_sums(file, {name: channels[name] for name in part}, text, what, device).items()
+        if part and sum(map(size.__getitem__, part)) + size[name] > most_bytes:
+            yield from measure({name: channels[name] for name in part}).items()
             part = []
         part.append(name)
     if part:
-        yield from _measure_sums(file, {name: channels[name] for name in part}, text, what, device).items()
+        yield from measure({name: channels[name] for name in part}).items()
 
 
 def _measure_sums(
-    file: Path, channels: Mapping[str, int], text: Text, what: str, device: torch.device
+    file: Path, text: Text, what: str, device: torch.device, tokens_at_once: int, channels: Mapping[str, int]
 ) -> dict[str, Floats]:
     # The sums become outputs of the graph, so no activation leaves the runtime.
     proto = onnx.load(file, load_external_data=False)
@@ -76,7 +82,7 @@ def _measure_sums(
     session = open_session(proto.SerializeToString(), device, entries=entries)
     sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
-    for start in range(0, len(text), step := max(1, TOKENS_AT_ONCE // text.shape[1])):
+    for start in range(0, len(text), step := max(1, tokens_at_once // text.shape[1])):
         feeds = _make_feeds(session, text[start : start + step], file)
         for name, found in zip(channels, session.run(names, feeds), strict=True):
             sums[name] = sums[name] + found

@@ -1,4 +1,4 @@
-"""Models with the inputs and gradients of their layers (``criteria_cases``), once in a process."""
+"""Models with the inputs and gradients of their layers (``criteria_cases``), once in a process; one to train."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def moe():
     import criteria_cases
 
     return criteria_cases.packed_experts()
+
+
+@pytest.fixture(scope="module")
+def llama(laboratory):
+    """Its head and its embedding are one weight, which shards and names must stay."""
+    from toy_checkpoints import llama_config
+    from transformers import LlamaForCausalLM
+
+    from mptk.testing import save_word_model
+
+    def make(folder):
+        config = llama_config()
+        config.tie_word_embeddings = True
+        save_word_model(LlamaForCausalLM(config), folder)
+
+    return str(laboratory.keep("models/tied", make))

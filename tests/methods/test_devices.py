@@ -157,7 +157,7 @@ def test_the_cached_teachers_targets_go_to_the_device_and_changed_weights_leave_
     cached, work = replace(LEARNING, teacher="cached"), RunFolder(tmp_path / "out", {}, resume=True)
     with separate_state():
         learner = make_learner(prepared, work, cached, DEVICE)
-        student, masks, solver, loop = learner.begin()
+        student, masks, _, loop = learner.begin()
         loop.run()
         live = [live_bytes()]
         for _, weight in collect_changed_weights(student, masks, prepared.analysis.program.state):

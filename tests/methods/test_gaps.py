@@ -26,6 +26,7 @@ from mptk.testing.laboratory import Laboratory
 from passes.transforms.insert_masks import MaskSite, find_mask_sites
 from passes.transforms.masked_reference import mask
 
+
 def without(analysis: Analysis, *gone: int) -> dict[str, FamilyPlan]:
     """Plans of every depth without its blocks ``gone``."""
     plans = {}

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mptk
 from mptk import Report, testing, verify
-from mptk.config.learning import Learning, LossWeights
+from mptk.config.learning import LossWeights
 from mptk.errors import AnalysisError, InputError, MptkError, PackageError
 from mptk.testing import expect_error, save_word_model
 from mptk.testing.laboratory import Laboratory

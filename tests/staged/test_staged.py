@@ -37,6 +37,7 @@ from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite_program
 
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_stages_give_the_numbers_of_the_whole_program(name: str) -> None:

@@ -157,7 +157,7 @@ def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
     model = Ungated()
     analysis = analyze(trace(model, (WINDOWS,), dynamic=True))
     (family,) = (f for f in analysis.families if f.size == 5)
-    with expect_error(AnalysisError, name=family.name):
+    with expect_error(AnalysisError, name=family.groups[0].layer):
         criteria.score_units(analysis, "reap", WINDOWS, families=[family.name])
 
 
@@ -165,7 +165,7 @@ def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
     ("build", "given", "rank"),
     [
         # the queries' latent space, whose norm follows the cut, and whole experts
-        (grouped, {"families": "ffn.1,experts.2", "widths": {"ffn.1": 8, "experts.2": 3}}, 16),
+        (grouped, {"families": ("ffn.1", "experts.2"), "widths": {"ffn.1": 8, "experts.2": 3}}, 16),
         (shared_expert, {"method": "reap", "families": "experts", "widths": {"experts": 3}}, 0),
         (grouped, {"families": "ffn.3", "method": "maskprune", "steps": 4, "sparsity": 0.1, "tolerance": 0.1}, 0),
     ],

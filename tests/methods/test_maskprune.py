@@ -58,7 +58,7 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
     assert {name: value.item() for name, value in found.items() if name != "loss"} == pytest.approx(
         {name: value.item() for name, value in (("lm", lm), ("kl", kl)) if getattr(weights, name)}, rel=1e-4
     )
-    torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-6 / shape[-1])
+    torch.testing.assert_close(seen, expected, rtol=1e-3, atol=min(1e-6, 1e-3 / shape[-1]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

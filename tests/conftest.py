@@ -183,28 +183,6 @@ def tiny_folders(shared, _own_cache):
     return {path.name: path for path in kinds.made_once(shared, "tiny", write_folders).iterdir()}
 
 
-@pytest.fixture(scope="session")
-def gqa():
-    """A model with the inputs and gradients of its layers (criteria_cases.py); here and below."""
-    import criteria_cases
-
-    return criteria_cases.grouped_queries()
-
-
-@pytest.fixture(scope="session")
-def gpt2():
-    import criteria_cases
-
-    return criteria_cases.fused_heads()
-
-
-@pytest.fixture(scope="session")
-def moe():
-    import criteria_cases
-
-    return criteria_cases.packed_experts()
-
-
 @pytest.fixture(scope="module")
 def own_modules(tmp_path_factory):
     """A folder of the file's own for the code of models that transformers copies, and for the cache of mptk."""

@@ -249,15 +249,19 @@ def grown(sizes: list[int], files: list[int]) -> list[str]:
 
 def write_inputs(place: Path) -> None:
     """Models of every kind, data for them, and empty folders for the cache and temporary files."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    import kinds
-    import toy_checkpoints as toys
+    from gguf import GGMLQuantizationType
 
+    from benchmarks.gguf_file import write_gguf
     from mptk import testing
+    from mptk.testing.kinds import write_data, write_kind
 
-    kinds.write_all(place / "kinds")
-    testing.save_model(testing.make_llama(), place / "llama")
-    toys.write_gguf(testing.make_llama(), testing.make_tokenizer(), place / "toy.gguf")
+    write_data(place / "kinds")
+    for model in MODELS:
+        if model.startswith("kinds/"):
+            write_kind(Path(model).name, place / model)
+    llama = testing.make_llama()
+    testing.save_model(llama, place / "llama")
+    write_gguf(llama, testing.make_tokenizer(), place / "toy.gguf", "Toy", lambda _: GGMLQuantizationType.F32)
     shutil.copy(place / "kinds" / "text.txt", place)
     for name in ("cache", "tmp"):
         (place / name).mkdir()

@@ -47,11 +47,15 @@ NO_BLOCK = "no cut block has matrices of its own to train, so local distillation
 
 @dataclass(frozen=True)
 class Schedule:
-    """Train with Adam for ``epochs`` over the samples, in an order from ``seed``, with a ``rate`` that falls to 0."""
+    """Train with Adam for ``epochs`` over the samples, in an order from ``seed``, with a ``rate`` that falls to 0.
+
+    ``step``: tokens in a training step.
+    """
 
     epochs: int
     rate: float
     seed: int = 0
+    step: int = STEP
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def distil_blocks(
     dense, sites = analysis.program, find_sites(analysis)
     small, flow = _cut_student(analysis, cut, dense.with_state(changes)), Flow(dense)
     part = partition_blocks(flow, [site.node for site in sites if name_operand_weight(dense, site.weight) in consumers])
-    given, share = _split_steps(dense, samples)
+    given, share = _split_steps(dense, samples, how.step)
     teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
 
     # What follows the last consumer is a further stage, which is not trained.
@@ -156,9 +160,9 @@ def _cut_student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
     return small
 
 
-def _split_steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
-    """The program's inputs in each step for this process, and how the processes share them."""
-    steps = split_batches(program, samples, STEP)
+def _split_steps(program: Program, samples: Samples, tokens: int) -> tuple[list[tuple[Tensor, ...]], Sharing]:
+    """The program's inputs in each step of ``tokens`` for this process, and how the processes share them."""
+    steps = split_batches(program, samples, tokens)
     if len(steps) > 1 and len(steps[-1]) < len(steps[0]):  # a step of fewer samples would count as much as another
         steps.pop()
     share = share_batches(min(len(step) for step in steps))

@@ -18,15 +18,18 @@ Values = dict[fx.Node, Any]
 
 Layout = Callable[[Tensor], Tensor]
 
-# Bytes of the smallest tensor that goes to a file: below that, files cost more than they free.
+# Bytes of the smallest tensor that goes to a file by default: below that, files cost more than they free.
 SMALLEST_FILE = 1 << 16
 
 
 class Spool:
-    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the spool."""
+    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the spool.
 
-    def __init__(self, bound: float) -> None:
-        self._bound, self._bytes = bound, 0.0
+    ``smallest``: bytes of the smallest tensor that goes to a file.
+    """
+
+    def __init__(self, bound: float, smallest: int = SMALLEST_FILE) -> None:
+        self._bound, self._smallest, self._bytes = bound, smallest, 0.0
         self._kept: dict[object, dict[object, object]] = {}
         self._files: dict[object, dict[object, tuple[Path, Layout]]] = {}
         self._likes: dict[str, Tensor] = {}
@@ -38,7 +41,7 @@ class Spool:
         kept, files = self._kept.setdefault(key, {}), self._files.setdefault(key, {})
         for name, value in values.items():
             size = value.nbytes if isinstance(value, Tensor) else 0
-            if size >= SMALLEST_FILE and self._bytes + size > self._bound:
+            if size >= self._smallest and self._bytes + size > self._bound:
                 files[name] = self._write(value)
             else:
                 kept[name] = value

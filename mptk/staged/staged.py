@@ -26,7 +26,7 @@ from mptk.compat.torch import find_schema, move_samples_last, tree_leaves, tree_
 from mptk.ir import TYPE_CHECK, DeviceInterpreter, Lazy, Program, Weights
 from mptk.progress import Count
 from mptk.staged.partition import Flow, Partition, Stage, partition
-from mptk.staged.spool import Spool, Values
+from mptk.staged.spool import SMALLEST_FILE, Spool, Values
 
 ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
@@ -46,14 +46,15 @@ class Executor:
     """Where and in how much memory programs run.
 
     ``stage``: bytes of a stage's weights, unless one call needs more. ``borders``: bytes of values between stages that
-    are kept in memory; the rest goes to files. ``device``: where it is computed. ``compute``: the type of products
-    (``narrow``). Results and gradients are float32 all the same.
+    are kept in memory; the rest goes to files, each tensor of at least ``smallest_file`` bytes. ``device``: where it is
+    computed. ``compute``: the type of products (``narrow``). Results and gradients are float32 all the same.
     """
 
     stage: float = sys.maxsize
     borders: float = sys.maxsize
     device: torch.device = field(default=torch.device("cpu"))
     compute: torch.dtype = torch.float32
+    smallest_file: int = SMALLEST_FILE
 
     @torch.no_grad()
     def run_programs(
@@ -123,7 +124,7 @@ class Executor:
                 run.advance(k, count)
         # Backward: each stage runs again from its saved inputs, and the gradients of its inputs become those of the
         # outputs of the stage before it. ``above`` has them for each of the inputs.
-        kept = Spool(self.borders)
+        kept = Spool(self.borders, self.smallest_file)
         above: list[Values] = [{} for _ in inputs]
         for k in reversed(range(len(run.stages))):
             wanted = {node: program.weights[node.name] in names for node in run.stages[k].weights}
@@ -178,7 +179,7 @@ class StagedRun(DeviceInterpreter):
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
         self.stages = shared.list_stages(flow)
         self.narrow = Autocast.of(flow.program, executor.compute)
-        self.borders = Spool(executor.borders)
+        self.borders = Spool(executor.borders, executor.smallest_file)
         # Under the value that is made last, since all of a watch must be there.
         self.watches: dict[fx.Node, list[ValueWatch]] = {}
         for watch in watches:

@@ -1,6 +1,6 @@
 """A kind of conversion of its own is a class that a feature names: its model, its proof and its note follow.
 
-It reaches for mptk.conversions: there it is added, in place of a feature.
+It is added to what features name, in place of a feature.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from inside import Inside
 
 import mptk
-from mptk import Plan, ProofError, Settings, conversions, testing
+from mptk import Plan, ProofError, Settings, testing
 from mptk.ir.plan import Entry
 from mptk.ir.program import Program
-from mptk.proof import claims
+from mptk.plugins import load_parts
 from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
 from mptk.staged.staged import Executor
+from mptk.testing import expect_error
 
 MEASURED = {"data": "random", "samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "progress": None}
 
@@ -65,9 +66,8 @@ class ScaledValues(Conversion):
 
 @pytest.fixture(autouse=True)
 def listed(inside: Inside) -> None:
-    listed = [*conversions.list_conversions(), ScaledValues]
-    for module in (conversions, claims):
-        inside.gives(f"{module.__name__}.list_conversions", listed)
+    parts = {**load_parts("conversions"), ScaledValues.name: ScaledValues}
+    inside.around("mptk.conversions.load_parts", lambda load, kind: parts if kind == "conversions" else load(kind))
 
 
 def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:
@@ -83,5 +83,5 @@ def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> N
 
 def test_a_conversion_that_changes_the_model_is_not_proven(tmp_path: Path) -> None:
     Plan({}, conversions={"values": {"by": 4.0, "back": 2.0}}).save(tmp_path / "plan.json")
-    with pytest.raises(ProofError, match="fails at 'scaled values'"):
+    with expect_error(ProofError, name="scaled values"):
         mptk.prune(testing.make_llama(layers=2), plan=str(tmp_path / "plan.json"), **MEASURED)

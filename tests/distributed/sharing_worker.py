@@ -10,19 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk import FamilyPlan, MptkError, Plan, analyze, testing, trace
-from mptk.distributed.processes import run_once
+from mptk import FamilyPlan, Plan, analyze, testing, trace
+from mptk.distributed.processes import make_accelerator, run_once
+from mptk.errors import BudgetError, InputError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria, distil
-from mptk.methods.criteria import observe
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from passes.transforms.insert_masks import find_mask_sites
 
 
 def found() -> dict[str, Tensor]:
-    observe.OBSERVED_TOKENS = observe.GRADIENT_TOKENS = distil.STEP = 18  # batches of two windows
-    model, windows = testing.make_decoder("mixtral"), testing.draw_tokens(7, 9)
+    model, windows = testing.make_decoder("mixtral"), testing.draw_tokens(80, 31)  # several batches of each kind
     analysis = analyze(trace(model, dynamic=True))
     result = {
         f"{name}.{family}": values
@@ -52,17 +51,28 @@ def refused() -> str:
 
     def find() -> str:
         if os.environ["RANK"] == "0":
-            raise MptkError("no width meets the budget")
+            raise BudgetError("no width meets the budget", name="sparsity")
         return "something"
 
     try:
         return run_once(find)
-    except MptkError as error:
-        return str(error)
+    except BudgetError as error:
+        return error.name
+
+
+def refused_fsdp() -> str:
+    """The setting that the error names if FSDP's first version was launched."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    try:
+        make_accelerator("no")
+    except InputError as error:
+        return error.name
+    return ""
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     file = Path(sys.argv[1]) / f"{os.environ['RANK']}.safetensors"
     said = {"rank": run_once(lambda: os.environ["RANK"]), "refused": refused()}
-    save_file(found(), file, metadata=said)
+    tensors = found()
+    save_file(tensors, file, metadata=said | {"fsdp": refused_fsdp()})

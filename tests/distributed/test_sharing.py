@@ -1,4 +1,7 @@
-"""Several processes share calibration: each runs its part of the windows, and all find what one finds."""
+"""Several processes share calibration: each runs its part of the windows, and all find what one finds.
+
+tests/methods/test_learning.py lets them train together.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sharing_worker import found
 
+from mptk import testing
+from mptk.distributed import processes
 from mptk.distributed.processes import Sharing, share_batches
+from mptk.methods.maskprune.learner import adapt
 
 HERE = Path(__file__).parent
 
@@ -31,7 +38,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         torch.testing.assert_close(one[name], tensor, rtol=1e-5, atol=1e-4 if name.startswith("distilled") else 1e-6)
     for rank in range(2):
         with safe_open(tmp_path / f"{rank}.safetensors", "pt") as file:
-            assert file.metadata() == {"rank": "0", "refused": "no width meets the budget"}
+            assert file.metadata() == {"rank": "0", "refused": "sparsity", "fsdp": "fsdp_version"}
 
 
 def test_every_batch_has_one_process() -> None:
@@ -47,3 +54,13 @@ def test_a_process_alone_shares_nothing() -> None:
     ones = torch.ones(2)
     assert Sharing().sum_all(ones) is ones
     assert Sharing().gather(ones) == [ones]
+
+
+@pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])
+def test_blocks_are_found_without_knowing_the_model_inside_an_adapter_too(architecture: str, block: str) -> None:
+    model = testing.make_decoder(architecture)
+    for wrapped in (model, adapt(model, 2, 0)):
+        assert [type(b).__name__ for b in processes.find_module_blocks(wrapped)] == [
+            block
+        ] * model.config.num_hidden_layers
+    assert processes.find_module_blocks(torch.nn.Linear(2, 2)) == []

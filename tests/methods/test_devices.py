@@ -5,16 +5,18 @@ It reaches for mptk.methods.maskprune: the second device is no device for a comm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from inside import Inside, Stopped, changed
+from accelerate import Accelerator
+from inside import Stopped
 from lab import legalise_bare
+from learning_runs import LEARNING as LONG
+from learning_runs import SETTINGS, TRAINING, metrics
 from second_device import DEVICE, SecondDevice, SecondTensor, live_bytes
-from test_learning import LEARNING, SETTINGS, metrics
 from torch import Tensor
 from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
@@ -25,10 +27,9 @@ from mptk.config.learning import Learning
 from mptk.distributed.processes import make_replica
 from mptk.io import models
 from mptk.ir.samples import make_token_samples
-from mptk.methods.maskprune.learner import Learner, start_training
+from mptk.methods.maskprune.learner import Learner, collect_changed_weights, start_training
 from mptk.methods.maskprune.solver import Solver
-from mptk.methods.maskprune.train import Loop
-from mptk.progress import show_nothing
+from mptk.progress import Progress, show_nothing
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.conversion import Analysed
 from mptk.protocols.run_folder import RunFolder
@@ -40,6 +41,7 @@ from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
 
 TEXT = make_token_samples(testing.draw_tokens(8, 32))
+LEARNING = replace(LONG, steps=6)
 ADAPTED = 7
 """Layers with an adapter: those of one block."""
 
@@ -55,6 +57,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return legalise_bare(Analysed(loaded, CAUSAL_LM, analysis), asked)
 
 
+class Second(Accelerator):
+    device = DEVICE
+
+
 @dataclass(frozen=True)
 class Run:
     """What the phases gave: masks' choice, recovery's weights, and each step's metrics."""
@@ -64,25 +70,38 @@ class Run:
     rows: Sequence[Mapping[str, float]]
 
 
-def train(prepared: Prepared, folder: Path, learning: Learning = LEARNING) -> Run:
-    """Both phases on ``Accelerator.device``, or what of them ``folder`` does not hold. Recovery is of the whole model."""
+def make_learner(
+    prepared: Prepared, work: RunFolder, learning: Learning, device: torch.device, progress: Progress = show_nothing
+) -> Learner:
+    accelerator = start_training(learning, work)
+    if device == DEVICE:
+        accelerator.__class__ = Second
+    return Learner(accelerator, prepared, TEXT, learning, work, progress)
+
+
+def train(
+    prepared: Prepared,
+    folder: Path,
+    learning: Learning = LEARNING,
+    device: torch.device = DEVICE,
+    progress: Progress = show_nothing,
+) -> Run:
+    """Both phases, or what of them ``folder`` does not hold. Recovery is of the whole model."""
     work = RunFolder(folder, {}, resume=True)
     with separate_state():
-        learner = Learner(start_training(learning, work), prepared, TEXT, learning, work, show_nothing)
+        learner = make_learner(prepared, work, learning, device, progress)
         chosen = learner.learn(SampleSets(TEXT, TEXT, TEXT, ""))
-        recovered = learner.recover(make_replica(prepared.loaded.model), 6, TEXT[:2])
+        recovered = learner.recover(make_replica(prepared.loaded.model), learning.steps // 2, TEXT[:2])
     return Run(chosen, recovered.weights, metrics(work.path))
 
 
 @pytest.fixture(scope="module")
 def on_the_host(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(prepared, tmp_path_factory.mktemp("host") / "out")
+    return train(prepared, tmp_path_factory.mktemp("host") / "out", device=torch.device("cpu"))
 
 
 @pytest.fixture
-def second(inside: Inside) -> Iterator[SecondDevice]:
-    """Training happens on the second device."""
-    inside.bound("accelerate.Accelerator.device", property(lambda _: DEVICE))
+def second() -> Iterator[SecondDevice]:
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # else ``Module.to`` replaces the parameters
     with SecondDevice() as device:
@@ -102,70 +121,46 @@ def require_same(one: Run, other: Run) -> None:
 
 
 def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_crosses_in_a_step(
-    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice, inside: Inside
-) -> None:
-    crossed: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
-
-    def watched(step: Callable[..., object], loop: Loop, number: int) -> object:
-        before = len(second.crossed)
-        found = step(loop, number)
-        crossed.setdefault(number, set()).update(second.crossed[before:])
-        return found
-
-    inside.around("mptk.methods.maskprune.train.Loop._step", watched)
-    require_same(on_the_host, train(prepared, tmp_path / "out"))
-    crossed.pop(0)  # recovery puts its teacher there
-    assert crossed == {number: {("to the second device", (2, 32))} for number in range(1, 12)}
-
-
-@pytest.mark.parametrize("begins", ["there", pytest.param("on the host", marks=pytest.mark.long)])
-def test_a_run_goes_on_on_another_device(
-    prepared: Prepared,
-    on_the_host: Run,
-    tmp_path: Path,
-    second: SecondDevice,
-    inside: Inside,
-    begins: str,
-) -> None:
-    host = property(lambda _: torch.device("cpu"))
-
-    def stopped(step: Callable[..., object], loop: Loop, number: int) -> object:
-        if number == 4:
-            raise Stopped
-        return step(loop, number)
-
-    with changed() as there:
-        there.around("mptk.methods.maskprune.train.Loop._step", stopped)
-        if begins == "on the host":
-            there.bound("accelerate.Accelerator.device", host)
-        with pytest.raises(Stopped):
-            train(prepared, tmp_path / "out")
-    if begins == "there":
-        inside.bound("accelerate.Accelerator.device", host)
-    require_same(on_the_host, train(prepared, tmp_path / "out"))
-
-
-def test_the_cached_teachers_targets_go_to_the_device(
     prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
 ) -> None:
-    run = train(prepared, tmp_path / "out", replace(LEARNING, teacher="cached"))
-    assert run.rows[0]["loss"] == pytest.approx(on_the_host.rows[0]["loss"], rel=1e-2)
+    crossed, before = [], 0
+
+    def note(stage: str, done: int, total: int, figures: str = "") -> None:
+        nonlocal before
+        # Each second step, and the last one, writes a checkpoint, and the first one places the teacher.
+        if stage in ("masks", "recovery") and 1 < done < total and done % TRAINING.save_every:
+            crossed.append(set(second.crossed[before:]))
+        before = len(second.crossed)
+
+    require_same(on_the_host, train(prepared, tmp_path / "out", progress=note))
+    assert crossed == [{("to the second device", (2, 32))}] * 5
 
 
-def test_changed_weights_leave_the_device_one_by_one(
-    prepared: Prepared, tmp_path: Path, second: SecondDevice, inside: Inside
+def test_a_run_goes_on_on_another_device(
+    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
 ) -> None:
-    live = []
+    def stop(stage: str, done: int, total: int, figures: str = "") -> None:
+        if (stage, done) == ("masks", 3):
+            raise Stopped
 
-    def watched(original: Callable[..., Iterator[tuple[str, Tensor]]], *args: object) -> Iterator[tuple[str, Tensor]]:
-        live.append(live_bytes())
-        for name, weight in original(*args):
+    with pytest.raises(Stopped):
+        train(prepared, tmp_path / "out", progress=stop)
+    require_same(on_the_host, train(prepared, tmp_path / "out", device=torch.device("cpu")))
+
+
+def test_the_cached_teachers_targets_go_to_the_device_and_changed_weights_leave_it_one_by_one(
+    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
+) -> None:
+    cached, work = replace(LEARNING, teacher="cached"), RunFolder(tmp_path / "out", {}, resume=True)
+    with separate_state():
+        learner = make_learner(prepared, work, cached, DEVICE)
+        student, masks, _, loop = learner.begin()
+        loop.run()
+        live = [live_bytes()]
+        for _, weight in collect_changed_weights(student, masks, prepared.analysis.program.state):
             live.append(live_bytes())
-            yield name, weight
             del weight
-
-    inside.around("mptk.methods.maskprune.learner.collect_changed_weights", watched)
-    train(prepared, tmp_path / "out")
+    assert metrics(work.path)[0]["loss"] == pytest.approx(on_the_host.rows[0]["loss"], rel=1e-2)
     assert len(live) == 1 + ADAPTED
     assert max(live) - live[0] <= 3 * 80 * 48 * 4  # the weight, its sum and what the next one needs
 
@@ -191,7 +186,7 @@ def test_a_devices_tensors_meet_no_others() -> None:
     with SecondDevice() as second:
         there = torch.ones(3, 5, device=DEVICE)
         assert isinstance(there, SecondTensor)
-        with pytest.raises(AssertionError, match="two devices"):
+        with pytest.raises(AssertionError):
             there * solver.get_mask("ffn", 0)
         assert second.crossed == []
         assert there.cpu().tolist() == [[1.0] * 5] * 3

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from inside import Inside, changed
-from test_staged import built
+from staged_programs import built
 from torch import Tensor, nn
 
 import mptk
-from mptk import FamilyPlan, MptkError, Plan, Samples, analyze, testing, trace
+from mptk import FamilyPlan, Plan, Samples, analyze, trace
+from mptk.errors import InputError
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, list_removed_blocks, resolve_plan
 from mptk.methods.distil import NO_BLOCK, Distilled, Schedule, distil_blocks
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
-from mptk.testing import draw_plan
+from mptk.testing import draw_plan, expect_error
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import rewrite_program
 
@@ -43,11 +43,8 @@ class Case:
     samples: Samples
 
     def distil(self, how: Schedule = HOW, executor: Executor = EXECUTOR, kept: RunFolder | None = None) -> Distilled:
-        with changed() as inside:
-            inside.bound("mptk.methods.distil.STEP", 2 * self.samples.positions)
-            return distil_blocks(
-                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, folder=kept
-            )
+        how = replace(how, step=2 * self.samples.positions)
+        return distil_blocks(self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, folder=kept)
 
     @torch.no_grad()
     def error(self, weights: Mapping[str, Tensor]) -> float:
@@ -103,7 +100,7 @@ def test_a_block_that_training_makes_worse_stays_as_it_was() -> None:
     assert all(torch.equal(found.weights[name], cut.small.state[name]) for name in found.weights)
 
 
-def test_stages_in_files_and_blocks_that_were_kept_give_the_same(inside: Inside, tmp_path: Path) -> None:
+def test_stages_in_files_and_blocks_that_were_kept_give_the_same(tmp_path: Path) -> None:
     cut = case("decoder")
 
     def run(executor: Executor = EXECUTOR) -> Distilled:
@@ -114,8 +111,7 @@ def test_stages_in_files_and_blocks_that_were_kept_give_the_same(inside: Inside,
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("block-*")}
     assert len(written) == 4
     (tmp_path / "run.run" / "block-2.safetensors").unlink()
-    inside.bound("mptk.staged.spool.SMALLEST_FILE", 0)
-    found = run(Executor(borders=0))
+    found = run(Executor(borders=0, smallest_file=0))
     again = {path.name for path in tmp_path.rglob("block-*") if path.stat().st_mtime_ns != written[path.name]}
     assert again == {"block-2.safetensors"}
     for weight in expected.weights:
@@ -144,12 +140,11 @@ def test_weights_that_blocks_share_are_not_trained_by_themselves() -> None:
 
 def test_a_cut_without_blocks_of_its_own_says_that_nothing_was_distilled() -> None:
     """Minutes choose epochs before the families are known."""
-    how = {"method": "wanda", "families": "hidden", "distil_epochs": 1, "data": torch.randint(3, 90, (6, 8))}
-    how |= {"align": 1, "samples": 4, "length": 8, "eval_windows": 2, "eval_length": 8, "sparsity": 0.25}
-    found = mptk.prune(testing.make_decoder("llama"), progress=None, **how)
+    how = {"method": "wanda", "distil_epochs": 1, "align": 1, "sparsity": 0.25, "tolerance": 0.1, "progress": None}
+    found = mptk.prune(Repeated().eval(), example_inputs=torch.randn(4, 6), **how)
     assert NO_BLOCK in found.report.notes
 
 
 def test_it_follows_reconstruction() -> None:
-    with pytest.raises(MptkError, match="needs reconstruction; leave out --no-reconstruct or --distil-epochs"):
+    with expect_error(InputError, name="distil_epochs"):
         mptk.Settings(reconstruct=False, distil_epochs=1)

@@ -12,24 +12,23 @@ from typing import Any
 import pytest
 import torch
 from commands import done
-from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers
-from test_criteria import routed
+from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers, routed
 from torch import Tensor
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
 
 import mptk
-from mptk import MptkError, Plan, analyze, testing, trace
+from mptk import Plan, analyze, testing, trace
+from mptk.errors import AnalysisError, InputError, PlanError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
 from mptk.methods import criteria
 from mptk.methods.criteria.observe import Calibration
+from mptk.testing import expect_error
 from passes.targets.derived import find_derived_families
 
 PLANTED = 3
@@ -114,17 +113,6 @@ def grouped() -> torch.nn.Module:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **sizes, **ranks, **more})).eval()
 
 
-def plain() -> torch.nn.Module:
-    return OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=5, num_experts_per_tok=2)).eval()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("build", "family"), [(plain, "experts"), (shared_expert, "experts"), (grouped, "experts.2")])
-def test_experts_of_other_mixtures_are_cut_and_proven(build: Callable, family: str, tmp_path: Path) -> None:
-    kept = prune(build(), tmp_path, "--method", "reap", "--families", family, "--width", f"{family}=3")
-    assert {len(row) for row in kept} == {3}
-
-
 def test_groups_of_experts_keep_their_number_and_as_many_experts_as_a_token_has() -> None:
     """A class divides its experts into groups by a number that no weight shows: only each group's experts are cut."""
     analysis = analyze(trace(grouped(), dynamic=True))
@@ -140,7 +128,7 @@ def test_fewer_experts_than_a_token_has_are_refused(moe: Case) -> None:
     assert moe.analysis.family("experts").minimum == moe.model.config.num_experts_per_tok
     scores = criteria.score_units(moe.analysis, "random", families=["experts"])
     plan = criteria.select_units(moe.analysis, scores, {"experts": 1})
-    with pytest.raises(MptkError, match="experts cannot have width 1: it needs at least 2"):
+    with expect_error(PlanError, name="experts"):
         mptk.rewrite(moe.analysis, plan)
 
 
@@ -164,28 +152,31 @@ class Ungated(torch.nn.Module):
 
 
 def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
-    with pytest.raises(MptkError, match=r"none are in ffn, hidden; name a family of experts .* --method wanda"):
+    with expect_error(InputError, name="families"):
         criteria.score_units(moe.analysis, "reap", WINDOWS, families=["ffn", "hidden"])
     model = Ungated()
     analysis = analyze(trace(model, (WINDOWS,), dynamic=True))
     (family,) = (f for f in analysis.families if f.size == 5)
-    with pytest.raises(MptkError, match=r"no router weight multiplies .* use --method wanda"):
+    with expect_error(AnalysisError, name=family.groups[0].layer):
         criteria.score_units(analysis, "reap", WINDOWS, families=[family.name])
 
 
 @pytest.mark.parametrize(
-    ("given", "rank"),
+    ("build", "given", "rank"),
     [
-        ({"families": "ffn.1", "widths": {"ffn.1": 8}}, 16),  # the queries' latent space: its norm follows the cut
-        ({"families": "experts.2", "widths": {"experts.2": 3}}, 0),
-        ({"families": "experts.2", "widths": {"experts.2": 3}, "rank": 2}, 2),
-        ({"families": "ffn.3", "method": "maskprune", "steps": 4, "sparsity": 0.1, "tolerance": 0.1}, 0),
+        # the queries' latent space, whose norm follows the cut, and whole experts
+        (grouped, {"families": ("ffn.1", "experts.2"), "widths": {"ffn.1": 8, "experts.2": 3}}, 16),
+        (shared_expert, {"method": "reap", "families": "experts", "widths": {"experts": 3}}, 0),
+        (grouped, {"families": "ffn.3", "method": "maskprune", "steps": 4, "sparsity": 0.1, "tolerance": 0.1}, 0),
     ],
+    ids=["latent queries", "shared expert", "learned"],
 )
-def test_a_mixture_with_latent_queries_and_shared_experts_is_trained(given: dict[str, Any], rank: int) -> None:
+def test_other_mixtures_are_cut_trained_and_proven(
+    build: Callable[[], torch.nn.Module], given: dict[str, Any], rank: int
+) -> None:
     how = {"method": "wanda", "steps": 2, "batch": 2, "samples": 4, "length": 12, "eval_windows": 2, "eval_length": 12}
     found = mptk.prune(
-        testing.draw_weights(grouped()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
+        testing.draw_weights(build()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
     )
     assert found.report.recovery["rank"] == rank
     assert "trained model" in {row["stage"] for row in found.report.proof}

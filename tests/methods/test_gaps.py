@@ -1,6 +1,6 @@
 """Gaps: what removed blocks add is made up for by the layer before them.
 
-It reaches for mptk.methods.reconstruct and mptk.methods.reconstruct: which layer it is, and the fit without a run around it.
+It reaches for mptk.methods.reconstruct: which layer it is, and the fit without a run around it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from inside import Inside
 from torch import Tensor, nn
 from toy_checkpoints import SETTINGS
 from transformers import T5Config, T5ForConditionalGeneration
@@ -27,8 +26,6 @@ from mptk.staged.staged import EXECUTOR, Executor
 from mptk.testing import make_llama, save_word_model
 from passes.transforms.insert_masks import MaskSite, find_mask_sites
 from passes.transforms.masked_reference import mask
-
-RIDGE = "mptk.methods.reconstruct.RIDGE"
 
 
 def without(analysis: Analysis, *gone: int) -> dict[str, FamilyPlan]:
@@ -81,14 +78,15 @@ def errors(
     return apart(mask(analysis, cut)), apart(mask(changed, cut))
 
 
-@pytest.mark.parametrize(("gone", "rows"), [((1,), 40), ((1, 2), 40), ((1, 3), 40), ((1, 2), 3)])
-def test_what_the_layer_before_a_gap_can_add_is_not_lost(gone: tuple[int, ...], rows: int, inside: Inside) -> None:
-    """All that removed blocks add is a sum of the units of the block before; with few rows, too."""
-    inside.bound(RIDGE, 1e-5)
+@pytest.mark.parametrize(
+    ("gone", "rows", "left"), [((1,), 40_000, 0.02), ((1, 2), 40_000, 0.02), ((1, 3), 40_000, 0.02), ((1, 2), 3, 0.3)]
+)
+def test_what_the_layer_before_a_gap_can_add_is_not_lost(gone: tuple[int, ...], rows: int, left: float) -> None:
+    """All that removed blocks add is a sum of the units of the block before; the ridge falls with the rows."""
     x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(1))
     analysis = built(alike(4), [x])
     before, after = errors(analysis, Plan(without(analysis, *gone)), Samples({"input": x}))
-    assert after < 0.02 * before
+    assert after < left * before
 
 
 @pytest.mark.parametrize(
@@ -150,10 +148,9 @@ def test_encoder_and_decoder_have_gaps_of_their_own() -> None:
 
 
 @torch.no_grad()
-def test_a_gap_and_a_narrower_layer_before_it_are_made_up_for_at_once(inside: Inside) -> None:
+def test_a_gap_and_a_narrower_layer_before_it_are_made_up_for_at_once() -> None:
     """Each unit that goes is the double of one that stays, as in the removed block."""
-    inside.bound(RIDGE, 1e-5)
-    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4000, 5, generator=torch.Generator().manual_seed(1))
     net = alike(3)
     for block in net[1]:
         block.up.weight[6:], block.up.bias[6:] = block.up.weight[:6], block.up.bias[:6]
@@ -169,7 +166,7 @@ def test_a_gap_and_a_narrower_layer_before_it_are_made_up_for_at_once(inside: In
 def test_a_folder_whose_gap_is_made_up_for_is_proven(tmp_path: Path) -> None:
     source = save_word_model(make_llama(layers=3), tmp_path / "dense")
     settings = replace(SETTINGS, method="influence", sparsity=0.3, tolerance=0.1, onnx=False, samples=16)
-    plain = mptk.prune(source, tmp_path / "plain", replace(settings, reconstruct=False)).report
+    plain = mptk.prune(source, None, replace(settings, reconstruct=False)).report
     found = mptk.prune(source, tmp_path / "small", replace(settings, reconstruct=True)).report
     assert found.trained
     assert all(row["ok"] for row in found.proof)

@@ -6,21 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from inside import Inside
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from mptk import MptkError, Samples, analyze, testing, trace
+from mptk import Samples, analyze, testing, trace
 from mptk.config.learning import Learning, LossWeights
+from mptk.errors import OutputError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import make_token_samples
-from mptk.methods.maskprune.losses import TopLogits, compute_class_losses, compute_hidden_error, shorten_logits
+from mptk.methods.maskprune.learner import recompute
+from mptk.methods.maskprune.losses import CHUNK, TopLogits, compute_class_losses, compute_hidden_error, shorten_logits
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, reconstruct_consumers
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
-from mptk.testing import draw_plan
+from mptk.testing import draw_plan, expect_error
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 
@@ -34,14 +35,17 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor | TopLogits) -> torc
     return compute_class_losses(student, ids, teacher, LossWeights(lm=0.0))["loss"]
 
 
-@pytest.mark.parametrize("positions", [1, 4, 100])
+SHAPES = [(2, 5, 11), (2, 5, CHUNK // 4), (1, 2, CHUNK + 3)]
+"""Logits of ten positions in one chunk, in chunks of four positions, and of two in chunks of one."""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", [LossWeights(lm=0.0), LossWeights(kl=0.0), LossWeights(lm=0.3, kl=1.7)])
 def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
-    inside: Inside, positions: int, weights: LossWeights
+    shape: tuple[int, int, int], weights: LossWeights
 ) -> None:
-    inside.bound("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
-    student, teacher = logits(0, 2, 5, 11).requires_grad_(), logits(1, 2, 5, 11) + 300
-    ids = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(2))
+    student, teacher = logits(0, *shape).requires_grad_(), logits(1, *shape) + 300
+    ids = torch.randint(11, shape[:2], generator=torch.Generator().manual_seed(2))
     lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     kl = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1).mean()
     (expected,) = torch.autograd.grad(3 * (weights.lm * lm + weights.kl * kl), student)
@@ -49,25 +53,25 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
     assert targets is not None
     found = compute_class_losses(student, targets, teacher, weights)
     (seen,) = torch.autograd.grad(3 * found["loss"], student)
-    assert found["loss"].item() == pytest.approx((weights.lm * lm + weights.kl * kl).item(), rel=1e-5)
+    # Torch's own sums in float32 lose digits over a million logits.
+    assert found["loss"].item() == pytest.approx((weights.lm * lm + weights.kl * kl).item(), rel=1e-4)
     assert {name: value.item() for name, value in found.items() if name != "loss"} == pytest.approx(
-        {name: value.item() for name, value in (("lm", lm), ("kl", kl)) if getattr(weights, name)}, rel=1e-5
+        {name: value.item() for name, value in (("lm", lm), ("kl", kl)) if getattr(weights, name)}, rel=1e-4
     )
-    assert torch.allclose(seen, expected, atol=1e-6)
+    torch.testing.assert_close(seen, expected, rtol=1e-3, atol=min(1e-6, 1e-3 / shape[-1]))
 
 
-@pytest.mark.parametrize("positions", [1, 100])
-def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(inside: Inside, positions: int) -> None:
-    inside.bound("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
-    student, short = logits(0, 2, 5, 11).requires_grad_(), shorten_logits(logits(1, 2, 5, 11), 3)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(shape: tuple[int, int, int]) -> None:
+    student, short = logits(0, *shape).requires_grad_(), shorten_logits(logits(1, *shape), 3)
     logs = log_softmax(student, -1)
     top = logs.gather(-1, short.tokens)
     others = torch.log1p(-top.exp().sum(-1))
     kl = (short.logs.exp() * (short.logs - top)).sum(-1) + short.rest.exp() * (short.rest - others)
     (expected,) = torch.autograd.grad(kl.mean(), student)
     found = divergence(student, short)
-    assert found.item() == pytest.approx(kl.mean().item(), rel=1e-5)
-    assert torch.allclose(torch.autograd.grad(found, student)[0], expected, atol=1e-6)
+    assert found.item() == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(found, student)[0], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -> None:
@@ -141,12 +145,9 @@ def test_a_fingerprint_tells_models_apart() -> None:
     ("architecture", "executor"),
     [("llama", Executor(stage=9_000, borders=0)), ("phi3", EXECUTOR), ("gpt2", EXECUTOR), ("opt", EXECUTOR)],
 )
-def test_what_is_left_takes_over_for_a_removed_copy_of_it(
-    architecture: str, executor: Executor, inside: Inside
-) -> None:
-    """If every removed unit is the double of a kept one, nothing need be lost."""
-    inside.bound("mptk.methods.reconstruct.RIDGE", 0.01)
-    model, ids = testing.make_decoder(architecture), testing.draw_tokens(8, 40)
+def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str, executor: Executor) -> None:
+    """If every removed unit is the double of a kept one, nothing need be lost; much text, for a small ridge."""
+    model, ids = testing.make_decoder(architecture), testing.draw_tokens(200, 40)
     analysis = analyze(trace(model, dynamic=True))
     plan = draw_plan(analysis, ["ffn"], share=0.5)
     state = dict(model.named_parameters())
@@ -210,6 +211,20 @@ def test_more_text_lets_a_fit_go_further_from_the_dense_weights() -> None:
     assert missed(100) < 0.1 * missed(1)
 
 
+def test_activations_computed_again_change_no_gradient() -> None:
+    ids, found = testing.draw_tokens(), []
+    for again in (False, True):
+        model, calls = testing.make_decoder("llama"), list[int]()
+        recompute(model, again)
+        for block in model.model.layers:
+            block.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append((len(calls), [p.grad for p in model.parameters()]))
+    (once, expected), (twice, gradients) = found
+    assert (once, twice) == (testing.decoders.LAYER_COUNT, 2 * testing.decoders.LAYER_COUNT)
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_the_rate_rises_and_falls_to_nothing() -> None:
     rates = [schedule(step, 100, 0.05) for step in range(100)]
     assert max(rates) == 1.0
@@ -224,9 +239,9 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
         work.save_checkpoint("masks", step, {"x": torch.tensor(float(step))})
         work.log("masks", step, {"loss": 0.5})
     assert len(list(work.path.glob("masks-*.safetensors"))) == 2
-    with pytest.raises(MptkError, match="unfinished run; add --resume"):
+    with expect_error(OutputError, name=work.path):
         RunFolder(out, {"steps": 3}, resume=False)
-    with pytest.raises(MptkError, match=r"other settings \(steps\)"):
+    with expect_error(OutputError, name=work.path):
         RunFolder(out, {"steps": 4}, resume=True)
     again = RunFolder(out, {"steps": 3}, resume=True)
     step, state = again.read_latest("masks")

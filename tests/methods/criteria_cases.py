@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, silu
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 
 from mptk import analyze, testing, trace
@@ -16,7 +16,8 @@ from mptk.ir.families import Analysis
 from mptk.testing.decoders import HEAD_SIZE, KV_COUNT, LAYER_COUNT, VOCAB_SIZE
 
 Q, EXPERTS = 3, 5  # query heads: KV_COUNT · Q = 6
-WINDOWS = torch.randint(3, VOCAB_SIZE, (7, 9), generator=torch.Generator().manual_seed(1))
+WINDOWS = torch.randint(3, VOCAB_SIZE, (80, 31), generator=torch.Generator().manual_seed(1))
+"""Two batches of different sizes forward (``OBSERVED_TOKENS``), and five with gradients (``GRADIENT_TOKENS``)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,14 @@ def position_slopes(case: Case, name: str) -> Tensor:
     (x,) = seen
     assert x.grad is not None
     return (x.detach() * x.grad).flatten(0, 1) * WINDOWS.numel()
+
+
+def routed(case: Case, n: str, expert: int) -> tuple[Tensor, Tensor]:
+    """An expert's own tokens: its input rows and its inner activations."""
+    x, chosen = case.inputs[f"{n}.mlp.experts"][:2]
+    x = x[(chosen == expert).any(1)].detach()
+    gate, up = (x @ case.weight(f"{n}.mlp.experts.gate_up_proj")[expert].T).chunk(2, -1)
+    return x, silu(gate) * up
 
 
 class SharedLayer(nn.Module):

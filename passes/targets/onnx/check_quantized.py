@@ -158,7 +158,8 @@ def _check_structure(expected: ir.Model, quantized: ir.Model, scheme: str, unlik
 
 
 def _fail(scheme: str, what: str) -> None:
-    raise ProofError(f"the proof fails at '{scheme} weights': {what}; quantise the model again")
+    stage = f"{scheme} weights"
+    raise ProofError(f"the proof fails at '{stage}': {what}; quantise the model again", name=stage)
 
 
 def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[str, float], ir.Model]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,19 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
 import passes.frontend.trace
-from mptk.compile.trace import trace_loaded
 from mptk.files import write_json
-from mptk.io import Resident, models
-from mptk.ir import Analysis, Plan, Samples
+from mptk.io import models
+from mptk.ir import Plan, Samples
 from mptk.ir.passes import Log
 from mptk.progress import show_nothing
 from mptk.proof.proof import check_proof, make_proof_batches, prove_folder
 from mptk.proof.verification import Proof, compile_folder, verify_folder
-from mptk.protocols import Compiled, Prepared, Proven, SampleSets, Target
+from mptk.protocols import Compiled, Prepared, Proven, SampleSets, Target, compute_origin
 from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.publish.manifest import hash_weight_files, write_manifest
 from mptk.run.prepare import resolve_widths
 from mptk.run.run import Run
-from mptk.staged.staged import EXECUTOR
 from mptk.targets import ONNX, STOCK_TARGET
-from mptk.tasks import find_folder_task
 from mptk.testing import WORDS, save_word_model
 from mptk.testing.decoders import GROUPED, HEAD_SIZE
 from passes.analysis import group
@@ -95,20 +93,18 @@ class Lab:
         self.report, self.plan = mptk.Report.read(self.folder), mptk.Plan.load(self.folder / "plan.json")
 
     @cached_property
-    def analysis(self) -> Analysis:
-        """Of the dense model."""
-        loaded = models.open_weights(str(self.dense), Resident(0))
-        task = find_folder_task(self.folder, self.report, loaded)
-        return group.analyze_program(trace_loaded(loaded, task, EXECUTOR))
-
-    @cached_property
     def sound(self) -> tuple[Compiled, Samples]:
         """The cut that the folder holds, and the proof's samples."""
-        return compile_folder(self.folder, self.report, self.plan, None, ASKED, self.analysis)
+        return compile_folder(self.folder, self.report, self.plan, None, ASKED)
 
     @property
     def compiled(self) -> Compiled:
         return self.sound[0]
+
+    @property
+    def sets(self) -> SampleSets:
+        """The proof's samples, for every purpose of a run."""
+        return SampleSets(*[self.sound[1]] * 3, "")
 
     @cached_property
     def batches(self) -> list[Samples]:
@@ -117,24 +113,27 @@ class Lab:
 
     def verify(self, folder: Path) -> Proof:
         """As ``mptk.verify``."""
-        return verify_folder(folder, None, ASKED, self.analysis)
+        return verify_folder(folder, None, ASKED, self.compiled.prepared.analysis)
 
     def prove(self, folder: Path, compiled: Compiled | None = None, *targets: Target, whole: bool = True) -> Proven:
         """Prove a folder as a run does with what it has just written. ``targets``: of which it is proven, or of all."""
         compiled = compiled or self.compiled
-        proven = prove_folder(compiled, targets or (STOCK_TARGET, ONNX), folder, self.sound[1], whole=whole)
+        proven = prove_folder(compiled, targets or (STOCK_TARGET, ONNX), folder, self.sound[1])
         check_proof(proven.differences, "")
         return proven
 
     def make_run(self) -> Run:
-        """A run that would make the folder again."""
-        return bare_run(self.compiled.prepared.settings, out=self.make_folder())
+        """A run that would make the folder again, up to its proof."""
+        prepared = self.compiled.prepared
+        source, out = str(self.dense), self.make_folder()
+        run = replace(bare_run(prepared.settings, out=out), source=source)
+        return replace(run, origin=compute_origin(source, prepared.given, prepared.settings, None, None))
 
     def write(self, compiled: Compiled) -> Path:
         """A new folder with the checkpoint of a cut."""
         folder = self.make_folder()
         folder.mkdir()
-        STOCK_TARGET.emit(compiled, SampleSets(*[self.sound[1]] * 3, ""), folder, Log())
+        STOCK_TARGET.emit(compiled, self.sets, folder, Log())
         return folder
 
     def copy(self, edit: Edit, *, forged: bool) -> Path:

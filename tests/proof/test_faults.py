@@ -172,7 +172,7 @@ TRAINED: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 @pytest.fixture(scope="module")
 def trained(lab: Lab) -> tuple[Recovered, SampleSets]:
     """What training gives: weights in the cut's shapes, and their outputs on the proof's samples."""
-    sets, program = SampleSets(*[lab.sound[1]] * 3, ""), lab.compiled.program
+    sets, program = lab.sets, lab.compiled.program
     held = {name: program.state[name] for name in program.state if name.endswith("proj.weight")}
     new = {name: weight + 0.01 * torch.randn(weight.shape) for name, weight in held.items()}
     return Recovered(new, Witness("trained model", program.with_state(new)(*sets.proof.tensors), TOLERANCE), None), sets

@@ -24,7 +24,7 @@ from mptk.ir import Plan, Samples
 from mptk.ir.passes import Log
 from mptk.progress import show_nothing
 from mptk.proof.proof import check_proof, make_proof_batches, prove_folder
-from mptk.proof.verification import Proof, compile_folder, verify_folder
+from mptk.proof.verification import Proof, compile_folder, verify_pruned
 from mptk.protocols import Compiled, Prepared, Proven, SampleSets, Target, compute_origin
 from mptk.protocols.conversion import Analysed, DenseModel, Opened
 from mptk.publish.manifest import hash_weight_files, write_manifest
@@ -113,7 +113,7 @@ class Lab:
 
     def verify(self, folder: Path) -> Proof:
         """As ``mptk.verify``."""
-        return verify_folder(folder, None, ASKED, self.compiled.prepared.analysis)
+        return verify_pruned(folder, None, ASKED, self.compiled.prepared.analysis)
 
     def prove(self, folder: Path, compiled: Compiled | None = None, *targets: Target, whole: bool = True) -> Proven:
         """Prove a folder as a run does with what it has just written. ``targets``: of which it is proven, or of all."""

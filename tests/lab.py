@@ -1,4 +1,4 @@
-"""Published folders to damage, and steps to damage on the way to one, without tracing the same model again and again."""
+"""A published folder to damage, and its cut to damage on the way to one, by one trace for all."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from inside import Inside, changed
+from inside import changed
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -19,21 +20,25 @@ import mptk
 import passes.frontend.trace
 from mptk.files import write_json
 from mptk.io import models
+from mptk.ir import Plan, Samples
 from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
 from mptk.progress import show_nothing
-from mptk.protocols.chain import Prepared
+from mptk.proof.proof import check_proof, make_proof_batches, prove_folder
+from mptk.proof.verification import Proof, compile_folder, verify_pruned
+from mptk.protocols import Compiled, Prepared, Proven, SampleSets, Target, compute_origin
 from mptk.protocols.conversion import Analysed, DenseModel, Opened
-from mptk.publish.manifest import write_manifest
+from mptk.publish.manifest import hash_weight_files, write_manifest
 from mptk.run.prepare import resolve_widths
 from mptk.run.run import Run
-from mptk.testing import WORDS, draw_plan, save_word_model
+from mptk.targets import ONNX, STOCK_TARGET
+from mptk.testing import WORDS, save_word_model
 from mptk.testing.decoders import GROUPED, HEAD_SIZE
 from passes.analysis import group
 
 WINDOW = 64
 Edit = Callable[[Path], None]
+ASKED = mptk.Settings()
+"""What a caller of verify asks for."""
 
 
 def bare_run(settings: mptk.Settings, plan: Plan | None = None, out: Path = Path("out")) -> Run:
@@ -76,39 +81,95 @@ def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
 
 
 class Lab:
-    """A dense model, a plan for it, and a folder that was published with ONNX, quantised too."""
+    """A dense model with a window of 64, and a folder of it that was published with ONNX, int8 and int4.
 
-    def __init__(self, root: Path, quantize: tuple[str, ...] = ("int8", "int4")) -> None:
-        self.root, self.count = root, 0
-        sizes = {**GROUPED, "pad_token_id": None, "head_dim": HEAD_SIZE, "max_position_embeddings": 128}
-        config = MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=True)
-        self.dense = save_word_model(MistralForCausalLM(config), root / "dense")
-        loaded = models.load(self.dense)
-        analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
-        draw_plan(analysis, ["hidden", "q_heads", "ffn"], share=0.7).save(root / "plan.json")
-        text = root / "text.txt"
-        generator = torch.Generator().manual_seed(0)
-        text.write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (600,), generator=generator)))
-        self.settings = mptk.Settings(
-            method="wanda", plan=str(root / "plan.json"), data=str(text), samples=3, length=40, eval_length=40
-        )
-        self.folder = self.prune(quantize=quantize)
+    The dense model is traced once, at first use; each folder is proven against that trace, and each damaged cut is a
+    copy of the sound one.
+    """
 
-    def prune(self, **changes: Any) -> Path:
-        self.count += 1
-        out = self.root / f"out{self.count}"
-        mptk.prune(self.dense, out, replace(self.settings, **changes))
-        return out
+    def __init__(self, root: Path, scratch: Path) -> None:
+        """``root``: as ``write_lab`` wrote it. ``scratch``: a folder for copies."""
+        self.dense, self.folder, self.scratch, self.count = root / "dense", root / "out", scratch, 0
+        self.report, self.plan = mptk.Report.read(self.folder), mptk.Plan.load(self.folder / "plan.json")
+
+    @cached_property
+    def sound(self) -> tuple[Compiled, Samples]:
+        """The cut that the folder holds, and the proof's samples."""
+        return compile_folder(self.folder, self.report, self.plan, None, ASKED)
+
+    @property
+    def compiled(self) -> Compiled:
+        return self.sound[0]
+
+    @property
+    def sets(self) -> SampleSets:
+        """The proof's samples, for every purpose of a run."""
+        return SampleSets(*[self.sound[1]] * 3, "")
+
+    @cached_property
+    def batches(self) -> list[Samples]:
+        """What the proof runs on: a short batch, and a row that crosses the window."""
+        return make_proof_batches(self.sound[1], self.report.proof_length)
+
+    def verify(self, folder: Path) -> Proof:
+        """As ``mptk.verify``."""
+        return verify_pruned(folder, None, ASKED, self.compiled.prepared.analysis)
+
+    def prove(self, folder: Path, compiled: Compiled | None = None, *targets: Target, whole: bool = True) -> Proven:
+        """Prove a folder as a run does with what it has just written. ``targets``: of which it is proven, or of all."""
+        compiled = compiled or self.compiled
+        proven = prove_folder(compiled, targets or (STOCK_TARGET, ONNX), folder, self.sound[1])
+        check_proof(proven.differences, "")
+        return proven
+
+    def make_run(self) -> Run:
+        """A run that would make the folder again, up to its proof."""
+        prepared = self.compiled.prepared
+        source, out = str(self.dense), self.make_folder()
+        run = replace(bare_run(prepared.settings, out=out), source=source)
+        return replace(run, origin=compute_origin(source, prepared.given, prepared.settings, None, None))
+
+    def write(self, compiled: Compiled) -> Path:
+        """A new folder with the checkpoint of a cut."""
+        folder = self.make_folder()
+        folder.mkdir()
+        STOCK_TARGET.emit(compiled, self.sets, folder, Log())
+        return folder
 
     def copy(self, edit: Edit, *, forged: bool) -> Path:
         """The published folder, edited; ``forged``: with a manifest that fits."""
-        self.count += 1
-        copy = self.root / f"copy{self.count}"
+        copy = self.make_folder()
         shutil.copytree(self.folder, copy)
         edit(copy)
         if forged:
             write_manifest(copy)
         return copy
+
+    def make_folder(self) -> Path:
+        self.count += 1
+        return self.scratch / f"{self.count}"
+
+
+def write_lab(root: Path, quantize: tuple[str, ...] = ("int8", "int4")) -> None:
+    """Write the dense model of a lab, and prune it."""
+    sizes = {**GROUPED, "pad_token_id": None, "head_dim": HEAD_SIZE, "max_position_embeddings": 128}
+    config = MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=True)
+    dense = save_word_model(MistralForCausalLM(config), root / "dense")
+    generator = torch.Generator().manual_seed(0)
+    (root / "text.txt").write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (600,), generator=generator)))
+    widths = {"hidden": 40, "q_heads": 2, "ffn": 56}
+    settings = mptk.Settings(
+        method="magnitude",
+        widths=widths,
+        families=tuple(widths),
+        align=1,
+        data=str(root / "text.txt"),
+        samples=3,
+        length=40,
+        eval_length=40,
+        quantize=quantize,
+    )
+    mptk.prune(dense, root / "out", settings)
 
 
 # ---- edits of a folder ----
@@ -140,8 +201,6 @@ def weights(change: Callable[[str, torch.Tensor], torch.Tensor], *, told: bool =
     """Other weights, and a digest in the report that fits if it is ``told``."""
 
     def edit(folder: Path) -> None:
-        from mptk.publish.manifest import hash_weight_files
-
         file = folder / "model.safetensors"
         state = {name: change(name, tensor) for name, tensor in load_file(file).items()}
         save_file(state, file, metadata={"format": "pt"})
@@ -167,53 +226,3 @@ def remove(name: str, *, told: bool = False) -> Edit:
 
 def all_of(*edits: Edit) -> Edit:
     return lambda folder: [edit(folder) for edit in edits] and None
-
-
-# ---- steps that go wrong ----
-
-
-def cut_wrongly(
-    damage: Callable[[Program], Program], target: str = "mptk.compile.cut.cut_program"
-) -> Callable[[Inside], None]:
-    """The rewritten program comes out damaged."""
-
-    def damaged(pruned: Any) -> Any:
-        program = damage(pruned.program)
-        return replace(pruned, program=program, exact=program)
-
-    return lambda inside: inside.spoil(target, damaged)
-
-
-def state(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Program], Program]:
-    """One weight of a program changed."""
-    return lambda program: program.with_state({name: change(program.state[name]).contiguous()})
-
-
-def swapped(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """The first two blocks of ``size`` rows in each other's place."""
-    first, second = tensor[:size], tensor[size : 2 * size]
-    return torch.cat([second, first, tensor[2 * size :]])
-
-
-def constant(old: int, new: int) -> Callable[[Program], Program]:
-    """One whole number in the shapes of a program changed."""
-
-    def change(program: Program) -> Program:
-        graph = program.copy_graph()
-        node = next(n for n in graph.graph.nodes if "reshape" in str(n.target) and old in n.args[1])
-        node.update_arg(1, [new if size == old else size for size in node.args[1]])
-        graph.recompile()
-        return replace(program, graph=graph)
-
-    return change
-
-
-def after(target: str, edit: Edit, argument: int) -> Callable[[Inside], None]:
-    """What the function ``target`` has written into the folder it was given is edited at once."""
-
-    def edited(real: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        result = real(*arguments, **options)
-        edit(Path(arguments[argument]))
-        return result
-
-    return lambda inside: inside.around(target, edited)

@@ -114,7 +114,6 @@ def bench_graphs(
     phases: Sequence[str] | None = None,
     sessions: int = SESSIONS,
     device: torch.device = CPU,
-    instruments: Instruments | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Time ONNX graphs of one kind of model (``steps.find_phase_graphs``).
@@ -132,7 +131,6 @@ def bench_graphs(
         phases: what to time, such as ``prefill``; None: all.
         sessions: sets of fresh sessions, over which the rounds are divided.
         device: where the graphs run, and whose peaks are measured.
-        instruments: what measures; None: this module's own.
         progress: called with a stage, the cases done and all cases.
 
     Raises:
@@ -142,7 +140,7 @@ def bench_graphs(
     if rounds < 2:
         raise InputError("the spread of one round is unknown; give --rounds 2 or more", name="rounds")
     # The rounds are dealt out to the sets of sessions, at least one to each.
-    say, measures, models = progress or show_nothing, instruments or Instruments(), _of_one_kind(_find_distinct(graphs))
+    say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = _list_cases(next(iter(models.values())), phases, lengths, batches, threads)
     times: Times = {case: [[] for _ in models] for case in cases}
@@ -155,16 +153,11 @@ def bench_graphs(
     # Sessions and peaks have one number of threads, so all cases of one number are timed together.
     for n in threads:
         own = {case: sides for case, sides in times.items() if case.threads == n}
-        roofline = measures.open_roofline(n, device)
-        peaks[n], ran = _time_cases(
-            list(models.values()), own, shares, roofline, device, measures.time_steps, report_finished
-        )
+        peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, report_finished)
     # Ratios from the times; then what needs no turns: memory, in new processes, and products of unaligned widths.
     rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
-    measure = partial(measures.measure_memory, length=max(lengths), device=device)
-    measured = [_measure_graph(name, parts, measure, say) for name, parts in models.items()]
-    products = _time_products(models, cases, device, lambda steps: measures.time_steps(steps, rounds))
-    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, products)
+    measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
+    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _time_products(models, cases, rounds, device))
 
 
 GraphOf = Mapping[str, Path]
@@ -205,14 +198,14 @@ def _of_one_kind(files: Mapping[str, Path]) -> Mapping[str, GraphOf]:
 
 
 def _time_products(
-    models: Mapping[str, GraphOf], cases: Sequence[Case], device: torch.device, timed: Alternate
+    models: Mapping[str, GraphOf], cases: Sequence[Case], rounds: int, device: torch.device
 ) -> list[Unaligned]:
     """The products of unaligned widths in the longest case of each phase that reads tokens, with the first threads."""
     tokens = {
         case.phase: 1 if case.phase == "decode" else case.length for case in sorted(cases, key=lambda c: c.length)
     }
     # Decode multiplies one row, prefill as many as there are tokens. A graph of several phases is read once.
-    found = list[Unaligned]()
+    timed, found = partial(time_alternately, rounds=rounds), list[Unaligned]()
     for name, parts in models.items():
         for file in dict.fromkeys(parts[phase] for phase in tokens):
             rows = [count for phase, count in tokens.items() if count and parts[phase] == file]
@@ -226,7 +219,6 @@ def _time_cases(
     shares: Sequence[int],
     roofline: Roofline,
     device: torch.device,
-    time_steps: Callable[[Sequence[Step], int], list[list[float]]],
     finished: Callable[[], None],
 ) -> tuple[Peaks, list[str]]:
     """Extend ``times``, whose cases use the threads of ``roofline``; returns the peaks, and what ran the graphs.
@@ -241,7 +233,7 @@ def _time_cases(
         for case, sides in times.items():
             steppers = [open_once(parts[case.phase], case.phase in PHASES) for parts in models]
             ran = steppers[0].providers
-            found = time_steps([stepper.step(case) for stepper in steppers[turn]], share)
+            found = time_alternately([stepper.step(case) for stepper in steppers[turn]], share)
             for side, more in zip(sides[turn], found, strict=True):
                 side += more
             roofline.measure()  # between rounds, so that the same disturbances move the peaks
@@ -290,11 +282,11 @@ def _compute_iqr(values: Sequence[float]) -> float:
     return third - first
 
 
-def _measure_graph(name: str, parts: GraphOf, measure: Callable[[Path], int], say: Progress) -> Graph:
+def _measure_graph(name: str, parts: GraphOf, length: int, device: torch.device, say: Progress) -> Graph:
     say(f"peak memory of {name}", 0, 0)
     files = list(dict.fromkeys(parts.values()))
     size = sum(part.stat().st_size for file in files for part in file.parent.glob(f"{file.name}*"))
-    return Graph(name, str(files[0]), size, measure(files[0]))
+    return Graph(name, str(files[0]), size, measure_peak_memory(files[0], length, device))
 
 
 ROUND_S = 0.05
@@ -329,19 +321,6 @@ def _count_repeats(step: Step, shortest: float) -> int:
         if elapsed > shortest:
             return 1
     return min(50, int(shortest / elapsed))
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """What ``bench_graphs`` measures with.
-
-    ``time_steps``: milliseconds of each of several steps in each of several rounds. ``measure_memory``: bytes by which
-    a process that runs a graph grows. ``open_roofline``: the peaks of a number of threads, or of a device.
-    """
-
-    time_steps: Callable[[Sequence[Step], int], list[list[float]]] = time_alternately
-    measure_memory: Callable[..., int] = measure_peak_memory
-    open_roofline: Callable[[int, torch.device], Roofline] = Roofline
 
 
 @dataclass(frozen=True)

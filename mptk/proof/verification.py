@@ -20,7 +20,7 @@ from mptk.cost.model import CostModel
 from mptk.errors import ChangedError, FileError, InputError, ProofError
 from mptk.files import expand_path
 from mptk.io import Loaded, check_folder_named, models, open_dense, read_object
-from mptk.ir import Log, Plan, Samples, resolve_plan
+from mptk.ir import Analysis, Log, Plan, Samples, resolve_plan
 from mptk.methods import find_method
 from mptk.methods.division.budget import build_alignment
 from mptk.plugins import explain_absent, load_parts
@@ -117,21 +117,49 @@ def verify(
     # Only these settings are the caller's. All others are the folder's, and are checked against what it holds.
     with _require_unchanged(folder):
         asked = Settings(memory=memory, device=device, trust_remote_code=trust_remote_code, proof_length=proof_length)
-        return _verify_folder(folder, str(model) if isinstance(model, Path) else model, asked)
+        return verify_pruned(folder, str(model) if isinstance(model, Path) else model, asked)
 
 
-def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings) -> Proof:
+def verify_pruned(
+    folder: Path, model: str | nn.Module | None, asked: Settings, analysis: Analysis | None = None
+) -> Proof:
+    """``verify`` of a folder that nobody changes meanwhile. ``analysis``: as of ``compile_folder``."""
     # What can be checked without the dense model, the cheapest first.
     plan, report = read_folder_plan(folder), Report.read(folder)
     check_manifest(folder)
     with _explain_unreadable(folder):
         check_files(report, folder)
+    compiled, samples = compile_folder(folder, report, plan, model, asked, analysis)
+    targets = (compiled.prepared.target, ONNX)
+    proven = prove_folder(compiled, targets, folder, samples, again=True)
+    check_proof(proven.differences, PRUNE_AGAIN)
+    check_planted(compiled, targets, folder)  # last: the fault of a known file says more
+    unread = describe_unread_tokenizer(compiled.prepared.loaded, folder)
+    return Proof(proven.differences, [note for note in (proven.note, unread) if note])
+
+
+def compile_folder(
+    folder: Path,
+    report: Report,
+    plan: Plan,
+    model: str | nn.Module | None,
+    asked: Settings,
+    analysis: Analysis | None = None,
+) -> tuple[Compiled, Samples]:
+    """The cut that a folder should hold, made anew from the dense model, and the proof's samples.
+
+    ``analysis``: of the dense model before conversions, if another folder of it was verified before; it is traced if
+    there is none.
+
+    Raises:
+        MptkError: the dense model is missing or another one; or the report contradicts it and the plan.
+    """
     # The dense model, by the digest that the report gives, and what ``prune`` made of it up to the choice.
     resident, executor = build_executor(asked)
     loaded = open_dense(report.model, report.model_sha256, model, asked.trust, resident, live=report.live)
     check_code(loaded.path, folder)
     context = Context(Log(), show_nothing)
-    dense, samples = _analyse_dense(folder, report, plan, loaded, executor, context)
+    dense, samples = _analyse_dense(folder, report, plan, loaded, executor, context, analysis)
     settings = replace(report.settings, proof_length=asked.proof_length, rehome=_is_rehomed(folder, dense.model.loaded))
     prepared = _prepare_dense(settings, dense, plan)
     assert prepared.planned is not None
@@ -140,12 +168,7 @@ def _verify_folder(folder: Path, model: str | nn.Module | None, asked: Settings)
     compiled = compile_plan(prepared, chosen, samples, context)
     found = {} if compiled.written is None else find_config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
-    proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples, again=True)
-    check_proof(proven.differences, PRUNE_AGAIN)
-    check_planted(compiled, (prepared.target, ONNX), folder)  # last: the fault of a known file says more
-    return Proof(
-        proven.differences, [note for note in (proven.note, describe_unread_tokenizer(prepared.loaded, folder)) if note]
-    )
+    return compiled, samples
 
 
 def describe_unread_tokenizer(loaded: Loaded, folder: Path) -> str:
@@ -159,7 +182,13 @@ def describe_unread_tokenizer(loaded: Loaded, folder: Path) -> str:
 
 
 def _analyse_dense(
-    folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
+    folder: Path,
+    report: Report,
+    plan: Plan,
+    loaded: Loaded,
+    executor: Executor,
+    context: Context,
+    analysis: Analysis | None,
 ) -> tuple[DenseModel, Samples]:
     """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
     task = find_folder_task(folder, report, loaded)
@@ -167,9 +196,10 @@ def _analyse_dense(
     samples, example = read_proof_samples(folder, task.make_examples(loaded.model))
     # As in ``prune``: a trace may fix the samples' sizes, but not if the graph itself is written.
     like = samples if find_target(report.settings.target).classed else None
-    program = trace_loaded(loaded, task, executor, report.settings.length, like)
-    samples = fit_to_program(task, program, samples, PROVEN_ON)
-    given, start = Opened(loaded, task), Analysed(loaded, task, group.analyze_program(program))
+    if analysis is None:
+        analysis = group.analyze_program(trace_loaded(loaded, task, executor, report.settings.length, like))
+    samples = fit_to_program(task, analysis.program, samples, PROVEN_ON)
+    given, start = Opened(loaded, task), Analysed(loaded, task, analysis)
     start, conversions = convert_model(
         start, read_plan_conversions(plan), context, executor, report.settings.length, like
     )

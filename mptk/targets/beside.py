@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NoReturn
 
@@ -132,14 +132,17 @@ def require(file: str, field: str, found: object, expected: object) -> None:
     if type(found) is not type(expected) or found != expected:
         fail(
             f"{field} of {file} is {_format_field(found)}, but {_format_field(expected)} in the dense model cut to "
-            "the plan"
+            "the plan",
+            () if expected is MISSING else (expected,),
         )
 
 
-def fail(what: str) -> NoReturn:
-    """Raise the ProofError of this stage."""
+def fail(what: str, nearest: Sequence[object] = ()) -> NoReturn:
+    """Raise the ProofError of this stage. ``nearest``: the right value of a field."""
     raise ProofError(
-        f"the proof fails at '{CONFIG_STAGE}': {what}; do not use it, and prune the model again", name=CONFIG_STAGE
+        f"the proof fails at '{CONFIG_STAGE}': {what}; do not use it, and prune the model again",
+        name=CONFIG_STAGE,
+        nearest=nearest,
     )
 
 

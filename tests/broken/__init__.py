@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mptk.errors import MptkError
+from mptk import MptkError, Plan, Report, Settings
 from mptk.files import write_json
+from mptk.proof.verification import compile_folder, verify_pruned
 from mptk.publish.manifest import MARKER, hash_file, hash_weight_files, list_files, write_manifest
 
 REPORT = "report.json"
@@ -48,19 +50,33 @@ def named(rows: list[Broken], kind: str) -> dict[str, Broken]:
     return {row.name: row for row in rows if row.kind == kind}
 
 
-def check(row: Broken, published: Published) -> str:
-    """What refused a damaged copy, in one line; "" if it passed in silence.
+def prove_by_one_trace(folder: Path) -> Published:
+    """A pruned folder, whose dense model is traced once for all rows."""
+    report, asked = Report.read(folder), Settings()
+    compiled, _ = compile_folder(folder, report, Plan.load(folder / "plan.json"), None, asked)
+    return Published(folder, lambda copy: verify_pruned(copy, None, asked, compiled.prepared.analysis))
+
+
+@contextmanager
+def make_broken(row: Broken, place: Path) -> Iterator[Path]:
+    """A damaged copy of what was published at ``place``.
 
     Manifest and report are forged to fit, as somebody who means harm would, unless the row changes them itself.
     """
     with tempfile.TemporaryDirectory(prefix="broken-") as temporary:
-        copy = Path(temporary) / published.place.name
-        (shutil.copytree if published.place.is_dir() else shutil.copyfile)(published.place, copy)
+        copy = Path(temporary) / place.name
+        (shutil.copytree if place.is_dir() else shutil.copyfile)(place, copy)
         row.damage(copy)
-        if _digests(copy) == _digests(published.place):
+        if _digests(copy) == _digests(place):
             raise ValueError(f"{row.kind}, {row.name}: the damage changes nothing")
         if copy.is_dir():
-            _forge(copy, published.place)
+            _forge(copy, place)
+        yield copy
+
+
+def check(row: Broken, published: Published) -> str:
+    """What refused a damaged copy, in one line; "" if it passed in silence."""
+    with make_broken(row, published.place) as copy:
         try:
             published.verify(copy)
         except MptkError as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import kinds
 from graph_damage import exchanged
 from pictures import IMAGE, llava, processor, write_captions
 
 import mptk
-from tests.broken import Broken, Published
+from mptk.testing import Laboratory
+from tests.broken import Broken, Published, prove_by_one_trace
 from tests.broken.graphs import (
     NEW,
     Change,
@@ -24,7 +24,6 @@ from tests.broken.graphs import (
     one_more,
     payload,
     reading,
-    remember,
     with_constant,
 )
 from tests.broken.pairs import size
@@ -39,12 +38,8 @@ GRAPH, VISION, EMBED, DECODER = (
 
 
 def publish(kind: str, place: Path) -> Published:
-    remember()
     if kind == VIT:
-        kinds.write_all(place / "dense")
-        name = "image classifier"
-        mptk.prune(str(place / "dense" / name), place / "out", kinds.settings(place / "dense", name, onnx=True))
-        return Published(place / "out", mptk.verify)
+        return prove_by_one_trace(Laboratory(place).open_pruned("image classifier"))
     dense = place / "dense"
     llava().save_pretrained(dense)
     processor().save_pretrained(dense)
@@ -54,7 +49,7 @@ def publish(kind: str, place: Path) -> Published:
         widths=widths, families=tuple(widths), data=str(write_captions(place / "pictures")),
     )  # fmt: skip
     mptk.prune(str(dense), place / "out", settings)
-    return Published(place / "out", mptk.verify)
+    return prove_by_one_trace(place / "out")
 
 
 IMAGES = size("pixel_values", 0)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import kinds
 import torch
 from graph_damage import exchanged
 from transformers import BartConfig, BartForConditionalGeneration
 
 import mptk
-from mptk.testing import make_tokenizer
-from tests.broken import Broken, Published
+from mptk.testing import Laboratory, save_model
+from tests.broken import Broken, Published, prove_by_one_trace
 from tests.broken.graphs import (
     Change,
     attribute,
@@ -25,7 +24,6 @@ from tests.broken.graphs import (
     one_more,
     payload,
     reading,
-    remember,
     with_constant,
 )
 
@@ -33,35 +31,34 @@ ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 T5, BART = "T5", "BART"
 
 
+SIZES = {
+    f"{side}_{what}": size
+    for side in ("encoder", "decoder")
+    for what, size in (("layers", 2), ("attention_heads", 3), ("ffn_dim", 40))
+}
+
+
 def publish(kind: str, place: Path) -> Published:
-    remember()
-    kinds.write_all(place / "dense")
-    name = "encoder-decoder"
-    if kind == BART:
-        sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in HALVES.items()}
-        torch.manual_seed(0)
-        model = BartForConditionalGeneration(
-            BartConfig(
-                vocab_size=kinds.VOCAB,
-                d_model=24,
-                max_position_embeddings=64,
-                pad_token_id=1,
-                bos_token_id=0,
-                eos_token_id=2,
-                decoder_start_token_id=2,
-                forced_eos_token_id=2,
-                **sizes,
-            )
+    laboratory = Laboratory(place)
+    if kind == T5:
+        return prove_by_one_trace(laboratory.open_pruned("encoder-decoder"))
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=300,
+            d_model=24,
+            max_position_embeddings=64,
+            pad_token_id=1,
+            bos_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            forced_eos_token_id=2,
+            **SIZES,
         )
-        name = "bart"
-        model.save_pretrained(place / "dense" / name)
-        make_tokenizer().save_pretrained(place / "dense" / name)
-    settings = kinds.settings(place / "dense", name, onnx=True, data=str(place / "dense" / "text.txt"), length=40)
-    mptk.prune(str(place / "dense" / name), place / "out", settings)
-    return Published(place / "out", mptk.verify)
-
-
-HALVES = {"layers": 2, "attention_heads": 3, "ffn_dim": 40}
+    )
+    dense = save_model(model, place / "dense")
+    mptk.prune(dense, place / "out", laboratory.make_settings("encoder-decoder", onnx=True, length=40))
+    return prove_by_one_trace(place / "out")
 
 
 def size(value: str, axis: int, name: str = "size") -> tuple[str, str]:

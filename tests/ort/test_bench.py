@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
+from inside import changed
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
 from mptk import export
 from mptk.errors import FileError, InputError
 from mptk.files.outputs import check_file
-from mptk.ort.bench import Bench, Instruments, bench_graphs, list_unaligned_weights, time_alternately
+from mptk.ort.bench import Bench, bench_graphs, list_unaligned_weights, time_alternately
 from mptk.ort.roofline import compute_graph_work, measure_peak_memory, run_work
 from mptk.ort.steps import Case
 from mptk.reading import make_typed
@@ -64,20 +64,22 @@ def test_a_table_that_is_also_the_projection_counts_once(tmp_path):
     assert 0 <= compute_graph_work(file, sequence=1, past=0).bytes - 4 * read < 400
 
 
-def at_once(steps, rounds):
-    return time_alternately(steps, rounds, shortest=0.0)
-
-
-QUICK = Instruments(time_steps=at_once, measure_memory=lambda file, length, device: 1)
-"""Measures no memory, which takes a process for each graph, and times each step once in a turn."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_bench():
+    """It measures no memory, which takes a process for each graph, and times each step once in a turn."""
+    with changed() as inside:
+        inside.gives("mptk.ort.bench.measure_peak_memory", 1)
+        inside.around("mptk.ort.bench.time_alternately", lambda real, steps, rounds: real(steps, rounds, shortest=0.0))
+        yield
 
 
 @pytest.fixture(scope="module")
 def compared(dense, narrow):
     calls = []
     graphs = {"dense": dense.parent, "narrow": narrow, "narrow int8": quantize_onnx(narrow, "int8")}
-    how = {"instruments": QUICK, "progress": lambda *call: calls.append(call)}
-    result = bench_graphs(graphs, lengths=(16, 33), batches=(1, 3), rounds=3, sessions=2, **how)
+    result = bench_graphs(
+        graphs, lengths=(16, 33), batches=(1, 3), rounds=3, sessions=2, progress=lambda *call: calls.append(call)
+    )
     return result, calls
 
 
@@ -100,17 +102,17 @@ def test_rows_hold_every_graph_in_every_case_and_the_ideal(compared, dense, narr
     assert at["narrow", "decode 16"] == compute_graph_work(narrow, sequence=1, past=16).bytes
 
 
-def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_graph(dense, narrow):
+def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_graph(dense, narrow, inside):
     """One side has two layers, so a step of it is known by the sizes that it takes and gives."""
     turns = []
 
-    def taken(steps, rounds):
+    def taken(_, steps, rounds):
         turns.append(steps)
         return [[10.0 * (1 + len(turns)) + place] * rounds for place in range(len(steps))]
 
     how = {"lengths": (8,), "rounds": 2, "sessions": 2, "phases": ("decode",)}
-    told = replace(QUICK, time_steps=taken)
-    result = bench_graphs({"dense": dense, "narrow": narrow}, **how, instruments=told)
+    inside.around("mptk.ort.bench.time_alternately", taken)
+    result = bench_graphs({"dense": dense, "narrow": narrow}, **how)
     assert len(turns) > 2
     # In the second set of sessions the sides are given the other way around, and so is what is found.
     assert [row.ms for row in result.rows] == [(20 + 31) / 2, (21 + 30) / 2]
@@ -180,7 +182,7 @@ def test_sides_take_turns_and_the_order_changes():
 def test_a_graph_with_two_names_is_timed_once(dense, narrow, tmp_path):
     (tmp_path / "link").symlink_to(dense.parent)
     graphs = {"dense": dense.parent, "narrow": narrow, "file": dense, "link": tmp_path / "link"}
-    result = bench_graphs(graphs, lengths=(8,), rounds=2, sessions=1, phases=("prefill",), instruments=QUICK)
+    result = bench_graphs(graphs, lengths=(8,), rounds=2, sessions=1, phases=("prefill",))
     assert [graph.name for graph in result.graphs] == [row.graph for row in result.rows] == ["dense", "narrow"]
 
 
@@ -213,7 +215,7 @@ def test_each_graph_of_a_model_that_is_no_plain_decoder_is_run(other_kinds, kind
         file for name in ("model", "decoder_model_merged") if (file := other_kinds[kind] / f"{name}.onnx").is_file()
     )
     graphs = {"float": other_kinds[kind], "int8": main.with_stem(f"{main.stem}_quantized")}
-    result = bench_graphs(graphs, lengths=(8, 16), rounds=2, instruments=QUICK)
+    result = bench_graphs(graphs, lengths=(8, 16), rounds=2)
     assert [str(row.case) for row in result.rows] == [case for case in cases for _ in graphs]
     assert all(row.ideal == 1 for row in result.rows if row.case.phase != "decode"), "as many operations"
     assert all(row.ideal < 1 for row in result.rows if (row.graph, row.case.phase) == ("int8", "decode")), "fewer bytes"
@@ -243,7 +245,7 @@ def test_models_of_two_kinds_are_not_compared(other_kinds, dense):
 @pytest.mark.features
 def test_a_length_that_a_graph_does_not_take_is_refused(other_kinds):
     with expect_error(FileError, name=other_kinds["speech"] / "decoder_model_merged.onnx"):
-        bench_graphs({"speech": other_kinds["speech"]}, lengths=(900,), rounds=2, instruments=QUICK)
+        bench_graphs({"speech": other_kinds["speech"]}, lengths=(900,), rounds=2)
 
 
 def test_memory_is_that_of_a_new_process(narrow):

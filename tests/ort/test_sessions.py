@@ -19,8 +19,6 @@ from inside import Inside
 import mptk
 from mptk import Samples
 from mptk.errors import MachineError
-from mptk.ort.bench import Instruments
-from mptk.ort.roofline import Roofline
 from mptk.ort.sessions import HOST, list_providers, locate_memory, open_session
 from mptk.protocols.chain import Compiled, Proven, Target
 from mptk.protocols.execution import find_session_device
@@ -106,9 +104,12 @@ def test_a_device_without_a_provider_is_refused(inside: Inside) -> None:
 
 
 @pytest.mark.usefixtures("machine")
-def test_every_session_is_on_the_device(folder: Path, laboratory: mptk.testing.Laboratory, asked: Asked) -> None:
+def test_every_session_is_on_the_device(
+    folder: Path, laboratory: mptk.testing.Laboratory, asked: Asked, inside: Inside
+) -> None:
     text = laboratory.open_data()
-    no_peak = Instruments(measure_memory=lambda *_, **__: 1, open_roofline=lambda n, _: Roofline(n))
+    inside.gives("mptk.ort.bench.measure_peak_memory", 1)
+    inside.around("mptk.ort.bench.Roofline", lambda real, threads, _: real(threads))
     for start in (
         lambda: done("generate", folder, "w1 w2", "--max-new-tokens", "2", "--device", "cuda:1"),
         lambda: done(
@@ -121,7 +122,7 @@ def test_every_session_is_on_the_device(folder: Path, laboratory: mptk.testing.L
         assert asked
         assert all(p == [(GPU, {"device_id": 1, "use_tf32": 0}), (HOST, {})] for p in asked)
     asked.clear()
-    result = mptk.bench([folder], lengths=[8], rounds=2, sessions=1, device="cuda:1", instruments=no_peak)
+    result = mptk.bench([folder], lengths=[8], rounds=2, sessions=1, device="cuda:1")
     assert asked.pop(0) == [(HOST, {})], "the peaks, here"
     assert all(p == [(GPU, {"device_id": 1, "use_tf32": 0}), (HOST, {})] for p in asked)
     assert result.providers == [HOST], "what the session says, not what it was asked for"

@@ -5,26 +5,19 @@ It reaches for passes.analysis.borders and mptk.tasks.decoder_form: a border is 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from inside import Inside
+from lab import WINDOW, Lab
 from tiny_decoders import SLIDING, tiny_decoder
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
-import mptk
-from mptk import MptkError, trace
+from mptk import trace
 from mptk.ir.samples import make_token_samples
-from mptk.proof.proof import make_proof_batches
+from mptk.proof.proof import find_reach, make_proof_batches
 from mptk.protocols import Use
-from mptk.publish.manifest import write_manifest
 from mptk.tasks.decoder_form import UNPADDED, decode_samples
-from mptk.testing import save_word_model
 from passes.analysis.borders import find_config_borders, find_graph_borders, reach
-from passes.verify import Difference
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
 
@@ -133,20 +126,6 @@ def test_decoding_steps_cross_each_border_with_the_cache() -> None:
     assert ends == [*range(7, 17), 33, 34, 35, 38, 39, 40]
 
 
-def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, inside: Inside) -> None:
-    """Gemma 3 with a window of 96 instead of 64: the config's check sees it, and so do the logits beyond it."""
-    dense = save_word_model(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=256), tmp_path / "dense")
-    settings = mptk.Settings(
-        method="magnitude", families=("ffn",), widths={"ffn": 40}, samples=2, length=48, onnx=False, align=8
-    )
-    out = tmp_path / "out"
-    report = mptk.prune(dense, out, settings).report
-    assert report.proof_length == 192
-    edited = json.loads((out / "config.json").read_text()) | {"sliding_window": 96}
-    (out / "config.json").write_text(json.dumps(edited))
-    write_manifest(out)
-    with pytest.raises(MptkError, match=r"'config': sliding_window of config.json is 96, but 64"):
-        mptk.verify(out)
-    inside.gives("mptk.targets.stock.check_written_config", Difference("config", 0.0, 0.0, 0.0))
-    with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': outputs differ by"):
-        mptk.verify(out)
+def test_a_proof_goes_beyond_the_window_of_the_model(lab: Lab) -> None:
+    assert find_reach(lab.compiled).borders == (WINDOW,)
+    assert [batch.inputs["input_ids"].shape for batch in lab.batches] == [(3, 40), (1, 120)]

@@ -1,73 +1,88 @@
-"""Graphs that are wrong only in one use: at a size, behind a cache, for a token. Nobody publishes them, and verify refuses them.
+"""Graphs that are wrong only in one use: at a size, behind a cache, for a token.
 
 It reaches for passes.targets.onnx: graphs that are compared without a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from inside import Inside
-from lab import Lab, after, remembered
+from lab import Lab
 from onnx import TensorProto, helper, numpy_helper
 
-import mptk
-from mptk import MptkError
-from mptk.publish.manifest import write_manifest
+from mptk import ProofError
+from mptk.targets import ONNX
 from mptk.tasks.decoder_form import SEVERAL_NEW, draw_size_cases
 from mptk.tasks.onnx_proof import MOST_ROWS
+from mptk.testing import expect_error
+from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.structure import compare_structures, compare_with_weights, find_differing_row
-from tests.broken import Published, check
-from tests.broken.graphs import CONDITIONS, FLOAT, ROWS, at
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with remembered():
-        yield Lab(tmp_path_factory.mktemp("lab"), quantize=("int8",))
-
+from passes.targets.onnx.tensors import read_lazily
+from tests.broken.graphs import CONDITIONS, FLOAT, GRAPHS, WRITTEN, at, with_constant
 
 IN_RUNS = {
-    "wrong at batch 5": "sizes",
-    "wrong with 17 new tokens": "sizes",
-    "wrong with a cache of 1": "sizes",
-    "wrong if a row is only padding": "padded left",
+    "wrong at batch 5": "ONNX Runtime sizes",
+    "wrong with 17 new tokens": "ONNX Runtime sizes",
+    "wrong with a cache of 1": "ONNX Runtime sizes",
+    "wrong if a row is only padding": "ONNX Runtime padded left",
 }
-"""What the cases of ``prune`` find by themselves, as an exporter's fault."""
+"""What the proof of a run finds by itself, as an exporter's fault."""
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("name", IN_RUNS)
-def test_prune_publishes_no_graph_that_is_wrong_in_one_use(lab: Lab, inside: Inside, name: str) -> None:
-    edit = at(FLOAT, CONDITIONS[name])
-    after("mptk.tasks.onnx_export.emit_onnx", lambda graphs: edit(graphs.parent), 1)(inside)
-    with pytest.raises(MptkError, match=f"the proof fails at 'ONNX Runtime {IN_RUNS[name]}'"):
-        lab.prune(strict=True, quantize=())
+def test_a_graph_that_is_wrong_in_one_use(lab: Lab, name: str) -> None:
+    folder = lab.copy(at(FLOAT, CONDITIONS[name]), forged=False)
+    with expect_error(ProofError, name=IN_RUNS[name]):
+        lab.prove(folder, None, ONNX)
 
 
-REFUSED = [
-    (FLOAT, "two rows of the embedding swapped"),
-    (FLOAT, "wrong from position 600"),
-    (FLOAT, "logits of noise 1e-6"),
-    ("int8 decoder", "ignores the mask"),
-    ("int8 decoder", "wrong with a cache"),
-    ("int8 decoder", "keys for values"),
-    ("int8 decoder", "a rotary frequency is 0.1 % larger"),
-]
+@pytest.mark.always
+def test_two_rows_of_the_embedding_swapped(lab: Lab) -> None:
+    """Of tokens that the proof need not hold."""
+    swapped = with_constant(lambda name, array: array.shape == (97, 40), lambda array: array[[*range(95), 96, 95]])
+    with expect_error(ProofError, name=ONNX_FILE):
+        lab.prove(lab.copy(at(FLOAT, swapped), forged=False), None, ONNX)
 
 
-@pytest.mark.parametrize(("kind", "name"), REFUSED)
-def test_verify_refuses_it(lab: Lab, kind: str, name: str) -> None:
-    (row,) = [row for row in ROWS if (row.kind, row.name) == (kind, name)]
-    assert check(row, Published(lab.folder, mptk.verify)).startswith(("the proof fails at", "ONNX Runtime cannot load"))
+@pytest.mark.always
+@pytest.mark.parametrize("name", ["ignores the mask", "a rotary frequency is 0.1 % larger"])
+def test_an_int8_graph_that_is_not_what_quantising_gives(lab: Lab, name: str) -> None:
+    change = WRITTEN[name] if name in WRITTEN else GRAPHS[name][0]
+    with expect_error(ProofError, name="int8 weights"):
+        lab.prove(lab.copy(at("int8 decoder", change), forged=False), None, ONNX)
 
 
-def test_the_folder_that_they_damage_is_whole(lab: Lab) -> None:
-    assert mptk.verify(lab.folder).notes == []
+# ---- what only a graph that is written again shows ----
+
+
+@pytest.mark.parametrize("name", ["wrong from position 600", "logits of noise 1e-6"])
+def test_a_graph_that_computes_more_has_another_structure(lab: Lab, name: str) -> None:
+    change = (CONDITIONS | WRITTEN)[name]
+    found, sound = (folder / "onnx" / ONNX_FILE for folder in (lab.copy(at(FLOAT, change), forged=False), lab.folder))
+    assert compare_structures(read_lazily(found), read_lazily(sound))
+    assert not compare_structures(read_lazily(sound), read_lazily(sound))
+
+
+def test_verify_writes_the_graphs_again(lab: Lab) -> None:
+    with expect_error(ProofError, name=ONNX_FILE):
+        lab.verify(lab.copy(at(FLOAT, CONDITIONS["wrong from position 600"]), forged=True))
+
+
+def test_what_another_exporter_wrote_is_not_called_wrong(lab: Lab) -> None:
+    def edit(folder: Path) -> None:
+        file = folder / "onnx" / ONNX_FILE
+        model = onnx.load(file, load_external_data=False)
+        next(each for each in model.metadata_props if each.key == "exporter").value = "torch 9"
+        model.graph.initializer.append(numpy_helper.from_array(np.arange(3), "more"))
+        onnx.save(model, file)
+
+    note = ONNX.compare_remade(lab.compiled, lab.copy(edit, forged=False), lab.batches)
+    assert note.startswith("model.onnx is not what this exporter writes")
 
 
 def test_every_length_of_the_cache_every_number_of_rows_and_of_new_tokens_is_met() -> None:
@@ -115,18 +130,3 @@ def test_a_swapped_row_of_a_table_is_found_and_named() -> None:
     assert compare_with_weights(found, [("w", 2 * weight)]) == ""
     assert find_differing_row(weight, weight * np.float32(1 + 1e-7)) is None
     assert find_differing_row(weight, weight[[0, 2, 1, 3]]) == 1
-
-
-def test_what_another_exporter_wrote_is_not_called_wrong(lab: Lab) -> None:
-    def edit(folder: Path) -> None:
-        file = folder / "onnx" / "model.onnx"
-        model = onnx.load(file, load_external_data=False)
-        next(each for each in model.metadata_props if each.key == "exporter").value = "torch 9"
-        model.graph.initializer.append(numpy_helper.from_array(np.arange(3), "more"))
-        onnx.save(model, file)
-
-    folder = lab.prune(quantize=())
-    edit(folder)
-    write_manifest(folder)
-    (note,) = mptk.verify(folder).notes
-    assert note.startswith("model.onnx is not what this exporter writes")

@@ -10,18 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from inside import Inside
 from lab import raw_report
-from toy_checkpoints import llama_config
-from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import MptkError, Report
+from mptk import ChangedError, FileError, InputError, MptkError, ProofError, Report
 from mptk.files import write_json
 from mptk.io import models
 from mptk.publish.manifest import write_manifest
-from mptk.testing import save_word_model
+from mptk.testing import Laboratory, expect_error, make_decoder, save_word_model
 
 SETTINGS = mptk.Settings(
     method="magnitude",
@@ -41,6 +37,7 @@ class OwnConfig(LlamaConfig):
     model_type = "own_llama"
 """
 MODEL = """
+import os
 from pathlib import Path
 
 from transformers import LlamaForCausalLM
@@ -52,7 +49,14 @@ Path(RAN).touch()
 
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        if "TOUCHED" in os.environ:
+            Path(os.environ["TOUCHED"]).touch()
 """
+
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -62,18 +66,10 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(save_word_model(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("dense")))
-
-
-pytestmark = pytest.mark.usefixtures("own_modules")
-
-
-@pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its own class, whose code leaves a file ``ran``."""
+    """A model with its own class, whose code leaves a file ``ran``, and one that the environment names."""
     folder = tmp_path_factory.mktemp("own")
-    save_word_model(LlamaForCausalLM(llama_config()), folder)
+    save_word_model(make_decoder("llama", num_hidden_layers=1), folder)
     config = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config |= {"model_type": "own_llama", "auto_map": code, "architectures": ["OwnForCausalLM"]}
@@ -84,19 +80,12 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pruned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "out"
-    mptk.prune(str(dense), out, SETTINGS)
-    return out
-
-
-@pytest.fixture(scope="module")
 def own_pruned(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("own-pruned") / "out"
-    with pytest.raises(MptkError, match="needs Python code of its own"):
+    with expect_error(InputError, name="trust_remote_code"):
         mptk.prune(str(own), out, SETTINGS)
     assert not (own.parent / "ran").exists()
-    mptk.prune(str(own), out, mptk.Settings(**{**vars(SETTINGS), "trust_remote_code": True}))
+    mptk.prune(str(own), out, SETTINGS, trust_remote_code=True)
     return out
 
 
@@ -108,14 +97,22 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -
     assert all(d.ok for d in mptk.verify(own_pruned, trust_remote_code=True))
 
 
+def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(
+    own_pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model's own code adds a file. The error says what happened, and to verify the folder again."""
+    copy = tmp_path / "copy"
+    shutil.copytree(own_pruned, copy)
+    monkeypatch.setenv("TOUCHED", str(copy / "extra.txt"))
+    with expect_error(ChangedError, name=copy):
+        mptk.verify(copy, trust_remote_code=True)
+
+
 def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Path) -> None:
     assert "trust_remote_code" not in raw_report(own_pruned)["settings"]
     (own.parent / "ran").unlink(missing_ok=True)
-    for run in (
-        lambda: mptk.verify(own_pruned),
-        lambda: mptk.recover(own_pruned, tmp_path / "out", steps=2),
-    ):
-        with pytest.raises(MptkError, match="needs Python code of its own"):
+    for run in (lambda: mptk.verify(own_pruned), lambda: mptk.recover(own_pruned, tmp_path / "out", steps=2)):
+        with expect_error(InputError, name="trust_remote_code"):
             run()
     assert not (own.parent / "ran").exists()
 
@@ -128,7 +125,7 @@ def test_code_that_is_not_the_dense_models_is_not_run_however_much_the_user_trus
     with (copy / "modeling_own.py").open("a") as file:
         file.write(f"\nPath({str(tmp_path / 'evil')!r}).touch()\n")
     write_manifest(copy)
-    with pytest.raises(MptkError, match=r"modeling_own.py is not the dense model's code"):
+    with expect_error(ProofError, name="config"):
         mptk.verify(copy, trust_remote_code=True)
     assert not (tmp_path / "evil").exists()
 
@@ -140,7 +137,7 @@ def test_code_of_another_repository_is_not_fetched(own_pruned: Path, tmp_path: P
     code = {"AutoConfig": "evil/repo--own.OwnConfig", "AutoTokenizer": [None, "evil/repo--own.OwnTokenizer"]}
     write_json(copy / name, json.loads((copy / name).read_text()) | {"auto_map": code})
     write_manifest(copy)
-    with pytest.raises(MptkError, match=f"{name} asks for code of another repository, evil/repo--own"):
+    with expect_error(ProofError, name="config"):
         mptk.verify(copy, trust_remote_code=True)
 
 
@@ -151,44 +148,44 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("named", "message"),
+    ("named", "kind", "about"),
     [
-        ("someone/a-model", "someone/a-model is not on this machine, and a report may not start a download"),
-        ("smollm2-135m", "smollm2-135m is not on this machine"),
-        ("OTHER", "is not the dense model that was pruned: its files differ"),
-        ("MOVED", "is not on this machine"),
+        ("someone/a-model", FileError, "someone/a-model"),
+        ("smollm2-135m", FileError, "smollm2-135m"),
+        ("OTHER", InputError, "model"),
+        ("MOVED", FileError, "MOVED"),
     ],
 )
 def test_what_the_report_names_is_neither_fetched_nor_believed(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside, named: str, message: str
+    laboratory: Laboratory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: str,
+    kind: type[MptkError],
+    about: str,
 ) -> None:
+    other, copy = tmp_path / "OTHER", tmp_path / "copy"
+    shutil.copytree(laboratory.open_model(), other)
+    (other / "generation_config.json").write_text("{}")
+    shutil.copytree(laboratory.open_pruned(), copy)
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    inside.forbid("mptk.io.models.load_pretrained")
-    other = LlamaForCausalLM(llama_config())
-    save_word_model(other, tmp_path / "OTHER")
-    with torch.no_grad():
-        other.model.norm.weight[0] += 1
-    other.save_pretrained(tmp_path / "OTHER")
-    copy = tmp_path / "copy"
-    shutil.copytree(pruned, copy)
     edit(copy, model=str(tmp_path / named) if named.isupper() else named)
     for run in (lambda: mptk.verify(copy), lambda: mptk.recover(copy, tmp_path / "out", steps=2)):
-        with pytest.raises(MptkError, match=message):
+        with expect_error(kind, name=tmp_path / about if about.isupper() else about):
             run()
+    assert not (tmp_path / "cache").exists()
 
 
-def test_a_dense_model_that_moved_is_named_by_the_user(dense: Path, pruned: Path, tmp_path: Path) -> None:
-    report = Report.read(pruned)
-    assert Path(report.model).is_absolute()
-    copy, moved = tmp_path / "copy", tmp_path / "moved"
-    shutil.copytree(pruned, copy)
-    shutil.copytree(dense, moved)
-    edit(copy, model="/nowhere/at/all")
-    with pytest.raises(MptkError, match="give --model"):
-        mptk.verify(copy)
-    assert mptk.verify(copy, model=str(moved))
-    with pytest.raises(MptkError, match="its files differ"):
-        mptk.verify(copy, model=str(pruned))
+def test_a_dense_model_that_moved_is_named_by_the_user(laboratory: Laboratory, tmp_path: Path) -> None:
+    pruned = tmp_path / "pruned"
+    mptk.prune(str(laboratory.open_model()), pruned, SETTINGS)
+    assert Path(Report.read(pruned).model).is_absolute()
+    edit(pruned, model="/nowhere/at/all")
+    with expect_error(FileError, name="/nowhere/at/all"):
+        mptk.verify(pruned)
+    assert mptk.verify(pruned, model=str(laboratory.copy(laboratory.open_model(), tmp_path / "moved")))
+    with expect_error(InputError, name="model"):
+        mptk.verify(pruned, model=str(laboratory.open_pruned()))
 
 
 @pytest.mark.parametrize(("given", "told"), [({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")])
@@ -198,7 +195,7 @@ def test_a_command_leaves_no_record_of_its_use(given: dict[str, str], told: str,
     Whether it keeps one if it may is its own affair: it keeps none where it finds a continuous-integration service.
     """
     code = "import os, sys; sys.argv = ['mptk', '--version']\nfrom mptk.cli.main import main\ntry: main()\nexcept SystemExit: pass"
-    code += "\nimport onnxruntime\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code += "\nimport onnxruntime" * (told == "1") + "\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
     own = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
     environment = own | given | {"HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)

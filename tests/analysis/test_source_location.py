@@ -27,7 +27,7 @@ def reasons(analysis: Analysis) -> list[dict[str, str]]:
 
 EMBEDDING = {"model.embed_tokens": "self.embed_tokens("}
 HEAD = {"lm_head": "self.lm_head("}
-ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(testing.decoders.LAYERS)}
+ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(testing.decoders.LAYER_COUNT)}
 
 
 @pytest.mark.parametrize(

@@ -64,5 +64,5 @@ def test_no_weight_is_copied_but_while_it_is_used() -> None:
     assert all(program.state[name] is tensor for name, tensor in analysis.program.state.items())
     with torch.no_grad(), Alive() as alive:
         program(testing.draw_tokens())
-    assert len(alive.made) == 3 * testing.decoders.LAYERS
+    assert len(alive.made) == 3 * testing.decoders.LAYER_COUNT
     assert alive.most == 1

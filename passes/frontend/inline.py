@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mptk.errors import TraceError
-from mptk.ir import SourceLocation
+from mptk.ir import SourceLocation, name_op
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -58,7 +58,8 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
         elif casts & _list_devices(node):
             raise TraceError(
                 f"autocast is on around {SourceLocation(node)}, and its casts are not in a traced graph; cast "
-                "explicitly there, or trace the model with autocast off"
+                "explicitly there, or trace the model with autocast off",
+                name=name_op(node),
             )
     return renamed
 

@@ -148,9 +148,9 @@ def test_a_buffer_of_zeros_blocks_no_head_size() -> None:
     assert offered(analyze(trace(Joined().to("meta"), (X,)))) == {2}
 
 
-@pytest.mark.parametrize("module", [Joined(0.3), Written()])
-def test_a_buffer_that_is_not_zero_or_is_written_blocks_it(module: nn.Module) -> None:
-    found = analyze(trace(module.eval(), (X,)))
+@pytest.mark.parametrize("make", [lambda: Joined(0.3), Written])
+def test_a_buffer_that_is_not_zero_or_is_written_blocks_it(make: Callable[[], nn.Module]) -> None:
+    found = analyze(trace(make().eval(), (X,)))
     assert offered(found) == {2}
     assert "summed over while not zero" in reasons(found, 5)
 

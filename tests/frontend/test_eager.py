@@ -318,7 +318,7 @@ class Cached(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=61, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2
+            vocab_size=61, hidden_size=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
         )
         self.model = LlamaForCausalLM(config).eval()
         self.cache = StaticCache(config=config, max_cache_len=12)

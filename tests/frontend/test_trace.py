@@ -172,13 +172,14 @@ def test_what_does_not_reach_the_result_is_dropped(kind: str) -> None:
     assert users == {"first.weight", "first.bias"}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_dynamic_program_runs_at_other_sizes(architecture: str) -> None:
-    net = make_decoder(architecture)
+def test_a_dynamic_program_runs_at_other_sizes() -> None:
+    net = make_decoder("llama", num_hidden_layers=1)
     program = trace_to_program(net, (draw_tokens(),), dynamic=True)
+    assert program.length is None
     for ids in (draw_tokens(1, 5), draw_tokens(3, 19), draw_tokens(2, 7)):
         with torch.no_grad():
             assert measure_largest(program(ids), net(ids).logits) <= 1e-5
+    assert trace_to_program(net, dynamic=(0,)).length == 7
 
 
 def test_missing_inputs_are_asked_for() -> None:
@@ -222,11 +223,6 @@ class Configured(nn.Module):
 def test_a_forward_without_a_cache_argument_is_given_none() -> None:
     net = Configured()
     assert measure_largest(trace_to_program(net, (X,))(X), net(X)) == 0
-
-
-def test_sizes_are_symbolic_in_the_dimensions_that_are_asked_for() -> None:
-    llama = make_decoder("llama")
-    assert [trace_to_program(llama, dynamic=dims).length for dims in (True, (0,))] == [None, 7]
 
 
 class Listed(nn.Module):

@@ -155,7 +155,7 @@ return %mul_tensor
 
 
 def test_products_of_axes_and_source_lines_of_a_model_without_weights() -> None:
-    text = mptk.show(make_decoder("llama", meta=True), source=True)
+    text = mptk.show(make_decoder("llama", meta=True, num_hidden_layers=1), source=True)
     lines = dict(line.split(" : ", 1) for line in text.splitlines() if " : " in line)
     assert lines["model.layers.0.mlp.up_proj.weight"] == "[ffn(80), hidden(48)]"
     assert "kv_groups(2)·q_heads(3)" in lines["model.layers.0.self_attn.q_proj.weight"]

@@ -128,7 +128,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
 
 
 def test_a_model_without_weights_is_cut_to_shapes() -> None:
-    analysis = analyze(trace(make_decoder("llama", meta=True), (draw_tokens(),)))
+    analysis = analyze(trace(make_decoder("llama", meta=True, num_hidden_layers=1), (draw_tokens(),)))
     cut = mptk.rewrite(analysis, half_of_ffn(analysis))
     assert cut.state["model.layers.0.mlp.up_proj.weight"].shape == (40, 48)
     assert cut.state["model.layers.0.mlp.down_proj.weight"].shape == (48, 40)
@@ -173,7 +173,7 @@ def run(program: object, ids: Tensor, past: list[Tensor], tokens_before: int) ->
 
 def test_a_decoder_step_is_cut_with_its_cache() -> None:
     """Prefill, then three tokens on the cache, every family cut: cut = masked."""
-    analysis = analyze(trace_decoder(make_decoder("llama")))
+    analysis = analyze(trace_decoder(make_decoder("llama", num_hidden_layers=1)))
     plan = draw_plan(analysis)
     ids, results = draw_tokens(3, 9), []
     for program in (mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)):

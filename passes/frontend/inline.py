@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mptk.errors import TraceError
-from mptk.ir import SourceLocation, name_op
+from mptk.ir import SourceLocation
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -59,7 +59,7 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
             raise TraceError(
                 f"autocast is on around {SourceLocation(node)}, and its casts are not in a traced graph; cast "
                 "explicitly there, or trace the model with autocast off",
-                name=name_op(node),
+                name=SourceLocation(node),
             )
     return renamed
 

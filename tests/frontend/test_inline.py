@@ -102,8 +102,9 @@ def test_a_regions_result_may_be_the_output() -> None:
 
 @pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: Nested("cuda")])
 def test_autocast_that_is_on_or_off_for_another_device_is_refused_by_name(mode: Callable[[], object]) -> None:
-    with expect_error(TraceError, name="aten.to.dtype"):
+    with expect_error(TraceError) as refused:
         trace(Region(mode), (X,))
+    assert refused.value.name.startswith("aten.to.dtype in the model, test_inline.py:")
 
 
 class Branch(nn.Module):

@@ -24,9 +24,10 @@ from passes.transforms.masked_reference import mask
 SIZES = [(2, 7), (1, 5), (3, 19)]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 def test_a_dynamic_program_is_cut_for_all_batch_and_sequence_sizes(architecture: str) -> None:
-    analysis = analyze(trace(make_decoder(architecture), (draw_tokens(),), dynamic=True))
+    model = make_decoder(architecture, num_hidden_layers=1)
+    analysis = analyze(trace(model, (draw_tokens(),), dynamic=True))
     plan = draw_plan(analysis)
     masked, cut = mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)
     for size in SIZES:

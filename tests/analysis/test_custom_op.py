@@ -50,7 +50,7 @@ def counted(x: Tensor, channels: int) -> Tensor:
 
 @counted.register_fake
 def _(x: Tensor, channels: int) -> Tensor:
-    assert x.shape[-1] == channels
+    torch._check(x.shape[-1] == channels)
     return torch.empty_like(x)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptk import FamilyPlan, Plan, analyze, trace
@@ -62,6 +62,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 @given(plan=plans())
+@settings(max_examples=40)
 def test_json_gives_the_plan_back(plan: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 

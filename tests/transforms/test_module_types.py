@@ -90,7 +90,7 @@ def test_a_module_that_is_wrong_only_in_its_own_types_is_found_out(kind: type[Ty
     pruned, folder = prune_live(kind(BF16, BF16), draw_input(2, 6, dtype=BF16)), tmp_path / "out"
     weights = load_file(pruned.save(folder) / WEIGHTS)
     save_file(weights | {"down.weight": -weights["down.weight"]}, folder / WEIGHTS)
-    (found,) = GraphTarget().compare_rounded(pruned.compiled, folder, [Samples({"x": draw_input(2, 6)})])
+    (found,) = GraphTarget().compare_rounded(pruned.compiled, folder, [Samples({"x": draw_input(2, 6, dtype=BF16)})])
     assert found.stage == "own types"
     assert not found.ok
 

@@ -13,7 +13,10 @@ PROMPT := "To bake bread, you need"
 PROMPTS := $(PROMPT) "The sun rises" "A list in Python is"
 # Two workers with one thread each, so that timings and results do not depend on the machine's size.
 # Files start in the order of tests/conftest.py: those that take longest first.
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+# A room of tests/, a feature or a path: make test FEATURE=gguf
+FEATURE :=
+CHOSEN = $(firstword $(wildcard tests/features/$(FEATURE) tests/$(FEATURE) $(FEATURE)))
 MUTANTS_ARGS ?= --sample 208 --jobs 2 --json benchmarks/results/mutants.json
 SOAK_ARGS ?= --minutes 60 --json benchmarks/results/soak.json
 CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json
@@ -21,13 +24,17 @@ FUZZ_ARGS ?= --programs 5000 --modules 400 --edges 400 --jobs 2 --json benchmark
 FUZZ_FILES_ARGS ?= --minutes 30
 BROKEN_ARGS ?= --json benchmarks/results/broken.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
+.DEFAULT_GOAL := help
 
-.PHONY: help demo test test-core test-long check docs format test-lowest fuzz fuzz-files broken crash soak mutants messages clean
+.PHONY: help demo test test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
-	@echo "make test         make check, then every test but the long ones"
-	@echo "make test-long    the long tests: more of what a shorter test of \`make test\` shows, too"
+	@echo "make test         make check, the quick tests, and one run of each kind; FEATURE=gguf, or a path: all tests of that"
+	@echo "make test-all     make check, then every test that needs no network"
+	@echo "make test-rest    what make test-all has beside make test"
+	@echo "make test-network the tests that need a network"
+	@echo "make durations    run all tests, and write which are quick: tests/durations.json"
 	@echo "make check        ruff, mypy --strict, import contracts"
 	@echo "make docs         the documentation as a site, build/site; a warning is an error"
 	@echo "make format       let ruff format and fix what it can"
@@ -57,19 +64,41 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk report $(DEMO) --prompt $(PROMPT) --html $(DEMO).html
 
 test: check
-	$(call RUN_TESTS,$(VENV))
+ifdef FEATURE
+	$(if $(CHOSEN),,$(error there is no tests/features/$(FEATURE), tests/$(FEATURE) or $(FEATURE)))
+	$(call RUN_TESTS,$(VENV)) --suite all $(CHOSEN)
+else
+	$(call RUN_TESTS,$(VENV)) --suite quick
+endif
+
+test-all: check
+	$(call RUN_TESTS,$(VENV)) --suite all
+
+test-rest: $(VENV)/.installed-dev
+	$(call RUN_TESTS,$(VENV)) --suite rest
+
+test-network: $(VENV)/.installed-dev
+	$(call RUN_TESTS,$(VENV)) --suite network
+
+durations: $(VENV)/.installed-dev
+	$(call RUN_TESTS,$(VENV)) --suite all --write-durations
 
 test-core: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/core_only.py $(PYTEST_ARGS)
 
-test-long: $(VENV)/.installed-dev
-	$(call RUN_TESTS,$(VENV)) -m long
-
+# Both cores: the types take most of it.
 check: $(VENV)/.installed-dev
+	@$(MAKE) --no-print-directory --jobs 2 types lint contracts
+
+lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types:
 	$(BIN)/mypy --strict mptk passes
 	$(BIN)/mypy --explicit-package-bases benchmarks
+
+contracts:
 	$(BIN)/lint-imports
 
 # sphinx: it reads these pages as they are (myst), and the docstrings are its markup already.

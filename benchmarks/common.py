@@ -14,6 +14,7 @@ from typing import Any
 
 from mptk.files import write_text
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("mptk", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "torch-pruning")
 
 
@@ -28,8 +29,9 @@ def result_header() -> dict[str, Any]:
 
 
 def write_result(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``{**header, "rows": rows}``, whole or not at all."""
-    write_text(path, json.dumps({**header, "rows": list(rows)}, indent=1) + "\n")
+    """Write ``{**header, "rows": rows}``, whole or not at all. A row without a commit is of the header's."""
+    dated = [{**row, "commit": row.get("commit", header["commit"])} for row in rows]
+    write_text(path, json.dumps({**header, "rows": dated}, indent=1) + "\n")
 
 
 def _cpu() -> str:
@@ -50,5 +52,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    """The commit, with "-dirty" if code was changed since. Pages and results are no code: a benchmark writes them."""
+    commit = _ask_git("rev-parse", "--short=8", "HEAD")
+    changed = _ask_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")
+    return f"{commit or 'unknown'}{'-dirty' if changed else ''}"
+
+
+def _ask_git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -13,35 +13,13 @@ import hypothesis
 import numpy as np
 import pytest
 import typer.rich_utils  # noqa: F401  # reads the terminal's width once; some tests have a wider one
+from durations import SUITES, Recorder, is_in_suite, read_durations, sum_by_file
 
 from mptk.plugins import list_absent_features
 
 pytest_plugins = ["mptk.testing.fixtures"]
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
-LONGEST = (
-    "test_docs_commands.py",
-    "test_image_text.py",
-    "test_kinds.py",
-    "test_learning.py",
-    "test_bad_inputs.py",
-    "test_rules.py",
-    "test_pruning.py",
-    "test_vocabulary.py",
-    "test_packaging.py",
-    "test_stages.py",
-    "test_shapes.py",
-    "test_examples.py",
-    "test_plugin.py",
-)
-TOGETHER = {
-    "test_image_text_onnx.py": "test_image_text.py",
-    "test_onnx_forms.py": "test_kinds.py",
-    "test_python_kinds.py": "test_kinds.py",
-}
-"""File → the file whose worker runs it, too: both trace the same models."""
-
-
 ABSENT = list_absent_features()
 """Features that are not there: `tests/core_only.py` runs the core's tests without any."""
 # The tiny models of benchmarks are of all kinds, so they need features, too.
@@ -52,35 +30,33 @@ collect_ignore = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--suite", choices=SUITES, help="which tests; without it all, also those that need a network")
+    parser.addoption("--write-durations", action="store_true", help="write durations.json: which tests are not quick")
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "always: what `make test` runs whatever it takes: a kind, a fault, a rule")
-    config.addinivalue_line("markers", "network: needs a network")
-    config.addinivalue_line(
-        "markers", "features(*names): what a test needs beside the core; without names: the whole product"
-    )
+    if config.getoption("--write-durations"):
+        config.pluginmanager.register(Recorder())
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    from xdist.scheduler import LoadFileScheduling
-
-    class Together(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            folder, _, name = super()._split_scope(nodeid).rpartition("/")
-            return f"{folder}/{TOGETHER.get(name, name)}"
-
-    return Together(config, log) if config.getvalue("dist") == "loadfile" else None
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first: at the end no worker waits long for another."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests that are not quick. The files that take longest come first, so that no worker waits for another."""
+    durations = read_durations()
+    by_file = sum_by_file(durations)
+    items.sort(key=lambda item: -by_file.get(item.nodeid.partition("::")[0], 0.0))
     for item in items:
+        if item.nodeid in durations:
+            item.add_marker(pytest.mark.slow)
         marks = list(item.iter_markers("features"))
         needed = {name for mark in marks for name in mark.args or ABSENT}
         if missing := sorted(needed.intersection(ABSENT)):
             item.add_marker(pytest.mark.skip(reason=f"without {', '.join(missing)}"))
+    if suite := config.getoption("--suite"):
+        left_out = [item for item in items if not is_in_suite(item, suite)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if is_in_suite(item, suite)]
 
 
 @pytest.fixture(autouse=True)

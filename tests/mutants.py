@@ -4,7 +4,8 @@
 
 cosmic-ray makes the mutants; a sample of those of ``SUBJECTS`` is drawn by the seed, of the errors that a person could
 make: a ``+`` for a ``-``, a ``<`` for a ``<=``, a number that is one off (``EXCHANGED``). Each is tested in a copy of the
-tree, by the test files beside its module, the quick ones first. ``ALLOWED`` has survivors that no test can tell apart.
+tree, by the test files beside its module: by what ``make test`` runs of them, and, if it lives on, by what
+``make test-all`` runs beside it. ``ALLOWED`` has survivors that no test can tell apart.
 A run goes on where it was stopped: mutants that FILE has already are not tested again.
 """
 
@@ -173,17 +174,20 @@ def difference(mutant: Mutant) -> str:
 # ---- testing them ----
 
 
-def test_one(copy: Path, mutant: Mutant, worker: Popen[str]) -> str:
-    """``killed``, ``survived`` or ``ran too long``."""
+def test_one(copy: Path, mutant: Mutant, worker: Popen[str]) -> tuple[str, str]:
+    """``killed``, ``survived`` or ``ran too long``, and the suite that noticed it: quick, rest, or none."""
     file, original = copy / mutant.path, (ROOT / mutant.path).read_text()
     file.write_text(mutated(mutant))
     try:
         assert worker.stdin is not None
         assert worker.stdout is not None
         files = [f"tests/{name}" for name in SUBJECTS[mutant.path]]
-        worker.stdin.write(json.dumps(files) + "\n")
-        worker.stdin.flush()
-        return worker.stdout.readline().strip()
+        for suite in ("quick", "rest"):
+            worker.stdin.write(json.dumps([f"--suite={suite}", *files]) + "\n")
+            worker.stdin.flush()
+            if (verdict := worker.stdout.readline().strip()) != "survived":
+                return verdict, suite
+        return "survived", ""
     finally:
         file.write_text(original)
 
@@ -222,7 +226,7 @@ def _preload() -> None:
     torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), strict=False)
 
 
-def _run_tests(copy: str, files: Sequence[str]) -> None:
+def _run_tests(copy: str, words: Sequence[str]) -> None:
     """In the forked process: run the tests of the copy, up to the first that fails."""
     import pytest
 
@@ -234,17 +238,18 @@ def _run_tests(copy: str, files: Sequence[str]) -> None:
     sys.path[:] = [copy, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(copy)))]
     signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # a busy machine is no reason to stop
     signal.alarm(HANGS_S)
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files])))
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words])))
 
 
 def _verdict(child: int) -> str:
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM):
         return "ran too long"
-    return "survived" if status == 0 else "killed"
+    # 5: none of the tests is in this suite
+    return "survived" if os.waitstatus_to_exitcode(status) in (0, 5) else "killed"
 
 
-def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
+def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, str]]:
     """Test the mutants, ``jobs`` at a time, each worker in a copy of the tree of its own."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
         free: Queue[tuple[Path, Popen[str]]] = Queue()
@@ -259,10 +264,10 @@ def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
             free.put((copy, Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, env=environment)))
 
-        def one(mutant: Mutant) -> tuple[Mutant, str]:
+        def one(mutant: Mutant) -> tuple[Mutant, str, str]:
             copy, worker = free.get()
             try:
-                return mutant, test_one(copy, mutant, worker)
+                return mutant, *test_one(copy, mutant, worker)
             finally:
                 free.put((copy, worker))
 
@@ -274,15 +279,20 @@ def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
 def report(rows: Sequence[dict[str, Any]]) -> None:
     """Totals by file, then the survivors that are not explained."""
     for path in dict.fromkeys(r["path"] for r in rows):
-        mine = [r for r in rows if r["path"] == path]
-        killed = sum(r["verdict"] != "survived" for r in mine)
-        print(f"{path:28} {len(mine):4} mutants, {killed:4} killed, {len(mine) - killed:3} survived")
+        print(f"{path:40} {_count([r for r in rows if r['path'] == path])}")
+    print(f"{'all':40} {_count(rows)}")
     survivors = [r for r in rows if r["verdict"] == "survived"]
     explained = [r for r in survivors if r["change"] in ALLOWED]
     share = 1 - len(survivors) / max(1, len(rows))
     print(f"{len(rows)} mutants, {share:.1%} killed, {len(survivors)} survived, {len(explained)} of them explained")
     for r in survivors:
         print(f"\n{r['path']}:{r['line']} {ALLOWED.get(r['change'], 'not explained')}\n{r['change']}")
+
+
+def _count(rows: Sequence[dict[str, Any]]) -> str:
+    killed = [r["suite"] for r in rows if r["verdict"] != "survived"]
+    quick = killed.count("quick")
+    return f"{len(rows):4} mutants, make test killed {quick:4}, make test-all {len(killed):4}, {len(rows) - len(killed):3} survived"
 
 
 def main(
@@ -299,9 +309,9 @@ def main(
     chosen = drawn(sample, seed, only)
     rows = json.loads(json_file.read_text())["rows"] if json_file and json_file.exists() else []
     done = {(r["path"], r["change"]) for r in rows}
-    for mutant, verdict in run([m for m in chosen if (m.path, difference(m)) not in done], jobs):
-        rows.append({**asdict(mutant), "change": difference(mutant), "verdict": verdict})
-        print(f"{len(rows):4} {verdict:12} {mutant.path}:{mutant.line} {mutant.operator}", flush=True)
+    for mutant, verdict, suite in run([m for m in chosen if (m.path, difference(m)) not in done], jobs):
+        rows.append({**asdict(mutant), "change": difference(mutant), "verdict": verdict, "suite": suite})
+        print(f"{len(rows):4} {verdict:12} {suite:5} {mutant.path}:{mutant.line} {mutant.operator}", flush=True)
         if json_file:
             write_result(json_file, result_header(), rows)
     report(rows)

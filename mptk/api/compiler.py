@@ -146,7 +146,9 @@ def show(
     """
     # The program as traced, or after a pass, which needs a plan.
     if (after is None) != (plan is None):
-        raise InputError("a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan")
+        raise InputError(
+            "a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan", name="after"
+        )
     program = model if isinstance(model, Program) else trace(model, example_inputs, dynamic=True)
     analysis = group.analyze_program(program)
     if after is None or plan is None:

@@ -142,7 +142,7 @@ def fit_to_program(task: Task, program: Program, samples: Samples, what: str) ->
     try:
         program.sizes.check([(batch or max(2, len(samples)), *tensor.shape[1:]) for tensor in samples.tensors])
     except MptkError as error:
-        raise error.reword(f"the samples of {what} do not fit: {error}") from error
+        raise DataError(f"the samples of {what} do not fit: {error}", name=what) from error
     return samples
 
 

@@ -248,5 +248,8 @@ def _compute_limits(count: int | None, length: int, seed: int | None) -> _Limits
 
 def _require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise ModelError("the model has no tokenizer to read text with; add its tokenizer files, or use --data self")
+        raise ModelError(
+            "the model has no tokenizer to read text with; add its tokenizer files, or use --data self",
+            name="tokenizer",
+        )
     return tokenizer

@@ -78,7 +78,8 @@ def measure_perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progr
     if not math.isfinite(found.nll):
         raise ModelError(
             f"the logits on {data} are not finite; the model's weights are damaged, or too large for "
-            f"torch.{found.dtype}"
+            f"torch.{found.dtype}",
+            name=data,
         )
     return found
 
@@ -95,7 +96,7 @@ def _measure_runs(runs: Runs, windows: Tensor, data: str, progress: Count) -> di
     """Name → perplexity of each of ``runs``."""
     count, length = windows.shape
     if count == 0 or length < 2:
-        raise DataError(f"no token to predict in {count} windows of {length} tokens; give more text")
+        raise DataError(f"no token to predict in {count} windows of {length} tokens; give more text", name="data")
     # One window at a time: its logits may take gigabytes. Sums are Python's floats, so their order hardly matters.
     rows, totals, dtype, tokens = windows.split(1), dict[str, float](), torch.float32, count * (length - 1)
     for name, i, logits in runs([make_token_samples(row) for row in rows], progress):

@@ -147,7 +147,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
     else:
         each = _iterate_data(data)
         if (first := next(each, _NOTHING)) is _NOTHING:
-            raise DataError("data is empty; give texts, token ids [n, length], or batches of inputs")
+            raise DataError("data is empty; give texts, token ids [n, length], or batches of inputs", name="data")
         batches = chain([first], each)
         texts = _find_texts(batches, first, like, loaded)
         if texts is None:
@@ -216,7 +216,9 @@ def _find_texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], 
 def _check_strings(each: Iterable[object]) -> Iterator[str]:
     for one in each:
         if not isinstance(one, str):
-            raise DataError("data mixes strings with other values, or holds bytes; give a list that holds only strings")
+            raise DataError(
+                "data mixes strings with other values, or holds bytes; give a list that holds only strings", name="data"
+            )
         yield one
 
 
@@ -261,5 +263,6 @@ def _join_batches(batches: Iterable[Any], like: Mapping[str, Tensor], count: int
 def _make_form_error(error: Exception) -> MptkError:
     return DataError(
         f"data has a wrong form ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
-        "batches of inputs of one shape, with the samples in the first dimension"
+        "batches of inputs of one shape, with the samples in the first dimension",
+        name="data",
     )

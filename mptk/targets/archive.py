@@ -96,7 +96,8 @@ def write_archive(file: Path, program: Program) -> None:
             torch.export.save(found, file, extra_files={EXTRA: format_json(asdict(_describe_program(program)))})
     except Exception as error:  # torch's writer has no base class of errors
         raise TargetError(
-            f"torch.export cannot write the graph ({take_first_line(error)}); open it in this process"
+            f"torch.export cannot write the graph ({take_first_line(error)}); open it in this process",
+            name="torch.export",
         ) from error
 
 
@@ -152,7 +153,8 @@ def check_archive(program: Program) -> None:
             raise TargetError(
                 f"mptk cannot read the graph that torch.export writes of this module ({take_first_line(error)}); "
                 "write what "
-                "depends on sizes with tensors (docs/tracing.md)"
+                "depends on sizes with tensors (docs/tracing.md)",
+                name="torch.export",
             ) from error
 
 

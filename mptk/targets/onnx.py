@@ -192,10 +192,11 @@ def choose_onnx_form(prepared: Prepared) -> OnnxForm:
     # Both refusals cost nothing: they come before any export.
     task = prepared.task
     if task.onnx is None:
-        raise TargetError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
+        raise TargetError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum", name="onnx")
     if (length := task.find_fixed_length(prepared.analysis.program)) is not None:
         raise TargetError(
-            f"the trace holds only for {length} tokens, so a graph would take no other length; leave out ONNX"
+            f"the trace holds only for {length} tokens, so a graph would take no other length; leave out ONNX",
+            name="onnx",
         )
     return task.onnx
 

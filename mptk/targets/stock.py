@@ -96,7 +96,10 @@ class StockTarget(Target):
             return Written(found, loaded, found.config, dtype)
         # 2. Without the removed blocks it would hold the widths: then the blocks are the reason.
         if kept and isinstance(stock.build_config(widths, scalars=compiled.epsilons), StockConfig):
-            raise TargetError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")
+            raise TargetError(
+                f"the stock class does not hold these blocks: {found}; keep others or use --target graph",
+                name=self.name,
+            )
         # 3. Another class, which must compute the same. Its candidates are causal language models.
         if prepared.settings.rehome and not kept and found.config is not None and list(sample.inputs) == ["input_ids"]:
             check = make_logits_check(compiled.program, sample.inputs["input_ids"])
@@ -104,11 +107,15 @@ class StockTarget(Target):
             if isinstance(other, StockConfig):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
                 return Written(other, loaded, found.config, dtype, note)
-            raise TargetError(f"the stock class refuses these widths: {found}; no other class holds them: {other}")
+            raise TargetError(
+                f"the stock class refuses these widths: {found}; no other class holds them: {other}", name=self.name
+            )
         # 4. A refusal, with the class that --rehome would find.
         home = self.name_home(analysis, loaded.model, prepared.legal, widths)
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
-        raise TargetError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
+        raise TargetError(
+            f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}", name=self.name
+        )
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         assert compiled.written is not None

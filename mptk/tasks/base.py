@@ -133,7 +133,8 @@ class TokenTask(ModelTask):
         if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.count_predictions(samples):
             raise ModelError(
                 "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
-                "more tokens; use magnitude or random for other models"
+                "more tokens; use magnitude or random for other models",
+                name="method",
             )
         flat = output.flatten(0, -2).float()
         return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -88,7 +88,9 @@ def trace_step(dense: Dense, samples: Samples | None) -> Traced:
     # The graph is translated in float32 and then converted.
     wanted = settings.onnx_dtype
     if wanted != "auto" and model.dtype is not torch.float32:
-        raise ModelError(f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()")
+        raise ModelError(
+            f"a {wanted} graph needs a float32 model, not {model.dtype}; call model.float()", name=type(model).__name__
+        )
     axes = make_decoder_interface(program).inputs
     return Traced(program, list(axes), axes, about={"objective": settings.objective})
 

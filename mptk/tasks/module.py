@@ -180,7 +180,8 @@ def name_tensors(
             if not names:
                 raise ModelError(
                     "forward takes its inputs by *args, and mptk needs a name for each; give forward named arguments, "
-                    "as def forward(self, x, y)"
+                    "as def forward(self, x, y)",
+                    name="forward",
                 )
             raise InputError(
                 f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict",
@@ -229,7 +230,9 @@ def take_program(dense: Dense, samples: Samples | None, names: Sequence[str]) ->
     program = dense.program
     assert program is not None
     if program.keeps_state:
-        raise TargetError("the module changes its buffers, which a graph would forget after each call; leave out ONNX")
+        raise TargetError(
+            "the module changes its buffers, which a graph would forget after each call; leave out ONNX", name="onnx"
+        )
     (results,) = program.graph.graph.output_node().args
     count = len(results) if isinstance(results, tuple | list) else 1
     outputs = tuple(f"{OUTPUT_NAME}_{i}" for i in range(count)) if count > 1 else (OUTPUT_NAME,)

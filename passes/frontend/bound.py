@@ -52,4 +52,4 @@ def limit_processor_time(seconds: float, what: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
     if late:  # also if the code inside swallowed the stop and went on to its end
-        raise Late(f"{what} takes more than {seconds:g} s of computing; trace it with fewer symbolic sizes")
+        raise Late(f"{what} takes more than {seconds:g} s of computing; trace it with fewer symbolic sizes", name=what)

@@ -93,7 +93,10 @@ def compare_to_module(
         if not apart or (not ones and apart == BOTH_FAIL):
             continue
         if not ones:
-            raise TraceError(f"the traced program is not the module: {apart}; {WITH_TENSORS}")
+            raise TraceError(
+                f"the traced program is not the module: {apart}; {WITH_TENSORS}",
+                name=type(program.source.module).__name__,
+            )
         # A case with a symbol that is known to fail at 1 tells nothing new of the others.
         if several.isdisjoint(ones):
             several |= ones

@@ -93,7 +93,7 @@ def test_a_second_cut_has_the_same_sizes_and_the_weights_of_its_own_module(insid
     def cut(seed: int, width: int) -> Program:
         keep = {"model.layers.0.mlp": (tuple(range(width)),)}
         analysis = mptk.analyze(mptk.trace(tiny(seed), (ids,), dynamic=True))
-        return mptk.rewrite(analysis, mptk.Plan({"ffn": mptk.FamilyPlan(width, testing.decoders.FFN, keep)}))
+        return mptk.rewrite(analysis, mptk.Plan({"ffn": mptk.FamilyPlan(width, testing.decoders.FFN_SIZE, keep)}))
 
     with traces.remembered():
         first, second, other = cut(0, 40), cut(1, 40), cut(0, 48)

@@ -34,10 +34,10 @@ def ran(program: str, place: Path) -> subprocess.CompletedProcess[str]:
 PRUNE = """
 {first}
 import mptk
-import torch, toy_checkpoints as toys
-small = mptk.prune(toys.llama(), tokenizer=toys.tokenizer(begin=True), data=torch.arange(3, 51).view(2, 24),
+import torch; from mptk import testing
+small = mptk.prune(testing.make_llama(), tokenizer=testing.make_tokenizer(begin=True), data=torch.arange(3, 51).view(2, 24),
                    method="magnitude", tolerance=1.0, samples=2, length=24, progress=None)
-print(toys.tokenizer()("a b", return_tensors="pt")["input_ids"].shape, small.model.generate(torch.tensor([[5]]), max_new_tokens=2).shape)
+print(testing.make_tokenizer()("a b", return_tensors="pt")["input_ids"].shape, small.model.generate(torch.tensor([[5]]), max_new_tokens=2).shape)
 """
 
 

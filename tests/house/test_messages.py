@@ -16,7 +16,7 @@ NO_REMEDY = {
     "AnalysisError": 5,
     "FileError": 3,
     "ModelError": 3,
-    "DataError": 2,
+    "DataError": 3,
     "MachineError": 1,
     "ProofError": 1,
     "TraceError": 1,

@@ -41,8 +41,8 @@ def planted(model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for layer in model.model.layers:
             experts = layer.mlp.experts
-            experts.gate_up_proj[PLANTED, : testing.decoders.FFN] *= 9
-            experts.gate_up_proj[PLANTED, testing.decoders.FFN :] *= 1e-4
+            experts.gate_up_proj[PLANTED, : testing.decoders.FFN_SIZE] *= 9
+            experts.gate_up_proj[PLANTED, testing.decoders.FFN_SIZE :] *= 1e-4
             experts.down_proj[PLANTED] *= 3
     return model
 

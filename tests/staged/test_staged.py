@@ -155,7 +155,7 @@ def test_borders_are_where_the_residual_stream_alone_is_alive() -> None:
     layer = sum(t.nbytes for n, t in program.state.items() if "layers.0" in n)
     ends = partition(flow, layer).ends
     alive = dict(zip((node.name for node in flow.calls), flow.count_live_bytes(), strict=True))
-    assert len(ends) == testing.decoders.LAYERS
+    assert len(ends) == testing.decoders.LAYER_COUNT
     assert all(alive[name] < 1.3 * min(alive[other] for other in ends) < 0.7 * max(alive.values()) for name in ends)
 
 

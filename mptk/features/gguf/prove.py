@@ -179,7 +179,8 @@ def _compare_reading(made: GgufFolder, file: Path) -> Difference:
         difference = _measure_apart(TEXT_STAGE, numbers, torch.tensor(list(other.values())), SAME)
         if not difference.ok:
             raise ProofError(
-                f"the proof fails: llama.cpp reads {text!r} otherwise than the folder's tokenizer; {WRITE_AGAIN}"
+                f"the proof fails: llama.cpp reads {text!r} otherwise than the folder's tokenizer; {WRITE_AGAIN}",
+                name="tokenizer",
             )
         worst = max(worst, difference, key=lambda each: each.relative)
     return worst

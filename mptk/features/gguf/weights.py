@@ -220,7 +220,8 @@ class GgufWeights:
         if self.architecture == RAGGED and (self.base.name != EQUAL or sparse):
             raise TargetError(
                 f"the layers differ in width, which llama.cpp reads only in {EQUAL} models without experts; cut all "
-                "layers to one width"
+                "layers to one width",
+                name=self.base.name,
             )
         if not all(layer.experts for layer in sparse):
             raise TargetError("llama.cpp has layers without experts only before the others; use the folder elsewhere")

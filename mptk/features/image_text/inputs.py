@@ -161,7 +161,9 @@ def with_images(model: Any, text: Tensor, generator: torch.Generator, example: N
 def without_images(loaded: Loaded, text: Named) -> Named:
     """The text. Raises MptkError if a token in it stands for an image."""
     if int((text[IDS] == find_image_token(loaded.model)).sum()):
-        raise DataError("the text holds the token of images, and there are none; give a .jsonl of chats with images")
+        raise DataError(
+            "the text holds the token of images, and there are none; give a .jsonl of chats with images", name="data"
+        )
     return text
 
 
@@ -249,7 +251,9 @@ def encode_image_prompt(
     given = {name: made[name] for name in decoder.embeddings.images.inputs}
     if not decoder.embeddings.takes(given):
         height, width = given["pixel_values"].shape[-2:]
-        raise DataError(f"the vision encoder takes no images of {height} x {width}; give images of the data's size")
+        raise DataError(
+            f"the vision encoder takes no images of {height} x {width}; give images of the data's size", name="data"
+        )
     return made[IDS][0].tolist(), PromptImages(given, _compute_positions(folder, decoder, {IDS: made[IDS], **given}))
 
 

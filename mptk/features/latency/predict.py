@@ -195,7 +195,10 @@ def _describe_contraction(
         return ATTENTION, _describe_attention(facts, product.node, tokens, past)
     if not weights or len(facts.dims(weights[0][0])) != 2:
         what = "has a weight of other than two dimensions" if weights else "multiplies two activations"
-        raise AnalysisError(f"no latency can be predicted: {SourceLocation(product.node)} {what}; use --budget flops")
+        raise AnalysisError(
+            f"no latency can be predicted: {SourceLocation(product.node)} {what}; use --budget flops",
+            name=SourceLocation(product.node),
+        )
     weight, dim = weights[0]
     n = facts.dims(weight)[1 - dim]
 

@@ -107,7 +107,9 @@ class NemotronNasTarget(StockTarget):
         dense = models.read_stored_config(loaded)
         found = find_deci_config(dense, shapes)
         if isinstance(found, str):
-            raise TargetError(f"{NAS} does not hold this cut: {found}; cut other units, or use --target graph")
+            raise TargetError(
+                f"{NAS} does not hold this cut: {found}; cut other units, or use --target graph", name=NAS
+            )
         check_read(found.config, compiled.prepared.settings.engines)
         return Written(found, loaded, dense, compiled.prepared.dtype)
 

@@ -132,7 +132,9 @@ def _dequantize_gptq(parts: Parts, settings: Quantization) -> Tensor:
 def _read_gptq_bits(settings: Quantization) -> int:
     bits = settings.get("bits")
     if bits not in GPTQ_BITS:
-        raise ModelError(f"GPTQ with bits {bits!r} is not read, only {GPTQ_BITS}; give the float checkpoint")
+        raise ModelError(
+            f"GPTQ with bits {bits!r} is not read, only {GPTQ_BITS}; give the float checkpoint", name="bits"
+        )
     return int(bits)
 
 
@@ -143,7 +145,8 @@ def _find_awq_shape(parts: Parts, settings: Quantization) -> tuple[int, int]:
     version, bits = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit", 4))
     if (version, bits) != ("gemm", 4):
         raise ModelError(
-            f"AWQ of version {version!r} with {bits} bits is not read, only 'gemm' with 4; give the float checkpoint"
+            f"AWQ of version {version!r} with {bits} bits is not read, only 'gemm' with 4; give the float checkpoint",
+            name="bits",
         )
     inputs, words = parts.shape(".qweight")
     return words * len(AWQ_ORDER), inputs

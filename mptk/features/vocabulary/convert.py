@@ -327,9 +327,14 @@ def check_kind(tokenizer: Json) -> None:
     """Raise MptkError unless the model of a ``tokenizer.json`` is one of the four and deterministic."""
     model = tokenizer["model"]
     if model.get("type") not in ("BPE", "WordPiece", "Unigram", "WordLevel"):
-        raise ModelError(f"a tokenizer of the kind {model.get('type')} cannot be trimmed; leave out --vocabulary")
+        raise ModelError(
+            f"a tokenizer of the kind {model.get('type')} cannot be trimmed; leave out --vocabulary", name="tokenizer"
+        )
     if model.get("dropout"):
-        raise ModelError("a tokenizer with dropout reads a text differently each time; set dropout to null in its file")
+        raise ModelError(
+            "a tokenizer with dropout reads a text differently each time; set dropout to null in its file",
+            name="tokenizer",
+        )
 
 
 def find_spelling_tokens(tokenizer: Json) -> set[str]:

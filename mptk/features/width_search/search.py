@@ -49,7 +49,8 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
     assert context.folder is not None
     if sets.held_out is None:
         raise DataError(
-            "a search holds out samples to measure shapes on, and there is only one sample; give more --data"
+            "a search holds out samples to measure shapes on, and there is only one sample; give more --data",
+            name="data",
         )
     search = Search(prepared, sets, context, context.folder)
     found = search.try_candidates()
@@ -80,6 +81,7 @@ def plan_search_rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
         raise DataError(
             f"{tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
             f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch",
+            name="search_tokens",
             nearest=(least,),
         )
     return [(count, (tokens * count_least_steps(settings) << rung) // least) for rung, count in enumerate(alive)]

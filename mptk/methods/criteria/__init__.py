@@ -125,7 +125,9 @@ def _make_samples(windows: Tensor | Samples | None) -> Samples | None:
     if windows is None or isinstance(windows, Samples):
         return windows
     if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
-        raise DataError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
+        raise DataError(
+            f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]", name="windows"
+        )
     return make_token_samples(windows)
 
 

@@ -308,7 +308,8 @@ def split_batches(program: Program, samples: Samples, positions: int) -> list[Sa
             said = ", ".join(str(list(shape)) for shape in traced)
             raise DataError(
                 f"the program was traced for inputs {said} and calibration has "
-                f"{', '.join(str(list(shape)) for shape in shapes)}; trace the model with dynamic=True"
+                f"{', '.join(str(list(shape)) for shape in shapes)}; trace the model with dynamic=True",
+                name="windows",
             )
     return found
 

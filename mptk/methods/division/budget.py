@@ -163,7 +163,9 @@ def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
                 f"--width fixes every family, so {s.divider} has nothing to choose; leave out one of both", name="width"
             )
         if not candidates:
-            raise TargetError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
+            raise TargetError(
+                f"the stock class refuses these widths together: {legal.accepts(s.widths)}", name=s.target
+            )
         return candidates[:1]
     if s.max_ms is not None:
         _check_reached(prepared, legal, candidates)

@@ -66,7 +66,9 @@ class CheckSizesPass(ir.passes.InPlacePass):
             try:
                 holds = interpret(nodes, values, condition.holds)
             except KeyError as error:
-                raise TargetError(f"a graph cannot check that {said}: it lacks {error}; leave out ONNX") from error
+                raise TargetError(
+                    f"a graph cannot check that {said}: it lacks {error}; leave out ONNX", name="onnx"
+                ) from error
             if isinstance(holds, ir.Value):  # else it holds whatever the sizes are
                 found = nodes.require(found, holds, f"{REFUSED}{said}")
         if found is checked:

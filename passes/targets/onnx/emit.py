@@ -126,7 +126,7 @@ def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
         return with_weights(_export_model(with_fake_weights(program).to_exported()), program)
     except torch.onnx.OnnxExporterError:
         raise TargetError(
-            f"torch.onnx cannot write this model: {_find_first_cause(first)}; see docs/onnx.md"
+            f"torch.onnx cannot write this model: {_find_first_cause(first)}; see docs/onnx.md", name="onnx"
         ) from first
 
 

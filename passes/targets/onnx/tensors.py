@@ -67,7 +67,8 @@ def save_graph(model: ir.Model, file: Path) -> Path:
             onnx.checker.check_model(temporary / file.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise TargetError(
-                f"torch.onnx writes a graph that ONNX does not accept ({take_first_line(error)}); leave out ONNX"
+                f"torch.onnx writes a graph that ONNX does not accept ({take_first_line(error)}); leave out ONNX",
+                name="onnx",
             ) from error
     return file
 

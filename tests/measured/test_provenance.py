@@ -1,0 +1,38 @@
+"""Each row of a result says which commit it is of, and no result is of code that was never committed."""
+
+from __future__ import annotations
+
+from benchmarks.provenance import PAGE, count_commits, read_results, write_page
+
+OF_CHANGED_CODE = {
+    "advice.json",
+    "agreement.json",
+    "depth_choice.json",
+    "depth_fit.json",
+    "front.json",
+    "gguf_models.json",
+    "ladder.json",
+    "quality.json",
+    "quality_20_minutes.json",
+    "quality_zero_shot.json",
+    "recovery.json",
+    "recovery_warmup.json",
+    "shape_ranking.json",
+    "zoo_end_to_end.json",
+}
+"""Studies that ran beside changes, before a benchmark said so. Whoever runs one again takes it out of here."""
+
+
+def test_the_page_says_which_row_is_of_which_commit() -> None:
+    assert PAGE.read_text() == write_page(), "run python -m benchmarks.provenance"
+
+
+def test_no_result_is_of_changed_code() -> None:
+    results = read_results()
+    dirty = {name for name, result in results.items() if any("-dirty" in commit for commit in count_commits(result))}
+    assert dirty == OF_CHANGED_CODE
+
+
+def test_a_sweep_is_of_one_commit() -> None:
+    for name in ("zoo", "zoo_depth", "zoo_heads", "zoo_onnx", "zoo_training"):
+        assert len(count_commits(read_results()[f"{name}.json"])) == 1, name

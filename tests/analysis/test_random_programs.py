@@ -25,7 +25,7 @@ def choose_seeds(first: int, most: int) -> list[int]:
 
 
 SEEDS = choose_seeds(24, 200)
-OTHERS: dict[int, str] = {}
+OTHERS = {2: "without family", 8: "without family", 16: "refused", 23: "without family", 32: "without family"}
 """Seed → what becomes of its program, if it is not cut and proven."""
 
 

@@ -94,6 +94,7 @@ WRONG_ROWS: dict[str, object] = {
     "too many": "0-3",
     "none": [],
     "out of range": "0-1,6",
+    "out of range in a list": [0, 1, 6],
     "far out of range": "0-99999999999999",
     "negative": [-1, 0, 1],
     "descending": "4,1,0",

@@ -47,8 +47,8 @@ class Unbatched(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type[mptk.MptkError], str]] = {
-    "without a family": (lambda: nn.Linear(8, 4), TargetError, "graph"),
-    "without a weight": (nn.ReLU, TargetError, "graph"),
+    "without a family": (lambda: nn.Linear(8, 4), AnalysisError, ""),
+    "without a weight": (nn.ReLU, AnalysisError, ""),
     "a gradient": (Gradient, TraceError, "Gradient"),
     "jit.trace": (lambda: torch.jit.trace(three(), X), TraceError, "Sequential"),
     "jit.script": (lambda: torch.jit.script(three()), TraceError, "Sequential"),

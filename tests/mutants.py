@@ -42,7 +42,7 @@ LIMIT_S, HANGS_S = 400, 1600
 """Seconds of processor time that the tests of a mutant may take, and seconds after which they hang."""
 
 RANDOM = tuple(
-    f"analysis/test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2)
+    f"analysis/test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(24)
 )
 HIDDEN = "api/test_python_prune.py::test_a_new_head_of_zeros_hides_no_wrong_cut"
 CACHED = "transforms/test_rewrite.py::test_a_decoder_step_is_cut_with_its_cache"

@@ -62,13 +62,13 @@ class Residual(nn.Module):
 
 
 def prove(module: nn.Module, *inputs: Tensor) -> Analysis:
-    """Analyse, and cut each family by itself and all together."""
+    """Analyse, and cut all families together, and the first by itself."""
     analysis = analyze(trace(module.eval(), inputs or (X,)))
-    for names in [*([f.name] for f in analysis.families), None]:
-        plan = draw_plan(analysis, names)
-        if plan.families:
+    names = [f.name for f in analysis.families]
+    for chosen in {tuple(names), tuple(names[:1])}:
+        if (plan := draw_plan(analysis, chosen)).families:
             difference = cut_and_compare(analysis, plan, inputs or (X,))
-            assert difference.error <= 1e-5 < 1e-3 < difference.moved, (names, difference)
+            assert difference.error <= 1e-5 < 1e-3 < difference.moved, (chosen, difference)
     return analysis
 
 

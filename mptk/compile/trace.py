@@ -217,14 +217,17 @@ def compare_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Pr
     return compare_to_module(program, _collect_weights(loaded), example.tensors)
 
 
-def trace_module(loaded: Loaded, example: Samples) -> Program:
-    """The program of a plain module, equal to the module itself, with as many symbolic sizes as possible."""
+def trace_module(loaded: Loaded, example: Samples, seconds: float = TRACE_SECONDS) -> Program:
+    """The program of a plain module, equal to the module itself, with as many symbolic sizes as possible.
+
+    ``seconds``: the processor time after which the trace with all sizes symbolic is given up.
+    """
     causes: list[MptkError] = []
     dynamic: bool | tuple[int, ...]
     # All sizes open, then only the batch size, then none. The first cause explains why a size is fixed.
     for dynamic in (True, (0,), False):
         try:
-            found = _trace_with_gradients(loaded, example, dynamic)
+            found = _trace_with_gradients(loaded, example, dynamic, seconds)
         except MptkError as error:
             causes.append(error)
             continue
@@ -240,21 +243,21 @@ def trace_module(loaded: Loaded, example: Samples) -> Program:
     raise causes[0]
 
 
-def _trace_with_gradients(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...]) -> Program:
+def _trace_with_gradients(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...], seconds: float) -> Program:
     """A trace that equals the module. Gradients are on, so that it trains alike, unless that changes outputs."""
     try:
         with torch.enable_grad():
-            return _trace_and_compare(loaded, example, dynamic)
+            return _trace_and_compare(loaded, example, dynamic, seconds)
     except GradientMode:
         with torch.no_grad():
-            return _trace_and_compare(loaded, example, dynamic)
+            return _trace_and_compare(loaded, example, dynamic, seconds)
 
 
-def _trace_and_compare(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...]) -> Program:
+def _trace_and_compare(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...], seconds: float) -> Program:
     """The program in the module's own types, compared with the module."""
     name = type(loaded.model).__name__
     with (
-        limit_processor_time(TRACE_SECONDS, f"the trace of {name} for inputs of any size")
+        limit_processor_time(seconds, f"the trace of {name} for inputs of any size")
         if dynamic is True
         else nullcontext()
     ):

@@ -108,29 +108,28 @@ class CallSizes:
                 if (solved := solve_size(size)) is not None and solved.symbol not in values:
                     values[solved.symbol] = (given - solved.offset) // solved.factor
                 fixed = values[size] if isinstance(size, sympy.Symbol) else size
+                name = self._name_dim(k, d)
                 if isinstance(fixed, int | torch.SymInt) and fixed != given:
-                    raise self._make_error(f"{self._name_dim(k, d)} must be {fixed}{self._describe_line(k, d)}", given)
+                    raise self._make_error(name, f"{name} must be {fixed}{self._describe_line(k, d)}", given)
                 if given == 1 and str(size) in self.limits.several:
-                    raise self._make_error(
-                        f"{self._name_dim(k, d)} must be more than 1: there the module computes otherwise", 1
-                    )
+                    raise self._make_error(name, f"{name} must be more than 1: there the module computes otherwise", 1)
         self._check_expressions(values, shapes)
 
     def _check_expressions(self, values: Mapping[sympy.Symbol, int], shapes: Sequence[Sequence[int]]) -> None:
         for k, (_, sizes) in enumerate(self.inputs):
             for d, size in enumerate(sizes):
                 if not isinstance(size, int | sympy.Symbol) and _number(size, values) != shapes[k][d]:
-                    raise self._make_error(
-                        f"{self._name_dim(k, d)} must be {self._describe_expression(size)}{self._describe_line(k, d)}",
-                        shapes[k][d],
-                    )
+                    name = self._name_dim(k, d)
+                    must = f"{name} must be {self._describe_expression(size)}{self._describe_line(k, d)}"
+                    raise self._make_error(name, must, shapes[k][d])
         for condition in self.limits.conditions:
             if not _number(condition.holds, values):
                 own = condition.holds.free_symbols
                 given = ", ".join(
                     f"{self._describe_expression(symbol)} = {n}" for symbol, n in values.items() if symbol in own
                 )
-                raise self._make_error(self.describe_condition(condition), given)
+                name = self._describe_expression(condition.holds)
+                raise self._make_error(name, self.describe_condition(condition), given)
 
     def describe_condition(self, condition: Condition) -> str:
         """A condition with the names of the dimensions and its line: ``x.shape[1] < 100 (net.py:7) must hold``."""
@@ -196,11 +195,13 @@ class CallSizes:
             found.append(Sides(condition, sides.get(True), sides.get(False)))
         return found
 
-    def _make_error(self, what: str, given: object) -> MptkError:
+    def _make_error(self, name: str, what: str, given: object) -> MptkError:
+        """The error about the dimension or the condition ``name``."""
         said = given if isinstance(given, str) else f"it is {given}"
         return DataError(
             f"this program was traced for other sizes: {what}, and {said}; "
-            "give such inputs, or trace the model with an example of these sizes"
+            "give such inputs, or trace the model with an example of these sizes",
+            name=name,
         )
 
     def _describe_line(self, k: int, d: int) -> str:

@@ -49,7 +49,7 @@ def cut_and_compare(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor]) ->
     with torch.no_grad():
         dense = analysis.program(*inputs)
         masked = mask(analysis, resolve_plan(analysis, plan))(*inputs)
-        cut = mptk.rewrite(analysis, plan)(*inputs)
+        cut = mptk.rewrite(analysis, plan, check=False)(*inputs)  # the caller compares
     return Comparison(measure_largest(masked, cut), measure_largest(masked, dense))
 
 

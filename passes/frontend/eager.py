@@ -211,9 +211,12 @@ class Pair:
             apart = compare_on_inputs(program, module, inputs)
             states.append(describe_attributes(module.module))
             if apart and apart != BOTH_FAIL:
-                changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
-                said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
-                raise TraceError(f"the traced program is not the module at the {call} call: {said}; {WITH_TENSORS}")
+                changed = sorted(n for n in states[-1] if states[-1][n] != states[0].get(n))
+                said = f"forward changes {', '.join(changed)}, which a trace holds as one value" if changed else apart
+                raise TraceError(
+                    f"the traced program is not the module at the {call} call: {said}; {WITH_TENSORS}",
+                    name=next(iter(changed), ""),
+                )
         # A first call may fill a cache. What a second one still changes is state, although outputs are equal so far.
         counted = sorted(n for n in states[2] if states[2][n] != states[1].get(n))
         if counted:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.zoo import prove
-from mptk import MptkError, analyze, trace
+from mptk import ProofError, analyze, rewrite, trace
+from mptk.errors import AnalysisError
 from mptk.ir.axis_facts import Dims
+from mptk.testing import draw_plan, expect_error
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.resizer import Counted, count_argument
@@ -48,6 +50,7 @@ def counted(x: Tensor, channels: int) -> Tensor:
 
 @counted.register_fake
 def _(x: Tensor, channels: int) -> Tensor:
+    torch._check(x.shape[-1] == channels)
     return torch.empty_like(x)
 
 
@@ -130,7 +133,7 @@ def rules_restored() -> Iterator[None]:
 
 def test_an_op_without_a_rule_is_named_with_its_module_and_the_remedy() -> None:
     program = trace(GatedMLP(), (INPUT,))
-    with pytest.raises(MptkError, match=r"mptk_test\.gated\.default.*mptk\.rule.*docs/adding-an-op\.md"):
+    with expect_error(AnalysisError, name="mptk_test.gated.default"):
         analyze(program)
 
 
@@ -181,6 +184,15 @@ def test_what_a_rule_notes_is_there_when_its_call_is_cut() -> None:
     found = analyze(trace(Counting(), (INPUT,)))
     assert [f.size for f in found.families] == [13]
     assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}
+
+
+def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place() -> None:
+    """A rule that forgets to resize."""
+    rule("mptk_test::counted", zero="keep")(lambda ctx, node, x, channels: x.dims)
+    found = analyze(trace(Counting(), (INPUT,)))
+    with expect_error(ProofError) as refused:
+        rewrite(found, draw_plan(found))
+    assert refused.value.name.startswith("mptk_test.counted.default in the model")
 
 
 def test_positions_stay_positions_only_of_an_op_that_carries_them() -> None:

@@ -90,23 +90,3 @@ def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
     v.data = v.data[:, kept]
     with torch.no_grad():
         assert measure_largest(small(X), mptk.rewrite(found, plan)(X)) < 1e-6
-
-
-class Recurrent(nn.Module):
-    """A recurrent layer and a linear one, which both can be cut."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer, self.up, self.down = layer, nn.Linear(4, INNER), nn.Linear(INNER, 11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(self.layer(x)[0]).relu())  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_recurrent_layer_and_others_are_cut(make: Callable[..., nn.Module]) -> None:
-    found = analyze(trace(Recurrent(make(6, 4, num_layers=2, batch_first=True)).eval(), (X,)))
-    assert [f.size for f in found.families] == [4, INNER]
-    difference = cut_and_compare(found, draw_plan(found), (X,))
-    assert difference.error < 1e-5 < 1e-3 < difference.moved

@@ -41,53 +41,39 @@ X = torch.randn(BATCH, SEQUENCE, INPUT, generator=torch.Generator().manual_seed(
 
 
 @functools.cache
-def module(group: str) -> Cases:
-    return Cases(GROUPS[group])
+def analyze_group(group: str) -> tuple[Cases, Analysis]:
+    cases = Cases(GROUPS[group])
+    return cases, analyze(trace(cases, (X,)))
 
 
-@functools.cache
-def analysis(group: str) -> Analysis:
-    return analyze(trace(module(group), (X,)))
-
-
-def offered(group: str) -> dict[str, list[int]]:
-    """Branch → sizes of the families whose members lie in it."""
-    found: dict[str, list[int]] = {name: [] for name in module(group).branches}
-    for f in analysis(group).families:
-        found[f.groups[0].members[0].weight.split(".")[1]].append(f.size)
-    return {name: sorted(sizes) for name, sizes in found.items()}
-
-
+@pytest.mark.always
 @pytest.mark.parametrize("group", GROUPS)
-def test_families_around_each_op(group: str) -> None:
+def test_what_is_offered_around_each_op_is_what_its_case_says_and_cuts_exactly(group: str) -> None:
+    cases, analysis = analyze_group(group)
+    # A branch's families are those whose members lie in it.
+    offered: dict[str, list[int]] = {name: [] for name in cases.branches}
+    for f in analysis.families:
+        offered[f.groups[0].members[0].weight.split(".")[1]].append(f.size)
     expected = {}
-    for branch in module(group).branches:
+    for branch in cases.branches:
         name, consumer = branch.split(":")
         case = GROUPS[group][name]
         expected[branch] = sorted(case.linear if consumer == "linear" else case.summed)
-    assert offered(group) == expected
-
-
-def differences(group: str, share: float) -> tuple[dict[str, float], list[str]]:
-    """Cut all families: where the cut model is not the masked one, and where the mask did nothing."""
-    found = analysis(group)
-    plan = draw_plan(found, share=share, seed=round(share * 100))
+    assert {name: sorted(sizes) for name, sizes in offered.items()} == expected
+    # All families are cut at once. In no branch may the cut model differ from the masked one, or the mask do nothing.
+    plan = draw_plan(analysis, share=0.6, seed=60)
     with torch.no_grad():
-        dense, cut = found.program(X), mptk.rewrite(found, plan, check=False)(X)
-        masked = mask(found, resolve_plan(found, plan))(X)
+        dense, cut = analysis.program(X), mptk.rewrite(analysis, plan, check=False)(X)
+        masked = mask(analysis, resolve_plan(analysis, plan))(X)
+        columns = cases.columns(X)
     wrong, unmoved = {}, []
-    for branch, columns in module(group).columns(X).items():
-        error = measure_largest(masked[:, columns], cut[:, columns])
-        if not error <= 1e-5 * max(1, masked[:, columns].abs().max()):
+    for branch, own in columns.items():
+        error = measure_largest(masked[:, own], cut[:, own])
+        if not error <= 1e-5 * max(1, masked[:, own].abs().max()):
             wrong[branch] = error
-        if offered(group)[branch] and not measure_largest(masked[:, columns], dense[:, columns]) > 1e-3:
+        if offered[branch] and not measure_largest(masked[:, own], dense[:, own]) > 1e-3:
             unmoved.append(branch)
-    return wrong, unmoved
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_what_is_offered_around_each_op_cuts_exactly(group: str) -> None:
-    assert differences(group, share=0.6) == ({}, [])
+    assert (wrong, unmoved) == ({}, [])
 
 
 NOT_TRACED = {
@@ -103,6 +89,7 @@ NOT_TRACED = {
 }
 
 
+@pytest.mark.always
 def test_every_rule_is_of_an_op_and_traced_by_a_case() -> None:
     for name in RULES:
         if name.startswith("torch."):  # a function of torch that export keeps, as those of torch.vmap
@@ -111,7 +98,7 @@ def test_every_rule_is_of_an_op_and_traced_by_a_case() -> None:
         namespace, op, *overload = name.split(".")
         packet = getattr(getattr(torch.ops, namespace), op)
         assert not overload or overload[0] in packet.overloads()
-    seen = {name_op(n) for group in GROUPS for n in analysis(group).facts.results if n.op == "call_function"}
+    seen = {name_op(n) for group in GROUPS for n in analyze_group(group)[1].facts.results if n.op == "call_function"}
     traced = seen | {name.rsplit(".", 1)[0] for name in seen}
     assert RULES.keys() - traced == NOT_TRACED.keys()
 

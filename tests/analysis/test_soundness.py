@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from mptk import analyze, rewrite, trace
 from mptk.testing import cut_and_compare, draw_plan
 
-# ---- positions, and the pieces that they are taken apart in ----
+# ---- bodies after ten units ----
 
 
-def routed(take: Callable[[Tensor], list[Tensor]]) -> Callable[..., Tensor]:
+def route(take: Callable[[Tensor], list[Tensor]]) -> Callable[..., Tensor]:
     """The two best experts of 10, each looked up in ``table`` by one piece of the positions."""
 
     def body(h: Tensor, table: Tensor) -> Tensor:
@@ -27,75 +27,26 @@ def routed(take: Callable[[Tensor], list[Tensor]]) -> Callable[..., Tensor]:
     return body
 
 
-PIECES: dict[str, Callable[[Tensor], list[Tensor]]] = {
-    "unbind": lambda i: list(i.unbind(-1)),
-    "chunk": lambda i: list(i.chunk(2, -1)),
-    "split": lambda i: list(i.split(1, -1)),
-    "select": lambda i: [i[..., 0], i[..., 1]],
-    "unbind twice": lambda i: list(i.unsqueeze(0).unbind(0)[0].unbind(-1)),
-}
+def pieces_in_one_hot(h: Tensor, table: Tensor) -> Tensor:
+    w, i = h.softmax(-1).topk(2)
+    return sum(w[..., k : k + 1] * (F.one_hot(j, INNER).float() @ table) for k, j in enumerate(i.unbind(-1)))  # type: ignore[misc,return-value]
 
 
-@pytest.mark.parametrize("name", PIECES)
-def test_pieces_of_positions_are_positions(name: str) -> None:
-    assert offered(prove(Small(routed(PIECES[name]), table=(INNER, OUT)))) == [INNER]
+def largest_of_negatives(h: Tensor, table: Tensor) -> Tensor:
+    """Sought among kept units, whatever their sign."""
+    w, i = (h - 50).topk(2)
+    return (w.exp()[..., None] * 1e20 * table[i]).sum(-2)
 
 
-def test_the_largest_are_sought_among_kept_units_whatever_their_sign() -> None:
-    def body(h: Tensor, table: Tensor) -> Tensor:
-        w, i = (h - 50).topk(2)
-        return (w.exp()[..., None] * 1e20 * table[i]).sum(-2)
-
-    assert offered(prove(Small(body, table=(INNER, OUT)))) == [INNER]
+def compared_positions(h: Tensor, table: Tensor) -> Tensor:
+    i = h.topk(2)[1].unbind(-1)[0]
+    return sum((i == e).float()[..., None] * table[e] for e in range(INNER))  # type: ignore[misc,return-value]
 
 
-def test_pieces_of_positions_in_one_hot_are_positions() -> None:
-    def body(h: Tensor, table: Tensor) -> Tensor:
-        w, i = h.softmax(-1).topk(2)
-        return sum(w[..., k : k + 1] * (F.one_hot(j, INNER).float() @ table) for k, j in enumerate(i.unbind(-1)))  # type: ignore[misc,return-value]
-
-    assert offered(prove(Small(body, table=(INNER, OUT)))) == [INNER]
-
-
-def test_positions_that_are_compared_freeze_their_axis() -> None:
-    def body(h: Tensor, table: Tensor) -> Tensor:
-        i = h.topk(2)[1].unbind(-1)[0]
-        return sum((i == e).float()[..., None] * table[e] for e in range(INNER))  # type: ignore[misc,return-value]
-
-    assert INNER not in offered(prove(Small(body, table=(INNER, OUT))))
-
-
-def test_sorted_positions_are_positions_and_their_order_is_not() -> None:
-    def body(h: Tensor, table: Tensor) -> Tensor:
-        best, order = h.flatten(0, 1).argmax(-1).sort()
-        return table[best] + order[:, None]
-
-    assert offered(prove(Small(body, table=(INNER, OUT)))) == [INNER]
-
-
-# ---- buffers ----
-
-
-class Scaled(Small):
-    """A buffer, through two operators, scales the units."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.matmul, other=(INNER, OUT))
-        self.register_buffer("scale", torch.rand(INNER))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self.up(x) * self.scale.exp().square(), **self.weights)
-
-
-def test_a_saved_buffer_is_cut_like_a_weight() -> None:
-    analysis = prove(Scaled())
-    small = rewrite(analysis, draw_plan(analysis)).state_dict()
-    assert offered(analysis) == [INNER]
-    assert small["weights.other"].shape == (6, OUT)
-    assert small["scale"].shape == (6,)
-
-
-# ---- writes in place ----
+def sorted_positions(h: Tensor, table: Tensor) -> Tensor:
+    """Sorted, they are positions still, and their order is none."""
+    best, order = h.flatten(0, 1).argmax(-1).sort()
+    return table[best] + order[:, None]
 
 
 def earlier_view(h: Tensor, w: Tensor) -> Tensor:
@@ -137,17 +88,89 @@ def constant_view_before(h: Tensor, w: Tensor) -> Tensor:
     return before.sum(-1, keepdim=True) @ w
 
 
-@pytest.mark.parametrize(
-    ("body", "sizes"), [(earlier_view, []), (chunk_then_base, [5]), (chunk_then_sibling, []), (written_half, [5])]
-)
-def test_a_write_in_place_is_seen_by_every_view(body: Callable[..., Tensor], sizes: list[int]) -> None:
-    """Of halves, the one that was not written to can still be cut."""
-    assert offered(prove(Small(body, w=(1, OUT)))) == sizes
+def one_hot_of_its_own(h: Tensor, w: Tensor) -> Tensor:
+    """Positions along their own axis: no zero there."""
+    best = (h[..., None] * h[..., None, :]).argmax(-1)
+    return F.one_hot(best, INNER).float().sum(-1).sum(-1, keepdim=True) @ w
 
 
-@pytest.mark.parametrize(("body", "sizes"), [(constant_in_pieces, [5, 5]), (constant_view_before, [INNER])])
-def test_a_constant_that_is_written_to_is_none(body: Callable[..., Tensor], sizes: list[int]) -> None:
-    assert offered(prove(Small(body, w=(1, OUT)))) == sizes
+def read_at_its_own(h: Tensor, w: Tensor) -> Tensor:
+    best = (h[..., None] * h[..., None, :]).argmax(-1)
+    return h.gather(-1, best).sum(-1, keepdim=True) @ w
+
+
+def computed_kernel(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
+    h = h.mT
+    h = h + F.conv1d(h, w + 1)
+    return h.mean(1)[..., None] @ o
+
+
+def computed_depthwise_kernel(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
+    h = F.conv1d(h.mT, w + 1, groups=INNER)
+    return h.sum(1)[..., None] @ o
+
+
+def batch_statistics(h: Tensor, w: Tensor, b: Tensor, o: Tensor) -> Tensor:
+    """Over all dimensions but tokens, which are the norm's channels here; with a weight and a bias, or none."""
+    plain = F.batch_norm(h, None, None, training=True)
+    return (F.batch_norm(h, None, None, w, b, training=True) + plain) @ o
+
+
+TABLE, LAST = {"table": (INNER, OUT)}, {"w": (1, OUT)}
+BODIES: list[tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], list[int]]] = [
+    (route(lambda i: list(i.unbind(-1))), TABLE, [INNER]),
+    (route(lambda i: list(i.chunk(2, -1))), TABLE, [INNER]),
+    (route(lambda i: list(i.split(1, -1))), TABLE, [INNER]),
+    (route(lambda i: [i[..., 0], i[..., 1]]), TABLE, [INNER]),
+    (route(lambda i: list(i.unsqueeze(0).unbind(0)[0].unbind(-1))), TABLE, [INNER]),
+    (pieces_in_one_hot, TABLE, [INNER]),
+    (largest_of_negatives, TABLE, [INNER]),
+    (compared_positions, TABLE, []),
+    (sorted_positions, TABLE, [INNER]),
+    # A write in place is seen by every view. Of halves, the one that was not written to can still be cut.
+    (earlier_view, LAST, []),
+    (chunk_then_base, LAST, [5]),
+    (chunk_then_sibling, LAST, []),
+    (written_half, LAST, [5]),
+    # A constant that is written to is none.
+    (constant_in_pieces, LAST, [5, 5]),
+    (constant_view_before, LAST, [INNER]),
+    (one_hot_of_its_own, LAST, []),
+    (read_at_its_own, LAST, []),
+    # A computed kernel leaves no zeros, unless it is depthwise.
+    (computed_kernel, {"w": (INNER, INNER, 1), "o": (1, OUT)}, []),
+    (computed_depthwise_kernel, {"w": (INNER, 1, 1), "o": (1, OUT)}, [INNER]),
+    (batch_statistics, {"w": (5,), "b": (5,), "o": (INNER, OUT)}, [INNER]),
+]
+
+
+@pytest.mark.parametrize(("body", "shapes", "sizes"), BODIES, ids=lambda each: getattr(each, "__name__", ""))
+def test_units_are_offered_only_if_their_cut_is_exact(
+    body: Callable[..., Tensor], shapes: dict[str, tuple[int, ...]], sizes: list[int]
+) -> None:
+    assert offered(prove(Small(body, **shapes))) == sizes
+
+
+# ---- buffers ----
+
+
+class Scaled(Small):
+    """A buffer, through two operators, scales the units."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.matmul, other=(INNER, OUT))
+        self.register_buffer("scale", torch.rand(INNER))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.up(x) * self.scale.exp().square(), **self.weights)
+
+
+def test_a_saved_buffer_is_cut_like_a_weight() -> None:
+    analysis = prove(Scaled())
+    small = rewrite(analysis, draw_plan(analysis)).state_dict()
+    assert offered(analysis) == [INNER]
+    assert small["weights.other"].shape == (6, OUT)
+    assert small["scale"].shape == (6,)
 
 
 # ---- attention ----
@@ -268,54 +291,6 @@ class HeadsAttend(nn.Module):
 
 def test_a_softmax_is_zero_along_one_of_two_dimensions_of_an_axis() -> None:
     assert offered(prove(HeadsAttend())) == [4]
-
-
-def one_hot_of_its_own(h: Tensor, w: Tensor) -> Tensor:
-    best = (h[..., None] * h[..., None, :]).argmax(-1)
-    return F.one_hot(best, INNER).float().sum(-1).sum(-1, keepdim=True) @ w
-
-
-def test_a_one_hot_of_positions_along_their_own_axis_is_no_zero_there() -> None:
-    assert offered(prove(Small(one_hot_of_its_own, w=(1, OUT)))) == []
-
-
-def read_at_its_own(h: Tensor, w: Tensor) -> Tensor:
-    best = (h[..., None] * h[..., None, :]).argmax(-1)
-    return h.gather(-1, best).sum(-1, keepdim=True) @ w
-
-
-def test_what_is_read_at_positions_along_their_own_axis_is_no_zero_there() -> None:
-    assert offered(prove(Small(read_at_its_own, w=(1, OUT)))) == []
-
-
-# ---- convolutions with computed kernels ----
-
-
-def test_a_computed_kernel_leaves_no_zeros() -> None:
-    def body(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
-        h = h.mT
-        h = h + F.conv1d(h, w + 1)
-        return h.mean(1)[..., None] @ o
-
-    assert offered(prove(Small(body, w=(INNER, INNER, 1), o=(1, OUT)))) == []
-
-
-def test_a_depthwise_computed_kernel_keeps_zeros() -> None:
-    def body(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
-        h = F.conv1d(h.mT, w + 1, groups=INNER)
-        return h.sum(1)[..., None] @ o
-
-    assert offered(prove(Small(body, w=(INNER, 1, 1), o=(1, OUT)))) == [INNER]
-
-
-def test_statistics_of_a_batch_run_over_kept_units() -> None:
-    """Over all dimensions but tokens, which are the norm's channels here; with a weight and a bias, or none."""
-
-    def body(h: Tensor, w: Tensor, b: Tensor, o: Tensor) -> Tensor:
-        plain = F.batch_norm(h, None, None, training=True)
-        return (F.batch_norm(h, None, None, w, b, training=True) + plain) @ o
-
-    assert offered(prove(Small(body, w=(5,), b=(5,), o=(INNER, OUT)))) == [INNER]
 
 
 # ---- outputs ----

@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from live_modules import INNER, QUICK, WIDTH, draw_input, is_near, prune_live, zero_removed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import mptk
-from mptk import MptkError
-from mptk.testing import draw_plan
+from mptk.errors import DataError, TraceError
+from mptk.testing import draw_plan, expect_error
 from tests.programs.oracles import zeroed
-
-WIDTH, INNER = 8, 24
-QUICK: dict[str, Any] = {"sparsity": 0.3, "tolerance": 0.1, "method": "magnitude", "align": 2, "progress": None}
 
 
 class Net(nn.Module):
@@ -68,42 +66,15 @@ def every_third(net: Any, h: Tensor) -> Tensor:
     return net.down(h if h.shape[1] % 3 == 0 else -h)
 
 
-FIXED = [
-    (centred, (2, 6), (1, 6), (3, 9), "batch > 1", "batch must be more than 1"),
-    (long_or_short, (2, 6), (2, 3), (1, 9), "x.shape[1] > 4 (test_eager.py:", "x.shape[1] > 4 (test_eager.py:"),
-    (mean_by_number, (2, 6), (2, 9), (3, 6), "x.shape[1] = 6 (test_eager.py:", "x.shape[1] must be 6 (test_eager.py:"),
-    (one_by_one, (2, 6), (5, 6), (2, 9), "batch = 2 (test_eager.py:", "batch must be 2 (test_eager.py:"),
-    (pooled, (2, 6), (2, 9), (3, 7), "Max(1, (x.shape[1]//3)) = 2 (test_eager.py:", "= 2 (test_eager.py:"),
-    (in_three, (2, 6), (2, 4), (1, 6), "= 3 (test_eager.py:", "= 3 (test_eager.py:"),
-    (
-        every_third,
-        (2, 6),
-        (2, 7),
-        (3, 9),
-        "Mod(x.shape[1], 3) = 0 (test_eager.py:",
-        "Mod(x.shape[1], 3) = 0 (test_eager",
-    ),
+FIXED = [  # the sizes of the example, of a call that is refused and of one that is taken; what the trace fixed
+    (centred, (2, 6), (1, 6), (3, 9), "batch", "batch > 1"),
+    (long_or_short, (2, 6), (2, 3), (1, 9), "x.shape[1] > 4", "x.shape[1] > 4 (test_eager.py:"),
+    (mean_by_number, (2, 6), (2, 9), (3, 6), "x.shape[1]", "x.shape[1] = 6 (test_eager.py:"),
+    (one_by_one, (2, 6), (5, 6), (2, 9), "batch", "batch = 2 (test_eager.py:"),
+    (pooled, (2, 6), (2, 9), (3, 7), "Max(1, (x.shape[1]//3)) = 2", "Max(1, (x.shape[1]//3)) = 2 (test_eager.py:"),
+    (in_three, (2, 6), (2, 4), (1, 6), None, "= 3 (test_eager.py:"),
+    (every_third, (2, 6), (2, 7), (3, 9), "Mod(x.shape[1], 3) = 0", "Mod(x.shape[1], 3) = 0 (test_eager.py:"),
 ]
-
-
-def made(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(*sizes, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def pruned_of(net: nn.Module, x: Tensor, **options: Any) -> mptk.Pruned:
-    found = mptk.prune(net, example_inputs=x, **{**QUICK, **options})
-    assert found is not None
-    return found
-
-
-def oracle(net: nn.Module, pruned: mptk.Pruned) -> nn.Module:
-    """The eager module whose removed weights are zero."""
-    return zeroed(net, pruned.compiled.prepared.analysis, pruned.plan).eval()
-
-
-def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    same = (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    return same and (found - expected).abs().max().item() <= tolerance * expected.abs().max().item()
 
 
 # ---- sizes ----
@@ -111,17 +82,16 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 
 @pytest.mark.parametrize("fixed", FIXED, ids=lambda fixed: fixed[0].__name__)
 def test_what_the_trace_fixed_is_said_and_refused_at_the_call(fixed: tuple[Any, ...]) -> None:
-    body, example, refused, taken, noted, said = fixed
-    net, x = Net(body), made(*example)
-    pruned = pruned_of(net, x)
+    body, example, refused, taken, name, noted = fixed
+    net = Net(body)
+    pruned = prune_live(net, draw_input(*example))
     (note,) = (note for note in pruned.report.notes if note.startswith("fixed: "))
     assert noted in note
-    small, eager = pruned.model, oracle(net, pruned)
+    small, eager = pruned.model, zero_removed(net, pruned)
     for sizes in (example, taken):
-        assert near(small(made(*sizes)), eager(made(*sizes)))
-    with pytest.raises(MptkError) as error:
-        small(made(*refused))
-    assert said in str(error.value)
+        assert is_near(small(draw_input(*sizes)), eager(draw_input(*sizes)))
+    with expect_error(DataError, name=name):
+        small(draw_input(*refused))
 
 
 def counted(net: Any, h: Tensor) -> Tensor:
@@ -129,21 +99,20 @@ def counted(net: Any, h: Tensor) -> Tensor:
 
 
 def test_a_line_that_fixed_several_conditions_is_said_once() -> None:
-    (note,) = (note for note in pruned_of(Net(counted), made(2, 9)).report.notes if note.startswith("fixed: "))
+    (note,) = (note for note in prune_live(Net(counted), draw_input(2, 9)).report.notes if note.startswith("fixed: "))
     assert note.count("test_eager.py:") == 1
 
 
-@pytest.mark.parametrize("fixed", FIXED[:4], ids=lambda fixed: fixed[0].__name__)
+@pytest.mark.parametrize("fixed", FIXED[:2], ids=lambda fixed: fixed[0].__name__)
 def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed: tuple[Any, ...]) -> None:
-    body, example, refused, taken, _, said = fixed
+    body, example, refused, taken, name, _ = fixed
     net = Net(body).eval()
-    analysis = mptk.analyze(mptk.trace(net, made(*example), dynamic=True))
+    analysis = mptk.analyze(mptk.trace(net, draw_input(*example), dynamic=True))
     plan = draw_plan(analysis)
     small, eager = mptk.rewrite(analysis, plan).module(), zeroed(net, analysis, plan)
-    assert near(small(made(*taken)), eager(made(*taken)))
-    with pytest.raises(MptkError) as error:
-        small(made(*refused))
-    assert said in str(error.value)
+    assert is_near(small(draw_input(*taken)), eager(draw_input(*taken)))
+    with expect_error(DataError, name=name):
+        small(draw_input(*refused))
 
 
 def test_sizes_that_tensors_carry_stay_open() -> None:
@@ -154,23 +123,20 @@ def test_sizes_that_tensors_carry_stay_open() -> None:
         )
 
     net = Net(open_)
-    pruned = pruned_of(net, made(1, 6))
+    pruned = prune_live(net, draw_input(1, 6))
     assert not [note for note in pruned.report.notes if "fixed" in note]
-    small, eager = pruned.model, oracle(net, pruned)
+    small, eager = pruned.model, zero_removed(net, pruned)
     for sizes in ((1, 6), (4, 6), (1, 1), (3, 9), (2, 1)):
-        assert near(small(made(*sizes)), eager(made(*sizes)))
+        assert is_near(small(draw_input(*sizes)), eager(draw_input(*sizes)))
 
 
 def test_a_static_trace_takes_the_sizes_of_its_example_only() -> None:
-    analysis = mptk.analyze(Net(last), made(2, 6))
+    analysis = mptk.analyze(Net(last), draw_input(2, 6))
     small = mptk.rewrite(analysis, draw_plan(analysis)).module()
-    assert small(made(2, 6)).shape == (2, 6, WIDTH)
-    with pytest.raises(MptkError, match=r"batch must be 2, and it is 3; .*trace the model"):
-        small(made(3, 6))
-    with pytest.raises(MptkError, match=r"x.shape\[1\] must be 6, and it is 7"):
-        small(made(2, 7))
-    with pytest.raises(MptkError, match="x has 2 dimensions, and 3 were traced"):
-        small(made(2))
+    assert small(draw_input(2, 6)).shape == (2, 6, WIDTH)
+    for sizes, name in (((3, 6), "batch"), ((2, 7), "x.shape[1]"), ((2,), "x")):
+        with expect_error(DataError, name=name):
+            small(draw_input(*sizes))
 
 
 class Chosen(nn.Module):
@@ -191,31 +157,14 @@ class Chosen(nn.Module):
 def test_a_size_of_1_that_other_inputs_must_have_too_is_open() -> None:
     """One sample beside several ids, or one row beside ids of several, is refused by the module itself."""
     net, ids = Chosen(), torch.arange(15).view(3, 5) % 6
-    pruned = mptk.prune(net, example_inputs=(made(3, 6), ids), **QUICK)
-    eager = oracle(net, pruned)
+    pruned = mptk.prune(net, example_inputs=(draw_input(3, 6), ids), **QUICK)
+    eager = zero_removed(net, pruned)
     for batch, rows, count in ((1, 6, 5), (3, 1, 5), (2, 6, 1), (1, 1, 1), (4, 9, 7)):
-        given = made(batch, rows), torch.arange(batch * count).view(batch, count) % rows
-        assert near(pruned.model(*given), eager(*given))
-    strict = mptk.prune(Chosen(least=2), example_inputs=(made(3, 6), ids), **QUICK).model
-    with pytest.raises(MptkError, match="must be more than 1"):
-        strict(made(1, 6), ids[:1])
-
-
-def test_patches_by_reshape_are_cut_and_other_sizes_are_open() -> None:
-    class Patches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(48, INNER), nn.Linear(INNER, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            batch, channels, high, wide = x.shape
-            tiles = x.reshape(batch, channels, high // 4, 4, wide // 4, 4).permute(0, 2, 4, 3, 5, 1)
-            return self.down(self.up(tiles.reshape(batch, high // 4 * (wide // 4), 48)).relu())
-
-    net, x = Patches(), torch.randn(2, 3, 8, 8)
-    pruned = pruned_of(net, x)
-    for given in (x, x[:1], torch.randn(3, 3, 12, 8)):
-        assert near(pruned.model(given), oracle(net, pruned)(given))
+        given = draw_input(batch, rows), torch.arange(batch * count).view(batch, count) % rows
+        assert is_near(pruned.model(*given), eager(*given))
+    strict = mptk.prune(Chosen(least=2), example_inputs=(draw_input(3, 6), ids), **QUICK).model
+    with expect_error(DataError, name="x.shape[0]"):
+        strict(draw_input(1, 6), ids[:1])
 
 
 def test_two_inputs_of_one_length_must_agree() -> None:
@@ -227,28 +176,28 @@ def test_two_inputs_of_one_length_must_agree() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return self.down(self.up(x).relu() + self.up(y)) / x.shape[1]
 
-    pruned = mptk.prune(Two(), example_inputs=(made(2, 6), made(2, 6)), **QUICK)
-    assert pruned.model(made(3, 5), made(3, 5)).shape == (3, 5, WIDTH)
-    with pytest.raises(MptkError, match=r"y.shape\[1\] must be 5, and it is 1"):
-        pruned.model(made(3, 5), made(3, 1))
+    pruned = mptk.prune(Two(), example_inputs=(draw_input(2, 6), draw_input(2, 6)), **QUICK)
+    assert pruned.model(draw_input(3, 5), draw_input(3, 5)).shape == (3, 5, WIDTH)
+    with expect_error(DataError, name="y.shape[1]"):
+        pruned.model(draw_input(3, 5), draw_input(3, 1))
 
 
 def test_a_module_of_one_batch_is_calibrated_proven_and_verified_in_such_batches(tmp_path: Path) -> None:
     net = Net(one_by_one)
-    pruned = pruned_of(net, made(3, 6), method="wanda", data=made(7, 6))
+    pruned = prune_live(net, draw_input(3, 6), method="wanda", data=draw_input(7, 6))
     assert pruned.report.data["calibration"]["samples"] == 6
     assert all(d.ok for d in mptk.verify(pruned.save(tmp_path / "out"), model=net))
-    assert mptk.evaluate(pruned, made(4, 6), progress=None)["pruned"] > 0
-    with pytest.raises(MptkError, match=r"samples of data do not fit: .*x.shape\[1\] must be 6"):
-        pruned_of(Net(mean_by_number), made(2, 6), data=made(4, 5))
+    assert mptk.evaluate(pruned, draw_input(4, 6), progress=None)["pruned"] > 0
+    with expect_error(DataError, name="x.shape[1]"):
+        prune_live(Net(mean_by_number), draw_input(2, 6), data=draw_input(4, 5))
 
 
 def test_what_a_first_trace_fixed_holds_for_a_module_that_is_pruned_twice() -> None:
-    first = pruned_of(Net(every_third), made(2, 6), sparsity=0.2)
-    second = pruned_of(first.model, made(2, 6), sparsity=0.3)
-    assert second.model(made(3, 9)).shape == (3, 9, WIDTH)
-    with pytest.raises(MptkError, match=r"Mod\(x.shape\[1\], 3\) = 0"):
-        second.model(made(2, 7))
+    first = prune_live(Net(every_third), draw_input(2, 6), sparsity=0.2)
+    second = prune_live(first.model, draw_input(2, 6), sparsity=0.3)
+    assert second.model(draw_input(3, 9)).shape == (3, 9, WIDTH)
+    with expect_error(DataError, name="Mod(x.shape[1], 3) = 0"):
+        second.model(draw_input(2, 7))
 
 
 def test_where_no_trace_with_open_sizes_works_fewer_are_left_open() -> None:
@@ -265,12 +214,12 @@ def test_where_no_trace_with_open_sizes_works_fewer_are_left_open() -> None:
             return self.head(F.relu(self.two(h)).mean((2, 3)))
 
     x = torch.randn(2, 3, 16, 16)
-    with pytest.raises(MptkError, match="cannot trace Images"):  # as AlexNet at 64 x 64
+    with expect_error(TraceError, name="Images"):  # as AlexNet at 64 x 64
         mptk.trace(Images(), x, dynamic=True)
-    pruned = pruned_of(Images(), x)
+    pruned = prune_live(Images(), x)
     (note,) = (note for note in pruned.report.notes if "left open, since torch.export cannot trace" in note)
     assert pruned.model(torch.randn(5, 3, 16, 16)).shape == (5, 5), note
-    with pytest.raises(MptkError, match=r"x.shape\[2\] must be 16"):
+    with expect_error(DataError, name="x.shape[2]"):
         pruned.model(torch.randn(2, 3, 20, 16))
 
 
@@ -296,12 +245,12 @@ def running(net: Any, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("body", [assigned, written])
 def test_a_buffer_that_forward_changes_is_the_same_at_each_call(body: Callable[..., Tensor]) -> None:
     net = Net(body)
-    pruned = pruned_of(net, made(2, 6))
-    small, eager = pruned.model, oracle(net, pruned)
+    pruned = prune_live(net, draw_input(2, 6))
+    small, eager = pruned.model, zero_removed(net, pruned)
     for seed, sizes in enumerate([(2, 6), (2, 6), (1, 3), (2, 6)]):
-        assert near(small(made(*sizes, seed=seed)), eager(made(*sizes, seed=seed)))
+        assert is_near(small(draw_input(*sizes, seed=seed)), eager(draw_input(*sizes, seed=seed)))
     kept = eager.mean[eager.mean != 0]
-    assert near(small.mean, kept)
+    assert is_near(small.mean, kept)
 
 
 def grows(net: Any, h: Tensor) -> Tensor:
@@ -328,10 +277,10 @@ def remembers(net: Any, h: Tensor) -> Tensor:
     ("body", "name"), [(grows, "mean"), (counts, "calls"), (only_counts, "calls"), (remembers, "seen")]
 )
 def test_other_state_is_refused_by_name(body: Callable[..., Tensor], name: str) -> None:
-    with pytest.raises(MptkError, match=rf"forward changes {name}\b"):
-        pruned_of(Net(body), made(2, 6))
-    analysis = mptk.analyze(Net(body), made(2, 6))
-    with pytest.raises(MptkError, match=rf"forward changes {name}\b"):
+    with expect_error(TraceError, name=name):
+        prune_live(Net(body), draw_input(2, 6))
+    analysis = mptk.analyze(Net(body), draw_input(2, 6))
+    with expect_error(TraceError, name=name):
         mptk.rewrite(analysis, draw_plan(analysis))
 
 
@@ -354,10 +303,10 @@ def test_the_given_module_stays_as_it_is(body: Callable[..., Tensor]) -> None:
     net.down.register_forward_hook(lambda module, given, result: result * 1)
     before = state_of(net)
     try:
-        pruned_of(net, made(2, 6))
-        analysis = mptk.analyze(net, made(2, 6))
+        prune_live(net, draw_input(2, 6))
+        analysis = mptk.analyze(net, draw_input(2, 6))
         mptk.rewrite(analysis, draw_plan(analysis))
-    except MptkError:
+    except TraceError:
         assert body is counts
     assert state_of(net) == before
 
@@ -369,7 +318,7 @@ class Cached(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=61, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2
+            vocab_size=61, hidden_size=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
         )
         self.model = LlamaForCausalLM(config).eval()
         self.cache = StaticCache(config=config, max_cache_len=12)
@@ -386,9 +335,9 @@ class Cached(nn.Module):
 def test_a_static_cache_stays_as_it_is_and_fills_in_the_pruned_module() -> None:
     net, ids = Cached(), torch.arange(10).reshape(2, 5)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    pruned = pruned_of(net, ids, families="ffn")
+    pruned = prune_live(net, ids, families="ffn")
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-    small, eager = pruned.model, oracle(net, pruned)
+    small, eager = pruned.model, zero_removed(net, pruned)
     for _ in range(2):
-        assert near(small(ids), eager(ids))
+        assert is_near(small(ids), eager(ids))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())

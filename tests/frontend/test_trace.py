@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
-from mptk import MptkError
+from mptk.errors import InputError, TraceError
 from mptk.features.image_text.image_forms import AnyImages
 from mptk.ir.program import count_parameters
-from mptk.testing import draw_tokens, make_decoder, measure_largest
+from mptk.testing import draw_tokens, expect_error, make_decoder, measure_largest
 from passes.frontend.trace import trace_to_program
 
 X = torch.randn(2, 5, 6)
@@ -48,6 +48,7 @@ def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> N
     net = Net().eval()
     program = trace_to_program(net, (X,))
     assert measure_largest(program(X), net(X)) == 0
+    assert measure_largest(program.to_exported().module()(X), net(X)) == 0
     weights = dict(net.named_parameters(remove_duplicate=False))
     for name in program.parameters:
         assert program.state[name].data_ptr() == weights[name].data_ptr()
@@ -62,6 +63,7 @@ def test_weights_have_the_modules_own_names() -> None:
     assert {alias, name} == {"first.weight", "second.weight"}
     assert set(program.parameters) >= {name, "norm.weight", "norm.bias"}
     assert program.state_dict().keys() == net.state_dict().keys()
+    assert count_parameters(program) == sum(p.numel() for p in net.parameters())
     Net().load_state_dict(program.state_dict())
     assert "derived" in program.state
     assert "derived" not in program.state_dict()
@@ -81,11 +83,6 @@ def test_a_module_without_weights_has_its_own_tensors_again_after_a_trace() -> N
     before = {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]}
     trace_to_program(net, (X,))
     assert {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]} == before
-
-
-def test_tied_weights_count_once() -> None:
-    net = Net()
-    assert count_parameters(trace_to_program(net, (X,))) == sum(p.numel() for p in net.parameters())
 
 
 def test_buffers_of_one_shape_are_told_apart_without_values() -> None:
@@ -175,17 +172,18 @@ def test_what_does_not_reach_the_result_is_dropped(kind: str) -> None:
     assert users == {"first.weight", "first.bias"}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_dynamic_program_runs_at_other_sizes(architecture: str) -> None:
-    net = make_decoder(architecture)
+def test_a_dynamic_program_runs_at_other_sizes() -> None:
+    net = make_decoder("llama", num_hidden_layers=1)
     program = trace_to_program(net, (draw_tokens(),), dynamic=True)
+    assert program.length is None
     for ids in (draw_tokens(1, 5), draw_tokens(3, 19), draw_tokens(2, 7)):
         with torch.no_grad():
             assert measure_largest(program(ids), net(ids).logits) <= 1e-5
+    assert trace_to_program(net, dynamic=(0,)).length == 7
 
 
 def test_missing_inputs_are_asked_for() -> None:
-    with pytest.raises(MptkError, match="example inputs are missing"):
+    with expect_error(InputError, name="example_inputs"):
         trace_to_program(Net())
 
 
@@ -200,12 +198,11 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_control_flow_on_data_is_refused_in_one_line_and_the_module_left_whole(device: str) -> None:
+def test_control_flow_on_data_is_refused_and_the_module_left_whole(device: str) -> None:
     with torch.device(device):
         net = Branches()
-    with pytest.raises(MptkError, match=r"^torch\.export cannot trace Branches: .*docs/tracing\.md") as caught:
+    with expect_error(TraceError, name="Branches"):
         trace_to_program(net, (X,))
-    assert "\n" not in str(caught.value)
     assert net.up.weight.device.type == device
     assert net.training
 
@@ -226,22 +223,6 @@ class Configured(nn.Module):
 def test_a_forward_without_a_cache_argument_is_given_none() -> None:
     net = Configured()
     assert measure_largest(trace_to_program(net, (X,))(X), net(X)) == 0
-
-
-def test_the_exported_program_is_valid() -> None:
-    program = trace_to_program(Net().eval(), (X,))
-    exported = program.to_exported()
-    assert (
-        measure_largest(
-            exported.module()(X)[0] if isinstance(exported.module()(X), tuple) else exported.module()(X), program(X)
-        )
-        == 0
-    )
-
-
-def test_sizes_are_symbolic_in_the_dimensions_that_are_asked_for() -> None:
-    llama = make_decoder("llama")
-    assert [trace_to_program(llama, dynamic=dims).length for dims in (True, (0,))] == [None, 7]
 
 
 class Listed(nn.Module):

@@ -291,7 +291,7 @@ sizes = st.sampled_from([2, 3, 4, 6, 8, 12, 24, 36])
 
 
 @given(size=sizes, data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size: int, data: st.DataObject) -> None:
     """Sound: where the terms differ, no axis at that position may be cut."""
     a, b = data.draw(terms(size)), data.draw(terms(size))
@@ -324,7 +324,7 @@ def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) ->
 
 
 @given(size=sizes, data=st.data())
-@settings(max_examples=100)
+@settings(max_examples=80)
 def test_units_lie_where_enumeration_says(size: int, data: st.DataObject) -> None:
     term = data.draw(terms(size, depth=3))
     choices = list(dict.fromkeys(list_axes(term)))

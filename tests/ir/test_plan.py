@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mptk import FamilyPlan, MptkError, Plan, analyze, trace
+from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.conversions import read_plan_conversions
+from mptk.errors import PlanError
 from mptk.ir.families import Analysis
 from mptk.ir.plan import PLAN_FORMAT
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.testing import make_decoder
+from mptk.testing import expect_error, make_decoder
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
 
@@ -61,6 +62,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 @given(plan=plans())
+@settings(max_examples=40)
 def test_json_gives_the_plan_back(plan: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
@@ -77,60 +79,68 @@ def test_the_file_is_short_and_stable(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "width above of": ({"width": 7}, r'families\.heads: "width" and "of" must be integers'),
-    "width zero": ({"width": 0}, '"width" and "of" must be integers'),
-    "width as text": ({"width": "3"}, '"width" and "of" must be integers'),
-    "width as truth": ({"width": True}, '"width" and "of" must be integers'),
-    "no width": ({"width": None}, '"width" and "of" must be integers'),
-    "no layers": ({"keep": {}}, '"keep" must map each layer'),
-    "layers as a list": ({"keep": ["0-2"]}, '"keep" must map each layer'),
-    "too few": ({"keep": {"layers.0": "0-1"}}, r"families\.heads\.keep\.layers\.0: 2 units kept, but width is 3"),
-    "too few in one scope": ({"keep": {"a": ["0-2", "0-1"]}}, "2 units kept, but width is 3"),
-    "none": ({"keep": {"a": []}}, "0 units kept, but width is 3"),
-    "out of range": ({"keep": {"a": "0-1,6"}}, r"units must be ascending, distinct and in 0\.\.5"),
-    "far out of range": ({"keep": {"a": "0-99999999999999"}}, "units must be ascending"),
-    "negative": ({"keep": {"a": [-1, 0, 1]}}, "units must be ascending"),
-    "descending": ({"keep": {"a": "4,1,0"}}, "units must be ascending"),
-    "twice": ({"keep": {"a": [1, 1, 2]}}, "units must be ascending"),
-    "an open range": ({"keep": {"a": "0-"}}, '"0-" is not a unit or a range'),
-    "words": ({"keep": {"a": "all"}}, '"all" is not a unit or a range'),
-    "odd digits": ({"keep": {"a": "0-1,²"}}, "is not a unit or a range"),
-    "fractions": ({"keep": {"a": [0, 1, 2.5]}}, "expected a list of integers or ranges"),
-    "truth values": ({"keep": {"a": [True, True, True]}}, "expected a list of integers or ranges"),
-    "a number": ({"keep": {"a": 3}}, "expected a list of integers or ranges"),
+WRONG: dict[str, dict[str, Any]] = {
+    "width above of": {"width": 7},
+    "width zero": {"width": 0},
+    "width as text": {"width": "3"},
+    "width as truth": {"width": True},
+    "no width": {"width": None},
+    "no layers": {"keep": {}},
+    "layers as a list": {"keep": ["0-2"]},
+}
+WRONG_ROWS: dict[str, object] = {
+    "too few": "0-1",
+    "too few in one scope": ["0-2", "0-1"],
+    "too many": "0-3",
+    "none": [],
+    "out of range": "0-1,6",
+    "out of range in a list": [0, 1, 6],
+    "far out of range": "0-99999999999999",
+    "negative": [-1, 0, 1],
+    "descending": "4,1,0",
+    "twice": [1, 1, 2],
+    "an open range": "0-",
+    "words": "all",
+    "odd digits": "0-1,²",
+    "fractions": [0, 1, 2.5],
+    "truth values": [True, True, True],
+    "a number": 3,
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_family_is_refused_with_the_place(name: str) -> None:
-    changes, message = WRONG[name]
-    with pytest.raises(MptkError, match=message) as caught:
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        *(pytest.param(changes, "families.heads", id=name) for name, changes in WRONG.items()),
+        *(pytest.param({"keep": {"a": rows}}, "families.heads.keep.a", id=n) for n, rows in WRONG_ROWS.items()),
+    ],
+)
+def test_a_wrong_family_is_refused_with_the_place(changes: dict[str, Any], place: str) -> None:
+    with expect_error(PlanError, name=f"plan: {place}"):
         Plan.from_json(body(**changes))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "place"),
     [
-        ([], '"format" is not "mptk-plan/1"'),
-        ({"families": {}}, '"format" is not "mptk-plan/1"'),
-        ({"format": "mptk-plan/9", "families": {}}, '"format" is not "mptk-plan/1"'),
-        ({"format": PLAN_FORMAT}, '"families" is not an object'),
-        ({"format": PLAN_FORMAT, "families": {"heads": 3}}, r"families\.heads is not an object"),
-        ({"format": PLAN_FORMAT, "families": {}, "meta": [1]}, '"meta" is not an object'),
+        ([], "plan"),
+        ({"families": {}}, "plan"),
+        ({"format": "mptk-plan/9", "families": {}}, "plan"),
+        ({"format": PLAN_FORMAT}, "plan"),
+        ({"format": PLAN_FORMAT, "families": {"heads": 3}}, "plan: families.heads"),
+        ({"format": PLAN_FORMAT, "families": {}, "meta": [1]}, "plan"),
     ],
 )
-def test_a_wrong_plan_is_refused(data: Any, message: str) -> None:
-    with pytest.raises(MptkError, match=message):
+def test_a_wrong_plan_is_refused(data: Any, place: str) -> None:
+    with expect_error(PlanError, name=place):
         Plan.from_json(data)
 
 
 # ---- against a model ----
 
 
-@pytest.fixture(scope="module")
-def analysis() -> Analysis:
+@functools.cache
+def analyze_mixtral() -> Analysis:
     return analyze(trace(make_decoder("mixtral", meta=True)))
 
 
@@ -148,7 +158,8 @@ def fitting(analysis: Analysis) -> dict[str, Any]:
     return {"format": PLAN_FORMAT, "families": families}
 
 
-def test_a_plan_that_fits(analysis: Analysis) -> None:
+def test_a_plan_that_fits() -> None:
+    analysis = analyze_mixtral()
     cut = resolve_plan(analysis, Plan.from_json(fitting(analysis)))
     group = analysis.family("q_heads").groups[0]
     assert cut.choices[group.axis].table.tolist() == [[True, True, False], [False, True, True]]
@@ -157,49 +168,31 @@ def test_a_plan_that_fits(analysis: Analysis) -> None:
     assert cut.sizes[channels.axis] == 40
 
 
-UNFIT: dict[str, tuple[list[Any], Any, str]] = {
-    "unknown family": (
-        ["families", "wings"],
-        {"width": 1, "of": 2, "keep": {"a": "0"}},
-        "no family 'wings'; there are",
-    ),
-    "other size": (["families", "ffn", "of"], 90, "ffn has 80 units in this model, not 90"),
-    "unknown layer": (
-        ["families", "ffn", "keep", "model.layers.7.mlp"],
-        "0-39",
-        "ffn has no layer 'model.layers.7.mlp'",
-    ),
+UNFIT: dict[str, tuple[list[str], Any, str]] = {
+    "unknown family": (["wings"], {"width": 1, "of": 2, "keep": {"a": "0"}}, "wings"),
+    "other size": (["ffn", "of"], 90, "ffn"),
+    "unknown layer": (["ffn", "keep", "model.layers.7.mlp"], "0-39", "ffn"),
+    "layer left out": (["ffn", "keep"], {"model.layers.0.mlp.experts": "0-39"}, "ffn"),
     "too narrow": (
-        ["families", "experts"],
+        ["experts"],
         {"width": 1, "of": 5, "keep": {"model.layers.0.mlp": "0", "model.layers.1.mlp": "0"}},
-        "experts cannot have width 1: it needs at least 2",
+        "experts",
     ),
-    "rows": (
-        ["families", "q_heads", "keep", "model.layers.0.self_attn"],
-        ["0-1"] * 3,
-        "has 3 rows of units; give 1 or 2",
-    ),
+    "rows": (["q_heads", "keep", "model.layers.0.self_attn"], ["0-1"] * 3, "q_heads"),
 }
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_plan_that_does_not_fit_the_model_is_refused(analysis: Analysis, name: str) -> None:
-    path, value, message = UNFIT[name]
-    data = copy.deepcopy(fitting(analysis))
-    place = data
+def test_a_plan_that_does_not_fit_the_model_is_refused(name: str) -> None:
+    path, value, family = UNFIT[name]
+    data = fitting(analyze_mixtral())
+    place = data["families"]
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    with pytest.raises(MptkError, match=message) as caught:
-        resolve_plan(analysis, Plan.from_json(data))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_layer_left_out_is_refused(analysis: Analysis) -> None:
-    data = fitting(analysis)
-    del data["families"]["ffn"]["keep"]["model.layers.1.mlp.experts"]
-    with pytest.raises(MptkError, match=r"ffn has no entry for layer 'model\.layers\.1\.mlp\.experts'"):
-        resolve_plan(analysis, Plan.from_json(data))
+    with expect_error(PlanError, name=family) as refused:
+        resolve_plan(analyze_mixtral(), Plan.from_json(data))
+    assert bool(refused.value.nearest) == (name == "unknown family")
 
 
 def test_the_documented_examples_are_plans() -> None:
@@ -225,16 +218,14 @@ def test_conversions_are_read_as_they_were_written() -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize(
-    ("name", "entry", "said"),
+    ("name", "entry", "place"),
     [
-        *(("kv_heads", {"width": w, "of": 8}, '"width" and "of" must be integers') for w in (3, 8, 0, None)),
-        ("vocabulary", {**TOKENS, "keep": "0-2,9"}, "0..8"),
-        ("vocabulary", {**TOKENS, "keep": "0-2"}, "3 units kept, but width is 4"),
-        ("vocabulary", {**TOKENS, "keep": None}, "expected a list"),
-        ("kv_heads", 2, "is not an object"),
-        ("kv_head", HEADS, "is not an entry of a plan"),
+        *(("kv_heads", {"width": w, "of": 8}, "kv_heads") for w in (3, 8, 0, None)),
+        *(("vocabulary", {**TOKENS, "keep": keep}, "plan: vocabulary.keep.tokens") for keep in ("0-2,9", "0-2", None)),
+        ("kv_heads", 2, "plan"),
+        ("kv_head", HEADS, "kv_head"),
     ],
 )
-def test_a_wrong_entry_of_a_conversion_is_refused(name: str, entry: object, said: str) -> None:
-    with pytest.raises(MptkError, match=f"plan: .*{name}.*{said}"):
+def test_a_wrong_entry_of_a_conversion_is_refused(name: str, entry: object, place: str) -> None:
+    with expect_error(PlanError, name=place):
         read_plan_conversions(Plan.from_json({**Plan({}).to_json(), name: entry}))

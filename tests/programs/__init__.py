@@ -1,7 +1,7 @@
 """Random programs: small modules composed of every op family that has rules, and what must hold of each when cut.
 
 ``catalogue`` holds the steps by name, ``program`` the description of a program and its module, ``strategy`` draws
-descriptions with hypothesis, ``oracles`` checks one. A new step is a function in the file of its op family.
+descriptions from seeds, ``oracles`` checks one. A new step is a function in the file of its op family.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .catalogue import CATALOGUE, Step
 from .oracles import FAILURES, Outcome, check
 from .program import Program, build, inputs_of
 from .reducing import cause_of, reduced
-from .strategy import programs, seeded
+from .strategy import seeded
 
 __all__ = [
     "CATALOGUE",
@@ -25,7 +25,6 @@ __all__ = [
     "cause_of",
     "check",
     "inputs_of",
-    "programs",
     "reduced",
     "seeded",
 ]

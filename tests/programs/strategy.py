@@ -1,12 +1,10 @@
-"""Draws the description of a program: from a seed, or with hypothesis, which can make it smaller as well."""
+"""Draws the description of a program from a seed."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from hypothesis import strategies as st
 
 from .catalogue import CATALOGUE, Step
 from .program import FORMS, SOURCES, WIDTHS, Program
@@ -45,9 +43,3 @@ def seeded(seed: int, family: str = "") -> Program:
         program = describe(choose)
         if not family or any(CATALOGUE[step.kind].family == family for step in program.steps):
             return program
-
-
-@st.composite
-def programs(draw: Any) -> Program:
-    """Programs, for ``hypothesis.given``."""
-    return describe(lambda options: draw(st.sampled_from(options)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_decoders import FUSED, GROUPED, SLIDING, tiny_decoder
+from tiny_decoders import FUSED, SLIDING, tiny_decoder
 from transformers import BloomConfig
 
 import mptk
@@ -26,8 +26,7 @@ def listing(analysis: Analysis) -> list[tuple[str, int, int, int]]:
 @pytest.mark.parametrize(
     ("kind", "families", "heads"),
     [
-        (GROUPED, ("kv_groups", "q_heads", "v_dim", "ffn"), 1),
-        (SLIDING, ("kv_groups", "ffn"), 1),
+        (SLIDING, ("kv_groups", "q_heads", "v_dim", "ffn"), 1),
         (FUSED, ("heads", "ffn"), 3),
     ],
 )

@@ -17,9 +17,10 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from mptk import FamilyPlan, MptkError, Plan, analyze, prune, testing, trace
+from mptk import FamilyPlan, Plan, ProofError, analyze, prune, testing, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.testing import expect_error
 from passes.analysis.rules.resizer import scale_of
 from passes.transforms.fold_norms import FoldNorms, find_unfoldable
 from passes.transforms.masked_reference import mask
@@ -205,7 +206,6 @@ def test_calls_without_users_that_count_stay() -> None:
     assert (folded(X) - masked(X)).abs().max() <= 1e-6 * masked(X).abs().max()
 
 
-@pytest.mark.long
 def test_a_class_that_gives_an_epsilon_to_norms_of_small_values_cannot_hold_the_cut() -> None:
     """Qwen3-Next has one field for all norms; what its linear attention gives to one of them is about as small."""
     heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -214,7 +214,6 @@ def test_a_class_that_gives_an_epsilon_to_norms_of_small_values_cannot_hold_the_
     config = Qwen3NextConfig(vocab_size=97, intermediate_size=40, num_experts=2, **heads, **sizes, **layers)
     torch.manual_seed(0)
     asked = {"sparsity": 0.33, "tolerance": 0.1, "align": 1, "method": "magnitude", "families": ("hidden",)}
-    said = r"reloaded checkpoint.*nothing was published. The cut changes the epsilon .* only target=.graph. can hold"
     ids = torch.randint(2, 97, (4, 32))
-    with pytest.raises(MptkError, match=said):
+    with expect_error(ProofError):
         prune(Qwen3NextForCausalLM(config), data=ids, onnx=False, eval_windows=1, progress=None, **asked)

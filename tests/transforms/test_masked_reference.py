@@ -7,19 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoder_analyses import analyze_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mptk import analyze, testing, trace
+from mptk import testing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.testing import draw_plan
 from passes.transforms.masked_reference import mask
-
-
-def analysis_and_cut(architecture: str) -> tuple[Analysis, Cut]:
-    analysis = analyze(trace(testing.make_decoder(architecture)))
-    return analysis, resolve_plan(analysis, draw_plan(analysis))
 
 
 def with_masked_weights(analysis: Analysis, cut: Cut) -> Program:
@@ -36,7 +32,8 @@ def with_masked_weights(analysis: Analysis, cut: Cut) -> Program:
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
 def test_no_bit_differs_from_weights_masked_beforehand(architecture: str) -> None:
     """gpt2: layer norms over the cut residual width. mixtral: each expert keeps its own units."""
-    analysis, cut = analysis_and_cut(architecture)
+    analysis = analyze_decoder(architecture)
+    cut = resolve_plan(analysis, draw_plan(analysis))
     ids = testing.draw_tokens()
     assert torch.equal(mask(analysis, cut)(ids), with_masked_weights(analysis, cut)(ids))
     assert not torch.equal(mask(analysis, cut)(ids), analysis.program(ids))
@@ -58,7 +55,7 @@ class Alive(TorchDispatchMode):
 
 
 def test_no_weight_is_copied_but_while_it_is_used() -> None:
-    analysis, _ = analysis_and_cut("llama")
+    analysis = analyze_decoder("llama")
     cut = resolve_plan(analysis, draw_plan(analysis, ["ffn"]))
     program = mask(analysis, cut)
     assert all(program.state[name] is tensor for name, tensor in analysis.program.state.items())

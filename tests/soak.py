@@ -250,12 +250,14 @@ def grown(sizes: list[int], files: list[int]) -> list[str]:
 def write_inputs(place: Path) -> None:
     """Models of every kind, data for them, and empty folders for the cache and temporary files."""
     sys.path.insert(0, str(Path(__file__).parent))
-    import kinds
     import toy_checkpoints as toys
 
     from mptk import testing
+    from mptk.testing.kinds import write_data
 
-    kinds.write_all(place / "kinds")
+    for kind in testing.MODEL_KINDS:
+        testing.write_kind(kind, place / "kinds" / kind)
+    write_data(place / "kinds")
     testing.save_model(testing.make_llama(), place / "llama")
     toys.write_gguf(testing.make_llama(), testing.make_tokenizer(), place / "toy.gguf")
     shutil.copy(place / "kinds" / "text.txt", place)

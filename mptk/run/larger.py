@@ -91,7 +91,8 @@ def keep_reachable(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
         return prepared
     if why := find_refusal(prepared.analysis, prepared.families):
         raise BudgetError(
-            f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size"
+            f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size",
+            name="families",
         )
     refused: list[MptkError] = []
 

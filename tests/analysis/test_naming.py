@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from kinds import MODELS
 from torch import nn
 from traces import remembered
 
@@ -23,7 +22,7 @@ NAMES = {
 @pytest.mark.parametrize("kind", NAMES)
 def test_an_axis_that_stays_has_the_name_of_what_it_is(kind: str) -> None:
     with remembered():
-        analysis = mptk.analyze(MODELS[kind]())
+        analysis = mptk.analyze(testing.MODEL_KINDS[kind].make())
     found = {weight: axis.name for axis in analysis.blocked for weight in axis.weights}
     assert {weight: found[weight] for weight in NAMES[kind]} == NAMES[kind]
 
@@ -38,4 +37,4 @@ def test_the_rows_of_a_table_are_the_vocabulary_of_a_tied_head_too(tied: bool) -
 
 def test_to_keep_the_size_of_embeddings_is_refused_as_it_stays_anyway() -> None:
     with pytest.raises(MptkError, match=r"^hidden is no family, and keeps its \d+ channels: it is the model's output;"):
-        tie_layers(mptk.analyze(MODELS["encoder"]()), Settings(keep=("hidden",)))
+        tie_layers(mptk.analyze(testing.MODEL_KINDS["encoder"].make()), Settings(keep=("hidden",)))

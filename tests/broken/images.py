@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import kinds
 from graph_damage import exchanged
-from pictures import IMAGE, llava, processor, write_captions
+from pictures import IMAGE, write_captions, write_llava
 
 import mptk
+from mptk.testing import Laboratory
 from tests.broken import Broken, Published
 from tests.broken.graphs import (
     NEW,
@@ -41,13 +41,9 @@ GRAPH, VISION, EMBED, DECODER = (
 def publish(kind: str, place: Path) -> Published:
     remember()
     if kind == VIT:
-        kinds.write_all(place / "dense")
-        name = "image classifier"
-        mptk.prune(str(place / "dense" / name), place / "out", kinds.settings(place / "dense", name, onnx=True))
-        return Published(place / "out", mptk.verify)
+        return Published(Laboratory(place).prune("image classifier", place / "out", onnx=True), mptk.verify)
     dense = place / "dense"
-    llava().save_pretrained(dense)
-    processor().save_pretrained(dense)
+    write_llava(dense)
     widths = {"ffn.1": 64, "ffn.2": 96}
     settings = mptk.Settings(
         method="magnitude", samples=4, length=12, eval_windows=2, eval_length=12, align=1,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import kinds
 import torch
 from graph_damage import exchanged
 from transformers import BartConfig, BartForConditionalGeneration
 
 import mptk
-from mptk.testing import make_tokenizer
+from mptk.testing import Laboratory, save_model, write_kind
+from mptk.testing.kinds import TOKEN_COUNT
 from tests.broken import Broken, Published
 from tests.broken.graphs import (
     Change,
@@ -35,14 +35,15 @@ T5, BART = "T5", "BART"
 
 def publish(kind: str, place: Path) -> Published:
     remember()
-    kinds.write_all(place / "dense")
-    name = "encoder-decoder"
+    laboratory = Laboratory(place)
+    asked = laboratory.make_settings("encoder-decoder", onnx=True, length=40)
+    dense = place / "dense"
     if kind == BART:
         sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in HALVES.items()}
         torch.manual_seed(0)
         model = BartForConditionalGeneration(
             BartConfig(
-                vocab_size=kinds.VOCAB,
+                vocab_size=TOKEN_COUNT,
                 d_model=24,
                 max_position_embeddings=64,
                 pad_token_id=1,
@@ -53,11 +54,10 @@ def publish(kind: str, place: Path) -> Published:
                 **sizes,
             )
         )
-        name = "bart"
-        model.save_pretrained(place / "dense" / name)
-        make_tokenizer().save_pretrained(place / "dense" / name)
-    settings = kinds.settings(place / "dense", name, onnx=True, data=str(place / "dense" / "text.txt"), length=40)
-    mptk.prune(str(place / "dense" / name), place / "out", settings)
+        save_model(model, dense)
+    else:
+        write_kind("encoder-decoder", dense)
+    mptk.prune(str(dense), place / "out", asked)
     return Published(place / "out", mptk.verify)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import kinds
 import pytest
 import torch
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
@@ -18,6 +17,7 @@ from mptk.reading import make_typed
 from mptk.report.page.charts import write_bench_plot
 from mptk.report.sections import build_bench_view
 from mptk.report.view import render_markdown
+from mptk.testing import MODEL_KINDS
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 
@@ -184,7 +184,7 @@ def other_kinds(tmp_path_factory):
     root, found = tmp_path_factory.mktemp("kinds"), {}
     for kind in ("encoder", "image classifier", "speech"):
         torch.manual_seed(0)
-        found[kind] = export(kinds.MODELS[kind]().eval(), root / kind, quantize=["int8"])
+        found[kind] = export(MODEL_KINDS[kind].make().eval(), root / kind, quantize=["int8"])
     return found
 
 
@@ -216,7 +216,7 @@ def test_each_graph_of_a_model_that_is_no_plain_decoder_is_run(other_kinds, kind
 @pytest.mark.features
 def test_operations_of_an_encoder_of_speech_are_what_its_sizes_say(other_kinds):
     """Two convolutions over 8 channels and 100 frames, of which the second halves these, then two blocks."""
-    config = kinds.MODELS["speech"]().config
+    config = MODEL_KINDS["speech"].make().config
     width, ffn, frames = config.d_model, config.encoder_ffn_dim, 50
     convolutions = 3 * width * (8 * 2 * frames + width * frames)
     block = frames * (4 * width * width + 2 * width * ffn + 2 * frames * width)

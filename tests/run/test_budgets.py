@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk import MptkError
+from mptk.testing import Laboratory
 
 LAYERS, HEADS, GROUPS, DIM, FFN = 2, 8, 4, 8, 96
 SETTINGS = mptk.Settings(method="magnitude", samples=2, length=16, align=1, onnx=False, portable=False, tolerance=0.02)
@@ -84,9 +85,10 @@ def test_layers_that_go_take_their_cache(model: LlamaForCausalLM) -> None:
     assert found.report.cost["pruned"]["kv_cache"] == cache(GROUPS, 4096) / LAYERS
 
 
-def test_a_model_without_a_cache_is_refused(folders: Path) -> None:
+def test_a_model_without_a_cache_is_refused(laboratory: Laboratory) -> None:
+    data = str(laboratory.open_data("encoder"))
     with pytest.raises(MptkError, match="a bare encoder keeps no KV cache"):
-        mptk.prune(str(folders / "encoder"), None, SETTINGS, budget="kv-cache", data=str(folders / "text.txt"))
+        mptk.prune(str(laboratory.open_model("encoder")), None, SETTINGS, budget="kv-cache", data=data)
 
 
 @pytest.mark.features

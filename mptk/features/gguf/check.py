@@ -268,11 +268,14 @@ def _check_tensor(found: GgufFile, tensor: ReaderTensor, weight: npt.NDArray[np.
     """Bit by bit against the weight rounded again; and number by number, as rounding may itself be wrong."""
     kind, said = tensor.tensor_type, f"the proof fails: {tensor.name} in {found.file.name} is not the folder's"
     if tensor.data.tobytes() != gguf.quantize(weight, kind).tobytes():
-        raise ProofError(f"{said}; {WRITE_AGAIN}")
+        raise ProofError(f"{said}; {WRITE_AGAIN}", name=tensor.name)
     read = gguf.dequantize(tensor.data, kind).reshape(weight.shape)
     error = np.abs(read - weight)
     if not (error <= _compute_allowed(weight, kind)).all():
-        raise ProofError(f"{said}: it differs by {float(error.max()):.2g}, more than {kind.name} rounds; {WRITE_AGAIN}")
+        raise ProofError(
+            f"{said}: it differs by {float(error.max()):.2g}, more than {kind.name} rounds; {WRITE_AGAIN}",
+            name=tensor.name,
+        )
     largest = float(np.abs(weight).max()) if weight.size else 0.0
     return float(error.max()) / largest if largest else 0.0
 
@@ -545,20 +548,24 @@ def _derive_templates(tokenizer: PreTrainedTokenizerBase) -> GgufFields:
 def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str) -> None:
     """Raise ProofError unless the tokenizer splits text in llama.cpp's way ``name``. ``said``: the error's start."""
     if name not in SPLITTING:
-        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {WRITE_AGAIN}")
+        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {WRITE_AGAIN}", name=PRE)
     # Expressions that look different may split alike, so what they do to texts is compared.
     patterns, whole_words = SPLITTING[str(name)]
     backend = tokenizer.backend_tokenizer
     own = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(each), "isolated") for each in patterns])
     if bool(json.loads(backend.to_str())["model"].get("ignore_merges")) != whole_words:
         taken = "first" if whole_words else "not first"
-        raise ProofError(f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {WRITE_AGAIN}")
+        raise ProofError(
+            f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {WRITE_AGAIN}", name=PRE
+        )
     for text in TEXTS:
         one, other = _split_places(own, text), _split_places(backend.pre_tokenizer, text)
         if one != other:
             at = next((b for a, b in zip(one, other, strict=False) if a != b), other[-1])
             what = repr(text[slice(*at)])
-            raise ProofError(f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {WRITE_AGAIN}")
+            raise ProofError(
+                f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {WRITE_AGAIN}", name=PRE
+            )
 
 
 def _split_places(splitter: pre_tokenizers.PreTokenizer | None, text: str) -> Sequence[tuple[int, int]]:

@@ -329,7 +329,10 @@ def check_kind(tokenizer: Json) -> None:
     if model.get("type") not in ("BPE", "WordPiece", "Unigram", "WordLevel"):
         raise ModelError(f"a tokenizer of the kind {model.get('type')} cannot be trimmed; leave out --vocabulary")
     if model.get("dropout"):
-        raise ModelError("a tokenizer with dropout reads a text differently each time; set dropout to null in its file")
+        raise ModelError(
+            "a tokenizer with dropout reads a text differently each time; set dropout to null in its file",
+            name="dropout",
+        )
 
 
 def find_spelling_tokens(tokenizer: Json) -> set[str]:

@@ -158,7 +158,9 @@ def _check_structure(expected: ir.Model, quantized: ir.Model, scheme: str, unlik
 
 
 def _fail(scheme: str, what: str) -> None:
-    raise ProofError(f"the proof fails at '{scheme} weights': {what}; quantise the model again")
+    raise ProofError(
+        f"the proof fails at '{scheme} weights': {what}; quantise the model again", name=f"{scheme} weights"
+    )
 
 
 def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> tuple[dict[str, float], ir.Model]:

@@ -91,8 +91,11 @@ def test_masks_are_learned_among_the_units_that_are_left(llama: str, text: str, 
 
 
 def test_biases_that_make_up_for_units_add_up(gpt2: str, text: str, tmp_path: Path) -> None:
-    found = mptk.ladder(gpt2, tmp_path / "m", [0.1, 0.2], data=text, **{**ASKED, "method": "flap"})
+    stages: list[str] = []
+    asked = {**ASKED, "method": "flap", "progress": lambda stage, *_: stages.append(stage)}
+    found = mptk.ladder(gpt2, tmp_path / "m", [0.1, 0.2], data=text, **asked)
     require_ladder(found, [0.1, 0.2])
+    assert (stages.count("trace"), stages.count("legalise")) == (1, 2)
     larger, smaller = (load_file(each.place / "compensation.safetensors") for each in found)
     assert larger.keys() <= smaller.keys()
     assert any(not torch.equal(larger[name], smaller[name]) for name in larger)
@@ -172,7 +175,7 @@ def test_each_size_trains_on_windows_of_its_own_and_is_measured_on_the_same(trai
 # ---- stopped and resumed ----
 
 
-@pytest.mark.parametrize("stop", [[("recover", 2)], ["sparsity 0.4", "write stock"]])
+@pytest.mark.parametrize("stop", [[("recovery", 2)], ["sparsity 0.4", "write stock"]])
 def test_a_stopped_ladder_goes_on_with_the_size_that_was_interrupted(
     llama: str, text: str, trained: list[Pruned], tmp_path: Path, stop: list[Any]
 ) -> None:

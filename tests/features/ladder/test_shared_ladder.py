@@ -164,7 +164,7 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
 # ---- stopped and resumed ----
 
 
-@pytest.mark.parametrize("stop", [[("recover", 5)], ["prove", "write stock"]])
+@pytest.mark.parametrize("stop", [[("recovery", 5)], ["prove", "write stock"]])
 def test_a_stopped_run_goes_on_to_the_same_weights(
     llama: str, text: str, shared: list[Pruned], tmp_path: Path, stop: list[Any]
 ) -> None:

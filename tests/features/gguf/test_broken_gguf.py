@@ -130,7 +130,7 @@ def test_the_command_proves_a_gguf_file(written: Published) -> None:
         (["verify", file], InputError, "like"),
         (["verify", folder, "--like", folder], InputError, "like"),
         (["verify", missing, "--like", folder], FileError, str(missing)),
-        (["gguf", "smollm2-135m", "--out", "x.gguf"], InputError, "smollm2-135m"),
+        (["gguf", "smollm2-135m", "--out", "x.gguf"], FileError, "smollm2-135m"),
     ):
         error = CliRunner().invoke(app, [str(word) for word in words]).exception
         assert isinstance(error, kind)

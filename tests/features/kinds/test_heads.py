@@ -185,11 +185,12 @@ def test_figures_are_means_over_positions() -> None:
         pairs = [(logits[:, :, i, j], reference[:, :, i, j]) for i in range(3) for j in range(4)]
         return sum(float(figure(*pair)) for pair in pairs) / 12
 
+    assert float(sum_agreement(logits, logits, 1)) == len(logits)
     assert float(sum_agreement(logits, reference, 1)) == pytest.approx(each(sum_agreement))
     assert float(sum_divergence(logits, reference, 1)) == pytest.approx(each(sum_divergence), rel=1e-5)
 
 
-@pytest.mark.parametrize("text", ["1,2\n3,4", "a,b,c\n1,2,3\n4,5", "1,2,x", ""])
+@pytest.mark.parametrize("text", ["1,2\n3,4", "1,2,3\n4,5,6", "a,b,c\n1,2,3\n4,5", "1,2,x", ""])
 @pytest.mark.filterwarnings("ignore:loadtxt")
 def test_a_wrong_series_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(text)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import mptk
 from mptk import Plan, ProofError, testing
-from mptk.errors import AnalysisError, BudgetError, InputError, ModelError, PlanError
+from mptk.errors import AnalysisError, BudgetError, FileError, InputError, ModelError, PlanError
 from mptk.features.kv_heads import convert as merging
 from mptk.publish.manifest import write_manifest
 from mptk.testing import expect_error
@@ -160,7 +160,7 @@ def test_a_report_or_a_plan_of_other_heads_is_not_believed(cut: Path, dense: str
     content["rows"]["kv_heads"]["of"] = 4
     (copy / "report.json").write_text(json.dumps(content))
     write_manifest(copy)
-    with expect_error(ProofError):
+    with expect_error(FileError, name="kv_heads"):
         mptk.verify(copy)
     plan = json.loads((cut / "plan.json").read_text())
     plan["kv_heads"] = {"width": 1, "of": 3}

@@ -270,7 +270,7 @@ def test_a_folder_that_cannot_be_cut_further_is_refused(
     for model, larger, more, refusal, name in (
         (gpt2, place, {}, InputError, "larger"),
         (llama, tmp_path / "depth", {}, InputError, "larger"),
-        (llama, place, {"widths": {"ffn": 80}}, InputError, "widths"),
+        (llama, place, {"widths": {"ffn": 80}}, BudgetError, "ffn"),
         (llama, place, {"kv_heads": 1}, InputError, "larger"),
         (llama, tmp_path / "none", {}, FileError, str(tmp_path / "none")),
     ):
@@ -305,7 +305,7 @@ def test_the_command_makes_a_ladder_and_report_shows_it_side_by_side(llama: str,
 def test_ctrl_c_says_which_sizes_are_finished(llama: str, text: str, tmp_path: Path, inside: Inside) -> None:
     inside.stop("mptk.targets.stock.write_checkpoint", 2, KeyboardInterrupt)
     command = ["prune", llama, *OPTIONS, "--data", text, "--out", str(tmp_path / "m"), "--ladder", "0.2,0.4"]
-    said = CliRunner().invoke(app, command).output
+    said = str(CliRunner().invoke(app, command).exception)
     first, second = (str(tmp_path / "m" / size) for size in ("0.2", "0.4"))
     assert f"finished: {first}; nothing was published. {second}.run keeps the finished stages" in said
 

@@ -238,7 +238,7 @@ def test_what_cannot_share_is_refused_before_any_work(
 
 
 def test_one_size_shares_with_nobody(llama: str, text: str, tmp_path: Path, shared: list[Pruned]) -> None:
-    with expect_error(InputError, name="shared"):
+    with expect_error(InputError):
         mptk.prune(llama, tmp_path / "m", data=text, **{**ASKED, "shared": True})
     more = {name: ASKED[name] for name in ("length", "onnx", "eval_length", "eval_windows", "progress")}
     found = mptk.recover(shared[1].place, tmp_path / "more", data=text, steps=2, batch=2, **more)
@@ -279,10 +279,10 @@ def test_a_size_that_is_not_written_yet_says_how(shared: list[Pruned], use: Call
 
 
 def test_sizes_are_listed_by_number_the_largest_model_first(tmp_path: Path) -> None:
-    for name in ("0.5", "0.35", "0.123", "0.4", "mine"):
+    for name in ("0.5", "0.35", "0.123", "0.4", "1e-05", "mine"):
         (tmp_path / "rungs" / name).mkdir(parents=True)
         (tmp_path / "rungs" / name / "mptk.json").touch()
-    assert list_rung_sizes(tmp_path) == ["0.123", "0.35", "0.4", "0.5", "mine"]
+    assert list_rung_sizes(tmp_path) == ["1e-05", "0.123", "0.35", "0.4", "0.5", "mine"]
 
 
 def test_names_in_a_manifest_lead_nowhere(shared: list[Pruned], tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_the_command_says_what_is_safe_and_how_to_cut(llama: str, place: Path) -
     assert "How far can" in page
     assert shlex.split(command)[:3] == ["mptk", "prune", llama]
     run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
-    assert mptk.Report.read("dense-pruned").sparsity == pytest.approx(found["recommended"]["sparsity"])
+    assert mptk.Report.read("decoder-pruned").sparsity == pytest.approx(found["recommended"]["sparsity"])
 
 
 @pytest.mark.parametrize(

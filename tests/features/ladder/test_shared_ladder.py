@@ -122,7 +122,7 @@ def test_what_is_published_is_what_was_trained(shared: list[Pruned]) -> None:
     "more",
     [
         {"hidden_loss": 1.0, "dtype": "bfloat16", "max_shard_size": 30_000},
-        {"steps": 0, "reconstruct": False, "target": "graph"},
+        {"steps": 0, "reconstruct": False},
         {"precision": "bf16", "teacher": "cached", "micro": 1},
     ],
 )
@@ -266,7 +266,7 @@ def test_a_size_that_is_not_there_and_folders_that_changed(shared: list[Pruned],
         mptk.rung(place, 0.4, tmp_path / "small")
     (place / "rungs/0.4/config.json").unlink()
     write_manifest(place)
-    with expect_error(FileError, name="config.json"):
+    with expect_error(ProofError, name="config.json"):
         mptk.rung(place, 0.4, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 

@@ -50,7 +50,7 @@ def llama(laboratory: Laboratory) -> str:
 @pytest.fixture(scope="module")
 def settings(laboratory: Laboratory) -> mptk.Settings:
     said = " ".join(random.Random(0).choices(WORDS, k=6000))
-    return replace(SETTINGS, data=str(laboratory.keep("width search/text.txt", lambda file: file.write_text(said))))
+    return replace(SETTINGS, data=str(laboratory.keep("width-search/text.txt", lambda file: file.write_text(said))))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def trained(llama: str, settings: mptk.Settings, laboratory: Laboratory) -> Shap
         found = mptk.shapes(llama, settings=settings, progress=None, **TRAINED)
         file.write_text(json.dumps(found.to_json()))
 
-    return make_typed(Shapes, json.loads(laboratory.keep("width search/shapes.json", search).read_text()))
+    return make_typed(Shapes, json.loads(laboratory.keep("width-search/shapes.json", search).read_text()))
 
 
 def shape(loss: float, *after: float, parameters: float = 100.0, **widths: int) -> Shape:
@@ -217,7 +217,9 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(
     assert " --method wanda " in command
     run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
     cut = {
-        f"{name}={f['width']}" for name, f in mptk.Report.read("dense-pruned").families.items() if f["width"] < f["of"]
+        f"{name}={f['width']}"
+        for name, f in mptk.Report.read("decoder-pruned").families.items()
+        if f["width"] < f["of"]
     }
     assert cut
     assert cut <= {word for word in shlex.split(command) if "=" in word}

@@ -285,7 +285,7 @@ def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.S
         replace(settings, search=True, larger="runs/a")
     widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
     for more, kind, name in (
-        ({"widths": widths}, InputError, "search"),
+        ({"widths": widths}, InputError, "widths"),
         ({"search_tokens": 64}, DataError, "search_tokens"),
         ({"layers": "free", "target": "graph"}, InputError, "search"),
         ({"layers": "0-1", "target": "graph"}, InputError, "search"),

@@ -287,8 +287,8 @@ def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.S
     for more, kind, name in (
         ({"widths": widths}, InputError, "widths"),
         ({"search_tokens": 64}, DataError, "search_tokens"),
-        ({"layers": "free", "target": "graph"}, InputError, "search"),
-        ({"layers": "0-1", "target": "graph"}, InputError, "search"),
+        ({"layers": "free", "target": "graph"}, InputError, "layers"),
+        ({"layers": "0-1", "target": "graph"}, InputError, "layers"),
     ):
         with expect_error(kind, name=name):
             mptk.prune(llama, settings=settings, search=True, progress=None, **more)

@@ -134,53 +134,19 @@ def typed(inside):
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory, worker_id):
-    """A folder that all workers of a run share."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "shared"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def folders(shared):
-    """A checkpoint of each kind of model (kinds.py), and data for it."""
-    import kinds
-
-    return kinds.made_once(shared, "kinds", kinds.write_all)
-
-
-@pytest.fixture(scope="session")
-def pruned_folder(shared, folders):
-    """Name of a kind → the folder that its checkpoint is pruned to, with ONNX. To be read, not to be changed."""
-    import kinds
-
-    import mptk
-
-    def folder(name):
-        asked = kinds.settings(folders, name, onnx=True)
-        return kinds.made_once(shared, f"pruned {name}", lambda out: mptk.prune(str(folders / name), out, asked))
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def decoder_graphs(shared):
+def decoder_graphs(laboratory):
     """Kind of a tiny decoder → the folder of its ONNX graphs (tiny_decoders.py). To be read, not to be changed."""
-    import kinds
     import tiny_decoders
 
-    return lambda kind: kinds.made_once(shared, f"graphs {kind}", lambda out: tiny_decoders.write_graphs(kind, out))
+    return lambda kind: laboratory.keep(f"graphs/{kind}", lambda out: tiny_decoders.write_graphs(kind, out))
 
 
 @pytest.fixture(scope="session")
-def tiny_folders(shared, _own_cache):
+def tiny_folders(laboratory, _own_cache):
     """Name → a tiny model, an export, a pruned folder, …, for tests that damage copies of them."""
-    import kinds
-
     from tests.bad_inputs.shared import write_folders
 
-    return {path.name: path for path in kinds.made_once(shared, "tiny", write_folders).iterdir()}
+    return {path.name: path for path in laboratory.keep("tiny", write_folders).iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,13 @@ def processor(additional: int = 1) -> LlavaProcessor:
     )
 
 
+def write_llava(folder: Path) -> Path:
+    """A checkpoint of ``llava`` with its processor."""
+    llava().save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
 START, END = 16, 17
 """The tokens around a text of ``clip_processor``."""
 

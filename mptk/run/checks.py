@@ -71,8 +71,7 @@ def check_divides(settings: Settings, asked: str) -> None:
         raise InputError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget", name="budget")
     if divider := settings.divider:
         raise InputError(
-            f"{divider} only ranks shapes whose layers are alike; leave out {divider} or {asked}",
-            name=divider.removeprefix("--"),
+            f"{divider} only ranks shapes whose layers are alike; leave out {divider} or {asked}", name="layers"
         )
 
 

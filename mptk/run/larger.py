@@ -92,7 +92,7 @@ def keep_reachable(prepared: Prepared, sparsities: Sequence[float]) -> Prepared:
     if why := find_refusal(prepared.analysis, prepared.families):
         raise BudgetError(
             f"a ladder cannot have these steps: {why}; name other --families, or prune once for each size",
-            name="sparsities",
+            name="families",
         )
     refused: list[MptkError] = []
 

@@ -18,7 +18,6 @@ from dataclasses import fields
 from importlib.metadata import distributions
 from pathlib import Path
 
-import kinds
 import pytest
 from inside import Inside
 
@@ -160,7 +159,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     return {
         "decoder": testing.save_model(testing.make_llama(), root / "decoder"),
-        "encoder": testing.save_model(kinds.MODELS["encoder"](), root / "encoder"),
+        "encoder": testing.save_model(testing.MODEL_KINDS["encoder"].make(), root / "encoder"),
     }
 
 

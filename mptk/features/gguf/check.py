@@ -548,7 +548,7 @@ def _derive_templates(tokenizer: PreTrainedTokenizerBase) -> GgufFields:
 def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str) -> None:
     """Raise ProofError unless the tokenizer splits text in llama.cpp's way ``name``. ``said``: the error's start."""
     if name not in SPLITTING:
-        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {WRITE_AGAIN}", name=name)
+        raise ProofError(f"{said} is {name!r}, which mptk cannot compare with the folder's; {WRITE_AGAIN}", name=PRE)
     # Expressions that look different may split alike, so what they do to texts is compared.
     patterns, whole_words = SPLITTING[str(name)]
     backend = tokenizer.backend_tokenizer
@@ -556,7 +556,7 @@ def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str)
     if bool(json.loads(backend.to_str())["model"].get("ignore_merges")) != whole_words:
         taken = "first" if whole_words else "not first"
         raise ProofError(
-            f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {WRITE_AGAIN}", name=name
+            f"{said} is {name!r}, which takes whole words {taken}, unlike the folder's; {WRITE_AGAIN}", name=PRE
         )
     for text in TEXTS:
         one, other = _split_places(own, text), _split_places(backend.pre_tokenizer, text)
@@ -564,7 +564,7 @@ def check_splitting(name: object, tokenizer: PreTrainedTokenizerBase, said: str)
             at = next((b for a, b in zip(one, other, strict=False) if a != b), other[-1])
             what = repr(text[slice(*at)])
             raise ProofError(
-                f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {WRITE_AGAIN}", name=name
+                f"{said} is {name!r}, which splits at {what} otherwise than the folder's; {WRITE_AGAIN}", name=PRE
             )
 
 

@@ -141,5 +141,5 @@ def _has_prefix_step(spec: Json) -> bool:
 def _make_tokenizer_error(what: str) -> MptkError:
     return TargetError(
         f"the tokenizer has {what}; give the dense model's GGUF file by --like, which has llama.cpp's form",
-        name="tokenizer",
+        name="like",
     )

@@ -205,7 +205,9 @@ class GgufWeights:
         fused, experts = f"blk.{i}.attn_qkv.weight" in self.tensors, f"blk.{i}.ffn_down_exps.weight" in self.tensors
         keys = (shape("attn_qkv")[0] - queries) // 2 if fused else shape("attn_k")[0]
         if queries % size or keys % size or not (fused or shape("attn_v")[0] == keys):
-            raise TargetError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers")
+            raise TargetError(
+                f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers", name=f"blk.{i}"
+            )
         ffn = shape("ffn_down_exps" if experts else "ffn_down")[-1]
         return LayerWidths(queries // size, keys // size, ffn, shape("ffn_down_exps")[0] if experts else 0)
 
@@ -224,16 +226,21 @@ class GgufWeights:
                 name=self.base.name,
             )
         if not all(layer.experts for layer in sparse):
-            raise TargetError("llama.cpp has layers without experts only before the others; use the folder elsewhere")
+            raise TargetError(
+                "llama.cpp has layers without experts only before the others; use the folder elsewhere",
+                name=self.base.name,
+            )
         if sparse and self.base.counted and self._count_shared() % sparse[0].ffn:
             raise TargetError(
                 f"{self._count_shared()} shared channels are no multiple of an expert's {sparse[0].ffn}, as llama.cpp "
-                f"expects of {self.base.name} models; cut both by the same share"
+                f"expects of {self.base.name} models; cut both by the same share",
+                name=self.base.name,
             )
         if self.base.square and first.heads * self.head_dim != hidden:
             raise TargetError(
                 f"{first.heads} heads of {self.head_dim} are not the hidden size {hidden}, as llama.cpp expects of "
-                f"{self.base.name} models; prune without --no-portable"
+                f"{self.base.name} models; prune without --no-portable",
+                name="portable",
             )
 
     def _describe(self, writer: GGUFWriter) -> None:

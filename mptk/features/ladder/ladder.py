@@ -76,14 +76,15 @@ def check_ladder(sparsities: Sequence[float], settings: Settings) -> None:
         )
     # Each of these decides a size by itself, or lets layers differ.
     given = {
-        "--plan": settings.plan is not None,
-        settings.divider: bool(settings.divider),
-        "--larger": settings.larger is not None,
-        "a latency": settings.max_ms is not None,
-        f"--layers {settings.layers}": settings.layers != UNIFORM,
+        "plan": settings.plan and "--plan",
+        "search": settings.divider,
+        "larger": settings.larger and "--larger",
+        "max_ms": settings.max_ms is not None and "a latency",
+        "layers": settings.layers != UNIFORM and f"--layers {settings.layers}",
     }
-    if wrong := next((name for name, is_given in given.items() if is_given), None):
-        raise InputError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}")
+    for name, wrong in given.items():
+        if wrong:
+            raise InputError(f"a ladder says what each model loses, in all layers alike; leave out {wrong}", name=name)
     if should_share_weights(settings):
         check_shared(settings)
     if 0 < (steps := settings.steps) < len(sparsities):

@@ -333,7 +333,7 @@ def check_kind(tokenizer: Json) -> None:
     if model.get("dropout"):
         raise ModelError(
             "a tokenizer with dropout reads a text differently each time; set dropout to null in its file",
-            name="tokenizer",
+            name="dropout",
         )
 
 

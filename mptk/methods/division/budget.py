@@ -160,7 +160,8 @@ def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
     if set(names) <= set(s.widths):
         if s.divider:
             raise InputError(
-                f"--width fixes every family, so {s.divider} has nothing to choose; leave out one of both", name="width"
+                f"--width fixes every family, so {s.divider} has nothing to choose; leave out one of both",
+                name="widths",
             )
         if not candidates:
             raise TargetError(

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 from commands import done
-from kinds import VAE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import mptk
-from mptk import MptkError, ProofError
+from mptk import ProofError
+from mptk.errors import FileError, InputError, ModelError, PackageError
 from mptk.features.diffusers.latents import IMAGE_STEPS, record_samples
 from mptk.io.models import load
 from mptk.io.text.sources import SELF
 from mptk.ir.samples import join_outputs
 from mptk.publish.manifest import write_manifest
 from mptk.tasks import bind_task
+from mptk.testing import expect_error
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -78,6 +79,15 @@ SDXL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 14,
+}
+
+VAE: dict[str, Any] = {
+    "block_out_channels": [12, 24],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
 }
 
 
@@ -172,7 +182,7 @@ def test_verify_compares_the_other_parts_with_the_dense_pipeline(shallow: Path, 
     scheduler.write_text(before.replace("linear", "scaled_linear"))
     write_manifest(shallow)
     try:
-        with pytest.raises(ProofError, match=r"scheduler_config\.json is not the dense pipeline's"):
+        with expect_error(ProofError, name="config"):
             mptk.verify(shallow)
     finally:
         scheduler.write_text(before)
@@ -277,7 +287,7 @@ def test_random_samples_are_what_the_class_reads(name: str, config: dict[str, An
 
 def test_a_pipeline_has_parts_and_a_command_takes_one(pipelines: Path) -> None:
     place = pipelines / "text"
-    with pytest.raises(MptkError, match=f"give one of its parts: {place}/text_encoder, {place}/unet, {place}/vae"):
+    with expect_error(FileError, name=place):
         load(str(place))
 
 
@@ -290,7 +300,7 @@ def test_without_diffusers_one_line_says_what_to_install(pipelines: Path, monkey
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MptkError, match=r"run: pip install 'mptk\[diffusers\]'"):
+    with expect_error(PackageError, name="diffusers"):
         load(str(pipelines / "text/unet"))
 
 
@@ -301,16 +311,16 @@ def test_samples_need_prompts_and_a_pipeline_without_code(pipelines: Path, tmp_p
     def record() -> None:
         record_samples(loaded, like, SELF, 1, 0, lambda done, total: None)
 
-    with pytest.raises(MptkError, match="makes images of prompts"):
+    with expect_error(InputError, name="data"):
         record()
     code = pipelines / "text/pipeline.py"
     code.write_text("raise SystemExit('ran')")
     try:
-        with pytest.raises(MptkError, match="code of its own"):
+        with expect_error(ModelError):
             record()
     finally:
         code.unlink()
     loaded.model.save_pretrained(tmp_path)
     without_pipeline = load(str(tmp_path))
-    with pytest.raises(MptkError, match="no part of a pipeline"):
+    with expect_error(FileError):
         record_samples(without_pipeline, like, SELF, 1, 0, lambda done, total: None)

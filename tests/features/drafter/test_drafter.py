@@ -117,7 +117,7 @@ def test_the_layers_are_cut_as_the_model_and_transformers_drafts_with_them(glm: 
     ("kind", "widths"),
     [
         ("glm", {"ffn.2": 16, "ffn.3": 16}),
-        pytest.param("deepseek", {"ffn.4": 16, "ffn.5": 16}, marks=pytest.mark.long),
+        ("deepseek", {"ffn.4": 16, "ffn.5": 16}),
     ],
     ids=["glm", "deepseek"],
 )
@@ -152,7 +152,6 @@ def test_a_layer_that_is_no_copy_is_left_out_with_a_note(glm: Path, tmp_path: Pa
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.startswith(numbered(""))]
 
 
-@pytest.mark.long
 def test_layers_that_the_config_does_not_count_are_cut_too(tmp_path: Path) -> None:
     """Qwen3-Next's, whose names begin with ``mtp.``; each attends to all tokens, as its last layer."""
     model = tiny_model("causal-lm", "qwen3_next").model

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,24 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from inside import Inside
-from kinds import DATA, METRICS, MODELS, settings
 from PIL import Image
-from transformers import MambaConfig, MambaForCausalLM, XLMConfig, XLMWithLMHeadModel
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 
 import mptk
 from benchmarks import zoo_end_to_end, zoo_training
 from benchmarks.tiny_models import tiny_model
-from mptk import MptkError, Samples
-from mptk.api import graphs as api
+from mptk import Samples
+from mptk.api.graphs import export_folder
 from mptk.compile.trace import has_same_sizes, trace_loaded
 from mptk.config.learning import Learning, Training
+from mptk.errors import DataError, FileError, ModelError, TargetError, TraceError
 from mptk.features.encoder_decoder.task import mask_after_end
 from mptk.features.kinds.classifier import Classifier
 from mptk.features.kinds.masked_lm import FIRST, STRIDE, MaskedLM, mask_tokens
@@ -38,8 +44,8 @@ from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TEXT_LENGTH
+from mptk.testing import MODEL_KINDS, Laboratory, expect_error
 
-Pruned = Callable[[str], Path]
 TAGS = {
     "encoder": "feature-extraction",
     "text classifier": "text-classification",
@@ -50,17 +56,18 @@ TAGS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.always
+@pytest.mark.parametrize("name", TAGS)
 def test_it_is_pruned_proven_and_measured_in_its_own_terms(
-    folders: Path, pruned_folder: Pruned, monkeypatch: pytest.MonkeyPatch, name: str
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    out = pruned_folder(name)
+    out, kind = laboratory.open_pruned(name), MODEL_KINDS[name]
     monkeypatch.chdir(out)
     report = mptk.Report.read(out)
-    assert (report.task, report.quality["metric"]) == METRICS[name]
+    assert (report.task, report.quality["metric"]) == (kind.task, kind.metric)
     assert any(f["width"] < f["of"] for f in report.families.values())
     assert math.isfinite(report.quality["pruned"])
-    assert report.quality["protocol"].startswith(f"{folders / DATA.get(name, 'text.txt')}: ")
+    assert report.quality["protocol"].startswith(f"{laboratory.open_data(name)}: ")
     assert ("one token in 7 masked" in report.quality["protocol"]) == (name == "masked language model")
     stages = [row["stage"] for row in report.proof]
     assert {"stored weights", "rewritten graph", "reloaded checkpoint"} <= set(stages)
@@ -75,43 +82,33 @@ def test_it_is_pruned_proven_and_measured_in_its_own_terms(
     for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
         exec(block, {})  # noqa: S102
     for file in ("preprocessor_config.json", "tokenizer.json"):
-        assert (out / file).is_file() == (folders / name / file).is_file()
+        assert (out / file).is_file() == (laboratory.open_model(name) / file).is_file()
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("encoder", "taylor"), ("masked language model", "flap"), ("speech", "flap")]
-)
-def test_units_are_scored_by_the_loss_of_the_kind(folders: Path, tmp_path: Path, name: str, method: str) -> None:
-    mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, method=method))
-    assert all(row["ok"] for row in mptk.Report.read(tmp_path / "out").proof)
+@pytest.mark.parametrize(("name", "method"), [("encoder", "taylor"), ("speech", "flap")])
+def test_units_are_scored_by_the_loss_of_the_kind(
+    laboratory: Laboratory, tmp_path: Path, name: str, method: str
+) -> None:
+    assert all(row["ok"] for row in mptk.Report.read(laboratory.prune(name, tmp_path / "out", method=method)).proof)
 
 
-@pytest.mark.parametrize("name", ["masked language model", "image classifier"])
-def test_masks_are_learned_and_it_recovers(folders: Path, tmp_path: Path, name: str) -> None:
-    learning = Learning(steps=6, rank=2, training=Training(batch=4, micro=2))
-    mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, method="maskprune", learning=learning))
-    report = mptk.Report.read(tmp_path / "out")
+def test_masks_are_learned_and_it_recovers(laboratory: Laboratory, tmp_path: Path) -> None:
+    learning = Learning(steps=4, rank=2, training=Training(batch=4, micro=2))
+    out = laboratory.prune("masked language model", tmp_path / "out", method="maskprune", learning=learning)
+    report = mptk.Report.read(out)
     assert {"learned masks", "trained model"} <= {row["stage"] for row in report.proof}
 
 
-def test_quality_of_the_dense_model_is_perfect_agreement(folders: Path) -> None:
-    """Features and classes are compared with the dense model's own, so a model that is not cut is at no distance."""
+def test_a_model_that_is_not_cut_is_at_no_distance_and_its_gradients_do_not_vanish(laboratory: Laboratory) -> None:
+    """Features and classes are compared with the dense model's own."""
     samples = Samples({"input_ids": torch.arange(24).reshape(2, 12)})
     for task, folder in ((Encoder(), "encoder"), (Classifier(), "text classifier")):
-        model = load(str(folders / folder)).model
-        with torch.no_grad():
-            output = task.compute_output(model, samples)
-        judged = Samples(samples.inputs, output)
-        assert float(task.compute_loss(output, judged)) == pytest.approx(0, abs=1e-5)
-        assert float(task.compute_loss(output + torch.randn(output.shape), judged)) > 0.01
-
-
-def test_gradients_do_not_vanish_at_the_dense_model(folders: Path) -> None:
-    samples = Samples({"input_ids": torch.arange(24).reshape(2, 12)})
-    for task, folder in ((Encoder(), "encoder"), (Classifier(), "text classifier")):
-        model = load(str(folders / folder)).model
+        model = load(str(laboratory.open_model(folder))).model
         output = task.compute_output(model, samples)
-        task.compute_sensitivity(output, Samples(samples.inputs, output.detach())).backward()
+        judged = Samples(samples.inputs, output.detach())
+        assert float(task.compute_loss(output.detach(), judged)) == pytest.approx(0, abs=1e-5)
+        assert float(task.compute_loss(output.detach() + torch.randn(output.shape), judged)) > 0.01
+        task.compute_sensitivity(output, judged).backward()
         assert model.get_input_embeddings().weight.grad.abs().max() > 1e-6
 
 
@@ -123,55 +120,48 @@ def test_targets_end_with_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "line"),
+    ("name", "data", "refusal"),
     [
-        ("image classifier", "self", "this model reads images, and self is not a folder of them"),
-        ("image classifier", "text.txt", "is not a folder of them; give one with data, or random"),
-        ("image classifier", "sounds", "holds no images"),
-        ("speech", "images", "holds no WAV files"),
-        ("encoder", "self", "cannot write text to calibrate on"),
-        ("masked language model", "self", "cannot write text to calibrate on; give some with data"),
-        ("encoder-decoder", "self", "cannot write text to calibrate on"),
+        ("image classifier", "self", DataError),
+        ("image classifier", "text.txt", DataError),
+        ("image classifier", "sounds", DataError),
+        ("speech", "images", DataError),
+        ("encoder", "self", ModelError),
+        ("masked language model", "self", ModelError),
+        ("encoder-decoder", "self", ModelError),
     ],
 )
 def test_data_of_another_kind_is_said_before_any_work(
-    folders: Path, tmp_path: Path, name: str, data: str, line: str
+    laboratory: Laboratory, tmp_path: Path, name: str, data: str, refusal: type[mptk.MptkError]
 ) -> None:
     stages: list[str] = []
-    asked = settings(folders, name, data=data if data == "self" else str(folders / data))
-    with pytest.raises(MptkError, match=line):
-        mptk.prune(str(folders / name), tmp_path / "out", asked, progress=lambda stage, *_: stages.append(stage))
+    place = data if data == "self" else str(laboratory.open_data("speech").parent / data)
+    asked = laboratory.make_settings(name, data=place)
+    model = str(laboratory.open_model(name))
+    about = place if refusal is DataError else type(MODEL_KINDS[name].make()).__name__
+    with expect_error(refusal, name=about):
+        mptk.prune(model, tmp_path / "out", asked, progress=lambda stage, *_: stages.append(stage))
     assert stages[-1] == "load"
 
 
-def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "broken.png").write_bytes(b"no image")
-    (data / "broken.wav").write_bytes(b"no sound")
-    for name, line in (("image classifier", "is not a readable image"), ("speech", "is not a readable WAV file")):
-        with pytest.raises(MptkError, match=line):
-            mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=str(data)))
+@pytest.mark.parametrize(("name", "file"), [("image classifier", "broken.png"), ("speech", "broken.wav")])
+def test_a_file_that_is_no_image_or_no_sound(laboratory: Laboratory, tmp_path: Path, name: str, file: str) -> None:
+    (tmp_path / file).write_bytes(b"neither")
+    loaded = load(str(laboratory.open_model(name)))
+    with expect_error(FileError, name=tmp_path / file):
+        bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings(name, data=str(tmp_path)))
 
 
 def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:
     Image.new("1", (20_000, 8_000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 50_000
-    with pytest.raises(MptkError, match=r"huge.png is not a readable image .*160000000 pixels"):
+    with expect_error(FileError, name=tmp_path / "huge.png"):
         open_image(tmp_path / "huge.png")
 
 
-def test_random_inputs_are_said_in_the_protocol(folders: Path, tmp_path: Path) -> None:
-    mptk.prune(
-        str(folders / "image classifier"), tmp_path / "out", settings(folders, "image classifier", data="random")
-    )
-    assert mptk.Report.read(tmp_path / "out").quality["protocol"].startswith("random inputs")
-
-
-def test_a_kind_is_found_by_the_class(folders: Path) -> None:
-    assert {name: bind_task(load(str(folders / name))).name for name in MODELS} == {
-        n: k for n, (k, _) in METRICS.items()
-    }
+def test_a_kind_is_found_by_the_class(laboratory: Laboratory) -> None:
+    for name, kind in MODEL_KINDS.items():
+        assert bind_task(load(str(laboratory.open_model(name)))).name == kind.task
 
 
 @pytest.mark.parametrize(("causal", "kind"), [(False, "masked-lm"), (True, "causal-lm")])
@@ -181,8 +171,8 @@ def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str)
     assert bind_task(Loaded(model, None, "it", Path())).name == kind
 
 
-def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(folders: Path) -> None:
-    loaded = load(str(folders / "masked language model"))
+def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(laboratory: Laboratory) -> None:
+    loaded = load(str(laboratory.open_model("masked language model")))
     task, ids = bind_task(loaded), torch.randint(3, 97, (2, 17))
     hidden = ids.clone()
     hidden[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id
@@ -194,11 +184,11 @@ def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(fo
     assert task.count_predictions(samples) == expected.numel()
 
 
-def test_a_tokenizer_without_a_mask_is_said(folders: Path) -> None:
-    loaded = load(str(folders / "masked language model"))
+def test_a_tokenizer_without_a_mask_is_said(laboratory: Laboratory) -> None:
+    loaded = load(str(laboratory.open_model("masked language model")))
     loaded.tokenizer.mask_token = None
-    with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
-        bind_task(loaded).draw_evaluation(loaded, settings(folders, "masked language model"))
+    with expect_error(FileError, name=loaded.source):
+        bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings("masked language model"))
 
 
 def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
@@ -225,41 +215,28 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     learning = Learning(steps=4, training=Training(batch=2))
     found = mptk.prune(dense, out, replace(run, method="maskprune", learning=learning))
     assert all(stage["ok"] for stage in found.report.proof)
-    notes = " ".join(found.report.notes)
-    assert "MambaForCausalLM is traced for one length" in notes
-    assert "windows of 8 tokens" in notes
-    assert "no ONNX: the trace holds only for 8 tokens" in notes
+    assert found.report.notes
     assert {d.stage for d in mptk.verify(out)} >= {"rewritten graph", "reloaded checkpoint"}
     measured = [mptk.evaluate(it, "random", windows=1, length=20) for it in (out, found)]
     assert all("1 windows of 20 tokens" in each["protocol"] for each in measured)
     assert measured[0]["model"] == pytest.approx(measured[1]["pruned"], rel=1e-4)
-    with pytest.raises(MptkError, match=r"only for 8 tokens, and the samples of data have 9; give samples of 8"):
+    with expect_error(DataError, name="data"):
         mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", align=1)
-    with pytest.raises(
-        MptkError, match=r"can be traced only for 8 tokens, so a graph would take no other length; use target=.st"
-    ):
+    with expect_error(TargetError, name="MambaForCausalLM"):
         mptk.prune(dense, tmp_path / "graph", replace(run, target="graph"))
-    with pytest.raises(MptkError, match=r"can be traced only for 31 tokens, so its ONNX graph"):
-        api.export_folder(dense, tmp_path / "onnx")
+    with expect_error(TargetError, name=dense):
+        export_folder(dense, tmp_path / "onnx")
 
 
-def test_a_trace_holds_the_size_of_images_if_all_have_it(inside: Inside, folders: Path, tmp_path: Path) -> None:
+def test_a_trace_holds_the_size_of_images_if_all_have_it() -> None:
     """Height and width are symbolic for images of another size than the config's, and if nobody knows their size."""
-    symbolic: list[Any] = []
-
-    def trace(real: Any, *given: Any, dynamic: Any, **more: Any) -> Any:
-        symbolic.append(dynamic)
-        return real(*given, dynamic=dynamic, **more)
-
-    inside.around("passes.frontend.trace.trace_to_program", trace)
-    loaded = Loaded(MODELS["image classifier"]().eval(), None, "it", Path())
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+    loaded = Loaded(ResNetForImageClassification(ResNetConfig(**sizes)).eval(), None, "it", Path())
     like = bind_task(loaded).make_example(loaded.model)
     larger = like.map(lambda x: x.repeat(1, 1, 2, 2))
-    for each in (like, larger, None):
-        trace_loaded(loaded, bind_task(loaded), EXECUTOR, like=each)
-    assert symbolic == [(0,), True, True]
-    api.export_folder(str(folders / "image classifier"), tmp_path / "out")
-    assert symbolic[3:] == [(0,)]
+    size = like.inputs["pixel_values"].shape[2]
+    traced = [trace_loaded(loaded, bind_task(loaded), EXECUTOR, like=each) for each in (like, larger, None)]
+    assert [program.sizes.find_fixed_size(2) for program in traced] == [size, None, None]
 
 
 def test_data_of_two_sizes_leave_the_size_open() -> None:
@@ -270,8 +247,8 @@ def test_data_of_two_sizes_leave_the_size_open() -> None:
 
 def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(inside: Inside) -> None:
     inside.bound("mptk.ir.program.Program.length", 7)
-    loaded = Loaded(MODELS["encoder-decoder"]().eval(), None, "it", Path())
-    with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced only for 7 tokens: .*mptk.rewrite"):
+    loaded = Loaded(MODEL_KINDS["encoder-decoder"].make().eval(), None, "it", Path())
+    with expect_error(TraceError, name="T5ForConditionalGeneration"):
         trace_loaded(loaded, bind_task(loaded), EXECUTOR)
 
 

@@ -16,17 +16,18 @@ import torch
 import transformers
 from graph_damage import damaged, rewired
 from inside import Inside
-from kinds import CLASSES, MODELS, VOCAB
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import mptk
-from mptk import MptkError, ProofError, Settings
+from mptk import ProofError, Settings
 from mptk.api.graphs import export_folder
+from mptk.errors import ModelError
 from mptk.files.outputs import check_file
 from mptk.publish.manifest import write_manifest
+from mptk.testing import MODEL_KINDS, Laboratory, expect_error
+from mptk.testing.kinds import CLASSES, TOKEN_COUNT
 
-SETTINGS = {"data": "random", "align": 2, "samples": 4, "length": 16, "eval_windows": 3, "eval_length": 16}
 ROWS = ["batch_size", "sequence_length"]
 READ = ["batch_size", "encoder_sequence_length"]
 WROTE = ["batch_size", "decoder_sequence_length"]
@@ -57,7 +58,7 @@ def text_parts(width: int) -> dict[str, Shapes]:
             "input_ids": WROTE,
             "encoder_hidden_states": [*READ, width],
             **caches("past_key_values", 2, 3, 8, *PAST),
-            "logits": [*WROTE, VOCAB],
+            "logits": [*WROTE, TOKEN_COUNT],
             **caches("present", 2, 3, 8, UNNAMED, READ[1]),
         },
     }
@@ -66,7 +67,7 @@ def text_parts(width: int) -> dict[str, Shapes]:
 NAMES: dict[str, Callable[[int], dict[str, Shapes]]] = {
     "encoder": lambda width: {"model.onnx": {**TOKENS, "last_hidden_state": [*ROWS, width]}},
     "text classifier": lambda _: {"model.onnx": {**TOKENS, "logits": ["batch_size", CLASSES]}},
-    "masked language model": lambda _: {"model.onnx": {**TOKENS, "logits": [*ROWS, VOCAB + 1]}},
+    "masked language model": lambda _: {"model.onnx": {**TOKENS, "logits": [*ROWS, TOKEN_COUNT + 1]}},
     "image classifier": lambda _: {
         "model.onnx": {"pixel_values": ["batch_size", 3, 16, 16], "logits": ["batch_size", CLASSES]}
     },
@@ -125,9 +126,9 @@ class Pruned:
         return torch.cat(logits, 1)
 
 
-@pytest.fixture(params=list(MODELS))
-def pruned(request: pytest.FixtureRequest, pruned_folder: Callable[[str], Path]) -> Pruned:
-    return Pruned(request.param, pruned_folder(request.param))
+@pytest.fixture(params=list(NAMES))
+def pruned(request: pytest.FixtureRequest, laboratory: Laboratory) -> Pruned:
+    return Pruned(request.param, laboratory.open_pruned(request.param))
 
 
 def test_names_and_axes_are_optimums(pruned: Pruned) -> None:
@@ -195,14 +196,11 @@ def largest(file: Path) -> str:
         ("encoder-decoder", "decoder_model_merged.onnx"),
     ],
 )
-def test_a_wrong_weight_fails_the_proof(
-    pruned_folder: Callable[[str], Path], tmp_path: Path, kind: str, file: str
-) -> None:
-    folder = tmp_path / "out"
-    shutil.copytree(pruned_folder(kind), folder)
+def test_a_wrong_weight_fails_the_proof(laboratory: Laboratory, tmp_path: Path, kind: str, file: str) -> None:
+    folder = shutil.copytree(laboratory.open_pruned(kind), tmp_path / "out")
     damaged(folder / "onnx" / file, largest(folder / "onnx" / file), lambda array: np.roll(array, 1, -1))
     write_manifest(folder)
-    with pytest.raises(ProofError, match="the proof fails at 'ONNX Runtime"):
+    with expect_error(ProofError, name="ONNX Runtime"):
         mptk.verify(folder)
 
 
@@ -236,29 +234,31 @@ FLOWS: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_graph_that_is_right_for_whole_rows_only_fails_the_proof(
-    pruned_folder: Callable[[str], Path], tmp_path: Path, name: str
+    laboratory: Laboratory, tmp_path: Path, name: str
 ) -> None:
     kind, file, value, lines, stage = FLOWS[name]
-    folder = tmp_path / "out"
-    shutil.copytree(pruned_folder(kind), folder)
+    folder = shutil.copytree(laboratory.open_pruned(kind), tmp_path / "out")
     rewired(folder / "onnx" / file, value, *lines)
     write_manifest(folder)
-    with pytest.raises(ProofError, match=f"the proof fails at '{stage}'"):
+    with expect_error(ProofError, name=stage):
         mptk.verify(folder)
 
 
-def test_a_graph_without_a_mask_is_not_said_to_take_padding(folders: Path, tmp_path: Path, inside: Inside) -> None:
-    dense = folders / "encoder"
+def test_a_graph_without_a_mask_is_not_said_to_take_padding(
+    laboratory: Laboratory, tmp_path: Path, inside: Inside
+) -> None:
     inside.bound("mptk.tasks.padding.MASK", "no mask")
-    settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="random", **SETTINGS)
-    report = mptk.prune(str(dense), tmp_path / "out", settings).report
-    assert any("padding changes what the model computes" in note for note in report.notes)
+    out = laboratory.prune("encoder", tmp_path / "out", method="random", data="random", onnx=True)
+    stages = [row["stage"] for row in mptk.Report.read(out).proof]
+    assert "ONNX Runtime" in stages
+    assert "ONNX Runtime padded" not in stages
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_each_graph_of_each_kind_is_quantised(folders: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["speech", "image classifier"])
+def test_each_graph_of_a_kind_is_quantised(laboratory: Laboratory, tmp_path: Path, kind: str) -> None:
     """The graphs of a scheme have one ending, and int8 and int4 are as near as their bits allow."""
-    out = export_folder(str(folders / kind), tmp_path / "export", Settings(quantize=("int8", "int4", "fp16")))
+    asked = Settings(quantize=("int8", "int4", "fp16"))
+    out = export_folder(str(laboratory.open_model(kind)), tmp_path / "export", asked)
     graphs = [file for file in (out / "onnx").glob("*.onnx") if not file.stem.endswith(ENDINGS)]
     assert len(list((out / "onnx").glob("*.onnx"))) == len(graphs) * (1 + len(ENDINGS))
     for file in graphs:
@@ -289,9 +289,9 @@ def random_inputs(session: ort.InferenceSession) -> dict[str, Any]:
     return found
 
 
-def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(folders: Path, tmp_path: Path) -> None:
-    settings = Settings(sparsity=0.3, tolerance=0.3, method="random", quantize=("int8",), **SETTINGS)
-    report = mptk.prune(str(folders / "encoder-decoder"), tmp_path / "out", settings).report
+def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(laboratory: Laboratory, tmp_path: Path) -> None:
+    asked = {"method": "random", "data": "random", "onnx": True, "quantize": ("int8",)}
+    report = mptk.Report.read(laboratory.prune("encoder-decoder", tmp_path / "out", **asked))
     assert [row["stage"] for row in report.proof][-3:] == ["int8 weights", "int8 logits", "int8 in use"]
     graphs = tmp_path / "out" / "onnx"
     sizes = [file.stat().st_size for file in graphs.glob("*_quantized.onnx*")]
@@ -299,14 +299,14 @@ def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(folders: Path, tm
     assert (report.quantized["int8"]["bytes"], len(sizes)) == (sum(sizes), 4)
     damaged(graphs / "encoder_model_quantized.onnx", "_scales", lambda scales: 2 * scales)
     write_manifest(tmp_path / "out")
-    with pytest.raises(ProofError, match="the proof fails at 'int8 weights'"):
+    with expect_error(ProofError, name="int8 weights"):
         mptk.verify(tmp_path / "out")
 
 
-def test_an_image_model_in_float16_takes_the_processors_own_numbers(folders: Path, tmp_path: Path) -> None:
-    dense = folders / "image classifier"
-    settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="random", onnx_dtype="float16", **SETTINGS)
-    report = mptk.prune(str(dense), tmp_path / "out", settings).report
+def test_an_image_model_in_float16_takes_the_processors_own_numbers(laboratory: Laboratory, tmp_path: Path) -> None:
+    asked = {"method": "random", "data": "random", "onnx": True, "onnx_dtype": "float16"}
+    report = mptk.Report.read(laboratory.prune("image classifier", tmp_path / "out", **asked))
+    assert report.quality["protocol"].startswith("random inputs")
     assert [row["stage"] for row in report.proof][4:] == ["ONNX Runtime", "fp16 weights", "fp16 logits"]
     session = ort.InferenceSession(tmp_path / "out" / "onnx" / "model.onnx")
     assert [value.type for value in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2
@@ -314,7 +314,7 @@ def test_an_image_model_in_float16_takes_the_processors_own_numbers(folders: Pat
 
 def test_a_live_model_is_exported(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = MODELS["encoder"]().eval()
+    model = MODEL_KINDS["encoder"].make().eval()
     mptk.export(model, tmp_path, run="mine")
     check_file(tmp_path / "model.onnx", "graph")
     session = ort.InferenceSession(tmp_path / "model.onnx")
@@ -324,5 +324,5 @@ def test_a_live_model_is_exported(tmp_path: Path) -> None:
     with torch.no_grad():
         assert_equal(torch.from_numpy(found), model(**inputs).last_hidden_state)
     assert session.get_modelmeta().custom_metadata_map["run"] == "mine"
-    with pytest.raises(MptkError, match="need a float32 model"):
+    with expect_error(ModelError, name="BertModel"):
         mptk.export(model.bfloat16(), tmp_path / "b")

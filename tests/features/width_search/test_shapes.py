@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,18 +15,15 @@ import pytest
 import torch
 from commands import done
 from inside import Inside, Stopped
-from lab import remembered
 from made_up_times import times
-from toy_checkpoints import llama_config
-from transformers import LlamaForCausalLM
+from stops import stop_at
 
 import mptk
-from mptk import MptkError
+from mptk.errors import DataError, FileError, InputError, OutputError
 from mptk.features.width_search.search import choose_finalists, plan_search_rungs
 from mptk.features.width_search.shapes import Rung, Shape, Shapes, rank_shapes
-from mptk.protocols.chain import Chosen
 from mptk.reading import make_typed
-from mptk.testing import WORDS, save_word_model
+from mptk.testing import MODEL_KINDS, WORDS, Laboratory, expect_error
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -46,28 +42,26 @@ TRAINED = {"search_tokens": 1344, "batch": 2, "micro": 2}
 DENSE = {"kv_groups": 3, "q_heads": 2, "ffn": 80, "layers": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prepared_once() -> Iterator[None]:
-    with remembered():
-        yield
+@pytest.fixture(scope="module")
+def llama(laboratory: Laboratory) -> str:
+    return str(laboratory.open_model())
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_word_model(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+def settings(laboratory: Laboratory) -> mptk.Settings:
+    said = " ".join(random.Random(0).choices(WORDS, k=6000))
+    return replace(SETTINGS, data=str(laboratory.keep("width-search/text.txt", lambda file: file.write_text(said))))
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> mptk.Settings:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text(" ".join(random.Random(0).choices(WORDS, k=6000)))
-    return replace(SETTINGS, data=str(text))
-
-
-@pytest.fixture(scope="module")
-def trained(llama: str, settings: mptk.Settings) -> Shapes:
+@pytest.fixture
+def trained(llama: str, settings: mptk.Settings, laboratory: Laboratory) -> Shapes:
     """An unbroken search."""
-    return mptk.shapes(llama, settings=settings, progress=None, **TRAINED)
+
+    def search(file: Path) -> None:
+        found = mptk.shapes(llama, settings=settings, progress=None, **TRAINED)
+        file.write_text(json.dumps(found.to_json()))
+
+    return make_typed(Shapes, json.loads(laboratory.keep("width-search/shapes.json", search).read_text()))
 
 
 def shape(loss: float, *after: float, parameters: float = 100.0, **widths: int) -> Shape:
@@ -84,6 +78,7 @@ def test_every_combination_is_tried_and_blocks_are_among_them(trained: Shapes) -
     assert all(abs(shape.sparsity - 0.35) <= 0.03 for shape in trained.shapes)
 
 
+@pytest.mark.always
 def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, settings: mptk.Settings) -> None:
     """Masked, and fitted: a block less and fewer channels, on the samples that nothing was fitted to."""
     ids, asked = torch.randint(2, 97, (10, 32)), replace(settings, sparsity=0.5)
@@ -98,7 +93,7 @@ def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, set
             loss = small(ids[8:], labels=ids[8:]).loss
         assert float(loss) == pytest.approx(expected, abs=1e-4)
     assert short.masked != short.reconstructed
-    assert found.dense.parameters == sum(p.numel() for p in LlamaForCausalLM(llama_config()).parameters())
+    assert found.dense.parameters == sum(p.numel() for p in MODEL_KINDS["decoder"].make().parameters())
 
 
 @pytest.mark.parametrize(
@@ -142,11 +137,9 @@ def test_tokens_are_halved_over_rungs() -> None:
     assert sum(count * steps for count, steps in found) * 8 * 32 <= 100_000
     assert [count for count, _ in plan_search_rungs(settings, 4)] == [4, 2]
     assert plan_search_rungs(settings, 1) == plan_search_rungs(replace(settings, search_tokens=0), 64) == []
-    with pytest.raises(
-        MptkError, match=r"5119 tokens are too few to train 6 shapes by successive halving: .* give 5120 or more"
-    ):
+    with expect_error(DataError, name="search_tokens", nearest=[5120]):
         plan_search_rungs(replace(settings, search_tokens=5119), 64)
-    with pytest.raises(MptkError, match="give 15360 or more"):  # two steps of masks and one of recovery
+    with expect_error(DataError, nearest=[15360]):  # two steps of masks and one of recovery
         plan_search_rungs(replace(settings, method="maskprune", search_tokens=15359), 64)
 
 
@@ -177,39 +170,24 @@ def spent(shape: Shape) -> list[tuple[int, Rung]]:
 
 
 def test_a_killed_search_loses_one_rung_of_one_shape(
-    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, inside: Inside
+    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path
 ) -> None:
-    inside.stop("mptk.features.width_search.search.Search.train_shape", 5)
-    calls = inside.calls("mptk.features.width_search.search.Search.train_shape")
     out = tmp_path / "out"
     with pytest.raises(Stopped):
-        mptk.shapes(llama, out, settings, progress=None, **TRAINED)
+        mptk.shapes(llama, out, settings, progress=stop_at(("train shapes", 4)), **TRAINED)
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
-    with pytest.raises(MptkError, match="holds an unfinished run; add resume=True"):
+    with expect_error(OutputError, name=tmp_path / "out.run"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
-    inside.forbid("mptk.features.width_search.search.Search.measure_shape")  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
     written = file.read_text()
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
         file.write_text(damage)
-        with pytest.raises(
-            MptkError, match=r"shape-00003.json is damaged: .*; remove .*, and start again with resume=True"
-        ):
+        with expect_error(FileError, name=file):
             mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
     file.write_text(written)
-    begun: list[int] = []
-
-    def watched(restore: Callable[..., int], *arguments: object) -> int:
-        begun.append(restore(*arguments))
-        return begun[-1]
-
-    inside.around("mptk.methods.maskprune.train.Loop._restore", watched)
     found = mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
-    assert begun == [3]  # it goes on from the rung before
-    assert len(calls) == 6  # five rungs, of which the last was begun twice
     assert found.shapes == trained.shapes
     assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))
-    assert make_typed(Shapes, found.to_json()).shapes == found.shapes  # as `prune --search` shows it
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -226,10 +204,10 @@ def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
 
 
 def test_the_command_prints_a_table_and_what_prunes_to_the_best(
-    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    inside.bound("mptk.cli.console.out.width", 2000)
+    monkeypatch.setenv("COLUMNS", "2000")
     typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --align 8 --keep q_heads"
     run = done("shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q")
     *table, command = run.stdout.strip().splitlines()
@@ -239,7 +217,9 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(
     assert " --method wanda " in command
     run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
     cut = {
-        f"{name}={f['width']}" for name, f in mptk.Report.read("dense-pruned").families.items() if f["width"] < f["of"]
+        f"{name}={f['width']}"
+        for name, f in mptk.Report.read("decoder-pruned").families.items()
+        if f["width"] < f["of"]
     }
     assert cut
     assert cut <= {word for word in shlex.split(command) if "=" in word}
@@ -253,16 +233,26 @@ def report_width(report: mptk.Report, name: str) -> int:
     return int(report.families[name]["width"]) if name in report.families else DENSE[name]
 
 
-def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> None:
+def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    folder, page = tmp_path / "small", tmp_path / "page.html"
     short = {"search_shapes": 3, "distil_epochs": 1, "eval_windows": 1}
-    found = mptk.prune(llama, settings=settings, search=True, progress=None, **short)
-    assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in found.report.rows["search"]["shapes"])
-    assert any(note.startswith("local distillation made") for note in found.report.notes)
-    best = found.report.rows["search"]["shapes"][0]
-    assert best["widths"] == {name: report_width(found.report, name) for name in DENSE}
-    losses = [each["reconstructed"] for each in found.report.rows["search"]["shapes"]]
+    found = mptk.prune(llama, folder, settings=settings, search=True, progress=None, **short)
+    shapes = found.report.rows["search"]["shapes"]
+    assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in shapes)
+    assert shapes[0]["widths"] == {name: report_width(found.report, name) for name in DENSE}
+    losses = [each["reconstructed"] for each in shapes]
     assert losses == sorted(losses)
     assert len(losses) == 3
+    assert "The search of the shape" in done("report", folder).output
+    done("report", folder, "--html", page)
+    assert page.read_text().count("Cost and quality of each shape") == 1
+    said = json.loads((folder / "report.json").read_text())
+    said["rows"]["search"]["shapes"][1]["widths"] = {"ffn": 3}
+    (folder / "report.json").write_text(json.dumps(said))
+    with expect_error(FileError):
+        mptk.Report.read(folder)
 
 
 def test_the_nearest_legal_cut_is_noted(llama: str, settings: mptk.Settings) -> None:
@@ -275,38 +265,10 @@ def test_the_nearest_legal_cut_is_noted(llama: str, settings: mptk.Settings) -> 
     assert not any(note.startswith("no legal cut") for note in exact.notes)
 
 
-def test_a_report_shows_the_ranking_of_the_run_that_searched(
-    llama: str, settings: mptk.Settings, tmp_path: Path
-) -> None:
-    folder, page = tmp_path / "small", tmp_path / "page.html"
-    mptk.prune(llama, folder, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
-    assert "The search of the shape" in done("report", folder).output
-    done("report", folder, "--html", page)
-    assert page.read_text().count("Cost and quality of each shape") == 1
-    said = json.loads((folder / "report.json").read_text())
-    said["rows"]["search"]["shapes"][1]["widths"] = {"ffn": 3}
-    (folder / "report.json").write_text(json.dumps(said))
-    with pytest.raises(MptkError, match="search: its shapes have different families"):
-        mptk.Report.read(folder)
-
-
-def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.Settings, inside: Inside) -> None:
-    """Each trial learns the units that a run of as many steps learns at these widths, and the best shape is cut."""
+def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.Settings) -> None:
     asked = {"method": "maskprune", "steps": 3, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
     asked |= {"search_finalists": 2, "search_tokens": 2 * 3 * 64}
-    scored = inside.calls("mptk.methods.maskprune.learner.Learner._estimate_saliency")
-    plans: list[mptk.Plan] = []
-
-    def noted(learn: Callable[..., Chosen], *given: object) -> Chosen:
-        plans.append((chosen := learn(*given)).plan)
-        return chosen
-
-    inside.around("mptk.methods.maskprune.learner.Learner.learn", noted)
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
-    first, second, last = plans
-    assert first != second
-    assert last in (first, second)
-    assert len(scored) == 1  # what is scored before training depends on no widths
     assert [rung["tokens"] for shape in found.report.rows["search"]["shapes"] for rung in shape["rungs"]] == [192, 192]
     best = found.report.rows["search"]["shapes"][0]["widths"]
     assert "layers" in best
@@ -317,17 +279,18 @@ def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.S
 
 
 def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.Settings, tmp_path: Path) -> None:
-    with pytest.raises(MptkError, match="--plan says which units stay, so --search has nothing to choose"):
+    with expect_error(InputError, name="search"):
         replace(settings, search=True, plan=str(tmp_path / "plan.json"))
-    widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
-    with pytest.raises(MptkError, match="widths fixes every family, so search=True has nothing to choose"):
-        mptk.prune(llama, settings=settings, search=True, widths=widths, progress=None)
-    with pytest.raises(MptkError, match="are too few to train"):
-        mptk.prune(llama, settings=settings, search=True, search_tokens=64, progress=None)
-    for layers in ("free", "0-1"):
-        with pytest.raises(MptkError, match=f'whose layers are alike; leave out search=True or layers="?{layers}'):
-            mptk.prune(llama, settings=settings, search=True, layers=layers, target="graph", progress=None)
-    with pytest.raises(MptkError, match="in all layers alike; leave out search"):
-        mptk.ladder(llama, tmp_path / "sizes", (0.2, 0.3), settings=settings, search=True, progress=None)
-    with pytest.raises(MptkError, match="by one method; leave out --search"):
+    with expect_error(InputError, name="search"):
         replace(settings, search=True, larger="runs/a")
+    widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
+    for more, kind, name in (
+        ({"widths": widths}, InputError, "widths"),
+        ({"search_tokens": 64}, DataError, "search_tokens"),
+        ({"layers": "free", "target": "graph"}, InputError, "layers"),
+        ({"layers": "0-1", "target": "graph"}, InputError, "layers"),
+    ):
+        with expect_error(kind, name=name):
+            mptk.prune(llama, settings=settings, search=True, progress=None, **more)
+    with expect_error(InputError, name="search"):
+        mptk.ladder(llama, tmp_path / "sizes", (0.2, 0.3), settings=settings, search=True, progress=None)

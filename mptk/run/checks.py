@@ -70,7 +70,9 @@ def check_divides(settings: Settings, asked: str) -> None:
     if settings.budget == LATENCY:
         raise InputError(f"{asked} can divide only parameters, FLOPs or bytes; use another --budget", name="budget")
     if divider := settings.divider:
-        raise InputError(f"{divider} only ranks shapes whose layers are alike; leave out {divider} or {asked}")
+        raise InputError(
+            f"{divider} only ranks shapes whose layers are alike; leave out {divider} or {asked}", name="layers"
+        )
 
 
 def check_ragged(target: Target, asked: str) -> None:

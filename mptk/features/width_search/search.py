@@ -80,6 +80,7 @@ def plan_search_rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
         raise DataError(
             f"{tokens} tokens are too few to train {alive[0]} shapes by successive halving: a step "
             f"has {step}, so give {least} or more, fewer finalists, or a smaller --batch",
+            name="trial_tokens",
             nearest=(least,),
         )
     return [(count, (tokens * count_least_steps(settings) << rung) // least) for rung, count in enumerate(alive)]

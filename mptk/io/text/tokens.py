@@ -89,7 +89,8 @@ def cut_windows(
     total = len(stream) // size if size > 0 else 0
     if total == 0:
         raise DataError(
-            f"the text has {len(stream)} tokens, too few for a window of {length}; give more, or a shorter length"
+            f"the text has {len(stream)} tokens, too few for a window of {length}; give more, or a shorter length",
+            name="length",
         )
     rows = stream[: total * size].view(total, size)
     if seed is not None:

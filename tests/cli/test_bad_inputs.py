@@ -65,6 +65,7 @@ def test_bad_input_of_a_command(
     before = listing(tmp_path)
     result = run(words)
     assert result.code == (1 if issubclass(row.kind, MptkError) else 2), result.stderr
+    assert len(result.errors) == 1, result.stderr
     (line,) = result.errors
     assert line.startswith("error: ")
     assert REMEDY.search(line.removeprefix("error: ")), line

@@ -15,7 +15,7 @@ from mptk.config import CUT, Settings
 from mptk.errors import InputError
 
 
-def check_ladder(
+def check_ladder_options(
     settings: Settings,
     ladder: str,
     folder: Path | None,
@@ -48,7 +48,7 @@ def check_rung(size: str | None, destination: Path | None) -> None:
 
 @extend_command(
     "prune",
-    check=check_ladder,
+    check=check_ladder_options,
     after="max_prefill_ms",
     examples=("prune smollm2-135m --ladder 0.2,0.3,0.5 --data book.txt --out runs/sizes",),
 )

@@ -145,10 +145,7 @@ def show(
             plan without a pass.
     """
     # The program as traced, or after a pass, which needs a plan.
-    if (after is None) != (plan is None):
-        raise InputError(
-            "a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan", name="after"
-        )
+    check_pass(after, plan)
     program = model if isinstance(model, Program) else trace(model, example_inputs, dynamic=True)
     analysis = group.analyze_program(program)
     if after is None or plan is None:
@@ -159,6 +156,15 @@ def show(
     # A pass that only masks leaves the old sizes, which must not be printed as the cut ones.
     sizes = {} if list_state_shapes(result) == list_state_shapes(program) else cut.sizes
     return describe_program(result, analysis, sizes, source=source)
+
+
+def check_pass(after: str | None, plan: object | None) -> None:
+    """Raise MptkError if a pass is given without a plan, or a plan without a pass."""
+    if (after is None) != (plan is None):
+        raise InputError(
+            "a pass needs the plan that it cuts to, and a plan the pass; give both --after and --plan",
+            name="plan" if plan is None else "after",
+        )
 
 
 def check_plain_plan(plan: Plan | None) -> None:

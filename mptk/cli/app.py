@@ -15,10 +15,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -48,6 +49,10 @@ Verbose = Annotated[
 ]
 DEFAULTS = Settings()
 DONE = "the command had already finished"
+Check = Callable[..., object]
+"""Raises MptkError for options that a command refuses before any work; its parameters are some of the command's."""
+ONLY_CHECKED: ContextVar[bool] = ContextVar("only_checked", default=False)
+"""Whether the command ends after its checks. In a context variable for the reason of ``TYPED``."""
 
 
 def main() -> None:
@@ -79,6 +84,24 @@ def main() -> None:
         sys.exit(code)
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Parse the words of a command line and check its options, as the command does before its work, which is not done.
+
+    Raises MptkError, or typer's error for words that are no options.
+    """
+    only_checked = ONLY_CHECKED.set(True)
+    try:
+        build_group().main(list(words), standalone_mode=False, prog_name="mptk")
+    finally:
+        ONLY_CHECKED.reset(only_checked)
+
+
+@functools.cache  # making the options of all commands takes longer than parsing a line
+def build_group() -> Any:
+    """The command line as click knows it, under whose name typer exports no type."""
+    return typer.main.get_command(app)
+
+
 @dataclass(frozen=True)
 class Registered:
     """A command of the command line, before typer knows it. The fields are the arguments of ``register_command``."""
@@ -87,6 +110,7 @@ class Registered:
     function: Callable[..., None]
     examples: tuple[str, ...]
     base: Record
+    check: Check | None
 
 
 @dataclass(frozen=True)
@@ -101,6 +125,7 @@ class Extension:
     after: str
     examples: tuple[str, ...]
     about: str
+    check: Check | None
 
 
 COMMANDS: dict[str, Registered] = {}
@@ -109,34 +134,34 @@ EXTENSIONS: dict[str, list[Extension]] = {}
 
 
 def register_command(
-    name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS
+    name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS, check: Check | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command as ``app.command`` does, with ``-q``, ``-v`` and examples below the help.
 
     If the function takes ``settings``, it has the options that are declared for it. ``base``: their defaults. If it
-    writes a file, it has ``--overwrite``, and nothing that it reads can be its output.
+    writes a file, it has ``--overwrite``, and nothing that it reads can be its output. ``check``: called before it.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         called = name or function.__name__
-        COMMANDS[called] = Registered(called, function, examples, base)
+        COMMANDS[called] = Registered(called, function, examples, base, check)
         return function
 
     return add
 
 
 def extend_command(
-    command: str, *, after: str, examples: tuple[str, ...] = (), about: str = ""
+    command: str, *, after: str, examples: tuple[str, ...] = (), about: str = "", check: Check | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add options to a command of another module. If one is typed, the function carries out the command.
 
     Its parameters that the command lacks are the options. By the names of the command's parameters it gets these.
     ``after``: the parameter of the command below which the options stand in its help. ``examples``: below the
-    command's. ``about``: a paragraph of the help, below the command's.
+    command's. ``about``: a paragraph of the help, below the command's. ``check``: called before the function.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        EXTENSIONS.setdefault(command, []).append(Extension(function, after, examples, about))
+        EXTENSIONS.setdefault(command, []).append(Extension(function, after, examples, about, check))
         return function
 
     return add
@@ -184,7 +209,7 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
             if options:
                 given = {each.name: values.pop(each.name) for each in options}
                 values["settings"] = build_settings(called, command.base, given)
-            carry_out(function, further, values)
+            carry_out(command, further, values)
             STOPPED.look(DONE)
         except (KeyboardInterrupt, Exception) as error:
             stop = STOPPED.find_stop(error)
@@ -232,14 +257,14 @@ def insert_parameters(
 
 
 def carry_out(
-    function: Callable[..., None], further: Mapping[Extension, Sequence[inspect.Parameter]], values: dict[str, object]
+    command: Registered, further: Mapping[Extension, Sequence[inspect.Parameter]], values: dict[str, object]
 ) -> None:
-    """Run a command. If the user typed an option of an extension, the extension's function runs instead.
+    """Check a command's options, and run it. If the user typed an option of an extension, that takes its place.
 
     Raises MptkError if options of two extensions were typed: each would run the command in its own way.
     """
     asked = {
-        each.name: extension.function
+        each.name: extension
         for extension, added in further.items()
         for each in added
         if values[each.name] != each.default
@@ -247,9 +272,11 @@ def carry_out(
     if len({*asked.values()}) > 1:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise InputError(f"{flags}: each makes another run of this command; give one of them")
-    function = next(iter(asked.values()), function)
-    taken = inspect.signature(function).parameters
-    function(**{name: value for name, value in values.items() if name in taken})
+    carried = next(iter(asked.values()), command)
+    for step in (carried.check, None if ONLY_CHECKED.get() else carried.function):
+        if step is not None:
+            taken = inspect.signature(step).parameters
+            step(**{name: value for name, value in values.items() if name in taken})
 
 
 def _find_output(annotation: object) -> OutputOption | None:

@@ -115,7 +115,18 @@ def analyze_model(model: str, settings: Settings) -> tuple[dict[str, object], An
     return build_analysis_json(analysis, found, model, rows), analysis, found
 
 
-@register_command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
+def check_show(after: str | None, plan: Path | None) -> None:
+    """Check the options of ``show``."""
+    from mptk.api.compiler import check_pass
+
+    check_pass(after, plan)
+
+
+@register_command(
+    "show",
+    check=check_show,
+    examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"),
+)
 def show_program(
     model: ModelArgument,
     settings: Settings,

@@ -255,15 +255,17 @@ def parse_width(text: str) -> tuple[str, int]:
     return name.strip(), int(value)
 
 
-def parse_size(text: str | None) -> int | None:
-    """``8GB`` → 8,000,000,000 bytes; ``8GiB`` → 8 · 2³⁰."""
+def parse_size(text: str | None, setting: str) -> int | None:
+    """``8GB`` → 8,000,000,000 bytes; ``8GiB`` → 8 · 2³⁰. ``setting``: its name, for the error."""
     if text is None:
         return None
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([KMGT]?I?B)", text.strip(), re.I | re.ASCII)
     unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
     size = int(float(found[1]) * unit) if found and unit else 0
     if not size:
-        raise InputError(f"{shorten_typed(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB")
+        raise InputError(
+            f"{shorten_typed(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB", name=setting
+        )
     return size
 
 
@@ -325,7 +327,7 @@ def find_form(each: Declared) -> Form:
     if get_origin(each.kind) is Literal:  # whose values are the choices
         return Form(str)
     forms = {
-        "size": Form(str | None, parse_size),
+        "size": Form(str | None, lambda text: parse_size(text, each.name)),
         "path": Form(Path | None),
         "number or text": Form(str, lambda text: int(text) if text.isdecimal() else text, str),
     }

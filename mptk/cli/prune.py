@@ -34,8 +34,42 @@ EstimateOption = Annotated[
 ]
 
 
+def check_prune_options(
+    settings: Settings,
+    folder: Path | None,
+    max_decode_ms: float | None,
+    max_prefill_ms: float | None,
+    estimate: bool,
+) -> None:
+    """Check the options of ``prune``."""
+    check_prune(with_latency(settings, max_decode_ms, max_prefill_ms), folder is not None, estimate)
+    if not estimate:
+        check_given(folder)
+
+
+def check_recover_options(settings: Settings, destination: Path | None, estimate: bool) -> None:
+    """Check the options of ``recover``."""
+    from mptk.run.minutes import fill_in
+
+    if (steps := settings.learning.steps) == 0:
+        raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
+    # As in ``check_prune``: what would do nothing is refused by the settings as the run completes them.
+    meant = fill_in(settings, recovers=True)
+    refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
+    if not estimate:
+        check_given(destination)
+
+
+def check_given(folder: Path | None) -> Path:
+    """The folder for a result. Raises MptkError if none is given."""
+    if folder is None:
+        raise InputError("the result needs a folder; give --out FOLDER", name="out")
+    return folder
+
+
 @register_command(
     "prune",
+    check=check_prune_options,
     examples=(
         "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
         "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
@@ -59,7 +93,6 @@ def prune_to_folder(
     from mptk.api.pruned import estimate_run, prune
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
-    check_prune(settings, folder is not None, estimate)
     if estimate:
         show_needs(estimate_run(model, settings), folder)
         return
@@ -84,7 +117,11 @@ def check_prune(settings: Settings, writes: bool, estimate: bool, instead: Mappi
     check_settings(meant, read_plan(meant))
 
 
-@register_command("recover", examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
+@register_command(
+    "recover",
+    check=check_recover_options,
+    examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",),
+)
 def recover_model(
     folder: Folder,
     settings: Settings,
@@ -95,13 +132,7 @@ def recover_model(
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
     from mptk.api.pruned import estimate_recovery, recover
-    from mptk.run.minutes import fill_in
 
-    if (steps := settings.learning.steps) == 0:
-        raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
-    # As in ``check_prune``: what would do nothing is refused by the settings as the run completes them.
-    meant = fill_in(settings, recovers=True)
-    refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
     if estimate:
         show_needs(estimate_recovery(folder, settings, model), destination)
         return
@@ -123,10 +154,9 @@ def show_needs(found: Estimate, place: Path | None) -> None:
 @contextmanager
 def open_output(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
     """The output folder and the progress of a run that can be resumed. Raises MptkError if no folder is given."""
-    if folder is None:
-        raise InputError("the result needs a folder; give --out FOLDER", name="out")
-    with explain_stop(folder), show_stages(err) as progress:
-        yield folder, progress
+    place = check_given(folder)
+    with explain_stop(place), show_stages(err) as progress:
+        yield place, progress
 
 
 def show_pruned(result: Pruned | None, place: Path) -> None:

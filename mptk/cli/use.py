@@ -39,7 +39,58 @@ EVAL = "mptk-eval/1"
 RUNTIMES = make_choice_arguments(Choices(("torch", "onnx")))
 
 
-@register_command("export", examples=("export smollm2-135m --quantize int8 --out runs/dense",))
+def check_export_options(settings: Settings) -> None:
+    """Check the options of ``export``."""
+    if "int4" not in settings.quantize:
+        refuse(("data",), "only int4 needs a text; add --quantize int4, or leave it out")
+
+
+def refuse_idle_sampling(temperature: float) -> None:
+    """Refuse typed options that would do nothing, as nothing is sampled."""
+    if not temperature:
+        why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
+        refuse(("top_k", "top_p", "seed"), why)
+
+
+def check_eval(data: str | None, tasks: str, runtime: str) -> None:
+    """Check the options of ``eval``."""
+    if data is None:
+        refuse(("length", "windows"), "it needs a text to measure on; give --data, or leave it out")
+    if not tasks:
+        refuse(("limit", "include_path"), "it is for lm-eval tasks; give --tasks, or leave it out")
+    if runtime == "onnx":
+        refuse(("trust_remote_code",), "ONNX Runtime runs a graph, not a model's code; leave it out")
+    else:
+        refuse(("threads",), "torch uses all cores; give --runtime onnx, or leave it out")
+    if data is None and not tasks:
+        raise InputError(
+            "nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval", name="data"
+        )
+    if tasks and runtime == "onnx":
+        raise InputError(
+            "lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx", name="tasks"
+        )
+
+
+def check_bench(models: Sequence[str], lengths: str, batches: str, threads: str) -> None:
+    """Check the options of ``bench``."""
+    parse_cases(lengths, batches, threads)
+    # Timings are named by model, so a model that is named twice could not be told apart.
+    if twice := [model for model in models if models.count(model) > 1]:
+        raise InputError(f"{twice[0]} is given twice; name it once", name=twice[0])
+
+
+def parse_cases(lengths: str, batches: str, threads: str) -> dict[str, tuple[int, ...]]:
+    """The numbers of the cases that ``bench`` times, by option."""
+    return {
+        name: parse_counts(text, f"--{name}")
+        for name, text in (("lengths", lengths), ("batches", batches), ("threads", threads))
+    }
+
+
+@register_command(
+    "export", check=check_export_options, examples=("export smollm2-135m --quantize int8 --out runs/dense",)
+)
 def export_onnx(
     model: ModelArgument,
     folder: Annotated[Path, make_folder_option("Folder for the result; an earlier result is replaced.")],
@@ -49,8 +100,6 @@ def export_onnx(
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
     from mptk.api import graphs as api
 
-    if "int4" not in settings.quantize:
-        refuse(("data",), "only int4 needs a text; add --quantize int4, or leave it out")
     notes: list[str] = []
     with show_stages(err) as progress:
         api.export_folder(model, folder, settings, text=data, progress=progress, on_note=notes.append)
@@ -59,6 +108,7 @@ def export_onnx(
 
 @register_command(
     "generate",
+    check=refuse_idle_sampling,
     examples=(
         'generate runs/m30 "Once upon a time"',
         'generate runs/m30 "Why is the sky blue?" --chat --temperature 0.7',
@@ -88,19 +138,11 @@ def generate_text(
     """Generate text in ONNX Runtime. It streams the answer to one prompt; several prompts run as one batch."""
     from mptk.ort.generation import Sampling, encode_prompts, fit_prompts
 
-    refuse_idle_sampling(temperature)
     runner = open_generator(model, settings)
     encoded = encode_prompts(runner.tokenizer, prompts, chat=chat)
     if cut:
         encoded, max_new_tokens = fit_prompts(runner.positions, encoded, max_new_tokens)
     print_answers(runner, prompts, encoded, max_new_tokens, Sampling(temperature, top_k, top_p), seed)
-
-
-def refuse_idle_sampling(temperature: float) -> None:
-    """Refuse typed options that would do nothing, as nothing is sampled."""
-    if not temperature:
-        why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
-        refuse(("top_k", "top_p", "seed"), why)
 
 
 def open_generator(model: str, settings: Settings) -> TextGenerator:
@@ -158,6 +200,7 @@ def print_stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None
 
 @register_command(
     "eval",
+    check=check_eval,
     examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"),
     base=Settings(threads=0),
 )
@@ -178,7 +221,6 @@ def evaluate_models(
     """Measure a model's quality by its kind, as a decoder's perplexity in torch or ONNX Runtime, and lm-eval tasks."""
     from mptk.api import use
 
-    check_eval(data, tasks, runtime)
     # Three ways to measure: a graph in ONNX Runtime, a decoder in torch, and any other kind by its task's metric.
     views = list[RenderableType]()
     result: dict[str, object] = {"format": EVAL, "model": model}
@@ -212,26 +254,6 @@ def evaluate_models(
     show_result(json_file, result, Group(*views))
 
 
-def check_eval(data: str | None, tasks: str, runtime: str) -> None:
-    """Check the options of ``eval``."""
-    if data is None:
-        refuse(("length", "windows"), "it needs a text to measure on; give --data, or leave it out")
-    if not tasks:
-        refuse(("limit", "include_path"), "it is for lm-eval tasks; give --tasks, or leave it out")
-    if runtime == "onnx":
-        refuse(("trust_remote_code",), "ONNX Runtime runs a graph, not a model's code; leave it out")
-    else:
-        refuse(("threads",), "torch uses all cores; give --runtime onnx, or leave it out")
-    if data is None and not tasks:
-        raise InputError(
-            "nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval", name="data"
-        )
-    if tasks and runtime == "onnx":
-        raise InputError(
-            "lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx", name="tasks"
-        )
-
-
 def build_quality_text(found: Mapping[str, object]) -> Text:
     """The quality of models, with metric, protocol and further figures."""
     from mptk.report.sections import list_further_figures
@@ -241,7 +263,7 @@ def build_quality_text(found: Mapping[str, object]) -> Text:
     return Text("\n".join([f"{found['metric']} {said}  ({found['protocol']})", *list_further_figures(found)]))
 
 
-@register_command("bench", examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
+@register_command("bench", check=check_bench, examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
 def bench_models(
     models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
     settings: Settings,
@@ -268,13 +290,7 @@ def bench_models(
     from mptk.report.sections import build_bench_view
     from mptk.report.view import render_markdown
 
-    counts = {
-        name: parse_counts(text, f"--{name}")
-        for name, text in (("lengths", lengths), ("batches", batches), ("threads", threads))
-    }
-    # Timings are named by model, so a model that is named twice could not be told apart.
-    if twice := [model for model in models if models.count(model) > 1]:
-        raise InputError(f"{twice[0]} is given twice; name it once", name=twice[0])
+    counts = parse_cases(lengths, batches, threads)
     with show_stages(err) as progress:
         result = api.bench(models, device=settings.device, progress=progress, rounds=rounds, **counts)
     # A pruned folder keeps its timings, and its report then shows them. The first model is only the baseline.

@@ -8,11 +8,13 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bad_inputs.models import ANALYZE, gguf
-from tests.bad_inputs.table import Prepare, Row, write
+from transformers import AutoTokenizer
 
-EVAL = "eval {model} --windows 2 --length 16 --data "
-
+from mptk.errors import DataError, FileError, ModelError
+from mptk.io.data import load_evaluation_windows
+from tests.bad_inputs.data import measure_on
+from tests.bad_inputs.models import LOAD, READ_GGUF, gguf
+from tests.bad_inputs.table import Prepare, Read, Row, write
 
 # ---- GGUF ----
 
@@ -92,24 +94,41 @@ ESCAPES = {
 }
 
 
-def template(said: str) -> Prepare:
-    return write("model/chat_template.jinja", said)
+def read_chats(model: Path) -> None:
+    """Chats in the template of a model, for it to be measured on."""
+    load_evaluation_windows(AutoTokenizer.from_pretrained(model), str(model.with_name("t.jsonl")), 16, 2)
 
 
 CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}\n' * 40
 
 ROWS = [
-    *(Row(f"gguf with {name}", "analyze {toy.gguf}", ("toy.gguf",), (gguf(made),)) for name, made in GGUFS.items()),
-    *(Row(f"weights with {name}", ANALYZE, ("model.safetensors",), (made,)) for name, made in HEADERS.items()),
+    *(Row(f"gguf with {name}", READ_GGUF, ModelError, "{toy.gguf}", (gguf(made),)) for name, made in GGUFS.items()),
     *(
-        Row(f"chat template that {name}", f"{EVAL}{{t.jsonl}}", ("t.jsonl",), (template(said), write("t.jsonl", CHAT)))
+        Row(f"weights with {name}", LOAD, FileError, "{model/model.safetensors}", (made,))
+        for name, made in HEADERS.items()
+    ),
+    *(
+        Row(
+            f"chat template that {name}",
+            Read(read_chats, "model"),
+            DataError,
+            "{t.jsonl}" if "raise" in said else "a chat of {t.jsonl}",
+            (write("model/chat_template.jinja", said), write("t.jsonl", CHAT)),
+        )
         for name, said in ESCAPES.items()
     ),
-    Row("gzip of one line of 256 MB", f"{EVAL}{{t.txt.gz}}", (), (write("t.txt.gz", zipped(b"x" * (1 << 20), 256)),)),
+    Row(
+        "gzip of one line of 256 MB",
+        Read(measure_on, "t.txt.gz"),
+        FileError,
+        "{t.txt.gz}",
+        (write("t.txt.gz", zipped(b"x" * (1 << 20), 256)),),
+    ),
     Row(
         "gzip of one JSON row of 256 MB",
-        f"{EVAL}{{t.jsonl.gz}}",
-        ("t.jsonl.gz",),
+        Read(measure_on, "t.jsonl.gz"),
+        FileError,
+        "{t.jsonl.gz}",
         (write("t.jsonl.gz", zipped(b'{"text": "' + b"x" * (1 << 20), 256)),),
     ),
 ]

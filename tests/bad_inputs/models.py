@@ -5,19 +5,33 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
-from tests.bad_inputs.shared import SHORT
-from tests.bad_inputs.table import BODIES, Prepare, Row, changed, fifo, folder, link, remove, write
+from mptk.errors import ChangedError, FileError, InputError, ModelError
+from mptk.features.gguf.prove import open_folder
+from mptk.io import models
+from mptk.io.resident import Resident
+from tests.bad_inputs.table import BODIES, Prepare, Read, Row, changed, fifo, folder, link, remove, write
 
-PRUNE = f"prune {{model}} --data {{text.raw}} --out {{out}} {SHORT}"
-ANALYZE = "analyze {model}"
-AS_GGUF = "gguf {pruned} --like {toy.gguf} --out {out.gguf}"
-EXPORT = "export {model} --out {out}"
-MEASURE = "eval {model} --data {text.raw} --windows 2 --length 16"
+
+def build_skeleton(path: Path) -> object:
+    """What ``analyze`` reads: the config, and no weights."""
+    return models.build_skeleton(str(path))
+
+
+def open_weights(path: Path) -> object:
+    """What ``prune`` reads: the weights only when they are asked for."""
+    loaded = models.open_weights(str(path), Resident(1 << 30))
+    return loaded, loaded.load_all()
+
+
+LOAD = Read(open_weights, "model")
+ANALYZE = Read(build_skeleton, "model")
+AS_GGUF = Read(lambda folder: open_folder(folder, folder.with_name("toy.gguf")), "pruned")
 WEIGHTS = "model/model.safetensors"
 
 
@@ -47,13 +61,9 @@ def edited_header(edit: Callable[[dict], object]) -> Callable[[Path], bytes]:
     return made
 
 
-def each(change: Callable[[torch.Tensor], torch.Tensor], only: str = "") -> Callable[[Path], bytes]:
+def each(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], bytes]:
     """The file's tensors, changed."""
-
-    def made(path: Path) -> bytes:
-        return save({n: change(t) if only in n else t for n, t in load_file(path).items()}, {"format": "pt"})
-
-    return made
+    return lambda path: save({n: change(t) for n, t in load_file(path).items()}, {"format": "pt"})
 
 
 def flipped(path: Path) -> bytes:
@@ -70,15 +80,6 @@ def fields(name: str, **values: object) -> Prepare:
             content.pop(key, None) if value is None else content.update({key: value})
 
     return changed(name, edit)
-
-
-def one_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        changed = tensor.clone()
-        changed.view(-1)[3] = value
-        return changed
-
-    return change
 
 
 FIRST = "model.layers.0.mlp.up_proj.weight"
@@ -104,90 +105,112 @@ DAMAGED = {
     "a pickle": b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00.",
 }
 
-TRUNCATED = write(WEIGHTS, DAMAGED["truncated"])
+OTHER = {"shape another": FIRST}
 FILES = [
     *(
-        Row(f"weights {name}", PRUNE, ("model.safetensors",), (write(WEIGHTS, content),))
+        Row(
+            f"weights {name}", LOAD, FileError, OTHER.get(name, "{model/model.safetensors}"), (write(WEIGHTS, content),)
+        )
         for name, content in DAMAGED.items()
     ),
-    Row("weights missing", PRUNE, ("no safetensors weights",), (remove(WEIGHTS),)),
-    Row("weights a folder", PRUNE, ("model",), (remove(WEIGHTS), folder(WEIGHTS))),
-    Row("weights a fifo", PRUNE, ("not an ordinary file",), (remove(WEIGHTS), fifo(WEIGHTS))),
+    Row("weights missing", LOAD, FileError, "{model}", (remove(WEIGHTS),)),
+    Row("weights a folder", LOAD, FileError, "{model/model.safetensors}", (remove(WEIGHTS), folder(WEIGHTS))),
+    Row("weights a fifo", LOAD, FileError, "{model/model.safetensors}", (remove(WEIGHTS), fifo(WEIGHTS))),
     Row(
         "weights a pickle alone",
-        PRUNE,
-        ("a pickle, which can run code",),
+        LOAD,
+        FileError,
+        "{model}",
         (remove(WEIGHTS), write("model/pytorch_model.bin", b"\x80")),
     ),
-    Row("weights of another width", PRUNE, ("model",), (fields("model/config.json", intermediate_size=72),)),
+    Row(
+        "weights of another width",
+        LOAD,
+        FileError,
+        "model.layers.0.mlp.down_proj.weight",
+        (fields("model/config.json", intermediate_size=72),),
+    ),
     Row(
         "weights lacking",
-        PRUNE,
-        ("no weights for",),
+        LOAD,
+        FileError,
+        "{model}",
         (
             write(
                 WEIGHTS, lambda p: save({n: t for n, t in load_file(p).items() if "up_proj" not in n}, {"format": "pt"})
             ),
         ),
     ),
-    Row("weights all zero", PRUNE, ("zero",), (write(WEIGHTS, each(torch.zeros_like)),)),
-    Row("weights times 1e30", PRUNE, ("are all zero",), (write(WEIGHTS, each(lambda t: t * 1e30)),)),
-    Row("weights with infinity", PRUNE, ("finite", FIRST), (write(WEIGHTS, each(one_value(float("inf")), FIRST)),)),
     Row(
-        "weights with NaN, exported", EXPORT, ("finite", FIRST), (write(WEIGHTS, each(one_value(float("nan")), FIRST)),)
+        "weights of whole numbers",
+        LOAD,
+        FileError,
+        "model.embed_tokens.weight",
+        (write(WEIGHTS, each(lambda t: t.to(torch.int32))),),
     ),
-    Row("weights with NaN, measured", MEASURE, ("finite",), (write(WEIGHTS, each(one_value(float("nan")), FIRST)),)),
-    Row("weights truncated, measured", MEASURE, ("model",), (TRUNCATED,)),
-    Row("weights truncated, timed", "bench {model}", ("model",), (TRUNCATED,)),
-    Row("weights truncated, exported", EXPORT, ("model",), (TRUNCATED,)),
     Row(
         "weights truncated, as GGUF",
         AS_GGUF,
-        ("was changed since it was published",),
-        (write("pruned/model.safetensors", DAMAGED["truncated"]),),
-    ),
-    Row("weights missing, as GGUF", AS_GGUF, ("model.safetensors is missing",), (remove("pruned/model.safetensors"),)),
-    Row("dense file truncated", AS_GGUF, ("is damaged",), (write("toy.gguf", lambda path: path.read_bytes()[:400]),)),
-    Row("dense file of other bytes", AS_GGUF, ("is damaged",), (write("toy.gguf", b"GGUF" + b"\xff" * 400),)),
-    Row(
-        "dense file whose name is no text",
-        AS_GGUF,
-        ("is damaged",),
-        (write("toy.gguf", lambda path: path.read_bytes().replace(b"Toy Of The Tests", b"\xff" * 16)),),
+        ChangedError,
+        "model.safetensors",
+        (write("pruned/model.safetensors", DAMAGED["truncated"]), write("toy.gguf", Path.read_bytes)),
     ),
     Row(
-        "dense file of another architecture",
+        "weights missing, as GGUF",
         AS_GGUF,
-        ("holds a lamas model",),
-        (write("toy.gguf", lambda path: path.read_bytes().replace(b"llama", b"lamas")),),
+        ChangedError,
+        "model.safetensors",
+        (remove("pruned/model.safetensors"), write("toy.gguf", Path.read_bytes)),
     ),
-    Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is not a GGUF file",)),
-    Row("dense file missing", "gguf {pruned} --like {no.gguf} --out {out.gguf}", ("no.gguf",)),
-    Row("output replaces the dense file", "gguf {pruned} --like {toy.gguf} --out {toy.gguf}", ("what is read",)),
-    Row("output named otherwise", "gguf {pruned} --like {toy.gguf} --out {out.bin}", (".gguf",), code=2),
-    Row("weights truncated, estimated", f"{PRUNE} --estimate", ("model",), (TRUNCATED,)),
-    Row("weights of whole numbers", PRUNE, ("model",), (write(WEIGHTS, each(lambda t: t.to(torch.int32))),)),
+    *(
+        Row(f"dense file {name}", AS_GGUF, FileError, "{toy.gguf}", (write("toy.gguf", content),))
+        for name, content in {
+            "truncated": lambda path: path.read_bytes()[:400],
+            "of other bytes": b"GGUF" + b"\xff" * 400,
+            "whose name is no text": lambda path: path.read_bytes().replace(b"Toy Of The Tests", b"\xff" * 16),
+            "of another architecture": lambda path: path.read_bytes().replace(b"llama", b"lamas"),
+        }.items()
+    ),
+    Row(
+        "dense file is a folder",
+        Read(lambda folder: open_folder(folder, folder), "pruned"),
+        FileError,
+        "{pruned}",
+    ),
+    Row(
+        "dense file missing",
+        Read(lambda folder: open_folder(folder, "no.gguf"), "pruned"),
+        FileError,
+        "no.gguf",
+    ),
     Row(
         "no tokenizer",
-        PRUNE,
-        ("no tokenizer",),
+        Read(lambda folder: models.load_tokenizer(str(folder)), "model"),
+        FileError,
+        "{model}",
         tuple(remove(f"model/{n}") for n in ("tokenizer.json", "tokenizer_config.json")),
     ),
     Row(
         "config of a million labels",
         ANALYZE,
-        ("config.json", "MB"),
+        FileError,
+        "{model/config.json}",
         (fields("model/config.json", id2label={str(i): "a" for i in range(10**6)}),),
     ),
-    Row("a model that is a text file", "analyze {text.raw}", ("neither a checkpoint folder",)),
-    Row("a model that is an empty folder", "analyze {empty}", ("no config.json",), (folder("empty"),)),
-    Row("a model that is a fifo", "analyze {pipe}", ("neither a checkpoint folder",), (fifo("pipe"),)),
-    Row("a model that is not there", "analyze {nowhere}", ("nowhere", "check the name")),
-    Row("a model without a name", "analyze ", ("''",)),
-    Row("a model of 300 characters", f"analyze {'n' * 300}", ("nnn",)),
-    Row("a model in the home of nobody", "analyze ~nobody-here/model", ("~nobody-here/model", "check the name")),
-    Row("a model named dash", "analyze -", ("'-'",)),
-    Row("a model named with a null", "analyze a\0b", ("cannot be a model's name",)),
+    Row("a model that is a text file", Read(build_skeleton, "text.raw"), FileError, "{text.raw}"),
+    Row("a model that is an empty folder", Read(build_skeleton, "empty"), FileError, "{empty}", (folder("empty"),)),
+    Row("a model that is a fifo", Read(build_skeleton, "pipe"), FileError, "{pipe}", (fifo("pipe"),)),
+    Row("a model that is not there", Read(build_skeleton, "nowhere"), FileError, "{nowhere}"),
+    *(
+        Row(f"a model named {name[:20]!r}", Read(lambda _, name=name: models.build_skeleton(name), "."), kind, name)
+        for name, kind in (
+            ("", InputError),
+            ("n" * 300, InputError),
+            ("a\0b", InputError),
+            ("~nobody-here/model", FileError),
+            ("-", FileError),
+        )
+    ),
 ]
 
 NUMBERS = {
@@ -212,49 +235,88 @@ NUMBERS = {
 }
 
 
+OF_FILE = {
+    ("hidden_size", 10**12),
+    ("num_hidden_layers", 10**7),
+    ("intermediate_size", 10**15),
+    ("vocab_size", 10**13),
+    ("rms_norm_eps", 1e400),
+}
+"""Numbers of a config that its reader refuses."""
+OF_FIELD = {
+    ("hidden_size", 0),
+    ("num_attention_heads", -6),
+    ("num_hidden_layers", -1),
+    *((name, value) for name in ("intermediate_size", "vocab_size") for value in (0, -64, -1)),
+    *(("max_position_embeddings", value) for value in (0, -5)),
+}
+"""Numbers that an error names by their field."""
+
+
 def of_config(name: str, value: object) -> Row:
-    line = PRUNE if name in WEIGHED else ANALYZE
-    return Row(
-        f"config {name} {json.dumps(value)[:24]}", line, ("model",), (fields("model/config.json", **{name: value}),)
-    )
-
-
-def adapter(content: str) -> Prepare:
-    return write("model/adapter_config.json", content)
+    kind, about = ModelError, "{model}"
+    if name in ("architectures", "torch_dtype") or (not isinstance(value, dict | list) and (name, value) in OF_FILE):
+        kind, about = FileError, "{model/config.json}"
+    elif not isinstance(value, dict | list) and (name, value) in OF_FIELD:
+        about = name
+    elif name == "transformers_weights":
+        kind = FileError
+    reader = LOAD if name in WEIGHED else ANALYZE
+    made = fields("model/config.json", **{name: value})
+    return Row(f"config {name} {json.dumps(value)[:24]}", reader, kind, about, (made,))
 
 
 WEIGHED = ("quantization_config", "transformers_weights", "torch_dtype", "tie_word_embeddings")
 CONFIGS = [
     *(of_config(name, value) for name, values in NUMBERS.items() for value in values),
     *(
-        Row(f"config {name}", ANALYZE, ("config.json",), (write("model/config.json", content),))
+        Row(f"config {name}", ANALYZE, FileError, "{model/config.json}", (write("model/config.json", content),))
         for name, content in BODIES.items()
         if name != "of NaN"  # which a config may have
     ),
     Row(
         "config of more layers than weights",
         ANALYZE,
-        ("num_hidden_layers is 9999, and there are",),
+        FileError,
+        "{model/config.json}",
         (fields("model/config.json", num_hidden_layers=9999),),
     ),
     Row(
-        "config whose class says why in a second line",
+        "config a folder",
         ANALYZE,
-        ("field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got str",),
-        (fields("model/config.json", num_attention_heads="five"),),
+        FileError,
+        "{model}",
+        (remove("model/config.json"), folder("model/config.json")),
     ),
-    Row("config a folder", ANALYZE, ("no config.json",), (remove("model/config.json"), folder("model/config.json"))),
-    Row("config a fifo", ANALYZE, ("config.json",), (remove("model/config.json"), fifo("model/config.json"))),
-    Row("config missing", ANALYZE, ("no config.json",), (remove("model/config.json"),)),
-    Row("generation config no JSON", PRUNE, ("generation_config.json",), (write("model/generation_config.json", "{"),)),
     Row(
-        "adapter beside the model",
-        PRUNE,
-        ("adapter_config.json",),
-        (adapter('{"peft_type": "LORA", "base_model_name_or_path": "x"}'),),
+        "config a fifo",
+        ANALYZE,
+        FileError,
+        "{model/config.json}",
+        (remove("model/config.json"), fifo("model/config.json")),
     ),
-    Row("adapter beside the model, measured", MEASURE, ("adapter_config.json",), (adapter('{"peft_type": "LORA"}'),)),
-    Row("adapter beside the model, analysed", ANALYZE, ("adapter_config.json",), (adapter("{}"),)),
+    Row("config missing", ANALYZE, FileError, "{model}", (remove("model/config.json"),)),
+    Row(
+        "generation config no JSON",
+        LOAD,
+        FileError,
+        "{model/generation_config.json}",
+        (write("model/generation_config.json", "{"),),
+    ),
+    *(
+        Row(
+            f"adapter beside the model, {name}",
+            reader,
+            ModelError,
+            "{model}",
+            (write("model/adapter_config.json", content),),
+        )
+        for name, reader, content in (
+            ("of a base", LOAD, '{"peft_type": "LORA", "base_model_name_or_path": "x"}'),
+            ("of none", LOAD, '{"peft_type": "LORA"}'),
+            ("analysed", ANALYZE, "{}"),
+        )
+    ),
 ]
 
 
@@ -262,24 +324,18 @@ def tokens(edit: Callable[[dict], object]) -> Prepare:
     return changed("model/tokenizer.json", edit)
 
 
-def beyond(content: dict) -> None:
-    vocabulary = content["model"]["vocab"]
-    for token in vocabulary:
-        if len(token) == 1:
-            vocabulary[token] += 5000
-
-
 TOKENIZERS = [
-    Row("tokenizer ids beyond the vocabulary", PRUNE, ("vocabulary", "300"), (tokens(beyond),)),
-    Row("tokenizer ids beyond the vocabulary, measured", MEASURE, ("vocabulary", "300"), (tokens(beyond),)),
-    Row("tokenizer empty", PRUNE, ("model",), (write("model/tokenizer.json", ""),)),
-    Row("tokenizer no JSON", PRUNE, ("model",), (write("model/tokenizer.json", "{"),)),
-    Row("tokenizer a list", PRUNE, ("model",), (write("model/tokenizer.json", "[]"),)),
-    Row("tokenizer without a model", PRUNE, ("model",), (tokens(lambda c: c.pop("model")),)),
-    Row("tokenizer of a magic model", PRUNE, ("model",), (tokens(lambda c: c["model"].update(type="Magic")),)),
-    Row("tokenizer deep", PRUNE, ("model",), (write("model/tokenizer.json", '{"a":' * 50_000),)),
-    Row("tokenizer config no JSON", PRUNE, ("model",), (write("model/tokenizer_config.json", "{"),)),
-    Row("tokenizer config null", PRUNE, ("model",), (write("model/tokenizer_config.json", "null"),)),
+    Row(f"tokenizer {name}", LOAD, ModelError, "{model}", (step,))
+    for name, step in {
+        "empty": write("model/tokenizer.json", ""),
+        "no JSON": write("model/tokenizer.json", "{"),
+        "a list": write("model/tokenizer.json", "[]"),
+        "without a model": tokens(lambda c: c.pop("model")),
+        "of a magic model": tokens(lambda c: c["model"].update(type="Magic")),
+        "deep": write("model/tokenizer.json", '{"a":' * 50_000),
+        "config no JSON": write("model/tokenizer_config.json", "{"),
+        "config null": write("model/tokenizer_config.json", "null"),
+    }.items()
 ]
 
 
@@ -297,44 +353,44 @@ def index(names: object) -> tuple[Prepare, ...]:
     return (write("model/model.safetensors.index.json", made), moved)
 
 
+INDEX = "model/model.safetensors.index.json"
 SHARDS = [
-    Row(
-        "shards outside", PRUNE, ("../outside.safetensors", "is outside of its folder"), index("../outside.safetensors")
+    *(
+        Row(f"shards {name}", LOAD, FileError, f"{{{INDEX}}}", index(names))
+        for name, names in {
+            "outside": "../outside.safetensors",
+            "absolute": "/etc/passwd",
+            "in a folder below": "a/../../outside.safetensors",
+            "that are not there": "none.safetensors",
+            "of a name of 300 characters": "n" * 300,
+            "of a number": {"a": 7},
+            "of a list": [1],
+        }.items()
     ),
-    Row("shards absolute", PRUNE, ("/etc/passwd", "is outside of its folder"), index("/etc/passwd")),
-    Row("shards in a folder below", PRUNE, ("is outside of its folder",), index("a/../../outside.safetensors")),
-    Row("shards that are not there", PRUNE, ("none.safetensors, which does not exist",), index("none.safetensors")),
-    Row("shards of a name of 300 characters", PRUNE, ("which does not exist",), index("n" * 300)),
-    Row("shards of a number", PRUNE, ("weight_map",), index({"a": 7})),
-    Row("shards of a list", PRUNE, ("weight_map",), index([1])),
-    Row("shards index no JSON", PRUNE, ("index.json", "not JSON"), (write("model/model.safetensors.index.json", "{"),)),
+    Row("shards index no JSON", LOAD, FileError, f"{{{INDEX}}}", (write(INDEX, "{"),)),
     Row(
         "weights a link outside",
-        PRUNE,
-        ("is a link to", "outside of its folder"),
+        LOAD,
+        FileError,
+        "{model/model.safetensors}",
         (write("other/model.safetensors", b"x"), link(WEIGHTS, "other/model.safetensors")),
     ),
     Row(
         "config a link outside",
         ANALYZE,
-        ("is a link to",),
+        FileError,
+        "{model/config.json}",
         (write("other/config.json", "{}"), link("model/config.json", "other/config.json")),
     ),
+    Row("licence a link outside", LOAD, FileError, "{model/LICENSE}", (link("model/LICENSE", "/etc/hostname"),)),
+    Row("card a link outside", ANALYZE, FileError, "{model/README.md}", (link("model/README.md", "/etc/hostname"),)),
+    Row("folder a link outside", ANALYZE, FileError, "{model/1_Pooling}", (link("model/1_Pooling", "/etc"),)),
     Row(
-        "licence a link outside",
-        PRUNE,
-        ("LICENSE is a link to /etc/hostname",),
-        (link("model/LICENSE", "/etc/hostname"),),
-    ),
-    Row(
-        "card a link outside",
+        "a link in a circle",
         ANALYZE,
-        ("README.md is a link to /etc/hostname",),
-        (link("model/README.md", "/etc/hostname"),),
-    ),
-    Row("folder a link outside", ANALYZE, ("1_Pooling is a link to /etc",), (link("model/1_Pooling", "/etc"),)),
-    Row(
-        "a link in a circle", ANALYZE, ("config.json", "in a circle"), (link("model/config.json", "model/config.json"),)
+        FileError,
+        "{model/config.json}",
+        (link("model/config.json", "model/config.json"),),
     ),
 ]
 
@@ -347,32 +403,34 @@ def poked(offset: int, kind: str, value: int) -> Callable[[bytes], bytes]:
     return lambda old: old[:offset] + struct.pack(kind, value) + old[offset + struct.calcsize(kind) :]
 
 
+READ_GGUF = Read(lambda file: models.load_config(str(file)), "toy.gguf")
 GGUF = [
     *(
-        Row(f"gguf {name}", "analyze {toy.gguf}", ("toy.gguf",), (gguf(content),))
-        for name, content in {
-            "empty": b"",
-            "of four bytes": b"GGUF",
-            "of another magic": poked(0, "<I", 7),
-            "of another version": poked(4, "<I", 99),
-            "of 2^60 tensors": poked(8, "<Q", 1 << 60),
-            "of 2^60 fields": poked(16, "<Q", 1 << 60),
-            "with a key of 2^62 bytes": poked(24, "<Q", 1 << 62),
-            "truncated in the header": lambda old: old[:200],
-            "truncated in the tokens": lambda old: old[:1500],
-            "of zeros": lambda old: old[:24] + bytes(len(old) - 24),
-            "no gguf at all": b"{}" * 500,
+        Row(f"gguf {name}", READ_GGUF, kind, "{toy.gguf}", (gguf(content),))
+        for kind, contents in {
+            FileError: {
+                "empty": b"",
+                "of four bytes": b"GGUF",
+                "of another magic": poked(0, "<I", 7),
+                "of 2^60 tensors": poked(8, "<Q", 1 << 60),
+                "of 2^60 fields": poked(16, "<Q", 1 << 60),
+                "no gguf at all": b"{}" * 500,
+            },
+            ModelError: {
+                "of another version": poked(4, "<I", 99),
+                "with a key of 2^62 bytes": poked(24, "<Q", 1 << 62),
+                "truncated in the header": lambda old: old[:200],
+                "truncated in the tokens": lambda old: old[:1500],
+                "truncated in the weights": lambda old: old[:-5000],
+                "of zeros": lambda old: old[:24] + bytes(len(old) - 24),
+            },
         }.items()
+        for name, content in contents.items()
     ),
-    Row(
-        "gguf truncated in the weights",
-        PRUNE.replace("{model}", "{toy.gguf}"),
-        ("toy.gguf",),
-        (gguf(lambda old: old[:-5000]),),
+    *(
+        Row(f"gguf {name}", replace(READ_GGUF, path="x.gguf"), FileError, "{x.gguf}", steps)
+        for name, steps in {"a folder": (folder("x.gguf"),), "a fifo": (fifo("x.gguf"),), "missing": ()}.items()
     ),
-    Row("gguf a folder", "analyze {x.gguf}", ("there is no file",), (folder("x.gguf"),)),
-    Row("gguf a fifo", "analyze {x.gguf}", ("there is no file",), (fifo("x.gguf"),)),
-    Row("gguf missing", "analyze {x.gguf}", ("there is no file", "check the path")),
 ]
 
 ROWS = [*FILES, *CONFIGS, *TOKENIZERS, *SHARDS, *GGUF]

@@ -9,16 +9,20 @@ import onnx
 import torch
 from safetensors.torch import save
 
-from mptk.publish.manifest import write_manifest
-from tests.bad_inputs.table import BODIES, Place, Prepare, Row, changed, fifo, folder, link, remove, write
+import mptk
+from mptk import Report
+from mptk.errors import ChangedError, FileError
+from mptk.features.hub.push import push_files
+from mptk.ort.generation import TextGenerator
+from mptk.publish.manifest import read_manifest, write_manifest
+from mptk.report.runs import read_run
+from tests.bad_inputs.table import BODIES, Place, Prepare, Read, Row, changed, fifo, folder, link, remove, write
 
-REPORT = "report {pruned}"
-HTML = "report {pruned} --html {page.html}"
-VERIFY = "verify {pruned}"
-RECOVER = "recover {pruned} --data {text.raw} --steps 2 --out {out}"
-UNREADABLE = "ONNX Runtime cannot load"
-GENERATE = "generate {gpt2} hello"
-RERUN = "rerun {pruned} --out {out}"
+REPORT = Read(Report.read, "pruned")
+RUN = Read(lambda folder: read_run(folder, "run"), "pruned")
+VERIFY = Read(mptk.verify, "pruned")
+FILE = "{pruned/report.json}"
+GRAPH = Read(TextGenerator, "gpt2")
 
 
 def reported(edit: Callable[[dict], object]) -> Prepare:
@@ -57,19 +61,26 @@ def put(value: object, *names: str | int) -> Callable[[dict], object]:
 
 
 REPORTS = [
-    *(Row(f"report.json {n}", REPORT, ("report.json",), (write("pruned/report.json", c),)) for n, c in BODIES.items()),
+    *(Row(f"report.json {n}", REPORT, FileError, FILE, (write("pruned/report.json", c),)) for n, c in BODIES.items()),
     Row(
         "report.json a fifo",
         REPORT,
-        ("holds no report.json",),
+        FileError,
+        "{pruned}",
         (remove("pruned/report.json"), fifo("pruned/report.json")),
     ),
-    Row("report.json a folder", REPORT, ("report.json",), (remove("pruned/report.json"), folder("pruned/report.json"))),
-    Row("report.json missing", REPORT, ("holds no report.json",), (remove("pruned/report.json"),)),
-    Row("report.json another format", REPORT, ("mptk-report/2",), (reported(put("mptk-report/9", "format")),)),
-    Row("report.json notes deep", REPORT, ("nested too deep",), (reported(deep),)),
+    Row(
+        "report.json a folder",
+        REPORT,
+        FileError,
+        "{pruned}",
+        (remove("pruned/report.json"), folder("pruned/report.json")),
+    ),
+    Row("report.json missing", REPORT, FileError, "{pruned}", (remove("pruned/report.json"),)),
+    Row("report.json another format", REPORT, FileError, FILE, (reported(put("mptk-report/9", "format")),)),
+    Row("report.json notes deep", REPORT, FileError, FILE, (reported(deep),)),
     *(
-        Row(f"report.json without {'.'.join(names)}", REPORT, ("report.json", names[-1]), (reported(without(*names)),))
+        Row(f"report.json without {'.'.join(names)}", REPORT, FileError, "report.json", (reported(without(*names)),))
         for names in (
             ("settings",),
             ("settings", "learning"),
@@ -95,7 +106,8 @@ REPORTS = [
         Row(
             f"report.json {'.'.join(map(str, names))} {str(value)[:16]}",
             REPORT,
-            ("report.json", str(names[-1])),
+            FileError,
+            "report.json",
             (reported(put(value, *names)),),
         )
         for names, value in (
@@ -134,34 +146,23 @@ REPORTS = [
             (("versions",), [1]),
         )
     ),
-    Row("report.json keys missing, as a page", HTML, ("report.json",), (reported(without("cost")),)),
-    Row("report.json as a list, verified", VERIFY, ("report.json",), (write("pruned/report.json", "[]"),)),
-    Row("report.json as a list, recovered", RECOVER, ("report.json",), (write("pruned/report.json", "[]"),)),
-    Row("report.json as a list, repeated", RERUN, ("report.json",), (write("pruned/report.json", "[]"),)),
-    Row("report of no folder", "report {nowhere}", ("holds no report.json",)),
-    Row("report of a file", "report {text.raw}", ("holds no report.json",)),
-    Row("report of a model", "report {model}", ("holds no report.json",)),
+    Row("report of no folder", Read(Report.read, "nowhere"), FileError, "{nowhere}"),
+    Row("report of a file", Read(Report.read, "text.raw"), FileError, "{text.raw}"),
+    Row("report of a model", Read(Report.read, "model"), FileError, "{model}"),
 ]
 
 BENCH = {"graphs": [], "onnxruntime": "1", "rounds": 2, "peaks": {}, "rows": []}
 BENCHES = [
-    *(Row(f"bench.json {n}", REPORT, ("bench.json",), (write("pruned/bench.json", c),)) for n, c in BODIES.items()),
-    *(
-        Row(f"bench.json {name}", REPORT, ("bench.json",), (write("pruned/bench.json", json.dumps({**BENCH, **part})),))
-        for name, part in {
-            "of a string for a number": {"graphs": [{"name": 7}]},
-            "without rows": {},
-            "of threads no number": {"peaks": {"x": {}}},
-        }.items()
-    ),
-    Row("metrics.jsonl no JSON", HTML, ("metrics.jsonl",), (write("pruned/metrics.jsonl", "{"),)),
-    Row("metrics.jsonl a list", HTML, ("metrics.jsonl", "line 1"), (write("pruned/metrics.jsonl", "[]\n"),)),
-    Row(
-        "metrics.jsonl without a step",
-        HTML,
-        ("metrics.jsonl",),
-        (write("pruned/metrics.jsonl", '{"phase": "masks"}\n'),),
-    ),
+    Row(f"bench.json {name}", RUN, FileError, "{pruned/bench.json}", (write("pruned/bench.json", content),))
+    for name, content in {
+        **BODIES,
+        "of a string for a number": json.dumps({**BENCH, "graphs": [{"name": 7}]}),
+        "of threads no number": json.dumps({**BENCH, "peaks": {"x": {}}}),
+    }.items()
+]
+METRICS = [
+    Row(f"metrics.jsonl {name}", RUN, FileError, "{pruned/metrics.jsonl}", (write("pruned/metrics.jsonl", content),))
+    for name, content in {"no JSON": "{", "a list": "[]\n", "without a step": '{"phase": "masks"}\n'}.items()
 ]
 
 
@@ -184,71 +185,83 @@ def external(location: str) -> Prepare:
 
 
 FOLDERS = [
-    Row("a changed file", VERIFY, ("README.md", "was changed"), (write("pruned/README.md", "x"),)),
-    Row("a missing file", VERIFY, ("README.md", "is missing"), (remove("pruned/README.md"),)),
-    Row("a new file", VERIFY, ("new.txt was added",), (write("pruned/new.txt", "x"),)),
-    Row("a link", VERIFY, ("README.md", "is a link"), (link("pruned/README.md", "/etc/hostname"), sealed)),
-    Row(
-        "a link, pushed",
-        "push {pruned} me/name",
-        ("README.md", "is a link"),
-        (link("pruned/README.md", "/etc/hostname"), sealed),
+    Row("a missing file", VERIFY, ChangedError, "README.md", (remove("pruned/README.md"),)),
+    Row("a new file", VERIFY, ChangedError, "new.txt", (write("pruned/new.txt", "x"),)),
+    Row("a link", VERIFY, ChangedError, "README.md", (link("pruned/README.md", "/etc/hostname"), sealed)),
+    Row("sparsity of 400 digits", VERIFY, FileError, "report.json", (reported(put(10**400, "sparsity")), sealed)),
+    Row("another task", VERIFY, FileError, "task", (reported(put("evil", "task")), sealed)),
+    Row("no manifest", VERIFY, FileError, "{pruned}", (remove("pruned/mptk.json"),)),
+    *(
+        Row(f"mptk.json {n}", Read(read_manifest, "pruned"), FileError, "{pruned}", (write("pruned/mptk.json", c),))
+        for n, c in BODIES.items()
     ),
-    Row("sparsity of 400 digits", VERIFY, ("sparsity",), (reported(put(10**400, "sparsity")), sealed)),
-    Row("another task", VERIFY, ("task", "evil"), (reported(put("evil", "task")), sealed)),
-    Row("no manifest", VERIFY, ("no mptk.json",), (remove("pruned/mptk.json"),)),
-    *(Row(f"mptk.json {n}", VERIFY, ("mptk.json",), (write("pruned/mptk.json", c),)) for n, c in BODIES.items()),
     Row(
         "mptk.json that leads out",
         VERIFY,
-        ("../../etc/passwd is missing",),
+        ChangedError,
+        "../../etc/passwd",
         (changed("pruned/mptk.json", put("0" * 64, "files", "../../etc/passwd")),),
     ),
+    *(
+        Row(
+            f"proof {name}",
+            VERIFY,
+            FileError,
+            "proof/inputs.safetensors",
+            (write("pruned/proof/inputs.safetensors", content), sealed),
+        )
+        for name, content in {
+            "inputs truncated": b"123",
+            "tokens out of the vocabulary": save({"input_ids": torch.full((2, 16), 10**6)}),
+        }.items()
+    ),
+    *(
+        Row(
+            f"config of the result {name}",
+            VERIFY,
+            FileError,
+            "{pruned/config.json}",
+            (write("pruned/config.json", content), sealed),
+        )
+        for name, content in {"no JSON": "{", "a list": "[]"}.items()
+    ),
     Row(
-        "proof inputs truncated",
+        "weights of the result truncated",
         VERIFY,
-        ("proof/inputs.safetensors",),
-        (write("pruned/proof/inputs.safetensors", b"123"), sealed),
+        ChangedError,
+        "report.json",
+        (write("pruned/model.safetensors", b"12345678"), sealed),
     ),
     Row(
-        "proof tokens out of the vocabulary",
-        VERIFY,
-        ("proof/inputs.safetensors", "do not use"),
-        (write("pruned/proof/inputs.safetensors", save({"input_ids": torch.full((2, 16), 10**6)})), sealed),
+        "the dense model is gone",
+        Read(lambda folder: mptk.verify(folder, model="nowhere"), "pruned"),
+        FileError,
+        "nowhere",
     ),
-    Row("config of the result no JSON", VERIFY, ("config.json",), (write("pruned/config.json", "{"), sealed)),
-    Row("config of the result a list", VERIFY, ("config.json",), (write("pruned/config.json", "[]"), sealed)),
-    Row("weights of the result truncated", VERIFY, ("",), (write("pruned/model.safetensors", b"12345678"), sealed)),
-    Row("the dense model is gone", "verify {pruned} --model {nowhere}", ("nowhere",)),
-    Row("the dense model is another", "verify {pruned} --model {gpt2-dense}", ("is not the dense model",)),
-    Row("no folder to verify", "verify {nowhere}", ("holds no plan.json",)),
-    Row("no folder to push", "push {nowhere} me/name", ("no mptk.json",)),
-    Row("a size of a folder that has one", "rung {pruned} 0.3 --out {out}", ("has one size", "--shared")),
-    Row("a size that is no share", "rung {pruned} x --out {out}", ("SIZE", "write a share")),
-    Row("run.yaml missing", RERUN, ("run.yaml",), (remove("pruned/run.yaml"), sealed)),
+    Row("no folder to verify", Read(mptk.verify, "nowhere"), FileError, "{nowhere}"),
+    Row("no folder to push", Read(lambda folder: push_files(folder, "me/name"), "nowhere"), FileError, "{nowhere}"),
     Row(
-        "graph truncated, run",
-        GENERATE,
-        (UNREADABLE,),
-        (write("gpt2/onnx/model.onnx", lambda path: path.read_bytes()[:-500]),),
+        "a size of a folder that has one", Read(lambda folder: mptk.rung(folder, 0.3), "pruned"), FileError, "{pruned}"
     ),
-    Row("graph empty, run", GENERATE, (UNREADABLE,), (write("gpt2/onnx/model.onnx", b""),)),
-    Row(
-        "graph no graph, timed",
-        "bench {gpt2} --lengths 8",
-        (UNREADABLE,),
-        (write("gpt2/onnx/model.onnx", b"\x00\x01" * 400),),
+    *(
+        Row(f"graph {name}", GRAPH, FileError, "{gpt2/onnx/model.onnx}", (write("gpt2/onnx/model.onnx", content),))
+        for name, content in {
+            "truncated": lambda path: path.read_bytes()[:-500],
+            "empty": b"",
+            "no graph": b"\x00\x01" * 400,
+        }.items()
     ),
-    Row("graph missing", GENERATE, ("there is no", "mptk export"), (remove("gpt2/onnx/model.onnx"),)),
+    Row("graph missing", GRAPH, FileError, "{gpt2/model.onnx}", (remove("gpt2/onnx/model.onnx"),)),
     Row(
         "graph without a tokenizer",
-        GENERATE,
-        ("no tokenizer",),
+        GRAPH,
+        FileError,
+        "{gpt2}",
         (remove("gpt2/tokenizer.json"), remove("gpt2/tokenizer_config.json")),
     ),
-    Row("graph without a config", GENERATE, ("no config.json",), (remove("gpt2/config.json"),)),
-    Row("weights of the graph missing", GENERATE, (UNREADABLE,), (external("none.data"),)),
-    Row("weights of the graph outside", GENERATE, (UNREADABLE,), (external("../../x"),)),
+    Row("graph without a config", GRAPH, FileError, "{gpt2}", (remove("gpt2/config.json"),)),
+    Row("weights of the graph missing", GRAPH, FileError, "{gpt2/onnx/model.onnx}", (external("none.data"),)),
+    Row("weights of the graph outside", GRAPH, FileError, "{gpt2/onnx/model.onnx}", (external("../../x"),)),
 ]
 
-ROWS = [*REPORTS, *BENCHES, *FOLDERS]
+ROWS = [*REPORTS, *BENCHES, *METRICS, *FOLDERS]

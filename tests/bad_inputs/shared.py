@@ -12,7 +12,7 @@ from mptk.api import graphs as api
 from mptk.testing import make_llama, make_tokenizer
 from tests.bad_inputs.table import run
 
-SHORT = "--method magnitude --align 8 --samples 2 --length 16 --eval-windows 1 --eval-length 16"
+SHORT = "--method magnitude --align 8 --samples 2 --length 16 --eval-windows 1 --eval-length 16 --no-onnx"
 
 
 def write_folders(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a row of the table is, the folders that rows start from, and how a row is run."""
+"""What a row of the table is, and what rows do to the files that they start from."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import typer
+
 from mptk.cli import console
+from mptk.cli.app import check_words
 from mptk.cli.console import VOICE
 from mptk.cli.main import main
+from mptk.errors import InputError
+from mptk.testing import copy_by_links
 
 PATIENCE = int(os.environ.get("PATIENCE", 60))
 """Seconds after which a row is said to hang."""
@@ -54,48 +59,61 @@ class Place:
         """A shared file or folder, copied by hard links into this place."""
         there = self.root / name
         if name in self.shared and not there.exists():
-            linked(self.shared[name], there)
+            copy_by_links(self.shared[name], there)
         return there
 
 
-def linked(source: Path, target: Path) -> None:
-    if source.is_file():
-        os.link(source, target)
-    else:
-        shutil.copytree(source, target, copy_function=os.link)
-
-
 Prepare = Callable[[Place], object]
+USAGE: type[Exception] = typer.BadParameter.__mro__[1]
+"""The error for words that are no options, which typer exports under no name."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A reader, and the path in the place that it gets."""
+
+    read: Callable[[Path], object]
+    path: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """``line``: words of the command line; {NAME} is a path of the place. ``prepare``: what it does to the place first.
+    """``does``: words of a command line, which its parser or its checks refuse; or a reader, which refuses a file.
 
-    ``says``: words of the one line on stderr, beside a remedy. ``code``: the exit code. ``done``: it is no error at all.
+    ``kind``, ``about``: the error's class and its ``name``; of a wrong option, its flag. In words and in ``about``,
+    {NAME} is a path of the place. ``prepare``: what is done to the place first. ``words``: what else {NAME} is.
     """
 
     name: str
-    line: str
-    says: tuple[str, ...]
+    does: str | Read
+    kind: type[Exception] = InputError
+    about: str = ""
     prepare: tuple[Prepare, ...] = ()
-    code: int = 1
-    done: bool = False
     words: Mapping[str, str] = field(default_factory=dict)
 
-    def arguments(self, place: Place) -> list[str]:
-        def path(found: re.Match[str]) -> str:
-            return self.words.get(found[1]) or str(at(place, found[1]))
+    def fill(self, text: str, place: Place) -> str:
+        """``text`` with the paths that it names."""
+        return re.sub(r"\{(\w[\w./-]*)\}", lambda name: self.words.get(name[1]) or str(at(place, name[1])), text)
 
-        return [re.sub(r"\{(\w[\w./-]*)\}", path, word) for word in self.line.split(" ")]
+    def make_call(self, place: Place) -> Callable[[], object]:
+        """What must fail. The files that it reads are in the place when this returns."""
+        if isinstance(self.does, str):
+            return partial(check_words, [self.fill(word, place) for word in self.does.split(" ")])
+        return partial(self.does.read, at(place, self.does.path))
 
 
-def rows(
-    line: str, ends: Mapping[str, tuple[str, ...]], *prepare: Prepare, code: int = 1, done: bool = False
-) -> list[Row]:
-    """A row for ``line`` with each of ``ends``: end → the words that the error has. The command and the end name the row."""
+def check_lines(line: str, ends: Mapping[str, str], kind: type[Exception] = InputError) -> list[Row]:
+    """A row for ``line`` with each of ``ends``: end → what the error is about. The command and the end name the row."""
     named = {f"{line.split(' ')[0]} {end[:200]}".strip(): end for end in ends}
-    return [Row(name, f"{line} {end}".strip(), ends[end], prepare, code, done) for name, end in named.items()]
+    return [Row(name, f"{line} {end}".strip(), kind, ends[end]) for name, end in named.items()]
+
+
+def find_subject(error: Exception) -> str:
+    """The ``name`` of an error of mptk; of a wrong option, its flag."""
+    option = getattr(error, "param", None)
+    if option is not None:
+        return str(option.opts[0])
+    return str(getattr(error, "name", getattr(error, "option_name", "")))
 
 
 @dataclass(frozen=True)
@@ -114,9 +132,8 @@ def run(arguments: list[str], width: int = console.WIDE_COLUMNS) -> Outcome:
     """A command line in this process, as the console script runs it. ``width``: columns of what it prints."""
     out, err = io.StringIO(), io.StringIO()
     console.out.width = console.err.width = width
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(PATIENCE)
     with (
+        lose_patience(),
         mock.patch.object(sys, "argv", ["mptk", *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -127,10 +144,19 @@ def run(arguments: list[str], width: int = console.WIDE_COLUMNS) -> Outcome:
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
-        finally:
-            signal.alarm(0)
     VOICE.quiet = VOICE.verbose = False
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def lose_patience() -> Iterator[None]:
+    """Raise TimeoutError in what takes longer than ``PATIENCE``."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def _too_long(*_: object) -> None:

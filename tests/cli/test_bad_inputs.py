@@ -1,18 +1,30 @@
-"""Every row of ``tests/bad_inputs``: one line with cause and remedy, the exit code, nothing changed, no traceback."""
+"""Every row of ``tests/bad_inputs``: an error of one line, of its class, about what is wrong; nothing is changed.
+
+Rows call the parser of options or the reader of a file. Some go through the whole command.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from test_cli import surroundings  # noqa: F401 (a fixture)
 
-from tests.bad_inputs import ROWS
-from tests.bad_inputs.table import Place, Row, listing, run
+from mptk.errors import MptkError
+from tests.bad_inputs import COMMANDS, ROWS
+from tests.bad_inputs.table import Place, Row, find_subject, listing, lose_patience, run
 
 REMEDY = re.compile(r"[;:,.] ?\S|give|do not use|check|write|choose|see|add|remove", re.I)
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_folders: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
+    """The folders that rows copy by links, so that a row could write into them."""
+    folders = [folder for folder in tiny_folders.values() if folder.is_dir()]
+    before = list(map(listing, folders))
+    yield tiny_folders
+    assert list(map(listing, folders)) == before
 
 
 def test_the_table_is_large_and_each_row_has_a_name_of_its_own() -> None:
@@ -22,26 +34,40 @@ def test_the_table_is_large_and_each_row_has_a_name_of_its_own() -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_bad_input(row: Row, tiny_folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place(tmp_path, tiny_folders)
-    arguments = row.arguments(place)
+def test_bad_input(row: Row, sources: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path, sources)
     for step in row.prepare:
         step(place)
+    call, about = row.make_call(place), row.fill(row.about, place)
     monkeypatch.chdir(tmp_path)
-    before, sources = listing(tmp_path), [listing(folder) for folder in tiny_folders.values() if folder.is_dir()]
-    result = run(arguments)
-    after = listing(tmp_path)
-    assert "Traceback" not in result.stderr
-    if row.done:
-        assert (result.code, result.errors[:-1]) == (0, [])
-    else:
-        assert result.code == row.code, result.stderr
-        assert len(result.errors) == 1, result.stderr
-        (line,) = result.errors
-        assert line.startswith("error: ")
-        assert REMEDY.search(line.removeprefix("error: ")), line
-        assert after == before
-    said = result.stdout + result.stderr
-    assert [words for words in row.says if words not in said] == [], said
-    assert said.isprintable() or not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said), "control characters are shown"
-    assert sources == [listing(folder) for folder in tiny_folders.values() if folder.is_dir()]
+    before = listing(tmp_path)
+    with lose_patience(), pytest.raises(row.kind) as refused:
+        call()
+    assert find_subject(refused.value) == about
+    if isinstance(refused.value, MptkError):
+        assert type(refused.value) is row.kind
+        assert "\n" not in str(refused.value)
+        assert REMEDY.search(str(refused.value))
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.features
+@pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.name)
+def test_bad_input_of_a_command(
+    row: Row, sources: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line on stderr, the exit code, no traceback, nothing changed."""
+    place = Place(tmp_path, sources)
+    for step in row.prepare:
+        step(place)
+    words = [row.fill(word, place) for word in str(row.does).split(" ")]
+    monkeypatch.chdir(tmp_path)
+    before = listing(tmp_path)
+    result = run(words)
+    assert result.code == (1 if issubclass(row.kind, MptkError) else 2), result.stderr
+    assert len(result.errors) == 1, result.stderr
+    (line,) = result.errors
+    assert line.startswith("error: ")
+    assert REMEDY.search(line.removeprefix("error: ")), line
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.stdout + result.stderr)
+    assert listing(tmp_path) == before

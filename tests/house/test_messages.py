@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cache
 
-from tests.messages import FILE, find_sentences, list_error_classes, write_golden
+from tests.messages import FILE, Sentence, find_sentences, list_error_classes, write_golden
 
-SENTENCES = find_sentences()
-RAISED = [each for each in SENTENCES if each.kind in list_error_classes() - {"BadParameter"}]
 NO_REMEDY = {
     "TargetError": 17,
     "PlanError": 15,
@@ -26,27 +25,39 @@ say what to write after a colon, or are made elsewhere as a whole."""
 WORDS_WITH_CAPITALS = ("FSDP", "GPTQ", "AWQ", "ONNX")
 
 
+@cache  # reading the whole product takes seconds
+def list_sentences() -> list[Sentence]:
+    return find_sentences()
+
+
+def list_raised() -> list[Sentence]:
+    return [each for each in list_sentences() if each.kind in list_error_classes() - {"BadParameter"}]
+
+
 def test_the_file_is_what_the_code_says() -> None:
-    assert FILE.read_text() == write_golden(SENTENCES), "run `make messages`, and read what has changed"
+    assert FILE.read_text() == write_golden(list_sentences()), "run `make messages`, and read what has changed"
 
 
 def test_each_sentence_is_one_line_without_a_full_stop() -> None:
     wrong = [
-        e.text for e in RAISED if "\\n" in e.text or "  " in e.text or e.text.endswith(".") or e.text != e.text.strip()
+        e.text
+        for e in list_raised()
+        if "\\n" in e.text or "  " in e.text or e.text.endswith(".") or e.text != e.text.strip()
     ]
     assert wrong == []
-    assert [e.text for e in RAISED if e.text[0].isupper() and not e.text.startswith(WORDS_WITH_CAPITALS)] == []
+    assert [e.text for e in list_raised() if e.text[0].isupper() and not e.text.startswith(WORDS_WITH_CAPITALS)] == []
 
 
 def test_each_sentence_has_a_remedy() -> None:
-    assert Counter(e.kind for e in RAISED if ";" not in e.text) == NO_REMEDY
+    assert Counter(e.kind for e in list_raised() if ";" not in e.text) == NO_REMEDY
 
 
 def test_no_sentence_is_for_two_classes() -> None:
-    whole = [e for e in RAISED if not re.fullmatch(r"{\w+}", e.text)]  # else it is made elsewhere
+    whole = [e for e in list_raised() if not re.fullmatch(r"{\w+}", e.text)]  # else it is made elsewhere
     kinds = {text: {e.kind for e in whole if e.text == text} for text in {e.text for e in whole}}
     assert {text: found for text, found in kinds.items() if len(found) > 1} == {}
 
 
 def test_each_class_is_raised() -> None:
-    assert {e.kind for e in RAISED} == list_error_classes() - {"BadParameter", "MptkError"}, "it stands for all of them"
+    kinds = {each.kind for each in list_raised()}
+    assert kinds == list_error_classes() - {"BadParameter", "MptkError"}, "MptkError stands for all of them"

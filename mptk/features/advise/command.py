@@ -23,8 +23,23 @@ from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
 from mptk.files import write_text
 
 
+def check_advise(settings: Settings, sparsities: str, tolerance: str, calibrate: bool) -> None:
+    """Check the options of ``advise``."""
+    parse_shares(sparsities)
+    parse_share(tolerance, "--tolerance")
+    refuse_idle("advise", Asked(settings, writes=False))
+    if not calibrate:
+        refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
+
+
+def parse_shares(sparsities: str) -> list[float]:
+    """``20%,0.4`` → [0.2, 0.4]."""
+    return [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
+
+
 @register_command(
     "advise",
+    check=check_advise,
     examples=(
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
@@ -66,12 +81,7 @@ def show_advice(
     from mptk.features.advise.api import advise as measure
     from mptk.features.advise.view import build_advice_view, list_commands
 
-    # Words that are wrong, and options that would do nothing, are refused before the model is read.
-    cuts = [parse_share(share, "--sparsities") for share in parse_names(sparsities)]
-    most = parse_share(tolerance, "--tolerance")
-    refuse_idle("advise", Asked(settings, writes=False))
-    if not calibrate:
-        refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
+    cuts, most = parse_shares(sparsities), parse_share(tolerance, "--tolerance")
     with show_stages(err) as progress:
         found = measure(model, settings, sparsities=cuts, tolerance=most, calibrate=calibrate, progress=progress)
     if html is not None:

@@ -14,7 +14,15 @@ from mptk.config import Settings
 from mptk.errors import InputError
 
 
-@extend_command("generate", after="chat")
+def check_image_options(prompts: list[str], temperature: float) -> None:
+    """Check the options of ``generate --image``."""
+    refuse_idle_sampling(temperature)
+    refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
+    if len(prompts) > 1:
+        raise InputError("--image is for one prompt; give the others in calls of their own", name="image")
+
+
+@extend_command("generate", after="chat", check=check_image_options)
 def generate_after_images(
     model: str,
     prompts: list[str],
@@ -33,10 +41,6 @@ def generate_after_images(
     from mptk.features.image_text.inputs import encode_image_prompt
     from mptk.ort.generation import Sampling
 
-    refuse_idle_sampling(temperature)
-    refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
     runner = open_generator(model, settings)
-    if len(prompts) > 1:
-        raise InputError("--image is for one prompt; give the others in calls of their own", name="image")
     ids, images = encode_image_prompt(model, runner.decoder, prompts[0], image or [])
     print_answers(runner, prompts, [ids], max_new_tokens, Sampling(temperature, top_k, top_p), seed, images)

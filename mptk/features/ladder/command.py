@@ -10,13 +10,45 @@ import typer
 from mptk.cli.app import explain_stop, extend_command, register_command
 from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, parse_share, with_latency
-from mptk.cli.prune import check_prune, show_needs
+from mptk.cli.prune import check_given, check_prune, show_needs
 from mptk.config import CUT, Settings
 from mptk.errors import InputError
 
 
+def check_ladder_options(
+    settings: Settings,
+    ladder: str,
+    folder: Path | None,
+    max_decode_ms: float | None,
+    max_prefill_ms: float | None,
+    estimate: bool,
+) -> None:
+    """Check the options of ``prune --ladder``."""
+    from mptk.features.ladder.ladder import divide_steps
+
+    settings = with_latency(settings, max_decode_ms, max_prefill_ms)
+    divide_steps(settings, parse_sizes(ladder))  # sizes that are wrong are the first to be refused
+    instead = {"sparsity": "--ladder names the sizes; leave out one of both"}
+    check_prune(settings, folder is not None, estimate, instead)
+    if folder is None and not estimate:
+        raise InputError("the results need a folder; give --out FOLDER", name="out")
+
+
+def parse_sizes(ladder: str) -> list[float]:
+    """``20%,0.4`` → [0.2, 0.4]."""
+    return [parse_share(each, "--ladder") for each in parse_names(ladder)]
+
+
+def check_rung(size: str | None, destination: Path | None) -> None:
+    """Check the options of ``rung``."""
+    if size is not None:
+        check_given(destination)
+        parse_share(size, "SIZE")
+
+
 @extend_command(
     "prune",
+    check=check_ladder_options,
     after="max_prefill_ms",
     examples=("prune smollm2-135m --ladder 0.2,0.3,0.5 --data book.txt --out runs/sizes",),
 )
@@ -36,21 +68,17 @@ def prune_to_sizes(
 ) -> None:
     """Make the models of a ladder and show them side by side; or only show what they need."""
     from mptk.features.ladder import api
-    from mptk.features.ladder.ladder import divide_steps, name_size, should_share_weights
+    from mptk.features.ladder.ladder import name_size, should_share_weights
     from mptk.report import sections as report
     from mptk.report.runs import Run
 
     assert ladder is not None, "without it another function carries out the command"
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
-    sizes = [parse_share(each, "--ladder") for each in parse_names(ladder)]
-    divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused
-    instead = {"sparsity": "--ladder names the sizes; leave out one of both"}
-    check_prune(settings, folder is not None, estimate, instead)
+    sizes = parse_sizes(ladder)
     if estimate:
         show_needs(api.estimate_ladder(model, settings, sizes), folder)
         return
-    if folder is None:
-        raise InputError("the results need a folder; give --out FOLDER", name="out")
+    assert folder is not None, "without a folder the options are refused"
     # Sizes that share weights are one folder; others are folders in it, and a stopped run says which are finished.
     shared = should_share_weights(settings)
     places = [folder] if shared else [folder / name_size(each) for each in sizes]
@@ -66,7 +94,7 @@ def prune_to_sizes(
             out.print(f"written to {', '.join(str(each.place) for each in found)}", soft_wrap=True)
 
 
-@register_command("rung", examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
+@register_command("rung", check=check_rung, examples=("rung runs/sizes", "rung runs/sizes 0.3 --out runs/small"))
 def write_rung(
     folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune --ladder --shared`.")],
     size: Annotated[str | None, typer.Argument(help="One of its smaller sizes; without it they are listed.")] = None,
@@ -82,7 +110,5 @@ def write_rung(
         api.list_smaller_sizes(folder)
         out.print(report.build_comparison_view(read_runs(list_results([folder]))))
         return
-    if destination is None:
-        raise InputError("the result needs a folder; give --out FOLDER", name="out")
-    api.rung(folder, parse_share(size, "SIZE"), destination, overwrite=overwrite)
+    api.rung(folder, parse_share(size, "SIZE"), check_given(destination), overwrite=overwrite)
     out.print(f"written to {destination}", soft_wrap=True)

@@ -21,8 +21,21 @@ from mptk.config import Asked, Settings, with_keywords
 from mptk.files import write_text
 
 
+def check_shapes(
+    settings: Settings, folder: Path | None, max_decode_ms: float | None, max_prefill_ms: float | None
+) -> None:
+    """Check the options of ``shapes``, as ``check_prune`` does: by the settings as a run completes them."""
+    from mptk.run.checks import check_settings
+    from mptk.run.minutes import fill_in
+
+    settings = with_latency(settings, max_decode_ms, max_prefill_ms)
+    refuse_idle("shapes", Asked(settings, writes=folder is not None))
+    check_settings(fill_in(settings))
+
+
 @register_command(
     "shapes",
+    check=check_shapes,
     examples=(
         "shapes smollm2-135m --sparsity 0.5 --data c4.jsonl --tokens 0",
         "shapes smollm2-135m --sparsity 0.3 --data c4.jsonl --out runs/shapes --html shapes.html",
@@ -46,13 +59,8 @@ def show_shapes(
     """
     from mptk.features.width_search.api import shapes as find_shapes
     from mptk.features.width_search.view import build_shapes_view
-    from mptk.run.checks import check_settings
-    from mptk.run.minutes import fill_in
 
-    # As in `prune`: refuse before any work, by the settings as a run completes them.
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
-    refuse_idle("shapes", Asked(settings, writes=folder is not None))
-    check_settings(fill_in(settings))
     # Without a folder a stopped search keeps nothing, so there is nothing to say about it.
     with explain_stop(folder) if folder is not None else nullcontext(), show_stages(err) as progress:
         found = find_shapes(model, folder, settings, progress=progress)

@@ -149,10 +149,10 @@ CONTRADICTIONS = [
             "--search --target graph --layers free": "layers",
         },
     ),
-    *check_lines(PRUNE, {"--search --search-tokens 9": "trial_tokens"}, DataError),
+    *check_lines(PRUNE, {"--search --search-tokens 9": "search_tokens"}, DataError),
     *refuse_idle(PLAN, *(f"--{each.replace('=', ' ', 1)}" for each in CHOICE.split())),
     *refuse_idle(SHAPES, "--finalists 3 --tokens 0", "--resume"),
-    *check_lines(SHAPES, {"--tokens 9": "trial_tokens"}, DataError),
+    *check_lines(SHAPES, {"--tokens 9": "search_tokens"}, DataError),
     *refuse_idle(
         ONCE,
         *("--sparsity 0.5 --max-decode-ms 5", "--budget flops --max-decode-ms 5"),

@@ -78,7 +78,7 @@ test-rest: $(VENV)/.installed-dev
 	$(call RUN_TESTS,$(VENV)) --suite rest
 
 test-network: $(VENV)/.installed-dev
-	$(call RUN_TESTS,$(VENV)) --suite network
+	HF_HUB_OFFLINE=0 $(call RUN_TESTS,$(VENV)) --suite network
 
 durations: $(VENV)/.installed-dev
 	$(call RUN_TESTS,$(VENV)) --suite all --write-durations

@@ -42,7 +42,6 @@ def write(mapping: str, folder: Path) -> Path | str:
     return folder / "text.txt"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("mapping", KINDS)
 def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int]) -> None:
     dense, out, graphs = tmp_path / "dense", tmp_path / "out", tmp_path / "graphs"

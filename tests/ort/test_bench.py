@@ -66,10 +66,8 @@ def test_a_table_that_is_also_the_projection_counts_once(tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_bench():
-    """It measures no memory, which takes a process for each graph, and times each step once in a turn."""
     with changed() as inside:
-        inside.gives("mptk.ort.bench.measure_peak_memory", 1)
-        inside.around("mptk.ort.bench.time_alternately", lambda real, steps, rounds: real(steps, rounds, shortest=0.0))
+        inside.quicken_bench()
         yield
 
 

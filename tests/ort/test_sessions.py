@@ -108,7 +108,7 @@ def test_every_session_is_on_the_device(
     folder: Path, laboratory: mptk.testing.Laboratory, asked: Asked, inside: Inside
 ) -> None:
     text = laboratory.open_data()
-    inside.gives("mptk.ort.bench.measure_peak_memory", 1)
+    inside.quicken_bench()
     inside.around("mptk.ort.bench.Roofline", lambda real, threads, _: real(threads))
     for start in (
         lambda: done("generate", folder, "w1 w2", "--max-new-tokens", "2", "--device", "cuda:1"),

@@ -231,8 +231,7 @@ def test_the_graphs_of_a_scheme_are_run_together(pruned: Path, scheme: str, endi
 
 
 def test_the_vision_encoder_is_timed_beside_the_decoder(pruned: Path, inside: Inside) -> None:
-    inside.gives("mptk.ort.bench.measure_peak_memory", 1)
-    inside.gives("mptk.ort.bench.time_unaligned", [])
+    inside.quicken_bench()
     result = mptk.bench([str(pruned)], lengths=(8,), rounds=2)
     cases = ["prefill 8", "decode 8", "vision encoder"]
     assert [str(row.case) for row in result.rows] == [case for case in cases for _ in result.graphs]

@@ -15,7 +15,6 @@ import pytest
 import torch
 from commands import done
 from inside import Inside, Stopped
-from made_up_times import times
 from stops import stop_at
 
 import mptk
@@ -114,7 +113,7 @@ def test_a_latency_is_a_budget_too(
     llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    inside.around("mptk.cost.operator_times.time_operators", lambda measure, found, threads, progress: times(found))
+    inside.make_up_times()
     asked = {"budget": "latency", "sparsity": 0.3, "tolerance": 0.1, "search_shapes": 2}
     found = mptk.shapes(llama, settings=settings, progress=None, **asked)
     dense = found.dense.latency_ms

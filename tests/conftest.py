@@ -80,12 +80,8 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once():
-    """The same model is traced and translated to ONNX once in a process (traces.py).
-
-    What takes seconds to import is imported here: the process that only hands tests to others needs none of it.
-    """
-    import traces
+def _imported_here():
+    """What takes seconds to import is imported here: the process that only hands tests to others needs none of it."""
     import transformers
     from onnxscript._framework_apis import torch_2_5 as onnx_operators
     from torch.onnx._internal.exporter import _schemas as schemas
@@ -93,8 +89,6 @@ def _traced_once():
     onnx_operators.get_torchlib_ops = functools.cache(onnx_operators.get_torchlib_ops)  # made anew for each export
     schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)  # so are their signatures
     transformers.logging.set_verbosity_error()
-    with traces.remembered():
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

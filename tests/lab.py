@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from inside import changed
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
-import passes.frontend.trace
 from mptk.files import write_json
-from mptk.io import models
 from mptk.ir import Plan, Samples
 from mptk.ir.passes import Log
 from mptk.progress import show_nothing
@@ -33,7 +29,6 @@ from mptk.run.run import Run
 from mptk.targets import ONNX, STOCK_TARGET
 from mptk.testing import WORDS, save_word_model
 from mptk.testing.decoders import GROUPED, HEAD_SIZE
-from passes.analysis import group
 
 WINDOW = 64
 Edit = Callable[[Path], None]
@@ -49,35 +44,6 @@ def bare_run(settings: mptk.Settings, plan: Plan | None = None, out: Path = Path
 def legalise_bare(model: Analysed, settings: mptk.Settings, plan: Plan | None = None) -> Prepared:
     """An analysed model, prepared in a bare run."""
     return resolve_widths(bare_run(settings, plan), settings, DenseModel(Opened(model.loaded, model.task), model))
-
-
-@contextmanager
-def remembered() -> Iterator[None]:
-    """Within it, models are loaded, traced and analysed once; every cut, emission and proof is done anew."""
-    with changed() as inside:
-        for owner, name, key in (
-            (passes.frontend.trace, "trace_to_program", lambda model, *_, **o: (id(model), str(o))),
-            (group, "analyze_program", lambda program: id(program)),
-        ):
-            inside.bound(f"{owner.__name__}.{name}", once(getattr(owner, name), key))
-        load, dense = models.open_weights, once(models.open_weights, lambda model, *_, **__: model)
-        inside.bound(
-            "mptk.io.models.open_weights",
-            lambda model, *a, **o: (dense if Path(model).name == "dense" else load)(model, *a, **o),
-        )
-        yield
-
-
-def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[Any, Any] = {}
-
-    def asked(*arguments: Any, **options: Any) -> Any:
-        asks = key(*arguments, **options)
-        if asks not in known:
-            known[asks] = (function(*arguments, **options), arguments)  # the arguments keep their ids
-        return known[asks][0]
-
-    return asked
 
 
 class Lab:

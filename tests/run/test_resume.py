@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from inside import Stopped
-from lab import remembered
 from safetensors.torch import load_file, save_file
 from toy_checkpoints import gpt2, llama  # noqa: F401 (fixtures)
 from transformers import AutoTokenizer
@@ -35,12 +34,6 @@ from mptk.testing.laboratory import Laboratory
 
 SHORT = mptk.Settings(method="magnitude", sparsity=0.35, samples=4, length=32, align=8, onnx=False, eval_length=32)
 IDS = torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def prepared_once() -> Iterator[None]:
-    with remembered():
-        yield
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ INPUTS = [
     Call("example inputs on the meta device", inputs(X.to("meta")), mptk.DataError, "input"),
     Call("example inputs that are sparse", inputs(X.to_sparse()), mptk.DataError, "input"),
     Call("example inputs that are quantized", lambda p: prune(p, example_inputs=quantized()), mptk.DataError, "input"),
-    Call("example inputs without names", lambda p: prune(p, Unnamed(), example_inputs=(X, X)), mptk.ModelError),
+    Call("example inputs without names", lambda p: prune(p, Unnamed(), example_inputs=(X, X)), mptk.ModelError, "forward"),
     Call("example inputs twice", settings(inputs="x.safetensors"), mptk.InputError, "example_inputs"),
     Call(
         "an inputs file that is not there",
@@ -224,14 +224,14 @@ INPUTS = [
 ]
 DATA = [
     Call("data that is a number", data(lambda: 7), mptk.InputError, "data"),
-    Call("data that is empty", data(list), mptk.DataError),
-    Call("data that is a closed generator", data(closed), mptk.DataError),
-    Call("data that is an empty generator", data(lambda: iter(())), mptk.DataError),
+    Call("data that is empty", data(list), mptk.DataError, "data"),
+    Call("data that is a closed generator", data(closed), mptk.DataError, "data"),
+    Call("data that is an empty generator", data(lambda: iter(())), mptk.DataError, "data"),
     Call("data of no samples", data(lambda: X[:0]), mptk.DataError, "input"),
     Call("data of another rank", data(lambda: X[0, 0]), mptk.DataError, "input"),
-    Call("data of another width", data(lambda: X[..., :5]), mptk.DataError),
+    Call("data of another width", data(lambda: X[..., :5]), mptk.DataError, "data"),
     Call("data of whole numbers", data(X.long), mptk.DataError, "input"),
-    Call("data of ragged batches", data(lambda: [X, X[:, :3]]), mptk.DataError),
+    Call("data of ragged batches", data(lambda: [X, X[:, :3]]), mptk.DataError, "data"),
     Call("data of another name", data(lambda: {"y": X}), mptk.DataError, "input"),
     Call("data of strings in a dict", data(lambda: {"input": ["a"]}), mptk.DataError, "input"),
     Call("data of NaN", data(lambda: with_value(float("nan"))), mptk.DataError, "input"),
@@ -239,8 +239,8 @@ DATA = [
     Call("data on the meta device", data(lambda: X.to("meta")), mptk.DataError, "input"),
     Call("data that is sparse", data(X.to_sparse), mptk.DataError, "input"),
     Call("data that is quantized", data(quantized), mptk.DataError, "input"),
-    Call("data of None", data(lambda: [None, None]), mptk.DataError),
-    Call("data of numbers", data(lambda: [1.0, 2.0]), mptk.DataError),
+    Call("data of None", data(lambda: [None, None]), mptk.DataError, "data"),
+    Call("data of numbers", data(lambda: [1.0, 2.0]), mptk.DataError, "data"),
     Call("data of a batch of nothing", data(lambda: [()]), mptk.DataError, "input"),
     Call(
         "data in a loader of labels", data(lambda: DataLoader(TensorDataset(torch.arange(4)))), mptk.DataError, "input"
@@ -250,16 +250,16 @@ DATA = [
     Call("data of Samples of lists", data(lambda: mptk.Samples({"input": [[1.0]]})), mptk.DataError, "input"),
     Call("data of text for a module", data(lambda: ["some text"]), mptk.InputError, "tokenizer"),
     Call("text of a file that is not there", texts(lambda: Path("no.txt")), mptk.FileError, "no.txt"),
-    Call("text that is empty", texts(lambda: ["", ""]), mptk.DataError, "length"),
-    Call("text that is bytes", texts(lambda: [b"some text"]), mptk.DataError),
+    Call("text that is empty", texts(lambda: ["", ""]), mptk.DataError, "data"),
+    Call("text that is bytes", texts(lambda: [b"some text"]), mptk.DataError, "data"),
     Call(
         "text without a tokenizer",
         lambda p: lm(p, tokenizer=None, data=["a text"]),
         mptk.InputError,
         "tokenizer",
     ),
-    Call("text beside a number", texts(lambda: ["some text", 7]), mptk.DataError),
-    Call("text that is too short", texts(lambda: ["a b"]), mptk.DataError, "length"),
+    Call("text beside a number", texts(lambda: ["some text", 7]), mptk.DataError, "data"),
+    Call("text that is too short", texts(lambda: ["a b"]), mptk.DataError, "data"),
     Call("ids beyond the vocabulary", texts(lambda: IDS + 300), mptk.DataError, "input_ids"),
     Call("ids below zero", texts(lambda: IDS - 9), mptk.DataError, "input_ids"),
     Call("ids that are floats", texts(IDS.float), mptk.DataError, "input_ids"),
@@ -522,9 +522,9 @@ USE = [
 ]
 LONG, NULL = "a" * 300, "a\0b"
 IN_USE = [
-    Call("a copy of a result", lambda p: copy.copy(p.pruned), mptk.MptkError),
-    Call("a deep copy of a result", lambda p: copy.deepcopy(p.pruned), mptk.MptkError),
-    Call("a pickle of a result", lambda p: pickle.dumps(p.pruned), mptk.MptkError),
+    Call("a copy of a result", lambda p: copy.copy(p.pruned), mptk.InputError),
+    Call("a deep copy of a result", lambda p: copy.deepcopy(p.pruned), mptk.InputError),
+    Call("a pickle of a result", lambda p: pickle.dumps(p.pruned), mptk.InputError),
     Call("a long out", lambda p: prune(p, out=LONG), mptk.OutputError, f"{{root}}/{LONG}"),
     Call("a long folder to save", lambda p: p.pruned.save(LONG), mptk.OutputError, f"{{root}}/{LONG}"),
     Call("a long folder to open", lambda p: mptk.Pruned.open(LONG), mptk.InputError, f"{LONG}/report.json"),

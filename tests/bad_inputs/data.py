@@ -84,7 +84,7 @@ def refuse_file(name: str, file: str, kind: type[Exception], *prepare: Prepare, 
 
 
 SOURCES = [
-    refuse_file("text of three words", "t.txt", DataError, write("t.txt", "a few words"), about="length"),
+    refuse_file("text of three words", "t.txt", DataError, write("t.txt", "a few words"), about="data"),
     refuse_file("text that is not there", "none.raw", FileError),
     refuse_name("text in the home of nobody", "~nobody-here/text"),
     refuse_name("text of 300 characters", "n" * 300),

@@ -186,7 +186,7 @@ def test_options_of_two_features_for_one_command_are_refused_together() -> None:
     own = inspect.signature(plain).parameters
     further = {
         each: list_further_parameters(each, own)
-        for each in (Extension(large, "", (), ""), Extension(small, "", (), ""))
+        for each in (Extension(large, "", (), "", None), Extension(small, "", (), "", None))
     }
     carry_out(plain, further, {"model": "m", "large": False, "small": False})
     carry_out(plain, further, {"model": "m", "large": False, "small": True})

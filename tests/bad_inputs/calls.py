@@ -213,7 +213,9 @@ INPUTS = [
     Call("example inputs on the meta device", inputs(X.to("meta")), mptk.DataError, "input"),
     Call("example inputs that are sparse", inputs(X.to_sparse()), mptk.DataError, "input"),
     Call("example inputs that are quantized", lambda p: prune(p, example_inputs=quantized()), mptk.DataError, "input"),
-    Call("example inputs without names", lambda p: prune(p, Unnamed(), example_inputs=(X, X)), mptk.ModelError, "forward"),
+    Call(
+        "example inputs without names", lambda p: prune(p, Unnamed(), example_inputs=(X, X)), mptk.ModelError, "forward"
+    ),
     Call("example inputs twice", settings(inputs="x.safetensors"), mptk.InputError, "example_inputs"),
     Call(
         "an inputs file that is not there",

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from mptk.cli.app import (
     COMMANDS,
+    DEFAULTS,
     Extension,
+    Registered,
     app,
     build_command,
     carry_out,
@@ -183,13 +185,13 @@ def test_options_of_two_features_for_one_command_are_refused_together() -> None:
     def plain(model: str) -> None:
         ran.append(f"plain {model}")
 
-    own = inspect.signature(plain).parameters
+    command, own = Registered("plain", plain, (), DEFAULTS, None), inspect.signature(plain).parameters
     further = {
         each: list_further_parameters(each, own)
         for each in (Extension(large, "", (), "", None), Extension(small, "", (), "", None))
     }
-    carry_out(plain, further, {"model": "m", "large": False, "small": False})
-    carry_out(plain, further, {"model": "m", "large": False, "small": True})
+    carry_out(command, further, {"model": "m", "large": False, "small": False})
+    carry_out(command, further, {"model": "m", "large": False, "small": True})
     assert ran == ["plain m", "small m"]
     with expect_error(InputError):
-        carry_out(plain, further, {"model": "m", "large": True, "small": True})
+        carry_out(command, further, {"model": "m", "large": True, "small": True})

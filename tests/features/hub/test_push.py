@@ -90,6 +90,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Iterator[Hub]:
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     inside.bound("huggingface_hub.constants.ENDPOINT", server.url)
+    inside.bound("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is here
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
     yield server
     server.shutdown()

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from mptk import analyze, trace
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.testing import draw_tokens, make_decoder
 
 

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 import mptk
 from mptk import MptkError
-from mptk.ir.containers import take_apart
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import resolve_plan, take_apart
 from tests.programs.oracles import zeroed
 
 REFUSED, EQUAL = "refused", "equal"

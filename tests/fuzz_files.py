@@ -38,14 +38,14 @@ from torch import nn
 
 import mptk
 from mptk import MptkError, Plan, Report
-from mptk.config.recipe import read_recipe
+from mptk.config import read_recipe
 from mptk.errors import find_exhaustion
 from mptk.features.kinds.audio import read_sound
-from mptk.io import models
-from mptk.io.archive import read_archive
+from mptk.io import load_tensors, models, read_archive, read_metadata
 from mptk.io.text.files import read_file_documents
-from mptk.io.untrusted import check_folder, load_tensors, read_metadata
-from mptk.protocols.run_folder import FACTS, check_unfinished, make_run_folder
+from mptk.io.untrusted import check_folder
+from mptk.protocols import check_unfinished, make_run_folder
+from mptk.protocols.run_folder import FACTS
 from mptk.publish.manifest import check_manifest
 from mptk.reading import make_damage_error, parse_json
 from mptk.report import sections as views

@@ -16,13 +16,11 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
 from mptk.files import write_json
-from mptk.ir import Plan, Samples
-from mptk.ir.passes import Log
+from mptk.ir import Log, Plan, Samples
 from mptk.progress import show_nothing
 from mptk.proof.proof import check_proof, make_proof_batches, prove_folder
 from mptk.proof.verification import Proof, compile_folder, verify_pruned
-from mptk.protocols import Compiled, Prepared, Proven, SampleSets, Target, compute_origin
-from mptk.protocols.conversion import Analysed, DenseModel, Opened
+from mptk.protocols import Analysed, Compiled, DenseModel, Opened, Prepared, Proven, SampleSets, Target, compute_origin
 from mptk.publish.manifest import hash_weight_files, write_manifest
 from mptk.run.prepare import resolve_widths
 from mptk.run.run import Run

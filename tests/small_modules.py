@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk import analyze, trace
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.testing import cut_and_compare, draw_plan
 
 WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11

@@ -253,7 +253,8 @@ def write_inputs(place: Path) -> None:
 
     from benchmarks.gguf_file import write_gguf
     from mptk import testing
-    from mptk.testing.kinds import write_data, write_kind
+    from mptk.testing import write_kind
+    from mptk.testing.kinds import write_data
 
     write_data(place / "kinds")
     for model in MODELS:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from mptk import testing, trace
-from mptk.ir.program import Program
+from mptk.ir import Program
 from mptk.staged.staged import Executor
 
 SMALL = Executor(stage=12_000)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from rates import keep_rates
 
-from mptk.config import Settings, with_keywords
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Settings, Training, with_keywords
 from mptk.cost.estimate import Machine
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import complete_settings, fill_in
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory
 from mptk.trust import NO_CODE
 
 RATES = Machine(flops=1e9, read=1e9, write=1e9)

@@ -18,8 +18,7 @@ from transformers import (
 
 import mptk
 from mptk.io import data
-from mptk.testing import make_config, save_word_model
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, make_config, save_word_model
 
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, align=8)
 

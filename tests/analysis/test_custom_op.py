@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from benchmarks.zoo import prove
 from mptk import ProofError, analyze, rewrite, trace
 from mptk.errors import AnalysisError
-from mptk.ir.axis_facts import Dims
+from mptk.ir import Dims
 from mptk.testing import draw_plan, expect_error
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque

@@ -12,7 +12,7 @@ from small_modules import prove
 from torch import Tensor, nn
 
 from mptk import FamilyPlan, Plan, analyze, trace
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.testing import cut_and_compare, draw_plan
 from passes.frontend.trace import export_program
 

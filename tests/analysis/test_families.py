@@ -14,11 +14,7 @@ from decoder_analyses import analyze_decoder
 import mptk
 from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.errors import PlanError
-from mptk.ir.alignment import read_alignment
-from mptk.ir.axes import list_axes
-from mptk.ir.families import Analysis
-from mptk.ir.ops import name_op
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, list_axes, name_op, read_alignment, resolve_plan
 from mptk.targets import find_target
 from mptk.testing import DECODERS, cut_and_compare, draw_plan, draw_tokens, expect_error, make_decoder, measure_largest
 from mptk.testing.decoders import FFN_SIZE, HEAD_COUNT, HEAD_SIZE, HIDDEN_WIDTH, KV_COUNT, LAYER_COUNT, VOCAB_SIZE

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import mptk
 from benchmarks.tiny_weights import randomise
 from mptk import analyze, trace
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.ort.sessions import OrtGraph
 from mptk.testing import cut_and_compare, draw_plan
 

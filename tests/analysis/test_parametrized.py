@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import mptk
 from mptk import analyze, trace
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import resolve_plan
 from mptk.testing import cut_and_compare, draw_plan, measure_largest
 
 X = torch.randn(2, 5, 6)

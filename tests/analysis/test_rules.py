@@ -21,9 +21,7 @@ from rule_cases import BATCH, INPUT, SEQUENCE, Case, Cases
 
 import mptk
 from mptk import analyze, trace
-from mptk.ir.families import Analysis
-from mptk.ir.ops import name_op
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, name_op, resolve_plan
 from mptk.testing import draw_plan, measure_largest
 from passes.analysis.rules import POINTWISE, RULES
 from passes.transforms.masked_reference import mask

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk import analyze, testing, trace
-from mptk.ir.families import Analysis
-from mptk.ir.ops import find_reachable
+from mptk.ir import Analysis, find_reachable
 
 REASON = re.compile(r"(?P<why>.+) \((?P<op>[\w.]+) in (?P<module>.+), (?P<file>\w+\.py):(?P<line>\d+)\)")
 

@@ -21,8 +21,7 @@ from mptk import testing
 from mptk.errors import ChangedError, FileError, InputError, OutputError
 from mptk.features.gguf.api import gguf
 from mptk.publish.manifest import check_manifest, hash_weight_files, write_manifest
-from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
 IDS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))

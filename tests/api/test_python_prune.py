@@ -20,12 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
 from mptk import Settings, testing
-from mptk.config.choices import IN_MEMORY
+from mptk.config import IN_MEMORY
 from mptk.errors import FileError, InputError, ProofError
-from mptk.ir.passes import PassResult
-from mptk.ir.program import ProgramModule
-from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.ir import PassResult, ProgramModule
+from mptk.testing import Laboratory, expect_error
 
 SMALL = {"sparsity": 0.3, "align": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
 SMALL |= {"progress": None, "onnx": False}

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mptk
 from mptk import testing
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(3, 51).view(2, 24)

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save
 
 from mptk.errors import ChangedError, FileError, InputError, ModelError
 from mptk.features.gguf.prove import open_folder
-from mptk.io import models
-from mptk.io.resident import Resident
+from mptk.io import Resident, models
 from tests.bad_inputs.table import BODIES, Prepare, Read, Row, changed, fifo, folder, link, remove, write
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save
 import mptk
 from mptk.config import read_recipe
 from mptk.errors import FileError, InputError, OutputError, PlanError
-from mptk.protocols.run_folder import check_unfinished, make_run_folder
+from mptk.protocols import check_unfinished, make_run_folder
 from tests.bad_inputs.table import BODIES, USAGE, Prepare, Read, Row, at, fifo, folder, write
 
 READ = Read(mptk.Plan.load, "plan.json")

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from mptk.files import write_json
-from mptk.protocols.report import PROVEN_ON
+from mptk.protocols import PROVEN_ON
 from passes.targets.onnx.names import ENDINGS, ONNX_FILE, count_graph_bytes, name_data_file
 from tests.broken import Broken, Published, prove_by_one_trace
 

@@ -19,12 +19,11 @@ from typer.testing import CliRunner
 import mptk as api
 from mptk.cli import prune as commands
 from mptk.cli.main import app
-from mptk.config.learning import Learning, LossWeights, Training
-from mptk.config.recipe import build_recipe, list_refused, read_recipe
-from mptk.config.setting import find_settings
+from mptk.config import Learning, LossWeights, Training, find_settings, list_refused, read_recipe
+from mptk.config.recipe import build_recipe
 from mptk.errors import FileError, InputError, MptkError, OutputError
 from mptk.publish.manifest import hash_weight_files
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory
 
 OTHER = api.Settings(
     sparsity=0.4,

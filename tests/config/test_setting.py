@@ -24,18 +24,9 @@ from mptk.cli.app import (
     register_command,
 )
 from mptk.cli.options import Config, refuse_idle
+from mptk.config import Asked, Choices, Idle, Record, declare_setting, find_settings, from_json, with_keywords
 from mptk.config.recipe import collect_recorded
-from mptk.config.setting import (
-    Asked,
-    Choices,
-    Idle,
-    Record,
-    declare_setting,
-    find_settings,
-    from_json,
-    record,
-    with_keywords,
-)
+from mptk.config.setting import record
 from mptk.errors import InputError
 from mptk.testing import expect_error
 

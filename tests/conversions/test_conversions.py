@@ -16,10 +16,9 @@ from inside import Inside
 
 import mptk
 from mptk import Plan, ProofError, Settings, testing
-from mptk.ir.plan import Entry
-from mptk.ir.program import Program
+from mptk.ir import Entry, Program
 from mptk.plugins import load_parts
-from mptk.protocols.conversion import Analyse, Analysed, Change, Conversion
+from mptk.protocols import Analyse, Analysed, Change, Conversion
 from mptk.staged.staged import Executor
 from mptk.testing import expect_error
 

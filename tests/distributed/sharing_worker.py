@@ -13,8 +13,7 @@ from torch import Tensor
 from mptk import FamilyPlan, Plan, analyze, testing, trace
 from mptk.distributed.processes import make_accelerator, run_once
 from mptk.errors import BudgetError, InputError
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import make_token_samples
+from mptk.ir import make_token_samples, resolve_plan
 from mptk.methods import criteria, distil
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from passes.transforms.insert_masks import find_mask_sites

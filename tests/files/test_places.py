@@ -31,12 +31,12 @@ from mptk.errors import ChangedError, FileError, MachineError, MptkError, Output
 from mptk.features.ladder.ladder import is_finished
 from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
 from mptk.io.cache import build_once
-from mptk.ir.passes import PassRecord
-from mptk.protocols.run_folder import RUN_MARK, RunFolder, check_unfinished, read_kept_settings
+from mptk.ir import PassRecord
+from mptk.protocols import RunFolder, check_unfinished, read_kept_settings
+from mptk.protocols.run_folder import RUN_MARK
 from mptk.publish.folder import amend, publish
 from mptk.staged.spool import Spool
-from mptk.testing import expect_error, make_llama, make_tokenizer
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error, make_llama, make_tokenizer
 
 ANOTHER = 1000
 """The number of a user who is not this one."""

@@ -22,8 +22,8 @@ from mptk.errors import FileError, MachineError, MptkError, OutputError
 from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
 from mptk.files.outputs import check_apart
 from mptk.files.replace import put_folder
-from mptk.io.cache import build_once, build_private, locate_private_folder, tidy_shared
-from mptk.io.dense import hash_model
+from mptk.io import build_private, hash_model, locate_private_folder, tidy_shared
+from mptk.io.cache import build_once
 from mptk.publish.folder import amend, publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest, write_manifest
 from mptk.testing import expect_error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mptk import analyze, trace
 from mptk.errors import AnalysisError, TraceError
-from mptk.ir.source_location import SourceLocation
+from mptk.ir import SourceLocation
 from mptk.testing import cut_and_compare, draw_plan, expect_error, measure_largest
 
 X = torch.randn(2, 5, 6)

@@ -60,7 +60,7 @@ from mptk.compat.transformers import (
     watch_missing_attributes,
     without_generation,
 )
-from mptk.io.resident import Resident
+from mptk.io import Resident
 from mptk.io.tensors import Deferred, Files
 from mptk.methods.maskprune.learner import adapt, unwrap_adapters
 

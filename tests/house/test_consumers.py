@@ -42,7 +42,7 @@ from transformers import (
 import mptk
 from mptk import Report, testing
 from mptk.features.gguf.api import gguf
-from mptk.io.checkpoint import save_tokenizer
+from mptk.io import save_tokenizer
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import TextGenerator
 from mptk.tasks.runtimes import CONFIG_KEY, build_js_config, write_genai_config

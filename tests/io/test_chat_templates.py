@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from mptk import testing
 from mptk.cli.main import app
 from mptk.errors import DataError
-from mptk.io.chat_templates import Bounds, ChatTemplate
+from mptk.io import ChatTemplate
+from mptk.io.chat_templates import Bounds
 from mptk.testing import expect_error
 
 TURNS = [{"role": "user", "content": "hi ü 🦊"}, {"role": "assistant", "content": "ho"}]

@@ -20,7 +20,8 @@ from transformers import (
 
 from benchmarks.tiny_models import tiny_model
 from mptk import testing
-from mptk.io.checkpoint import copy_processors, make_portable_config, save_checkpoint, save_tokenizer
+from mptk.io import copy_processors, make_portable_config, save_tokenizer
+from mptk.io.checkpoint import save_checkpoint
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

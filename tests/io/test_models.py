@@ -40,8 +40,7 @@ from benchmarks.tiny_models import tiny_model
 from mptk import testing
 from mptk.compat.transformers import find_config_field
 from mptk.errors import ChangedError, FileError, InputError
-from mptk.io import models
-from mptk.io.resident import Resident
+from mptk.io import Resident, models
 from mptk.testing import expect_error
 from mptk.trust import trust_by_caller
 

@@ -15,8 +15,7 @@ import torch
 
 from mptk import testing
 from mptk.errors import DataError, InputError
-from mptk.io.live import open_live
-from mptk.io.models import Loaded
+from mptk.io import Loaded, open_live
 from mptk.run.samples import check_texts, collect_samples
 from mptk.tasks import bind_task
 from mptk.testing import expect_error

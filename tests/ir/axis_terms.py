@@ -6,17 +6,7 @@ import itertools
 
 from hypothesis import strategies as st
 
-from mptk.ir.axes import (
-    Axis,
-    Product,
-    Sum,
-    Term,
-    concat,
-    list_axes,
-    make_axis,
-    make_product,
-    resolve,
-)
+from mptk.ir import Axis, Product, Sum, Term, concat, list_axes, make_axis, make_product, resolve
 
 
 def shape(term: Term, names: dict[Axis, str] | None = None) -> str:

@@ -11,16 +11,15 @@ from axis_terms import enumerate_positions, free, frozen, shape, terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mptk.ir.axes import (
+from mptk.ir import (
     ONE,
-    ZERO,
     Axis,
     Product,
     Sum,
     compute_size,
     concat,
     count_coordinates,
-    find_occurrences,
+    find_unit_positions,
     freeze,
     is_nested,
     list_axes,
@@ -33,7 +32,7 @@ from mptk.ir.axes import (
     split_sum,
     unify,
 )
-from mptk.ir.families import find_unit_positions
+from mptk.ir.axes import ZERO, find_occurrences
 
 # ---- constructors ----
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.conversions import read_plan_conversions
 from mptk.errors import PlanError
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis, resolve_plan
 from mptk.ir.plan import PLAN_FORMAT
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.testing import expect_error, make_decoder
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "plan.md"

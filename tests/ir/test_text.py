@@ -9,8 +9,7 @@ from torch import Tensor, nn
 import mptk
 from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.errors import InputError
-from mptk.ir.families import Analysis
-from mptk.ir.text import describe_program
+from mptk.ir import Analysis, describe_program
 from mptk.testing import expect_error, make_decoder
 from passes.pipelines import lowering
 

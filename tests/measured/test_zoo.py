@@ -12,8 +12,7 @@ from benchmarks import zoo, zoo_depth, zoo_heads
 from benchmarks.tiny_models import tiny_model
 from benchmarks.zoo_plans import random_plan
 from mptk import Plan, analyze, rewrite, trace
-from mptk.ir.families import Analysis
-from mptk.ir.program import Program
+from mptk.ir import Analysis, Program
 
 TYPES = [
     ("causal-lm", "falcon"),  # multi-query, index by a list

@@ -9,7 +9,7 @@ from inside import Inside
 from torch import Tensor
 
 from benchmarks import zoo_onnx
-from mptk.ir.program import Program
+from mptk.ir import Program
 
 
 @pytest.mark.parametrize("model_type", ["llama", "codegen"])  # the config of the second names no padding token

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, silu
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 
 from mptk import analyze, testing, trace
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.testing.decoders import HEAD_SIZE, KV_COUNT, LAYER_COUNT, VOCAB_SIZE
 
 Q, EXPERTS = 3, 5  # query heads: KV_COUNT · Q = 6

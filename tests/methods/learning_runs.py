@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import mptk
 from mptk import Plan, Report
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.progress import Progress
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)

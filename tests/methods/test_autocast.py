@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from mptk import Plan, Report, Settings, prune, verify
-from mptk.config.learning import Learning
+from mptk.config import Learning
 from mptk.run.minutes import fill_in
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory
 
 
 def share_kept(one: Plan, other: Plan) -> float:

@@ -33,9 +33,7 @@ from torch import Tensor, nn
 import mptk
 from mptk import Plan, Samples, analyze, trace
 from mptk.errors import AnalysisError, BudgetError, DataError, InputError, ModelError, TraceError
-from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import make_token_samples
+from mptk.ir import Analysis, make_token_samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria import Compensation, fisher, observe
 from mptk.methods.criteria.flap import FLAP, compensate

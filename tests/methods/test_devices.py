@@ -23,17 +23,14 @@ from transformers import LlamaForCausalLM
 
 from mptk import testing
 from mptk.compat.accelerate import separate_state
-from mptk.config.learning import Learning
+from mptk.config import Learning
 from mptk.distributed.processes import make_replica
 from mptk.io import models
-from mptk.ir.samples import make_token_samples
+from mptk.ir import make_token_samples
 from mptk.methods.maskprune.learner import Learner, collect_changed_weights, start_training
 from mptk.methods.maskprune.solver import Solver
 from mptk.progress import Progress, show_nothing
-from mptk.protocols.chain import Chosen, Prepared
-from mptk.protocols.conversion import Analysed
-from mptk.protocols.run_folder import RunFolder
-from mptk.protocols.values import SampleSets
+from mptk.protocols import Analysed, Chosen, Prepared, RunFolder, SampleSets
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import save_word_model
 from passes.analysis import group

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 import mptk
 from mptk import FamilyPlan, Plan, Samples, analyze, trace
 from mptk.errors import InputError
-from mptk.ir.families import Analysis
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, list_removed_blocks, resolve_plan
+from mptk.ir import Analysis, Cut, Program, list_removed_blocks, resolve_plan
 from mptk.methods.distil import NO_BLOCK, Distilled, Schedule, distil_blocks
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.testing import draw_plan, expect_error
 from passes.transforms.remove_blocks import mask_blocks

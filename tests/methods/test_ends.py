@@ -19,7 +19,7 @@ from mptk import testing
 from mptk.io import models
 from mptk.methods.criteria import score_units, select_units
 from mptk.methods.division.layers import plan_whole_ends
-from mptk.protocols.conversion import Analysed
+from mptk.protocols import Analysed
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.frontend import trace

@@ -24,8 +24,7 @@ from transformers import (
 import mptk
 from mptk import Plan, analyze, testing, trace
 from mptk.errors import AnalysisError, InputError, PlanError
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import make_token_samples
+from mptk.ir import make_token_samples, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.observe import Calibration
 from mptk.testing import expect_error

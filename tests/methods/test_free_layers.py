@@ -21,8 +21,7 @@ from mptk import Plan, analyze, testing, trace
 from mptk.compile.cut import find_changes
 from mptk.cost.model import CostModel
 from mptk.errors import BudgetError, FileError, InputError, PlanError
-from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, resolve_plan
 from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide
 from mptk.methods.division.selection import tie_layers
 from mptk.testing import expect_error

@@ -17,10 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import mptk
 from mptk import FamilyPlan, Plan, Samples, analyze, testing, trace
-from mptk.ir.families import Analysis
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import make_token_samples
+from mptk.ir import Analysis, Program, make_token_samples, resolve_plan
 from mptk.methods.reconstruct import find_gaps, reconstruct_consumers
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.testing import make_llama, save_word_model

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mptk
 from mptk import Report, testing, verify
-from mptk.config.learning import Learning, LossWeights
+from mptk.config import Learning, LossWeights
 from mptk.errors import AnalysisError, InputError, PackageError
 from mptk.testing import expect_error, save_word_model
 

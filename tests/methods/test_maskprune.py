@@ -9,16 +9,15 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk import Samples, analyze, testing, trace
-from mptk.config.learning import Learning, LossWeights
+from mptk.config import Learning, LossWeights
 from mptk.errors import OutputError
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import make_token_samples
+from mptk.ir import make_token_samples, resolve_plan
 from mptk.methods.maskprune.learner import recompute
 from mptk.methods.maskprune.losses import CHUNK, TopLogits, compute_class_losses, compute_hidden_error, shorten_logits
 from mptk.methods.maskprune.teacher import CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, reconstruct_consumers
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import draw_plan, expect_error

@@ -14,7 +14,7 @@ from torch import nn
 
 import mptk
 from mptk import testing
-from mptk.config.learning import Training
+from mptk.config import Training
 from mptk.methods.maskprune.train import (
     MUON_RATE,
     Muon,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mptk.config.learning import Rates
+from mptk.config import Rates
 from mptk.errors import BudgetError, InputError
 from mptk.methods.maskprune.solver import Solver
 from mptk.testing import expect_error

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mptk import testing, trace
-from mptk.config.learning import Learning, LossWeights, Training
+from mptk.config import Learning, LossWeights, Training
 from mptk.distributed.processes import make_accelerator
 from mptk.errors import InputError
-from mptk.ir.program import compute_typical_size
-from mptk.ir.samples import make_token_samples
+from mptk.ir import compute_typical_size, make_token_samples
 from mptk.methods.maskprune.train import Loop, Watch
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols import RunFolder
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import expect_error
 

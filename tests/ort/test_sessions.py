@@ -20,8 +20,7 @@ import mptk
 from mptk import Samples
 from mptk.errors import MachineError
 from mptk.ort.sessions import HOST, list_providers, locate_memory, open_session
-from mptk.protocols.chain import Compiled, Proven, Target
-from mptk.protocols.execution import find_session_device
+from mptk.protocols import Compiled, Proven, Target, find_session_device
 from mptk.targets import ONNX
 from mptk.testing import expect_error
 

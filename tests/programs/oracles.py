@@ -21,9 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import mptk
 from mptk import FamilyPlan, MptkError, Plan, ProofError
-from mptk.ir.axes import list_axes
-from mptk.ir.families import Analysis, Family, Group, Member, find_unit_positions
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, Family, Group, Member, find_unit_positions, list_axes, resolve_plan
 from passes.transforms.masked_reference import mask
 
 from .program import Program, build, inputs_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 from mptk import trace
-from mptk.ir.samples import make_token_samples
+from mptk.ir import make_token_samples
 from mptk.proof.proof import find_reach, make_proof_batches
 from mptk.protocols import Use
 from mptk.tasks.decoder_form import UNPADDED, decode_samples

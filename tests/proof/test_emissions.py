@@ -17,7 +17,7 @@ from lab import Edit, Lab, all_of, fields, remove
 
 from mptk import ProofError
 from mptk.files import write_json
-from mptk.ir.passes import Log
+from mptk.ir import Log
 from mptk.protocols import Dense
 from mptk.run.prune import prove_outputs, write_report
 from mptk.targets import ONNX

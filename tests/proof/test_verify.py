@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mptk import FileError, Plan, analyze, trace
-from mptk.ir.samples import Samples, make_token_samples
-from mptk.ir.weights import Weights
+from mptk.ir import Samples, Weights, make_token_samples
 from mptk.progress import enter_stage
 from mptk.proof.verification import find_changes
 from mptk.report.sections import build_proof_view

@@ -17,7 +17,7 @@ from mptk.cli.app import COMMANDS, app, build_command, register_command
 from mptk.cli.console import PlainConsole
 from mptk.plain import escape_text
 from mptk.report.page.svg import inline_svg
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory
 from tests.bad_inputs.table import run
 
 ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")

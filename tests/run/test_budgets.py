@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 import mptk
 from mptk.cli.main import app
 from mptk.errors import BudgetError, InputError
-from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error
 
 LAYERS, HEADS, GROUPS, DIM, FFN = 2, 8, 4, 8, 96
 SETTINGS = mptk.Settings(method="magnitude", samples=2, length=16, align=1, onnx=False, portable=False, tolerance=0.02)

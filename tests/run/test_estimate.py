@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mptk import Settings, analyze, prune, recover, testing, trace
 from mptk.api.pruned import estimate_recovery, estimate_run
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.cost import estimate as costs
 from mptk.cost.estimate import (
     Estimate,
@@ -38,8 +38,7 @@ from mptk.distributed.processes import find_module_blocks
 from mptk.errors import MachineError
 from mptk.run.estimate import Estimator, check_room_for, read_estimator
 from mptk.run.minutes import fill_in
-from mptk.testing import expect_error, make_llama
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error, make_llama
 from mptk.trust import NO_CODE
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48

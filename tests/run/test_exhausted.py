@@ -22,10 +22,9 @@ from onnx import TensorProto, helper
 import mptk
 from mptk import trace
 from mptk.errors import FileError, InputError, MachineError, MptkError, OutputError, explain_errors
-from mptk.ir.samples import make_token_samples
+from mptk.ir import make_token_samples
 from mptk.publish.manifest import check_manifest, hash_weight_files
-from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error
 from passes.verify import prove
 
 TOO_MANY = 10**14

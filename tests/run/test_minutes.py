@@ -20,13 +20,12 @@ import mptk
 from mptk import Settings
 from mptk.api.pruned import estimate_recovery
 from mptk.cli.main import app
-from mptk.config.learning import MINUTES, MOST_STEPS
+from mptk.config import MINUTES, MOST_STEPS
 from mptk.errors import InputError
-from mptk.ir.passes import PassRecord
+from mptk.ir import PassRecord
 from mptk.run.amounts import describe_numbers
 from mptk.run.minutes import LEAST_STEPS, complete_settings
-from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error
 
 pytestmark = pytest.mark.usefixtures("rates")
 

@@ -22,11 +22,10 @@ from mptk import Plan, Report
 from mptk.config import Settings
 from mptk.errors import ProofError, TargetError
 from mptk.io import data
-from mptk.ir.passes import PassRecord
+from mptk.ir import PassRecord
 from mptk.ort.decoder import OrtDecoder
 from mptk.run.minutes import fill_in
-from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx.names import ENDINGS
 

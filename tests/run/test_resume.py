@@ -21,16 +21,14 @@ from transformers import AutoTokenizer
 
 import mptk
 from mptk import Plan, Report, testing
-from mptk.config import to_json
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training, to_json
 from mptk.errors import ChangedError, FileError, OutputError
 from mptk.files import write_json
-from mptk.io.dense import hash_model
-from mptk.ir.passes import PassRecord
-from mptk.protocols.run_folder import RunFolder, check_unfinished, name_run_folder
+from mptk.io import hash_model
+from mptk.ir import PassRecord
+from mptk.protocols import RunFolder, check_unfinished, name_run_folder
 from mptk.run.run import list_fixed_values
-from mptk.testing import WORDS, expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import WORDS, Laboratory, expect_error
 
 SHORT = mptk.Settings(method="magnitude", sparsity=0.35, samples=4, length=32, align=8, onnx=False, eval_length=32)
 IDS = torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(0))

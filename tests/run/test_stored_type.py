@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import mptk
 from mptk import Report, testing
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.errors import FileError, InputError, ModelError
 from mptk.files import write_json
 from mptk.io import models
 from mptk.publish.manifest import write_manifest
-from mptk.testing import expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, expect_error
 from passes.transforms.weight_types import Store, round_to_type
 
 SETTINGS = mptk.Settings(

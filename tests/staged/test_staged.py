@@ -18,21 +18,17 @@ import mptk
 from mptk import Settings, analyze, testing, trace
 from mptk.compat.torch import FakeTensorMode
 from mptk.errors import InputError, MachineError
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import make_token_samples
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Program, Weights, make_token_samples, resolve_plan
 from mptk.methods.criteria import score_units
 from mptk.methods.criteria.observe import Calibration, measure_activations, sum_gradients
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
-from mptk.protocols.execution import build_executor, find_device
+from mptk.protocols import build_executor, find_device
 from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
-from mptk.testing import draw_plan, expect_error
-from mptk.testing.laboratory import Laboratory
+from mptk.testing import Laboratory, draw_plan, expect_error
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite_program

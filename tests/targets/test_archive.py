@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import mptk
 from mptk.errors import DataError, FileError, InputError, ProofError, TargetError
-from mptk.io.archive import EXAMPLE_INPUTS, MODEL, is_size_expression, read_archive
+from mptk.io import read_archive
+from mptk.io.archive import EXAMPLE_INPUTS, MODEL, is_size_expression
 from mptk.ort.sessions import OrtGraph
 from mptk.publish.manifest import update_manifest
 from mptk.targets.archive import ARCHIVE

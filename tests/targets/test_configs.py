@@ -15,8 +15,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from mptk import testing
 from mptk.errors import ProofError
-from mptk.io import models
-from mptk.io.checkpoint import make_portable_config
+from mptk.io import make_portable_config, models
 from mptk.targets.stock import Written
 from mptk.targets.stock_config import check_written_config, find_config_changes
 from mptk.testing import expect_error

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from mptk.errors import TargetError
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Weights
 from mptk.publish.folder import publish
 from mptk.testing import expect_error
 from passes.targets.stock.config import StockConfig

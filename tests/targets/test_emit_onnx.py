@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mptk.errors import TraceError
-from mptk.ir.program import Program
+from mptk.ir import Program
 from mptk.ort.decoder import OrtDecoder
 from mptk.testing import expect_error
 from passes.frontend.trace_decoder import cache_shapes, trace_decoder

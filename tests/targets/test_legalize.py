@@ -13,9 +13,9 @@ from benchmarks.tiny_models import tiny_model
 from mptk import Settings, analyze, testing, trace
 from mptk.cost.model import CostModel
 from mptk.errors import BudgetError, InputError
-from mptk.io.models import Loaded
-from mptk.ir.alignment import Alignment, read_alignment
-from mptk.protocols.conversion import Analysed
+from mptk.io import Loaded
+from mptk.ir import Alignment, read_alignment
+from mptk.protocols import Analysed
 from mptk.targets import find_target
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import expect_error

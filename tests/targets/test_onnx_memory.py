@@ -19,7 +19,7 @@ from tiny_decoders import FUSED, GROUPED, tiny_decoder
 from torch import Tensor
 
 from mptk.compat.onnxruntime import import_matmul_quantizer
-from mptk.ir.weights import Lazy, Weights
+from mptk.ir import Lazy, Weights
 from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import ONNX_SCHEMES, emit_onnx, quantize_onnx

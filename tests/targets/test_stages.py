@@ -31,7 +31,7 @@ import mptk
 from mptk import FamilyPlan, Plan
 from mptk.api import compiler as api
 from mptk.errors import TargetError
-from mptk.ir.alignment import Alignment
+from mptk.ir import Alignment
 from mptk.report.analysis import build_analysis_json
 from mptk.targets import find_target
 from mptk.testing import expect_error

@@ -18,9 +18,8 @@ from mptk.api import compiler as api
 from mptk.cli.main import app
 from mptk.errors import BudgetError, InputError, TargetError
 from mptk.features.gguf.architectures import ARCHITECTURES
-from mptk.ir.alignment import Alignment
+from mptk.ir import Alignment, Analysis
 from mptk.ir.consumers import CONSUMERS
-from mptk.ir.families import Analysis
 from mptk.report.analysis import build_analysis_json, list_breaking
 from mptk.report.runs import explain_uncut
 from mptk.targets import find_target

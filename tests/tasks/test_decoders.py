@@ -12,9 +12,8 @@ from mptk.cli.main import app
 from mptk.errors import ModelError
 from mptk.io import models
 from mptk.tasks import load_decoder
-from mptk.testing import expect_error
+from mptk.testing import Laboratory, expect_error
 from mptk.testing.kinds import ENCODER
-from mptk.testing.laboratory import Laboratory
 
 
 @pytest.mark.features

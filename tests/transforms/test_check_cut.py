@@ -11,10 +11,7 @@ from torch import nn
 import mptk
 from mptk import ProofError, analyze, trace
 from mptk.errors import ModelError
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, run_passes
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir import Analysis, Cut, Log, Program, resolve_plan, run_passes
 from mptk.testing import draw_plan, draw_tokens, expect_error, make_decoder, measure_largest
 from passes.check_cut import Unmoved, check_cut, draw_seeded_inputs, replace_faint_weights
 from passes.pipelines import cutting

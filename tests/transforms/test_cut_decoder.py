@@ -12,7 +12,7 @@ from transformers import BloomConfig
 
 import mptk
 from mptk import analyze, trace
-from mptk.ir.families import Analysis
+from mptk.ir import Analysis
 from mptk.ort.decoder import OrtDecoder
 from mptk.testing import draw_plan
 from passes.frontend.trace_decoder import trace_decoder

@@ -28,10 +28,10 @@ from transformers import (
 
 import mptk
 from mptk import FamilyPlan, Plan, testing
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.cost.model import CostModel
 from mptk.errors import AnalysisError, PlanError
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import resolve_plan
 from mptk.methods import criteria
 from mptk.ort.decoder import OrtDecoder
 from mptk.testing import cut_and_compare, expect_error, save_word_model

@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from mptk import FamilyPlan, Plan, ProofError, analyze, prune, testing, trace
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Program, resolve_plan
 from mptk.testing import expect_error
 from passes.analysis.rules.resizer import scale_of
 from passes.transforms.fold_norms import FoldNorms, find_unfoldable

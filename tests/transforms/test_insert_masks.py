@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from mptk import FamilyPlan, Plan, analyze, testing, trace
 from mptk.errors import AnalysisError
-from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, resolve_plan
 from mptk.methods.maskprune.learner import adapt, unwrap_adapters
 from mptk.testing import draw_plan, expect_error
 from passes.transforms.insert_masks import InsertedMasks, find_disturbance, find_mask_sites

@@ -11,9 +11,7 @@ from decoder_analyses import analyze_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mptk import testing
-from mptk.ir.families import Analysis
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir import Analysis, Cut, Program, resolve_plan
 from mptk.testing import draw_plan
 from passes.transforms.masked_reference import mask
 

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk import analyze, trace
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, PassRecord, PassResult, run_passes
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir import Analysis, Cut, Log, Pass, PassRecord, PassResult, Program, resolve_plan, run_passes
 from mptk.testing import draw_plan
 from passes.pipelines import cutting
 from passes.targets.onnx.lower import LowerComplex, LowerOps

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 import mptk
 from mptk import FamilyPlan, Plan, analyze, trace
-from mptk.ir.families import Analysis
-from mptk.ir.passes import Log
-from mptk.ir.program import Program, count_parameters
-from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir import Analysis, Log, Program, resolve_plan
+from mptk.ir.program import count_parameters
 from mptk.testing import draw_plan, draw_tokens, make_decoder, measure_largest
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import cut_program

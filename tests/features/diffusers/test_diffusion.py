@@ -19,9 +19,9 @@ import mptk
 from mptk import ProofError
 from mptk.errors import FileError, InputError, ModelError, PackageError
 from mptk.features.diffusers.latents import IMAGE_STEPS, record_samples
-from mptk.io.models import load
+from mptk.io import load
 from mptk.io.text.sources import SELF
-from mptk.ir.samples import join_outputs
+from mptk.ir import join_outputs
 from mptk.publish.manifest import write_manifest
 from mptk.tasks import bind_task
 from mptk.testing import expect_error

@@ -44,9 +44,9 @@ from mptk import Samples, Settings
 from mptk.errors import DataError, FileError, InputError
 from mptk.features.dual_encoder.captioned import encode_texts
 from mptk.features.dual_encoder.task import DUAL_ENCODER
-from mptk.io.models import Loaded, load
+from mptk.io import Loaded, load
 from mptk.progress import Count, show_nothing
-from mptk.protocols.values import SampleSets
+from mptk.protocols import SampleSets
 from mptk.tasks import bind_task
 from mptk.tasks.inputs.images import Images
 from mptk.testing import Laboratory, expect_error

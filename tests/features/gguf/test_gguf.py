@@ -27,7 +27,7 @@ from mptk.features.gguf.folder import GgufFolder
 from mptk.features.gguf.weights import GgufWeights, arrange_weights
 from mptk.files.outputs import check_file
 from mptk.io import models
-from mptk.ir.weights import Weights
+from mptk.ir import Weights
 from mptk.testing import Laboratory, expect_error
 from mptk.trust import NO_CODE
 from tests.broken import gguf as gguf_files

@@ -18,7 +18,7 @@ from mptk.errors import ChangedError, FileError, InputError, TargetError
 from mptk.features.gguf import api
 from mptk.features.gguf.folder import GgufFolder, Pattern
 from mptk.features.gguf.weights import LayerWidths
-from mptk.ir.weights import Weights
+from mptk.ir import Weights
 from mptk.testing import Laboratory, expect_error
 from tests.broken import gguf as gguf_files
 

@@ -36,10 +36,8 @@ from mptk.compile.trace import trace_as_example, trace_loaded
 from mptk.config import Settings
 from mptk.errors import AnalysisError, DataError, FileError, InputError
 from mptk.features.image_text.task import ImageText
-from mptk.io.models import Loaded, load
-from mptk.ir.alignment import read_alignment
-from mptk.ir.resolved_plan import resolve_plan, transfer_cut
-from mptk.ir.samples import IGNORED
+from mptk.io import Loaded, load
+from mptk.ir import IGNORED, read_alignment, resolve_plan, transfer_cut
 from mptk.methods.division.selection import expand_parts
 from mptk.staged.staged import EXECUTOR
 from mptk.targets.stock import StockTarget

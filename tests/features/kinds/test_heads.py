@@ -20,10 +20,10 @@ from mptk.features.kinds import FEATURE
 from mptk.features.kinds.classifier import CTC, SEGMENTATION, Classifier, sum_agreement, sum_divergence
 from mptk.features.kinds.numbers import DEPTH, FORECASTS, MASKS
 from mptk.features.kinds.series import read_series
-from mptk.io.models import load
+from mptk.io import load
 from mptk.ort.sessions import OrtGraph
 from mptk.plugins import load_parts
-from mptk.protocols.task import Task
+from mptk.protocols import Task
 from mptk.tasks import bind_task
 from mptk.tasks.inputs.images import Images
 from mptk.testing import Laboratory, expect_error

@@ -31,13 +31,13 @@ from benchmarks.tiny_models import tiny_model
 from mptk import Samples
 from mptk.api.graphs import export_folder
 from mptk.compile.trace import has_same_sizes, trace_loaded
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Training
 from mptk.errors import DataError, FileError, ModelError, TargetError, TraceError
 from mptk.features.encoder_decoder.task import mask_after_end
 from mptk.features.kinds.classifier import Classifier
 from mptk.features.kinds.masked_lm import FIRST, STRIDE, MaskedLM, mask_tokens
-from mptk.io.models import Loaded, load
-from mptk.ir.samples import IGNORED
+from mptk.io import Loaded, load
+from mptk.ir import IGNORED
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import bind_task
 from mptk.tasks.encoder import Encoder

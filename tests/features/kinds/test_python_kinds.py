@@ -15,8 +15,8 @@ from torch import nn
 import mptk
 from mptk import Samples
 from mptk.errors import DataError, ModelError
-from mptk.io.live import open_live
-from mptk.ir.samples import make_token_samples
+from mptk.io import open_live
+from mptk.ir import make_token_samples
 from mptk.run.samples import collect_samples
 from mptk.targets.graph import WEIGHTS
 from mptk.tasks import bind_task

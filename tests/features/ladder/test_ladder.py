@@ -28,7 +28,7 @@ from mptk.cli.main import app
 from mptk.errors import BudgetError, FileError, InputError, OutputError
 from mptk.features.ladder.api import estimate_ladder
 from mptk.features.rerun.api import repeat_run
-from mptk.protocols.chain import Prepared
+from mptk.protocols import Prepared
 from mptk.testing import Laboratory, draw_tokens, expect_error
 
 

@@ -21,17 +21,17 @@ from typer.testing import CliRunner
 import mptk
 from mptk import Pruned, testing
 from mptk.cli.main import app
-from mptk.config.learning import Training
+from mptk.config import Training
 from mptk.distributed.processes import make_accelerator
 from mptk.errors import ChangedError, FileError, InputError, OutputError, ProofError
 from mptk.features.ladder.rungs import list_rung_sizes
 from mptk.features.ladder.slices import open_file_weights, restore_file, slice_weight, write_part
 from mptk.features.ladder.together import Together
 from mptk.features.rerun.api import repeat_run
-from mptk.ir.samples import make_token_samples
+from mptk.ir import make_token_samples
 from mptk.methods.maskprune.losses import compute_class_losses
 from mptk.methods.maskprune.train import Loop
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols import RunFolder
 from mptk.publish.manifest import check_manifest, hash_file, write_manifest
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import Laboratory, expect_error

@@ -37,9 +37,8 @@ from mptk.cost.operator_times import (
 )
 from mptk.errors import AnalysisError, BudgetError, InputError
 from mptk.features.latency.predict import Latency, find_parts
-from mptk.io.models import Loaded
-from mptk.protocols.chain import Prepared
-from mptk.protocols.conversion import Analysed
+from mptk.io import Loaded
+from mptk.protocols import Analysed, Prepared
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import Laboratory, expect_error
 from passes.targets import legalize

@@ -23,7 +23,7 @@ from mptk.features.page.coupling import (
     shorten_labels,
 )
 from mptk.features.page.render import render_analysis_page
-from mptk.ir.alignment import Alignment
+from mptk.ir import Alignment
 from mptk.report.analysis import build_analysis_json
 from mptk.targets import find_target
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import mptk
 from mptk import FamilyPlan, Plan
 from mptk.cli.main import app
-from mptk.config.learning import Learning
+from mptk.config import Learning
 from mptk.errors import FileError, InputError
 from mptk.features.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
 from mptk.features.page.render import render_report_page

@@ -16,7 +16,7 @@ from tiny_decoders import tiny_decoder
 
 import mptk
 from mptk.features.page.render import render_analysis_page, render_report_page
-from mptk.ir.alignment import Alignment
+from mptk.ir import Alignment
 from mptk.report.analysis import build_analysis_json
 from mptk.targets import find_target
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mptk.config import Settings
-from mptk.config.learning import Learning, Training
+from mptk.config import Learning, Settings, Training
 from mptk.features.width_search import SEARCH_MINUTES
 from mptk.features.width_search.stage import SearchStage
 

@@ -183,7 +183,7 @@ def main(
         return
     if quick:
         models, samples, length, steps = "tiny", 4, 32, 4
-    bench, bound = Bench(work, threads, "", None, 1, ""), parse_size(memory or None)
+    bench, bound = Bench(work, threads, "", None, 1, ""), parse_size(memory or None, "memory")
     for model in () if show else models.split(","):
         text = bench.checkpoint("tiny")[0] / "text.txt"
         source = PACKAGED if model == PACKAGED else str(bench.checkpoint(model)[0])

@@ -188,7 +188,7 @@ def test_a_module_of_one_batch_is_calibrated_proven_and_verified_in_such_batches
     assert pruned.report.data["calibration"]["samples"] == 6
     assert all(d.ok for d in mptk.verify(pruned.save(tmp_path / "out"), model=net))
     assert mptk.evaluate(pruned, draw_input(4, 6), progress=None)["pruned"] > 0
-    with expect_error(DataError, name="x.shape[1]"):
+    with expect_error(DataError, name="data"):
         prune_live(Net(mean_by_number), draw_input(2, 6), data=draw_input(4, 5))
 
 

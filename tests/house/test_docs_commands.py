@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -41,7 +40,6 @@ from mptk.features.packaged.wheels import ALIASES, _locate_target, hash_content
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)
-COUNTS: Counter[str] = Counter()
 SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
 """Options that time each operator of the machine first, or many cases."""
 FOLLOWED = (
@@ -144,27 +142,26 @@ def test_blocks_run(page: str, tmp_path: Path) -> None:
     for block in blocks(page):
         if block.kind == "commands":
             for line in block.lines:
-                COUNTS["skipped" if block.marked or MARK.search(line) else _command(line, page, tmp_path)] += 1
-        elif block.kind == "python":
-            COUNTS["skipped" if block.marked else _python(block, scope or _names(), tmp_path / "block.py", scope)] += 1
+                if not (block.marked or MARK.search(line)):
+                    _command(line, page, tmp_path)
+        elif block.kind == "python" and not block.marked:
+            _python(block, scope or _names(), tmp_path / "block.py", scope)
     for line in inline(page):
         _has_options(line)
 
 
-def _command(line: str, page: str, folder: Path) -> str:
-    """Run a line, or read it if it is none of ours or takes long: what was done."""
+def _command(line: str, page: str, folder: Path) -> None:
+    """Run a line, or read it if it is none of ours or takes long."""
     line = re.sub(r"\[(--[^\]]*)\]", r"\1", line).replace(" …", "").replace(" MODEL ", " smollm2-135m ")
     words = shlex.split(line, comments=True)
     if words[0] == "mptk" and page in FOLLOWED and not SLOW.search(line) and _is_read(words):
-        return _runs(*words[1:])
-    if words[0] == "mptk" and page.startswith(CHECKED) and "-h" not in words:
+        _runs(*words[1:])
+    elif words[0] == "mptk" and page.startswith(CHECKED) and "-h" not in words:
         check_words(words[1:])
-        return "checked"
-    if words[:2] == ["python", "-c"]:
+    elif words[:2] == ["python", "-c"]:
         (folder / "line.py").write_text(words[2])
         run_path(str(folder / "line.py"))
-        return "executed"
-    if "mptk" in (words[0], words[words.index("-m") + 1] if "-m" in words else ""):
+    elif "mptk" in (words[0], words[words.index("-m") + 1] if "-m" in words else ""):
         _parses(line[line.index("mptk") :])
     elif words[:2] == ["python", "-m"]:
         _known(words[2], [word for word in words[3:] if word.startswith("--")])
@@ -174,11 +171,10 @@ def _command(line: str, page: str, folder: Path) -> str:
         assert words[:2] == ["pip", "install"], f"not ours, so it needs a mark above it (docs_blocks.MARK): {line}"
         for extra in re.findall(r"\[(\w+)\]", line):
             assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
-    return "parsed"
 
 
 @cache
-def _runs(*words: str) -> str:
+def _runs(*words: str) -> None:
     """Run a command, in two steps of training; the same one on another page is not run again."""
     words = tuple("2" if option == "--steps" else word for option, word in zip(("", *words), words, strict=False))
     if words[0] in WRITE and words[-1] not in _read() and "--quantize" not in words:
@@ -188,7 +184,6 @@ def _runs(*words: str) -> str:
         words = (*words, *(each for flag in known & FEW.keys() - {*words} for each in (flag, FEW[flag])))
     done = CliRunner().invoke(app, list(words))
     assert done.exit_code == 0, f"mptk {shlex.join(words)}: {done.output} {done.exception!r}"
-    return "executed"
 
 
 def _is_read(words: list[str]) -> bool:
@@ -235,11 +230,10 @@ def _known(module: str, options: list[str]) -> None:
     )
 
 
-def _python(block: Block, names: dict[str, Any], file: Path, scope: dict[str, Any]) -> str:
+def _python(block: Block, names: dict[str, Any], file: Path, scope: dict[str, Any]) -> None:
     """Run a block after those before it on its page."""
     file.write_text(block.text)
     scope.update(run_path(str(file), init_globals=names))
-    return "executed"
 
 
 def _names() -> dict[str, Any]:
@@ -264,10 +258,3 @@ def test_lines_of_the_makefile_parse() -> None:
     assert lines
     for line in lines:
         _parses(line)
-
-
-def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():
-        print(f"\ndocs: {dict(COUNTS)}")
-    assert COUNTS["executed"] > 40
-    assert COUNTS["checked"] > 40

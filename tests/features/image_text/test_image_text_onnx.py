@@ -360,7 +360,7 @@ def _of_another_size(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "kind", "about"),
     [
-        (_of_another_size, DataError, ""),
+        (_of_another_size, DataError, "data"),
         (_of_text, InputError, "image"),
         (_without_processor, FileError, "out"),
         (_of_other_places, FileError, "processor_config.json"),

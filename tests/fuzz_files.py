@@ -37,6 +37,7 @@ from safetensors.torch import save
 from torch import nn
 
 import mptk
+from benchmarks.common import result_header, write_result
 from mptk import MptkError, Plan, Report
 from mptk.config import read_recipe
 from mptk.errors import find_exhaustion
@@ -289,7 +290,9 @@ def main() -> None:
 
 def fuzz(root: Path, minutes: float, file: Path, fresh: bool) -> None:
     known = json.loads(file.read_text()) if file.is_file() and not fresh else {}
-    seconds, counts = known.get("seconds", 0.0), {r: Counter(c) for r, c in known.get("readers", {}).items()}
+    seconds, counts = known.get("seconds", 0.0), {}
+    for row in known.get("rows", []):
+        counts[row["reader"]] = Counter({name: n for name, n in row.items() if name not in ("reader", "commit")})
     findings, mended = known.get("findings", {}), known.get("mended", {})
     for name in list(findings):
         reader, _, seed = name.partition(":")
@@ -308,15 +311,10 @@ def fuzz(root: Path, minutes: float, file: Path, fresh: bool) -> None:
         took = time.monotonic() - began
         count["seconds"] += round(took, 2)
         seconds += took
-        content = {
-            "seconds": round(seconds),
-            "inputs": sum(c["inputs"] for c in counts.values()),
-            "readers": counts,
-            "findings": findings,
-            "mended": mended,
-        }
+        inputs = sum(c["inputs"] for c in counts.values())
+        about = {"seconds": round(seconds), "inputs": inputs, "findings": findings, "mended": mended}
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(file, {**result_header(), **about}, [{"reader": name, **count} for name, count in counts.items()])
     print(
         f"{sum(c['inputs'] for c in counts.values()):,} inputs in {seconds / 60:.0f} minutes, {len(findings)} findings"
     )

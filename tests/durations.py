@@ -48,8 +48,10 @@ def sum_by_file(durations: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _measure() -> float:
-    """Seconds of processor time of this process and of those that it waited for."""
-    return sum(os.times()[:4])
+    """Seconds of processor time of this process and of those that it waited for, without what the laboratory took."""
+    from mptk.testing import Laboratory
+
+    return sum(os.times()[:4]) - Laboratory.seconds
 
 
 class Recorder:
@@ -80,11 +82,9 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
-        from mptk.testing import Laboratory
-
-        start, made, self.own = _measure(), Laboratory.seconds, 0.0
+        start, self.own = _measure(), 0.0
         result = yield
-        own = self.own + _measure() - start - (Laboratory.seconds - made)
+        own = self.own + _measure() - start
         wide = {
             definition
             for definitions in item._fixtureinfo.name2fixturedefs.values()

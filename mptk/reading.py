@@ -89,9 +89,14 @@ def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             # Of the open file, not of its name: the name may lead elsewhere a moment later.
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
                 raise damaged("it is not a regular file")
-            content = file.read(most + 1)  # its size may lie, as in /proc, or grow
+            # A read takes the memory of what it asks for, so it asks for the size first. That may lie, as in /proc, or
+            # grow: a second read asks for the rest.
+            content = file.read(min(state.st_size, most) + 1)
+            if state.st_size < len(content) <= most:
+                content += file.read(most + 1 - len(content))
     except OSError as error:
         raise damaged(str(error.strerror or error)) from error
     except ValueError as error:  # a null character in the name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from mptk.reading import LONGEST, make_typed
+from mptk.errors import FileError
+from mptk.reading import LONGEST, make_typed, read_bytes
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,13 @@ def test_what_does_not_fit_is_named(said: object, place: str) -> None:
         make_typed(Outer, said)
     assert str(raised.value).startswith(place)
     assert len(str(raised.value)) < 4 * LONGEST
+
+
+def test_a_small_file_takes_little_memory_however_large_it_may_be(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    assert len(read_bytes(tmp_path / "a", FileError, 1 << 31)) == 1000
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    # The size of a file in /proc is said to be none.
+    assert b"Name:" in read_bytes(Path("/proc/self/status"), FileError)

@@ -17,7 +17,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 # A room of tests/, a feature or a path: make test FEATURE=gguf
 FEATURE :=
 CHOSEN = $(firstword $(wildcard tests/features/$(FEATURE) tests/$(FEATURE) $(FEATURE)))
-MUTANTS_ARGS ?= --sample 208 --jobs 2 --json benchmarks/results/mutants.json
+MUTANTS_ARGS ?= --sample 208 --seeds 0,1 --jobs 2 --json benchmarks/results/mutants.json
 SOAK_ARGS ?= --minutes 60 --json benchmarks/results/soak.json
 CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json
 FUZZ_ARGS ?= --programs 5000 --modules 400 --edges 400 --jobs 2 --json benchmarks/results/fuzz.json

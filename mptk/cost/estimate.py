@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,8 +27,6 @@ from mptk.plain import hash_text
 from mptk.reading import make_typed
 
 CPU = torch.device("cpu")
-Timer = Callable[..., float]
-"""``measure_typical_ms``, or another function of its arguments."""
 
 BASE = 600_000_000
 """Bytes of a process that has imported everything and holds no weights."""
@@ -308,14 +306,10 @@ def _drop_zeros(parts: Mapping[str, float]) -> dict[str, float]:
 # ---- this machine ----
 
 
-def measure_machine(
-    device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32,
-    measure: Callable[[Path, torch.device, torch.dtype], Machine] | None = None,
-) -> Machine:
+def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
     """The rates of this machine, measured in a second or two and kept in the cache folder, if it can be written.
 
-    ``device``: of the matrix product. ``dtype``: of the faster one. ``measure``: measures them; ``calibrate`` if None.
+    ``device``: of the matrix product. ``dtype``: of the faster one.
     """
     about = describe_measured(device, dtype)
     file = name_rates_file(about)
@@ -330,7 +324,7 @@ def measure_machine(
             return replace(make_typed(Machine, kept.get("rates"), "rates"), note="")
         except ValueError as error:
             note = f"{file} is damaged: {error}; it is made again"
-    found = (measure or calibrate)(file.parent, device, dtype)
+    found = calibrate(file.parent, device, dtype)
     if why := keep(file, {"machine": about, "rates": {name: getattr(found, name) for name in RATES}}):
         _unkept[file] = found = replace(found, note=f"this machine was measured, and not for a later run: {why}")
     return replace(found, note=note) if note and not why else found
@@ -393,25 +387,23 @@ def measure_disk_rates(folder: Path) -> tuple[float, float]:
     return numbers.nbytes / min(read), numbers.nbytes / min(wrote)
 
 
-def measure_product_rate(device: torch.device, dtype: torch.dtype, timer: Timer = measure_typical_ms) -> float:
-    """Operations a second of a matrix product, as ``timer`` times it.
+def measure_product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product.
 
     On a CPU a small product is timed first. If a large one would take long (bfloat16 on a CPU without instructions for
     it), the small one's rate is taken. One thread is timed, too, by its processor time: on a busy machine, all threads
     together can be a hundred times slower than one.
     """
     if device.type != "cpu":
-        return _measure_rate(device, dtype, (4096, 4096, 4096), 0, timer)
+        return _measure_rate(device, dtype, (4096, 4096, 4096), 0)
     small, large = (64, 1024, 256), (1024, 1024, 4096)
-    rate = _measure_rate(device, dtype, small, 1, timer)
+    rate = _measure_rate(device, dtype, small, 1)
     if 2 * math.prod(large) / rate > SLOW:
         return rate
-    return max(_measure_rate(device, dtype, large, threads, timer) for threads in {1, torch.get_num_threads()})
+    return max(_measure_rate(device, dtype, large, threads) for threads in {1, torch.get_num_threads()})
 
 
-def _measure_rate(
-    device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int, timer: Timer
-) -> float:
+def _measure_rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], threads: int) -> float:
     """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished.
 
     ``threads``: of the CPU; 0 for a device, whose time is not a thread's.
@@ -421,7 +413,7 @@ def _measure_rate(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        ms = timer(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+        ms = measure_typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
     finally:
         torch.set_num_threads(before)
     return 2 * rows * inner * columns / ms * 1e3

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from inside import Stopped
+from inside import Inside, Stopped
 from rates import find_rates, keep_rates
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -283,28 +284,34 @@ def test_the_machine_is_measured_once() -> None:
     assert costs.measure_machine() == SLOW, "each type has rates of its own"
 
 
-def test_a_slow_type_is_timed_by_a_small_product() -> None:
+def test_a_slow_type_is_timed_by_a_small_product(inside: Inside) -> None:
     """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
     timed: list[int] = []
 
-    def take_long(run: object, threads: int, seconds: float) -> float:
+    def take_long(_: object, run: object, threads: int, seconds: float) -> float:
         timed.append(threads)
         return 100.0
 
-    assert costs.measure_product_rate(costs.CPU, torch.bfloat16, take_long) == 2 * 64 * 1024 * 256 / 0.1
+    inside.around("mptk.cost.estimate.measure_typical_ms", take_long)
+    assert costs.measure_product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
     assert timed == [1]
 
 
-def test_on_a_busy_machine_the_rate_of_one_thread_counts() -> None:
+def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None:
     """All threads together wait for each other: two had 2 GFLOP/s, and one 150."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    # Number of threads → milliseconds
+    kinds: tuple[tuple[Callable[[int], float], float], ...] = (
+        (lambda threads: 1.0 if threads == 1 else 90.0, 1.0),
+        (lambda threads: 0.9 / threads, 0.45),
+    )
+    taken = [kinds[0][0]]
+    inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: taken[-1](threads))
     try:
-        for timer, ms in (
-            (lambda run, threads, seconds: 1.0 if threads == 1 else 90.0, 1.0),
-            (lambda run, threads, seconds: 0.9 / threads, 0.45),
-        ):
-            rate = costs.measure_product_rate(costs.CPU, torch.float32, timer)
+        for times, ms in kinds:
+            taken.append(times)
+            rate = costs.measure_product_rate(costs.CPU, torch.float32)
             assert rate == pytest.approx(2 * 1024 * 1024 * 4096 / ms * 1e3)
         assert torch.get_num_threads() == 2
     finally:
@@ -319,29 +326,30 @@ def test_sizes_and_times_as_text() -> None:
     assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")
 
 
-def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
     """A file that is empty, damaged, a pipe or a folder is measured again; a cache that cannot be written is noted."""
     measured: list[Path] = []
 
-    def measure(folder: Path, *_: object) -> Machine:
+    def measure(_: object, folder: Path, *__: object) -> Machine:
         measured.append(folder)
         return replace(SLOW, flops=len(measured))
 
+    inside.around("mptk.cost.estimate.calibrate", measure)
     kept = find_rates()
-    assert costs.measure_machine(measure=measure) == SLOW
+    assert costs.measure_machine() == SLOW
     for content in ("", "{", "[]", '{"rates": 3}', '{"rates": {"flops": 0, "read": 1, "write": 1}}', None):
         kept.unlink()
         os.mkfifo(kept) if content is None else kept.write_text(content)
-        assert costs.measure_machine(measure=measure).note
-        assert costs.measure_machine(measure=measure) == replace(SLOW, flops=len(measured))
+        assert costs.measure_machine().note
+        assert costs.measure_machine() == replace(SLOW, flops=len(measured))
     assert len(measured) == 6
     assert json.loads(kept.read_text())["rates"]["flops"] == 6
     kept.unlink()
     kept.mkdir()
-    assert costs.measure_machine(measure=measure).note
+    assert costs.measure_machine().note
     for cache in ("/proc/x", "/dev/null/x"):
         monkeypatch.setenv("MPTK_CACHE", cache)
-        first = costs.measure_machine(measure=measure)
+        first = costs.measure_machine()
         assert first.note
-        assert costs.measure_machine(measure=measure) == first, "a process measures once"
+        assert costs.measure_machine() == first, "a process measures once"
     assert first.note in str(estimate(toy(), WORK, first, bound=1e9))

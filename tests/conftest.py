@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import random
 import re
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ collect_ignore = [
 
 def pytest_addoption(parser):
     parser.addoption("--suite", choices=SUITES, help="which tests; without it all, also those that need a network")
+    parser.addoption("--shuffle", type=int, help="a seed: files in random order, and the tests in each")
     parser.addoption("--write-durations", action="store_true", help="write durations.json: which tests are not quick")
 
 
@@ -56,6 +58,12 @@ def pytest_collection_modifyitems(config, items):
         needed = {name for mark in marks for name in mark.args or ABSENT}
         if missing := sorted(needed.intersection(ABSENT)):
             item.add_marker(pytest.mark.skip(reason=f"without {', '.join(missing)}"))
+    if (seed := config.getoption("--shuffle")) is not None:
+        # By file, for a fixture of a module is made anew whenever another module's test comes between.
+        order = random.Random(seed)
+        keys = {path: order.random() for path in dict.fromkeys(item.path for item in items)}
+        order.shuffle(items)
+        items.sort(key=lambda item: keys[item.path])
     if suite := config.getoption("--suite"):
         left_out = [item for item in items if not is_in_suite(item, suite)]
         config.hook.pytest_deselected(items=left_out)

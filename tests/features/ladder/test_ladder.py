@@ -103,7 +103,7 @@ def test_biases_that_make_up_for_units_add_up(gpt2: str, text: str, tmp_path: Pa
 
 def test_a_ladder_of_a_model_with_fewer_tokens_and_kv_heads(text: str, tmp_path: Path) -> None:
     dense = testing.save_model(testing.make_llama(layers=2), tmp_path / "dense")
-    asked = {**ASKED, "families": ("ffn",), "align": 4, "vocabulary": text, "kv_heads": 1, "steps": 2, "batch": 2}
+    asked = {**ASKED, "families": ("ffn",), "align": 4, "vocabulary": text, "kv_heads": 1}
     found = mptk.ladder(dense, tmp_path / "m", [0.2, 0.4], data=text, **asked)
     require_ladder(found, [0.2, 0.4])
     assert all(each.plan.conversions.keys() == {"vocabulary", "kv_heads"} for each in found)
@@ -123,21 +123,19 @@ def test_a_module_of_ones_own_has_a_ladder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("families", [("ffn", "q_heads", "kv_groups"), ("hidden",)])
 def test_units_are_chosen_from_what_the_larger_folder_computes(
-    llama: str, text: str, tmp_path: Path, inside: Inside, families: tuple[str, ...]
+    llama: str, text: str, trained: list[Pruned], tmp_path: Path, inside: Inside, families: tuple[str, ...]
 ) -> None:
     """The model in dense shapes that is scored and fitted has the larger folder's logits, and its module, too."""
     begun: list[Prepared] = []
     inside.spoil("mptk.run.prune.take_larger", lambda made: begun.append(made) or made)
-    asked = {**ASKED, "families": families, "tolerance": 0.2, "data": text, "batch": 2, "steps": 2}
-    mptk.prune(llama, tmp_path / "a", sparsity=0.3, **asked)
-    mptk.prune(
-        llama,
-        tmp_path / "b",
-        sparsity=0.5,
-        larger=tmp_path / "a",
-        **{**asked, "families": (*families, *{"ffn"} - {*families})},
-    )
-    expected = read_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32))
+    asked, larger = {**ASKED, "tolerance": 0.2, "data": text}, trained[0].place
+    if families == ("hidden",):
+        larger = tmp_path / "a"
+        mptk.prune(llama, larger, sparsity=0.3, families=families, **asked)
+    asked |= {"families": (*families, *{"ffn"} - {*families}), "progress": stop_at("score (wanda)")}
+    with pytest.raises(Stopped):
+        mptk.prune(llama, tmp_path / "b", sparsity=0.5, larger=larger, **asked)
+    expected = read_logits(AutoModelForCausalLM.from_pretrained(larger, dtype=torch.float32))
     dense = read_logits(AutoModelForCausalLM.from_pretrained(llama))
     assert not torch.allclose(expected, dense, atol=1e-3)
     made = begun[-1]

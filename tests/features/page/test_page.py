@@ -260,8 +260,7 @@ def test_a_report_shows_what_both_models_write_after_a_prompt(folders, tmp_path:
     prompts = ["w3 w5 w8", "w9", "w40 w41", "w70"]
     options = [word for prompt in prompts for word in ("--prompt", prompt)]
     page = tmp_path / "page.html"
-    for more in ([], ["--html", str(page)]):
-        done("report", str(folder), *options, *more)
+    done("report", str(folder), *options, "--html", str(page))
     written = Parsed(page.read_text()).text
     models = (AutoModelForCausalLM.from_pretrained(dense), mptk.Pruned.open(folder).model)
     tokenizer = AutoTokenizer.from_pretrained(dense)

@@ -159,7 +159,7 @@ for name in names:
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
-        for module in [m for m in sys.modules if m.split(".")[0] in {PACKAGES!r}]:
+        for module in [m for m in sys.modules if m.startswith({PACKAGES!r})]:  # the example of a feature, too
             del sys.modules[module]
         importlib.import_module(name)
         os.write(writes, " ".join(m for m in names if m in sys.modules and m.startswith(name + ".")).encode())

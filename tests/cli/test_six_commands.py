@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from inside import Inside
 
 from benchmarks.tiny_models import tiny_model
 
@@ -15,7 +16,8 @@ SIZES = ("--samples", "4", "--eval-windows", "2", "--eval-length", "12", "--alig
 
 
 @pytest.mark.parametrize("mapping", KINDS)
-def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int]) -> None:
+def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int], inside: Inside) -> None:
+    inside.quicken_bench()
     dense, out, graphs = tmp_path / "dense", tmp_path / "out", tmp_path / "graphs"
     tiny_model(mapping, KINDS[mapping]).model.save_pretrained(dense)
     read = ("--data", "random", "--length", "12")

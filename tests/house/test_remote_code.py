@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from commands import refused
+from inside import Inside
 from lab import raw_report
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -98,7 +99,7 @@ pytestmark = [pytest.mark.features, pytest.mark.usefixtures("own_modules")]
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A pruned folder with graphs, and a ladder whose sizes share weights."""
     base = tmp_path_factory.mktemp("sound")
-    testing.save_word_model(testing.make_llama(), base / "dense")
+    testing.save_word_model(testing.make_llama(layers=1), base / "dense")
     dense = str(base / "dense")
     mptk.prune(dense, base / "pruned", sparsity=0.3, data="random", onnx=True, eval_windows=1, **SHORT)
     more = {"onnx": False, "shared": True, "eval_windows": 1, **SHORT, "method": "wanda"}
@@ -152,7 +153,8 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
 READ_NO_FOLDER = {"features", "fetch", "models", "ops", "passes"}
 
 
-def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
+def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path, inside: Inside) -> None:
+    inside.quicken_bench()
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     assert known == COMMANDS.keys() | READ_NO_FOLDER
     for name, words in COMMANDS.items():
@@ -205,7 +207,8 @@ LOAD_NO_FOLDER = {
 } | {name for name in mptk.__all__ if name.endswith("Error")}
 
 
-def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
+def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path, inside: Inside) -> None:
+    inside.quicken_bench()
     assert set(mptk.__all__) == FUNCTIONS.keys() | LOAD_NO_FOLDER
     for name, call in FUNCTIONS.items():
         with suppress(MptkError):

@@ -118,6 +118,7 @@ def hostile(request: pytest.FixtureRequest, sound: dict[str, Path], tmp_path: Pa
     FORMS[request.param](folder)
     report = raw_report(folder)
     report["settings"][TRUE] = report[TRUE] = True
+    report["settings"]["onnx"] = False  # whoever repeats the run need not write graphs
     write_json(folder / "report.json", report)
     write_manifest(folder)
     merge(folder / "mptk.json", **{TRUE: True})
@@ -188,7 +189,9 @@ FUNCTIONS: dict[str, Callable[[Path, Path], object]] = {
     "ladder": lambda folder, out: mptk.ladder(str(folder), out, [0.2], data="random", onnx=False, **SHORT),
     "load": lambda folder, out: mptk.load(folder),
     "prune": lambda folder, out: mptk.prune(str(folder), out, data="random", onnx=False, **SHORT),
-    "recover": lambda folder, out: mptk.recover(opened(folder), out, steps=1, data="random", length=16, progress=None),
+    "recover": lambda folder, out: mptk.recover(
+        opened(folder), out, steps=1, data="random", length=16, onnx=False, progress=None
+    ),
     "rewrite": lambda folder, out: mptk.rewrite(mptk.analyze(str(folder)), mptk.Plan.load(folder / "plan.json")),
     "rung": lambda folder, out: mptk.rung(folder, 0.4).model,
     "shapes": lambda folder, out: mptk.shapes(str(folder), sparsity=0.3, data="random", search_tokens=0, progress=None),

@@ -19,6 +19,8 @@ SERVER = """
 import gc, json, os, sys, traceback
 import accelerate, onnx, peft, torch.export, transformers.models.llama.modeling_llama
 
+# An editable installation finds modules of a package that the paths lack.
+sys.meta_path[:] = [each for each in sys.meta_path if "Editable" not in getattr(each, "__name__", "")]
 gc.freeze()
 for line in sys.stdin:
     program, words, paths, out, err = json.loads(line)

@@ -32,9 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent.name for path in (ROOT / "mptk" / "features").glob("*/__init__.py"))
 PARTS = tuple(each.name for each in fields(Feature) if each.name not in NOT_PARTS)
 Run = Callable[..., Done]
-ONLY_THE_COPY = """import sys
-sys.meta_path[:] = [each for each in sys.meta_path if "Editable" not in getattr(each, "__name__", "")]"""
-"""An editable installation finds modules of a package that are missing in the copy."""
 
 
 def test_each_folder_is_named_by_an_entry_point_and_by_nothing_else() -> None:
@@ -143,7 +140,7 @@ def run(tree: Path, fresh: Fresh) -> Run:
     """Run a program, or a command line of mptk, on the copy."""
 
     def run(*words: object, code: str = COMMAND) -> Done:
-        return fresh.run(f"{ONLY_THE_COPY}\n{code}", *words, paths=[tree])
+        return fresh.run(code, *words, paths=[tree])
 
     return run
 

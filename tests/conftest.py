@@ -151,6 +151,15 @@ def tiny_folders(laboratory, _own_cache):
     return {path.name: path for path in laboratory.keep("tiny", write_folders).iterdir()}
 
 
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """Runs programs in new processes that have torch, and nothing of mptk (fresh.py)."""
+    from fresh import start_programs
+
+    with start_programs(tmp_path_factory.mktemp("fresh")) as programs:
+        yield programs
+
+
 @pytest.fixture(scope="module")
 def own_modules(tmp_path_factory):
     """A folder of the file's own for the code of models that transformers copies, and for the cache of mptk."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
 import torch
+from fresh import Fresh
 from gguf import GGUFReader
 from small_modules import Net
 from torch import nn
@@ -40,25 +39,25 @@ def train(module: nn.Module, *inputs: Any, **named: Any) -> None:
         optimizer.step()
 
 
-def outputs_in_a_new_process(folder: Path, example: torch.Tensor) -> torch.Tensor:
-    code = (
-        "import sys, torch, mptk\n"
-        "folder, given, found = sys.argv[1:]\n"
-        "with torch.no_grad(): torch.save(mptk.Pruned.open(folder).model(torch.load(given)), found)"
-    )
-    given, found = folder.parent / "given.pt", folder.parent / "found.pt"
-    torch.save(example, given)
-    subprocess.run([sys.executable, "-c", code, str(folder), str(given), str(found)], check=True)
-    return torch.load(found)
+OPENED = """
+import sys, torch, mptk
+folder, given, found = sys.argv[1:]
+with torch.no_grad():
+    torch.save(mptk.Pruned.open(folder).model(torch.load(given)), found)
+"""
 
 
-def test_a_trained_module_is_saved_and_a_new_process_opens_it(tmp_path: Path) -> None:
+def test_a_trained_module_is_saved_and_a_new_process_opens_it(fresh: Fresh, tmp_path: Path) -> None:
     pruned = prune_net(onnx=False)
     before = pruned.report
     train(pruned.model, X)
     folder = pruned.save(tmp_path / "trained")
     expected = pruned.model(X).detach()
-    assert torch.allclose(outputs_in_a_new_process(folder, X), expected, atol=1e-6)
+    given, found = tmp_path / "given.pt", tmp_path / "found.pt"
+    torch.save(X, given)
+    done = fresh.run(OPENED, folder, given, found)
+    assert done.code == 0, done.err
+    assert torch.allclose(torch.load(found), expected, atol=1e-6)
     report = mptk.Report.read(folder)
     assert report.weights_sha256 != before.weights_sha256
     assert set(report.trained) == {"up.weight", "up.bias", "down.weight", "down.bias"}

@@ -132,23 +132,26 @@ def check_documented(analysis: dict) -> None:
     assert analysis["format"] == "mptk-analysis/1"
 
 
-def test_prune_writes_a_checkpoint_for_stock_transformers(pruned, tmp_path):
-    out, _ = pruned
-    report = json.loads((out / "report.json").read_text())
-    code = f"""
+STOCK = """
 import sys
 sys.modules["mptk"] = sys.modules["passes"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, info = AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)
+out = sys.argv[1]
+model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
 assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-ids = AutoTokenizer.from_pretrained({str(out)!r})("seven wizards", return_tensors="pt").input_ids
+ids = AutoTokenizer.from_pretrained(out)("seven wizards", return_tensors="pt").input_ids
 model.generate(ids, max_new_tokens=2, do_sample=False)
 print(model.config.intermediate_size, sum(p.numel() for p in model.parameters()))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 0, run.stderr
+
+
+def test_prune_writes_a_checkpoint_for_stock_transformers(pruned, fresh):
+    out, _ = pruned
+    report = json.loads((out / "report.json").read_text())
+    run = fresh.run(STOCK, out)
+    assert run.code == 0, run.err
     widths, cost = report["families"], report["cost"]["pruned"]
-    assert run.stdout.split()[-2:] == [str(widths["ffn"]["width"]), str(cost["parameters"])]
+    assert run.out.split()[-2:] == [str(widths["ffn"]["width"]), str(cost["parameters"])]
 
 
 def test_prune_reports_what_it_printed(pruned):

@@ -1,10 +1,10 @@
-"""The commands and the Python blocks of the README and the docs, in one folder, page after page.
+"""The commands and the Python blocks of the README and the docs, each page in a folder of its own.
 
-The folder holds what the pages speak of: TEXT, MODEL, a tiny model in the cache under each packaged alias. All Python
-blocks run, and the commands of the pages that a newcomer follows first, or whose blocks read what commands wrote. They
-run on few short samples, and without ONNX where no later line needs a graph. In a command, MODEL is an alias, since
-some lines stand on two pages, once with it. All other commands are checked, as the command line does before its work;
-so are those whose result nothing reads. A block or a line that says that it needs a network, a GPU or another program
+The folder holds what the page speaks of: TEXT, MODEL, a tiny model in the cache under each packaged alias, and a pruned
+folder under each name in runs/ that only other pages write. All Python blocks run, and the commands of the pages that a
+newcomer follows first, or whose blocks read what commands wrote. They run on few short samples, and without ONNX where
+no later line needs a graph. All other commands are checked, as the command line does before its work; so are those
+whose result nothing on their page reads. A block or a line that says that it needs a network, a GPU or another program
 is skipped.
 
 It reaches for mptk.run.minutes: training takes two steps here.
@@ -16,8 +16,8 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -37,6 +37,7 @@ from mptk import testing
 from mptk.cli.app import check_words
 from mptk.cli.main import app
 from mptk.features.packaged.wheels import ALIASES, _locate_target, hash_content
+from mptk.testing import Laboratory
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)
@@ -66,19 +67,17 @@ SIZES = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which the reader works, and a cache with tiny models in it.
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a tiny model, which the cache has under each alias, too.
 
     To be quick, ``--minutes`` chooses two steps instead of up to 200, ``bench`` runs each graph once a turn, and no process
     is started to measure a graph's memory.
     """
-    folder = tmp_path_factory.mktemp("reader")
     words, model = testing.make_tokenizer(), testing.make_llama(layers=1, **SIZES)
     with pytest.MonkeyPatch.context() as patch:
         inside = Inside(patch)
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.chdir(folder)
         for bound in ("LEAST_STEPS", "MOST_STEPS", "MOST_TIMED_STEPS"):
             inside.bound(f"mptk.run.minutes.{bound}", 2)
         inside.quicken_bench()
@@ -90,15 +89,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             else:
                 toys.write_gguf(model, words, path)
             patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=hash_content(path)))
-        for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
-            model.save_pretrained(name)
-            words.save_pretrained(name)
-        _texts(folder)
-        Path("DIR").symlink_to("runs/recovered")  # which the tutorial writes
-        before = dict(RULES)
-        yield folder
-        RULES.clear()
-        RULES.update(before)
+        yield Path(testing.save_model(model, tmp_path_factory.mktemp("model"), words))
+
+
+@pytest.fixture
+def reader(
+    page: str, model: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The folder in which the reader of a page works."""
+    folder = tmp_path / "reader"
+    for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
+        laboratory.copy(model, folder / name)
+    _texts(folder)
+    words = [word for line in _list_lines(page) for word in shlex.split(line, comments=True)]
+    written = {word for option, word in pairwise(words) if option == "--out"}
+    for name in {word for word in words if re.fullmatch(r"runs/\w+|DIR", word)} - written:
+        laboratory.copy(laboratory.open_pruned(), folder / name)
+    monkeypatch.chdir(folder)
+    before = dict(RULES)
+    yield folder
+    RULES.clear()
+    RULES.update(before)
 
 
 def _bert() -> BertModel:
@@ -136,6 +147,7 @@ def _texts(folder: Path) -> None:
     (folder / "run.yaml").write_text(recipe.text)
 
 
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page: str, tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
@@ -154,8 +166,8 @@ def _command(line: str, page: str, folder: Path) -> None:
     """Run a line, or read it if it is none of ours or takes long."""
     line = re.sub(r"\[(--[^\]]*)\]", r"\1", line).replace(" …", "").replace(" MODEL ", " smollm2-135m ")
     words = shlex.split(line, comments=True)
-    if words[0] == "mptk" and page in FOLLOWED and not SLOW.search(line) and _is_read(words):
-        _runs(*words[1:])
+    if words[0] == "mptk" and page in FOLLOWED and not SLOW.search(line) and _is_read(words, page):
+        _run(words[1:], page)
     elif words[0] == "mptk" and page.startswith(CHECKED) and "-h" not in words:
         check_words(words[1:])
     elif words[:2] == ["python", "-c"]:
@@ -173,36 +185,30 @@ def _command(line: str, page: str, folder: Path) -> None:
             assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
 
 
-@cache
-def _runs(*words: str) -> None:
-    """Run a command, in two steps of training; the same one on another page is not run again."""
-    words = tuple("2" if option == "--steps" else word for option, word in zip(("", *words), words, strict=False))
-    if words[0] in WRITE and words[-1] not in _read() and "--quantize" not in words:
-        words = (*words, "--no-onnx")
+def _run(words: list[str], page: str) -> None:
+    """Run a command, in two steps of training."""
+    words = ["2" if option == "--steps" else word for option, word in zip(("", *words), words, strict=False)]
+    if words[0] in WRITE and not _has_graph_read(words[-1], page) and "--quantize" not in words:
+        words.append("--no-onnx")
     known = {flag for option in GROUP.commands[words[0]].params for flag in option.opts}  # type: ignore[attr-defined]
-    if "--help" not in words and "-h" not in words:
-        words = (*words, *(each for flag in known & FEW.keys() - {*words} for each in (flag, FEW[flag])))
-    done = CliRunner().invoke(app, list(words))
+    words += [each for flag in known & FEW.keys() - {*words} for each in (flag, FEW[flag])]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, f"mptk {shlex.join(words)}: {done.output} {done.exception!r}"
 
 
-def _is_read(words: list[str]) -> bool:
-    """Whether a later line of a page that is followed names the folder that a command writes; true without one."""
-    return words[1] not in WRITE or sum(words[-1] in others for others in _list_followed()) > 1
+def _list_lines(page: str) -> list[str]:
+    return [line for block in blocks(page) if block.kind == "commands" for line in block.lines]
 
 
-@cache
-def _list_followed() -> list[list[str]]:
-    """The words of each line of the pages that are followed."""
-    lines = [line for page in FOLLOWED for block in blocks(page) if block.kind == "commands" for line in block.lines]
-    return [shlex.split(line, comments=True) for line in lines]
+def _is_read(words: list[str], page: str) -> bool:
+    """Whether another line of the page names the folder that a command writes; true without one."""
+    lines = [shlex.split(line, comments=True) for line in _list_lines(page)]
+    return words[1] not in WRITE or sum(words[-1] in others for others in lines) > 1
 
 
-@cache
-def _read() -> set[str]:
-    """What ``bench``, ``generate`` and ``rerun`` lines name: folders that need their graph, which takes most time."""
-    lines = [line for page in PAGES for block in blocks(page) if block.kind == "commands" for line in block.lines]
-    return {word for line in lines if re.match("mptk (bench|generate|rerun) ", line) for word in line.split()}
+def _has_graph_read(folder: str, page: str) -> bool:
+    """Whether a line of the page runs the graph of a folder, whose writing takes most time."""
+    return any(re.match(rf"mptk (bench|generate|rerun) .*{folder}\b", line) for line in _list_lines(page))
 
 
 def _parses(line: str) -> None:

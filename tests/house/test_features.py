@@ -1,6 +1,6 @@
 """Features are folders: whole, named by entry points only, and each can be taken away and put back by moving it.
 
-The tree without ``mptk/features`` is a copy, which comes first on the path of a process of its own.
+The tree without ``mptk/features`` is a copy, which comes first on the path of processes of its own.
 """
 
 from __future__ import annotations
@@ -8,10 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -19,6 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from fresh import COMMAND, Done, Fresh
 from inside import Inside
 
 from mptk import testing
@@ -33,11 +31,7 @@ NOT_PARTS = ("name", "summary", "page", "settings", "commands", "options", "subf
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent.name for path in (ROOT / "mptk" / "features").glob("*/__init__.py"))
 PARTS = tuple(each.name for each in fields(Feature) if each.name not in NOT_PARTS)
-Run = Callable[..., subprocess.CompletedProcess[str]]
-ONLY_THE_COPY = """import sys
-sys.argv[0] = "mptk"
-sys.meta_path[:] = [each for each in sys.meta_path if "Editable" not in getattr(each, "__name__", "")]"""
-"""An editable installation finds modules of a package that are missing in the copy."""
+Run = Callable[..., Done]
 
 
 def test_each_folder_is_named_by_an_entry_point_and_by_nothing_else() -> None:
@@ -141,26 +135,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture
+def run(tree: Path, fresh: Fresh) -> Run:
     """Run a program, or a command line of mptk, on the copy."""
 
-    def run(*words: object, code: str = "from mptk.cli.main import main; main()") -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": str(tree), "COLUMNS": "200", "MPTK_CACHE": str(tree / "cache")}
-        command = [sys.executable, "-c", f"{ONLY_THE_COPY}\n{code}", *map(str, words)]
-        return subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=False)
+    def run(*words: object, code: str = COMMAND) -> Done:
+        return fresh.run(code, *words, paths=[tree])
 
     return run
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A decoder and an encoder."""
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "decoder": testing.save_model(testing.make_llama(), root / "decoder"),
-        "encoder": testing.save_model(testing.MODEL_KINDS["encoder"].make(), root / "encoder"),
-    }
 
 
 CORE = """
@@ -168,42 +150,29 @@ import json, sys, torch, mptk
 from pathlib import Path
 from torch import nn
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(x)))
-
-if __name__ == "__main__":
-    decoder, encoder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    asked = dict(method="wanda", sparsity=0.25, tolerance=0.1, samples=4, length=32, eval_windows=2, eval_length=32, align=4, progress=None)
-    text = ["the quick brown fox jumps over the lazy dog while seven wizards quietly mix pale blue jars of honey"] * 40
-    found = {}
-    for name, model, onnx in (("decoder", decoder, True), ("encoder", encoder, False)):
-        made = mptk.prune(model, out / name, data=text, onnx=onnx, **asked)
-        found[name] = [made.report.cost["pruned"]["parameters"] < made.report.cost["dense"]["parameters"], made.report.files]
-    mptk.verify(out / "encoder")
-    bench = mptk.bench([decoder, out / "decoder"], lengths=(16,), batches=(1,), threads=(1,), rounds=2, progress=None)
-    found["bench"] = len(bench.to_json()["rows"]) > 0
-    torch.manual_seed(0)
-    made = mptk.prune(nn.Sequential(Block(), Block()), out / "module", example_inputs=(torch.randn(8, 16),), **asked)
-    found["module"] = made.report.cost["pruned"]["parameters"] < made.report.cost["dense"]["parameters"]
-    print(json.dumps(found))
+decoder, encoder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+asked = dict(method="wanda", sparsity=0.25, tolerance=0.1, samples=4, length=32, eval_windows=2, eval_length=32, align=4, progress=None)
+text = ["the quick brown fox jumps over the lazy dog while seven wizards quietly mix pale blue jars of honey"] * 40
+net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+made = [
+    mptk.prune(decoder, out / "decoder", data=text, onnx=True, **asked),
+    mptk.prune(encoder, out / "encoder", data=text, onnx=False, **asked),
+    mptk.prune(net, out / "module", example_inputs=(torch.randn(8, 16),), onnx=False, **asked),
+]
+mptk.verify(out / "encoder")
+costs = [each.report.cost for each in made]
+print(json.dumps([cost["pruned"]["parameters"] < cost["dense"]["parameters"] for cost in costs]))
 """
 
 
-def test_the_core_stands_by_itself(run: Run, models: dict[str, str], tmp_path: Path) -> None:
-    done = run(models["decoder"], models["encoder"], tmp_path, code=CORE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["bench"]
-    assert found["module"]
-    for name in ("decoder", "encoder"):
-        smaller, files = found[name]
-        assert smaller
-        assert "model.safetensors" in files
-        assert any(file.endswith(".onnx") for file in files) == (name == "decoder")
+def test_the_core_stands_by_itself(run: Run, tmp_path: Path) -> None:
+    decoder = testing.save_model(testing.make_llama(layers=1), tmp_path / "decoder")
+    encoder = testing.save_model(testing.MODEL_KINDS["encoder"].make(), tmp_path / "encoder")
+    done = run(decoder, encoder, tmp_path / "out", code=CORE)
+    assert done.code == 0, done.err[-3000:]
+    assert json.loads(done.out.splitlines()[-1]) == [True, True, True]
+    assert (tmp_path / "out" / "encoder" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "decoder" / "onnx" / "model.onnx").is_file()
 
 
 LINES = """
@@ -224,11 +193,11 @@ mptk.prune("x", kv_heads=1)
 
 def test_what_is_not_installed_is_said_in_one_sentence(run: Run) -> None:
     done = run(code=LINES)
-    assert [line for line in done.stdout.splitlines() if line.startswith("code")] == ["code 2", "code 2", "code 0"]
-    said = done.stderr.replace("\n", " ")
+    assert [line for line in done.out.splitlines() if line.startswith("code")] == ["code 2", "code 2", "code 0"]
+    said = done.err.replace("\n", " ")
     assert "No such option: --kv-heads" in said
     assert said.count("not installed here are the features advise") == 3, "of two commands and of a call"
-    assert "kv_heads" in done.stdout
+    assert "kv_heads" in done.out
 
 
 def test_a_feature_is_taken_away_and_put_back_by_moving_its_folder(run: Run, tree: Path) -> None:
@@ -237,13 +206,13 @@ def test_a_feature_is_taken_away_and_put_back_by_moving_its_folder(run: Run, tre
     place.mkdir()
     try:
         shutil.copy(ROOT / "mptk" / "features" / "__init__.py", place)
-        assert "--kv-heads" not in run("prune", "--help").stdout
+        assert "--kv-heads" not in run("prune", "--help").out
         shutil.copytree(ROOT / "mptk" / "features" / "kv_heads", place / "kv_heads")
-        assert "--kv-heads" in run("prune", "--help").stdout
-        assert [each["name"] for each in json.loads(run("features", "--json", "-").stdout)["features"]] == ["kv_heads"]
+        assert "--kv-heads" in run("prune", "--help").out
+        assert [each["name"] for each in json.loads(run("features", "--json", "-").out)["features"]] == ["kv_heads"]
         shutil.move(place / "kv_heads", tree / "taken")
-        assert "--kv-heads" not in run("prune", "--help").stdout
+        assert "--kv-heads" not in run("prune", "--help").out
         shutil.move(tree / "taken" / "kv_heads", place)
-        assert "--kv-heads" in run("prune", "--help").stdout
+        assert "--kv-heads" in run("prune", "--help").out
     finally:
         shutil.rmtree(place)

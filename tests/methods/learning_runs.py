@@ -28,6 +28,8 @@ COMMAND = [
     *("--steps", "12", "--mask-share", "0.5", "--rank", "4", "--batch", "4", "--micro", "2", "--lr", "3e-3"),
     *("--save-every", "2"),
 ]
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "CUDA_VISIBLE_DEVICES": ""}
+"""What accelerate's launcher tells processes that hold the weights in shards."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -32,7 +32,8 @@ SETTINGS = mptk.Settings(
 
 COMMAND = [
     *("prune", "--sparsity", "0.35", "--samples", "8", "--length", "32", "--align", "8", "--no-onnx"),
-    *("--eval-windows", "2", "--steps", "8", "--mask-share", "0.5", "--rank", "4", "--batch", "4", "--micro", "2", "--lr", "3e-3", "--save-every", "2"),
+    *("--eval-windows", "2", "--steps", "8", "--mask-share", "0.5", "--rank", "4", "--batch", "4"),
+    *("--micro", "2", "--lr", "3e-3", "--save-every", "2"),
 ]
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "CUDA_VISIBLE_DEVICES": ""}
 """What accelerate's launcher tells processes that hold the weights in shards."""

@@ -114,7 +114,9 @@ def test_sharded_processes_go_on_where_one_stopped_and_where_they_were_killed_an
 def test_half_precision_learns_much_the_same_and_what_it_learns_is_proven(
     llama: str, learned: Path, tmp_path: Path
 ) -> None:
-    report = mptk.prune(llama, tmp_path / "out", replace(BRIEF, learning=replace(BRIEF.learning, precision="bf16"))).report
+    report = mptk.prune(
+        llama, tmp_path / "out", replace(BRIEF, learning=replace(BRIEF.learning, precision="bf16"))
+    ).report
     first, exact = metrics(tmp_path / "out")[0]["loss"], metrics(learned)[0]["loss"]
     assert first != exact
     assert first == pytest.approx(exact, rel=5e-3)

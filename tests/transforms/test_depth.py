@@ -246,9 +246,7 @@ def test_prune_removes_blocks_from_checkpoint_and_graph(tmp_path):
     assert {d["stage"] for d in report.proof if d["ok"]} >= {"reloaded checkpoint", "ONNX Runtime decode"}
     model = AutoModelForCausalLM.from_pretrained(small)
     assert len(model.model.layers) == 2
-    assert OrtDecoder(small).past == [
-        f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")
-    ]
+    assert OrtDecoder(small).past == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
     assert all(d.ok for d in mptk.verify(small))
     plan = json.loads((small / "plan.json").read_text())["families"]["layers"]
     assert (plan["width"], plan["of"], list(plan["keep"])) == (2, 3, ["model.layers"])
@@ -258,7 +256,8 @@ TRAINING = Training(batch=4, micro=2, lr=3e-3)
 LEARNED = mptk.Settings(
     method="maskprune",
     **{"families": ("layers", "ffn"), "sparsity": 0.5, "tolerance": 0.1, "align": 8, "onnx": False},
-    **{"samples": 8, "length": 32, "eval_windows": 1, "learning": Learning(steps=4, mask_share=0.5, rank=4, training=TRAINING)},
+    **{"samples": 8, "length": 32, "eval_windows": 1},
+    learning=Learning(steps=4, mask_share=0.5, rank=4, training=TRAINING),
 )
 
 

@@ -27,6 +27,7 @@ from mptk.methods.division.selection import tie_layers
 from mptk.testing import expect_error
 from mptk.trust import NO_CODE
 
+SHORT = {"eval_windows": 1, "eval_length": 24}
 SETTINGS = mptk.Settings(
     method="wanda",
     target="graph",
@@ -35,8 +36,7 @@ SETTINGS = mptk.Settings(
     align=4,
     samples=4,
     length=24,
-    eval_windows=2,
-    eval_length=24,
+    **SHORT,
 )
 
 
@@ -91,7 +91,7 @@ def test_a_family_that_the_division_leaves_whole_is_named_once(checkpoint: str) 
 
 @pytest.mark.features
 def test_its_plan_cuts_the_same_model_again_for_a_graph_only(checkpoint: str, pruned: mptk.Pruned) -> None:
-    asked = {"plan": str(pruned.folder / "plan.json"), "data": [testing.SENTENCES] * 8, "onnx": False}
+    asked = {"plan": str(pruned.folder / "plan.json"), "data": [testing.SENTENCES] * 8, "onnx": False, **SHORT}
     again = mptk.prune(checkpoint, target="graph", **asked)
     assert again.report.families == pruned.report.families
     assert again.report.plan_sha256 == pruned.report.plan_sha256
@@ -122,9 +122,8 @@ def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(learne
 
 def test_a_graph_is_trained_again(learned: mptk.Pruned) -> None:
     assert learned.folder is not None
-    found = mptk.recover(
-        learned.folder, None, data=[testing.SENTENCES] * 16, steps=2, batch=2, micro=2, lr=1e-3, onnx=False
-    )
+    asked = {"steps": 2, "batch": 2, "micro": 2, "lr": 1e-3, "length": 24, **SHORT}
+    found = mptk.recover(learned.folder, None, data=[testing.SENTENCES] * 16, onnx=False, **asked)
     assert found.report.families == learned.report.families
     moved = found.model.state_dict()
     assert any(not moved[name].equal(weight) for name, weight in learned.model.state_dict().items())
@@ -154,7 +153,8 @@ def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str) -> None:
 
 
 def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str) -> None:
-    found = mptk.prune(checkpoint, None, SETTINGS, widths={"q_heads": 2}, data=[testing.SENTENCES] * 8, onnx=False)
+    asked = {"families": ("ffn", "q_heads"), "widths": {"q_heads": 2}, "onnx": False}
+    found = mptk.prune(checkpoint, None, SETTINGS, data=[testing.SENTENCES] * 8, **asked)
     assert {f["width"] for name, f in found.report.families.items() if name.startswith("q_heads.")} == {2}
 
 
@@ -202,7 +202,7 @@ def test_layers_that_contradict_the_model_or_each_other_are_refused(asked: dict,
 
 def widths_of(checkpoint: str, **asked: object) -> dict[str, int]:
     """Family or layer → units that stay, of those that were cut to a tenth less."""
-    how = {"layers": "uniform", "sparsity": 0.1, "tolerance": 0.05, "method": "magnitude", "eval_windows": 1}
+    how = {"layers": "uniform", "sparsity": 0.1, "tolerance": 0.05, "method": "magnitude"}
     found = mptk.prune(checkpoint, settings=SETTINGS, data=[testing.SENTENCES] * 8, onnx=False, **{**how, **asked})
     assert found.report.sparsity == pytest.approx(0.1, abs=0.05)
     return {name: family["width"] for name, family in found.report.families.items() if family["width"] < family["of"]}

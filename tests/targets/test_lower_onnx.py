@@ -117,9 +117,7 @@ class OneMask(torch.nn.Module):
 @pytest.mark.parametrize("norms", [(Differences, Reversed), (OneMask,)])
 def test_an_operator_that_torch_cannot_write_is_written_by_ours(with_norm, norms):
     """The quick way: the attention keeps its cache."""
-    assert cache_inputs(with_norm(*norms))[:1] == [
-        ["past_key_values.0.key", "past_key_values.0.value"]
-    ]
+    assert cache_inputs(with_norm(*norms))[:1] == [["past_key_values.0.key", "past_key_values.0.value"]]
 
 
 class Renamed(torch.nn.Module):

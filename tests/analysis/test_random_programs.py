@@ -24,7 +24,7 @@ def choose_seeds(first: int, most: int) -> list[int]:
     return seeds
 
 
-SEEDS = choose_seeds(24, 200)
+SEEDS = choose_seeds(8, 200)
 OTHERS = {2: "without family", 8: "without family", 16: "refused", 23: "without family", 32: "without family"}
 """Seed → what becomes of its program, if it is not cut and proven."""
 

@@ -19,12 +19,12 @@ def test_rows_are_computed_once(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 400)
     text = str(tmp_path / "text.txt")
     study = Study(
-        str(tmp_path / "dense"), [0.211, 0.368], text, dict.fromkeys(TEXTS, text), 8, 32, 2, 8, 2, 1, tmp_path
+        str(tmp_path / "dense"), [0.211, 0.368], text, dict.fromkeys(TEXTS, text), 4, 32, 1, 4, 2, 1, tmp_path
     )
     rows = fill(study, tmp_path / "rows.json")
-    steps = {"separate": [8, 8], "cascaded": [8, 8, 4, 4], "shared": [8, 8]}
+    steps = {"separate": [4, 4], "cascaded": [4, 4, 2, 2], "shared": [4, 4]}
     assert {way: [r["steps"] for r in rows if r["way"] == way] for way in steps} == steps
-    assert [r["tokens"] for r in rows[1:]] == [512] * 4 + [256] * 2 + [512] * 2
+    assert [r["tokens"] for r in rows[1:]] == [256] * 4 + [128] * 2 + [256] * 2
     assert len({row["c4"] for row in (rows[0], *rows[2::2])}) == 5, "the smallest of each way is another model"
     assert not list(tmp_path.glob("tmp*"))
     written = (tmp_path / "rows.json").stat()

@@ -18,16 +18,25 @@ from mptk.config import Learning, Training
 from mptk.progress import Progress
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
-LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
+LEARNING = Learning(steps=8, mask_share=0.5, rank=4, training=TRAINING)
 SETTINGS = mptk.Settings(
-    method="maskprune", sparsity=0.35, samples=8, length=32, align=8, onnx=False, learning=LEARNING
+    method="maskprune",
+    sparsity=0.35,
+    samples=8,
+    length=32,
+    eval_windows=2,
+    align=8,
+    onnx=False,
+    learning=LEARNING,
 )
 
 COMMAND = [
     *("prune", "--sparsity", "0.35", "--samples", "8", "--length", "32", "--align", "8", "--no-onnx"),
-    *("--steps", "12", "--mask-share", "0.5", "--rank", "4", "--batch", "4", "--micro", "2", "--lr", "3e-3"),
-    *("--save-every", "2"),
+    *("--eval-windows", "2", "--steps", "8", "--mask-share", "0.5", "--rank", "4", "--batch", "4"),
+    *("--micro", "2", "--lr", "3e-3", "--save-every", "2"),
 ]
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "CUDA_VISIBLE_DEVICES": ""}
+"""What accelerate's launcher tells processes that hold the weights in shards."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

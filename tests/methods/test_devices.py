@@ -38,7 +38,7 @@ from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
 
 TEXT = make_token_samples(testing.draw_tokens(8, 32))
-LEARNING = replace(LONG, steps=6)
+LEARNING = replace(LONG, steps=4, training=replace(TRAINING, save_every=3))
 ADAPTED = 7
 """Layers with an adapter: those of one block."""
 
@@ -88,7 +88,7 @@ def train(
     with separate_state():
         learner = make_learner(prepared, work, learning, device, progress)
         chosen = learner.learn(SampleSets(TEXT, TEXT, TEXT, ""))
-        recovered = learner.recover(make_replica(prepared.loaded.model), learning.steps // 2, TEXT[:2])
+        recovered = learner.recover(make_replica(prepared.loaded.model), learning.steps - 1, TEXT[:2])
     return Run(chosen, recovered.weights, metrics(work.path))
 
 
@@ -124,8 +124,8 @@ def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_cro
 
     def note(stage: str, done: int, total: int, figures: str = "") -> None:
         nonlocal before
-        # Each second step, and the last one, writes a checkpoint, and the first one places the teacher.
-        if stage in ("masks", "recovery") and 1 < done < total and done % TRAINING.save_every:
+        # Each third step, and the last one, writes a checkpoint, and the first one places the teacher.
+        if stage in ("masks", "recovery") and 1 < done < total and done % LEARNING.training.save_every:
             crossed.append(set(second.crossed[before:]))
         before = len(second.crossed)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forks import code_of, launch
 from inside import Stopped
-from learning_runs import ENVIRONMENT, LEARNING, SETTINGS, TRAINING, metrics, require_same_bits, shard, stop_at
+from learning_runs import LEARNING, SETTINGS, SHARDS, TRAINING, metrics, require_same_bits, stop_at
 from torch import nn
 
 import mptk
@@ -24,7 +24,8 @@ from mptk.methods.maskprune.train import (
     make_orthogonal,
 )
 
-MUON = replace(SETTINGS, learning=replace(LEARNING, rank=0, training=replace(TRAINING, lr=1e-4, optimizer="muon")))
+TRAINED = replace(LEARNING, steps=6, rank=0, training=replace(TRAINING, lr=1e-4, optimizer="muon"))
+MUON = replace(SETTINGS, method="wanda", eval_windows=1, learning=TRAINED)
 TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 
 
@@ -98,7 +99,7 @@ def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, whole: Pa
 
 
 def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:
-    report = mptk.prune(llama, tmp_path / "out", replace(MUON, method="wanda", target="graph")).report
+    report = mptk.prune(llama, tmp_path / "out", replace(MUON, target="graph")).report
     first, *_, last = report.recovery["losses"].values()
     assert last < first
     assert all(stage["ok"] for stage in report.proof)
@@ -106,9 +107,7 @@ def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:
 
 def test_processes_with_shards_train_alike(llama: str, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [*shard(llama, out), "--rank", "0", "--optimizer", "muon", "--lr", "1e-4"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert [code_of(pid) for pid in launch(lambda: mptk.prune(llama, out, MUON), **SHARDS)] == [0, 0]
     assert [row["loss"] for row in metrics(out)] == pytest.approx([row["loss"] for row in metrics(whole)], rel=1e-3)
 
 

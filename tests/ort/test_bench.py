@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from inside import changed
-from tiny_decoders import FUSED, GROUPED, tiny_decoder
+from tiny_decoders import FUSED, GROUPED, graphs_of, tiny_decoder
 
 from mptk import export
 from mptk.errors import FileError, InputError
@@ -29,8 +29,8 @@ PROJECTIONS = HIDDEN * DIM * (2 * HEADS + 2 * GROUPS) + 3 * HIDDEN * FFN
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return emit_onnx(trace_decoder(tiny_decoder(GROUPED)), tmp_path_factory.mktemp("dense"))
+def dense(decoder_graphs):
+    return graphs_of(decoder_graphs(GROUPED))["float"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def compared(dense, narrow):
     calls = []
     graphs = {"dense": dense.parent, "narrow": narrow, "narrow int8": quantize_onnx(narrow, "int8")}
     result = bench_graphs(
-        graphs, lengths=(16, 33), batches=(1, 3), rounds=3, sessions=2, progress=lambda *call: calls.append(call)
+        graphs, lengths=(16, 33), batches=(1, 3), rounds=2, sessions=2, progress=lambda *call: calls.append(call)
     )
     return result, calls
 
@@ -95,6 +95,7 @@ def test_rows_hold_every_graph_in_every_case_and_the_ideal(compared, dense, narr
             assert row.ms == pytest.approx(1000 * seconds, abs=0.001)  # rounded, and these graphs take microseconds
             peak = result.peaks[1].flops if row.case.phase == "prefill" else result.peaks[1].bandwidth
             assert row.roofline == pytest.approx(row.work / seconds / peak, rel=0.01, abs=0.001)
+    assert result.graphs[0].bytes == sum(f.stat().st_size for f in dense.parent.glob("model.onnx*"))
     at = {(row.graph, str(row.case)): row.work for row in result.rows}
     assert at["dense", "prefill 33 ×3"] == compute_graph_work(dense, sequence=33, past=0, batch=3).flops
     assert at["narrow", "decode 16"] == compute_graph_work(narrow, sequence=1, past=16).bytes
@@ -146,10 +147,6 @@ def test_quantised_products_count_the_same_operations_and_fewer_bytes(compared):
         if row.graph == "narrow int8":
             other = next(r for r in result.rows if r.graph == "narrow" and r.case == row.case)
             assert row.work == other.work if row.case.phase == "prefill" else row.work < other.work
-
-
-def test_sizes_of_each_graph(compared, dense):
-    assert compared[0].graphs[0].bytes == sum(f.stat().st_size for f in dense.parent.glob("model.onnx*"))
 
 
 def test_the_result_goes_through_json_and_into_a_table(compared):
@@ -213,7 +210,7 @@ def test_each_graph_of_a_model_that_is_no_plain_decoder_is_run(other_kinds, kind
         file for name in ("model", "decoder_model_merged") if (file := other_kinds[kind] / f"{name}.onnx").is_file()
     )
     graphs = {"float": other_kinds[kind], "int8": main.with_stem(f"{main.stem}_quantized")}
-    result = bench_graphs(graphs, lengths=(8, 16), rounds=2)
+    result = bench_graphs(graphs, lengths=(8, 16), rounds=2, sessions=1)
     assert [str(row.case) for row in result.rows] == [case for case in cases for _ in graphs]
     assert all(row.ideal == 1 for row in result.rows if row.case.phase != "decode"), "as many operations"
     assert all(row.ideal < 1 for row in result.rows if (row.graph, row.case.phase) == ("int8", "decode")), "fewer bytes"
@@ -243,7 +240,7 @@ def test_models_of_two_kinds_are_not_compared(other_kinds, dense):
 @pytest.mark.features
 def test_a_length_that_a_graph_does_not_take_is_refused(other_kinds):
     with expect_error(FileError, name=other_kinds["speech"] / "decoder_model_merged.onnx"):
-        bench_graphs({"speech": other_kinds["speech"]}, lengths=(900,), rounds=2)
+        bench_graphs({"speech": other_kinds["speech"]}, lengths=(900,), rounds=2, sessions=1)
 
 
 def test_memory_is_that_of_a_new_process(narrow):

@@ -41,7 +41,7 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
     dense, small, inputs, more = (folder / n for n in ("dense", "small", "inputs.safetensors", "more.safetensors"))
     assert "ffn" in said("analyze", dense, "--inputs", inputs, "--json", folder / "analysis.json")
     cut = ["--method", "wanda", "--families", "ffn.3", "--width", "ffn.3=28", "--align", 4]
-    once = [*cut, "--samples", 16, "--eval-windows", 5]
+    once = [*cut, "--samples", 8, "--eval-windows", 5]
     said("prune", dense, "--inputs", inputs, "--data", more, "--out", small, *once)
     report = mptk.Report.read(small)
     assert (report.task, report.quality["metric"]) == ("module", "distance")
@@ -57,10 +57,10 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
 
 
 def test_masks_are_learned_on_it(folder: Path) -> None:
-    learned = {"steps": 4, "batch": 4, "samples": 8, "align": 4, "families": ("ffn.3",), "mask_share": 0.5}
+    learned = {"steps": 2, "batch": 2, "samples": 4, "align": 4, "families": ("ffn.3",), "mask_share": 0.5}
     given = {"inputs": str(folder / "inputs.safetensors"), "data": str(folder / "more.safetensors")}
     found = mptk.prune(str(folder / "dense"), sparsity=0.2, progress=None, **learned, **given)
-    assert found.report.settings.steps == 4
+    assert found.report.settings.steps == 2
     assert found.report.families["ffn.3"]["width"] < 40
 
 

@@ -234,57 +234,50 @@ def test_flap_corrects_no_bias_if_only_blocks_go():
 # ---- the main job ----
 
 
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
+def test_prune_removes_blocks_from_checkpoint_and_graph(tmp_path):
     """A folder with fewer blocks and narrower feed-forward layers, with ONNX."""
-    root = tmp_path_factory.mktemp("depth")
     config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 3})
-    source = save_word_model(LlamaForCausalLM(config), root / "dense")
+    source, small = save_word_model(LlamaForCausalLM(config), tmp_path / "dense"), tmp_path / "small"
     settings = replace(SETTINGS, families=("layers", "ffn"), widths={"layers": 2}, sparsity=0.4, tolerance=0.1)
-    return root, mptk.prune(source, root / "small", settings)
-
-
-def test_prune_removes_blocks_from_checkpoint_and_graph(pruned):
-    root, made = pruned
-    report = made.report
+    report = mptk.prune(source, small, settings).report
     assert report.families["layers"] == {"of": 3, "width": 2, "layers": 1}
     assert report.families["ffn"]["width"] < 40
     assert report.config_changes["num_hidden_layers"] == [3, 2]
     assert {d["stage"] for d in report.proof if d["ok"]} >= {"reloaded checkpoint", "ONNX Runtime decode"}
-    model = AutoModelForCausalLM.from_pretrained(root / "small")
+    model = AutoModelForCausalLM.from_pretrained(small)
     assert len(model.model.layers) == 2
-    assert OrtDecoder(root / "small").past == [
-        f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")
-    ]
-    assert all(d.ok for d in mptk.verify(root / "small"))
-    plan = json.loads((root / "small" / "plan.json").read_text())["families"]["layers"]
+    assert OrtDecoder(small).past == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
+    assert all(d.ok for d in mptk.verify(small))
+    plan = json.loads((small / "plan.json").read_text())["families"]["layers"]
     assert (plan["width"], plan["of"], list(plan["keep"])) == (2, 3, ["model.layers"])
 
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3)
 LEARNED = mptk.Settings(
     method="maskprune",
-    **{"families": ("layers", "ffn"), "sparsity": 0.5, "tolerance": 0.05, "align": 8, "onnx": False},
-    **{"samples": 8, "length": 32, "learning": Learning(steps=8, mask_share=0.5, rank=4, training=TRAINING)},
+    **{"families": ("layers", "ffn"), "sparsity": 0.5, "tolerance": 0.1, "align": 8, "onnx": False},
+    **{"samples": 8, "length": 32, "eval_windows": 1},
+    learning=Learning(steps=4, mask_share=0.5, rank=4, training=TRAINING),
 )
 
 
 def test_maskprune_divides_a_budget_among_blocks_and_channels_or_keeps_a_given_depth(tmp_path):
     """The blocks that turn their input least go, as many as the learned masks say."""
-    source, out = save_word_model(LlamaForCausalLM(LLAMA), tmp_path / "dense"), tmp_path / "small"
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 3})
+    source, out = save_word_model(LlamaForCausalLM(config), tmp_path / "dense"), tmp_path / "small"
     report = mptk.prune(source, out, LEARNED).report
-    assert report.sparsity == pytest.approx(0.5, abs=0.05)
+    assert report.sparsity == pytest.approx(0.5, abs=0.1)
     assert all(d["ok"] for d in report.proof)
     assert "learned masks" in [d["stage"] for d in report.proof]
     kept = Plan.load(out / "plan.json").families
     assert kept.keys() == {"layers", "ffn"}
-    assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == kept["layers"].width < 4
+    assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == kept["layers"].width < 3
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"width/layers", "width/ffn"} <= rows[0].keys()
     assert all(d.ok for d in mptk.verify(out))
-    given = replace(LEARNED, widths={"layers": 3, "ffn": 24}, eval_windows=1)
+    given = replace(LEARNED, widths={"layers": 2, "ffn": 24})
     report = mptk.prune(source, settings=given).report
-    assert (report.families["layers"]["width"], report.families["ffn"]["width"]) == (3, 24)
+    assert (report.families["layers"]["width"], report.families["ffn"]["width"]) == (2, 24)
 
 
 def test_depth_is_left_alone_unless_it_is_named(llama):

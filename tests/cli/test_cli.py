@@ -11,66 +11,20 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from inside import Inside
+from command_lines import SHORT, Files, Result
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 from mptk.publish.manifest import check_manifest
 from mptk.report.view import format_figure
-from mptk.testing import make_llama, make_tokenizer
+from mptk.testing import make_llama
 from passes.analysis.rules import RULES
 from passes.pipelines import LISTS
 from tests.bad_inputs import table
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["--method", "wanda", "--align", "8", "--samples", "4", "--length", "32"]
-
-
-class Result(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def error(self) -> str:
-        """The one line on stderr that is not progress."""
-        (line,) = [line for line in self.stderr.splitlines() if not re.match(r" *\d+ s  ", line)]
-        return line
-
-
-class Files(NamedTuple):
-    model: str
-    text: str
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A checkpoint of 2 layers, 2 key/value heads for 3 queries each, 64 channels; and a text it can read."""
-    folder = tmp_path_factory.mktemp("cli")
-    model = make_llama()
-    for parameter in model.parameters():
-        parameter.data.mul_(6)
-    model.save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.raw").write_text(" ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(150)))
-    return Files(str(folder / "model"), str(folder / "text.raw"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of the tests' own, no network, and no bars of transformers, as ``main`` sets it."""
-    logging.disable_progress_bar()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +35,6 @@ def pruned(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     ended = table.run(["prune", files.model, "--out", str(out), *options], width=200)
     assert ended.code == 0, ended.stderr
     return out, Result(ended.code, ended.stdout, ended.stderr)
-
-
-@pytest.fixture
-def mptk(inside: Inside, typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Runs a command line in this process, as the console script does."""
-
-    def run(*arguments: str | Path) -> Result:
-        inside.bound("mptk.cli.console.out.width", 2000)
-        capsys.readouterr()
-        with warnings.catch_warnings():
-            code = typed(*arguments)
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 # ---- commands ----

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from command_lines import SHORT
 from inside import Inside
-from test_cli import ROOT, SHORT, files, mptk, surroundings  # noqa: F401 (fixtures)
 from typer.testing import CliRunner
 
 from mptk import MptkError, Settings
@@ -28,6 +28,8 @@ from mptk.targets import list_targets
 from passes import pipelines
 
 NAMES = sorted(typer.main.get_command(commands).commands)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---- help ----
@@ -141,7 +143,7 @@ def test_options_of_prune_are_in_groups() -> None:
 # ---- output ----
 
 
-def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = mptk("analyze", files.model, "--json", "-")
     assert json.loads(result.stdout)["format"] == "mptk-analysis/1"
@@ -151,7 +153,7 @@ def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk) -> None:  # noqa: F811
+def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk) -> None:
     assert mptk("analyze", files.model).stderr
     assert mptk("analyze", files.model, "-q").stderr == ""
     assert "Traceback" not in mptk("analyze", "./none").stderr
@@ -161,7 +163,7 @@ def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk) 
 
 
 @pytest.mark.features
-def test_tables_are_wide_where_no_terminal_is(files) -> None:  # noqa: F811
+def test_tables_are_wide_where_no_terminal_is(files) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mptk", "models"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -178,14 +180,14 @@ def test_no_bars_of_other_libraries(tmp_path: Path) -> None:
     assert "Converting" not in run.stderr
 
 
-def test_brackets_in_a_name_are_no_markup(mptk) -> None:  # noqa: F811
+def test_brackets_in_a_name_are_no_markup(mptk) -> None:
     assert "'./[/x][bold]y'" in mptk("analyze", "./[/x][bold]y").error
 
 
 # ---- Ctrl-C ----
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     inside.stop("mptk.targets.stock.write_checkpoint", error=KeyboardInterrupt)
     result = mptk("prune", files.model, "--out", "out", "--data", files.text, *SHORT, "--no-onnx")
@@ -195,13 +197,13 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path
     )
 
 
-def test_ctrl_c_elsewhere(mptk, files, inside) -> None:  # noqa: F811
+def test_ctrl_c_elsewhere(mptk, files, inside) -> None:
     inside.stop("mptk.api.compiler.analyze", error=KeyboardInterrupt)
     result = mptk("analyze", files.model)
     assert (result.code, result.error) == (130, "interrupted; nothing was published")
 
 
-def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, inside) -> None:  # noqa: F811
+def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, inside) -> None:
     def traced(*arguments: object, **options: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)

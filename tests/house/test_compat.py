@@ -27,7 +27,6 @@ from accelerate.state import AcceleratorState
 from inside import Inside
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from test_experts import grouped
 from torch import Tensor, fx, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -46,6 +45,7 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import generic, import_utils
 
 import mptk
+from benchmarks.tiny_models import tiny_model
 from mptk import testing
 from mptk.api.graphs import export_folder
 from mptk.compat import torch as compat
@@ -378,7 +378,7 @@ def test_peft_refuses_lora_where_kernels_read_a_weight() -> None:
 
 
 def test_adapters_are_in_the_layers_that_are_named() -> None:
-    adapted = adapt(grouped(), 2, 0)
+    adapted = adapt(tiny_model("causal-lm", "deepseek_v3").model, 2, 0)
     layers = {name for name, module in unwrap_adapters(adapted).named_modules() if isinstance(module, LoraLayer)}
     assert "model.layers.1.mlp.shared_experts.gate_proj" in layers, changed("peft", "no conversion of names")
     assert not any(name.endswith("experts") for name in layers)

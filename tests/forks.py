@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -66,23 +65,6 @@ def another(run: Callable[[], object]) -> Iterator[int]:
         os.waitpid(pid, 0)
         os.close(reads)
         os.close(writes)
-
-
-def launch(run: Callable[[], object], **environment: str) -> list[int]:
-    """Two forks that a launcher of torch's or accelerate's would start with this environment. Gives their numbers."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-
-    def start(rank: str) -> None:
-        import torch
-        from accelerate.state import AcceleratorState
-
-        torch.set_num_threads(1)  # this process's other threads are not in its forks
-        os.environ.update(place, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", **environment)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        run()
-
-    return [forked(lambda rank=rank: start(rank)) for rank in "01"]
 
 
 def hold(folder: Path) -> object:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,8 +69,9 @@ def refused_fsdp() -> str:
     return ""
 
 
-def write_found(folder: Path) -> None:
-    file = folder / f"{os.environ['RANK']}.safetensors"
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    file = Path(sys.argv[1]) / f"{os.environ['RANK']}.safetensors"
     said = {"rank": run_once(lambda: os.environ["RANK"]), "refused": refused()}
     tensors = found()
     save_file(tensors, file, metadata=said | {"fsdp": refused_fsdp()})

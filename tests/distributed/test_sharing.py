@@ -5,24 +5,31 @@ tests/methods/test_learning.py lets them train together.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forks import code_of, launch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sharing_worker import found, write_found
+from sharing_worker import found
 
 from mptk import testing
 from mptk.distributed import processes
 from mptk.distributed.processes import Sharing, share_batches
 from mptk.methods.maskprune.learner import adapt
 
+HERE = Path(__file__).parent
+
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    pids = launch(lambda: write_found(tmp_path), ACCELERATE_USE_CPU="1")
-    assert [code_of(pid) for pid in pids] == [0, 0]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "ACCELERATE_USE_CPU": "1"}
+    command = [*launcher, str(HERE / "sharing_worker.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     expected = found()
     assert one.keys() == two.keys() == expected.keys()

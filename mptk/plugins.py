@@ -150,7 +150,7 @@ def load_parts(kind: str) -> Mapping[str, Any]:
 
 
 def with_features(own: Mapping[str, Plugin], kind: str) -> dict[str, Plugin]:
-    """The core's objects and those that features name in a field of ``Feature``, by name.
+    """The objects of one kind (a field of ``Feature``), by name: the core's own and those of all features.
 
     Raises:
         MptkError: as ``load_parts``; or a feature brings one with the name of the core's.

@@ -35,7 +35,9 @@ collect_ignore = [
 
 
 def pytest_addoption(parser):
-    parser.addoption("--suite", choices=SUITES, help="which tests; without it all, also those that need a network")
+    parser.addoption(
+        "--suite", choices=SUITES, help="which tests to run; default: every test, with those that need a network"
+    )
     parser.addoption("--shuffle", type=int, help="a seed: files in random order, and the tests in each")
     parser.addoption("--write-durations", action="store_true", help="write durations.json: which tests are not quick")
 
@@ -88,7 +90,7 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _imported_here():
+def _import_here():
     """What takes seconds to import is imported here: the process that only hands tests to others needs none of it."""
     import transformers
     from onnxscript._framework_apis import torch_2_5 as onnx_operators

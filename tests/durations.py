@@ -1,8 +1,8 @@
 """Which tests are quick: ``durations.json`` has the processor time of those that are not. ``make durations`` writes it.
 
-The time of a test is that of its call and set-up, and its share of the fixtures of its module: tests that need one bear
-it together. What the laboratory makes is of no test: whoever asks first makes it for all. Processor time, because a
-busy machine lengthens every other.
+A test's time is its call, its set-up, and its share of the module's fixtures: the tests that need a fixture share its
+time equally. What the laboratory makes counts for no test, because it is made once for all of them. Times are processor
+time, because a busy machine changes the clock's time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUITES = ("all", "quick", "rest", "network")
 
 
 def is_in_suite(item: pytest.Item, suite: str) -> bool:
-    """Whether a suite runs a test. No suite but its own has those that need a network."""
+    """Whether a suite runs a test. A test that needs a network is only in the suite ``network``."""
     if suite == "network" or item.get_closest_marker("network"):
         return suite == "network" and item.get_closest_marker("network") is not None
     quick = item.get_closest_marker("slow") is None or item.get_closest_marker("always") is not None
@@ -48,7 +48,7 @@ def sum_by_file(durations: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _measure() -> float:
-    """Seconds of processor time of this process and of those that it waited for, without what the laboratory took."""
+    """Processor seconds of this process and its ended children, without the time of the laboratory."""
     from mptk.testing import Laboratory
 
     return sum(os.times()[:4]) - Laboratory.seconds
@@ -59,8 +59,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.fixtures: dict[Any, float] = {}
-        """Set-up of a fixture that is wider than a test → seconds, without those of other fixtures in it."""
+        """Fixture that is wider than a test → seconds of its set-up, without other fixtures in it."""
         self.users: dict[Any, list[str]] = defaultdict(list)
+        """Fixture of a module → the tests that need it, which bear its set-up in equal parts."""
         self.found: dict[str, float] = {}
         self.inside: list[float] = []
         self.own = 0.0
@@ -84,17 +85,16 @@ class Recorder:
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
         start, self.own = _measure(), 0.0
         result = yield
-        own = self.own + _measure() - start
-        wide = {
-            definition
-            for definitions in item._fixtureinfo.name2fixturedefs.values()
-            for definition in definitions
-            if definition.scope in ("module", "class", "package")
-        }
-        self.found[item.nodeid] = own + sum(self.fixtures.get(each, 0.0) for each in wide)
+        self.found[item.nodeid] = self.own + _measure() - start
+        for definition in {each for some in item._fixtureinfo.name2fixturedefs.values() for each in some}:
+            if definition.scope in ("module", "class", "package"):
+                self.users[definition].append(item.nodeid)
         return result
 
     def pytest_sessionfinish(self, session: Any) -> None:
+        for definition, users in self.users.items():
+            for name in users:
+                self.found[name] += self.fixtures.get(definition, 0.0) / len(users)
         for definition, users in self.users.items():
             for name in users:
                 self.found[name] += self.fixtures.get(definition, 0.0) / len(users)

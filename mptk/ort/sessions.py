@@ -36,14 +36,14 @@ OF_DEVICE: dict[str, Callable[[int], Provider]] = {
 """Type of a device → the execution provider of its n-th one, told to compute in float32."""
 
 
-def list_providers(device: torch.device, there: Collection[str] | None = None) -> list[Provider]:
+def list_providers(device: torch.device, available: Collection[str] | None = None) -> list[Provider]:
     """The execution providers for a session on ``device``: the device's own, if it is there, and the CPU's last.
 
-    ``there``: the names of those that there are; None: of this ONNX Runtime.
+    available: names of providers to choose from; default: the providers of this ONNX Runtime.
     """
-    there = ort.get_available_providers() if there is None else there
+    available = ort.get_available_providers() if available is None else available
     found = [OF_DEVICE[device.type](device.index or 0)] if device.type in OF_DEVICE else []
-    return [own for own in found if own[0] in there] + [(HOST, {})]
+    return [own for own in found if own[0] in available] + [(HOST, {})]
 
 
 def open_session(

@@ -11,6 +11,6 @@ from mptk.testing.laboratory import Laboratory
 def share_laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     """One ``Laboratory`` for the run; the workers of pytest-xdist share it."""
     base = tmp_path_factory.getbasetemp()
-    # Each worker of xdist has a folder of its own in that of the run.
+    # xdist gives each worker a folder inside the run's folder.
     shared = base.parent if base.name.startswith("popen-") else base
     return Laboratory(shared / "laboratory")

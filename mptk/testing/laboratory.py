@@ -32,7 +32,7 @@ class Laboratory:
     """
 
     seconds = 0.0
-    """Processor time that this process, and those that it waited for, have spent on making."""
+    """Processor seconds that this process and its children spent in ``make``, for a table of tests' times."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,14 +46,15 @@ class Laboratory:
             made = path.with_name(f"{path.name}.made")
             if not made.exists():
                 start, before = sum(os.times()[:4]), Laboratory.seconds
+                shutil.rmtree(path, ignore_errors=True)  # of a ``make`` that failed
                 make(path)
                 made.touch()
-                # Not added up: what was made within is part of it.
+                # ``make`` may ask for other folders, whose time is in this difference already.
                 Laboratory.seconds = before + sum(os.times()[:4]) - start
         return path
 
     def open_model(self, kind: str = "decoder") -> Path:
-        """The checkpoint of a tiny model (``KINDS``)."""
+        """The checkpoint of a tiny model (``MODEL_KINDS``)."""
         return self.keep(f"models/{kind}", lambda folder: write_kind(kind, folder))
 
     def open_data(self, kind: str = "decoder") -> Path:

@@ -15,7 +15,7 @@ from mptk.files import claim_place
 from mptk.publish.folder import publish
 
 
-def forked(run: Callable[[], object]) -> int:
+def start_fork(run: Callable[[], object]) -> int:
     """A fork of this process that does something with files, and ends."""
     pid = os.fork()
     if pid == 0:
@@ -30,11 +30,11 @@ def forked(run: Callable[[], object]) -> int:
     return pid
 
 
-def code_of(pid: int) -> int:
+def wait_for_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed(run: Callable[[], object]) -> None:
+def kill_fork_after(run: Callable[[], object]) -> None:
     """What a process leaves that is killed after ``run``."""
 
     def whole() -> None:
@@ -42,11 +42,11 @@ def killed(run: Callable[[], object]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         del kept
 
-    assert code_of(forked(whole)) == -signal.SIGKILL
+    assert wait_for_code(start_fork(whole)) == -signal.SIGKILL
 
 
 @contextmanager
-def another(run: Callable[[], object]) -> Iterator[int]:
+def keep_fork(run: Callable[[], object]) -> Iterator[int]:
     """Another process that has done ``run`` and lives; its number."""
     reads, writes = os.pipe()
 
@@ -56,7 +56,7 @@ def another(run: Callable[[], object]) -> Iterator[int]:
         signal.pause()
         del kept
 
-    pid = forked(living)
+    pid = start_fork(living)
     os.read(reads, 1)
     try:
         yield pid
@@ -78,15 +78,15 @@ def write(folder: Path, content: str) -> None:
         (new / "file").write_text(content)
 
 
-def hooked(hook: Callable[[str, tuple[Any, ...]], object], run: Callable[[], object]) -> int:
+def run_with_hook(hook: Callable[[str, tuple[Any, ...]], object], run: Callable[[], object]) -> int:
     """The exit code of a fork in which ``hook`` sees the interpreter's audit events, such as each rename, before it."""
 
     def listening() -> None:
         sys.addaudithook(hook)
         run()
 
-    return code_of(forked(listening))
+    return wait_for_code(start_fork(listening))
 
 
-def names(folder: Path) -> list[str]:
+def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())

@@ -19,7 +19,7 @@ from mptk.files import write_json
 from mptk.ir import Log, Plan, Samples
 from mptk.progress import show_nothing
 from mptk.proof.proof import check_proof, make_proof_batches, prove_folder
-from mptk.proof.verification import Proof, compile_folder, verify_pruned
+from mptk.proof.verification import Proof, compile_folder, repeat_proof
 from mptk.protocols import Analysed, Compiled, DenseModel, Opened, Prepared, Proven, SampleSets, Target, compute_origin
 from mptk.publish.manifest import hash_weight_files, write_manifest
 from mptk.run.prepare import resolve_widths
@@ -77,7 +77,7 @@ class Lab:
 
     def verify(self, folder: Path) -> Proof:
         """As ``mptk.verify``."""
-        return verify_pruned(folder, None, ASKED, self.compiled.prepared.analysis)
+        return repeat_proof(folder, None, ASKED, self.compiled.prepared.analysis)
 
     def prove(self, folder: Path, compiled: Compiled | None = None, *targets: Target, whole: bool = True) -> Proven:
         """Prove a folder as a run does with what it has just written. ``targets``: of which it is proven, or of all."""

@@ -34,6 +34,16 @@ WORDS = ("<unk>", "<pad>", "<image>", "a", "picture", "that", "is", "all", "user
 IMAGE, PATCHES = 2, 16
 """The token of images, and how many of them stand for one."""
 
+VAE: dict[str, Any] = {
+    "block_out_channels": [12, 24],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+"""The config of a tiny AutoencoderKL."""
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))

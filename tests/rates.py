@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mptk.cost.estimate import CPU, RATES, Machine, describe_measured, name_rates_file
+from mptk.cost.estimate import CPU, RATES, Machine, list_rate_factors, name_rates_file
 from mptk.files import write_json
 
 
@@ -23,4 +23,4 @@ def keep_rates(machine: Machine, *dtypes: torch.dtype) -> None:
 
 def find_rates(dtype: torch.dtype = torch.float32) -> Path:
     """The file with the rates of this machine's processor."""
-    return name_rates_file(describe_measured(CPU, dtype))
+    return name_rates_file(list_rate_factors(CPU, dtype))

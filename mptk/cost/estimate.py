@@ -311,7 +311,7 @@ def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float
 
     ``device``: of the matrix product. ``dtype``: of the faster one.
     """
-    about = describe_measured(device, dtype)
+    about = list_rate_factors(device, dtype)
     file = name_rates_file(about)
     # Without a writable cache each process would measure again at each call.
     if file in _unkept:
@@ -330,7 +330,7 @@ def measure_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float
     return replace(found, note=note) if note and not why else found
 
 
-def describe_measured(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+def list_rate_factors(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """All that rates depend on."""
     about: dict[str, object] = {
         **describe_machine(),
@@ -347,7 +347,7 @@ def describe_measured(device: torch.device, dtype: torch.dtype) -> dict[str, obj
 
 
 def name_rates_file(about: Mapping[str, object]) -> Path:
-    """The file in the cache folder that keeps the rates of what ``describe_measured`` describes."""
+    """The file in the cache folder that keeps the rates of what ``list_rate_factors`` describes."""
     # The name is a digest of it, so another version of torch measures again.
     return cache_dir() / "machine" / f"{hash_text(format_json(about), 16)}.json"
 

@@ -117,10 +117,10 @@ def verify(
     # Only these settings are the caller's. All others are the folder's, and are checked against what it holds.
     with _require_unchanged(folder):
         asked = Settings(memory=memory, device=device, trust_remote_code=trust_remote_code, proof_length=proof_length)
-        return verify_pruned(folder, str(model) if isinstance(model, Path) else model, asked)
+        return repeat_proof(folder, str(model) if isinstance(model, Path) else model, asked)
 
 
-def verify_pruned(
+def repeat_proof(
     folder: Path, model: str | nn.Module | None, asked: Settings, analysis: Analysis | None = None
 ) -> Proof:
     """``verify`` of a folder that nobody changes meanwhile. ``analysis``: as of ``compile_folder``."""

@@ -38,12 +38,12 @@ def largest_of_negatives(h: Tensor, table: Tensor) -> Tensor:
     return (w.exp()[..., None] * 1e20 * table[i]).sum(-2)
 
 
-def compared_positions(h: Tensor, table: Tensor) -> Tensor:
+def compare_positions(h: Tensor, table: Tensor) -> Tensor:
     i = h.topk(2)[1].unbind(-1)[0]
     return sum((i == e).float()[..., None] * table[e] for e in range(INNER))  # type: ignore[misc,return-value]
 
 
-def sorted_positions(h: Tensor, table: Tensor) -> Tensor:
+def sort_positions(h: Tensor, table: Tensor) -> Tensor:
     """Sorted, they are positions still, and their order is none."""
     best, order = h.flatten(0, 1).argmax(-1).sort()
     return table[best] + order[:, None]
@@ -99,13 +99,13 @@ def read_at_its_own(h: Tensor, w: Tensor) -> Tensor:
     return h.gather(-1, best).sum(-1, keepdim=True) @ w
 
 
-def computed_kernel(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
+def compute_kernel(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
     h = h.mT
     h = h + F.conv1d(h, w + 1)
     return h.mean(1)[..., None] @ o
 
 
-def computed_depthwise_kernel(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
+def compute_depthwise_kernel(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
     h = F.conv1d(h.mT, w + 1, groups=INNER)
     return h.sum(1)[..., None] @ o
 
@@ -125,8 +125,8 @@ BODIES: list[tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], list[int]]
     (route(lambda i: list(i.unsqueeze(0).unbind(0)[0].unbind(-1))), TABLE, [INNER]),
     (pieces_in_one_hot, TABLE, [INNER]),
     (largest_of_negatives, TABLE, [INNER]),
-    (compared_positions, TABLE, []),
-    (sorted_positions, TABLE, [INNER]),
+    (compare_positions, TABLE, []),
+    (sort_positions, TABLE, [INNER]),
     # A write in place is seen by every view. Of halves, the one that was not written to can still be cut.
     (earlier_view, LAST, []),
     (chunk_then_base, LAST, [5]),
@@ -138,8 +138,8 @@ BODIES: list[tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], list[int]]
     (one_hot_of_its_own, LAST, []),
     (read_at_its_own, LAST, []),
     # A computed kernel leaves no zeros, unless it is depthwise.
-    (computed_kernel, {"w": (INNER, INNER, 1), "o": (1, OUT)}, []),
-    (computed_depthwise_kernel, {"w": (INNER, 1, 1), "o": (1, OUT)}, [INNER]),
+    (compute_kernel, {"w": (INNER, INNER, 1), "o": (1, OUT)}, []),
+    (compute_depthwise_kernel, {"w": (INNER, 1, 1), "o": (1, OUT)}, [INNER]),
     (batch_statistics, {"w": (5,), "b": (5,), "o": (INNER, OUT)}, [INNER]),
 ]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mptk import MptkError, Plan, Report, Settings
 from mptk.files import write_json
-from mptk.proof.verification import compile_folder, verify_pruned
+from mptk.proof.verification import compile_folder, repeat_proof
 from mptk.publish.manifest import MARKER, hash_file, hash_weight_files, list_files, write_manifest
 
 REPORT = "report.json"
@@ -54,7 +54,7 @@ def prove_by_one_trace(folder: Path) -> Published:
     """A pruned folder, whose dense model is traced once for all rows."""
     report, asked = Report.read(folder), Settings()
     compiled, _ = compile_folder(folder, report, Plan.load(folder / "plan.json"), None, asked)
-    return Published(folder, lambda copy: verify_pruned(copy, None, asked, compiled.prepared.analysis))
+    return Published(folder, lambda copy: repeat_proof(copy, None, asked, compiled.prepared.analysis))
 
 
 @contextmanager

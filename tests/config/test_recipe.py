@@ -65,7 +65,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
 
 
-def require_refused(kind: type[MptkError], name: str, *arguments: str) -> None:
+def check_refusal(kind: type[MptkError], name: str, *arguments: str) -> None:
     refused = run(*arguments).exception
     assert isinstance(refused, kind), repr(refused)
     assert Path(refused.name).name == name
@@ -113,7 +113,7 @@ def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> Non
 def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str | None, kind: type[MptkError], name: str) -> None:
     if content is not None:
         (tmp_path / "a.yaml").write_text(content)
-    require_refused(kind, name, "prune", "m", "--out", "o", "--config", str(tmp_path / "a.yaml"))
+    check_refusal(kind, name, "prune", "m", "--out", "o", "--config", str(tmp_path / "a.yaml"))
 
 
 @pytest.mark.features
@@ -135,7 +135,7 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
 def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any]) -> None:
     (tmp_path / "a.yaml").write_text(f"model: m\nteacher: cached\nsteps: 2\n{name}: true\n")
     arguments = ["prune", "--config", str(tmp_path / "a.yaml"), "--out", "o"]
-    require_refused(InputError, name.replace("-", "_"), *arguments)
+    check_refusal(InputError, name.replace("-", "_"), *arguments)
     assert asked == []
 
 
@@ -157,7 +157,7 @@ def test_a_recipe_repeats_its_run_beside_files_of_the_user(laboratory: Laborator
     out = laboratory.copy(first, tmp_path / "out")
     (out / "NOTES.txt").write_text("mine")
     again = ["recover", "--config", str(first / "run.yaml"), "--out", str(out)]
-    require_refused(OutputError, "out", *again)
+    check_refusal(OutputError, "out", *again)
     before = (out / "report.json").stat().st_ino
     result = run(*again, "--overwrite")
     assert result.exit_code == 0, repr(result.exception)

@@ -87,11 +87,11 @@ def test_no_output_replaces_what_the_command_reads(command: str, output: str, op
         source, places = file, [file, tmp_path / f"other{suffix}"]
     before = sorted((str(path), path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
     for place in places:
-        require_refused(place, *words_of(command, {operand: [source], output: [place]}), "--overwrite")
+        check_refusal(place, *words_of(command, {operand: [source], output: [place]}), "--overwrite")
         assert sorted((str(path), path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
 
 
-def require_refused(place: Path, *words: object) -> None:
+def check_refusal(place: Path, *words: object) -> None:
     """A command refuses to write ``place``."""
     refused = CliRunner().invoke(app, [str(word) for word in words]).exception
     assert isinstance(refused, OutputError), repr(refused)
@@ -102,26 +102,26 @@ def require_refused(place: Path, *words: object) -> None:
 def test_outputs_of_one_command_are_apart(tmp_path: Path) -> None:
     model, page, inner = tmp_path / "model", tmp_path / "page", tmp_path / "o" / "s.json"
     model.mkdir()
-    require_refused(page, "analyze", model, "--json", page, "--html", page)
-    require_refused(inner, "shapes", model, "--out", tmp_path / "o", "--json", inner)
+    check_refusal(page, "analyze", model, "--json", page, "--html", page)
+    check_refusal(inner, "shapes", model, "--out", tmp_path / "o", "--json", inner)
 
 
 def test_a_file_is_replaced_only_if_mptk_wrote_it_or_on_request(tmp_path: Path) -> None:
     file = tmp_path / "ops.json"
     file.write_text("mine")
-    require_refused(file, "ops", "--json", file)
+    check_refusal(file, "ops", "--json", file)
     assert file.read_text() == "mine"
     done("ops", "--json", file, "--overwrite")
     done("ops", "--json", file)
     kept = {"kept": [json.loads(file.read_text())]}
     write_json(file, kept)
-    require_refused(file, "ops", "--json", file)
+    check_refusal(file, "ops", "--json", file)
     assert json.loads(file.read_text()) == kept
     file.write_text("")
     done("ops", "--json", file)
     link = tmp_path / "link.json"
     link.symlink_to(file)
-    require_refused(link, "ops", "--json", link, "--overwrite")
+    check_refusal(link, "ops", "--json", link, "--overwrite")
 
 
 def test_a_plan_replaces_only_plans(tmp_path: Path) -> None:

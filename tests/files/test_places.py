@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import code_of, forked, hold, hooked, killed, names, write
+from forks import hold, kill_fork_after, list_names, run_with_hook, start_fork, wait_for_code, write
 from inside import Stopped
 from lab import bare_run
 from toy_checkpoints import write_gguf
@@ -133,7 +133,7 @@ def test_a_folder_above_that_is_exchanged_during_a_run_leads_nowhere(tmp_path: P
     with expect_error(OutputError, name=tmp_path / "place" / ".out.mptk"):
         published(tmp_path / "place", act)
     require_untouched(victim)
-    assert names(tmp_path / "away") == []
+    assert list_names(tmp_path / "away") == []
 
 
 def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(tmp_path: Path, victim: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(tmp_path: Pa
         with pytest.raises(OSError, match="not permitted"):
             make_staging(tmp_path)
 
-    assert hooked(exchange, make) == 0
+    assert run_with_hook(exchange, make) == 0
     require_untouched(next(path for path in tmp_path.iterdir() if path.name.startswith(".mptk-")))
 
 
@@ -164,7 +164,7 @@ def test_a_folder_that_is_exchanged_while_it_is_discarded_stays(tmp_path: Path, 
             discard(tmp_path / "run")
 
     (tmp_path / "run").mkdir()
-    assert hooked(exchange, remove) == 0
+    assert run_with_hook(exchange, remove) == 0
     require_untouched(tmp_path / "run")
 
 
@@ -194,7 +194,7 @@ def test_a_folder_that_others_can_write_in_is_refused_before_any_work(
     for work in (lambda: write(place / "out", "x"), lambda: make_staging(place), lambda: hold(place / "out")):
         with expect_error(MachineError, name=place):
             work()
-    assert names(place) == []
+    assert list_names(place) == []
 
 
 def test_a_folder_above_that_all_can_write_in_is_refused_too(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_folder_above_that_all_can_write_in_is_refused_too(tmp_path: Path) -> 
     (tmp_path / "all").chmod(0o777)
     with expect_error(MachineError, name=tmp_path / "all"):
         write(tmp_path / "all" / "mine" / "out", "x")
-    assert names(tmp_path / "all" / "mine") == []
+    assert list_names(tmp_path / "all" / "mine") == []
 
 
 def test_temporary_files_are_refused_where_others_can_exchange_them(laboratory: Laboratory, tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_temporary_files_are_refused_where_others_can_exchange_them(laboratory: 
             mptk.prune(model, tmp_path / "out", settings, on_stage=ran.append)
         assert ran == []
 
-    assert code_of(forked(work)) == 0
-    assert names(tmp_path) == ["tmp"]
+    assert wait_for_code(start_fork(work)) == 0
+    assert list_names(tmp_path) == ["tmp"]
 
 
 @as_root
@@ -240,7 +240,7 @@ def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp
     def writes(path: Path) -> None:
         path.write_text("x")
         if attacked:
-            assert code_of(forked(attack)) == 0
+            assert wait_for_code(start_fork(attack)) == 0
 
     for attacked in (False, True):
         with suppress(MptkError, OSError):
@@ -254,7 +254,7 @@ def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp
 
 def test_a_run_removes_and_renames_by_no_path(tmp_path: Path) -> None:
     """Seen by the interpreter's audit events: of publishing, replacing, discarding, single files and tidying."""
-    killed(lambda: hold(tmp_path / "left"))
+    kill_fork_after(lambda: hold(tmp_path / "left"))
     seen: list[str] = []
 
     def audit(event: str, given: tuple[Any, ...]) -> None:
@@ -271,8 +271,8 @@ def test_a_run_removes_and_renames_by_no_path(tmp_path: Path) -> None:
         tidy(tmp_path)
         assert seen == []
 
-    assert hooked(audit, work) == 0
-    assert names(tmp_path) == ["deep", "text"]
+    assert run_with_hook(audit, work) == 0
+    assert list_names(tmp_path) == ["deep", "text"]
 
 
 # ---- mptk's own, by a mark ----
@@ -329,9 +329,9 @@ def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path: Pat
     again = RunFolder(tmp_path / "copy", one_shot, resume=True)
     assert again.keeps("text")
     again.remove()
-    assert names(tmp_path) == ["out.run"]
+    assert list_names(tmp_path) == ["out.run"]
     RunFolder(tmp_path / "out", one_shot, resume=False)
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
 def test_the_folder_of_a_run_is_marked_before_it_has_its_name(tmp_path: Path) -> None:
@@ -343,8 +343,8 @@ def test_the_folder_of_a_run_is_marked_before_it_has_its_name(tmp_path: Path) ->
         with pytest.raises(Stopped):
             RunFolder(tmp_path / "out", {}, resume=False).save("text", {"ids": torch.ones(2)})
 
-    assert hooked(stop, make) == 0
-    assert names(tmp_path) == []
+    assert run_with_hook(stop, make) == 0
+    assert list_names(tmp_path) == []
 
 
 @pytest.mark.parametrize("lock", [None, "", "mine", '{"pid": 1, "host": "h", "command": "c"}'])
@@ -365,12 +365,12 @@ def test_a_hidden_folder_of_the_user_is_neither_emptied_nor_removed(tmp_path: Pa
 
 def test_a_mark_is_of_one_folder(tmp_path: Path) -> None:
     """What a process left that was killed is removed, and a copy of it that the user made is not."""
-    killed(lambda: hold(tmp_path / "out"))
+    kill_fork_after(lambda: hold(tmp_path / "out"))
     shutil.copytree(tmp_path / ".out.mptk", tmp_path / ".mine.mptk")
     (tmp_path / ".mptk-0123456789ab").mkdir()
     (tmp_path / ".mptk-0123456789ab" / staging.LOCK).touch()  # killed before it had written its mark
     tidy(tmp_path)
-    assert names(tmp_path) == [".mine.mptk"]
+    assert list_names(tmp_path) == [".mine.mptk"]
 
 
 def test_hidden_folders_are_private(tmp_path: Path) -> None:
@@ -424,7 +424,9 @@ def test_a_ladder_locks_all_rungs_while_it_works(laboratory: Laboratory, tmp_pat
     def look(_: object) -> None:
         done = sum(place.is_dir() for place in places)
         if done not in refused:
-            refused[done] = all(code_of(forked(lambda place=place: try_to_hold(place))) == 0 for place in places)
+            refused[done] = all(
+                wait_for_code(start_fork(lambda place=place: try_to_hold(place))) == 0 for place in places
+            )
         if done == 2:
             raise Stopped
 
@@ -440,14 +442,14 @@ def test_what_a_killed_ladder_left_goes_with_the_next_command_that_names_it(tmp_
     """Whatever the command, also if it only names the ladder's folder or one of its rungs."""
     for named in ("m", "m/0.2"):
         (tmp_path / "m" / "0.2").mkdir(parents=True, exist_ok=True)
-        killed(lambda: [hold(tmp_path / "m"), hold(tmp_path / "m" / "0.2"), hold(tmp_path / "m" / "0.4")])
+        kill_fork_after(lambda: [hold(tmp_path / "m"), hold(tmp_path / "m" / "0.2"), hold(tmp_path / "m" / "0.4")])
         tidy_for([tmp_path / named])
         left = [path.name for path in (tmp_path / "m").iterdir()]
         assert left == ["0.2"], named
 
 
 def test_what_a_killed_command_left_goes_with_one_whose_recipe_is_refused(tmp_path: Path) -> None:
-    killed(lambda: [hold(tmp_path / "m")])
+    kill_fork_after(lambda: [hold(tmp_path / "m")])
     assert (tmp_path / ".m.mptk").is_dir()
     (tmp_path / "run.yaml").write_text("no options")
     assert isinstance(CliRunner().invoke(app, ["prune", "--config", str(tmp_path / "run.yaml")]).exception, FileError)
@@ -485,7 +487,7 @@ def test_files_that_go_from_a_temporary_folder_are_one_clear_error(tmp_path: Pat
         assert Path(refused.value.name).is_relative_to(place)
 
     for everything in (True, False):
-        assert code_of(forked(lambda everything=everything: work(everything))) == 0
+        assert wait_for_code(start_fork(lambda everything=everything: work(everything))) == 0
         for left in tmp_path.iterdir():
             shutil.rmtree(left)
 
@@ -496,7 +498,7 @@ def test_a_folder_of_temporary_files_that_goes_is_one_clear_error(tmp_path: Path
         with expect_error(MachineError, name=tmp_path / "tmp"):
             make_scratch()
 
-    assert code_of(forked(work)) == 0
+    assert wait_for_code(start_fork(work)) == 0
 
 
 @pytest.mark.features

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import another, code_of, forked, hold, hooked, killed, names, write
+from forks import hold, keep_fork, kill_fork_after, list_names, run_with_hook, start_fork, wait_for_code, write
 from safetensors.torch import save_file
 
 from mptk.errors import FileError, MachineError, MptkError, OutputError
@@ -47,16 +47,16 @@ def others(folder: Path) -> dict[str, str]:
 
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with another(lambda: hold(out)), expect_error(OutputError, name=out), publish(out):
+    with keep_fork(lambda: hold(out)), expect_error(OutputError, name=out), publish(out):
         pass
     write(out, "mine")  # the lock of a process that is dead is free
-    assert (names(tmp_path / "deep"), names(out)) == (["out"], ["file", "mptk.json"])
+    assert (list_names(tmp_path / "deep"), list_names(out)) == (["out"], ["file", "mptk.json"])
 
 
 def test_a_thread_may_claim_again_what_it_has_and_an_empty_parent_goes(tmp_path: Path) -> None:
     with claim_place(tmp_path / "new" / "out") as one, claim_place(tmp_path / "new" / "out") as two:
         assert one is two
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
 def test_eight_processes_fill_one_cache_and_write_one_output(tmp_path: Path) -> None:
@@ -68,20 +68,20 @@ def test_eight_processes_fill_one_cache_and_write_one_output(tmp_path: Path) -> 
             for name in "abc":
                 (path / name).write_text(name)
 
-        assert names(build_once(tmp_path / "cache" / "kind" / "made", build)) == ["a", "b", "c"]
+        assert list_names(build_once(tmp_path / "cache" / "kind" / "made", build)) == ["a", "b", "c"]
         for turn in range(5):
             with suppress(MptkError):
                 write(tmp_path / "out", f"{os.getpid()} {turn}" * 99)
             write_text(tmp_path / "text", "whole" * 999)
 
     write(tmp_path / "out", "first")
-    pids = [forked(work) for _ in range(8)]
-    assert [code_of(pid) for pid in pids] == [0] * 8
+    pids = [start_fork(work) for _ in range(8)]
+    assert [wait_for_code(pid) for pid in pids] == [0] * 8
     assert (tmp_path / "built").read_text() == "x"
     assert (tmp_path / "text").read_text() == "whole" * 999
     check_manifest(tmp_path / "out")
-    assert names(tmp_path) == ["built", "cache", "out", "text"]
-    assert names(tmp_path / "cache" / "kind") == ["made"]
+    assert list_names(tmp_path) == ["built", "cache", "out", "text"]
+    assert list_names(tmp_path / "cache" / "kind") == ["made"]
 
 
 # ---- after a kill ----
@@ -104,16 +104,16 @@ def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
 
     def work() -> None:
         tempfile.tempdir = str(tmp_path / "tmp")
-        killed(begin)
+        kill_fork_after(begin)
         left = sorted(path.name for path in tmp_path.rglob(".*mptk*"))
         assert len(left) == 7
-        with another(lambda: make_staging(tmp_path / "tmp")) as _:
+        with keep_fork(lambda: make_staging(tmp_path / "tmp")) as _:
             tidy_shared()
             tidy(tmp_path / "runs")
-            assert [len(names(place)) for place in places[-2:]] == [2, 1]
+            assert [len(list_names(place)) for place in places[-2:]] == [2, 1]
         tidy_shared()
 
-    assert code_of(forked(work)) == 0
+    assert wait_for_code(start_fork(work)) == 0
     assert [path.name for path in tmp_path.rglob(".*mptk*")] == []
     assert all((place / "other").is_dir() for place in places)
 
@@ -123,7 +123,7 @@ def test_a_process_killed_before_it_had_its_lock_leaves_nothing_either(tmp_path:
     (tmp_path / ".mine.mptk").mkdir()
     (tmp_path / ".mine.mptk" / "thesis.txt").write_text("irreplaceable")
     tidy(tmp_path)
-    assert names(tmp_path) == [".mine.mptk"]  # it has no lock of ours
+    assert list_names(tmp_path) == [".mine.mptk"]  # it has no lock of ours
 
 
 def without_exchange(event: str, given: tuple[Any, ...]) -> None:
@@ -152,10 +152,10 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
             (staging.folder / "file").write_text("new")
             put_folder(staging, out)
 
-    assert hooked(die, replaced) == -signal.SIGKILL
+    assert run_with_hook(die, replaced) == -signal.SIGKILL
     assert out.exists() == renamed
     tidy(tmp_path)
-    assert names(tmp_path) == ["out"]
+    assert list_names(tmp_path) == ["out"]
     assert (out / "file").read_text() == ("new" if renamed else "earlier")
 
 
@@ -165,25 +165,25 @@ def test_without_locks_of_the_system_a_dead_owners_folder_is_free_and_a_living_o
             raise OSError(errno.ENOSYS, "Function not implemented")
 
     def work() -> None:
-        with another(lambda: hold(tmp_path / "out")), expect_error(OutputError, name=tmp_path / "out"):
+        with keep_fork(lambda: hold(tmp_path / "out")), expect_error(OutputError, name=tmp_path / "out"):
             hold(tmp_path / "out")
         write(tmp_path / "out", "mine")
-        assert names(tmp_path) == ["out"]
+        assert list_names(tmp_path) == ["out"]
         elsewhere = make_staging(tmp_path)
         (elsewhere.path / staging.LOCK).write_text('{"pid": 1, "host": "elsewhere", "command": "mptk"}')
         tidy(tmp_path)
         assert elsewhere.path.is_dir()
         elsewhere.close()
 
-    assert hooked(refuse, work) == 0
+    assert run_with_hook(refuse, work) == 0
 
 
 def test_a_fork_removes_nothing_of_its_parent(tmp_path: Path) -> None:
     mine = make_staging(tmp_path)
-    assert code_of(forked(mine.close)) == 0
+    assert wait_for_code(start_fork(mine.close)) == 0
     assert mine.folder.is_dir()
     mine.close()
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
 # ---- what a folder gets, and what it keeps ----
@@ -213,7 +213,7 @@ def test_amending_replaces_the_folder_at_once_or_not_at_all(tmp_path: Path) -> N
     check_manifest(out)
     assert (out / "report").read_text() == "new"
     assert (out / "onnx" / "graph").stat().st_ino == inode
-    assert names(tmp_path) == ["out"]
+    assert list_names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
@@ -245,8 +245,8 @@ def test_a_folder_goes_from_one_moment_to_the_next(tmp_path: Path) -> None:
         assert seen
         assert not any(seen)
 
-    assert hooked(look, remove) == 0
-    assert names(tmp_path) == []
+    assert run_with_hook(look, remove) == 0
+    assert list_names(tmp_path) == []
 
 
 # ---- links and sources ----
@@ -273,15 +273,15 @@ def test_no_planted_link_is_followed(tmp_path: Path) -> None:
     with expect_error(OutputError, name=place / "new"):
         write(place / "new", "mine")
     assert (tmp_path / "victim" / "file").read_text() == "theirs"
-    assert names(tmp_path / "victim") == ["file"]
+    assert list_names(tmp_path / "victim") == ["file"]
 
 
 def test_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    writer = forked(lambda: write_text(tmp_path / "pipe", "x"))
+    writer = start_fork(lambda: write_text(tmp_path / "pipe", "x"))
     assert (tmp_path / "pipe").read_text() == "x"
-    assert code_of(writer) == 0
-    assert names(tmp_path) == ["pipe"]
+    assert wait_for_code(writer) == 0
+    assert list_names(tmp_path) == ["pipe"]
 
 
 def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,10 +313,10 @@ def test_what_the_system_refuses_leaves_the_earlier_output(tmp_path: Path, numbe
         with expect_error(OutputError, name=tmp_path / "out"):
             write(tmp_path / "out", "new")
 
-    assert hooked(refuse, work) == 0
+    assert run_with_hook(refuse, work) == 0
     assert (tmp_path / "out" / "file").read_text() == "earlier"
     tidy(tmp_path)
-    assert names(tmp_path) == ["out"]
+    assert list_names(tmp_path) == ["out"]
 
 
 def test_an_error_about_another_file_names_that(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_an_error_about_another_file_names_that(tmp_path: Path) -> None:
 
     with expect_error(FileError, name=tmp_path / "source"):
         read(tmp_path / "source")
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
 # ---- what is the user's own ----
@@ -363,7 +363,7 @@ def test_overwrite_leaves_files_of_the_user_where_they_are(output: Path, exchang
         if exchange:
             again(output, overwrite=True)
         else:
-            assert hooked(without_exchange, lambda: again(output, overwrite=True)) == 0
+            assert run_with_hook(without_exchange, lambda: again(output, overwrite=True)) == 0
         assert {name: (output / name).read_text() for name in mine} == mine
         assert (output / "onnx" / "model.onnx").read_text() == "2"
         assert (output / "empty").is_dir()
@@ -371,7 +371,7 @@ def test_overwrite_leaves_files_of_the_user_where_they_are(output: Path, exchang
         assert stat.S_IMODE((output / "run.sh").stat().st_mode) == 0o700
         assert not (output / "README.md").exists()
     assert set(read_manifest(output)) == {"onnx/model.onnx"}
-    assert names(output.parent) == ["out"]
+    assert list_names(output.parent) == ["out"]
 
 
 def test_a_file_that_comes_during_a_run_stays(output: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_file_of_the_user_is_not_overwritten_by_one_of_that_name(output: Path)
     with expect_error(OutputError, name=output / "plan.json"), publish(output, overwrite=True) as new:
         (new / "plan.json").write_text("2")
     assert (output / "plan.json").read_text() == "mine"
-    assert names(output.parent) == ["out"]
+    assert list_names(output.parent) == ["out"]
 
 
 def test_a_changed_file_of_mptk_is_the_users_work_too(output: Path) -> None:

@@ -178,7 +178,7 @@ def test_what_cannot_be_divided_is_refused(checkpoint: str, tmp_path: Path, chan
 
 
 @cache
-def analysed() -> Analysis:
+def analyse_llama() -> Analysis:
     return analyze(trace(testing.make_llama(layers=3), dynamic=True))
 
 
@@ -197,7 +197,7 @@ def analysed() -> Analysis:
 )
 def test_layers_that_contradict_the_model_or_each_other_are_refused(asked: dict, name: str) -> None:
     with expect_error(InputError, name=name):
-        tie_layers(analysed(), mptk.Settings(method="wanda", target="graph", **asked))
+        tie_layers(analyse_llama(), mptk.Settings(method="wanda", target="graph", **asked))
 
 
 def widths_of(checkpoint: str, **asked: object) -> dict[str, int]:
@@ -262,7 +262,7 @@ def test_a_plan_names_no_unit_twice() -> None:
     layer = {"width": 16, "of": 64, "keep": {"model.layers.1.mlp": "0-15"}}
     plan = Plan.from_json({"format": "mptk-plan/1", "families": {"ffn": whole, "ffn.1": layer}})
     with expect_error(PlanError, name="ffn.1"):
-        resolve_plan(analysed(), plan)
+        resolve_plan(analyse_llama(), plan)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_plan_names_no_unit_twice() -> None:
     ],
 )
 def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whole: set[str]) -> None:
-    found = tie_layers(analysed(), mptk.Settings(method="wanda", target="graph", **asked))
+    found = tie_layers(analyse_llama(), mptk.Settings(method="wanda", target="graph", **asked))
     assert {v.name: v.layers for v in found.variables.values() if v.family.name == "ffn"} == tied
     assert {name for name in found.whole if name.startswith("ffn")} == whole
     assert found.untied >= ({"ffn"} if len(tied) > 1 else set())
@@ -289,15 +289,15 @@ def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whol
 
 
 def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
-    found = tie_layers(analysed(), mptk.Settings(method="wanda", target="graph", layers="1-2"))
-    cost = CostModel(analysed())
+    found = tie_layers(analyse_llama(), mptk.Settings(method="wanda", target="graph", layers="1-2"))
+    cost = CostModel(analyse_llama())
     assert cost.tie(found.variables).compute_sparsity({"ffn": 32}) == cost.compute_sparsity({"ffn.1": 32, "ffn.2": 32})
     assert cost.compute_sparsity({"ffn": 32}) == cost.compute_sparsity({f"ffn.{i}": 32 for i in range(3)})
 
 
 def test_no_other_division_loses_less() -> None:
     """Against all divisions of the same layers, with convex curves."""
-    cost = CostModel(analysed())
+    cost = CostModel(analyse_llama())
     steepness = {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
     ladder = tuple(range(4, 65, 4))
 
@@ -327,7 +327,7 @@ def test_levels_are_legal_and_fall_from_the_whole() -> None:
 
 def test_a_curve_that_rises_again_is_read_as_level() -> None:
     """Noise may make a narrower layer seem better than a wider one."""
-    cost = CostModel(analysed())
+    cost = CostModel(analyse_llama())
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
     widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.compute_sparsity({"ffn.1": 16}))
     assert widths == {"ffn.0": 64, "ffn.1": 16}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import hooked
+from forks import run_with_hook
 
 from mptk.errors import ChangedError, FileError, OutputError
 from mptk.files import format_json, make_staging, write_file, write_json, write_text, write_together
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             write_file(tmp_path / "weights", Path.touch)
 
-    assert hooked(fill, work) == 0
+    assert run_with_hook(fill, work) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,5 +191,5 @@ def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path) -> 
         with pytest.raises(KeyboardInterrupt):
             folder.close()
 
-    assert hooked(stop, work) == 0
+    assert run_with_hook(stop, work) == 0
     assert list(tmp_path.iterdir()) == []

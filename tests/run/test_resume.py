@@ -61,7 +61,7 @@ def digests(folder: Path, *, plan: bool = True) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
-def kept_blocks(out: Path) -> dict[str, int]:
+def list_kept_blocks(out: Path) -> dict[str, int]:
     """The blocks that an unfinished run has distilled, and when each was written."""
     return {file.name: file.stat().st_mtime_ns for file in name_run_folder(out).glob("block-*.safetensors")}
 
@@ -81,16 +81,16 @@ def test_a_stopped_run_keeps_each_finished_stage(
         assert not out.exists()
 
     def stop_in_third_block(stage: str, done: int, *_: object) -> None:
-        if stage == "distil" and len(kept_blocks(out)) == 2:
+        if stage == "distil" and len(list_kept_blocks(out)) == 2:
             raise Stopped
 
     with pytest.raises(Stopped):
         mptk.prune(model, out, settings, progress=stop_in_third_block)
-    two = kept_blocks(out)
+    two = list_kept_blocks(out)
     assert len(two) == 2
     prune_until("write stock", model, out, settings, ran=ran)
-    assert len(kept_blocks(out)) == 3
-    assert kept_blocks(out).items() >= two.items()
+    assert len(list_kept_blocks(out)) == 3
+    assert list_kept_blocks(out).items() >= two.items()
     resumed = mptk.prune(model, out, settings, on_stage=lambda record: ran.append(record.name))
     assert (ran.count("score (wanda)"), ran.count("choose widths")) == (1, 2), (
         "the first was stopped before it was kept"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import done
+from pictures import VAE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import mptk
@@ -79,15 +80,6 @@ SDXL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 14,
-}
-
-VAE: dict[str, Any] = {
-    "block_out_channels": [12, 24],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": 16,
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import done, refused
-from forks import code_of, forked
+from forks import start_fork, wait_for_code
 from inside import Inside
 
 from mptk.errors import ChangedError, FileError, OutputError
@@ -155,10 +155,10 @@ def test_a_refusal_names_the_repository(hub: Hub, folder: Path) -> None:
 def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub, folder: Path) -> None:
     hub.stalls = True
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    sending = forked(lambda: push_files(folder, "me/small"))
+    sending = start_fork(lambda: push_files(folder, "me/small"))
     assert hub.stalled.wait(60)
     os.kill(sending, signal.SIGKILL)
-    assert code_of(sending) == -signal.SIGKILL
+    assert wait_for_code(sending) == -signal.SIGKILL
     assert not hub.files
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     hub.stalls = False

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from pictures import VAE
 from transformers import BertConfig, BertForQuestionAnswering, CLIPModel
 
 import mptk
@@ -29,14 +30,6 @@ def make_clip() -> CLIPModel:
     return CLIPModel(config)
 
 
-VAE: dict[str, Any] = {
-    "block_out_channels": [12, 24],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": 16,
-}
 MODELS: dict[str, Callable[[], Any]] = {
     "images packed into one sequence": lambda: tiny_model("image-text-to-text", "qwen2_vl").model,
     "logits and boxes": lambda: tiny_model("object-detection", "yolos").model,

@@ -38,7 +38,7 @@ def gpt2(laboratory: Laboratory) -> str:
     """A decoder whose heads have no size in its config."""
     sizes = {"n_embd": 48, "n_inner": 80, "n_layer": 2, "n_head": 6, "vocab_size": 97, "n_positions": 64}
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)
-    return str(laboratory.keep("models/gpt2", lambda folder: save_word_model(GPT2LMHeadModel(config), folder)))
+    return str(laboratory.keep("toy/gpt2", lambda folder: save_word_model(GPT2LMHeadModel(config), folder)))
 
 
 # ---- files and texts ----

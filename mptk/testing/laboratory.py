@@ -6,11 +6,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mptk
 from mptk.config import Settings
+from mptk.errors import InputError
 from mptk.testing.kinds import MODEL_KINDS, write_data, write_kind
 
 DECODER_RUN: dict[str, Any] = {"sparsity": 0.35, "samples": 4, "length": 48, "eval_length": 48, "align": 8}
@@ -38,7 +40,13 @@ class Laboratory:
         self.root = root
 
     def keep(self, name: str, make: Callable[[Path], object]) -> Path:
-        """The folder or file ``name`` as ``make`` writes it. Whoever asks first makes it; the others wait."""
+        """The folder or file ``name`` as ``make`` writes it. Whoever asks first makes it; the others wait.
+
+        Raises:
+            InputError: another function made what has this name.
+        """
+        function = make.func if isinstance(make, partial) else make
+        maker = f"{function.__module__}.{function.__qualname__}"
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f"{path.name}.lock"), "w") as lock:
@@ -48,9 +56,11 @@ class Laboratory:
                 start, before = sum(os.times()[:4]), Laboratory.seconds
                 shutil.rmtree(path, ignore_errors=True)  # of a ``make`` that failed
                 make(path)
-                made.touch()
+                made.write_text(maker)
                 # ``make`` may ask for other folders, whose time is in this difference already.
                 Laboratory.seconds = before + sum(os.times()[:4]) - start
+            if (known := made.read_text()) != maker:
+                raise InputError(f"{name} is what {known} made; give what {maker} makes a name of its own", name=name)
         return path
 
     def open_model(self, kind: str = "decoder") -> Path:

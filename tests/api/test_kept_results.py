@@ -41,12 +41,12 @@ def measure_net(pruned: mptk.Pruned | Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def dense(laboratory: Laboratory) -> Path:
     """A decoder whose embedding and head are one weight."""
-    return laboratory.keep("models/tied", lambda folder: testing.save_model(testing.make_llama(), folder))
+    return laboratory.keep("kept/tied", lambda folder: testing.save_model(testing.make_llama(), folder))
 
 
 @pytest.fixture(scope="module")
 def first(dense: Path, laboratory: Laboratory) -> Path:
-    return laboratory.keep("pruned/tied", lambda out: mptk.prune(dense, out, data=IDS, **SMALL))
+    return laboratory.keep("kept/pruned", lambda out: mptk.prune(dense, out, data=IDS, **SMALL))
 
 
 @pytest.fixture

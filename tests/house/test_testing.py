@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mptk.testing import MODEL_KINDS, Laboratory, draw_tokens, make_decoder
+from mptk.errors import InputError
+from mptk.testing import MODEL_KINDS, Laboratory, draw_tokens, expect_error, make_decoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 
@@ -24,9 +25,17 @@ def test_the_tests_of_the_page_pass(laboratory: Laboratory, tmp_path: Path) -> N
 
 def test_a_folder_is_made_once_and_a_copy_is_apart(laboratory: Laboratory, tmp_path: Path) -> None:
     made: list[Path] = []
-    first, again = (laboratory.keep("of this test", lambda path: made.append(path) or path.mkdir()) for _ in range(2))
+
+
+    def make(path: Path) -> None:
+        made.append(path)
+        path.mkdir()
+
+    first, again = (laboratory.keep("of this test", make) for _ in range(2))
     assert first == again == made[0]
     assert len(made) == 1
+    with expect_error(InputError, name="of this test"):
+        laboratory.keep("of this test", lambda path: path.mkdir())
     copy = laboratory.copy(laboratory.open_model(), tmp_path / "copy")
     (copy / "config.json").unlink()
     assert (laboratory.open_model() / "config.json").is_file()

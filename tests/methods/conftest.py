@@ -39,4 +39,4 @@ def llama(laboratory):
         config.tie_word_embeddings = True
         save_word_model(LlamaForCausalLM(config), folder)
 
-    return str(laboratory.keep("models/tied", make))
+    return str(laboratory.keep("methods/tied", make))

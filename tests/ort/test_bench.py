@@ -195,7 +195,7 @@ def other_kinds(laboratory):
         export(MODEL_KINDS[kind].make().eval(), out, quantize=["int8"])
 
     return {
-        kind: laboratory.keep(f"graphs/{kind}", lambda out, kind=kind: export_kind(kind, out))
+        kind: laboratory.keep(f"bench/{kind}", lambda out, kind=kind: export_kind(kind, out))
         for kind in ("image classifier", "speech")
     }
 

@@ -34,7 +34,7 @@ def open_checkpoint(laboratory: Laboratory, dtype: torch.dtype) -> str:
     def make(folder: Path) -> None:
         testing.save_model(testing.make_llama(layers=1).to(dtype), folder, testing.make_tokenizer(begin=True))
 
-    return str(laboratory.keep(f"models/{dtype}", make))
+    return str(laboratory.keep(f"stored/{dtype}", make))
 
 
 @pytest.fixture(scope="module")

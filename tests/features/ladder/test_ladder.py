@@ -37,7 +37,7 @@ def gpt2(laboratory: Laboratory) -> str:
     def write(folder: Path) -> None:
         testing.save_word_model(GPT2LMHeadModel(testing.make_config("gpt2")), folder)
 
-    return str(laboratory.keep("models/gpt2", write))
+    return str(laboratory.keep("ladders/gpt2", write))
 
 
 @pytest.fixture

@@ -7,18 +7,25 @@ from benchmarks.provenance import PAGE, count_commits, read_results, write_page
 OF_CHANGED_CODE = {
     "advice.json",
     "agreement.json",
+    "crash.json",
     "depth_choice.json",
     "depth_fit.json",
     "front.json",
     "gguf_models.json",
     "ladder.json",
+    "latency.json",
+    "onnx.json",
     "quality.json",
     "quality_20_minutes.json",
     "quality_zero_shot.json",
     "recovery.json",
     "recovery_warmup.json",
     "shape_ranking.json",
+    "zoo.json",
+    "zoo_depth.json",
     "zoo_end_to_end.json",
+    "zoo_onnx.json",
+    "zoo_training.json",
 }
 """Studies that ran beside changes, before a benchmark said so. Whoever runs one again takes it out of here."""
 

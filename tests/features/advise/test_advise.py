@@ -123,9 +123,8 @@ def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of a wide console, with ``prose.txt``."""
+    """The current folder, with ``prose.txt``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "2000")
     (tmp_path / "prose.txt").write_text(" ".join(WORDS * 400))
     return tmp_path
 

@@ -209,7 +209,6 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(
     llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "2000")
     typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --align 8 --keep q_heads"
     run = done("shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q")
     *table, command = run.stdout.strip().splitlines()

@@ -17,7 +17,7 @@ CONTENTS = {
     "Understand": "docs/architecture docs/analysis docs/criteria docs/maskprune",
     "Benchmarks": "benchmarks/README benchmarks/maskprune benchmarks/recovery benchmarks/criteria benchmarks/shapes "
     "benchmarks/depth benchmarks/kv-heads benchmarks/vocabulary benchmarks/latency benchmarks/onnx benchmarks/programs "
-    "benchmarks/scale benchmarks/advice benchmarks/ladder",
+    "benchmarks/scale benchmarks/advice benchmarks/ladder benchmarks/results",
     "Take part": "CONTRIBUTING SECURITY examples/plugin/README examples/feature/README CHANGELOG",
 }
 """Parts of the site's list of contents → pages. A page that is missing here is a warning, and so an error."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -32,6 +33,12 @@ def write_result(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[s
     """Write ``{**header, "rows": rows}``, whole or not at all. A row without a commit is of the header's."""
     dated = [{**row, "commit": row.get("commit", header["commit"])} for row in rows]
     write_text(path, json.dumps({**header, "rows": dated}, indent=1) + "\n")
+
+
+def limit_memory(more: int) -> None:
+    """Refuse this process memory beyond what it has and ``more`` bytes: a fork begins with its parent's."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
 
 
 def _cpu() -> str:

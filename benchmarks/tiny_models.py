@@ -10,7 +10,6 @@ import inspect
 import itertools
 import json
 import multiprocessing
-import resource
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from benchmarks.common import limit_memory
 from benchmarks.tiny_config import tiny_config
 from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import FEATURES, FIRST_PLAIN_TOKEN, IMAGE_TOKENS, LABELS, STAGED_IMAGE, VOCAB
@@ -330,7 +330,7 @@ def sweep(
 
 
 def _child(pipe: Connection, check: Callable[[str, str], dict[str, Any]], mapping: str, model_type: str) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    limit_memory(MEMORY_LIMIT_BYTES)
     torch.set_num_threads(1)
     pipe.send(check(mapping, model_type))
 

@@ -32,7 +32,7 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks import zoo_end_to_end
-from benchmarks.common import result_header, write_result
+from benchmarks.common import limit_memory, result_header, write_result
 from benchmarks.tiny_models import MAPPINGS, CannotBuild, Tiny, model_types, tiny_model
 from benchmarks.zoo_plans import random_plan
 from benchmarks.zoo_stock import depth_acceptance, stock_acceptance
@@ -197,7 +197,7 @@ def ask_stock(
 
 
 def _child(pipe: Connection, run: Run, mapping: str, model_type: str, limit_s: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    limit_memory(MEMORY_LIMIT_BYTES)
     resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s))
     torch.set_num_threads(1)
     gc.disable()  # the process is short, and each collection would go through all of torch and transformers

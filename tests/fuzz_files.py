@@ -16,7 +16,6 @@ import io
 import json
 import multiprocessing
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -37,7 +36,7 @@ from safetensors.torch import save
 from torch import nn
 
 import mptk
-from benchmarks.common import result_header, write_result
+from benchmarks.common import limit_memory, result_header, write_result
 from mptk import MptkError, Plan, Report
 from mptk.config import read_recipe
 from mptk.errors import find_exhaustion
@@ -236,8 +235,7 @@ def _slow(*_: object) -> None:
 
 def batch(reader: str, seeds: range, root: Path, to: Any) -> None:
     """Read inputs in this process, within bounds; what came of each goes to ``to``."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    limit_memory(MEMORY)
     sys.stdout = sys.stderr = io.StringIO()
     with tempfile.TemporaryDirectory() as place:
         for seed in seeds:

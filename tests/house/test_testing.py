@@ -26,7 +26,6 @@ def test_the_tests_of_the_page_pass(laboratory: Laboratory, tmp_path: Path) -> N
 def test_a_folder_is_made_once_and_a_copy_is_apart(laboratory: Laboratory, tmp_path: Path) -> None:
     made: list[Path] = []
 
-
     def make(path: Path) -> None:
         made.append(path)
         path.mkdir()

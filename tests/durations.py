@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 FILE = Path(__file__).with_name("durations.json")
-QUICK_S = 0.3
+QUICK_S = 0.2
 """Below it a test is quick. Three quarters of the tests are, and they take a tenth of the time."""
 
 
@@ -92,9 +92,6 @@ class Recorder:
         return result
 
     def pytest_sessionfinish(self, session: Any) -> None:
-        for definition, users in self.users.items():
-            for name in users:
-                self.found[name] += self.fixtures.get(definition, 0.0) / len(users)
         for definition, users in self.users.items():
             for name in users:
                 self.found[name] += self.fixtures.get(definition, 0.0) / len(users)

@@ -66,7 +66,6 @@ def list_kept_blocks(out: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in name_run_folder(out).glob("block-*.safetensors")}
 
 
-@pytest.mark.always
 def test_a_stopped_run_keeps_each_finished_stage(
     laboratory: Laboratory, settings: mptk.Settings, tmp_path: Path
 ) -> None:

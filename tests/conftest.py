@@ -18,9 +18,10 @@ from durations import SUITES, Recorder, is_in_suite, read_durations, sum_by_file
 
 # Before huggingface_hub is imported, which reads it once: no test asks the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Before the consoles are made, which read it once: the workers of pytest-xdist have 80 columns, which break tables.
+# The consoles read it once, here: the workers of pytest-xdist have 80 columns, which break tables.
 os.environ.pop("COLUMNS", None)
 
+import mptk.cli.console  # noqa: F401
 from mptk.plugins import list_absent_features
 
 pytest_plugins = ["mptk.testing.fixtures"]

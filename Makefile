@@ -26,7 +26,7 @@ BROKEN_ARGS ?= --json benchmarks/results/broken.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages clean
+.PHONY: help demo test chosen-tests test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
@@ -63,7 +63,11 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk report $(DEMO) --prompt $(PROMPT) --html $(DEMO).html
 
-test: check
+# Types and tests at once: mypy takes a minute of one core in a fresh clone.
+test: $(VENV)/.installed-dev lint contracts
+	@$(MAKE) --no-print-directory --jobs 2 types chosen-tests
+
+chosen-tests:
 ifdef FEATURE
 	$(if $(CHOSEN),,$(error there is no tests/features/$(FEATURE), tests/$(FEATURE) or $(FEATURE)))
 	$(call RUN_TESTS,$(VENV)) --suite all $(CHOSEN)

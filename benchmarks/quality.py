@@ -17,6 +17,7 @@ names; how long the row itself takes does not count. A method's name may have ad
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
     +kvN       with N KV heads a layer, merged before anything is chosen
     +shareNN   with NN % of the steps for masks
+    +hard      with masks that are 0 or 1 (`--masks hard`)
 
 Rows that the JSON file has are not computed again; several processes may fill one file. A row that was interrupted goes
 on from its last checkpoint in `--work`, and its `minutes` and `processor_minutes` count from there.
@@ -73,6 +74,7 @@ def settings(
         teacher="cached",
         teacher_cache=str(work / f"teacher-{Path(model).name}"),
     )
+    learning = replace(learning, masks="hard" if "hard" in additions else "proximal")
     for share in (addition.removeprefix("share") for addition in additions if addition.startswith("share")):
         learning = replace(learning, mask_share=int(share) / 100)
     windows = [int(addition[1:]) for addition in additions if addition[0] == "w" and addition[1:].isdigit()] or [96]

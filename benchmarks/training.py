@@ -81,32 +81,30 @@ def settings(teacher: str) -> Settings:
     return Settings(sparsity=0.3, portable=False, learning=learning)
 
 
-def prepared(teacher: str) -> Prepared:
-    """The model as `prune` prepares it for MaskPrune at 30 %."""
+def prepare_model(asked: Settings) -> Prepared:
+    """The model as `prune` prepares it for MaskPrune."""
     loaded = models.load(MODEL)
     analysis = group.analyze_program(passes.frontend.trace.trace_to_program(loaded.model, dynamic=True))
-    asked = settings(teacher)
     run = Run(log=Log(), progress=show_nothing, source=MODEL, out=Path("out"), settings=asked)
     return resolve_widths(run, asked, DenseModel(Opened(loaded, CAUSAL_LM), Analysed(loaded, CAUSAL_LM, analysis)))
 
 
-def learner(run: Prepared) -> Learner:
-    learning = run.mask_learning
+def learner(run: Prepared, learning: Learning) -> Learner:
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
     samples = make_token_samples(windows())
     return Learner(start_training(learning, folder), run, samples, learning, folder, show_nothing)
 
 
-def masks(teacher: str) -> Step:
+def learn(asked: Settings) -> Step:
     """A step of the mask phase, with some units removed already."""
-    run = prepared(teacher)
-    _, _, _, loop = learner(run).begin()
+    run = prepare_model(asked)
+    _, _, _, loop = learner(run, run.mask_learning).begin()
     return counted(loop)
 
 
-def recovery(teacher: str) -> Step:
-    """A step of recovery, after a cut of 30 %."""
-    run = prepared(teacher)
+def recover(asked: Settings) -> Step:
+    """A step of recovery, after a cut by magnitudes to the narrowest FFN."""
+    run = prepare_model(asked)
     analysis = run.analysis
     scores = criteria.score_units(analysis, "magnitude", families=run.families)
     ffn = min(run.candidates, key=lambda c: c.widths["ffn"])
@@ -116,7 +114,7 @@ def recovery(teacher: str) -> Step:
     assert run.legal.stock is not None
     stock = run.legal.stock.build_config(widths)
     small = stock.build(cut.state_dict(), shared=True)
-    return counted(learner(run).make_recovery(small, 10_000))
+    return counted(learner(run, run.recovery).make_recovery(small, 10_000))
 
 
 def counted(loop: Any) -> Step:
@@ -131,10 +129,10 @@ def counted(loop: Any) -> Step:
 
 VARIANTS: dict[str, Callable[[], Step]] = {
     "plain": plain,
-    "masks": lambda: masks("live"),
-    "masks, cached teacher": lambda: masks("cached"),
-    "recovery": lambda: recovery("live"),
-    "recovery, cached teacher": lambda: recovery("cached"),
+    "masks": lambda: learn(settings("live")),
+    "masks, cached teacher": lambda: learn(settings("cached")),
+    "recovery": lambda: recover(settings("live")),
+    "recovery, cached teacher": lambda: recover(settings("cached")),
 }
 
 

@@ -71,7 +71,7 @@ def show_report(
     # The first in full, then all of them side by side.
     runs = read_runs_to_show(folders, prompt, model, settings)
     first = runs[0]
-    out.print(report.build_prune_view(first.report, first.bench, first.texts))
+    out.print(report.build_prune_view(first.report, first.bench, first.texts, first.metrics))
     if len(runs) > 1:
         out.print(report.build_comparison_view(runs))
     out.print(f"files in {list_results(folders)[0]}: {', '.join(first.report.files)}", soft_wrap=True, highlight=False)

@@ -89,6 +89,9 @@ class Training(Record):
 class Rates(Record):
     """Step sizes of MaskPrune. They have no unit, and are totals over the steps that learn masks."""
 
+    mask: float = declare_setting(8.0, "Newton steps of proximal masks.")
+    proximal: float = declare_setting(8.0, "Strength of the proximal step, which shrinks masks of units to remove.")
+    dual: float = declare_setting(1.0, "Growth of y, the proximal step's dual.")
     width: float = declare_setting(6.0, "Largest change of a family's width, as a share of the width.")
     price: float = declare_setting(20.0, "Change of ln z for a budget missed by a tenth of the model.")
     urgency: float = declare_setting(2.0, "Extra change of ln z while the budget is missed.")
@@ -130,6 +133,14 @@ class Learning(Record):
         PRUNE,
         (NO_MASKS,),
         within=(0.0, 1.0),
+    )
+    masks: str = declare_setting(
+        "proximal",
+        "proximal: masks of units to remove fade; hard: they are 0 or 1.",
+        TRAIN,
+        PRUNE,
+        (NO_MASKS,),
+        choices=Choices(("proximal", "hard")),
     )
     training: Training = field(default_factory=Training)
     rank: int | None = of_training(

@@ -5,6 +5,7 @@ The terminal, the model card and the HTML page render the same views, so a figur
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -17,6 +18,7 @@ from mptk.protocols import Report, Row
 from mptk.report.row_view import RowView
 from mptk.report.runs import (
     Comparable,
+    MetricsLine,
     Run,
     describe_legal,
     explain_uncut,
@@ -51,14 +53,21 @@ COSTS = {
 """Costs in a report → their names."""
 CUT_TITLE, PROOF_TITLE = "What was cut, and why not more", "The proof, stage by stage"
 QUALITY, CONTINUATIONS, TIMES, RUN = "Quality", "What they write", "Latency in ONNX Runtime", "The run"
+HEIGHTS = "▁▂▃▄▅▆▇█"
+"""Heights of a line that is drawn in text."""
+LINE_LENGTH = 32
+"""Most characters of such a line. The table of a run then fits 80 columns."""
 
 
 def build_prune_view(
-    report: Report, bench: Bench | None = None, texts: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    report: Report,
+    bench: Bench | None = None,
+    texts: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    metrics: Mapping[str, Sequence[Row]] = MappingProxyType({}),
 ) -> View:
-    """The view of a run: the cut, the quality, the proof, the speed, and how the folder was made.
+    """The view of a run: the cut, the quality, the proof, the training, the speed, and how the folder was made.
 
-    ``texts``: as in ``Run``.
+    ``texts``, ``metrics``: as in ``Run``. A page leaves ``metrics`` out, since it draws them.
     """
     # What a reader asks first comes first: what was cut, and how good is it? Sections without content are left out.
     found = [
@@ -80,6 +89,7 @@ def build_prune_view(
         table = Table("lr", ["widths", "loss on calibration text"], rows)
         found.append(Section("Divisions of the budget that were tried", [table]))
     found.append(Section(PROOF_TITLE, [build_proof_table(report.proof), describe_proof(report)]))
+    found += [Section(f"Training: {phase}", [build_course_table(rows)]) for phase, rows in metrics.items()]
     if bench is not None:
         found.append(Section(TIMES, describe_timings(bench)))
     return View(
@@ -201,6 +211,30 @@ def describe_proof(report: Report) -> str:
 def build_proof_view(rows: Sequence[Row]) -> View:
     """``mptk verify``: a proof."""
     return View([Section("", [build_proof_table(rows)])])
+
+
+def build_course_table(rows: Sequence[Row]) -> Table:
+    """The metrics of a training phase: the first and the last value, and a line of all values between."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in MetricsLine.__annotations__)
+    courses = {name: [row[name] for row in rows if isinstance(row.get(name), int | float)] for name in names}
+    found = [
+        [Name(name), format_figure(course[0]), draw_line(course), format_figure(course[-1])]
+        for name, course in courses.items()
+        if course
+    ]
+    steps = [str(row["step"]) for row in (rows[0], rows[-1])]
+    return Table("lrlr", ["metric", f"step {steps[0]}", "", f"step {steps[1]}"], found)
+
+
+def draw_line(values: Sequence[float]) -> str:
+    """Values as bars of text from the lowest to the highest; of many, the mean of each part."""
+    count = min(len(values), LINE_LENGTH)
+    bounds = [len(values) * i // count for i in range(count + 1)]
+    parts = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+    low, high = min(parts), max(parts)
+    if not high > low:
+        return HEIGHTS[0] * count
+    return "".join(HEIGHTS[min(int((part - low) / (high - low) * len(HEIGHTS)), len(HEIGHTS) - 1)] for part in parts)
 
 
 def build_run_section(report: Report) -> list[Table | str]:

@@ -13,7 +13,7 @@ VERBS = frozenset(
     display distil distill distribute divide do double download draw drop dump duplicate edit embed emit enable encode
     end enqueue ensure enter enumerate erase escape estimate evaluate examine exclude execute exit expand expect explain export
     express extend extract fail feed fetch fill filter find finish fit fix flatten flush fold follow force forget format
-    forward freeze fuse gather generate get give go grade group grow guard guess handle hash have hide hold identify
+    forward freeze fuse gather generate get give go grade group grow guard guess handle harden hash have hide hold identify
     ignore imitate import include index infer inform init initialize inline insert inspect install interpret intersect
     invert invoke iterate join judge keep know label launch lay learn leave legalize let lift limit link list load
     locate lock log look lower make map mark mask match materialize mean measure merge migrate mirror modify monitor

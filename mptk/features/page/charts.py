@@ -28,6 +28,8 @@ TRACES = (
     ("cost", ("cost", "target")),
     ("widths, as shares of the dense ones", ("width/",)),
     ("dual z, the price of the budget", ("z",)),
+    ("dual y, the mean over layers", ("y",)),
+    ("masks of the tail, and units that came back from it, as shares", ("tail", "returned")),
 )
 """Title → the metrics that it shows; a name that ends in ``/`` is a prefix."""
 

@@ -220,7 +220,8 @@ class Learner:
         # A step of the settings is several of the solver's (``mask_parts``), each with a part of the batch.
         steps = whole.mask_steps * whole.mask_parts
         stays = {family: units.to(device) for family, units in prepared.stays.items()}
-        solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays)
+        update = self.settings.masks
+        solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays, update)
 
         # Modules whose weights are read past them get no adapter: LoRA would have no effect there.
         past = {site.module for site in prepared.mask_sites if site.past}

@@ -20,8 +20,8 @@ from mptk.config import LossWeights
 from mptk.distributed.processes import find_widest_float
 from mptk.ir import IGNORED
 
-CHUNK = 2**20
-"""Logits that are processed at once. They should fit the processor's cache."""
+CHUNK = 2**18
+"""Logits that are processed at once. A few tensors of that size fit the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,21 @@ class _Fused(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         wide = find_widest_float(logits.device)
         lm, kl = logits.new_zeros(2, dtype=wide).unbind()
-        rows = max(1, CHUNK // logits.shape[1])
+        rows = min(max(1, CHUNK // logits.shape[1]), len(logits))
+        # The same memory for all chunks: new memory of this size comes from the system, and takes longer than its use.
+        count = 4 if len(teacher) == 1 else 2
+        space = [logits.new_empty((rows, logits.shape[1]), dtype=torch.float32) for _ in range(count)]
         for at in (slice(first, first + rows) for first in range(0, len(logits), rows)):
             # Cross entropy: log Σ exp z − z of the target. An ignored target is -100, which no index may be.
-            z = logits[at].float()
-            p = z.softmax(-1)
+            z, p, *more = (each[: len(logits[at])] for each in space)
+            torch.softmax(z.copy_(logits[at]), -1, out=p)
             total = _log_total(z, p)
             target = targets[at].clamp_min(0)[:, None]
             lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=wide)
             # p becomes the gradient in place, since another tensor of this size would not fit the cache.
             share = of_lm[at, None].float()
             if weights.kl:
-                found, p = _compute_divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
+                found, p = _compute_divergence(z, p, total, [t[at] for t in teacher], share, of_kl, more)
                 kl = kl + found
             else:
                 p.mul_(share)
@@ -147,14 +150,18 @@ def _log_total(z: Tensor, p: Tensor) -> Tensor:
 
 
 def _compute_divergence(
-    z: Tensor, p: Tensor, total: Tensor, teacher: Sequence[Tensor], of_lm: Tensor, of_kl: float
+    z: Tensor, p: Tensor, total: Tensor, teacher: Sequence[Tensor], of_lm: Tensor, of_kl: float, space: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, which overwrites ``p`` [rows, vocab]."""
+    """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, which overwrites ``p`` [rows, vocab].
+
+    ``space``: two tensors of the size of ``p`` to compute in.
+    """
     # 1. The teacher's whole logits t: log q − log p = (t − log Σ exp t) − (z − log Σ exp z).
     if len(teacher) == 1:
-        t = teacher[0].float()
-        q = t.softmax(-1)
-        apart = (t - z).sub_((_log_total(t, q) - total)[:, None])
+        t, q = space
+        torch.softmax(t.copy_(teacher[0]), -1, out=q)
+        total_of_teacher = _log_total(t, q)
+        apart = t.sub_(z).sub_((total_of_teacher - total)[:, None])
         found = torch.linalg.vecdot(q, apart).sum(dtype=find_widest_float(z.device))
         return found, p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
     # 2. Its top k: r is the teacher's probability of all other tokens together, ``others`` the student's. The bound

@@ -1,8 +1,8 @@
-"""solver: the minimax updates of masks, widths and the dual of the budget, in the algorithm's order.
+"""solver: the minimax updates of masks, widths and duals, in the algorithm's order.
 
-    min_{θ,m,s} max_{z ≥ 0}  L(θ, m) + z · (R(s) − B)    with  ‖m[l,c]‖²_{⌈s_c⌉} = 0 for every layer and family
+    min_{θ,m,s} max_{y,z ≥ 0}  L(θ, m) + Σ_{l,c} y[l,c] · ‖m[l,c]‖²_{⌈s_c⌉} + z · (R(s) − B)
 
-- m[l,c]: the masks of family c in layer l: 0 for the ⌈s_c⌉ units that cost least to remove, 1 for the others.
+- m[l,c]: the masks of family c in layer l, 1 at the start. ‖·‖²_k: of the tail, the k units that cost least to remove.
 - s_c: the number of units removed from each layer, the same for all layers.
 - R: the cost of the pruned model, as a share of the dense model's cost. B: the budget.
 - F: the variance of the loss's gradient in a mask. This is the diagonal of the empirical Fisher matrix, a curvature.
@@ -10,9 +10,9 @@
 - d: the part of the gradient that a quadratic of curvature F does not explain.
 - v = ½ F̂ + d: the predicted rise of the loss, in nats a token, if the unit is removed.
 
-The gradient in a mask at 0 is the loss's own, so a removed unit whose v rises comes back. Masks of all families, layers
-and models are measured in one unit, and no step size depends on the model's size. ``docs/maskprune.md`` gives each
-equation with these names, and the differences from the paper.
+How m follows s is an update of its own (``updates``). The gradient in a mask at 0 is the loss's own, so a removed unit
+whose v rises comes back. Masks of all families, layers and models are measured in one unit, and no step size depends on
+the model's size. ``docs/maskprune.md`` gives each equation with these names, and the differences from the paper.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mptk.config import Rates
 from mptk.distributed.processes import find_widest_float
 from mptk.errors import BudgetError, InputError
 from mptk.methods.criteria.fisher import combine_curvature, subtract_noise
+from mptk.methods.maskprune.updates import UPDATES
 
 Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost, as a share of the dense model's."""
@@ -43,7 +44,7 @@ ROUNDS = 120
 
 
 class Solver:
-    """Masks, widths and the dual z. Masks are float32, F and d are float64 if the device has that.
+    """Masks, widths and duals. Masks and y are float32, F and d are float64 if the device has that.
 
     Args:
         shapes: family → (layers, scopes, size).
@@ -56,6 +57,7 @@ class Solver:
         blocks: family whose units are whole blocks → the blocks that cannot be removed.
         stays: family → the units of a larger cut, boolean [layers, scopes, size], as many in each row. Only these are
             chosen from. The target then falls from that cut's cost.
+        masks: name of the update of the masks (``UPDATES``).
 
     ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
     For blocks it is the order of removal.
@@ -73,12 +75,14 @@ class Solver:
         device: torch.device | None = None,
         blocks: Mapping[str, Collection[int]] | None = None,
         stays: Mapping[str, Tensor] | None = None,
+        masks: str = "proximal",
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
         self.rates, self.ramp, self.given = (rates or Rates()).divide_over(steps), ramp, dict(given or {})
         self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")
+        self.update = UPDATES[masks](self.rates, steps)
 
         # m: 1, or 0 for the units that a larger cut removed.
         whole = {family: torch.ones(shape, dtype=torch.bool, device=self.device) for family, shape in shapes.items()}
@@ -89,11 +93,15 @@ class Solver:
         self.fisher, self.drift, self.last, self.squares = (self._make_zeros() for _ in range(4))
         self.prior: dict[str, Tensor] = {}
 
-        # s, z, and their start. A row of a larger cut keeps as many units as any other, so one row tells s.
+        # Which units were in the tail at any step, for the share of those that came back.
+        self.faded = {family: torch.zeros_like(units) for family, units in whole.items()}
+
+        # s, y, z, and their start. A row of a larger cut keeps as many units as any other, so one row tells s.
         self.gone = {family: float((~units[0, 0]).sum()) for family, units in self.stays.items()}
         self.removed = dict(self.gone)
         self.begin = resource(self.compute_widths()) if stays else 1.0
         self.fixed: dict[str, int] = {}
+        self.y = {family: torch.ones(shape[0], device=self.device) for family, shape in shapes.items()}
         self.z = 0.0
         self.step_count = self.seen = self.tokens = 0
 
@@ -202,19 +210,25 @@ class Solver:
 
     def step(self, tokens: int) -> None:
         """Update everything except θ from the gradients in ``masks``, then clear the gradients."""
-        # The order of the equations in docs/maskprune.md: F and d, then s and z, and m for the new s.
+        # The order of the equations in docs/maskprune.md: F and d, then s and z, and m and y for the new s.
         self.observe(tokens)
         for _ in range(self.rounds):
             self._resize()
-        self._project()
+        self._move_masks()
         self.step_count += 1
         self.clear()
 
     @torch.no_grad()
-    def _project(self) -> None:
-        """m ← 0 in the tail, 1 elsewhere."""
+    def _move_masks(self) -> None:
+        """m and y, as the update has it."""
         for family, m in self.masks.items():
-            m.copy_((~self.mark_tail(family)).float())
+            stays, y = self.stays[family], self.y[family]
+            tail = self.mark_tail(family) & stays
+            known = self.compute_curvature(family), self.compute_beyond(family)
+            self.y[family] = self.update.move_masks(m, tail, *known, y)
+            self._require_dual("y", float(self.y[family].max()))
+            m.mul_(stays)  # what a larger cut removed has no way back
+            self.faded[family] |= tail
 
     def _resize(self) -> None:
         """One update of the widths, then one of z. Given widths follow the budget's ramp."""
@@ -230,7 +244,7 @@ class Solver:
             self._move_price()
 
     def _move_widths(self, free: Sequence[str]) -> None:
-        """s ← s + η_s (a − b) / (a + b), with a = −z' ∂R/∂s and b = Σ_l q.
+        """s ← s + η_s (a − b) / (a + b), with a = −z' ∂R/∂s and b = Σ_l y q.
 
         If one more unit goes, a is the value of the saved cost and b the predicted loss. z' is z, raised while R
         exceeds the budget. The division by a + b makes the step independent of their unit. The first call sets z to the
@@ -254,10 +268,14 @@ class Solver:
         """z ← z · exp(η_z (R − B)): it stays above 0, and falls once the budget is met."""
         rate = 10 * self.rates.price / (self.steps * self.rounds)
         self.z *= math.exp(min(rate * self._compute_excess(), LARGEST_EXPONENT))
-        if not 0 <= self.z < DIVERGED:
+        self._require_dual("z", self.z)
+
+    def _require_dual(self, name: str, value: float) -> None:
+        if not 0 <= value < DIVERGED:
             raise BudgetError(
-                f"step {self.step_count}: the dual z is {self.z:.3g} at {self.resource(self.compute_widths()):.3f} of "
-                f"the cost, so the budget of {self.budget:.3f} cannot be met; ask for less",
+                f"step {self.step_count}: the dual {name} is {value:.3g} at "
+                f"{self.resource(self.compute_widths()):.3f} of the cost, so the budget of {self.budget:.3f} cannot be "
+                "met; ask for less",
                 name="sparsity",
             )
 
@@ -266,11 +284,14 @@ class Solver:
         return self.resource(self.compute_widths()) - self.compute_target()
 
     def _predict_marginal(self, family: str) -> float:
-        """Σ_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
+        """Σ_l y_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows.
+
+        It is the subgradient of y ‖m‖²_{⌈s⌉} in s, straight through the ceiling.
+        """
         # A negative v counts as 0: a price must not become negative.
         values = self.compute_saliency(family).clamp_min(0).gather(-1, self.order(family))
         k = min(math.ceil(self.removed[family]), self.shapes[family][2] - 1)
-        return float(values[..., k].sum())
+        return float((self.y[family] * values[..., k].sum(-1)).sum())
 
     def _count_removable(self, family: str) -> float:
         """The most units that can be removed."""
@@ -296,14 +317,35 @@ class Solver:
 
     @torch.no_grad()
     def harden(self, kept: Mapping[str, Tensor]) -> None:
-        """Set the masks of removed units to 0, and of all others to 1. ``kept``: family → the units that stay."""
+        """Set the masks to what is folded into weights: 0 for removed units. ``kept``: family → the units that stay."""
         for family, m in self.masks.items():
-            m.copy_(kept[family]) if family in kept else m.fill_(1)
+            if family in kept:
+                self.update.harden_masks(m, kept[family].to(m.device), family in self.blocks)
+            else:
+                m.fill_(1)
 
+    @torch.no_grad()
     def collect_metrics(self) -> dict[str, float]:
-        """Cost, target, widths and z."""
-        widths = {f"width/{family}": width for family, width in self.compute_widths().items()}
-        return {"cost": self.resource(self.compute_widths()), "target": self.compute_target(), "z": self.z, **widths}
+        """Cost and target, the widths, z if it moves any of them, what became of the tail, and mean y if that fades.
+
+        ``tail``: the root mean square of the masks in it. ``returned``: of all units that were ever in it, the share
+        that is not now.
+        """
+        tails = {family: self.mark_tail(family) & self.stays[family] for family in self.masks}
+        left = torch.cat([m[tails[family]] for family, m in self.masks.items()])
+        faded = sum(int(units.sum()) for units in self.faded.values())
+        back = sum(int((units & ~tails[family]).sum()) for family, units in self.faded.items())
+        duals = {"z": self.z} if self.shapes.keys() - self.given.keys() else {}
+        if self.update.fades:
+            duals["y"] = float(torch.cat(list(self.y.values())).mean())
+            duals["tail"] = float(left.square().mean().sqrt()) if len(left) else 0.0
+        return {
+            "cost": self.resource(self.compute_widths()),
+            "target": self.compute_target(),
+            **duals,
+            "returned": back / max(1, faded),
+            **{f"width/{family}": width for family, width in self.compute_widths().items()},
+        }
 
     # ---- checkpoints ----
 
@@ -316,7 +358,8 @@ class Solver:
         return {"solver.z": torch.tensor(counts, dtype=torch.float64), **found}
 
     def _collect_tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"mask": self.masks, "fisher": self.fisher, "drift": self.drift, "last": self.last}
+        moved = {"mask": self.masks, "y": self.y, "faded": self.faded}
+        return {**moved, "fisher": self.fisher, "drift": self.drift, "last": self.last}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

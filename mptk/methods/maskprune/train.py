@@ -2,7 +2,8 @@
 
 accelerate handles devices, precision, gradient synchronisation and trackers. The seed and the number of a step
 determine its windows and its learning rate. So a resumed run needs no sampler or scheduler state, and the global batch
-does not depend on the number of processes. ``Watch`` has the losses on held-out samples, and finds the best step.
+does not depend on the number of processes. ``Watch`` has the losses on held-out samples, and finds the best step. The
+parts of a step have names for torch's profiler (``benchmarks/training_profile.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.optim import AdamW
 
 from mptk.config import Learning, Training
@@ -187,20 +189,24 @@ class Loop:
             share = len(rows) / len(own)
             with self._synchronize_if_last(i == len(parts) - 1):
                 for losses in self._compute_losses(self.samples[rows]):
-                    acc.backward(losses["loss"] * share)
+                    with record_function("backward"):
+                        acc.backward(losses["loss"] * share)
                     for name, value in losses.items():
                         sums[name] = sums.get(name, 0) + value.detach() * share
 
         # Nothing is updated before losses and gradients are known to be finite: the last checkpoint stays good.
         metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
-        metrics["gradient"] = float(gather_tensor(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
+        with record_function("clip"):
+            metrics["gradient"] = float(gather_tensor(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
         self._require_finite(metrics, step)
 
         # The solver of masks reads their gradients, which belong to the weights from before the step.
         tokens = settings.batch * self.samples.positions
-        metrics |= self.each_step(tokens)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with record_function("masks"):
+            metrics |= self.each_step(tokens)
+        with record_function("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return metrics, tokens
 
     def _synchronize_if_last(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -214,11 +220,14 @@ class Loop:
         """The losses of each size, which are to be propagated back before the next size runs."""
         weights, task = self.settings.losses, self.task
         compares = weights.kl or weights.hidden_loss or task.compares
-        target, states = self.teacher(samples) if compares else (None, None)
+        with record_function("teacher"):
+            target, states = self.teacher(samples) if compares else (None, None)
         own = samples.to(self.accelerator.device)
         for i, size in enumerate(self.sizes):
-            output, hidden = run_module(task, size, own, hidden=bool(weights.hidden_loss))
-            found = compute_distillation_losses(output, own.targets, target, weights, classes=task.classes)
+            with record_function("student"):
+                output, hidden = run_module(task, size, own, hidden=bool(weights.hidden_loss))
+            with record_function("losses"):
+                found = compute_distillation_losses(output, own.targets, target, weights, classes=task.classes)
             if weights.hidden_loss:
                 assert states is not None
                 assert hidden is not None

@@ -18,7 +18,7 @@ import pytest
 
 FILE = Path(__file__).with_name("durations.json")
 QUICK_S = 0.2
-"""Below it a test is quick. Three quarters of the tests are, and they take a tenth of the time."""
+"""Below it a test is quick. Three quarters of the tests are."""
 
 
 SUITES = ("all", "quick", "rest", "network")

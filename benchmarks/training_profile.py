@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: its parts, its largest operators, and its rate beside that of products alone.
+"""How a training step spends its time, by part and by operator, and how near it comes to the rate of matrix products.
 
     OMP_NUM_THREADS=1 python -m benchmarks.training_profile [--phase masks|recovery] [--sparsity 0.5] [--width ffn=512]
         [--compute-dtype bfloat16] [--steps 6] [--json FILE]
@@ -80,14 +80,14 @@ def main(
 
 def sum_up(profiled: Any) -> tuple[Counter[str], Counter[str], float]:
     """Shares of the step's time by part and by operator, and the operations of its matrix products."""
-    parts, operators, flops = Counter[str](), Counter[str](), 0.0
+    parts, operators, flops, whole = Counter[str](), Counter[str](), 0.0, 0.0
     for event in profiled.key_averages():
         flops += event.flops
+        whole += event.self_cpu_time_total
         if event.key in PARTS:
             parts[event.key] += event.cpu_time_total
         elif event.self_cpu_time_total:
             operators[event.key] += event.self_cpu_time_total
-    whole = sum(operators.values())
     parts["other"] = whole - parts.total()
     return (
         Counter({name: value / whole for name, value in parts.items()}),

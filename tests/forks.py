@@ -1,4 +1,4 @@
-"""Other processes: forks of this one, which end, are killed, live on, or work together. They need not import."""
+"""Forks of this process, for tests of locks, kills and shared work. A fork has all imports already."""
 
 from __future__ import annotations
 

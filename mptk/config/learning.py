@@ -89,7 +89,7 @@ class Training(Record):
 class Rates(Record):
     """Step sizes of MaskPrune. They have no unit, and are totals over the steps that learn masks."""
 
-    mask: float = declare_setting(8.0, "Newton steps of proximal masks.")
+    mask: float = declare_setting(8.0, "Whole Newton steps that proximal masks take towards the loss's minimum.")
     proximal: float = declare_setting(8.0, "Strength of the proximal step, which shrinks masks of units to remove.")
     dual: float = declare_setting(1.0, "Growth of y, the proximal step's dual.")
     width: float = declare_setting(6.0, "Largest change of a family's width, as a share of the width.")

@@ -55,6 +55,7 @@ def test_a_model_in_memory_stays_as_it_is() -> None:
     [
         ("ffn", {}, {"rank": 0, "lr": 3e-5}),  # of weights whose root mean square is 0.02
         ("hidden", {"method": "magnitude", "sparsity": 0.25}, {"rank": 16, "lr": 3e-4}),
+        ("ffn", {"masks": "hard"}, {"rank": 0, "lr": 3e-5}),
     ],
 )
 def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(

@@ -118,7 +118,7 @@ def hostile(request: pytest.FixtureRequest, sound: dict[str, Path], tmp_path: Pa
     FORMS[request.param](folder)
     report = raw_report(folder)
     report["settings"][TRUE] = report[TRUE] = True
-    report["settings"]["onnx"] = False  # whoever repeats the run need not write graphs
+    report["settings"]["onnx"] = False  # so that rerun writes no graphs, which take time
     write_json(folder / "report.json", report)
     write_manifest(folder)
     merge(folder / "mptk.json", **{TRUE: True})

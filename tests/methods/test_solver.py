@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mptk.config import Rates
+from mptk.config import Learning, Rates
 from mptk.errors import BudgetError, InputError
 from mptk.methods.maskprune.solver import Solver
+from mptk.methods.maskprune.updates import UPDATES
 from mptk.methods.maskprune.updates.proximal import Proximal
 from mptk.testing import expect_error
 
@@ -170,6 +171,12 @@ def test_a_width_that_costs_more_y_is_cut_less() -> None:
     before = solver._predict_marginal("ffn")
     solver.y["ffn"] = torch.tensor([1.0, 3.0])
     assert solver._predict_marginal("ffn") == pytest.approx(2 * before)
+
+
+def test_each_update_can_be_chosen() -> None:
+    (choices,) = [each.setting.choices for each in Learning.declared if each.path == "masks"]
+    assert choices is not None
+    assert set(choices.names) == set(UPDATES)
 
 
 def test_metrics_have_no_price_if_all_widths_are_given() -> None:

@@ -109,7 +109,7 @@ class _Fused(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         wide = find_widest_float(logits.device)
         lm, kl = logits.new_zeros(2, dtype=wide).unbind()
-        rows = min(max(1, CHUNK // logits.shape[1]), len(logits))
+        rows = max(1, min(CHUNK // logits.shape[1], len(logits)))
         # The same memory for all chunks: new memory of this size comes from the system, and takes longer than its use.
         count = 4 if len(teacher) == 1 else 2
         space = [logits.new_empty((rows, logits.shape[1]), dtype=torch.float32) for _ in range(count)]
@@ -154,13 +154,13 @@ def _compute_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, which overwrites ``p`` [rows, vocab].
 
-    ``space``: two tensors of the size of ``p`` to compute in.
+    ``space``: two tensors of the size of ``p`` to compute in, for a teacher's whole logits.
     """
     # 1. The teacher's whole logits t: log q − log p = (t − log Σ exp t) − (z − log Σ exp z).
     if len(teacher) == 1:
         t, q = space
         torch.softmax(t.copy_(teacher[0]), -1, out=q)
-        total_of_teacher = _log_total(t, q)
+        total_of_teacher = _log_total(t, q)  # before t is overwritten
         apart = t.sub_(z).sub_((total_of_teacher - total)[:, None])
         found = torch.linalg.vecdot(q, apart).sum(dtype=find_widest_float(z.device))
         return found, p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)

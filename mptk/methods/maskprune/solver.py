@@ -93,7 +93,7 @@ class Solver:
         self.fisher, self.drift, self.last, self.squares = (self._make_zeros() for _ in range(4))
         self.prior: dict[str, Tensor] = {}
 
-        # Which units were in the tail at any step, for the share of those that came back.
+        # The units that have been in the tail. Those that are out of it again came back.
         self.faded = {family: torch.zeros_like(units) for family, units in whole.items()}
 
         # s, y, z, and their start. A row of a larger cut keeps as many units as any other, so one row tells s.

@@ -1,7 +1,7 @@
 """Perplexity after recovery, by how it trains: all from one cut, on the same text and the same number of tokens.
 
     python -m benchmarks.recovery --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens 20480,40960] [--variants "A;B"]
-        [--widths kv_groups=2,ffn=672] [--seeds 0] [--windows 40] [--json FILE]
+        [--widths kv_groups=2,ffn=672] [--distil-epochs 3] [--seeds 0] [--windows 40] [--json FILE]
 
 A variant names settings of `mptk.recover`, as `rank=0,lr=3e-4`; what it does not name is `BASE`. The cut is Wanda's with
 reconstruction. Rows that the JSON file has are not computed again.
@@ -37,10 +37,10 @@ def widths_in(text: str) -> dict[str, int]:
     return {name: int(width) for name, width in (part.split("=") for part in text.split(","))}
 
 
-def cut(folder: Path, training: Path, widths: dict[str, int]) -> None:
-    """The pruned folder that every variant starts from."""
+def cut(folder: Path, training: Path, widths: dict[str, int], epochs: int) -> None:
+    """The pruned folder that every variant starts from, after ``epochs`` of local distillation."""
     if not folder.exists():
-        text = {"data": str(training), "samples": 96, "length": LENGTH, "eval_windows": 1}
+        text = {"data": str(training), "samples": 96, "length": LENGTH, "eval_windows": 1, "distil_epochs": epochs}
         prune(MODEL, folder, sparsity=0.5, method="wanda", reconstruct=True, widths=widths, onnx=False, **text)
 
 
@@ -84,6 +84,7 @@ def main(
     tokens: str = "20480,40960",
     variants: Annotated[str, typer.Option(help="Separated by semicolons.")] = VARIANTS,
     widths: str = "kv_groups=2,ffn=672",
+    distil_epochs: int = 0,
     seeds: str = "0",
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/recovery.json"),
@@ -94,24 +95,33 @@ def main(
     training, held_out = write_mixture([Path(part) for part in train.split(",")], c4, work)
     texts = {"wikitext2": wikitext, "c4": str(held_out)}
     none = {"tasks": [], "include_path": None, "limit": None}
-    start = work / ("cut-" + widths.replace(",", "-").replace("=", ""))
-    cut(start, training, widths_in(widths))
-    if not any(row["variant"] == "no recovery" and row["widths"] == widths for row in rows_in(json_file)):
-        row = {"variant": "no recovery", "widths": widths, "tokens": 0, "seed": 0}
+    distilled = {"distilled": distil_epochs} if distil_epochs else {}
+    start = work / ("cut-" + widths.replace(",", "-").replace("=", "") + f"-distil{distil_epochs}" * bool(distilled))
+    cut(start, training, widths_in(widths), distil_epochs)
+    if not any(row["variant"] == "no recovery" and is_from(row, widths, distil_epochs) for row in rows_in(json_file)):
+        row = {"variant": "no recovery", "widths": widths, "tokens": 0, "seed": 0} | distilled
         add(json_file, row | measure(str(start), texts, windows, none))
     for count in map(int, tokens.split(",")):
         for seed in map(int, seeds.split(",")):
             for variant in variants.split(";"):
-                wanted = (variant, widths, count, seed)
-                if any((r["variant"], r["widths"], r["tokens"], r["seed"]) == wanted for r in rows_in(json_file)):
+                wanted, known = (
+                    (variant, count, seed),
+                    [r for r in rows_in(json_file) if is_from(r, widths, distil_epochs)],
+                )
+                if any((r["variant"], r["tokens"], r["seed"]) == wanted for r in known):
                     continue
                 out = work / "out"
-                row = {"widths": widths} | trained(start, out, variant, count, seed, work)
+                row = {"widths": widths} | distilled | trained(start, out, variant, count, seed, work)
                 row |= measure(str(out), texts, windows, none)
                 shutil.rmtree(out)
                 print(row, flush=True)
                 add(json_file, row)
     print(table(rows_in(json_file)))
+
+
+def is_from(row: dict[str, Any], widths: str, epochs: int) -> bool:
+    """Whether the row starts from that cut."""
+    return bool(row["widths"] == widths and row.get("distilled", 0) == epochs)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

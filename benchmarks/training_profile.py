@@ -59,7 +59,8 @@ def main(
         step()
     parts, operators, flops = sum_up(profiled)
     took = statistics.median(seconds)
-    rate = measure_machine(dtype=getattr(torch, compute_dtype)).flops
+    machine = measure_machine(dtype=getattr(torch, compute_dtype))
+    rate = machine.flops * machine.speedup
     tokens = BATCH * LENGTH // (settings.learning.mask_parts if phase == "masks" else 1)
     about = {
         "phase": phase,

@@ -52,6 +52,9 @@ from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
 TRAINING_START_S = 0.7
 """Seconds for each layer to make and place the models that are trained, and to store their initial state."""
+SCORED = 32
+"""Most calibration windows on which units are scored before training: the steps that learn masks go on from there
+(``benchmarks/maskprune.md``)."""
 SALIENCY = "saliency"
 """Name of the scores from before training in the folder of an unfinished run."""
 
@@ -176,7 +179,7 @@ class Learner:
         prepared, analysis = self.prepared, self.prepared.analysis
         student, masks, solver, loop = self.begin()
         if self.folder.read_latest("masks") is None:
-            before = partial(self._score_units, student, solver, sets.calibration)
+            before = partial(self._score_units, student, solver, sets.calibration[:SCORED])
             solver.load(dict((self.scored or self.folder).keep(SALIENCY, before).tensors))
         loop.run()
 

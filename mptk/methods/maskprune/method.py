@@ -13,7 +13,7 @@ from mptk.errors import InputError
 from mptk.ir import Analysis
 from mptk.methods.division.layers import choose_division
 from mptk.methods.division.trial import plan_widths
-from mptk.methods.maskprune.learner import Learner
+from mptk.methods.maskprune.learner import SCORED, Learner
 from mptk.methods.one_shot import keep_scores
 from mptk.protocols import Chosen, Context, Kept, Method, Prepared, SampleSets
 from passes.targets.legalize import Candidate
@@ -49,7 +49,7 @@ class MaskPrune(Method):
     def work(self, settings: Settings) -> Mapping[str, Pass]:
         # Activations take one pass; the gradients in the masks, also each token's own, about four.
         s = settings
-        return {"score": Pass(5 * s.windows * s.length, s.length, reads=2)}
+        return {"score": Pass(5 * min(s.windows, SCORED) * s.length, s.length, reads=2)}
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         assert context.folder is not None

@@ -63,6 +63,9 @@ from passes.targets.onnx.names import (
 )
 from passes.verify import Difference, prove
 
+TYPES = ("int8", "int4")
+"""The schemes of a model that ``bench`` exports."""
+
 __all__ = ["bench", "export", "export_folder", "find_onnx_folder"]
 
 
@@ -280,7 +283,12 @@ def _check_quantized(folder: Path, form: OnnxForm, say: Progress, strict: bool) 
 @wrap_public
 @forget_sources()
 def bench(
-    models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
+    models: Sequence[str | Path],
+    *,
+    quantize: Sequence[str] = TYPES,
+    device: str = Settings.device,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> Bench:
     """Time graphs in ONNX Runtime, all models taking turns in one process (``mptk.ort.bench``).
 
@@ -289,6 +297,7 @@ def bench(
     Args:
         models: models, folders with ``onnx`` in them, or ``.onnx`` files, all of one kind; the first is the baseline.
             Quantised graphs of a folder are timed too. A model without ONNX is first exported into the cache folder.
+        quantize: schemes in which such a model is exported, too: a cut is worth what it adds to a quantised model.
         device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
         progress: called with the progress of each stage.
         settings: of ``mptk.ort.bench.bench_graphs``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
@@ -301,6 +310,7 @@ def bench(
             there is no such device.
     """
     check_arguments(bench_graphs, settings)
+    types = Settings(quantize=tuple(quantize)).quantize
     if not models:
         raise InputError("no model is given; give models, folders or .onnx files", name="models")
     there, graphs = find_session_device(device), dict[str, Path]()
@@ -309,7 +319,7 @@ def bench(
     for model in map(str, models):
         check_lengths(model, longest)
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else find_onnx_file(find_onnx_folder(model, progress))
+        file = Path(model) if model.endswith(".onnx") else find_onnx_file(find_onnx_folder(model, progress, types))
         graphs[model] = file
         # The quantised graphs beside it, unless a quantised one was named itself.
         rounded = {
@@ -340,8 +350,8 @@ def check_lengths(model: str, longest: int) -> None:
     )
 
 
-def find_onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """``MODEL`` or ``MODEL/onnx`` if it holds a main graph, else an export in the cache folder.
+def find_onnx_folder(model: str, progress: Progress | None = None, quantize: Sequence[str] = ()) -> Path:
+    """``MODEL`` or ``MODEL/onnx`` if it holds a main graph, else an export in the cache folder, in ``quantize``, too.
 
     The export's name comes from the content of the model's files and from the versions of what writes it, so a changed
     model is exported again. A changed export is replaced, too.
@@ -352,10 +362,10 @@ def find_onnx_folder(model: str, progress: Progress | None = None) -> Path:
 
     def build(folder: Path) -> None:
         say(f"exporting {model} to ONNX", 0, 1)
-        dense, form = _load_dense(model, Settings(), None)
+        dense, form = _load_dense(model, Settings(quantize=tuple(quantize)), None)
         export_form(form, dense, None, None, folder, Log())
         say(f"exporting {model} to ONNX", 1, 1)
 
-    made_of = (hash_model(model), __version__, torch.__version__, transformers.__version__)
+    made_of = (hash_model(model), __version__, torch.__version__, transformers.__version__, *quantize)
     stamp = hash_text(" ".join(made_of), 16)
     return build_private(locate_private_folder("onnx", stamp), build)

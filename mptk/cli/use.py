@@ -72,9 +72,10 @@ def check_eval(data: str | None, tasks: str, runtime: str) -> None:
         )
 
 
-def check_bench(models: Sequence[str], lengths: str, batches: str, threads: str) -> None:
+def check_bench(models: Sequence[str], lengths: str, batches: str, threads: str, quantize: str) -> None:
     """Check the options of ``bench``."""
     parse_cases(lengths, batches, threads)
+    Settings(quantize=parse_names(quantize))
     # Timings are named by model, so a model that is named twice could not be told apart.
     if twice := [model for model in models if models.count(model) > 1]:
         raise InputError(f"{twice[0]} is given twice; name it once", name=twice[0])
@@ -273,6 +274,9 @@ def bench_models(
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
     rounds: Annotated[int, make_number_option("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
+    quantize: Annotated[
+        str, typer.Option(help="Also time a MODEL that is no folder with ONNX in these types; '' for none.")
+    ] = "int8,int4",
     json_file: JsonOption = None,
     markdown: Annotated[Path | None, make_file_option("Also write the table to this file.", "table")] = None,
     plot: Annotated[
@@ -292,7 +296,9 @@ def bench_models(
 
     counts = parse_cases(lengths, batches, threads)
     with show_stages(err) as progress:
-        result = api.bench(models, device=settings.device, progress=progress, rounds=rounds, **counts)
+        result = api.bench(
+            models, quantize=parse_names(quantize), device=settings.device, progress=progress, rounds=rounds, **counts
+        )
     # A pruned folder keeps its timings, and its report then shows them. The first model is only the baseline.
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():

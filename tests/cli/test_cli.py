@@ -177,7 +177,7 @@ def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, inside):
     assert result.code == 0
     bench = json.loads((tmp_path / "bench.json").read_text())
     cases = [(row["graph"], row["case"]["phase"], row["case"]["length"]) for row in bench["rows"]]
-    graphs = (files.model, str(out))
+    graphs = (files.model, f"{files.model} int8", f"{files.model} int4", str(out))  # what the cut competes with
     assert cases == [(g, p, n) for p in ("prefill", "decode") for n in (16, 40) for g in graphs]
     assert all(0 < row["ideal"] < 1 and row["ratio"] > 0 for row in bench["rows"] if row["graph"] == str(out))
     assert bench["rounds"] == 2

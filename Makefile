@@ -56,7 +56,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -c 'from pydoc_data.topics import topics; print("\n\n".join(topics.values()))' > $(DEMO)-text/reference.txt
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
-	$(BIN)/mptk export $(MODEL) --out $(DEMO)-dense
+	$(BIN)/mptk export $(MODEL) --quantize int8 --out $(DEMO)-dense
 	$(BIN)/mptk prune $(MODEL) --sparsity 0.2 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --samples 16 --length 128 --steps 12 --quantize int8 --out $(DEMO)
 	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --rounds 3
 	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24

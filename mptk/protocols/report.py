@@ -89,12 +89,20 @@ class QualityRow(OpenRow):
     pruned: Number
 
 
+class DenseTypeRow(OpenRow):
+    """The dense model in the scheme of a quantised graph."""
+
+    bytes: int
+    quality: NotRequired[Number]
+
+
 class QuantizedRow(OpenRow):
     """A quantised graph."""
 
     file: str
     bytes: int
     quality: NotRequired[Number]
+    dense: NotRequired[DenseTypeRow]
 
 
 class ProofRow(OpenRow):

@@ -153,9 +153,16 @@ def describe_quality(report: Report) -> list[Table | str]:
     found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
     if not found:
         return ["Not measured, since the run was stopped earlier; run mptk eval."]
-    rows = [("dense", found["dense"], sizes["dense"]), ("pruned", found["pruned"], sizes["pruned"])]
-    for scheme, row in report.quantized.items():
-        rows.append((f"pruned, {scheme} in ONNX Runtime", row.get("quality"), row["bytes"]))
+    # A cut competes with the dense model in each type, too.
+    types = report.quantized.items()
+    rows = [("dense", found["dense"], sizes["dense"])]
+    rows += [
+        (f"dense, {scheme} in ONNX Runtime", row["dense"].get("quality"), row["dense"]["bytes"])
+        for scheme, row in types
+        if "dense" in row
+    ]
+    rows.append(("pruned", found["pruned"], sizes["pruned"]))
+    rows += [(f"pruned, {scheme} in ONNX Runtime", row.get("quality"), row["bytes"]) for scheme, row in types]
     said = [
         [
             name,

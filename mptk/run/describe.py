@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mptk.config import Settings
+from mptk.files import make_scratch
 from mptk.io import data, resolve_model_name, write_weights
 from mptk.ir import Samples, Weights
 from mptk.progress import Count
@@ -32,6 +33,8 @@ from mptk.publish.licence import CARD
 from mptk.publish.manifest import hash_weight_files, list_files, update_manifest
 from mptk.reading import Json
 from mptk.report.card import write_card
+from mptk.run.dense_types import STAGE as DENSE_TYPES
+from mptk.run.dense_types import keep_figures, read_figures, write_dense_types
 from mptk.run.run import Run
 from mptk.targets.stock_config import find_config_changes
 from mptk.tasks.onnx_proof import make_runner
@@ -102,32 +105,45 @@ def describe_data(sets: SampleSets, settings: Settings) -> dict[str, object]:
 
 
 def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:
-    """The report with the quality of the dense, the pruned and each quantised graph of the published ``folder``."""
-    prepared = compiled.prepared
-    rounded: dict[str, Callable[[Samples], Tensor]] = {}
-    form = prepared.task.onnx
+    """The report with the quality of both models, also in the scheme of each quantised graph in ``folder``."""
+    prepared, s = compiled.prepared, compiled.prepared.settings
+    form, device = prepared.task.onnx, prepared.executor.device
     # A graph that gives only the last position's logits cannot be measured: the metrics need each position's.
-    if form is not None and prepared.settings.logits == "all":
-        device = prepared.executor.device
-        rounded = {scheme: make_runner(form, folder / row["file"], device) for scheme, row in report.quantized.items()}
+    schemes = report.quantized if form is not None and s.logits == "all" else {}
+    dense = read_figures(report, sets) if schemes else {}
+    with make_scratch() as scratch:
+        graphs = {scheme: folder / row["file"] for scheme, row in schemes.items()}
+        if schemes and not dense:
+            with context.stage(DENSE_TYPES):
+                written = write_dense_types(report, prepared, sets, scratch.folder)
+            dense = {scheme: {"bytes": count_graph_bytes(files)} for scheme, files in written.items()}
+            graphs |= {f"dense {scheme}": scratch.folder / graphs[scheme].name for scheme in written}
+        rounded = {name: make_runner(form, file, device) for name, file in graphs.items()} if form is not None else {}
 
-    def run_batches(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
-        programs = {"dense": prepared.reference, "pruned": compiled.program}
-        # All batches go through one stage of both programs before the next stage is read. ONNX Runtime holds a whole
-        # graph, so graphs get their batch beside these results.
-        results = prepared.executor.run_programs(
-            list(programs.values()), [batch.tensors for batch in batches], progress
-        )
-        for i, batch in enumerate(batches):
-            for name in programs:
-                yield name, i, next(results)
-            for name, run in rounded.items():
-                yield name, i, run(batch)
+        def run_batches(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+            programs = {"dense": prepared.reference, "pruned": compiled.program}
+            # All batches go through one stage of both programs before the next stage is read. ONNX Runtime holds a
+            # whole graph, so graphs get their batch beside these results.
+            results = prepared.executor.run_programs(
+                list(programs.values()), [batch.tensors for batch in batches], progress
+            )
+            for i, batch in enumerate(batches):
+                for name in programs:
+                    yield name, i, next(results)
+                for name, run in rounded.items():
+                    yield name, i, run(batch)
 
-    with context.stage("measure"):
-        quality = prepared.task.measure_quality(run_batches, sets, context.progress)
+        with context.stage("measure"):
+            quality = prepared.task.measure_quality(run_batches, sets, context.progress)
+
+    # The figures of graphs stand beside their files; those of the dense model are kept for other runs.
+    measured = {name: {"quality": quality.pop(name)} for name in graphs if name in quality}
+    dense = {scheme: {**row, **measured.get(f"dense {scheme}", {})} for scheme, row in dense.items()}
+    if any(f"dense {scheme}" in measured for scheme in dense):
+        keep_figures(report, sets, dense)
+    beside = {scheme: {"dense": row} for scheme, row in dense.items()}
     quantized = {
-        scheme: {**row, "quality": quality.pop(scheme)} if scheme in quality else row
+        scheme: {**row, **measured.get(scheme, {}), **beside.get(scheme, {})}
         for scheme, row in report.quantized.items()
     }
     report = replace(report, quality=quality, quantized=quantized, stages=context.log.to_list())

@@ -25,6 +25,7 @@ from mptk.methods.one_shot import COMPARED_TOKENS
 from mptk.proof import proof
 from mptk.protocols import Stage, find_device, list_stages, measure_device_memory, should_reconstruct
 from mptk.run.amounts import count_written, describe_numbers, join_words, should_learn_masks
+from mptk.run.dense_types import estimate_dense_types
 from mptk.trust import Trust
 from passes.analysis.borders import MARGIN, find_config_borders
 
@@ -104,7 +105,7 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         passes |= stage.estimate(s, sizes, kept)
     passes |= reconstruct.estimate_reconstruction(s, sizes, kept) | distil.estimate_distillation(s, sizes, kept)
     measured = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2, exact=True)  # dense and pruned
-    passes |= proof.estimate_proof(s, long_proof) | {"measure": measured}
+    passes |= proof.estimate_proof(s, long_proof) | estimate_dense_types(s) | {"measure": measured}
     return Work(
         kept=kept,
         passes=passes,

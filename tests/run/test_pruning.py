@@ -24,6 +24,9 @@ from mptk.errors import ProofError, TargetError
 from mptk.io import data
 from mptk.ir import PassRecord
 from mptk.ort.decoder import OrtDecoder
+from mptk.report.sections import build_prune_view
+from mptk.report.view import render_markdown
+from mptk.run.dense_types import STAGE
 from mptk.run.minutes import fill_in
 from mptk.testing import Laboratory, expect_error
 from passes.pipelines import quantize_onnx
@@ -69,6 +72,22 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(laboratory: La
         shutil.copyfile(folder / "onnx" / name, tmp_path / name)
     quantize_onnx(tmp_path / "model.onnx", "int4")
     assert not filecmp.cmp(tmp_path / "model_q4.onnx_data", folder / "onnx" / "model_q4.onnx_data", shallow=False)
+
+
+def test_the_dense_model_is_measured_once_in_each_type(laboratory: Laboratory, tmp_path: Path) -> None:
+    """A cut competes with these. A second cut of the same model finds them in the cache."""
+    report = Report.read(laboratory.open_quantized())
+    for scheme, found in report.quantized.items():
+        assert found["dense"]["bytes"] > found["bytes"]
+        if scheme != "int4":
+            assert found["dense"]["quality"] == pytest.approx(report.quality["dense"], rel=0.05)
+    asked = {"method": "magnitude", "onnx": True, "quantize": ("int8",), "eval_windows": 2}
+    first = Report.read(laboratory.prune("decoder", tmp_path / "first", sparsity=0.2, **asked))
+    second = Report.read(laboratory.prune("decoder", tmp_path / "second", sparsity=0.4, **asked))
+    assert first.quantized["int8"]["dense"] == second.quantized["int8"]["dense"]
+    assert [STAGE in {row["name"] for row in each.stages} for each in (first, second)] == [True, False]
+    lines = render_markdown(build_prune_view(second))
+    assert lines.index("dense, int8 in ONNX Runtime") < lines.index("pruned, int8 in ONNX Runtime")
 
 
 def test_last_logits_alone_are_proven_too(laboratory: Laboratory, tmp_path: Path) -> None:

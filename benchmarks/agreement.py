@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import numpy as np
 import typer
@@ -43,12 +44,8 @@ for each whole output."""
 @contextmanager
 def variant(block: int, level: int) -> Iterator[None]:
     """Within it ``quantize_onnx`` makes int8 graphs of such blocks."""
-    before = block_weights.WIDE_BLOCK, block_weights.ACCURACY_LEVEL
-    block_weights.WIDE_BLOCK, block_weights.ACCURACY_LEVEL = block, level
-    try:
+    with patch.object(block_weights, "WIDE_BLOCK", block), patch.object(block_weights, "ACCURACY_LEVEL", level):
         yield
-    finally:
-        block_weights.WIDE_BLOCK, block_weights.ACCURACY_LEVEL = before
 
 
 def written(decoder: OrtDecoder, prompts: list[list[int]]) -> Ids:

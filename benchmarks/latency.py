@@ -1,9 +1,10 @@
 """Predicted beside measured latency: SmolLM2-135M cut to widths at which no operator was timed, in ONNX Runtime.
 
-    python -m benchmarks.latency [--json FILE] [--quick] [--threads N]
+    python -m benchmarks.latency [--json FILE] [--quick] [--threads N] [--quantize int8,int4]
 
 Single operators (``mptk.cost.operator_times``) and whole ONNX graphs are timed in turn. Each graph is the dense model's first rows
 and columns, since which ones does not matter for speed. ``--quick``: four layers, two held-out shapes, two rounds.
+``--quantize``: these graphs in place of the float32 one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mptk.features.latency.predict import Latency, Measure
 from mptk.io import models
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.steps import Case, bind_decoder_step
+from passes.pipelines import quantize_onnx
 from passes.targets import legalize
 
 FAMILIES = ("kv_groups", "q_heads", "ffn")
@@ -53,14 +55,18 @@ def narrowed(model: PreTrainedModel, shape: Mapping[str, int]) -> PreTrainedMode
     )
 
 
-def predictors(model: PreTrainedModel, measure: Measure) -> dict[str, Latency]:
-    """Each phase's prediction."""
+def predictors(model: PreTrainedModel, schemes: Sequence[str], measure: Measure) -> dict[tuple[str, str], Latency]:
+    """Each type's and phase's prediction."""
     analysis = api.analyze(model)
     ladders = {name: legalize.list_aligned_widths(analysis.family(name)) for name in FAMILIES}
-    return {phase: Latency(analysis, ladders, phase, measure) for phase in OBJECTIVES}
+    return {
+        (scheme, phase): Latency(analysis, ladders, phase, measure, scheme)
+        for scheme in schemes
+        for phase in OBJECTIVES
+    }
 
 
-def operators_of(model: PreTrainedModel) -> list[Operator]:
+def operators_of(model: PreTrainedModel, schemes: Sequence[str]) -> list[Operator]:
     """All operators that the predictions need."""
     found: list[Operator] = []
 
@@ -68,7 +74,7 @@ def operators_of(model: PreTrainedModel) -> list[Operator]:
         found.extend(operators)
         return dict.fromkeys(operators, 1.0)
 
-    predictors(model, remember)
+    predictors(model, schemes, remember)
     return list(dict.fromkeys(found))
 
 
@@ -83,28 +89,33 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     quick: Annotated[bool, typer.Option("--quick")] = False,
     threads: Annotated[int, typer.Option("--threads")] = 1,
+    quantize: Annotated[str, typer.Option("--quantize")] = "",
 ) -> None:
     dense = models.load(MODEL).model
     shapes = SHAPES[:3] if quick else SHAPES
     if quick:
         dense = resized(dense, num_hidden_layers=4)
-    operators = operators_of(dense)
+    schemes = quantize.split(",")
+    operators = operators_of(dense, schemes)
     single: dict[Operator, list[float]] = {operator: [] for operator in operators}
-    whole: dict[tuple[str, int], list[float]] = {(phase, i): [] for phase in OBJECTIVES for i in range(len(shapes))}
+    cases = [(scheme, phase, i) for scheme in schemes for phase in OBJECTIVES for i in range(len(shapes))]
+    whole: dict[tuple[str, str, int], list[float]] = {case: [] for case in cases}
     sweep_s = 0.0
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {(phase, i): Path(temporary) / f"{phase}-{i}" for phase, i in whole}
-        for (phase, i), folder in folders.items():
-            export(narrowed(dense, shapes[i]), folder, "all", phase)
+        files: dict[tuple[str, str, int], Path] = {}
+        for phase in OBJECTIVES:
+            for i, shape in enumerate(shapes):
+                source = export(narrowed(dense, shape), Path(temporary) / f"{phase}-{i}", "all", phase)
+                files |= {(s, phase, i): quantize_onnx(source, s) if s else source for s in schemes}
         for _ in range(2 if quick else ROUNDS):
             start = time.perf_counter()
             for operator in operators:
                 single[operator].append(time_once(operator, threads))
             sweep_s = time.perf_counter() - start
-            for (phase, i), folder in folders.items():
-                whole[phase, i].append(time_graph(OrtDecoder(folder, threads=threads), phase, threads))
-    predicted = predictors(dense, lambda found: {o: median(single[o]) for o in found})
-    rows = [row(phase, shapes, i, predicted[phase], whole) for phase, i in whole]
+            for (scheme, phase, i), file in files.items():
+                whole[scheme, phase, i].append(time_graph(OrtDecoder(file, threads=threads), phase, threads))
+    predicted = predictors(dense, schemes, lambda found: {o: median(single[o]) for o in found})
+    rows = [row(scheme, phase, shapes, i, predicted[scheme, phase], whole) for scheme, phase, i in whole]
     for line in rows:
         print(line, flush=True)
     worst = max(abs(line["error"]) for line in rows if line["held_out"])
@@ -121,16 +132,18 @@ def main(
 
 
 def row(
+    scheme: str,
     phase: str,
     shapes: Sequence[Mapping[str, int]],
     i: int,
     latency: Latency,
-    measured: Mapping[tuple[str, int], Sequence[float]],
+    measured: Mapping[tuple[str, str, int], Sequence[float]],
 ) -> dict[str, Any]:
     """One shape in one phase. ``spread``: half the range of the measured rounds over their median."""
-    times = measured[phase, i]
+    times = measured[scheme, phase, i]
     guess, ms = latency(shapes[i]), median(times)
     return {
+        **({"type": scheme} if scheme else {}),
         "phase": phase,
         **shapes[i],
         "held_out": i > 0,
@@ -139,7 +152,7 @@ def row(
         "spread": round((max(times) - min(times)) / 2 / ms, 3),
         "error": round(guess / ms - 1, 4),
         "predicted_ratio": round(guess / latency({}), 4),
-        "measured_ratio": round(ms / median(measured[phase, 0]), 4),
+        "measured_ratio": round(ms / median(measured[scheme, phase, 0]), 4),
     }
 
 

@@ -14,20 +14,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
+from mptk.compat.onnxruntime import ACCURACY_LEVEL
 from mptk.files import format_json
 from mptk.io import cache_dir, keep, read_kept
 from mptk.plain import hash_text
 from mptk.progress import Progress
 
 Float32s = npt.NDArray[np.float32]
+Weights = Mapping[str, npt.NDArray[np.float32] | npt.NDArray[np.uint8]]
 
-MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
+MATMUL, ROUNDED, ATTENTION, ELEMENTWISE = "MatMul", "MatMulNBits", "Attention", "Mul"
 TIMED_OPSET, IR_VERSION = 23, 10
 """Attention is one operator since opset 23."""
 GRAPHS_VERSION = 3
@@ -52,10 +55,11 @@ MOST_COPIES = 2048
 
 @dataclass(frozen=True, order=True)
 class Operator:
-    """One operator of batch 1 in float32 and its sizes.
+    """One operator of batch 1 and its sizes. All but the weights of MatMulNBits are float32.
 
-    ``MatMul``: (rows, k, n), [rows, k] · [k, n] with a constant right side. ``Attention``: (new tokens, cached tokens,
-    query heads, KV heads, channels of a query, channels of a value). ``Mul``: (elements,).
+    ``MatMul``: (rows, k, n), [rows, k] · [k, n] with a constant right side. ``MatMulNBits``: (rows, k, n, bits, block),
+    the same with weights of ``bits`` bits, of which ``block`` inputs share a scale. ``Attention``: (new tokens, cached
+    tokens, query heads, KV heads, channels of a query, channels of a value). ``Mul``: (elements,).
     """
 
     kind: str
@@ -158,6 +162,29 @@ def _time_matmul(threads: int, rows: int, k: int, n: int) -> float:
     return _time_graph(threads, nodes, [_declare_value("x", 1, rows, k)], outputs, weights) / count
 
 
+def _time_rounded(threads: int, rows: int, k: int, n: int, bits: int, block: int) -> float:
+    """As the quantised graphs have it: 8 bits are symmetric, 4 bits have a zero point for each block."""
+    blocks, packed = -(-k // block), 8 // bits
+    width = block // packed
+    count = _count_copies(n * blocks * (width + 4), rows)
+    # Copy i starts at number i, as above. Any code is a weight.
+    codes = np.random.default_rng(0).integers(0, 256, n * blocks * width + count, dtype=np.uint8)
+    scales, zeros = _draw_random(n * blocks + count), n * -(-blocks // packed)
+    weights: dict[str, Float32s | npt.NDArray[np.uint8]] = {}
+    nodes = []
+    sizes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+    for i in range(count):
+        weights[f"w{i}"] = codes[i : i + n * blocks * width].reshape(n, blocks, width)
+        weights[f"s{i}"] = scales[i : i + n * blocks]
+        names = ["x", f"w{i}", f"s{i}"]
+        if bits == 4:
+            weights[f"z{i}"] = codes[i : i + zeros]
+            names.append(f"z{i}")
+        nodes.append(helper.make_node(ROUNDED, names, [f"y{i}"], domain="com.microsoft", **sizes))
+    outputs = [_declare_value(f"y{i}", 1, rows, n) for i in range(count)]
+    return _time_graph(threads, nodes, [_declare_value("x", 1, rows, k)], outputs, weights) / count
+
+
 def _time_attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
     """Attention after ``GroupQueriesPass``: in decode (one token) the queries of a group are rows of one head."""
     count = _count_copies(4 * groups * (dim + value_dim) * past, tokens)
@@ -188,6 +215,7 @@ def _time_elementwise(threads: int, elements: int) -> float:
 
 GRAPHS: dict[str, Callable[..., float]] = {
     MATMUL: _time_matmul,
+    ROUNDED: _time_rounded,
     ATTENTION: _time_attention,
     ELEMENTWISE: _time_elementwise,
 }
@@ -213,12 +241,13 @@ def _time_graph(
     nodes: Sequence[NodeProto],
     inputs: Sequence[ValueInfoProto],
     outputs: Sequence[ValueInfoProto],
-    weights: Mapping[str, Float32s] | None = None,
+    weights: Weights | None = None,
 ) -> float:
     """Milliseconds of one run, with inputs and outputs bound beforehand."""
     held = weights or {}
     graph = helper.make_graph(nodes, "operators", inputs, outputs, [_declare_weight(*item) for item in held.items()])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", TIMED_OPSET)], ir_version=IR_VERSION)
+    opsets = [helper.make_opsetid("", TIMED_OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Errors only.
@@ -238,9 +267,9 @@ def _time_graph(
     return measure_typical_ms(lambda: session.run_with_iobinding(binding), threads)
 
 
-def _declare_weight(name: str, array: Float32s) -> TensorProto:
+def _declare_weight(name: str, array: npt.NDArray[np.generic]) -> TensorProto:
     """An initialiser without data. The session gets the data separately."""
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="memory")
     return tensor

@@ -4,7 +4,7 @@
 
 The sums run over the products with weights, the attentions and all other operators of the graph. M is the number of new
 tokens. Operators are timed (``operator_times.py``) at a few widths of each family; between these, times are
-interpolated linearly.
+interpolated linearly. In a quantised graph the products have weights in blocks of 8 or 4 bits; the rest is the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from torch import fx
 
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
-from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, interpolate
+from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, ROUNDED, Operator, interpolate
 from mptk.errors import AnalysisError
 from mptk.ir import (
     Analysis,
@@ -34,11 +35,15 @@ from mptk.ir import (
     list_block_calls,
     list_schema_arguments,
 )
+from passes.targets.onnx.block_weights import choose_format
 
 PROBES = (0.91, 0.83, 0.71)
 """Shares of the dense widths at which two operators' sizes are compared."""
 KNOTS = {1: 6, 2: 4, 3: 3}
 """Number of families that an operator depends on → number of widths at which it is timed for each; else 2."""
+
+BITS: Mapping[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+"""Scheme → the bits of its products' weights."""
 
 FractionalWidths = Mapping[str, float]
 SizesOf = Callable[[Mapping[Axis, float]], tuple[float, ...]]
@@ -90,16 +95,22 @@ class Latency:
         ladders: family that may be cut → its legal widths, ascending, the dense width last.
         objective: a key of ``OBJECTIVES``.
         measure: operators → milliseconds of each. Called once.
+        scheme: of a quantised graph, a key of ``BITS``; "": of the float32 graph.
 
     Raises:
         MptkError: the objective is unknown, or the model has an operation that cannot be timed here.
     """
 
     def __init__(
-        self, analysis: Analysis, ladders: Mapping[str, Sequence[int]], objective: str, measure: Measure
+        self,
+        analysis: Analysis,
+        ladders: Mapping[str, Sequence[int]],
+        objective: str,
+        measure: Measure,
+        scheme: str = "",
     ) -> None:
         self._analysis = analysis
-        parts = find_parts(analysis, *OBJECTIVES[objective])
+        parts = find_parts(analysis, *OBJECTIVES[objective], scheme)
         self._simple = [p for p in parts if p.kind == ELEMENTWISE]
 
         # Products and attentions are timed on a grid of the widths that they depend on. For element-wise operators two
@@ -159,12 +170,21 @@ def _list_corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 # ---- what a model computes ----
 
 
-def find_parts(analysis: Analysis, tokens: int, past: int) -> list[OperatorGroup]:
-    """The operators of one step with ``tokens`` new and ``past`` cached tokens; equal ones are counted as one part."""
+def find_parts(analysis: Analysis, tokens: int, past: int, scheme: str = "") -> list[OperatorGroup]:
+    """The operators of one step with ``tokens`` new and ``past`` cached tokens; equal ones are counted as one part.
+
+    ``scheme``: as of ``Latency``.
+    """
     # The trace is of some example tokens; rows are scaled to the phase's.
     share = tokens / count_example_tokens(analysis)
     products = analysis.facts.contractions
     found = [(p.node, *_describe_contraction(analysis, p, share, tokens, past)) for p in products]
+    if scheme:
+        head = find_logit_product(analysis)
+        found = [
+            (n, ROUNDED, _add_format(sizes, BITS[scheme], n is head)) if kind == MATMUL else (n, kind, sizes)
+            for n, kind, sizes in found
+        ]
     found += [(node, ELEMENTWISE, _count_elements(analysis, node, share)) for node in _find_other_calls(analysis)]
 
     # Operators of removable blocks are kept apart by stack, since a depth changes how many of them are left.
@@ -208,6 +228,25 @@ def _describe_contraction(
         return _multiply_sizes(product.out, axes) / columns * share, compute_size(product.axis, axes), columns
 
     return MATMUL, compute_sizes
+
+
+def find_logit_product(analysis: Analysis) -> fx.Node | None:
+    """The product that gives the logits; None if the first output comes from none."""
+    products = {product.node for product in analysis.facts.contractions}
+    node: fx.Node | None = analysis.program.graph.graph.output_node().all_input_nodes[0]
+    while node is not None and node not in products:  # a cast, or a cap on the logits
+        node = next(iter(node.all_input_nodes), None)
+    return node
+
+
+def _add_format(sizes: SizesOf, bits: Literal[8, 4], logits: bool) -> SizesOf:
+    """The sizes of a product whose weights are rounded, as its quantised graph rounds them."""
+
+    def compute_sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+        rows, k, n = sizes(axes)
+        return rows, k, n, *choose_format(bits, round(k), logits)
+
+    return compute_sizes
 
 
 def _describe_attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> SizesOf:

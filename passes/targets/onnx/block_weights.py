@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mptk.compat.onnxruntime import import_matmul_quantizer
+from mptk.compat.onnxruntime import ACCURACY_LEVEL, import_matmul_quantizer
 from mptk.progress import step_through
 from passes.targets.onnx.equalize import get_product_weight
 from passes.targets.onnx.plain_products import (
@@ -42,9 +42,6 @@ get the least power of two that holds them, but at least ``LEAST_BLOCK``, the ke
 
 ZERO_POINT = 128
 """The zero point of 8-bit symmetric weights: MatMulNBits' codes are unsigned."""
-ACCURACY_LEVEL = 4
-"""MatMulNBits multiplies in int8. Level 0 would unpack the weights to float32 first, which is 40 times slower in
-decode."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +79,19 @@ class BlockWeightsPass(ir.passes.InPlacePass):
 
     def _choose_formats(self, model: ir.Model) -> dict[str, tuple[int, int]]:
         """Bits and block size by product."""
-        if self.bits == 4:
-            # The embedding shares the blocks of the output projection (``LookUpInBlocksPass``), and has 8 bits.
-            head = find_logit_products(model)
-            return {name: (8 if name in head else 4, BLOCK) for name in find_weight_products(model)}
-        inputs = {name: read_tensor_shape(weight)[0] for name, weight in find_weight_products(model).items()}
+        head = find_logit_products(model)
         return {
-            name: (8, max(LEAST_BLOCK, min(WIDE_BLOCK, 1 << (count - 1).bit_length())))
-            for name, count in inputs.items()
+            name: choose_format(self.bits, read_tensor_shape(weight)[0], name in head)
+            for name, weight in find_weight_products(model).items()
         }
+
+
+def choose_format(bits: Literal[8, 4], inputs: int, logits: bool) -> tuple[int, int]:
+    """Bits and block size of a product of ``inputs`` inputs. ``logits``: whether it gives the logits."""
+    if bits == 4:
+        # The embedding shares the blocks of the output projection (``LookUpInBlocksPass``), and has 8 bits.
+        return (8 if logits else 4), BLOCK
+    return 8, max(LEAST_BLOCK, min(WIDE_BLOCK, 1 << (inputs - 1).bit_length()))
 
 
 def round_to_blocks(weight: Array, bits: int, block: int) -> list[Array]:

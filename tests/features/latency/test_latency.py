@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from commands import done
@@ -30,6 +31,7 @@ from mptk.cost.operator_times import (
     ATTENTION,
     ELEMENTWISE,
     MATMUL,
+    ROUNDED,
     Operator,
     find_operator_times,
     interpolate,
@@ -118,6 +120,22 @@ def test_a_long_ladder_is_timed_at_few_widths_with_both_ends(analysis):
     assert len(asked) == len(set(asked))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_the_products_of_a_quantised_graph_are_those_of_its_file(scheme, tmp_path):
+    mptk.export(LlamaForCausalLM(llama_config()), tmp_path, quantize=[scheme])
+    (file,) = [file for file in tmp_path.glob("*.onnx") if file.name != "model.onnx"]
+    names = ("K", "N", "bits", "block_size")
+    nodes = [
+        {a.name: a.i for a in node.attribute}
+        for node in onnx.load(file, load_external_data=False).graph.node
+        if node.op_type == ROUNDED
+    ]
+    program = analyze(trace(LlamaForCausalLM(llama_config())))
+    parts = [p for p in find_parts(program, *OBJECTIVES["decode"], scheme) if p.kind == ROUNDED]
+    found = [p.make_operator({}).sizes[1:] for p in parts for _ in range(p.count)]
+    assert sorted(found) == sorted(tuple(node[name] for name in names) for node in nodes)
+
+
 # ---- what is measured is kept ----
 
 
@@ -170,6 +188,7 @@ def test_every_kind_of_operator_runs(inside):
     inside.bound("mptk.cost.operator_times.COLD_BYTES", 4096)
     inside.bound("mptk.cost.operator_times.SECONDS", 0.0)
     found = [Operator(MATMUL, (rows, 12, 7)) for rows in (1, 5)]
+    found += [Operator(ROUNDED, (rows, 72, 7, bits, 32)) for rows in (1, 5) for bits in (4, 8)]
     found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
     found += [Operator(ELEMENTWISE, (11,))]
     said: list[str] = []

@@ -15,6 +15,10 @@ ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities of an advice."""
 ADVICE_FORMAT = "mptk-advice/1"
+FLOAT = "float32"
+"""The type of a graph that is not quantised."""
+TYPES = ("int8", "int4")
+"""Types that are compared with float32 if there is a limit."""
 STANDARD_ERRORS = 2.0
 """Standard errors by which a change must stay below the tolerance: two are about 95 % of a normal distribution."""
 CALIBRATION_STEPS = 16
@@ -70,6 +74,55 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a model may take at most: milliseconds of a decoding step, of a prompt, and bytes of its graph.
+
+    None: as much as it wants.
+    """
+
+    decode_ms: float | None = None
+    prefill_ms: float | None = None
+    bytes: float | None = None
+
+    @property
+    def phases(self) -> list[str]:
+        """The phases of which milliseconds are limited; without any limit the decoding step, which users wait for."""
+        found = [name for name, most in (("decode", self.decode_ms), ("prefill", self.prefill_ms)) if most is not None]
+        return found or ([] if self.bytes is not None else ["decode"])
+
+
+@dataclass(frozen=True)
+class Way:
+    """A cut in a type: ``FLOAT`` or a scheme of quantised graphs. ``sparsity`` 0: the dense model.
+
+    ``bytes``: of its graph. ``ms``: phase → predicted milliseconds. ``texts``: as in ``Point``, without agreement.
+    """
+
+    type: str
+    sparsity: float
+    widths: Mapping[str, int]
+    bytes: float
+    ms: Mapping[str, float]
+    texts: Mapping[str, Figures]
+
+    @property
+    def rise(self) -> float:
+        """The rise of the loss over the dense float model's, averaged over the texts."""
+        return sum(figures.rise for figures in self.texts.values()) / len(self.texts)
+
+    def meets(self, limits: Limits) -> bool:
+        """Whether it stays within the limits."""
+        pairs = [(self.bytes, limits.bytes), (self.ms.get("decode"), limits.decode_ms)]
+        pairs.append((self.ms.get("prefill"), limits.prefill_ms))
+        return all(most is None or (taken is not None and taken <= most) for taken, most in pairs)
+
+    @property
+    def price(self) -> float:
+        """What it takes: milliseconds of the first phase that is timed, else bytes."""
+        return next(iter(self.ms.values()), self.bytes)
+
+
+@dataclass(frozen=True)
 class Recovery:
     """What training gave back. ``points``: the cuts that were trained, by rising sparsity, after ``steps`` steps on
     ``tokens`` tokens each. ``command``: as in ``Advice``, with this training.
@@ -98,6 +151,8 @@ class Advice:
     that is safe. ``division``: cuts of rising sparsity as `mptk prune` makes them. ``families``: cuts of one family, or
     of families that are only cut together. ``layers``: family → rise of the loss if one layer has half of its units.
     ``command``: the command for the recommended cut; empty if there is none. ``recovery``: None if nothing was trained.
+    ``ways``: cuts in types; empty if none were compared. ``limits``: what the way may take. ``way_command``: makes the
+    best way; empty if there is none.
     """
 
     model: str
@@ -110,6 +165,9 @@ class Advice:
     layers: Mapping[str, tuple[float, ...]]
     command: str = ""
     recovery: Recovery | None = None
+    ways: tuple[Way, ...] = ()
+    limits: Limits = Limits()
+    way_command: str = ""
 
     @property
     def texts(self) -> list[str]:
@@ -145,6 +203,29 @@ class Advice:
     def _find_weakest(self, safe: Sequence[Point | None]) -> Point | None:
         found = [point for point in safe if point is not None]
         return min(found, key=lambda point: point.sparsity) if len(found) == len(safe) else None
+
+    # ---- in types ----
+
+    @property
+    def front(self) -> list[Way]:
+        """The ways than which no other is cheaper and as good, by falling price (Pareto)."""
+        found = list[Way]()
+        for way in sorted(self.ways, key=lambda each: (each.price, each.rise)):
+            if not found or way.rise < found[-1].rise:
+                found.append(way)
+        return found[::-1]
+
+    def find_way(self, text: str | None = None) -> Way | None:
+        """The best way within the limits, on one text or on average; None if no way meets them."""
+        there = [way for way in self.ways if way.meets(self.limits)]
+        return min(there, key=lambda way: (way.rise if text is None else way.texts[text].rise, way.price), default=None)
+
+    @property
+    def next_way(self) -> Way | None:
+        """The next cheaper way of the front after the best one; None if there is none."""
+        best = self.find_way()
+        cheaper = [] if best is None else [way for way in self.front if way.price < best.price and way.rise > best.rise]
+        return cheaper[0] if cheaper else None
 
     # ---- after training ----
 
@@ -223,6 +304,8 @@ class Advice:
             "safe": {text: None if point is None else point.sparsity for text, point in safe.items()},
             "recommended": None if best is None else asdict(best),
             "knee": None if self.knee is None else self.knee.sparsity,
+            "front": [asdict(way) for way in self.front],
+            "way": None if (way := self.find_way()) is None else asdict(way),
         }
 
     def _convert_recovery(self) -> Json | None:

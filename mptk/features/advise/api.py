@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,19 @@ from mptk.compile.trace import fit_to_program
 from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, format_command, with_keywords
 from mptk.distributed.processes import connect_processes
 from mptk.errors import DataError, InputError
-from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES, Advice, Point
+from mptk.features.advise.advice import (
+    ADVICE,
+    CALIBRATION_STEPS,
+    FLOAT,
+    SPARSITIES,
+    TYPES,
+    Advice,
+    Limits,
+    Point,
+    Way,
+)
 from mptk.features.advise.sweep import Measuring, give_advice
+from mptk.features.advise.types import check_types, list_ways, measure_types
 from mptk.files import make_scratch
 from mptk.io import data as text
 from mptk.io import list_source_names
@@ -46,6 +58,10 @@ def advise(
     sparsities: Sequence[float] = SPARSITIES,
     tolerance: float = 0.05,
     calibrate: bool = False,
+    types: Sequence[str] | None = None,
+    max_decode_ms: float | None = None,
+    max_prefill_ms: float | None = None,
+    max_size: float | None = None,
     progress: Shown = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: GivenInputs | None = None,
@@ -66,16 +82,25 @@ def advise(
         tolerance: the largest change that is safe, as a share: of the perplexity or, of a model without one, of samples
             with another top-1 class, or the largest mean loss.
         calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
+        types: schemes of quantised graphs in which each cut is compared with float32; by default ``int8`` and ``int4``
+            if there is a limit, else none. Only text decoders.
+        max_decode_ms, max_prefill_ms, max_size: limits, in milliseconds as predicted and in bytes of the graph: the
+            advice then names the best way that meets them, in ``find_way`` and ``way_command``.
         data: as in ``mptk.prune``. Each source of a name with several, such as ``"A,B"``, is measured by itself.
         keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
             ``eval_windows``: windows of each text to measure on.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
-            such keyword; there is too little text; or a model that is not of transformers is to be trained.
+            such keyword; there is too little text; a model that is not of transformers is to be trained; or types or
+            limits are given for a model that is no text decoder.
     """
     check_sparsities(sparsities, tolerance)
-    chosen = with_keywords(settings or ADVICE, {**name_given(data=data), **keywords, "onnx": False})
+    limits = check_limits(Limits(max_decode_ms, max_prefill_ms, max_size))
+    types = (TYPES if limits != Limits() else ()) if types is None else tuple(types)
+    # A cut must also suit the types in which it is compared: widths are then multiples of their blocks.
+    schemes = {"quantize": types} if types else {}
+    chosen = with_keywords(settings or ADVICE, {**name_given(data=data), **schemes, **keywords, "onnx": False})
     chosen = replace(chosen.with_widths(chosen.widths), sparsity=max(sparsities), tolerance=ANY)
     check_choice(chosen)
     if calibrate:  # the number of steps belongs to the measurement, so no time limit may choose it
@@ -87,7 +112,8 @@ def advise(
         raise InputError("mptk trains only transformers models; leave out calibrate", name="calibrate")
     # For the estimate of what the run needs.
     texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
-    measuring = Measuring(round(FAMILIES * len(sparsities)), texts)
+    compares = bool(types) or limits != Limits()
+    measuring = Measuring(round(FAMILIES * len(sparsities)), texts, compares * (1 + len(types)))
     with (
         make_scratch() as kept,
         report_progress(progress) as say,
@@ -102,7 +128,7 @@ def advise(
             trains=calibrate,
         ) as run,
     ):
-        found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance)
+        found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance, types, limits)
     return add_commands(found, str(model), settings) if isinstance(model, str | Path) else found
 
 
@@ -115,12 +141,37 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
             return ""
         return format_command(model, replace(own, sparsity=round(best.sparsity, 4)), best.widths)
 
+    # The types of an advice are no types that its cuts must be written in.
+    settings = replace(settings, quantize=()) if found.ways else settings
     # The recommended cut is safe without training; another one may be after it.
     plain = replace(settings, learning=replace(settings.learning, steps=0))
     if found.recovery is not None:  # the settings have its steps
         trained = write_command(settings, found.recommended_after)
         found = replace(found, recovery=replace(found.recovery, command=trained))
+    way = found.find_way()
+    found = replace(found, way_command="" if way is None else format_way_command(model, plain, way))
     return replace(found, command=write_command(plain, found.recommended))
+
+
+def format_way_command(model: str, settings: Settings, way: Way) -> str:
+    """The command that makes a way: an export if nothing is cut."""
+    schemes = () if way.type == FLOAT else (way.type,)
+    if way.sparsity:
+        return format_command(
+            model, replace(settings, sparsity=round(way.sparsity, 4), quantize=schemes), dict(way.widths)
+        )
+    words = ["mptk", "export", model, *(["--quantize", way.type] if schemes else [])]
+    # int4 is rounded for a text.
+    words += ["--data", settings.data] if way.type == "int4" else []
+    return shlex.join([*words, "--out", f"{Path(model).stem}-{way.type}"])
+
+
+def check_limits(limits: Limits) -> Limits:
+    """The limits. Raises MptkError if one is not above 0."""
+    for name, most in asdict(limits).items():
+        if most is not None and not most > 0:
+            raise InputError(f"a limit of {most:g} is not above 0; give more, or leave it out", name=name)
+    return limits
 
 
 def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
@@ -158,20 +209,28 @@ def check_layers(prepared: Prepared) -> None:
             raise InputError(f"an advice compares cuts whose layers are alike; leave out {name}", name=name)
 
 
-def measure_cuts(model: Start, run: Run, sparsities: Sequence[float], tolerance: float) -> tuple[Advice, Settings]:
+def measure_cuts(
+    model: Start, run: Run, sparsities: Sequence[float], tolerance: float, types: Sequence[str], limits: Limits
+) -> tuple[Advice, Settings]:
     """Measure cuts of several sizes. Returns the advice, without commands, and the settings of the recommended cut.
 
-    ``tolerance``: the largest change that is safe, as in ``mptk.advise``.
+    ``tolerance``: the largest change that is safe, as in ``mptk.advise``; ``types``, ``limits``: as there.
     """
     if connect_processes().num_processes > 1:
         raise InputError("an advice is measured in one process; run `mptk advise` in one")
     prepared, run = prepare(model, run)
     check_layers(prepared)
+    if types or limits != Limits():
+        check_types(prepared, types)
     with keep_stages_on_failure(prepared, run):
         # `prepare` needed a tolerance that any model meets. The cuts themselves must lie near their sparsities.
         prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
         sets, texts = read_domains(prepared, run)
         found = give_advice(prepared, sets, texts, sparsities, tolerance, run)
+        if types or limits != Limits():
+            rounded = measure_types(prepared, sets, texts, types, run)
+            points = (found.dense, *found.division)
+            found = replace(found, ways=list_ways(prepared, points, rounded, limits, run), limits=limits)
         run.remove_folder()
     return found, prepared.settings
 

@@ -13,8 +13,10 @@ from mptk.cli.options import (
     JsonOption,
     ModelArgument,
     make_file_option,
+    make_number_option,
     parse_names,
     parse_share,
+    parse_size,
     refuse,
     refuse_idle,
 )
@@ -22,9 +24,12 @@ from mptk.config import Asked, Settings
 from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
 from mptk.files import write_text
 
+AUTO = "auto"
 
-def check_advise(settings: Settings, sparsities: str, tolerance: str, calibrate: bool) -> None:
+
+def check_advise(settings: Settings, sparsities: str, tolerance: str, calibrate: bool, max_size: str | None) -> None:
     """Check the options of ``advise``."""
+    parse_size(max_size, "max_size")
     parse_shares(sparsities)
     parse_share(tolerance, "--tolerance")
     refuse_idle("advise", Asked(settings, writes=False))
@@ -44,6 +49,7 @@ def parse_shares(sparsities: str) -> list[float]:
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
         "advise smollm2-135m --data c4.jsonl --tolerance 50% --calibrate --steps 32",
+        "advise smollm2-135m --data c4.jsonl,chat.jsonl --max-decode-ms 10",
     ),
     base=ADVICE,
 )
@@ -70,20 +76,43 @@ def show_advice(
             help=f"Also train two of the cuts, each for --steps ({CALIBRATION_STEPS}): what do cuts cost then?",
         ),
     ] = False,
+    types: Annotated[
+        str,
+        typer.Option(help="Types to compare each cut in; '' for none.", show_default="int8,int4 if there is a limit"),
+    ] = AUTO,
+    max_decode_ms: Annotated[
+        float | None, make_number_option("Most milliseconds of a decoding step, as predicted.", 1e-6, 1e9)
+    ] = None,
+    max_prefill_ms: Annotated[
+        float | None, make_number_option("Most milliseconds of a prompt of 512 tokens, as predicted.", 1e-6, 1e9)
+    ] = None,
+    max_size: Annotated[str | None, typer.Option(help="Largest size of the graph, as 120MB.")] = None,
     json_file: JsonOption = None,
     html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
 ) -> None:
     """Say which sparsity is safe: measure cuts of several sizes on each text of --data, before any is made.
 
     Consumers are fitted, and nothing is written. Only --calibrate trains. Prints the command of the recommended cut,
-    and with --calibrate the command of the cut recommended with training.
+    and with --calibrate the command of the cut recommended with training. With a limit also says whether to round, to
+    cut, or both.
     """
     from mptk.features.advise.api import advise as measure
     from mptk.features.advise.view import build_advice_view, list_commands
 
     cuts, most = parse_shares(sparsities), parse_share(tolerance, "--tolerance")
     with show_stages(err) as progress:
-        found = measure(model, settings, sparsities=cuts, tolerance=most, calibrate=calibrate, progress=progress)
+        found = measure(
+            model,
+            settings,
+            sparsities=cuts,
+            tolerance=most,
+            calibrate=calibrate,
+            types=None if types == AUTO else parse_names(types),
+            max_decode_ms=max_decode_ms,
+            max_prefill_ms=max_prefill_ms,
+            max_size=parse_size(max_size, "max_size"),
+            progress=progress,
+        )
     if html is not None:
         from mptk.features.advise.page import render_advice_page
 

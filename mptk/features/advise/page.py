@@ -11,6 +11,7 @@ from mptk.features.advise.view import (
     CUTS,
     SAFE,
     SENSITIVE,
+    WAYS,
     build_advice_view,
     list_commands,
     name_text,
@@ -36,6 +37,10 @@ def render_advice_page(found: Advice) -> str:
         BY_FAMILY: [Figure("", draw_families_chart(found))],
         SENSITIVE: [Figure(name, draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
     }
+    if found.ways:
+        drawn[WAYS] = [
+            Figure("", draw_ways_chart(found), "Each line is a type, from the dense model to the largest cut.")
+        ]
     said = list_commands(found)
     best = [Section("The command", said)] if said else []
     first, *others = view.sections
@@ -69,6 +74,32 @@ def draw_change_chart(found: Advice) -> Svg:
         label_removal_axis(axes, RISES[found.measure])
 
     return draw_chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
+
+
+def draw_ways_chart(found: Advice) -> Svg:
+    """The mean rise of the perplexity over what a way takes, a line for each type, and the limit as a line."""
+    timed = list(found.ways[0].ms)
+    what = f"{timed[0]} ms" if timed else "MB"
+    limits = {"decode": found.limits.decode_ms, "prefill": found.limits.prefill_ms}
+    most = limits[timed[0]] if timed else found.limits.bytes
+
+    def draw(axes: Axes) -> None:
+        for number, name in enumerate(dict.fromkeys(way.type for way in found.ways)):
+            own = [way for way in found.ways if way.type == name]
+            xs = [way.price if timed else way.price / 1e6 for way in own]
+            ys = [100 * math.expm1(min(way.rise, 700.0)) for way in own]
+            axes.plot(xs, ys, "o-", color=SERIES[number % len(SERIES)], markersize=4, label=name)
+        if most is not None:
+            axes.axvline(most if timed else most / 1e6, color=BAD, linewidth=1, linestyle="--")
+        axes.set_xlim(left=0)
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set_ylim(bottom=min(0.0, *axes.get_ylim()))
+        axes.yaxis.set_major_formatter(format_percent)
+        label_removal_axis(axes, RISES["perplexity"])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(what)
+
+    return draw_chart(draw, f"rise of the perplexity over {what}, for each type", 3.4)
 
 
 def find_lowest(found: Advice) -> float:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mptk.config import Settings
-from mptk.cost.estimate import ModelSizes, Pass
+from mptk.cost.estimate import ONNX_S, ModelSizes, Pass
 from mptk.cost.operator_times import interpolate
 from mptk.errors import AnalysisError
 from mptk.features.advise.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, sort_distinct
@@ -123,10 +123,14 @@ def to_train(found: Advice) -> list[Point]:
 
 @dataclass(frozen=True)
 class Measuring(Stage):
-    """What an advice does in place of a cut: it measures ``cuts`` cuts on ``texts`` texts."""
+    """What an advice does in place of a cut: it measures ``cuts`` cuts on ``texts`` texts.
+
+    ``graphs``: number of graphs of the dense model that it writes and measures, one for each type.
+    """
 
     cuts: int
     texts: int
+    graphs: int = 0
 
     def describe_numbers(self, settings: Settings) -> list[str]:
         s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
@@ -142,6 +146,7 @@ class Measuring(Stage):
             "moments": Pass(s.windows * s.length, s.length),
             "cuts": Pass((1 + self.cuts) * rows * s.length, s.length, flops=self.cuts * sizes.fit),
             "layers": Pass(sizes.layers * LAYER_TOKENS, s.length),
+            **({"dense types": Pass(self.graphs * rows * s.length, s.length, fixed=ONNX_S)} if self.graphs else {}),
             **({"recover": learner.estimate_training(s, sizes, 1.0)["train"].repeat(TRAINED)} if s.steps else {}),
         }
 

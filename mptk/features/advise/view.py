@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Figures, Point, Recovery
+from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Figures, Limits, Point, Recovery, Way
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,
@@ -21,7 +21,8 @@ from mptk.report.view import (
     format_megabytes,
 )
 
-SAFE, CUTS, BY_FAMILY, SENSITIVE, UNKNOWN = (
+WAYS, SAFE, CUTS, BY_FAMILY, SENSITIVE, UNKNOWN = (
+    "Round or cut",
     "What is safe",
     "Cuts of growing size",
     "Each family by itself",
@@ -49,11 +50,79 @@ def build_advice_view(found: Advice) -> View:
         Section(CUTS, [build_cut_table(found), build_figure_table(found), Name(found.protocol)]),
         Section(BY_FAMILY, [build_family_table(found)]),
     ]
+    if found.ways:
+        parts.insert(0, Section(WAYS, [build_way_table(found), *map(Name, describe_ways(found))]))
     if found.layers:
         parts.append(Section(SENSITIVE, [build_layer_table(found.layers), HALVED]))
     return View(
         [*parts, Section(UNKNOWN, list(list_unknowns(found)))], f"How far can {shorten_model_name(found.model)} be cut?"
     )
+
+
+def build_way_table(found: Advice) -> Table:
+    """The front of types and cuts: what each takes, and its change on each text. A star: the best within the limits."""
+    best, timed = found.find_way(), list(found.ways[0].ms)
+    columns = ["", "type", "removed", *(f"{phase} ms" for phase in timed), "size"]
+    rows = []
+    for way in list_shown_ways(found):
+        removed = f"{way.sparsity:.1%}" if way.sparsity else "dense"
+        ms = [f"{way.ms[phase]:.2f}" for phase in timed]
+        changes = [f"{each.change:+.1%} ±{each.error:.1%}" for each in way.texts.values()]
+        rows.append(["★" if way is best else "", way.type, removed, *ms, format_megabytes(way.bytes), *changes])
+    columns += [Name(name_text(text)) for text in found.texts]
+    return Table("lll" + "r" * (len(columns) - 3), columns, rows)
+
+
+def list_shown_ways(found: Advice) -> list[Way]:
+    """The front; and the dense model in each type, which is what everybody knows; by falling price."""
+    dense = [way for way in found.ways if not way.sparsity]
+    shown = [*found.front, *(way for way in dense if way not in found.front)]
+    return sorted(shown, key=lambda way: -way.price)
+
+
+def describe_ways(found: Advice) -> list[str]:
+    """Which way meets the limits, on each text, and what the next step would buy and cost."""
+    best, said = found.find_way(), []
+    limit = describe_limits(found.limits)
+    if best is None:
+        least = min(found.ways, key=lambda way: way.price)
+        return [
+            f"No way that was measured meets {limit}: the cheapest, {describe_way(least)}, takes "
+            f"{describe_price(least)}. Give larger --sparsities, or a higher limit."
+        ]
+    if limit:
+        said.append(f"Best within {limit}: {describe_way(best)} ({describe_price(best)}).")
+        others = {text: way for text in found.texts if (way := found.find_way(text)) not in (None, best)}
+        said += [f"For {name_text(text)} by itself: {describe_way(way)}." for text, way in others.items() if way]
+        if not best.sparsity:
+            said.append("No cut is needed.")
+    if (further := found.next_way) is not None:
+        changes = ", ".join(
+            f"{each.change:+.1%} on {name_text(text)} in place of {best.texts[text].change:+.1%}"
+            for text, each in further.texts.items()
+        )
+        said.append(f"The next step: {describe_way(further)} takes {describe_price(further)}, and costs {changes}.")
+    return [
+        *said,
+        "Times are predicted, and a type's loss is added to a cut's; `mptk bench` and `mptk eval` measure both.",
+    ]
+
+
+def describe_way(way: Way) -> str:
+    """A way in words."""
+    return f"{way.type}, {f'{way.sparsity:.1%} removed' if way.sparsity else 'nothing removed'}"
+
+
+def describe_price(way: Way) -> str:
+    """What a way takes, in words."""
+    return ", ".join([*(f"{ms:.2f} ms of {phase}" for phase, ms in way.ms.items()), format_megabytes(way.bytes)])
+
+
+def describe_limits(limits: Limits) -> str:
+    """The limits in words; empty without one."""
+    pairs = (("decode", limits.decode_ms), ("prefill", limits.prefill_ms))
+    said = [f"{most:g} ms of {phase}" for phase, most in pairs if most is not None]
+    return ", ".join(said if limits.bytes is None else [*said, format_megabytes(limits.bytes)])
 
 
 def build_safe_table(found: Advice) -> Table:
@@ -122,6 +191,11 @@ def list_commands(found: Advice) -> list[str]:
     if found.recovery is not None and found.recovery.command:
         steps = format_count(found.recovery.steps, "step")
         said += [f"The largest cut that is safe after a training of {steps}:", found.recovery.command]
+    if found.way_command:
+        said += [
+            "The best way within the limits:" if describe_limits(found.limits) else "The best way:",
+            found.way_command,
+        ]
     return said
 
 

@@ -1,0 +1,157 @@
+"""Advice with types: the cuts of a decoder in float32, int8 and int4, beside a limit. Operators take made-up times."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import done
+from inside import changed
+
+import mptk
+from mptk.errors import InputError
+from mptk.features.advise.advice import FLOAT, Advice, Figures, Limits, Point, Way
+from mptk.features.advise.view import describe_ways
+from mptk.testing import Laboratory, expect_error
+
+ASKED = {"sparsities": [0.2, 0.4], "samples": 8, "length": 32, "align": 8, "eval_windows": 4, "progress": None}
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 97, (12, 32), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def found(laboratory: Laboratory, ids: torch.Tensor) -> Iterator[Advice]:
+    with changed() as inside:
+        inside.make_up_times()
+        yield mptk.advise(str(laboratory.open_model()), data=ids, max_decode_ms=1e6, **ASKED)
+
+
+def test_every_cut_is_there_in_every_type(found: Advice) -> None:
+    assert {way.type for way in found.ways} == {FLOAT, "int8", "int4"}
+    assert len(found.ways) == 3 * (1 + len(found.division))
+    for way in found.ways:
+        cut = next(point for point in (found.dense, *found.division) if point.sparsity == way.sparsity)
+        assert way.widths == cut.widths
+        assert set(way.ms) == {"decode"}
+        if way.type == FLOAT:
+            assert way.texts == {text: replace(each, agreement=None) for text, each in cut.texts.items()}
+    assert found.find_way() is min(found.ways, key=lambda way: (way.rise, way.price))
+
+
+def test_size_and_loss_of_a_rounded_cut_are_those_of_its_graph(
+    found: Advice, laboratory: Laboratory, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """A cut as `prune` makes it, whose int8 graph is measured on the windows of the advice."""
+    way = next(way for way in found.ways if way.type == "int8" and way.sparsity == found.division[0].sparsity)
+    fitted = {"method": "wanda", "reconstruct": True, "widths": dict(way.widths), "quantize": ("int8",)}
+    pruned = mptk.prune(
+        str(laboratory.open_model()),
+        tmp_path / "out",
+        sparsity=round(way.sparsity, 4),
+        data=ids[:8],
+        eval_data=ids[8:],
+        samples=8,
+        length=32,
+        align=8,
+        progress=None,
+        **fitted,
+    )
+    row = pruned.report.quantized["int8"]
+    (figures,) = way.texts.values()
+    assert row["quality"] == pytest.approx(float(torch.tensor(figures.loss).exp()), rel=0.01)
+    assert row["bytes"] == pytest.approx(way.bytes, rel=0.1)  # a tiny graph is mostly nodes
+
+
+def test_only_what_is_limited_is_timed(laboratory: Laboratory, ids: torch.Tensor) -> None:
+    found = mptk.advise(str(laboratory.open_model()), data=ids, types=["int8"], max_size=10**9, **ASKED)
+    assert all(way.ms == {} for way in found.ways)
+    assert {way.type for way in found.ways} == {FLOAT, "int8"}
+
+
+# ---- what meets a limit ----
+
+
+def make_way(type_: str, sparsity: float, ms: float, size: float, change: float) -> Way:
+    figures = Figures(1.0, change, None, change, 0.01)
+    return Way(type_, sparsity, {"ffn": round(100 * (1 - sparsity))}, size, {"decode": ms}, {"a": figures})
+
+
+WAYS = (
+    make_way(FLOAT, 0.0, 32, 500, 0.0),
+    make_way(FLOAT, 0.2, 29, 400, 0.5),
+    make_way("int8", 0.0, 10, 150, 0.01),
+    make_way("int8", 0.2, 9, 130, 0.51),
+    make_way("int4", 0.0, 9.5, 100, 0.07),
+    make_way("int4", 0.2, 8, 90, 0.6),
+)
+
+
+def make_advice(limits: Limits) -> Advice:
+    point = Point({"ffn": 100}, 0.0, 1e6, 4e6, None, {"a": Figures(1.0, 0.0, 1.0, 0.0, 0.0)})
+    return Advice("m", "", "perplexity", 0.1, point, (point,), {}, {}, ways=WAYS, limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("limits", "best", "further"),
+    [
+        (Limits(decode_ms=40), (FLOAT, 0.0), ("int8", 0.0)),
+        (Limits(decode_ms=20), ("int8", 0.0), ("int4", 0.0)),
+        (Limits(decode_ms=9.2), ("int8", 0.2), ("int4", 0.2)),
+        (Limits(decode_ms=20, bytes=120), ("int4", 0.0), ("int8", 0.2)),
+        (Limits(bytes=95), ("int4", 0.2), None),
+        (Limits(decode_ms=1), None, None),
+    ],
+)
+def test_the_best_way_is_the_one_that_loses_least_within_the_limits(limits, best, further) -> None:
+    found = make_advice(limits)
+    way, after = found.find_way(), found.next_way
+    assert (None if way is None else (way.type, way.sparsity)) == best
+    assert (None if after is None else (after.type, after.sparsity)) == further
+    said = " ".join(describe_ways(found))
+    assert ("No cut is needed" in said) == (best is not None and not best[1])
+    assert ("No way that was measured meets 1 ms of decode" in said) == (best is None)
+
+
+def test_a_cut_in_float32_that_a_type_beats_is_not_on_the_front() -> None:
+    front = [(way.type, way.sparsity) for way in make_advice(Limits()).front]
+    assert front == [(FLOAT, 0.0), ("int8", 0.0), ("int4", 0.0), ("int8", 0.2), ("int4", 0.2)]
+
+
+# ---- the command ----
+
+
+def test_the_command_names_the_way_and_how_to_make_it(
+    laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside
+) -> None:
+    inside.make_up_times()
+    monkeypatch.chdir(tmp_path)
+    model, data = str(laboratory.open_model()), str(laboratory.open_data())
+    typed = f"--data {data} --samples 8 --length 32 --align 8 --eval-windows 4 --sparsities 20%,40%".split()
+    run = done("advise", model, *typed, "--max-decode-ms", "1e6", "--json", "a.json", "--html", "a.html", "-q")
+    *said, command = run.stdout.strip().splitlines()
+    assert "Round or cut" in " ".join(said)
+    assert "Round or cut" in Path("a.html").read_text()
+    way = json.loads(Path("a.json").read_text())["way"]
+    assert shlex.split(command)[:3] == ["mptk", "prune" if way["sparsity"] else "export", model]
+    done(*shlex.split(command)[1:], "-q")
+    # A smaller size than the dense graph of int4 has: only a cut meets it.
+    dense = min(way["bytes"] for way in json.loads(Path("a.json").read_text())["ways"] if not way["sparsity"])
+    run = done("advise", model, *typed, "--max-size", f"{(dense - 1) / 1000:.3f}KB", "-q")
+    assert shlex.split(run.stdout.strip().splitlines()[-1])[1] == "prune"
+
+
+def test_types_are_of_text_decoders(laboratory: Laboratory) -> None:
+    with expect_error(InputError, name="types"):
+        mptk.advise(str(laboratory.open_model("encoder")), data=str(laboratory.open_data()), max_size=1e6, **ASKED)
+    with expect_error(InputError, name="fp16"):
+        mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), types=["fp16"], **ASKED)
+    with expect_error(InputError, name="decode_ms"):
+        mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), max_decode_ms=0.0, **ASKED)

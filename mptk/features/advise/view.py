@@ -211,7 +211,7 @@ def list_unknowns(found: Advice) -> Sequence[str]:
         training,
         "Tasks: perplexity and agreement say little of how well a model answers; `mptk eval --tasks` measures that.",
         "Other texts: a text unlike these may lose more.",
-        *(["Latency: `--budget latency` predicts it."] if found.dense.latency_ms is None else []),
+        *(["Latency: `--budget latency` predicts it."] if found.dense.latency_ms is None and not found.ways else []),
     )
 
 

@@ -39,7 +39,11 @@ def render_advice_page(found: Advice) -> str:
     }
     if found.ways:
         drawn[WAYS] = [
-            Figure("", draw_ways_chart(found), "Each line is a type, from the dense model to the largest cut.")
+            Figure(
+                "",
+                draw_ways_chart(found),
+                "A line is a type, from the dense model to the largest cut. Dashed: the limit.",
+            )
         ]
     said = list_commands(found)
     best = [Section("The command", said)] if said else []
@@ -93,7 +97,7 @@ def draw_ways_chart(found: Advice) -> Svg:
             axes.axvline(most if timed else most / 1e6, color=BAD, linewidth=1, linestyle="--")
         axes.set_xlim(left=0)
         axes.set_yscale("symlog", linthresh=10)
-        axes.set_ylim(bottom=min(0.0, *axes.get_ylim()))
+        axes.set_ylim(bottom=100 * min(0.0, *(math.expm1(way.rise) for way in found.ways)))
         axes.yaxis.set_major_formatter(format_percent)
         label_removal_axis(axes, RISES["perplexity"])
         axes.xaxis.set_major_formatter("{x:g}")

@@ -62,15 +62,15 @@ def build_advice_view(found: Advice) -> View:
 def build_way_table(found: Advice) -> Table:
     """The front of types and cuts: what each takes, and its change on each text. A star: the best within the limits."""
     best, timed = found.find_way(), list(found.ways[0].ms)
-    columns = ["", "type", "removed", *(f"{phase} ms" for phase in timed), "size"]
+    columns = ["type", "removed", *(f"{phase} ms" for phase in timed), "size"]
     rows = []
     for way in list_shown_ways(found):
         removed = f"{way.sparsity:.1%}" if way.sparsity else "dense"
         ms = [f"{way.ms[phase]:.2f}" for phase in timed]
         changes = [f"{each.change:+.1%} ±{each.error:.1%}" for each in way.texts.values()]
-        rows.append(["★" if way is best else "", way.type, removed, *ms, format_megabytes(way.bytes), *changes])
+        rows.append([f"★ {way.type}" if way is best else way.type, removed, *ms, format_megabytes(way.bytes), *changes])
     columns += [Name(name_text(text)) for text in found.texts]
-    return Table("lll" + "r" * (len(columns) - 3), columns, rows)
+    return Table("ll" + "r" * (len(columns) - 2), columns, rows)
 
 
 def list_shown_ways(found: Advice) -> list[Way]:
@@ -104,7 +104,7 @@ def describe_ways(found: Advice) -> list[str]:
         said.append(f"The next step: {describe_way(further)} takes {describe_price(further)}, and costs {changes}.")
     return [
         *said,
-        "Times are predicted, and a type's loss is added to a cut's; `mptk bench` and `mptk eval` measure both.",
+        "Times are predicted, and a type's loss is added to a cut's; mptk bench and mptk eval measure both.",
     ]
 
 

@@ -57,7 +57,9 @@ def mask_blocks(graph: fx.Graph, blocks: Sequence[Block]) -> None:
             result = graph.call_function(torch.ops.aten.add.Tensor, (x, nothing))
         for node in (added, nothing, result):
             node.meta["val"] = y.meta["val"]
-        y.replace_all_uses_with(result, delete_user_cb=lambda user, added=added: user is not added)
+        # The block's own later calls keep its result: they may write into it, and would else write into the masked one.
+        own = {added.name, *(node.name for node in block.nodes)}
+        y.replace_all_uses_with(result, delete_user_cb=lambda user, own=own: user.name not in own)
         masked[y.name] = result
 
 

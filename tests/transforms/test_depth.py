@@ -118,6 +118,15 @@ class Scaled(Block):
         return super().forward(x.view_as(x)).mul_(0.7)
 
 
+class Corrected(Block):
+    """Writes into a part of its result after it was made, as Gemma 3n does with the streams of its residual."""
+
+    def forward(self, x):
+        y = super().forward(x).type_as(x)
+        y[1:] += y[0]
+        return y
+
+
 class Overwriting(Block):
     """Adds in place, to memory that is not its own."""
 
@@ -125,9 +134,10 @@ class Overwriting(Block):
         return x.add_(self.inner(x).relu())
 
 
-def test_a_block_may_write_into_its_own_memory_alone():
+@pytest.mark.parametrize("kind", [Scaled, Corrected])
+def test_a_block_may_write_into_its_own_memory_alone(kind):
     x = torch.randn(3, 4)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Scaled(), Scaled(), Scaled()), nn.Linear(8, 5))
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(kind(), kind(), kind()), nn.Linear(8, 5))
     analysis = mptk.analyze(mptk.trace(net, [x]))
     assert analysis.stacks[0].stay == {}
     found = cut_and_compare(analysis, keeping(analysis, 0, 2), [x])

@@ -18,6 +18,7 @@ import math
 import re
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
@@ -110,7 +111,15 @@ class _Shrinker:
             }
         hints = MODEL_HINTS.get(self.default.model_type, {})
         out = self._related(self.values, out) | self._outputs(out)
-        return type(self.default)(**{**out, **self._rope(out), **hints})
+        rope = self._rope(out)
+        try:
+            return type(self.default)(**{**out, **rope, **hints})
+        except (
+            StrictDataclassFieldValidationError
+        ):  # the text part of a family whose other part rotates on several axes
+            if not rope:
+                raise
+            return type(self.default)(**{**out, **hints})
 
     def _outputs(self, out: dict[str, Any]) -> dict[str, Any]:
         """Of a backbone that gives the states of several layers: one layer for each of these states, and its switches."""

@@ -55,6 +55,19 @@ class Joined(Logits):
         return join_outputs([out[name] for name in self.outputs])
 
 
+class Called(nn.Module):
+    """Calls a wrapper of mptk's own. It hides its config, by which a trace would know keywords to pass."""
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Tensors in the order of the wrapper's names."""
+        out: Tensor = self.wrapper(*tensors)
+        return out
+
+
 def wrapper_of(mapping: str, model: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
     """The wrapper of a model of `mapping`; its tensors are in the order of `inputs`."""
     names = tuple(inputs)
@@ -66,8 +79,6 @@ def wrapper_of(mapping: str, model: nn.Module, inputs: Mapping[str, Tensor]) -> 
         return next(
             (Joined(model, names, each) for each in FOUND[mapping] if {*each} <= {*given}), Logits(model, names)
         )
-    return (
-        ImageText().choose_wrapper(model, Samples(inputs))(model, names)
-        if mapping == PICTURED
-        else Logits(model, names)
-    )
+    if mapping == PICTURED:
+        return Called(ImageText().choose_wrapper(model, Samples(inputs))(model, names))
+    return Logits(model, names)

@@ -63,7 +63,7 @@ from passes.targets.onnx.names import (
 )
 from passes.verify import Difference, prove
 
-TYPES = ("int8", "int4")
+EXPORTED_TYPES = ("int8", "int4")
 """The schemes of a model that ``bench`` exports."""
 
 __all__ = ["bench", "export", "export_folder", "find_onnx_folder"]
@@ -285,7 +285,7 @@ def _check_quantized(folder: Path, form: OnnxForm, say: Progress, strict: bool) 
 def bench(
     models: Sequence[str | Path],
     *,
-    quantize: Sequence[str] = TYPES,
+    quantize: Sequence[str] = EXPORTED_TYPES,
     device: str = Settings.device,
     progress: Progress | None = None,
     **settings: Any,

@@ -28,9 +28,9 @@ from mptk.plain import hash_text
 from mptk.progress import Progress
 
 Float32s = npt.NDArray[np.float32]
-Weights = Mapping[str, npt.NDArray[np.float32] | npt.NDArray[np.uint8]]
+Constants = Mapping[str, npt.NDArray[np.float32] | npt.NDArray[np.uint8]]
 
-MATMUL, ROUNDED, ATTENTION, ELEMENTWISE = "MatMul", "MatMulNBits", "Attention", "Mul"
+MATMUL, BLOCK_MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "MatMulNBits", "Attention", "Mul"
 TIMED_OPSET, IR_VERSION = 23, 10
 """Attention is one operator since opset 23."""
 GRAPHS_VERSION = 3
@@ -180,7 +180,7 @@ def _time_rounded(threads: int, rows: int, k: int, n: int, bits: int, block: int
         if bits == 4:
             weights[f"z{i}"] = codes[i : i + zeros]
             names.append(f"z{i}")
-        nodes.append(helper.make_node(ROUNDED, names, [f"y{i}"], domain="com.microsoft", **sizes))
+        nodes.append(helper.make_node(BLOCK_MATMUL, names, [f"y{i}"], domain="com.microsoft", **sizes))
     outputs = [_declare_value(f"y{i}", 1, rows, n) for i in range(count)]
     return _time_graph(threads, nodes, [_declare_value("x", 1, rows, k)], outputs, weights) / count
 
@@ -215,7 +215,7 @@ def _time_elementwise(threads: int, elements: int) -> float:
 
 GRAPHS: dict[str, Callable[..., float]] = {
     MATMUL: _time_matmul,
-    ROUNDED: _time_rounded,
+    BLOCK_MATMUL: _time_rounded,
     ATTENTION: _time_attention,
     ELEMENTWISE: _time_elementwise,
 }
@@ -241,7 +241,7 @@ def _time_graph(
     nodes: Sequence[NodeProto],
     inputs: Sequence[ValueInfoProto],
     outputs: Sequence[ValueInfoProto],
-    weights: Weights | None = None,
+    weights: Constants | None = None,
 ) -> float:
     """Milliseconds of one run, with inputs and outputs bound beforehand."""
     held = weights or {}

@@ -22,7 +22,7 @@ from mptk.protocols import Dense, Prepared, Report, Row, SampleSets
 from mptk.tasks.onnx_export import export_form
 from passes.targets.onnx.names import list_quantized_files
 
-STAGE = "write dense types"
+DENSE_TYPES = "write dense types"
 
 
 def estimate_dense_types(settings: Settings) -> dict[str, Pass]:
@@ -51,11 +51,11 @@ def write_dense_types(report: Report, prepared: Prepared, sets: SampleSets, fold
 def read_figures(report: Report, sets: SampleSets) -> dict[str, Row]:
     """Scheme → the dense model's ``bytes`` and ``quality``, as an earlier run left them; empty if one is missing."""
     found = read_kept(name_figures_file(report, sets))[0]
-    rows = {scheme: row for scheme, row in found.items() if scheme in report.quantized and is_figures(row)}
+    rows = {scheme: row for scheme, row in found.items() if scheme in report.quantized and has_figures(row)}
     return rows if rows.keys() == report.quantized.keys() else {}
 
 
-def is_figures(row: object) -> bool:
+def has_figures(row: object) -> bool:
     """Whether a row of the cache has what it must have. Somebody may have changed the file."""
     return isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in ("bytes", "quality"))
 

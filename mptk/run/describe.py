@@ -33,8 +33,7 @@ from mptk.publish.licence import CARD
 from mptk.publish.manifest import hash_weight_files, list_files, update_manifest
 from mptk.reading import Json
 from mptk.report.card import write_card
-from mptk.run.dense_types import STAGE as DENSE_TYPES
-from mptk.run.dense_types import keep_figures, read_figures, write_dense_types
+from mptk.run.dense_types import DENSE_TYPES, keep_figures, read_figures, write_dense_types
 from mptk.run.run import Run
 from mptk.targets.stock_config import find_config_changes
 from mptk.tasks.onnx_proof import make_runner

@@ -26,7 +26,7 @@ from mptk.ir import PassRecord
 from mptk.ort.decoder import OrtDecoder
 from mptk.report.sections import build_prune_view
 from mptk.report.view import render_markdown
-from mptk.run.dense_types import STAGE
+from mptk.run.dense_types import DENSE_TYPES
 from mptk.run.minutes import fill_in
 from mptk.testing import Laboratory, expect_error
 from passes.pipelines import quantize_onnx
@@ -85,7 +85,7 @@ def test_the_dense_model_is_measured_once_in_each_type(laboratory: Laboratory, t
     first = Report.read(laboratory.prune("decoder", tmp_path / "first", sparsity=0.2, **asked))
     second = Report.read(laboratory.prune("decoder", tmp_path / "second", sparsity=0.4, **asked))
     assert first.quantized["int8"]["dense"] == second.quantized["int8"]["dense"]
-    assert [STAGE in {row["name"] for row in each.stages} for each in (first, second)] == [True, False]
+    assert [DENSE_TYPES in {row["name"] for row in each.stages} for each in (first, second)] == [True, False]
     lines = render_markdown(build_prune_view(second))
     assert lines.index("dense, int8 in ONNX Runtime") < lines.index("pruned, int8 in ONNX Runtime")
 

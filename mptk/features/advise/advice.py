@@ -15,9 +15,9 @@ ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities of an advice."""
 ADVICE_FORMAT = "mptk-advice/1"
-FLOAT = "float32"
+FLOAT_TYPE = "float32"
 """The type of a graph that is not quantised."""
-TYPES = ("int8", "int4")
+COMPARED_TYPES = ("int8", "int4")
 """Types that are compared with float32 if there is a limit."""
 STANDARD_ERRORS = 2.0
 """Standard errors by which a change must stay below the tolerance: two are about 95 % of a normal distribution."""
@@ -74,7 +74,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Ceiling:
     """What a model may take at most: milliseconds of a decoding step, of a prompt, and bytes of its graph.
 
     None: as much as it wants.
@@ -93,7 +93,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Way:
-    """A cut in a type: ``FLOAT`` or a scheme of quantised graphs. ``sparsity`` 0: the dense model.
+    """A cut in a type: ``FLOAT_TYPE`` or a scheme of quantised graphs. ``sparsity`` 0: the dense model.
 
     ``bytes``: of its graph. ``ms``: phase → predicted milliseconds. ``texts``: as in ``Point``, without agreement.
     """
@@ -110,7 +110,7 @@ class Way:
         """The rise of the loss over the dense float model's, averaged over the texts."""
         return sum(figures.rise for figures in self.texts.values()) / len(self.texts)
 
-    def meets(self, limits: Limits) -> bool:
+    def is_within(self, limits: Ceiling) -> bool:
         """Whether it stays within the limits."""
         pairs = [(self.bytes, limits.bytes), (self.ms.get("decode"), limits.decode_ms)]
         pairs.append((self.ms.get("prefill"), limits.prefill_ms))
@@ -166,7 +166,7 @@ class Advice:
     command: str = ""
     recovery: Recovery | None = None
     ways: tuple[Way, ...] = ()
-    limits: Limits = Limits()
+    limits: Ceiling = Ceiling()
     way_command: str = ""
 
     @property
@@ -217,7 +217,7 @@ class Advice:
 
     def find_way(self, text: str | None = None) -> Way | None:
         """The best way within the limits, on one text or on average; None if no way meets them."""
-        there = [way for way in self.ways if way.meets(self.limits)]
+        there = [way for way in self.ways if way.is_within(self.limits)]
         return min(there, key=lambda way: (way.rise if text is None else way.texts[text].rise, way.price), default=None)
 
     @property

@@ -20,11 +20,11 @@ from mptk.errors import DataError, InputError
 from mptk.features.advise.advice import (
     ADVICE,
     CALIBRATION_STEPS,
-    FLOAT,
+    COMPARED_TYPES,
+    FLOAT_TYPE,
     SPARSITIES,
-    TYPES,
     Advice,
-    Limits,
+    Ceiling,
     Point,
     Way,
 )
@@ -96,8 +96,8 @@ def advise(
             limits are given for a model that is no text decoder.
     """
     check_sparsities(sparsities, tolerance)
-    limits = check_limits(Limits(max_decode_ms, max_prefill_ms, max_size))
-    types = (TYPES if limits != Limits() else ()) if types is None else tuple(types)
+    limits = check_limits(Ceiling(max_decode_ms, max_prefill_ms, max_size))
+    types = (COMPARED_TYPES if limits != Ceiling() else ()) if types is None else tuple(types)
     # A cut must also suit the types in which it is compared: widths are then multiples of their blocks.
     schemes = {"quantize": types} if types else {}
     chosen = with_keywords(settings or ADVICE, {**name_given(data=data), **schemes, **keywords, "onnx": False})
@@ -112,7 +112,7 @@ def advise(
         raise InputError("mptk trains only transformers models; leave out calibrate", name="calibrate")
     # For the estimate of what the run needs.
     texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
-    compares = bool(types) or limits != Limits()
+    compares = bool(types) or limits != Ceiling()
     measuring = Measuring(round(FAMILIES * len(sparsities)), texts, compares * (1 + len(types)))
     with (
         make_scratch() as kept,
@@ -155,7 +155,7 @@ def add_commands(found: Advice, model: str, settings: Settings) -> Advice:
 
 def format_way_command(model: str, settings: Settings, way: Way) -> str:
     """The command that makes a way: an export if nothing is cut."""
-    schemes = () if way.type == FLOAT else (way.type,)
+    schemes = () if way.type == FLOAT_TYPE else (way.type,)
     if way.sparsity:
         return format_command(
             model, replace(settings, sparsity=round(way.sparsity, 4), quantize=schemes), dict(way.widths)
@@ -166,7 +166,7 @@ def format_way_command(model: str, settings: Settings, way: Way) -> str:
     return shlex.join([*words, "--out", f"{Path(model).stem}-{way.type}"])
 
 
-def check_limits(limits: Limits) -> Limits:
+def check_limits(limits: Ceiling) -> Ceiling:
     """The limits. Raises MptkError if one is not above 0."""
     for name, most in asdict(limits).items():
         if most is not None and not most > 0:
@@ -210,7 +210,7 @@ def check_layers(prepared: Prepared) -> None:
 
 
 def measure_cuts(
-    model: Start, run: Run, sparsities: Sequence[float], tolerance: float, types: Sequence[str], limits: Limits
+    model: Start, run: Run, sparsities: Sequence[float], tolerance: float, types: Sequence[str], limits: Ceiling
 ) -> tuple[Advice, Settings]:
     """Measure cuts of several sizes. Returns the advice, without commands, and the settings of the recommended cut.
 
@@ -220,14 +220,14 @@ def measure_cuts(
         raise InputError("an advice is measured in one process; run `mptk advise` in one")
     prepared, run = prepare(model, run)
     check_layers(prepared)
-    if types or limits != Limits():
+    if types or limits != Ceiling():
         check_types(prepared, types)
     with keep_stages_on_failure(prepared, run):
         # `prepare` needed a tolerance that any model meets. The cuts themselves must lie near their sparsities.
         prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
         sets, texts = read_domains(prepared, run)
         found = give_advice(prepared, sets, texts, sparsities, tolerance, run)
-        if types or limits != Limits():
+        if types or limits != Ceiling():
             rounded = measure_types(prepared, sets, texts, types, run)
             points = (found.dense, *found.division)
             found = replace(found, ways=list_ways(prepared, points, rounded, limits, run), limits=limits)

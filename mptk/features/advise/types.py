@@ -21,7 +21,7 @@ from torch import Tensor
 from mptk.cost.budgets import LATENCY
 from mptk.cost.operator_times import Operator, find_operator_times
 from mptk.errors import InputError
-from mptk.features.advise.advice import FLOAT, Figures, Limits, Point, Way
+from mptk.features.advise.advice import FLOAT_TYPE, Ceiling, Figures, Point, Way
 from mptk.files import make_scratch
 from mptk.ir import Log, Samples
 from mptk.plugins import load_parts
@@ -32,13 +32,13 @@ from mptk.tasks.onnx_proof import make_runner
 from passes.targets.onnx.block_weights import BLOCK, WIDE_BLOCK
 from passes.targets.onnx.names import ONNX_FILE, count_graph_bytes, name_quantized_file
 
-WEIGHT_BYTES = {FLOAT: 4.0, "int8": 1 + 4 / WIDE_BLOCK, "int4": 0.5 + 4.5 / BLOCK}
+WEIGHT_BYTES = {FLOAT_TYPE: 4.0, "int8": 1 + 4 / WIDE_BLOCK, "int4": 0.5 + 4.5 / BLOCK}
 """Type → bytes of a weight in a product, with its share of a block's scale and, in int4, of its zero point."""
 
 
 def check_types(prepared: Prepared, types: Sequence[str]) -> None:
     """Raise MptkError if there are no graphs of these types to compare."""
-    if unknown := [name for name in types if name not in WEIGHT_BYTES or name == FLOAT]:
+    if unknown := [name for name in types if name not in WEIGHT_BYTES or name == FLOAT_TYPE]:
         raise InputError(
             f"an advice compares int8 and int4, not {unknown[0]!r}; give --types int8,int4", name=unknown[0]
         )
@@ -69,7 +69,7 @@ def measure_types(
     with make_scratch() as scratch, context.stage(stage := "dense types"):
         export_form(task.onnx, dense, None, sets.calibration, scratch.folder, Log())
         whole = scratch.folder / ONNX_FILE
-        files = {FLOAT: whole, **{name: name_quantized_file(whole, name) for name in types}}
+        files = {FLOAT_TYPE: whole, **{name: name_quantized_file(whole, name) for name in types}}
         for done, (name, file) in enumerate(files.items()):
             context.progress(stage, done, len(files), name)
             run = make_runner(task.onnx, file, prepared.executor.device)
@@ -85,7 +85,7 @@ def measure_types(
 
 
 def list_ways(
-    prepared: Prepared, points: Sequence[Point], types: Mapping[str, DenseType], limits: Limits, context: Context
+    prepared: Prepared, points: Sequence[Point], types: Mapping[str, DenseType], limits: Ceiling, context: Context
 ) -> tuple[Way, ...]:
     """Every cut of ``points``, the dense model first, in every type. Only the phases that ``limits`` name are timed."""
     dense, ways = points[0], list[Way]()
@@ -93,7 +93,7 @@ def list_ways(
         times = {phase: predict_times(prepared, points, phase, name, context) for phase in limits.phases}
         for number, point in enumerate(points):
             size = found.bytes - (dense.parameters - point.parameters) * WEIGHT_BYTES[name]
-            texts = {text: add_rounding(each, found, types[FLOAT], text) for text, each in point.texts.items()}
+            texts = {text: add_rounding(each, found, types[FLOAT_TYPE], text) for text, each in point.texts.items()}
             ms = {phase: each[number] for phase, each in times.items()}
             ways.append(Way(name, point.sparsity, point.widths, size, ms, texts))
     return tuple(ways)
@@ -113,7 +113,7 @@ def predict_times(
         if name in points[0].widths and p.analysis.variable(name).uniform
     }
     measure = partial(_time_operators, p, context)
-    latency = predictors[LATENCY](p.analysis, ladders, phase, measure, "" if scheme == FLOAT else scheme)
+    latency = predictors[LATENCY](p.analysis, ladders, phase, measure, "" if scheme == FLOAT_TYPE else scheme)
     return [latency(point.widths) for point in points]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Figures, Limits, Point, Recovery, Way
+from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Ceiling, Figures, Point, Recovery, Way
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,
@@ -118,7 +118,7 @@ def describe_price(way: Way) -> str:
     return ", ".join([*(f"{ms:.2f} ms of {phase}" for phase, ms in way.ms.items()), format_megabytes(way.bytes)])
 
 
-def describe_limits(limits: Limits) -> str:
+def describe_limits(limits: Ceiling) -> str:
     """The limits in words; empty without one."""
     pairs = (("decode", limits.decode_ms), ("prefill", limits.prefill_ms))
     said = [f"{most:g} ms of {phase}" for phase, most in pairs if most is not None]

@@ -21,7 +21,7 @@ from torch import fx
 
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
-from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, ROUNDED, Operator, interpolate
+from mptk.cost.operator_times import ATTENTION, BLOCK_MATMUL, ELEMENTWISE, MATMUL, Operator, interpolate
 from mptk.errors import AnalysisError
 from mptk.ir import (
     Analysis,
@@ -182,7 +182,7 @@ def find_parts(analysis: Analysis, tokens: int, past: int, scheme: str = "") -> 
     if scheme:
         head = find_logit_product(analysis)
         found = [
-            (n, ROUNDED, _add_format(sizes, BITS[scheme], n is head)) if kind == MATMUL else (n, kind, sizes)
+            (n, BLOCK_MATMUL, _add_format(sizes, BITS[scheme], n is head)) if kind == MATMUL else (n, kind, sizes)
             for n, kind, sizes in found
         ]
     found += [(node, ELEMENTWISE, _count_elements(analysis, node, share)) for node in _find_other_calls(analysis)]

@@ -15,7 +15,7 @@ from inside import changed
 
 import mptk
 from mptk.errors import InputError
-from mptk.features.advise.advice import FLOAT, Advice, Figures, Limits, Point, Way
+from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Point, Way
 from mptk.features.advise.view import describe_ways
 from mptk.testing import Laboratory, expect_error
 
@@ -35,13 +35,13 @@ def found(laboratory: Laboratory, ids: torch.Tensor) -> Iterator[Advice]:
 
 
 def test_every_cut_is_there_in_every_type(found: Advice) -> None:
-    assert {way.type for way in found.ways} == {FLOAT, "int8", "int4"}
+    assert {way.type for way in found.ways} == {FLOAT_TYPE, "int8", "int4"}
     assert len(found.ways) == 3 * (1 + len(found.division))
     for way in found.ways:
         cut = next(point for point in (found.dense, *found.division) if point.sparsity == way.sparsity)
         assert way.widths == cut.widths
         assert set(way.ms) == {"decode"}
-        if way.type == FLOAT:
+        if way.type == FLOAT_TYPE:
             assert way.texts == {text: replace(each, agreement=None) for text, each in cut.texts.items()}
     assert found.find_way() is min(found.ways, key=lambda way: (way.rise, way.price))
 
@@ -73,7 +73,7 @@ def test_size_and_loss_of_a_rounded_cut_are_those_of_its_graph(
 def test_only_what_is_limited_is_timed(laboratory: Laboratory, ids: torch.Tensor) -> None:
     found = mptk.advise(str(laboratory.open_model()), data=ids, types=["int8"], max_size=10**9, **ASKED)
     assert all(way.ms == {} for way in found.ways)
-    assert {way.type for way in found.ways} == {FLOAT, "int8"}
+    assert {way.type for way in found.ways} == {FLOAT_TYPE, "int8"}
 
 
 # ---- what meets a limit ----
@@ -85,8 +85,8 @@ def make_way(type_: str, sparsity: float, ms: float, size: float, change: float)
 
 
 WAYS = (
-    make_way(FLOAT, 0.0, 32, 500, 0.0),
-    make_way(FLOAT, 0.2, 29, 400, 0.5),
+    make_way(FLOAT_TYPE, 0.0, 32, 500, 0.0),
+    make_way(FLOAT_TYPE, 0.2, 29, 400, 0.5),
     make_way("int8", 0.0, 10, 150, 0.01),
     make_way("int8", 0.2, 9, 130, 0.51),
     make_way("int4", 0.0, 9.5, 100, 0.07),
@@ -94,7 +94,7 @@ WAYS = (
 )
 
 
-def make_advice(limits: Limits) -> Advice:
+def make_advice(limits: Ceiling) -> Advice:
     point = Point({"ffn": 100}, 0.0, 1e6, 4e6, None, {"a": Figures(1.0, 0.0, 1.0, 0.0, 0.0)})
     return Advice("m", "", "perplexity", 0.1, point, (point,), {}, {}, ways=WAYS, limits=limits)
 
@@ -102,12 +102,12 @@ def make_advice(limits: Limits) -> Advice:
 @pytest.mark.parametrize(
     ("limits", "best", "further"),
     [
-        (Limits(decode_ms=40), (FLOAT, 0.0), ("int8", 0.0)),
-        (Limits(decode_ms=20), ("int8", 0.0), ("int4", 0.0)),
-        (Limits(decode_ms=9.2), ("int8", 0.2), ("int4", 0.2)),
-        (Limits(decode_ms=20, bytes=120), ("int4", 0.0), ("int8", 0.2)),
-        (Limits(bytes=95), ("int4", 0.2), None),
-        (Limits(decode_ms=1), None, None),
+        (Ceiling(decode_ms=40), (FLOAT_TYPE, 0.0), ("int8", 0.0)),
+        (Ceiling(decode_ms=20), ("int8", 0.0), ("int4", 0.0)),
+        (Ceiling(decode_ms=9.2), ("int8", 0.2), ("int4", 0.2)),
+        (Ceiling(decode_ms=20, bytes=120), ("int4", 0.0), ("int8", 0.2)),
+        (Ceiling(bytes=95), ("int4", 0.2), None),
+        (Ceiling(decode_ms=1), None, None),
     ],
 )
 def test_the_best_way_is_the_one_that_loses_least_within_the_limits(limits, best, further) -> None:
@@ -121,8 +121,8 @@ def test_the_best_way_is_the_one_that_loses_least_within_the_limits(limits, best
 
 
 def test_a_cut_in_float32_that_a_type_beats_is_not_on_the_front() -> None:
-    front = [(way.type, way.sparsity) for way in make_advice(Limits()).front]
-    assert front == [(FLOAT, 0.0), ("int8", 0.0), ("int4", 0.0), ("int8", 0.2), ("int4", 0.2)]
+    front = [(way.type, way.sparsity) for way in make_advice(Ceiling()).front]
+    assert front == [(FLOAT_TYPE, 0.0), ("int8", 0.0), ("int4", 0.0), ("int8", 0.2), ("int4", 0.2)]
 
 
 # ---- the command ----

@@ -29,9 +29,9 @@ from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import (
     ATTENTION,
+    BLOCK_MATMUL,
     ELEMENTWISE,
     MATMUL,
-    ROUNDED,
     Operator,
     find_operator_times,
     interpolate,
@@ -128,10 +128,10 @@ def test_the_products_of_a_quantised_graph_are_those_of_its_file(scheme, tmp_pat
     nodes = [
         {a.name: a.i for a in node.attribute}
         for node in onnx.load(file, load_external_data=False).graph.node
-        if node.op_type == ROUNDED
+        if node.op_type == BLOCK_MATMUL
     ]
     program = analyze(trace(LlamaForCausalLM(llama_config())))
-    parts = [p for p in find_parts(program, *OBJECTIVES["decode"], scheme) if p.kind == ROUNDED]
+    parts = [p for p in find_parts(program, *OBJECTIVES["decode"], scheme) if p.kind == BLOCK_MATMUL]
     found = [p.make_operator({}).sizes[1:] for p in parts for _ in range(p.count)]
     assert sorted(found) == sorted(tuple(node[name] for name in names) for node in nodes)
 
@@ -188,7 +188,7 @@ def test_every_kind_of_operator_runs(inside):
     inside.bound("mptk.cost.operator_times.COLD_BYTES", 4096)
     inside.bound("mptk.cost.operator_times.SECONDS", 0.0)
     found = [Operator(MATMUL, (rows, 12, 7)) for rows in (1, 5)]
-    found += [Operator(ROUNDED, (rows, 72, 7, bits, 32)) for rows in (1, 5) for bits in (4, 8)]
+    found += [Operator(BLOCK_MATMUL, (rows, 72, 7, bits, 32)) for rows in (1, 5) for bits in (4, 8)]
     found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
     found += [Operator(ELEMENTWISE, (11,))]
     said: list[str] = []

@@ -38,9 +38,7 @@ collect_ignore = [
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--suite", choices=SUITES, help="which tests to run; default: all of them, also those that need a network"
-    )
+    parser.addoption("--suite", choices=SUITES, help="which tests to run; default: every test, network tests included")
     parser.addoption("--shuffle", type=int, help="a seed: files in random order, and the tests in each")
     parser.addoption("--write-durations", action="store_true", help="write durations.json: which tests are not quick")
 

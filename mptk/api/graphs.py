@@ -18,7 +18,7 @@ from mptk.api.words import wrap_public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import trace_loaded
-from mptk.config import Settings
+from mptk.config import COMPARED_TYPES, Settings
 from mptk.errors import InputError, ModelError, TargetError
 from mptk.files.outputs import check_apart, check_file
 from mptk.io import (
@@ -62,9 +62,6 @@ from passes.targets.onnx.names import (
     read_scheme,
 )
 from passes.verify import Difference, prove
-
-EXPORTED_TYPES = ("int8", "int4")
-"""The schemes of a model that ``bench`` exports."""
 
 __all__ = ["bench", "export", "export_folder", "find_onnx_folder"]
 
@@ -285,7 +282,7 @@ def _check_quantized(folder: Path, form: OnnxForm, say: Progress, strict: bool) 
 def bench(
     models: Sequence[str | Path],
     *,
-    quantize: Sequence[str] = EXPORTED_TYPES,
+    quantize: Sequence[str] = COMPARED_TYPES,
     device: str = Settings.device,
     progress: Progress | None = None,
     **settings: Any,

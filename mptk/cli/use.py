@@ -24,7 +24,7 @@ from mptk.cli.options import (
     parse_names,
     refuse,
 )
-from mptk.config import SEED, Choices, Settings
+from mptk.config import COMPARED_TYPES, SEED, Choices, Settings
 from mptk.errors import InputError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
@@ -276,7 +276,7 @@ def bench_models(
     rounds: Annotated[int, make_number_option("Rounds of each case, in which the models take turns.", 2, 10_000)] = 7,
     quantize: Annotated[
         str, typer.Option(help="Also time a MODEL that is no folder with ONNX in these types; '' for none.")
-    ] = "int8,int4",
+    ] = ",".join(COMPARED_TYPES),
     json_file: JsonOption = None,
     markdown: Annotated[Path | None, make_file_option("Also write the table to this file.", "table")] = None,
     plot: Annotated[

@@ -21,6 +21,8 @@ METHODS = Choices(
 TARGET_CHOICES = Choices(FORMS, plugins=("mptk.targets",), parts="targets")
 ENGINE_CHOICES = Choices(ENGINES)
 SCHEMES = Choices(("int8", "int4", "fp16"))
+COMPARED_TYPES = ("int8", "int4")
+"""Schemes with which a cut competes, in `bench` and in an advice."""
 DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))
 COMPUTE_DTYPES = Choices(("auto", "float32", "bfloat16"))
 ONNX_DTYPES = Choices(("auto", "float32", "float16"))  # ONNX Runtime has no bfloat16 kernels for the CPU

@@ -162,7 +162,7 @@ def _time_matmul(threads: int, rows: int, k: int, n: int) -> float:
     return _time_graph(threads, nodes, [_declare_value("x", 1, rows, k)], outputs, weights) / count
 
 
-def _time_rounded(threads: int, rows: int, k: int, n: int, bits: int, block: int) -> float:
+def _time_block_matmul(threads: int, rows: int, k: int, n: int, bits: int, block: int) -> float:
     """As the quantised graphs have it: 8 bits are symmetric, 4 bits have a zero point for each block."""
     blocks, packed = -(-k // block), 8 // bits
     width = block // packed
@@ -215,7 +215,7 @@ def _time_elementwise(threads: int, elements: int) -> float:
 
 GRAPHS: dict[str, Callable[..., float]] = {
     MATMUL: _time_matmul,
-    BLOCK_MATMUL: _time_rounded,
+    BLOCK_MATMUL: _time_block_matmul,
     ATTENTION: _time_attention,
     ELEMENTWISE: _time_elementwise,
 }

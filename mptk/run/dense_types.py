@@ -8,15 +8,15 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mptk.config import Settings
 from mptk.cost.estimate import ONNX_S, Pass
-from mptk.errors import MptkError
 from mptk.files import format_json
 from mptk.io import cache_dir, data, keep, read_kept
-from mptk.ir import Log
+from mptk.ir import Log, Samples
 from mptk.plain import hash_text
 from mptk.protocols import Dense, Prepared, Report, Row, SampleSets
 from mptk.tasks.onnx_export import export_form
@@ -34,18 +34,21 @@ def estimate_dense_types(settings: Settings) -> dict[str, Pass]:
     return {"dense types": Pass(tokens, s.eval_length, exact=True, fixed=ONNX_S)}
 
 
-def write_dense_types(report: Report, prepared: Prepared, sets: SampleSets, folder: Path) -> dict[str, list[Path]]:
-    """Write the dense model as ONNX into ``folder``, in the schemes of the report. Scheme → its graphs.
+def write_dense_types(
+    prepared: Prepared, schemes: Sequence[str], calibration: Samples, folder: Path, *, strict: bool
+) -> dict[str, list[Path]]:
+    """Write the dense model as ONNX into ``folder``, in float32 and in each scheme. Scheme → its graphs.
 
-    Empty if it cannot be written: the cut is published and proven, and its report goes without.
+    ``strict``: whether all schemes must be there.
+
+    Raises:
+        MptkError: the model cannot be written, or ``strict``, and a scheme cannot.
     """
-    dense = Dense(prepared.compared, prepared.settings, prepared.reference, prepared.executor)
-    try:
-        assert prepared.task.onnx is not None
-        export_form(prepared.task.onnx, dense, None, sets.calibration, folder, Log())
-    except MptkError:
-        return {}
-    return {scheme: files for scheme, files in list_quantized_files(folder).items() if scheme in report.quantized}
+    assert prepared.task.onnx is not None
+    settings = replace(prepared.settings, quantize=tuple(schemes), onnx=True, strict=strict)
+    dense = Dense(prepared.compared, settings, prepared.reference, prepared.executor)
+    export_form(prepared.task.onnx, dense, None, calibration, folder, Log())
+    return list_quantized_files(folder)
 
 
 def read_figures(report: Report, sets: SampleSets) -> dict[str, Row]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mptk.config import Settings
+from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.io import data, resolve_model_name, write_weights
 from mptk.ir import Samples, Weights
@@ -113,8 +114,13 @@ def measure(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, 
     with make_scratch() as scratch:
         graphs = {scheme: folder / row["file"] for scheme, row in schemes.items()}
         if schemes and not dense:
-            with context.stage(DENSE_TYPES):
-                written = write_dense_types(report, prepared, sets, scratch.folder)
+            # The cut is published and proven: if the dense model cannot be written, its report says so.
+            try:
+                with context.stage(DENSE_TYPES):
+                    written = write_dense_types(prepared, [*schemes], sets.calibration, scratch.folder, strict=False)
+            except MptkError as error:
+                written, why = {}, f"the dense model was not measured in {', '.join(schemes)}: {error}"
+                report = replace(report, notes=[*report.notes, why])
             dense = {scheme: {"bytes": count_graph_bytes(files)} for scheme, files in written.items()}
             graphs |= {f"dense {scheme}": scratch.folder / graphs[scheme].name for scheme in written}
         rounded = {name: make_runner(form, file, device) for name, file in graphs.items()} if form is not None else {}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import done
+from inside import Inside
 from toy_checkpoints import gpt2, llama  # noqa: F401 (fixtures)
 from transformers import AutoTokenizer
 
@@ -88,6 +89,20 @@ def test_the_dense_model_is_measured_once_in_each_type(laboratory: Laboratory, t
     assert [DENSE_TYPES in {row["name"] for row in each.stages} for each in (first, second)] == [True, False]
     lines = render_markdown(build_prune_view(second))
     assert lines.index("dense, int8 in ONNX Runtime") < lines.index("pruned, int8 in ONNX Runtime")
+
+
+def test_a_dense_model_that_cannot_be_written_is_said_in_the_report(
+    laboratory: Laboratory, tmp_path: Path, inside: Inside
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TargetError("no such operator")
+
+    inside.around("mptk.run.dense_types.export_form", refuse)
+    asked = {"method": "magnitude", "onnx": True, "quantize": ("int8",), "eval_windows": 3}
+    report = Report.read(laboratory.prune("decoder", tmp_path / "out", **asked))
+    assert "the dense model was not measured in int8: no such operator" in report.notes
+    assert "quality" in report.quantized["int8"]
+    assert "dense" not in report.quantized["int8"]
 
 
 def test_last_logits_alone_are_proven_too(laboratory: Laboratory, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 ADVICE_FORMAT = "mptk-advice/1"
 FLOAT_TYPE = "float32"
 """The type of a graph that is not quantised."""
-COMPARED_TYPES = ("int8", "int4")
-"""Types that are compared with float32 if there is a limit."""
 STANDARD_ERRORS = 2.0
 """Standard errors by which a change must stay below the tolerance: two are about 95 % of a normal distribution."""
 CALIBRATION_STEPS = 16

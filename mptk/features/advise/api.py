@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +14,12 @@ from mptk.api.pruned import Shown, report_progress
 from mptk.api.words import wrap_public
 from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
-from mptk.config import IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, format_command, with_keywords
+from mptk.config import COMPARED_TYPES, IN_MEMORY, MOST_SPARSITY, UNIFORM, Settings, format_command, with_keywords
 from mptk.distributed.processes import connect_processes
 from mptk.errors import DataError, InputError
 from mptk.features.advise.advice import (
     ADVICE,
     CALIBRATION_STEPS,
-    COMPARED_TYPES,
     FLOAT_TYPE,
     SPARSITIES,
     Advice,
@@ -96,7 +95,7 @@ def advise(
             limits are given for a model that is no text decoder.
     """
     check_sparsities(sparsities, tolerance)
-    limits = check_limits(Ceiling(max_decode_ms, max_prefill_ms, max_size))
+    limits = check_limits(max_decode_ms, max_prefill_ms, max_size)
     types = (COMPARED_TYPES if limits != Ceiling() else ()) if types is None else tuple(types)
     # A cut must also suit the types in which it is compared: widths are then multiples of their blocks.
     schemes = {"quantize": types} if types else {}
@@ -166,12 +165,12 @@ def format_way_command(model: str, settings: Settings, way: Way) -> str:
     return shlex.join([*words, "--out", f"{Path(model).stem}-{way.type}"])
 
 
-def check_limits(limits: Ceiling) -> Ceiling:
+def check_limits(decode_ms: float | None, prefill_ms: float | None, size: float | None) -> Ceiling:
     """The limits. Raises MptkError if one is not above 0."""
-    for name, most in asdict(limits).items():
+    for name, most in (("max_decode_ms", decode_ms), ("max_prefill_ms", prefill_ms), ("max_size", size)):
         if most is not None and not most > 0:
             raise InputError(f"a limit of {most:g} is not above 0; give more, or leave it out", name=name)
-    return limits
+    return Ceiling(decode_ms, prefill_ms, size)
 
 
 def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:

@@ -1,33 +1,31 @@
 """types: the cuts of an advice in the types of graphs: what each costs, and which meets a limit.
 
-Quality: a type is measured on the dense model, by its graph in ONNX Runtime, on the windows of the advice. Rounding and
-cutting do not disturb each other, so the rises of the loss add up. Weights that are rounded in torch would not say what
-the graph does: without the equalisation of channels before it, int8 costs five times as much.
+A type is measured on the dense model: its graph runs in ONNX Runtime on the windows of the advice. Its rise of the loss
+is added to a cut's. Weights that are rounded in torch would give another rise, since a graph's channels are equalised
+before they are rounded.
 
-Time: predicted from the operators' times, as for ``--budget latency``. Size: that of the dense graph, less what a cut
-takes from its products.
+Times are predicted as for ``--budget latency``. A size is the dense graph's, minus the weights that the cut removes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mptk.cost.budgets import LATENCY
-from mptk.cost.operator_times import Operator, find_operator_times
+from mptk.cost.operator_times import find_operator_times
 from mptk.errors import InputError
 from mptk.features.advise.advice import FLOAT_TYPE, Ceiling, Figures, Point, Way
 from mptk.files import make_scratch
-from mptk.ir import Log, Samples
+from mptk.ir import Samples
 from mptk.plugins import load_parts
-from mptk.protocols import Context, Dense, Prepared, SampleSets
+from mptk.protocols import Context, Prepared, SampleSets
+from mptk.run.dense_types import write_dense_types
 from mptk.tasks import CAUSAL_LM
-from mptk.tasks.onnx_export import export_form
 from mptk.tasks.onnx_proof import make_runner
 from passes.targets.onnx.block_weights import BLOCK, WIDE_BLOCK
 from passes.targets.onnx.names import ONNX_FILE, count_graph_bytes, name_quantized_file
@@ -62,12 +60,10 @@ def measure_types(
     prepared: Prepared, sets: SampleSets, texts: Mapping[str, Samples], types: Sequence[str], context: Context
 ) -> dict[str, DenseType]:
     """Write the dense model's graphs, float32 and ``types``, to a temporary folder and run them on every window."""
-    settings, task = replace(prepared.settings, quantize=tuple(types), onnx=True, strict=True), prepared.task
-    dense = Dense(prepared.compared, settings, prepared.reference, prepared.executor)
+    task, found = prepared.task, dict[str, DenseType]()
     assert task.onnx is not None
-    found = {}
     with make_scratch() as scratch, context.stage(stage := "dense types"):
-        export_form(task.onnx, dense, None, sets.calibration, scratch.folder, Log())
+        write_dense_types(prepared, types, sets.calibration, scratch.folder, strict=True)
         whole = scratch.folder / ONNX_FILE
         files = {FLOAT_TYPE: whole, **{name: name_quantized_file(whole, name) for name in types}}
         for done, (name, file) in enumerate(files.items()):
@@ -112,13 +108,14 @@ def predict_times(
         for name, ladder in p.legal.ladders.items()
         if name in points[0].widths and p.analysis.variable(name).uniform
     }
-    measure = partial(_time_operators, p, context)
-    latency = predictors[LATENCY](p.analysis, ladders, phase, measure, "" if scheme == FLOAT_TYPE else scheme)
+    latency = predictors[LATENCY](
+        p.analysis,
+        ladders,
+        phase,
+        lambda operators: find_operator_times(operators, p.settings.threads, context.progress),
+        "" if scheme == FLOAT_TYPE else scheme,
+    )
     return [latency(point.widths) for point in points]
-
-
-def _time_operators(prepared: Prepared, context: Context, operators: Sequence[Operator]) -> Mapping[Operator, float]:
-    return find_operator_times(operators, prepared.settings.threads, context.progress)
 
 
 def add_rounding(cut: Figures, rounded: DenseType, whole: DenseType, text: str) -> Figures:

@@ -28,29 +28,29 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def found(laboratory: Laboratory, ids: torch.Tensor) -> Iterator[Advice]:
+def advice(laboratory: Laboratory, ids: torch.Tensor) -> Iterator[Advice]:
     with changed() as inside:
         inside.make_up_times()
         yield mptk.advise(str(laboratory.open_model()), data=ids, max_decode_ms=1e6, **ASKED)
 
 
-def test_every_cut_is_there_in_every_type(found: Advice) -> None:
-    assert {way.type for way in found.ways} == {FLOAT_TYPE, "int8", "int4"}
-    assert len(found.ways) == 3 * (1 + len(found.division))
-    for way in found.ways:
-        cut = next(point for point in (found.dense, *found.division) if point.sparsity == way.sparsity)
+def test_every_cut_is_there_in_every_type(advice: Advice) -> None:
+    assert {way.type for way in advice.ways} == {FLOAT_TYPE, "int8", "int4"}
+    assert len(advice.ways) == 3 * (1 + len(advice.division))
+    for way in advice.ways:
+        cut = next(point for point in (advice.dense, *advice.division) if point.sparsity == way.sparsity)
         assert way.widths == cut.widths
         assert set(way.ms) == {"decode"}
         if way.type == FLOAT_TYPE:
             assert way.texts == {text: replace(each, agreement=None) for text, each in cut.texts.items()}
-    assert found.find_way() is min(found.ways, key=lambda way: (way.rise, way.price))
+    assert advice.find_way() is min(advice.ways, key=lambda way: (way.rise, way.price))
 
 
 def test_size_and_loss_of_a_rounded_cut_are_those_of_its_graph(
-    found: Advice, laboratory: Laboratory, ids: torch.Tensor, tmp_path: Path
+    advice: Advice, laboratory: Laboratory, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     """A cut as `prune` makes it, whose int8 graph is measured on the windows of the advice."""
-    way = next(way for way in found.ways if way.type == "int8" and way.sparsity == found.division[0].sparsity)
+    way = next(way for way in advice.ways if way.type == "int8" and way.sparsity == advice.division[0].sparsity)
     fitted = {"method": "wanda", "reconstruct": True, "widths": dict(way.widths), "quantize": ("int8",)}
     pruned = mptk.prune(
         str(laboratory.open_model()),
@@ -153,5 +153,5 @@ def test_types_are_of_text_decoders(laboratory: Laboratory) -> None:
         mptk.advise(str(laboratory.open_model("encoder")), data=str(laboratory.open_data()), max_size=1e6, **ASKED)
     with expect_error(InputError, name="fp16"):
         mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), types=["fp16"], **ASKED)
-    with expect_error(InputError, name="decode_ms"):
+    with expect_error(InputError, name="max_decode_ms"):
         mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), max_decode_ms=0.0, **ASKED)

@@ -3,9 +3,10 @@
     python -m tests.mutants [--sample 200] [--jobs 2] [--seeds 0,1] [--json FILE] [--only PATH]
 
 cosmic-ray makes the mutants; a sample of those of ``SUBJECTS`` is drawn by the seed, of the errors that a person could
-make: a ``+`` for a ``-``, a ``<`` for a ``<=``, a number that is one off (``EXCHANGED``). Each is tested in a copy of the
-tree, by the test files beside its module: by what ``make test`` runs of them, and, if it lives on, by what
-``make test-all`` runs beside it. ``ALLOWED`` has survivors that no test can tell apart.
+make: a ``+`` for a ``-``, a ``<`` for a ``<=``, a number that is one off (``EXCHANGED``). Each is put to the tests that run
+its line (``tests/reach.py``) in a copy of the tree: to those that ``make test`` runs, and, if it lives on, to the quickest
+of what ``make test-all`` runs beside it. So what is said to be noticed is noticed, and some of what is said to survive
+would be noticed by a slower test. ``ALLOWED`` has survivors that no test can tell apart.
 A run goes on where it was stopped: mutants that FILE has already are not tested again.
 """
 
@@ -34,60 +35,34 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import result_header, write_result
+from tests.durations import read_durations
 from tests.mutants_allowed import ALLOWED
+from tests.reach import divide_tests, list_reaching_tests, record_reach
 
 ROOT = Path(__file__).parents[1]
 TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml")
-LIMIT_S, HANGS_S = 400, 1600
-"""Seconds of processor time that the tests of a mutant may take, and seconds after which they hang."""
+LIMIT_S, TIMES, HANGS_S = 60, 10, 3600
+"""A test hangs that takes LIMIT_S more than TIMES its own processor time, or a batch of tests that takes HANGS_S by the clock."""
 
-RANDOM = tuple(
-    f"analysis/test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(24)
+SUBJECTS = (
+    "mptk/ir/axes.py",
+    "mptk/ir/resolved_plan.py",
+    "passes/transforms/rewrite.py",
+    "passes/transforms/masked_reference.py",
+    "passes/transforms/fold_norms.py",
+    "passes/analysis/zero_propagation.py",
+    "passes/analysis/dependence.py",
+    "passes/check_cut.py",
+    "passes/verify.py",
+    "mptk/methods/maskprune/solver.py",
+    "mptk/proof/proof.py",
+    "mptk/proof/verification.py",
+    "mptk/publish/manifest.py",
+    "mptk/targets/stock_config.py",
+    "mptk/io/checkpoint.py",
+    "passes/targets/stock/emit.py",
 )
-HIDDEN = "api/test_python_prune.py::test_a_new_head_of_zeros_hides_no_wrong_cut"
-CACHED = "transforms/test_rewrite.py::test_a_decoder_step_is_cut_with_its_cache"
-BORDERS = "features/image_text/test_image_text_onnx.py::test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach"
-CUTS = (
-    "analysis/test_soundness.py",
-    "analysis/test_custom_op.py",
-    "transforms/test_check_cut.py",
-    *RANDOM,
-    "transforms/test_rewrite.py",
-    "analysis/test_rules.py",
-)
-SUBJECTS: dict[str, tuple[str, ...]] = {
-    "mptk/ir/axes.py": ("ir/test_axes.py", "analysis/test_soundness.py", *RANDOM),
-    "mptk/ir/resolved_plan.py": ("ir/test_plan.py", *CUTS, "transforms/test_depth.py"),
-    "passes/transforms/rewrite.py": CUTS,
-    "passes/transforms/masked_reference.py": CUTS,
-    "passes/transforms/fold_norms.py": (
-        "transforms/test_fold_norms.py",
-        "transforms/test_check_cut.py",
-        "targets/test_legalize.py",
-    ),
-    "passes/analysis/zero_propagation.py": (
-        "analysis/test_soundness.py",
-        "analysis/test_exactness.py",
-        *RANDOM,
-        "analysis/test_rules.py",
-    ),
-    "passes/analysis/dependence.py": ("analysis/test_soundness.py", *RANDOM, "analysis/test_rules.py"),
-    "passes/check_cut.py": ("transforms/test_check_cut.py", CACHED),
-    "passes/verify.py": ("proof/test_verify.py", "proof/test_faults.py"),
-    "mptk/methods/maskprune/solver.py": ("methods/test_solver.py", "methods/test_maskprune.py"),
-    "mptk/proof/proof.py": ("proof/test_borders.py", HIDDEN, "proof/test_faults.py", BORDERS),
-    "mptk/proof/verification.py": ("proof/test_verify.py", "proof/test_trust.py", "proof/test_faults.py"),
-    "mptk/publish/manifest.py": ("publish/test_files.py", "targets/test_emit_hf.py", "proof/test_trust.py"),
-    "mptk/targets/stock_config.py": (
-        "targets/test_configs.py",
-        "proof/test_faults.py",
-        "targets/test_rehome.py",
-        "proof/test_trust.py",
-    ),
-    "mptk/io/checkpoint.py": ("io/test_checkpoint.py",),
-    "passes/targets/stock/emit.py": ("targets/test_emit_hf.py",),
-}
-"""File → what is to notice its mutants, in this order, under ``tests/``."""
+"""Files whose mutants are tested: where an error could give a wrong model without a word."""
 
 EXCHANGED = re.compile(
     r"Add_Sub|Sub_Add|Sub_Mul|Mul_Div|Mul_Add|Div_Mul|Div_FloorDiv|FloorDiv_Div|FloorDiv_Mod|Mod_FloorDiv|Pow_Mul"
@@ -174,16 +149,15 @@ def difference(mutant: Mutant) -> str:
 # ---- testing them ----
 
 
-def test_one(copy: Path, mutant: Mutant, worker: Popen[str]) -> tuple[str, str]:
+def test_one(copy: Path, mutant: Mutant, reaching: set[str], worker: Popen[str]) -> tuple[str, str]:
     """``killed``, ``survived`` or ``ran too long``, and the suite that noticed it: quick, rest, or none."""
     file, original = copy / mutant.path, (ROOT / mutant.path).read_text()
     file.write_text(mutated(mutant))
     try:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        files = [f"tests/{name}" for name in SUBJECTS[mutant.path]]
-        for suite in ("quick", "rest"):
-            worker.stdin.write(json.dumps([f"--suite={suite}", *files]) + "\n")
+        for suite, tests in divide_tests(reaching):
+            worker.stdin.write(json.dumps({"suite": suite, "tests": tests}) + "\n")
             worker.stdin.flush()
             if (verdict := worker.stdout.readline().strip()) != "survived":
                 return verdict, suite
@@ -202,7 +176,7 @@ def serve(copy: str) -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _run_tests(copy, json.loads(line))
+            _run_tests(copy, **json.loads(line))
         print(_verdict(child), flush=True)
 
 
@@ -226,8 +200,25 @@ def _preload() -> None:
     torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), strict=False)
 
 
-def _run_tests(copy: str, words: Sequence[str]) -> None:
+class Chosen:
+    """A plugin of pytest: only these tests, the quickest first, and none may hang."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self.tests, self.slow = {*tests}, read_durations()
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if item.nodeid in self.tests]
+        items.sort(key=lambda item: self.slow.get(item.nodeid, 0.0))  # the conftest sorted them for many workers
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        # Processor time: a busy machine is no reason to stop.
+        signal.setitimer(signal.ITIMER_PROF, LIMIT_S + TIMES * self.slow.get(nodeid, 0.0))
+
+
+def _run_tests(copy: str, suite: str, tests: Sequence[str]) -> None:
     """In the forked process: run the tests of the copy, up to the first that fails."""
+    if not tests:
+        os._exit(0)
     import pytest
 
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -236,9 +227,11 @@ def _run_tests(copy: str, words: Sequence[str]) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] in ("mptk", "passes", "tests", "benchmarks")]:
         del sys.modules[name]
     sys.path[:] = [copy, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(copy)))]
-    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # a busy machine is no reason to stop
     signal.alarm(HANGS_S)
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words])))
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # for the imports
+    files = sorted({name.partition("::")[0] for name in tests})
+    words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", f"--suite={suite}", *files]
+    os._exit(int(pytest.main(words, plugins=[Chosen(tests)])))
 
 
 def _verdict(child: int) -> str:
@@ -251,6 +244,9 @@ def _verdict(child: int) -> str:
 
 def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, str]]:
     """Test the mutants, ``jobs`` at a time, each worker in a copy of the tree of its own."""
+    if not mutants:
+        return
+    reach = record_reach(SUBJECTS, jobs)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
         free: Queue[tuple[Path, Popen[str]]] = Queue()
         for i in range(jobs):
@@ -267,7 +263,7 @@ def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, str
         def one(mutant: Mutant) -> tuple[Mutant, str, str]:
             copy, worker = free.get()
             try:
-                return mutant, *test_one(copy, mutant, worker)
+                return mutant, *test_one(copy, mutant, list_reaching_tests(reach, mutant.path, mutant.line), worker)
             finally:
                 free.put((copy, worker))
 

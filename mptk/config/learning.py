@@ -116,7 +116,8 @@ class Learning(Record):
     With rank 0 or None, MaskPrune learns masks with ``LORA_RANK``.
 
     Raises:
-        MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
+        MptkError: an unknown teacher, precision or tracker; a cached teacher with a hidden-state loss; or adapters that
+            are to be trained for rounded weights.
     """
 
     steps: int | None = declare_setting(
@@ -155,6 +156,7 @@ class Learning(Record):
         None, "Folder for a cached teacher's outputs; runs may share it.", form="path", recipe="refused"
     )
     precision: str = of_training("no", "no: float32; fp16: in recovery only.", choices=Choices(("no", "bf16", "fp16")))
+    quantize_aware: bool = of_training(False, "Train for the rounded weights of --quantize int8 or int4.", TRAINING)
     gradient_checkpointing: bool = of_training(False, "Recompute activations: less memory, more time.")
     tracker: str = of_training(
         "none", "Where to log training.", TRAINING, choices=Choices(("none", "tensorboard", "wandb"))
@@ -165,6 +167,11 @@ class Learning(Record):
         super().__post_init__()
         if self.teacher_cache is not None and self.teacher != "cached":
             raise InputError("--teacher-cache is only for a cached teacher; add --teacher cached", name="teacher_cache")
+        if self.quantize_aware and self.rank:
+            raise InputError(
+                "--rank trains adapters, and --quantize-aware the weights that are rounded; leave out one of both",
+                name="quantize_aware",
+            )
         if self.teacher == "cached" and self.training.losses.hidden_loss:
             raise InputError(
                 "a cached teacher keeps only logits; use --teacher live for a hidden-state loss", name="teacher"

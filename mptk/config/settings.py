@@ -379,6 +379,11 @@ class CoreSettings(CutSettings):
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
             raise InputError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize", name="onnx_dtype")
+        if self.learning.quantize_aware and len({*self.quantize} - {"fp16"}) != 1:
+            raise InputError(
+                "--quantize-aware trains for the weights of one graph; give --quantize int8 or int4, or leave it out",
+                name="quantize_aware",
+            )
         if self.distil_epochs and self.reconstruct is False:
             raise InputError(
                 "--distil-epochs needs reconstruction; leave out --no-reconstruct or --distil-epochs",

@@ -40,6 +40,8 @@ def check_settings(
     find_conversions(settings, plan, texts)
     if settings.trains and not target.classed:
         check_graph_training(settings)
+    if settings.learning.quantize_aware and has_shards():
+        raise InputError("--quantize-aware needs whole weights in each process; leave it out", name="quantize_aware")
     for stage in list_stages():
         stage.check(settings)
 
@@ -53,6 +55,10 @@ def check_graph_training(settings: Settings) -> None:
         raise InputError(
             "--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock",
             name="gradient_checkpointing",
+        )
+    if learning.quantize_aware:
+        raise InputError(
+            "--quantize-aware needs the layers of a class; leave it out, or use --target stock", name="quantize_aware"
         )
     if has_shards():
         raise InputError("FSDP needs the blocks of a class; leave it out, or use --target stock", name="target")

@@ -59,6 +59,7 @@ def check_shared(settings: Settings) -> None:
     given = {
         "--rank": bool(settings.learning.rank),
         "--gradient-checkpointing": settings.learning.gradient_checkpointing,
+        "--quantize-aware": settings.learning.quantize_aware,
         "--distil-epochs": bool(settings.distil_epochs),
     }
     if wrong := next((name for name, is_given in given.items() if is_given), None):

@@ -41,6 +41,7 @@ from mptk.methods.criteria import Scores, score_units, select_units
 from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.layers import describe_ends
 from mptk.methods.maskprune.losses import cross_entropy
+from mptk.methods.maskprune.rounding import SCHEME_BITS, WeightRounding
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_model_weights
 from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, count_product_tokens, move_to_host, run_module
@@ -342,7 +343,18 @@ class Learner:
         else:
             student = small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
-        return self.make_recovery_loop(student, steps, first_row=used, watch=watch)
+        rounding = self._make_rounding(student) if settings.quantize_aware else None
+        return self.make_recovery_loop(student, steps, first_row=used, watch=watch, rounding=rounding)
+
+    def _make_rounding(self, student: nn.Module) -> WeightRounding:
+        """How the run's one quantised graph rounds the weights that are trained."""
+        if self.rank:
+            raise InputError(
+                "this cut is recovered by adapters, and not by the weights that are rounded; leave out --quantize-aware",
+                name="quantize_aware",
+            )
+        scheme = next(name for name in self.prepared.settings.quantize if name in SCHEME_BITS)
+        return WeightRounding(student, scheme)
 
     def make_recovery_loop(self, student: nn.Module, steps: int, **more: Any) -> Loop:
         """The loop that trains the parameters of ``student`` that require a gradient. ``more``: its other fields."""

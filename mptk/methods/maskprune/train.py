@@ -25,6 +25,7 @@ from mptk.distributed.processes import find_widest_float, gather_tensor, gather_
 from mptk.errors import InputError
 from mptk.ir import ProgramModule, Samples, join_outputs
 from mptk.methods.maskprune.losses import compute_distillation_losses, compute_hidden_error
+from mptk.methods.maskprune.rounding import WeightRounding
 from mptk.methods.maskprune.teacher import Output, TeacherOutputs
 from mptk.protocols import RunFolder, Task
 from passes.frontend.trace import unwrap_module
@@ -115,6 +116,7 @@ class Loop:
         extra: state that checkpoints also hold.
         sizes: modules that compute with the weights of ``student``, which are trained together: the first imitates the
             teacher, the others the first. By default the student itself.
+        rounding: weights with whose rounded values the passes compute, in training and on held-out samples.
     """
 
     accelerator: Accelerator
@@ -131,6 +133,7 @@ class Loop:
     extra: ExtraState | None = None
     watch: Watch | None = None
     sizes: Sequence[nn.Module] = ()
+    rounding: WeightRounding | None = None
     progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None
 
     def __post_init__(self) -> None:
@@ -185,14 +188,15 @@ class Loop:
         own = self.pick_rows(step).chunk(acc.num_processes)[acc.process_index]
         parts = list(own.split(settings.micro))
         sums: dict[str, Tensor] = {}
-        for i, rows in enumerate(parts):
-            share = len(rows) / len(own)
-            with self._synchronize_if_last(i == len(parts) - 1):
-                for losses in self._compute_losses(self.samples[rows]):
-                    with record_function("backward"):
-                        acc.backward(losses["loss"] * share)
-                    for name, value in losses.items():
-                        sums[name] = sums.get(name, 0) + value.detach() * share
+        with self._round_weights():
+            for i, rows in enumerate(parts):
+                share = len(rows) / len(own)
+                with self._synchronize_if_last(i == len(parts) - 1):
+                    for losses in self._compute_losses(self.samples[rows]):
+                        with record_function("backward"):
+                            acc.backward(losses["loss"] * share)
+                        for name, value in losses.items():
+                            sums[name] = sums.get(name, 0) + value.detach() * share
 
         # Nothing is updated before losses and gradients are known to be finite: the last checkpoint stays good.
         metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
@@ -215,6 +219,9 @@ class Loop:
             return contextlib.nullcontext()
         without: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self.student)
         return without
+
+    def _round_weights(self) -> contextlib.AbstractContextManager[None]:
+        return self.rounding.round_weights() if self.rounding is not None else contextlib.nullcontext()
 
     def _compute_losses(self, samples: Samples) -> Iterator[dict[str, Tensor]]:
         """The losses of each size, which are to be propagated back before the next size runs."""
@@ -247,10 +254,11 @@ class Loop:
         each, fewest = -(-count // acc.num_processes), getattr(unwrap_module(self.student), "fewest", 1)
         total = torch.zeros((), dtype=find_widest_float(acc.device), device=acc.device)
         # Every process runs as many samples, since a sharded model needs all of them; those too many do not count.
-        for row in range(acc.process_index * each, (acc.process_index + 1) * each):
-            one = samples[row % count : row % count + 1].repeat(fewest)
-            losses = self._compute_losses(one)
-            total = total + sum(found["loss"] for found in losses) * (row < count)
+        with self._round_weights():
+            for row in range(acc.process_index * each, (acc.process_index + 1) * each):
+                one = samples[row % count : row % count + 1].repeat(fewest)
+                losses = self._compute_losses(one)
+                total = total + sum(found["loss"] for found in losses) * (row < count)
         return float(acc.reduce(total, "sum")) / count
 
     def _require_finite(self, metrics: Metrics, step: int) -> None:

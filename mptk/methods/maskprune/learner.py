@@ -350,7 +350,7 @@ class Learner:
         """How the run's one quantised graph rounds the weights that are trained."""
         if self.rank:
             raise InputError(
-                "this cut is recovered by adapters, and not by the weights that are rounded; leave out --quantize-aware",
+                "this cut is recovered by adapters, not by the weights that are rounded; leave out --quantize-aware",
                 name="quantize_aware",
             )
         scheme = next(name for name in self.prepared.settings.quantize if name in SCHEME_BITS)

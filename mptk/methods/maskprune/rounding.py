@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import InputError
@@ -49,8 +50,8 @@ class WeightRounding:
 
     def __init__(self, model: nn.Module, scheme: str) -> None:
         bits = SCHEME_BITS[scheme]
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self.formats: dict[nn.Parameter, _Format] = {}
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        self.formats: dict[Tensor, _Format] = {}
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 self.formats[module.weight] = _Format(8, BLOCK)
@@ -94,7 +95,8 @@ def round_rows(weight: Tensor, bits: int, block: int) -> Tensor:
         scale = (most.clamp(min=0) - least.clamp(max=0)) / (codes - 1)
         zero = (-least.clamp(max=0) / _avoid_zero(scale)).round()
     rounded = (padded / _avoid_zero(scale)).round().add(zero).clamp(0, codes - 1)
-    return ((rounded - zero) * scale).view(outputs, -1)[:, :inputs].to(weight.dtype)
+    values: Tensor = (rounded - zero) * scale
+    return values.view(outputs, -1)[:, :inputs].to(weight.dtype)
 
 
 def _avoid_zero(scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .errors import ChangedError as ChangedError
 from .errors import DataError as DataError
 from .errors import FileError as FileError
 from .errors import InputError as InputError
+from .errors import KeywordError as KeywordError
 from .errors import MachineError as MachineError
 from .errors import ModelError as ModelError
 from .errors import MptkError as MptkError

@@ -153,7 +153,9 @@ def _is_a(value: object, kind: Any) -> bool:
 def _describe_fault(value: object, hint: object, name: str) -> str:
     kind = type(value).__name__
     shown = repr(value) if isinstance(value, bool | int | float | str | None) else f"a {kind}"
-    return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_name_type(hint)}"
+    # ``prune(model, 0.3)``: the second argument is the folder.
+    meant = f", and sparsity={value} by its name" if name == "out" and isinstance(value, float) else ""
+    return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_name_type(hint)}{meant}"
 
 
 def _name_type(hint: object) -> str:

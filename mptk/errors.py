@@ -45,6 +45,10 @@ class InputError(MptkError):
     """A setting, option or argument is wrong, or contradicts another: the caller gives another value."""
 
 
+class KeywordError(InputError, TypeError):
+    """A function has no such keyword: the caller gives one of ``nearest``. It is a TypeError, as of any function."""
+
+
 class DataError(MptkError):
     """Samples, texts or inputs do not fit the model: the caller gives others."""
 

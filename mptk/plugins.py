@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, distributions
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-from mptk.errors import InputError, PackageError, list_close_names
+from mptk.errors import InputError, PackageError, list_close_names, suggest_name
 
 Plugin = TypeVar("Plugin")
 FEATURES = "mptk.features"
@@ -244,9 +244,9 @@ def with_plugins(own: Mapping[str, Plugin], group: str) -> dict[str, Plugin]:
 def find_entry(kind: str, name: str, known: Mapping[str, Plugin]) -> Plugin:
     """The entry of that name. Raises MptkError with the known names."""
     if name not in known:
-        absent = explain_absent()
+        absent, meant = explain_absent(), suggest_name(name, known, "")
         raise InputError(
-            f"no {kind} {name!r}; choose one of {', '.join(known)}{absent and f' ({absent})'}",
+            f"no {kind} {name!r}; {meant and f'{meant} '}choose one of {', '.join(known)}{absent and f' ({absent})'}",
             name=name,
             nearest=list_close_names(name, known, cutoff=0),
         )

@@ -27,7 +27,15 @@ from rich.console import RenderableType
 from mptk.api.words import COMMAND_LINE
 from mptk.cli.console import VOICE, out, print_text
 from mptk.cli.failure import Interrupted, find_lost_output, replace_streams, report_failure, report_unprinted
-from mptk.cli.options import TYPED, OutputOption, Overwrite, build_settings, check_output_paths, make_parameters
+from mptk.cli.options import (
+    TYPED,
+    OutputOption,
+    Overwrite,
+    build_settings,
+    check_names,
+    check_output_paths,
+    make_parameters,
+)
 from mptk.cli.stopping import STOPPED, catch_signals, ignore_signals
 from mptk.config import Record, Settings
 from mptk.errors import InputError, explain_errors
@@ -205,6 +213,7 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
             TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
             check_open_files()
             tidy_for(values.values())
+            check_names(values, outputs)
             check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
             if options:
                 given = {each.name: values.pop(each.name) for each in options}

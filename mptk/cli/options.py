@@ -14,7 +14,7 @@ import inspect
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,8 @@ from mptk.config import (
     find_settings,
     format_number,
     list_roles,
+    parse_share,
+    shorten_typed,
     with_keywords,
 )
 from mptk.errors import FileError, InputError, MptkError, OutputError, list_close_names, suggest_name
@@ -135,6 +137,25 @@ READ_PLACES = tuple(each.name for each in Settings.declared if each.setting.form
 SAMPLES_FROM = tuple(each.name for each in Settings.declared if each.setting.form == "source")
 """Settings that name what is read: a file or folder; sources of samples and texts."""
 REPORT_JSON = "report.json"
+
+
+def check_names(values: Mapping[str, object], outputs: Container[str]) -> None:
+    """Raise MptkError for models, results and data that are not there, before torch is imported, which takes seconds.
+
+    ``values``: of a command's parameters. ``outputs``: those that name what it writes.
+    """
+    from mptk.io import check_folder_named, check_model_name, check_sources
+
+    for name, given in values.items():
+        for each in given if isinstance(given, list) else [given]:
+            if each is None or name in outputs:
+                continue
+            if name in ("model", "models"):
+                check_model_name(str(each))
+            elif name in ("folder", "folders"):
+                check_folder_named(str(each), "prune")
+            elif name in SAMPLES_FROM:
+                check_sources(str(each))
 
 
 def check_output_paths(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:
@@ -267,22 +288,6 @@ def parse_size(text: str | None, setting: str) -> int | None:
             f"{shorten_typed(text)!r} is not a size; write a number and KB, MB, GB or GiB, as 8GB", name=setting
         )
     return size
-
-
-def parse_share(text: str, option: str = "") -> float:
-    """``30%`` or ``0.3`` → 0.3. ``option``: its name, for the error."""
-    found = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}(?:e-?[0-9]{1,2})?) *(%?)", text.strip(), re.ASCII)
-    if found is None:
-        raise InputError(
-            f"{option} {shorten_typed(text)}: write a share, as 0.3 or 30%".strip(),
-            name=option.removeprefix("--").replace("-", "_"),
-        )
-    return float(found[1]) / 100 if found[2] else float(found[1])
-
-
-def shorten_typed(text: str) -> str:
-    """A typed value as an error repeats it: a shell may paste a whole file."""
-    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def parse_counts(text: str, option: str) -> tuple[int, ...]:
@@ -453,7 +458,7 @@ def apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    from mptk.config import list_refused, read_recipe
+    from mptk.config import is_below_current, list_refused, read_recipe
 
     tidy(expand_path(file).parent)  # a command that ends here removes what a killed one left, too
     # Each option by the names that it has when it is typed: not every flag is named like its parameter.
@@ -475,6 +480,11 @@ def apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
         if name in never:
             raise InputError(
                 f"{file} has {name!r}, which a recipe may not set; remove it, and type --{_name_flag(name)}", name=name
+            )
+        if name == "out" and not is_below_current(str(value)):
+            raise InputError(
+                f"{file} writes to {str(value)!r}; a recipe may name a folder below the current one; type --out",
+                name=name,
             )
         if value is not None:
             values[known[name].name] = _format_typed(value, known[name])

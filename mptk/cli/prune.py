@@ -42,22 +42,22 @@ def check_prune_options(
     estimate: bool,
 ) -> None:
     """Check the options of ``prune``."""
-    check_prune(with_latency(settings, max_decode_ms, max_prefill_ms), folder is not None, estimate)
     if not estimate:
         check_given(folder)
+    check_prune(with_latency(settings, max_decode_ms, max_prefill_ms), folder is not None, estimate)
 
 
 def check_recover_options(settings: Settings, destination: Path | None, estimate: bool) -> None:
     """Check the options of ``recover``."""
-    from mptk.run.minutes import fill_in
+    if not estimate:
+        check_given(destination)
+    from mptk.run.minutes import fill_in  # it imports torch
 
     if (steps := settings.learning.steps) == 0:
         raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
     # As in ``check_prune``: what would do nothing is refused by the settings as the run completes them.
     meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
-    if not estimate:
-        check_given(destination)
 
 
 def check_given(folder: Path | None) -> Path:

@@ -28,6 +28,7 @@ from mptk.config import COMPARED_TYPES, SEED, Choices, Settings
 from mptk.errors import InputError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
+from mptk.io import check_folder_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +46,9 @@ def check_export_options(settings: Settings) -> None:
         refuse(("data",), "only int4 needs a text; add --quantize int4, or leave it out")
 
 
-def refuse_idle_sampling(temperature: float) -> None:
-    """Refuse typed options that would do nothing, as nothing is sampled."""
+def check_generation(model: str, temperature: float) -> None:
+    """Refuse a model without a folder, and typed options that would do nothing, as nothing is sampled."""
+    check_folder_named(model, "export")
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
         refuse(("top_k", "top_p", "seed"), why)
@@ -109,7 +111,7 @@ def export_onnx(
 
 @register_command(
     "generate",
-    check=refuse_idle_sampling,
+    check=check_generation,
     examples=(
         'generate runs/m30 "Once upon a time"',
         'generate runs/m30 "Why is the sky blue?" --chat --temperature 0.7',

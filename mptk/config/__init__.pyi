@@ -27,6 +27,7 @@ from .learning import Rates as Rates
 from .learning import Training as Training
 from .recipe import RECIPE_FILE as RECIPE_FILE
 from .recipe import format_command as format_command
+from .recipe import is_below_current as is_below_current
 from .recipe import list_refused as list_refused
 from .recipe import read_recipe as read_recipe
 from .recipe import write_recipe as write_recipe
@@ -46,6 +47,8 @@ from .setting import find_settings as find_settings
 from .setting import format_number as format_number
 from .setting import from_json as from_json
 from .setting import list_roles as list_roles
+from .setting import parse_share as parse_share
+from .setting import shorten_typed as shorten_typed
 from .setting import to_json as to_json
 from .setting import with_keywords as with_keywords
 from .settings import CoreSettings as CoreSettings

@@ -13,7 +13,6 @@ from mptk.config.joined import Settings
 from mptk.config.setting import Asked, Record, find_idle, find_settings
 from mptk.errors import FileError
 from mptk.files import write_text
-from mptk.io import resolve_model_name
 from mptk.reading import read_text
 
 RECIPE_FILE = "run.yaml"
@@ -23,8 +22,14 @@ LARGEST_RECIPE = 1 << 20
 
 
 def list_refused(kind: type[Record]) -> set[str]:
-    """Options that a recipe may not set, because others write recipes: where results go, and whose code runs."""
-    return {"out", *(each.name_option() for each in kind.declared if each.setting.recipe == "refused")}
+    """Options that a recipe may not set, because others write recipes: what is replaced, and whose code runs."""
+    return {each.name_option() for each in kind.declared if each.setting.recipe == "refused"}
+
+
+def is_below_current(place: str) -> bool:
+    """Whether a path leads into the current folder, links followed: a recipe, which others write, may name no other."""
+    here, there = Path.cwd().resolve(), Path(place).resolve()
+    return not Path(place).is_absolute() and there != here and there.is_relative_to(here)
 
 
 def build_recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, object]:
@@ -59,6 +64,8 @@ def write_recipe(
 
     ``changes``: option → value in place of the settings' one; None: without the option.
     """
+    from mptk.io import resolve_model_name  # it imports torch, and a wrong recipe is refused without it
+
     model = resolve_model_name(source)
     command = "prune" if start is None else "recover"
     values = {**build_recipe(model, settings, command), **(changes or {})}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_origin, get_type_hints
 
 from mptk.arguments import check_arguments
-from mptk.errors import InputError, MptkError, list_close_names, suggest_name
+from mptk.errors import InputError, KeywordError, MptkError, list_close_names, suggest_name
 from mptk.plugins import explain_absent, find_entries, list_features, list_part_names
 
 Default = TypeVar("Default")
@@ -158,8 +158,10 @@ class Declared:
         return attrgetter(self.path)(record)
 
     def to_stored(self, value: object) -> object:
-        """A value as the field stores it: a name or several names as a tuple, and a path as text."""
+        """A value as the field stores it: a name or several names as a tuple, a path as text, ``30%`` as 0.3."""
         # Callers give one name or a list, and JSON has only lists. Settings are frozen, so they hold tuples.
+        if self.setting.form == "share" and isinstance(value, str):
+            return parse_share(value, self.name)
         if get_origin(self.kind) is tuple and isinstance(value, str | list):
             return (value,) if isinstance(value, str) else tuple(value)
         return str(value) if isinstance(value, Path) else value
@@ -283,7 +285,7 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     known = list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
     if unknown := sorted(values.keys() - set(known)):
         hints = [explain_absent(), suggest_name(unknown[0], known, "help(mptk.Settings) has them all")]
-        raise InputError(
+        raise KeywordError(
             f"there is no setting {unknown[0]!r}; {'; '.join(filter(None, hints))}",
             name=unknown[0],
             nearest=list_close_names(unknown[0], known),
@@ -335,6 +337,22 @@ def from_json(kind: type[AnyRecord], data: object, where: str) -> AnyRecord:
 
 
 # ---- numbers ----
+
+
+def parse_share(text: str, option: str = "") -> float:
+    """``30%`` or ``0.3`` → 0.3. ``option``: its name, for the error."""
+    found = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}(?:e-?[0-9]{1,2})?) *(%?)", text.strip(), re.ASCII)
+    if found is None:
+        raise InputError(
+            f"{option} {shorten_typed(text)}: write a share, as 0.3 or 30%".strip(),
+            name=option.removeprefix("--").replace("-", "_"),
+        )
+    return float(found[1]) / 100 if found[2] else float(found[1])
+
+
+def shorten_typed(text: str) -> str:
+    """A typed value as an error repeats it: a shell may paste a whole file."""
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def parse_numbers(text: str) -> frozenset[int]:

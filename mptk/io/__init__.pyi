@@ -21,7 +21,6 @@ from .data import check_positions as check_positions
 from .data import find_position_limit as find_position_limit
 from .data import list_source_names as list_source_names
 from .data import name_data as name_data
-from .data import read_places as read_places
 from .dense import hash_model as hash_model
 from .dense import list_model_files as list_model_files
 from .dense import open_dense as open_dense
@@ -42,6 +41,7 @@ from .live import set_evaluating as set_evaluating
 from .live import unwrap_parallel as unwrap_parallel
 from .loaders import Loader as Loader
 from .loaders import check_folder_named as check_folder_named
+from .loaders import check_model_name as check_model_name
 from .loaders import find_local_copy as find_local_copy
 from .loaders import find_named_licence as find_named_licence
 from .loaders import list_other_files as list_other_files
@@ -68,6 +68,8 @@ from .text.sampled import can_write_text as can_write_text
 from .text.sampled import count_rows_at_once as count_rows_at_once
 from .text.sources import RANDOM_DATA as RANDOM_DATA
 from .text.sources import RANDOM_NAME as RANDOM_NAME
+from .text.sources import check_sources as check_sources
+from .text.sources import read_places as read_places
 from .text.tokens import split_documents as split_documents
 from .untrusted import CONFIG as CONFIG
 from .untrusted import GENERATION as GENERATION

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from mptk.errors import DataError, FileError, InputError, ModelError
 from mptk.io.text import sampled
 from mptk.io.text.files import Document
-from mptk.io.text.sources import RANDOM_DATA, RANDOM_NAME, SELF, TextSource, parse, share_count
+from mptk.io.text.sources import (
+    RANDOM_DATA,
+    RANDOM_NAME,
+    SELF,
+    TextSource,
+    hash_text_files,
+    parse,
+    read_places,
+    share_count,
+)
 from mptk.io.text.tokens import cut_windows, encode_documents, hash_windows
 from mptk.progress import Count
 
@@ -181,20 +189,6 @@ def name_data(data: str) -> str:
     # Of a folder, windows are chosen, so the protocol says from what and how.
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
     return f"{data} (windows of all files of {' and '.join(folders)}, seed 0)" if folders else data
-
-
-def hash_text_files(*data: str | None) -> dict[str, str]:
-    """Path → SHA-256 of each text file that the sources ``data`` name. Data sets of the hub have none."""
-    return {path: found for source in _list_sources(*data) for path, found in source.hash_source_files().items()}
-
-
-def read_places(*data: str | None) -> list[Path]:
-    """The files and folders that the sources ``data`` name."""
-    return [source.place for source in _list_sources(*data) if isinstance(source.place, Path)]
-
-
-def _list_sources(*data: str | None) -> list[TextSource]:
-    return [source for each in data if each not in (None, SELF, RANDOM_DATA) for source in parse(str(each))]
 
 
 def _share_windows(

@@ -7,11 +7,14 @@ brings: a loader says what it takes, and makes a checkpoint folder of it, or rea
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mptk.errors import FileError
+from mptk.errors import FileError, InputError, list_close_names
+from mptk.files import expand_path, tidy
 from mptk.plugins import load_parts
 from mptk.trust import Trust
 
@@ -45,6 +48,11 @@ class Loader:
     def names(self) -> str:
         """What names it knows, in a sentence: "packaged alias (…)"."""
         return ""
+
+    @property
+    def aliases(self) -> Sequence[str]:
+        """The names that it knows, if they can be listed."""
+        return ()
 
     def takes_name(self, name: str) -> bool:
         """Whether ``name`` is one of its names."""
@@ -112,6 +120,12 @@ class Loader:
         return None
 
 
+LEAST_LIKENESS = 0.8
+"""How much a misspelt name is like the right one at least, from 0 to 1."""
+MADE = frozenset({"mptk.json", "report.json", "plan.json"})
+"""Files of folders that mptk made. One of them may be lost; with none of them a folder is somebody else's."""
+_LOCAL = re.compile(r"^[./~]|/.*/")
+"""Names that no model of a hub has."""
 PLAIN_CHECKPOINTS = Loader()
 """Of checkpoint folders of transformers."""
 
@@ -157,11 +171,50 @@ def find_named_licence(name: str) -> str:
     return (find_naming_loader(name) or PLAIN_CHECKPOINTS).find_licence(name)
 
 
+def check_model_name(model: str) -> Path:
+    """``model`` as a path. No hub is asked, and torch is not imported: a misspelt name is to cost no time.
+
+    Raises:
+        InputError: nothing can have this name.
+        FileError: it can only be a file's or a folder's, and there is none; or it is almost a name that a loader knows.
+    """
+    # Whether a name can be a path's, only the system knows: ask whether it exists.
+    try:
+        path = expand_path(model)
+        path.exists()
+    except (OSError, ValueError) as error:  # too long; a null character
+        raise InputError(
+            f"{model!r} cannot be a model's name: {error}; give a folder, a file, an alias or a hub id", name=model
+        ) from error
+    if not model or "\0" in model:
+        raise InputError(f"{model!r} cannot be a model's name; give a folder, a file, an alias or a hub id", name=model)
+    tidy(path.parent)  # a killed process may have left this folder renamed aside
+    if os.path.lexists(path) or find_naming_loader(model) is not None:
+        return path
+    if find_file_loader(model) is not None or path.suffix == ".onnx":
+        raise FileError(f"there is no file {model}; check the path", name=model)
+    if _LOCAL.search(model):
+        raise FileError(f"there is no folder {model}; check the path", name=model)
+    known = [name for loader in list_loaders() for name in loader.aliases]
+    # A hub id is OWNER/NAME. The few without an owner are old, and like no alias.
+    if "/" not in model and (close := list_close_names(model, known, cutoff=LEAST_LIKENESS)):
+        raise FileError(f"there is no model {model!r}; did you mean {close[0]!r}?", name=model, nearest=close)
+    return path
+
+
 def check_folder_named(place: str | Path, makes: str) -> None:
-    """Raise MptkError if ``place`` should be a folder and is a model's name. ``makes``: the command that makes one."""
-    if find_naming_loader(str(place)) is not None and not Path(place).exists():
-        command = f"`mptk {makes} {place} --out DIR`"
-        raise FileError(f"{place} is a model's name, and here a folder is needed; {command} makes one", name=place)
+    """Raise MptkError if ``place`` is no folder that a command made. ``makes``: the command, ``prune`` or ``export``.
+
+    A model's name, a path without a folder, and a dense model where a pruned one is needed are each named as such.
+    """
+    path, command = expand_path(place), f"`mptk {makes} {place} --out DIR`"
+    if not os.path.lexists(path):
+        if find_naming_loader(str(place)) is not None:
+            raise FileError(f"{place} is a model's name, and here a folder is needed; {command} makes one", name=place)
+        raise FileError(f"there is no folder {place}; check the path", name=place)
+    files = {file.name for file in path.iterdir()} if makes == "prune" and path.is_dir() else set()
+    if "config.json" in files and not files & MADE:
+        raise FileError(f"{place} is a dense model, and here a pruned one is needed; {command} makes one", name=place)
 
 
 def list_other_files(folder: Path) -> dict[str, Path]:

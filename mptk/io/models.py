@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from mptk.arguments import guard_arguments
 from mptk.errors import ChangedError, FileError, InputError, ModelError, MptkError, take_first_line
-from mptk.files import expand_path, tidy
 from mptk.io.auto_classes import find_class
 from mptk.io.cache import build_private, locate_private_folder, read_sha256
 from mptk.io.checkpoint import (
@@ -31,7 +30,7 @@ from mptk.io.checkpoint import (
     find_stored_dtype,
     read_float_types,
 )
-from mptk.io.loaders import Loader, choose_loader, find_file_loader, find_naming_loader, list_loaders
+from mptk.io.loaders import Loader, check_model_name, choose_loader, find_file_loader, find_naming_loader, list_loaders
 from mptk.io.resident import Resident
 from mptk.io.tensors import Files
 from mptk.io.untrusted import CONFIG, PARAMETERS, check_folder, check_sizes, is_quantized
@@ -225,13 +224,12 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
         if path.is_file() and find_file_loader(str(path)) is None:
             raise _make_unread_error(str(path))
         return path
-    path = _parse_path(model)
+    path = check_model_name(model)
     if (loader := find_file_loader(model)) is not None:
         if not path.is_file():
-            raise FileError(f"there is no file {model}; check the path", name=model)
+            raise FileError(f"{model} is no file; check the path", name=model)
         loader.check_file(path)
         return path
-    tidy(path.parent)  # a killed process may have left this folder renamed aside
     files = [f"{ending} file" for loader in list_loaders() for ending in loader.endings]
     if path.is_dir():
         if not os.path.lexists(path / CONFIG) or (path / CONFIG).is_dir():
@@ -267,21 +265,6 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
             f"{take_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN",
             name=model,
         ) from error
-
-
-def _parse_path(model: str) -> Path:
-    """A model's name as a path. Raises MptkError if it cannot be one."""
-    # Whether it is one, only the system knows: ask whether it exists.
-    try:
-        path = expand_path(model)
-        path.exists()
-    except (OSError, ValueError) as error:  # too long; a null character
-        raise InputError(
-            f"{model!r} cannot be a model's name: {error}; give a folder, a file, an alias or a hub id", name=model
-        ) from error
-    if not model or "\0" in model:
-        raise InputError(f"{model!r} cannot be a model's name; give a folder, a file, an alias or a hub id", name=model)
-    return path
 
 
 def _make_absent_error(model: str) -> MptkError:

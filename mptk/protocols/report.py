@@ -243,10 +243,10 @@ class Report:
     @guard_arguments
     def read(folder: str | Path) -> Report:
         """Read ``report.json`` of a pruned folder. Raises MptkError if there is none, or it is not a report."""
-        check_folder_named(folder, "prune")
         path = Path(folder) / REPORT_FILE
         # A command that was killed while it replaced the folder has left it under a hidden name: put it back first.
         tidy(path.parent.parent)
+        check_folder_named(folder, "prune")
         if not path.is_file():
             raise FileError(f"{folder} holds no {REPORT_FILE}; give the --out folder of `mptk prune`", name=folder)
         data = read_json(path, make_damage_error(path, "prune the model again"))

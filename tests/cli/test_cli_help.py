@@ -181,7 +181,7 @@ def test_no_bars_of_other_libraries(tmp_path: Path) -> None:
 
 
 def test_brackets_in_a_name_are_no_markup(mptk) -> None:
-    assert "'./[/x][bold]y'" in mptk("analyze", "./[/x][bold]y").error
+    assert "./[/x][bold]y" in mptk("analyze", "./[/x][bold]y").error
 
 
 # ---- Ctrl-C ----

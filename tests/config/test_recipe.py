@@ -52,7 +52,7 @@ def asked(inside: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     """Collects what `prune` is asked for, in place of a run, in a folder with the data that recipes here name."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "a.txt", "b.txt"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("text\n")
     return inside.asked("mptk.api.pruned.prune")
 
 
@@ -131,12 +131,21 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
     assert "config" in inspect.signature(commands.prune_to_folder).parameters
 
 
-@pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "out", "teacher_cache"])
+@pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "overwrite", "teacher_cache"])
 def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any]) -> None:
     (tmp_path / "a.yaml").write_text(f"model: m\nteacher: cached\nsteps: 2\n{name}: true\n")
     arguments = ["prune", "--config", str(tmp_path / "a.yaml"), "--out", "o"]
     check_refusal(InputError, name.replace("-", "_"), *arguments)
     assert asked == []
+
+
+@pytest.mark.parametrize("out", ["/tmp/elsewhere", "../beside", ".", "inside/../../beside", "link/o"])
+def test_a_recipe_writes_only_below_the_current_folder(out: str, tmp_path: Path, asked: list[Any]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path.parent)
+    check_refusal(InputError, "out", "prune", "--config", write(tmp_path / "a.yaml", model="m", out=out))
+    assert asked == []
+    assert run("prune", "--config", write(tmp_path / "b.yaml", model="m", out="runs/a")).exit_code == 0
+    assert asked[0][1] == Path("runs/a")
 
 
 # ---- real runs ----

@@ -15,12 +15,11 @@ from mptk.cli.options import (
     make_file_option,
     make_number_option,
     parse_names,
-    parse_share,
     parse_size,
     refuse,
     refuse_idle,
 )
-from mptk.config import Asked, Settings
+from mptk.config import Asked, Settings, parse_share
 from mptk.features.advise.advice import ADVICE, CALIBRATION_STEPS, SPARSITIES
 from mptk.files import write_text
 

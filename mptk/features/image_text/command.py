@@ -9,14 +9,14 @@ import typer
 
 from mptk.cli.app import extend_command
 from mptk.cli.options import refuse
-from mptk.cli.use import open_generator, print_answers, refuse_idle_sampling
+from mptk.cli.use import check_generation, open_generator, print_answers
 from mptk.config import Settings
 from mptk.errors import InputError
 
 
-def check_image_options(prompts: list[str], temperature: float) -> None:
+def check_image_options(model: str, prompts: list[str], temperature: float) -> None:
     """Check the options of ``generate --image``."""
-    refuse_idle_sampling(temperature)
+    check_generation(model, temperature)
     refuse(("cut", "chat"), "a prompt with images stands whole in the processor's chat template; leave it out")
     if len(prompts) > 1:
         raise InputError("--image is for one prompt; give the others in calls of their own", name="image")

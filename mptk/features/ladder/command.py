@@ -9,9 +9,9 @@ import typer
 
 from mptk.cli.app import explain_stop, extend_command, register_command
 from mptk.cli.console import err, make_pass_printer, out, show_stages
-from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, parse_share, with_latency
+from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, with_latency
 from mptk.cli.prune import check_given, check_prune, show_needs
-from mptk.config import CUT, Settings
+from mptk.config import CUT, Settings, parse_share
 from mptk.errors import InputError
 
 

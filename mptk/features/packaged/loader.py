@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mptk.features.packaged import wheels
@@ -14,6 +15,10 @@ class PackagedLoader(Loader):
     @property
     def names(self) -> str:
         return f"packaged alias ({', '.join(sorted(wheels.ALIASES))})"
+
+    @property
+    def aliases(self) -> Sequence[str]:
+        return sorted(wheels.ALIASES)
 
     def takes_name(self, name: str) -> bool:
         return name in wheels.ALIASES

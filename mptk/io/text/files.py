@@ -9,17 +9,18 @@ import importlib
 import importlib.util
 import json
 import lzma
+import os
 import random
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from mptk.errors import DataError, FileError, MptkError, PackageError, list_close_names, take_first_line
-from mptk.io.chat_templates import ChatTemplate
 from mptk.reading import Damaged, Json, parse_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Document = Iterable[str]
 """One text, in pieces."""
@@ -30,6 +31,8 @@ PIECE = 1 << 16
 # Ending of a table → the reader of ``datasets``; endings of compressed files; bytes that tell whether a file is text.
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
+PLAIN_TEXT = (".txt", ".text", ".md", ".raw")
+"""Endings of files that are text and nothing else."""
 _SNIFFED = 4096
 
 
@@ -157,6 +160,14 @@ def _is_text(path: Path) -> bool:
     except UnicodeDecodeError:
         return False
     return b"\0" not in start
+
+
+def check_plain_text(path: Path) -> None:
+    """Raise MptkError if a text file is empty, or begins as no UTF-8 text does."""
+    if not path.stat().st_size:
+        raise DataError(f"{path} holds no text; give a file, folder or dataset with some", name=path)
+    if os.access(path, os.R_OK) and not _is_text(path):
+        raise FileError(f"{path} is not UTF-8 text; convert it, or give a .parquet file", name=path)
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
@@ -289,6 +300,8 @@ def read_row_texts(
         MptkError: there is no such column, or more than one could be meant; a value is neither text nor a chat; or the
             tokenizer has no chat template.
     """
+    from mptk.io.chat_templates import ChatTemplate  # it imports transformers
+
     chosen: str | None = None
     # Templates begin a chat with it, but here each window gets one.
     begin = getattr(tokenizer, "bos_token", None) or ""

@@ -1,4 +1,7 @@
-"""sources: what ``--data`` names: files, folders and data sets, each with its weight."""
+"""sources: what ``--data`` names: files, folders and data sets, each with its weight.
+
+Names are looked at before torch is imported, which takes seconds: a wrong one is to cost less.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from mptk.errors import FileError, InputError, MptkError
 from mptk.files import expand_path
 from mptk.io.text.files import (
+    PLAIN_TEXT,
     Document,
     check_ordinary,
+    check_plain_text,
     list_visible_files,
     read_file_documents,
     read_folder_documents,
@@ -22,6 +26,9 @@ from mptk.io.text.files import (
     with_cause,
 )
 from mptk.publish.manifest import hash_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -206,3 +213,27 @@ def share_count(count: int, weights: Sequence[float]) -> list[int]:
     for i in sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])[: count - sum(whole)]:
         whole[i] += 1
     return whole
+
+
+def read_places(*data: str | None) -> list[Path]:
+    """The files and folders that the sources ``data`` name."""
+    return [source.place for source in _list_sources(*data) if isinstance(source.place, Path)]
+
+
+def hash_text_files(*data: str | None) -> dict[str, str]:
+    """Path → SHA-256 of each text file that the sources ``data`` name. Data sets of the hub have none."""
+    return {path: found for source in _list_sources(*data) for path, found in source.hash_source_files().items()}
+
+
+def check_sources(*data: str | None) -> None:
+    """Raise MptkError if a source is not there, or is a text file without text.
+
+    Nothing is read but the start of a file whose name says that it is text: what others are, the model's kind decides.
+    """
+    for place in read_places(*data):
+        if place.suffix.lower() in PLAIN_TEXT and place.is_file():
+            check_plain_text(place)
+
+
+def _list_sources(*data: str | None) -> list[TextSource]:
+    return [source for each in data if each not in (None, SELF, RANDOM_DATA) for source in parse(str(each))]

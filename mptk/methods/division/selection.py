@@ -14,7 +14,7 @@ from torch import nn
 
 from mptk.config import Settings
 from mptk.cost.model import is_layered
-from mptk.errors import AnalysisError, DataError, InputError, list_close_names
+from mptk.errors import AnalysisError, DataError, InputError, list_close_names, suggest_name
 from mptk.ir import Analysis, Family, Variable, Variables, read_alignment
 from passes.targets.legalize import LegalWidths
 from passes.targets.width_choices import find_missing_partners
@@ -110,10 +110,10 @@ def find_named(analysis: Analysis, name: str) -> Variable:
         raise InputError(f"{name} is no family, and keeps its {fixed.size} channels: {why}; leave it out", name=name)
     first = next((f.tie().list_layers()[0].name for f in analysis.families if is_layered(f)), "")
     example = first and f" (and layers of them, as {first})"
+    close = list_close_names(name, families, cutoff=0)
+    meant = suggest_name(name, families, "")
     raise InputError(
-        f"no family {name!r}; there are {', '.join(families)}{example}",
-        name=name,
-        nearest=list_close_names(name, families, cutoff=0),
+        f"no family {name!r}; {meant and f'{meant} '}there are {', '.join(families)}{example}", name=name, nearest=close
     )
 
 

@@ -1,0 +1,102 @@
+"""Mistakes that are found before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mptk
+from mptk.config import with_keywords
+from mptk.errors import FileError, InputError, KeywordError
+from mptk.io import check_folder_named, check_model_name, check_sources
+from mptk.testing import Laboratory, expect_error
+
+TYPE = """
+import json, sys
+from mptk.cli.main import main
+done = {}
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["mptk", *words.split()]
+    try:
+        main()
+    except SystemExit as stopped:
+        done[words] = [stopped.code, [name for name in ("torch", "transformers") if name in sys.modules]]
+print(json.dumps(done))
+"""
+MISTAKES = (
+    "prune smollm2-135m --sparsity 0.3",
+    "prune smollm2-135m --config recipe.yaml --out x",
+    "prune smolm2-135m --sparsity 0.3 --out x",
+    "prune ./no/such --sparsity 0.3 --out x",
+    "prune smollm2-135m --method wandas --out x",
+    "prune smollm2-135m --data nowhere.txt --out x",
+    "prune smollm2-135m --data empty.txt --out x",
+    "prune smollm2-135m --data binary.txt --out x",
+    "prune smollm2-135m --sparsity 30 --out x",
+    "advise ./no/such --data some.txt",
+    "recover dense --steps 1 --out x",
+    "recover smollm2-135m --steps 1 --out x",
+    "report ./no/such",
+    "report dense",
+    "verify dense",
+    "generate smollm2-135m Hello",
+    "bench missing.onnx",
+    "gguf smollm2-135m --out x.gguf",
+    "export missing.gguf --out x",
+)
+
+
+def test_no_simple_mistake_waits_for_torch(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("sparsty: 0.3\n")
+    (tmp_path / "some.txt").write_text("text\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense/config.json").write_text("{}")
+    command = [sys.executable, "-c", TYPE, json.dumps(MISTAKES)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = json.loads(run.stdout.splitlines()[-1])
+    assert [words for words in MISTAKES if done.get(words, [0])[0] not in (1, 2)] == []
+    assert {words: loaded for words, (_, loaded) in done.items() if loaded} == {}
+    assert len(run.stderr.splitlines()) == len(MISTAKES)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_a_name_can_be_is_told_without_a_hub(tmp_path: Path) -> None:
+    for name in ("smollm2-135m", "gpt2", "someone/some-model", str(tmp_path)):
+        check_model_name(name)
+    with expect_error(FileError, name="smolm2-135m") as refused:
+        check_model_name("smolm2-135m")
+    assert refused.value.nearest[0] == "smollm2-135m"
+    for name in (f"{tmp_path}/nothing", "./nothing", "a/b/c", "~/nothing", "a.gguf", "b.onnx"):
+        with expect_error(FileError, name=name):
+            check_model_name(name)
+
+
+def test_a_folder_is_told_from_a_dense_model(laboratory: Laboratory, tmp_path: Path) -> None:
+    check_folder_named(laboratory.open_pruned(), "prune")
+    check_folder_named(laboratory.open_ladder(), "prune")
+    check_folder_named(laboratory.open_model(), "export")
+    with expect_error(FileError, name=laboratory.open_model()):
+        check_folder_named(laboratory.open_model(), "prune")
+
+
+def test_only_what_must_be_text_is_looked_into(tmp_path: Path) -> None:
+    for name in ("inputs.safetensors", "sound.wav", "table.jsonl"):
+        (tmp_path / name).write_bytes(bytes(range(256)))
+        check_sources(str(tmp_path / name))
+    check_sources("self", "wikitext2", "someone/data:train", None)
+
+
+def test_python_takes_what_the_command_line_takes_and_says_what_was_meant() -> None:
+    assert with_keywords(mptk.Settings(), {"sparsity": "30%"}).sparsity == 0.3
+    with expect_error(InputError, name="sparsity"):
+        with_keywords(mptk.Settings(), {"sparsity": "much"})
+    with pytest.raises(TypeError) as refused:
+        with_keywords(mptk.Settings(), {"sparsty": 0.3})
+    assert isinstance(refused.value, KeywordError)
+    assert refused.value.nearest == ("sparsity",)

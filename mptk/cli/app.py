@@ -95,6 +95,8 @@ def main() -> None:
 def check_words(words: Sequence[str]) -> None:
     """Parse the words of a command line and check its options, as the command does before its work, which is not done.
 
+    Models and folders that the words name need not be there.
+
     Raises MptkError, or typer's error for words that are no options.
     """
     only_checked = ONLY_CHECKED.set(True)
@@ -213,7 +215,8 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
             TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
             check_open_files()
             tidy_for(values.values())
-            check_names(values, outputs)
+            if not ONLY_CHECKED.get():
+                check_names(values, outputs)
             check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
             if options:
                 given = {each.name: values.pop(each.name) for each in options}

@@ -208,7 +208,7 @@ def check_folder_named(place: str | Path, makes: str) -> None:
     A model's name, a path without a folder, and a dense model where a pruned one is needed are each named as such.
     """
     path, command = expand_path(place), f"`mptk {makes} {place} --out DIR`"
-    if not os.path.lexists(path):
+    if not (path.exists() or path.is_symlink()):  # raises an error for a name that is too long
         if find_naming_loader(str(place)) is not None:
             raise FileError(f"{place} is a model's name, and here a folder is needed; {command} makes one", name=place)
         raise FileError(f"there is no folder {place}; check the path", name=place)

@@ -95,7 +95,7 @@ def test_a_setting_is_named_as_in_python() -> None:
 
 
 def test_a_name_that_is_not_known_has_the_nearest() -> None:
-    with expect_error(mptk.InputError, name="sparsty", nearest=("sparsity",)):
+    with expect_error(mptk.KeywordError, name="sparsty", nearest=("sparsity",)):
         prune(sparsty=0.3)
     with expect_error(mptk.InputError, name="wandaa") as refused:
         prune(method="wandaa")

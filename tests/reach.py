@@ -18,8 +18,8 @@ from tests.durations import read_durations
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = ("tests/house", "tests/measured")
 """Tests of the project and of its documents, most of which start processes that are not recorded."""
-SLOWEST_S = 30.0
-"""Slower tests are not recorded, and so not asked: they would take a third of the recording."""
+SLOWEST_S = 5.0
+"""Slower tests are not recorded, and so not asked: they would take most of the recording."""
 NEAREST = 3
 """Files whose quick tests are asked first: most mutants die there."""
 ASKED_S = 300.0

@@ -25,8 +25,8 @@ from mptk.progress import Progress, show_nothing
 if TYPE_CHECKING:
     from mptk.ir import PassRecord
 
-WIDE_COLUMNS = 1000
-"""Columns if the output is not a terminal: wide enough that no table is cut."""
+WIDE_COLUMNS = 120
+"""Columns if the output is not a terminal: what a log and a mail show. Longer cells go on in the next line."""
 
 
 @dataclass

@@ -160,9 +160,9 @@ def open_output(folder: Path | None) -> Iterator[tuple[Path, Progress]]:
 
 
 def show_pruned(result: Pruned | None, place: Path) -> None:
-    """Show the report of a result. Of several processes only the first has one."""
-    from mptk.report import sections as report
+    """Show the result on one screen. Of several processes only the first has one."""
+    from mptk.report.summary import build_summary
 
     if result is not None:
-        out.print(report.build_prune_view(result.report))
-        out.print(f"written to {place}", soft_wrap=True)
+        for line in build_summary(result.report, place):
+            out.print(line, soft_wrap=True, highlight=False)

@@ -208,10 +208,12 @@ def build_proof_table(rows: Sequence[Row]) -> Table:
 
 def describe_proof(report: Report) -> str:
     """A sentence on what the proof compared."""
+    codes = any(row["stage"].endswith(" weights") and row["stage"] != "stored weights" for row in report.proof)
+    steps = "The weights of a quantised graph differ by parts of a step of their rounding: up to 1 is right. "
     return (
         "Each stage is compared with the dense model whose removed units are masked, on samples of up to "
         f"{report.proof_length:,} tokens or positions. A relative difference is relative to the largest output. "
-        "mptk verify repeats it."
+        f"{steps if codes else ''}mptk verify repeats it."
     )
 
 
@@ -295,7 +297,11 @@ def describe_timings(bench: Bench) -> list[Table | str]:
         for threads, peak in bench.peaks.items()
     ]
     ran = Name(f"ONNX Runtime {bench.onnxruntime}, {', '.join(bench.providers)}")
-    how = f"Median of {bench.rounds} alternating rounds. Times hold for the machine that measured them."
+    how = (
+        f"Median of {bench.rounds} alternating rounds; the ratio is the median of the rounds' ratios, so load that "
+        "slows a round does not count. Of the peak: the share of what memory or products allow; above 100 % if caches hold "
+        "what the peak reads from memory. Times hold for the machine that measured them."
+    )
     tables = [Table("llrrrrrr", columns, rows), Table("lrr", ["graph", "files", "memory"], sizes)]
     return [*tables, *describe_unaligned(bench), *peaks, ran, how]
 

@@ -130,7 +130,8 @@ def _render_section(section: Section) -> list[RenderableType]:
 def _draw_table(table: Table) -> Drawn:
     drawn = Drawn(show_header=any(table.columns))
     for column, align in zip(table.columns, table.align, strict=True):
-        drawn.add_column(_make_text(column), justify="right" if align == "r" else "left")
+        # Folded, and not cut off: two names that begin alike would look the same.
+        drawn.add_column(_make_text(column), justify="right" if align == "r" else "left", overflow="fold")
     for number, row in enumerate(table.rows):
         cells = (_make_text(cell, "red" if isinstance(cell, Bad) else "") for cell in row)
         drawn.add_row(*cells, end_section=number in table.ends)

@@ -100,8 +100,8 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def summarize_proof(report: Report) -> str:
     """What was compared, in a line."""
     compared = ["weights", "reloaded folder"]
-    compared += ["ONNX Runtime"] if any("ONNX" in row["stage"] for row in report.proof) else []
-    compared += [f"{scheme} graph" for scheme in report.quantized]
+    types = f" ({', '.join(report.quantized)}, too)" if report.quantized else ""
+    compared += [f"ONNX Runtime{types}"] if any("ONNX" in row["stage"] for row in report.proof) else []
     return f"{format_count(len(report.proof), 'stage')} agree with the masked dense model: {', '.join(compared)}"
 
 

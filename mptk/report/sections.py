@@ -298,8 +298,8 @@ def describe_timings(bench: Bench) -> list[Table | str]:
     ]
     ran = Name(f"ONNX Runtime {bench.onnxruntime}, {', '.join(bench.providers)}")
     how = (
-        f"Median of {bench.rounds} alternating rounds. The ratio is the median of the rounds' ratios, so that load in one "
-        "of them does not count. Of the peak: the share of what memory or products allow; above 100 % if caches hold "
+        f"Median of {bench.rounds} alternating rounds. The ratio is the median of the rounds' ratios, so that load in "
+        "one does not count. Of the peak: the share of what memory or products allow; above 100 % if caches hold "
         "what the peak reads from memory. Times hold for the machine that measured them."
     )
     tables = [Table("llrrrrrr", columns, rows), Table("lrr", ["graph", "files", "memory"], sizes)]

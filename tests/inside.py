@@ -65,22 +65,6 @@ class Inside:
         """The target gives what ``change`` makes of its result."""
         self.around(target, lambda real, *given, **options: change(real(*given, **options)))
 
-    def quicken_bench(self) -> None:
-        """A bench measures no memory, which takes a process for each graph, and times each step once in a turn.
-
-        The machine's peaks are those of a small product, and of reading little memory.
-        """
-        self.bound("mptk.ort.roofline.SIDE", 64)
-        self.bound("mptk.ort.roofline.READ_BYTES", 1 << 20)
-        self.gives("mptk.ort.bench.measure_peak_memory", 1)
-        self.around("mptk.ort.bench.time_alternately", lambda real, steps, rounds: real(steps, rounds, shortest=0.0))
-
-    def make_up_times(self) -> None:
-        """Operators take the times of made_up_times.py."""
-        from made_up_times import times
-
-        self.around("mptk.cost.operator_times.time_operators", lambda measure, found, threads, progress: times(found))
-
     def stop(self, target: str, call: int = 1, error: BaseException | type[BaseException] = Stopped) -> None:
         """The nth call half writes the temporary file that it is given, if it is given one, and raises ``error``."""
         numbers = iter(range(1, 1000))

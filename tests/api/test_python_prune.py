@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,10 @@ def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path:
 
 
 def test_without_a_folder_nothing_stays_and_half_precision_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, go_to: Callable[[object], None]
 ) -> None:
     """Weights are computed with in float32 and stored as they were."""
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     model = testing.make_llama().to(torch.bfloat16)
     found = mptk.prune(model, method="magnitude", data=torch.randint(3, 300, (4, 24)), **SMALL)
     assert found.model is found.model

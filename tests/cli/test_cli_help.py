@@ -143,8 +143,8 @@ def test_options_of_prune_are_in_groups() -> None:
 # ---- output ----
 
 
-def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, go_to) -> None:
+    go_to(tmp_path)
     result = mptk("analyze", files.model, "--json", "-")
     assert json.loads(result.stdout)["format"] == "mptk-analysis/1"
     result = mptk("eval", files.model, "--data", files.text, "--length", "32", "--windows", "2", "--json", "-", "-q")
@@ -187,8 +187,8 @@ def test_brackets_in_a_name_are_no_markup(mptk) -> None:
 # ---- Ctrl-C ----
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, go_to) -> None:
+    go_to(tmp_path)
     inside.stop("mptk.targets.stock.write_checkpoint", error=KeyboardInterrupt)
     result = mptk("prune", files.model, "--out", "out", "--data", files.text, *SHORT, "--no-onnx")
     assert result.code == 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
 
@@ -17,9 +18,9 @@ NOTEBOOK = EXAMPLES / "prune_in_a_notebook.ipynb"
 
 
 def test_the_script_prunes_both_kinds_of_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, go_to: Callable[[object], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     run_path(str(EXAMPLES / "prune_in_python.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "Pruned(LlamaForCausalLM, sparsity 0." in said

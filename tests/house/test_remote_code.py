@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from commands import refused
-from inside import Inside
 from lab import raw_report
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -154,8 +153,8 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
 READ_NO_FOLDER = {"features", "fetch", "models", "ops", "passes"}
 
 
-def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path, inside: Inside) -> None:
-    inside.quicken_bench()
+@pytest.mark.usefixtures("quick_bench")
+def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     assert known == COMMANDS.keys() | READ_NO_FOLDER
     for name, words in COMMANDS.items():
@@ -210,8 +209,8 @@ LOAD_NO_FOLDER = {
 } | {name for name in mptk.__all__ if name.endswith("Error")}
 
 
-def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path, inside: Inside) -> None:
-    inside.quicken_bench()
+@pytest.mark.usefixtures("quick_bench")
+def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
     assert set(mptk.__all__) == FUNCTIONS.keys() | LOAD_NO_FOLDER
     for name, call in FUNCTIONS.items():
         with suppress(MptkError):

@@ -102,12 +102,11 @@ def test_a_device_without_a_provider_is_refused(inside: Inside) -> None:
     assert find_session_device("auto") == torch.device("cpu")
 
 
-@pytest.mark.usefixtures("machine")
+@pytest.mark.usefixtures("machine", "quick_bench")
 def test_every_session_is_on_the_device(
     folder: Path, laboratory: mptk.testing.Laboratory, asked: Asked, inside: Inside
 ) -> None:
     text = laboratory.open_data()
-    inside.quicken_bench()
     inside.around("mptk.ort.bench.Roofline", lambda real, threads, _: real(threads))
     for start in (
         lambda: done("generate", folder, "w1 w2", "--max-new-tokens", "2", "--device", "cuda:1"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,7 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
 def test_what_the_report_names_is_neither_fetched_nor_believed(
     laboratory: Laboratory,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_cache: Callable[[object], None],
     named: str,
     kind: type[MptkError],
     about: str,
@@ -168,7 +169,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     shutil.copytree(laboratory.open_model(), other)
     (other / "generation_config.json").write_text("{}")
     shutil.copytree(laboratory.open_pruned(), copy)
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    set_cache(tmp_path / "cache")
     edit(copy, model=str(tmp_path / named) if named.isupper() else named)
     for run in (lambda: mptk.verify(copy), lambda: mptk.recover(copy, tmp_path / "out", steps=2)):
         with expect_error(kind, name=tmp_path / about if about.isupper() else about):

@@ -54,8 +54,8 @@ HUGE = 10.0**18
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+def machine(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+    set_cache(tmp_path / "cache")
     keep_rates(SLOW)
 
 
@@ -326,7 +326,7 @@ def test_sizes_and_times_as_text() -> None:
     assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")
 
 
-def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
+def test_what_is_kept_of_the_machine_costs_no_run(set_cache: Callable[[object], None], inside: Inside) -> None:
     """A file that is empty, damaged, a pipe or a folder is measured again; a cache that cannot be written is noted."""
     measured: list[Path] = []
 
@@ -348,7 +348,7 @@ def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatc
     kept.mkdir()
     assert costs.measure_machine().note
     for cache in ("/proc/x", "/dev/null/x"):
-        monkeypatch.setenv("MPTK_CACHE", cache)
+        set_cache(cache)
         first = costs.measure_machine()
         assert first.note
         assert costs.measure_machine() == first, "a process measures once"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,10 @@ TAGS = {
 @pytest.mark.always
 @pytest.mark.parametrize("name", TAGS)
 def test_it_is_pruned_proven_and_measured_in_its_own_terms(
-    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, name: str
+    laboratory: Laboratory, go_to: Callable[[object], None], name: str
 ) -> None:
     out, kind = laboratory.open_pruned(name), MODEL_KINDS[name]
-    monkeypatch.chdir(out)
+    go_to(out)
     report = mptk.Report.read(out)
     assert (report.task, report.quality["metric"]) == (kind.task, kind.metric)
     assert any(f["width"] < f["of"] for f in report.families.values())

@@ -135,6 +135,12 @@ def set_cache(monkeypatch):
     return lambda folder: monkeypatch.setenv("MPTK_CACHE", str(folder))
 
 
+@pytest.fixture
+def asked_prune(inside):
+    """Collects what ``mptk.prune`` is asked for, in place of a run."""
+    return inside.asked("mptk.api.pruned.prune")
+
+
 @pytest.fixture(scope="module")
 def quick_bench():
     """A bench measures no memory, which takes a process for each graph, and times each step once in a turn.

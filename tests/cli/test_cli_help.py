@@ -197,25 +197,26 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path
     )
 
 
-def test_ctrl_c_elsewhere(mptk, files, inside) -> None:
-    inside.stop("mptk.api.compiler.analyze", error=KeyboardInterrupt)
-    result = mptk("analyze", files.model)
-    assert (result.code, result.error) == (130, "interrupted; nothing was published")
+def test_ctrl_c_elsewhere_also_if_a_library_turns_it_into_an_error_of_its_own(mptk, files, inside) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
 
-
-def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, inside) -> None:
-    def traced(*arguments: object, **options: object) -> None:
+    def traced() -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             raise RuntimeError("what a tracer says") from None
 
+    def failed() -> None:
+        raise ZeroDivisionError
+
+    steps = [interrupted, traced, failed]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
     try:
-        inside.around("mptk.api.compiler.analyze", traced)
-        result = mptk("analyze", files.model)
-        assert (result.code, result.error) == (130, "interrupted; nothing was published")
-        inside.stop("mptk.api.compiler.analyze", error=ZeroDivisionError)
+        inside.around("mptk.api.compiler.analyze", lambda *_, **__: steps.pop(0)())
+        for _ in range(2):
+            result = mptk("analyze", files.model)
+            assert (result.code, result.error) == (130, "interrupted; nothing was published")
         assert mptk("analyze", files.model).code == 70  # the next command knows of no signal
     finally:
         signal.signal(signal.SIGINT, before)

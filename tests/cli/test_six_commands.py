@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.tiny_models import tiny_model
 
-KINDS = {"object-detection": "yolos", "video-classification": "timesformer", "time-series-prediction": "patchtst"}
+KINDS = {"object-detection": "yolos", "time-series-prediction": "patchtst"}
 """Mapping of transformers → the type that is tried: of kinds that no feature's tests take through the commands."""
 SIZES = ("--samples", "4", "--eval-windows", "2", "--eval-length", "12", "--align", "1")
 

@@ -78,7 +78,6 @@ def model(quick_bench: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         inside = Inside(patch)
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         for bound in ("LEAST_STEPS", "MOST_STEPS", "MOST_TIMED_STEPS"):
             inside.bound(f"mptk.run.minutes.{bound}", 2)
         for name, path in {name: _locate_target(name) for name in ALIASES}.items():

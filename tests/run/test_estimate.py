@@ -284,20 +284,28 @@ def test_the_machine_is_measured_once() -> None:
     assert costs.measure_machine() == SLOW, "each type has rates of its own"
 
 
-def test_a_slow_type_is_timed_by_a_small_product(inside: Inside) -> None:
+@pytest.fixture
+def take(inside: Inside) -> Callable[[Callable[[int], float]], None]:
+    """Says how long each run takes from now on: number of threads → milliseconds."""
+    taken: list[Callable[[int], float]] = []
+    inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: taken[-1](threads))
+    return taken.append
+
+
+def test_a_slow_type_is_timed_by_a_small_product(take: Callable[[Callable[[int], float]], None]) -> None:
     """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
     timed: list[int] = []
 
-    def take_long(_: object, run: object, threads: int, seconds: float) -> float:
+    def take_long(threads: int) -> float:
         timed.append(threads)
         return 100.0
 
-    inside.around("mptk.cost.estimate.measure_typical_ms", take_long)
+    take(take_long)
     assert costs.measure_product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
     assert timed == [1]
 
 
-def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None:
+def test_on_a_busy_machine_the_rate_of_one_thread_counts(take: Callable[[Callable[[int], float]], None]) -> None:
     """All threads together wait for each other: two had 2 GFLOP/s, and one 150."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -306,11 +314,9 @@ def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None
         (lambda threads: 1.0 if threads == 1 else 90.0, 1.0),
         (lambda threads: 0.9 / threads, 0.45),
     )
-    taken = [kinds[0][0]]
-    inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: taken[-1](threads))
     try:
         for times, ms in kinds:
-            taken.append(times)
+            take(times)
             rate = costs.measure_product_rate(costs.CPU, torch.float32)
             assert rate == pytest.approx(2 * 1024 * 1024 * 4096 / ms * 1e3)
         assert torch.get_num_threads() == 2

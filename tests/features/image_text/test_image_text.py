@@ -215,7 +215,6 @@ def test_text_prunes_the_language_model_and_the_proof_shows_it_images(world: Pat
     stages = [row["stage"] for row in report.proof]
     assert stages[-2:] == ["reloaded with images", "ONNX Runtime with images"]
     assert "ONNX Runtime decode" in stages
-    assert [d.stage for d in mptk.verify(tmp_path / "out")] == stages
     dense, small = (
         AutoModelForImageTextToText.from_pretrained(folder).state_dict()
         for folder in (world / "llava", tmp_path / "out")

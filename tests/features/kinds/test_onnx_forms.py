@@ -291,7 +291,7 @@ def random_inputs(session: ort.InferenceSession) -> dict[str, Any]:
 
 def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(laboratory: Laboratory, tmp_path: Path) -> None:
     asked = {"method": "random", "data": "random", "onnx": True, "quantize": ("int8",)}
-    report = mptk.Report.read(laboratory.prune("encoder-decoder", tmp_path / "out", **asked))
+    report = mptk.Report.read(laboratory.prune("speech", tmp_path / "out", **asked))
     assert [row["stage"] for row in report.proof][-3:] == ["int8 weights", "int8 logits", "int8 in use"]
     graphs = tmp_path / "out" / "onnx"
     sizes = [file.stat().st_size for file in graphs.glob("*_quantized.onnx*")]

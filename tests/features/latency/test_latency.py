@@ -287,10 +287,9 @@ def test_settings_that_contradict_each_other_are_refused():
         ("--budget flops", ("flops", "decode", None, 1)),
     ],
 )
-def test_command_line_says_what_is_budgeted(inside, options, wanted):
-    asked = inside.asked("mptk.api.pruned.prune")
+def test_command_line_says_what_is_budgeted(asked_prune, options, wanted):
     done("prune", "model", "--out", "out", *options.split())
-    ((*_, s),) = asked
+    ((*_, s),) = asked_prune
     assert (s.budget, s.objective, s.max_ms, s.threads) == wanted
 
 

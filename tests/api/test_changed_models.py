@@ -62,7 +62,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_module_is_named_that_computes_otherwise_than_its_class(change: str) -> None:
-    model = testing.make_llama(layers=1)
+    model = testing.make_llama()
     make, path = CHANGES[change]
     make(model)
     with expect_error(ModelError, name=path):
@@ -77,7 +77,7 @@ def test_a_graph_holds_the_hook_that_a_class_does_not() -> None:
 
 
 def test_a_proof_that_fails_by_little_names_the_module_too() -> None:
-    model = testing.make_llama(layers=1)
+    model = testing.make_llama()
     model.model.layers[0].mlp.register_forward_hook(lambda module, given, result: result * 1.003)
     with expect_error(ModelError, name="model.layers.0.mlp"):
         prune(model)
@@ -95,7 +95,7 @@ def test_a_model_that_was_converted_to_half_precision_by_hand(there_and_back: bo
 
 
 def test_a_module_in_two_layers_is_cut_once() -> None:
-    model = testing.make_llama(layers=1)
+    model = testing.make_llama()
     model.model.layers[1].mlp = model.model.layers[0].mlp
     small = prune(model, families=("ffn",)).model
     first, second = (layer.mlp.gate_proj.weight for layer in small.model.layers)

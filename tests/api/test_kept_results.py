@@ -41,7 +41,7 @@ def measure_net(pruned: mptk.Pruned | Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def dense(laboratory: Laboratory) -> Path:
     """A decoder whose embedding and head are one weight."""
-    return laboratory.keep("kept/tied", lambda folder: testing.save_model(testing.make_llama(layers=1), folder))
+    return laboratory.keep("kept/tied", lambda folder: testing.save_model(testing.make_llama(), folder))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def quantize(pruned: mptk.Pruned) -> None:
 
 
 def put_another(pruned: mptk.Pruned) -> None:
-    pruned.model = testing.make_llama(layers=1)
+    pruned.model = testing.make_llama()
 
 
 def put_tokenizer(pruned: mptk.Pruned) -> None:
@@ -196,7 +196,7 @@ def test_a_dense_model_that_changed_is_no_reference(dense: Path, tmp_path: Path)
     with expect_error(ChangedError, name="the model's weights"):
         pruned.save(tmp_path / "trained")
 
-    tokenizer, model = testing.make_tokenizer(), testing.make_llama(layers=1)
+    tokenizer, model = testing.make_tokenizer(), testing.make_llama()
     decoder = mptk.prune(model, data=IDS, tokenizer=tokenizer, **SMALL)
     calls = uses(decoder, tmp_path)
     tokenizer.add_tokens(["mine"])
@@ -305,7 +305,7 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
         thread.join()
     expected = {
         hash_weight_files(prune_net().proven),
-        sum(p.numel() for p in testing.make_llama(layers=1).parameters()),
+        sum(p.numel() for p in testing.make_llama().parameters()),
         id(pruned.model),
     }
     assert len(found) == 9
@@ -333,5 +333,5 @@ def test_what_the_caller_set_in_torch_does_not_count(first: Path) -> None:
 
 
 def test_a_graph_with_its_tokenizer_beside_it_writes_text(tmp_path: Path) -> None:
-    mptk.export(testing.make_llama(layers=1), tmp_path / "onnx", tokenizer=testing.make_tokenizer())
+    mptk.export(testing.make_llama(), tmp_path / "onnx", tokenizer=testing.make_tokenizer())
     assert len(mptk.generate(tmp_path / "onnx", "the cat", max_new_tokens=2)) == 1

@@ -63,7 +63,7 @@ def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(
     family: str, given: dict[str, Any], used: dict[str, Any]
 ) -> None:
     """All weights by default, and adapters where norms follow the cut."""
-    model = testing.make_llama(layers=1)
+    model = testing.make_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learning = {"steps": 4, "batch": 2, "micro": 2, "method": "maskprune", **given}
     found = mptk.prune(model, data=torch.randint(3, 300, (8, 24)), families=family, **SMALL | learning)

@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_rows_are_computed_once(tmp_path: Path) -> None:
-    testing.save_model(
-        testing.make_llama(layers=1, max_position_embeddings=600, intermediate_size=320), tmp_path / "dense"
-    )
+    testing.save_model(testing.make_llama(max_position_embeddings=600, intermediate_size=320), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 400)
     text = str(tmp_path / "text.txt")
     study = Study(

@@ -105,7 +105,7 @@ class Graphs:
 def prune_llava(root: Path) -> None:
     widths = {"ffn.1": 64, "ffn.2": 64, "language_model_layers": 1}
     asked = {**ASKED, "widths": widths, "families": tuple(widths), "quantize": ("int8", "fp16")}
-    dense = write_llava(root / "llava", text_layers=2)
+    dense = write_llava(root / "llava")
     mptk.prune(str(dense), root / "out", data=str(write_captions(root / "pictures")), **asked)
 
 

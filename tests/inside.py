@@ -39,19 +39,10 @@ class Inside:
 
         self._set(target, call)
 
-    def calls(self, target: str) -> list[tuple[Any, ...]]:
-        """The arguments of each call from now on, without those that have a name."""
-        return self.asked(target, lambda real, *given, **options: real(*given, **options))
-
-    def asked(self, target: str, instead: Callable[..., Any] = lambda *_, **__: None) -> list[tuple[Any, ...]]:
-        """As ``calls``, with ``instead`` in place of the target, as in ``around``; by default it does nothing."""
+    def asked(self, target: str) -> list[tuple[Any, ...]]:
+        """Collects the arguments without names of each call from now on, in place of the call."""
         seen: list[tuple[Any, ...]] = []
-
-        def call(real: Callable[..., Any], *given: Any, **options: Any) -> Any:
-            seen.append(given)
-            return instead(real, *given, **options)
-
-        self.around(target, call)
+        self.around(target, lambda real, *given, **options: seen.append(given))
         return seen
 
     def forbid(self, target: str) -> None:
@@ -64,22 +55,6 @@ class Inside:
     def spoil(self, target: str, change: Callable[[Any], Any]) -> None:
         """The target gives what ``change`` makes of its result."""
         self.around(target, lambda real, *given, **options: change(real(*given, **options)))
-
-    def quicken_bench(self) -> None:
-        """A bench measures no memory, which takes a process for each graph, and times each step once in a turn.
-
-        The machine's peaks are those of a small product, and of reading little memory.
-        """
-        self.bound("mptk.ort.roofline.SIDE", 64)
-        self.bound("mptk.ort.roofline.READ_BYTES", 1 << 20)
-        self.gives("mptk.ort.bench.measure_peak_memory", 1)
-        self.around("mptk.ort.bench.time_alternately", lambda real, steps, rounds: real(steps, rounds, shortest=0.0))
-
-    def make_up_times(self) -> None:
-        """Operators take the times of made_up_times.py."""
-        from made_up_times import times
-
-        self.around("mptk.cost.operator_times.time_operators", lambda measure, found, threads, progress: times(found))
 
     def stop(self, target: str, call: int = 1, error: BaseException | type[BaseException] = Stopped) -> None:
         """The nth call half writes the temporary file that it is given, if it is given one, and raises ``error``."""

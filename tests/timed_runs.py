@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ TINY = Settings(
 
 
 @pytest.fixture
-def rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def rates(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
     """Every run of the test finds ``RATES``."""
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    set_cache(tmp_path / "cache")
     keep_rates(RATES)
 
 

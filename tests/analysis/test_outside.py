@@ -167,7 +167,7 @@ def test_timm(name: str) -> None:
 
 def test_what_is_written_of_them_is_the_small_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net, asked = TORCHVISION["mobilenet_v3"](), {"sparsity": 0.3, "tolerance": 0.3, "progress": None}
+    net, asked = TORCHVISION["convnext"](), {"sparsity": 0.3, "tolerance": 0.3, "progress": None}
     pruned = mptk.prune(net, tmp_path / "out", method="magnitude", example_inputs=IMAGE, **asked)
     assert {row["stage"] for row in pruned.report.proof} >= {"model.pt2", "ONNX Runtime"}
     x = torch.randn(3, *IMAGE.shape[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,8 @@ def test_the_table_is_large_and_each_call_has_a_name_of_its_own() -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
-def test_bad_call(call: Call, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(parts.root)
+def test_bad_call(call: Call, parts: Parts, go_to: Callable[[object], None]) -> None:
+    go_to(parts.root)
     before, files = state(parts), listing(parts.root)
     with pytest.raises(call.kind) as told:
         call.run(parts)

@@ -86,7 +86,7 @@ def test_a_module_that_was_opened_is_trained_and_saved_without_its_dense_module(
 
 
 def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as_gguf(tmp_path: Path) -> None:
-    testing.make_llama().save_pretrained(tmp_path / "dense")
+    testing.make_llama(layers=1).save_pretrained(tmp_path / "dense")
     testing.make_tokenizer().save_pretrained(tmp_path / "dense")
     ids = torch.randint(3, 300, (6, 24))
     pruned = mptk.prune(tmp_path / "dense", tmp_path / "out", data=ids, onnx=False, **SMALL)
@@ -117,7 +117,7 @@ def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as
 def test_adapters_must_be_merged_first_and_no_path_of_a_temporary_folder_is_in_a_result(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    pruned = mptk.prune(testing.make_llama(), data=torch.randint(3, 300, (4, 24)), onnx=False, **SMALL)
+    pruned = mptk.prune(testing.make_llama(layers=1), data=torch.randint(3, 300, (4, 24)), onnx=False, **SMALL)
     place = str(pruned.place)
     adapted = get_peft_model(pruned.model, LoraConfig(target_modules=["q_proj"]))
     with expect_error(ChangedError):

@@ -57,10 +57,10 @@ def folder(first: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def elsewhere(tmp_path: Path, go_to: Callable[[object], None]) -> Iterator[Path]:
     """A folder that is the current one; the test leaves it."""
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    go_to(tmp_path / "here")
     return tmp_path / "here"
 
 
@@ -255,13 +255,13 @@ def test_only_what_was_proven_is_copied_and_another_result_is_not_taken_for_it(f
 
 
 def test_relative_names_hold_when_the_current_folder_changes(
-    dense: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, elsewhere: Path, go_to: Callable[[object], None]
 ) -> None:
     shutil.copytree(dense, "m")
     Path("t.txt").write_text("the cat sat on the mat and went home again. " * 200)
     pruned = mptk.prune("m", "small", data="t.txt", **SMALL)
     opened = mptk.Pruned.open("small", model="m")
-    monkeypatch.chdir("/")
+    go_to("/")
     assert pruned.folder == elsewhere / "small"
     assert pruned.report.settings.data == "t.txt"
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_relative_names_hold_when_the_current_folder_changes(
     calls["recover"]()
     assert opened.save(elsewhere / "opened").is_dir()
 
-    monkeypatch.chdir(elsewhere)
+    go_to(elsewhere)
     prune_net("later", progress=lambda *_: os.chdir("/"))
     assert (elsewhere / "later" / "report.json").is_file()
 

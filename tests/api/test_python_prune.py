@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ TEXTS = [testing.SENTENCES, "seven wizards mix blue jars of honey while the fox 
 def pruned() -> mptk.Pruned:
     """A live model, pruned with texts in memory; nothing is written."""
     found = mptk.prune(
-        testing.make_llama(), method="magnitude", data=TEXTS, tokenizer=testing.make_tokenizer(), **SMALL
+        testing.make_llama(layers=1), method="magnitude", data=TEXTS, tokenizer=testing.make_tokenizer(), **SMALL
     )
     assert found is not None
     assert found.folder is None  # here, for a test saves it
@@ -42,7 +43,7 @@ def pruned() -> mptk.Pruned:
 
 
 def test_a_model_in_memory_stays_as_it_is() -> None:
-    model = testing.make_llama().train()
+    model = testing.make_llama(layers=1).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     mptk.prune(model, method="taylor", data=torch.randint(3, 300, (4, 24)), **SMALL)
     assert model.training
@@ -90,12 +91,12 @@ def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path:
     assert AutoModelForCausalLM.from_pretrained(folder).config.intermediate_size == pruned.plan.widths["ffn"]
     with expect_error(FileError):
         mptk.verify(folder)
-    assert all(d.ok for d in mptk.verify(folder, model=testing.make_llama()))
-    testing.make_llama().save_pretrained(tmp_path / "dense")
+    assert all(d.ok for d in mptk.verify(folder, model=testing.make_llama(layers=1)))
+    testing.make_llama(layers=1).save_pretrained(tmp_path / "dense")
     stages = [d.stage for d in mptk.verify(folder, model=str(tmp_path / "dense"))]
     assert stages == [row["stage"] for row in pruned.report.proof]
     with expect_error(InputError, name="model"):
-        mptk.verify(folder, model=testing.make_llama(seed=1))
+        mptk.verify(folder, model=testing.make_llama(layers=1, seed=1))
     opened = mptk.Pruned.open(folder)
     assert opened.folder == folder
     assert opened.plan.digest == pruned.plan.digest
@@ -103,11 +104,11 @@ def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path:
 
 
 def test_without_a_folder_nothing_stays_and_half_precision_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, go_to: Callable[[object], None]
 ) -> None:
     """Weights are computed with in float32 and stored as they were."""
-    monkeypatch.chdir(tmp_path)
-    model = testing.make_llama().to(torch.bfloat16)
+    go_to(tmp_path)
+    model = testing.make_llama(layers=1).to(torch.bfloat16)
     found = mptk.prune(model, method="magnitude", data=torch.randint(3, 300, (4, 24)), **SMALL)
     assert found.model is found.model
     assert {parameter.dtype for parameter in found.model.parameters()} == {torch.bfloat16}
@@ -168,7 +169,7 @@ def test_it_writes_text(pruned: mptk.Pruned) -> None:
     ]
     assert text == testing.make_tokenizer().decode(expected, skip_special_tokens=True)
     with expect_error(InputError, name="tokenizer"):
-        mptk.generate(testing.make_llama(), "the quick")
+        mptk.generate(testing.make_llama(layers=1), "the quick")
 
 
 # ---- any module ----

@@ -51,7 +51,7 @@ class Parts:
 
     def __init__(self, folders: dict[str, Path], root: Path) -> None:
         self.root, self.folders = root, folders
-        self.module, self.two, self.model = three(), Two(), testing.make_llama()
+        self.module, self.two, self.model = three(), Two(), testing.make_llama(layers=1)
         self.tokenizer = testing.make_tokenizer()
         self.analysis: Analysis = mptk.analyze(self.module, (X,))
         pruned = mptk.prune(self.module, sparsity=0.5, example_inputs=X, progress=None)
@@ -149,7 +149,7 @@ MODELS = [
     Call("a module on the meta device", lambda p: prune(p, three(device="meta")), mptk.ModelError, "Sequential"),
     Call(
         "a model on the meta device",
-        lambda p: mptk.prune(testing.make_llama().to("meta")),
+        lambda p: mptk.prune(testing.make_llama(layers=1).to("meta")),
         mptk.ModelError,
         "LlamaForCausalLM",
     ),

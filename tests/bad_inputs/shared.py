@@ -18,7 +18,7 @@ SHORT = "--method magnitude --align 8 --samples 2 --length 16 --eval-windows 1 -
 def write_folders(root: Path) -> None:
     """``model``: a LLaMA of 70 positions. ``gpt2``: an export of 16 positions. ``pruned``: of ``model``."""
     root.mkdir(exist_ok=True)
-    model = make_llama()
+    model = make_llama(layers=1)
     model.save_pretrained(root / "model")
     make_tokenizer().save_pretrained(root / "model")
     (root / "text.raw").write_text(" ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(60)))

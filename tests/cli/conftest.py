@@ -28,13 +28,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of the tests' own, no network, and no bars of transformers, as ``main`` sets it."""
+def surroundings() -> Iterator[None]:
+    """No bars of transformers, as ``main`` sets it."""
     logging.disable_progress_bar()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
+    yield
     logging.enable_progress_bar()
 
 

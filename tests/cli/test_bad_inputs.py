@@ -6,7 +6,7 @@ Rows call the parser of options or the reader of a file. Some go through the who
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,12 +34,12 @@ def test_the_table_is_large_and_each_row_has_a_name_of_its_own() -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_bad_input(row: Row, sources: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(row: Row, sources: Mapping[str, Path], tmp_path: Path, go_to: Callable[[object], None]) -> None:
     place = Place(tmp_path, sources)
     for step in row.prepare:
         step(place)
     call, about = row.make_call(place), row.fill(row.about, place)
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     before = listing(tmp_path)
     with lose_patience(), pytest.raises(row.kind) as refused:
         call()
@@ -54,14 +54,14 @@ def test_bad_input(row: Row, sources: Mapping[str, Path], tmp_path: Path, monkey
 @pytest.mark.features
 @pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.name)
 def test_bad_input_of_a_command(
-    row: Row, sources: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: Row, sources: Mapping[str, Path], tmp_path: Path, go_to: Callable[[object], None]
 ) -> None:
     """One line on stderr, the exit code, no traceback, nothing changed."""
     place = Place(tmp_path, sources)
     for step in row.prepare:
         step(place)
     words = [row.fill(word, place) for word in str(row.does).split(" ")]
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     before = listing(tmp_path)
     result = run(words)
     assert result.code == (1 if issubclass(row.kind, MptkError) else 2), result.stderr

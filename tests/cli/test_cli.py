@@ -119,8 +119,8 @@ def test_the_first_line_of_a_run_says_what_it_will_need(pruned):
     )
 
 
-def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_path, go_to):
+    go_to(tmp_path)
     shutil.copy(Path(files.model) / "config.json", tmp_path)
     result = mptk("prune", tmp_path, "--estimate", "--method", "wanda", "--reconstruct")
     assert result.code == 0
@@ -169,8 +169,8 @@ def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
     assert report["quality"]["dense"] > 1
 
 
-def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, inside):
-    inside.quicken_bench()
+@pytest.mark.usefixtures("quick_bench")
+def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
     out = tmp_path / "out"
     shutil.copytree(pruned[0], out)
     result = mptk("bench", files.model, out, "--lengths", "16,40", "--rounds", "2", "--json", tmp_path / "bench.json")

@@ -143,8 +143,8 @@ def test_options_of_prune_are_in_groups() -> None:
 # ---- output ----
 
 
-def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, go_to) -> None:
+    go_to(tmp_path)
     result = mptk("analyze", files.model, "--json", "-")
     assert json.loads(result.stdout)["format"] == "mptk-analysis/1"
     result = mptk("eval", files.model, "--data", files.text, "--length", "32", "--windows", "2", "--json", "-", "-q")
@@ -187,8 +187,8 @@ def test_brackets_in_a_name_are_no_markup(mptk) -> None:
 # ---- Ctrl-C ----
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, go_to) -> None:
+    go_to(tmp_path)
     inside.stop("mptk.targets.stock.write_checkpoint", error=KeyboardInterrupt)
     result = mptk("prune", files.model, "--out", "out", "--data", files.text, *SHORT, "--no-onnx")
     assert result.code == 130
@@ -197,25 +197,26 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path
     )
 
 
-def test_ctrl_c_elsewhere(mptk, files, inside) -> None:
-    inside.stop("mptk.api.compiler.analyze", error=KeyboardInterrupt)
-    result = mptk("analyze", files.model)
-    assert (result.code, result.error) == (130, "interrupted; nothing was published")
+def test_ctrl_c_elsewhere_also_if_a_library_turns_it_into_an_error_of_its_own(mptk, files, inside) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
 
-
-def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, inside) -> None:
-    def traced(*arguments: object, **options: object) -> None:
+    def traced() -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             raise RuntimeError("what a tracer says") from None
 
+    def failed() -> None:
+        raise ZeroDivisionError
+
+    steps = [interrupted, traced, failed]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
     try:
-        inside.around("mptk.api.compiler.analyze", traced)
-        result = mptk("analyze", files.model)
-        assert (result.code, result.error) == (130, "interrupted; nothing was published")
-        inside.stop("mptk.api.compiler.analyze", error=ZeroDivisionError)
+        inside.around("mptk.api.compiler.analyze", lambda *_, **__: steps.pop(0)())
+        for _ in range(2):
+            result = mptk("analyze", files.model)
+            assert (result.code, result.error) == (130, "interrupted; nothing was published")
         assert mptk("analyze", files.model).code == 70  # the next command knows of no signal
     finally:
         signal.signal(signal.SIGINT, before)

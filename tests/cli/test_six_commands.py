@@ -6,18 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from inside import Inside
 
 from benchmarks.tiny_models import tiny_model
 
-KINDS = {"object-detection": "yolos", "video-classification": "timesformer", "time-series-prediction": "patchtst"}
+KINDS = {"object-detection": "yolos", "time-series-prediction": "patchtst"}
 """Mapping of transformers → the type that is tried: of kinds that no feature's tests take through the commands."""
 SIZES = ("--samples", "4", "--eval-windows", "2", "--eval-length", "12", "--align", "1")
 
 
+@pytest.mark.usefixtures("quick_bench")
 @pytest.mark.parametrize("mapping", KINDS)
-def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int], inside: Inside) -> None:
-    inside.quicken_bench()
+def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int]) -> None:
     dense, out, graphs = tmp_path / "dense", tmp_path / "out", tmp_path / "graphs"
     tiny_model(mapping, KINDS[mapping]).model.save_pretrained(dense)
     read = ("--data", "random", "--length", "12")

@@ -162,11 +162,9 @@ def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
     assert logged.getvalue() == "later\n"
 
 
-def test_another_error_that_python_drops_is_shown_as_ever(
-    ended: Callable[[Callable[[], None]], int], inside: Inside
-) -> None:
+def test_another_error_that_python_drops_is_shown_as_ever(ended: Callable[[Callable[[], None]], int]) -> None:
     seen: list[object] = []
-    inside.around("sys.unraisablehook", lambda hook, found: seen.append(found.exc_type))
+    before, sys.unraisablehook = sys.unraisablehook, lambda found: seen.append(found.exc_type)
 
     class Last:
         def __del__(self) -> None:
@@ -175,7 +173,10 @@ def test_another_error_that_python_drops_is_shown_as_ever(
     def work() -> None:
         Last()
 
-    assert (ended(work), seen) == (0, [MptkError])
+    try:
+        assert (ended(work), seen) == (0, [MptkError])
+    finally:
+        sys.unraisablehook = before
 
 
 # ---- streams ----

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from inside import Inside
 from typer.testing import CliRunner
 
 import mptk as api
@@ -48,12 +48,12 @@ OTHER = api.Settings(
 
 
 @pytest.fixture
-def asked(inside: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(asked_prune: list[Any], tmp_path: Path, go_to: Callable[[object], None]) -> list[Any]:
     """Collects what `prune` is asked for, in place of a run, in a folder with the data that recipes here name."""
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     for name in ("a.jsonl", "a.txt", "b.txt"):
         (tmp_path / name).write_text("text\n")
-    return inside.asked("mptk.api.pruned.prune")
+    return asked_prune
 
 
 def write(path: Path, **values: object) -> str:

@@ -70,7 +70,7 @@ def listed(inside: Inside) -> None:
 
 
 def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:
-    dense = testing.make_llama(layers=2)
+    dense = testing.make_llama(layers=1)
     Plan({}, conversions={"values": {"by": 4.0}}).save(tmp_path / "plan.json")
     found = mptk.prune(dense, tmp_path / "out", plan=str(tmp_path / "plan.json"), onnx=False, **MEASURED)
     assert "values are 4.0 times as large" in found.report.notes
@@ -83,4 +83,4 @@ def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> N
 def test_a_conversion_that_changes_the_model_is_not_proven(tmp_path: Path) -> None:
     Plan({}, conversions={"values": {"by": 4.0, "back": 2.0}}).save(tmp_path / "plan.json")
     with expect_error(ProofError, name="scaled values"):
-        mptk.prune(testing.make_llama(layers=2), plan=str(tmp_path / "plan.json"), **MEASURED)
+        mptk.prune(testing.make_llama(layers=1), plan=str(tmp_path / "plan.json"), **MEASURED)

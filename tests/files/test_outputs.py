@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -162,9 +162,9 @@ def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
     ],
 )
 def test_keywords_in_python_are_outputs_too(
-    call: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, given: dict[str, Any], tmp_path: Path, go_to: Callable[[object], None]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     testing.save_model(testing.make_llama(layers=1), Path("model"))
     Path("out").mkdir()
     mptk.Plan({}).save("out/plan.json")

@@ -503,9 +503,9 @@ def test_a_folder_of_temporary_files_that_goes_is_one_clear_error(tmp_path: Path
 
 @pytest.mark.features
 def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_error(
-    laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    laboratory: Laboratory, tmp_path: Path, set_cache: Callable[[object], None]
 ) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    set_cache(tmp_path / "cache")
     write_gguf(make_llama(layers=1), make_tokenizer(), tmp_path / "toy.gguf")
 
     def clean(record: PassRecord) -> None:

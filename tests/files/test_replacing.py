@@ -88,9 +88,9 @@ def test_eight_processes_fill_one_cache_and_write_one_output(tmp_path: Path) -> 
 
 
 def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, set_cache: Callable[[object], None]
 ) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    set_cache(tmp_path / "cache")
     places = [tmp_path / place for place in ("cache", "cache/onnx", "cache/gguf/some", "tmp", "runs")]
     for place in places:
         place.mkdir(parents=True)
@@ -284,8 +284,8 @@ def test_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["pipe"]
 
 
-def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_read_is_never_replaced(tmp_path: Path, go_to: Callable[[object], None]) -> None:
+    go_to(tmp_path)
     write(tmp_path / "out", "model")
     for source in ("out", "out/file", str(tmp_path / "out")):
         with expect_error(OutputError, name="out"):
@@ -428,9 +428,9 @@ def test_content_and_not_times_names_an_export(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+def exported(tmp_path: Path, set_cache: Callable[[object], None]) -> Callable[[], Path]:
     """Gives the cached export of a model, whose graph is in truth the word ``graph``."""
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    set_cache(tmp_path / "cache")
 
     def build(folder: Path) -> None:
         folder.mkdir()

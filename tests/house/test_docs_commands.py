@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
@@ -54,6 +54,8 @@ FOLLOWED = (
 CHECKED = ("README.md", "docs/tutorial.md", "docs/how-to/", "docs/vocabulary.md")
 """The pages whose other commands are checked: they name files that are there. Those of others are only parsed."""
 WRITE = ("prune", "recover")
+PRINT = ("analyze", "verify", "eval")
+"""What only prints. The tests of a how-to's feature run it on such a folder, so the how-to itself only checks it."""
 FEW = {"--samples": "4", "--length": "32", "--eval-windows": "2", "--eval-length": "32", "--rounds": "2"}
 """What commands get that do not name it themselves."""
 SIZES = {
@@ -67,20 +69,17 @@ SIZES = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def model(quick_bench: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a tiny model, which the cache has under each alias, too.
 
-    To be quick, ``--minutes`` chooses two steps instead of up to 200, ``bench`` runs each graph once a turn, and no process
-    is started to measure a graph's memory.
+    To be quick, ``--minutes`` chooses two steps instead of up to 200.
     """
     words, model = testing.make_tokenizer(), testing.make_llama(layers=1, **SIZES)
     with pytest.MonkeyPatch.context() as patch:
         inside = Inside(patch)
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         for bound in ("LEAST_STEPS", "MOST_STEPS", "MOST_TIMED_STEPS"):
             inside.bound(f"mptk.run.minutes.{bound}", 2)
-        inside.quicken_bench()
         for name, path in {name: _locate_target(name) for name in ALIASES}.items():
             path.parent.mkdir(parents=True)
             if ALIASES[name].folder:
@@ -94,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def reader(
-    page: str, model: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, model: Path, laboratory: Laboratory, tmp_path: Path, go_to: Callable[[object], None]
 ) -> Iterator[Path]:
     """The folder in which the reader of a page works."""
     folder = tmp_path / "reader"
@@ -105,7 +104,7 @@ def reader(
     written = {word for option, word in pairwise(words) if option == "--out"}
     for name in {word for word in words if re.fullmatch(r"runs/\w+|DIR", word)} - written:
         laboratory.copy(laboratory.open_pruned(), folder / name)
-    monkeypatch.chdir(folder)
+    go_to(folder)
     before = dict(RULES)
     yield folder
     RULES.clear()
@@ -201,7 +200,9 @@ def _list_lines(page: str) -> list[str]:
 
 
 def _is_read(words: list[str], page: str) -> bool:
-    """Whether another line of the page names the folder that a command writes; true without one."""
+    """Whether another line of the page names the folder that a command writes; of what writes none, what is run."""
+    if words[1] in PRINT and "how-to" in page:
+        return False
     lines = [shlex.split(line, comments=True) for line in _list_lines(page)]
     return words[1] not in WRITE or sum(words[-1] in others for others in lines) > 1
 

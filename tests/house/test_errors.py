@@ -6,6 +6,7 @@ import ast
 import copy
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -185,15 +186,18 @@ def test_a_wrong_rule_is_found_by_the_proof(wrong_rule: None) -> None:
 # ---- the machine and its packages ----
 
 
-def test_the_machine_and_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_and_its_packages(tmp_path: Path) -> None:
     with expect_error(mptk.MachineError, name="device"):
         prune(device="cuda:99")
     with expect_error(mptk.MachineError), explain_errors():
         raise MemoryError
     (tmp_path / "broken_package.py").write_text("raise OSError('a library is missing')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with expect_error(mptk.PackageError, name="broken_package"), explain_errors():
-        __import__("broken_package")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with expect_error(mptk.PackageError, name="broken_package"), explain_errors():
+            __import__("broken_package")
+    finally:
+        sys.path.remove(str(tmp_path))
 
 
 # ---- all classes ----

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
 
 import nbformat
 import pytest
+from fresh import Fresh
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -17,9 +18,9 @@ NOTEBOOK = EXAMPLES / "prune_in_a_notebook.ipynb"
 
 
 def test_the_script_prunes_both_kinds_of_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, go_to: Callable[[object], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     run_path(str(EXAMPLES / "prune_in_python.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "Pruned(LlamaForCausalLM, sparsity 0." in said
@@ -43,14 +44,15 @@ def test_the_notebook_runs_and_shows_its_progress() -> None:
     assert "plan.json" in said
 
 
-def test_the_notebook_installs_mptk_only_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_installs_mptk_only_where_it_is_missing(fresh: Fresh, tmp_path: Path) -> None:
+    """In place of Python, a program that writes what it was asked for."""
     first = next(cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
-    (tmp_path / "cell.py").write_text(first.source)
-    ran: list[list[str]] = []
-    monkeypatch.setattr("subprocess.run", lambda words, check: ran.append(words))
-    run_path(str(tmp_path / "cell.py"))
-    assert ran == []
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    run_path(str(tmp_path / "cell.py"))
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    python.write_text(f'#!/bin/sh\necho "$@" > {asked}\n')
+    python.chmod(0o700)
+    cell = f"import sys\nsys.executable = {str(python)!r}\n{first.source}"
+    assert fresh.run(cell).code == 0
+    assert not asked.exists()
+    assert fresh.run(cell, paths=()).code == 0
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
-    assert ran == [[sys.executable, "-m", "pip", "install", "--quiet", f"git+{project['urls']['Repository']}"]]
+    assert asked.read_text() == f"-m pip install --quiet git+{project['urls']['Repository']}\n"

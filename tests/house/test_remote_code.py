@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 from commands import refused
-from inside import Inside
+from inside import Stopped
 from lab import raw_report
+from stops import stop_at
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -154,8 +155,8 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
 READ_NO_FOLDER = {"features", "fetch", "models", "ops", "passes"}
 
 
-def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path, inside: Inside) -> None:
-    inside.quicken_bench()
+@pytest.mark.usefixtures("quick_bench")
+def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     assert known == COMMANDS.keys() | READ_NO_FOLDER
     for name, words in COMMANDS.items():
@@ -175,26 +176,30 @@ def save_trained(folder: Path, out: Path) -> None:
     found.save(out)
 
 
+BEGUN: dict[str, Any] = {"progress": lambda stage, *_: stop_at("trace")(stage, 0, 0)}
+"""What has loaded a model is stopped there: the command of the same name goes on."""
 FUNCTIONS: dict[str, Callable[[Path, Path], object]] = {
     "Pruned": save_trained,
-    "Report": lambda folder, out: mptk.prune(str(folder), out, mptk.Report.read(folder).settings, progress=None),
+    "Report": lambda folder, out: mptk.prune(str(folder), out, mptk.Report.read(folder).settings, **BEGUN),
     "advise": lambda folder, out: mptk.advise(
-        str(folder), sparsities=[0.3], data="random", samples=2, length=16, progress=None
+        str(folder), sparsities=[0.3], data="random", samples=2, length=16, **BEGUN
     ),
     "analyze": lambda folder, out: mptk.analyze(str(folder)),
     "bench": lambda folder, out: mptk.bench([str(folder)], lengths=[8], rounds=2),
     "evaluate": lambda folder, out: mptk.evaluate(opened(folder), "random", windows=1, length=16, progress=None),
     "export": lambda folder, out: mptk.export(opened(folder), out),
     "generate": lambda folder, out: mptk.generate(opened(folder), ["a"], max_new_tokens=2),
-    "ladder": lambda folder, out: mptk.ladder(str(folder), out, [0.2], data="random", onnx=False, **SHORT),
+    "ladder": lambda folder, out: mptk.ladder(
+        str(folder), out, [0.2, 0.4], data="random", onnx=False, **{**SHORT, **BEGUN}
+    ),
     "load": lambda folder, out: mptk.load(folder),
-    "prune": lambda folder, out: mptk.prune(str(folder), out, data="random", onnx=False, **SHORT),
+    "prune": lambda folder, out: mptk.prune(str(folder), out, data="random", onnx=False, **{**SHORT, **BEGUN}),
     "recover": lambda folder, out: mptk.recover(
-        opened(folder), out, steps=1, data="random", length=16, onnx=False, progress=None
+        opened(folder), out, steps=1, data="random", length=16, onnx=False, **BEGUN
     ),
     "rewrite": lambda folder, out: mptk.rewrite(mptk.analyze(str(folder)), mptk.Plan.load(folder / "plan.json")),
     "rung": lambda folder, out: mptk.rung(folder, 0.4).model,
-    "shapes": lambda folder, out: mptk.shapes(str(folder), sparsity=0.3, data="random", search_tokens=0, progress=None),
+    "shapes": lambda folder, out: mptk.shapes(str(folder), sparsity=0.3, data="random", search_tokens=0, **BEGUN),
     "show": lambda folder, out: mptk.show(str(folder)),
     "trace": lambda folder, out: mptk.trace(str(folder)),
     "verify": lambda folder, out: mptk.verify(folder),
@@ -210,11 +215,11 @@ LOAD_NO_FOLDER = {
 } | {name for name in mptk.__all__ if name.endswith("Error")}
 
 
-def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path, inside: Inside) -> None:
-    inside.quicken_bench()
+@pytest.mark.usefixtures("quick_bench")
+def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
     assert set(mptk.__all__) == FUNCTIONS.keys() | LOAD_NO_FOLDER
     for name, call in FUNCTIONS.items():
-        with suppress(MptkError):
+        with suppress(MptkError, Stopped):
             call(hostile, tmp_path / f"out-{name}")
         assert not (tmp_path / "ran").exists(), name
 

@@ -6,6 +6,7 @@ It reaches for mptk.io.data: a run does not show its windows.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -147,9 +148,9 @@ class TestSelfSampled:
 
 class TestCalibration:
     def test_self_samples_only_what_no_run_before_has(
-        self, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, model: LlamaForCausalLM, tmp_path: Path, set_cache: Callable[[object], None]
     ) -> None:
-        monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
+        set_cache(tmp_path)
 
         def ask(count: int) -> tuple[torch.Tensor, int]:
             said: list[int] = []

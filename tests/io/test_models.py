@@ -48,8 +48,8 @@ IDS = torch.arange(3, 40)[None]
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+def _cache(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+    set_cache(tmp_path / "cache")
 
 
 @pytest.fixture

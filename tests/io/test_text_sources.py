@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,8 +153,8 @@ class TestHubText:
         joined = HubText(name, split="test", column="text", joined="\n\n")
         assert ["".join(document) for document in joined.read_documents(None)] == [" = Title = \n\n\n\n\nother\n\n"]
 
-    def test_without_network_it_is_one_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.chdir(tmp_path)
+    def test_without_network_it_is_one_line(self, go_to: Callable[[object], None], tmp_path: Path) -> None:
+        go_to(tmp_path)
         for name, preset in PRESETS.items():
             with expect_error(FileError, name=preset.id) as refused:
                 texts(name)
@@ -201,8 +202,8 @@ class TestLongTexts:
 
 
 class TestSelfSampledIsKept:
-    def test_the_same_text_is_sampled_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
+    def test_the_same_text_is_sampled_once(self, tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+        set_cache(tmp_path)
         written = []
 
         def text(model=None, **options):
@@ -221,9 +222,11 @@ class TestSelfSampledIsKept:
             path.write_bytes(b"damaged")
         assert torch.equal(first, text(seed=4))
 
-    def test_a_cache_that_cannot_be_written_is_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_cache_that_cannot_be_written_is_no_error(
+        self, tmp_path: Path, set_cache: Callable[[object], None]
+    ) -> None:
         (tmp_path / "file").write_text("no folder")
-        monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "file"))
+        set_cache(tmp_path / "file")
         assert data.load_calibration_windows(testing.make_llama(), None, count=2, length=5).shape == (2, 5)
 
 

@@ -71,7 +71,7 @@ def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_n
 
 
 def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_path: Path) -> None:
-    model = planted(testing.make_decoder("mixtral"))
+    model = planted(testing.make_decoder("mixtral", num_hidden_layers=1))
     options = ("--families", "experts", "--width", "experts=4")
     kept = prune(model, tmp_path / "reap", "--method", "reap", *options)
     assert kept == {(0, 1, 2, 4)}
@@ -102,7 +102,9 @@ def test_it_is_said_which_share_of_the_tokens_choices_is_lost(moe: Case) -> None
 
 def shared_expert() -> torch.nn.Module:
     sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 1}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, shared_expert_intermediate_size=28)).eval()
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**{**SIZES, **sizes, "num_hidden_layers": 1}, shared_expert_intermediate_size=28)
+    ).eval()
 
 
 def grouped() -> torch.nn.Module:

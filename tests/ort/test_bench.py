@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from inside import changed
 from tiny_decoders import FUSED, GROUPED, graphs_of, tiny_decoder
 
 from mptk import export
@@ -26,6 +25,7 @@ from passes.pipelines import emit_onnx, quantize_onnx
 HIDDEN, FFN, VOCAB, HEADS, GROUPS, DIM = 48, 80, 97, 6, 2, 10
 PROJECTIONS = HIDDEN * DIM * (2 * HEADS + 2 * GROUPS) + 3 * HIDDEN * FFN
 """Multiply-adds of a token in a layer."""
+pytestmark = pytest.mark.usefixtures("quick_bench")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,6 @@ def test_a_table_that_is_also_the_projection_counts_once(tmp_path):
     file = emit_onnx(trace_decoder(model), tmp_path)
     read = sum(p.numel() for name, p in model.named_parameters() if name != "transformer.wpe.weight")
     assert 0 <= compute_graph_work(file, sequence=1, past=0).bytes - 4 * read < 400
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_bench():
-    with changed() as inside:
-        inside.quicken_bench()
-        yield
 
 
 @pytest.fixture(scope="module")

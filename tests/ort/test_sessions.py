@@ -69,10 +69,17 @@ def test_the_cache_stays_on_a_gpu_that_runs_the_graph() -> None:
 
 
 @pytest.fixture
-def asked(inside: Inside) -> Asked:
+def providers(inside: Inside) -> list[str]:
+    """What ONNX Runtime says that it has."""
+    there = [GPU, HOST]
+    inside.gives("onnxruntime.get_available_providers", there)
+    return there
+
+
+@pytest.fixture
+def asked(providers: list[str], inside: Inside) -> Asked:
     """A GPU that exists only for ONNX Runtime: what each session is asked for. The CPU runs it."""
     found: Asked = []
-    inside.gives("onnxruntime.get_available_providers", [GPU, HOST])
 
     def session(make: Any, model: object, options: object, providers: list[tuple[str, dict[str, Any]]]) -> Any:
         found.append(providers)
@@ -94,20 +101,19 @@ def folder(laboratory: mptk.testing.Laboratory) -> Path:
 
 
 @pytest.mark.usefixtures("machine")
-def test_a_device_without_a_provider_is_refused(inside: Inside) -> None:
+def test_a_device_without_a_provider_is_refused(providers: list[str]) -> None:
     assert find_session_device("cuda") == find_session_device("auto") == THERE
-    inside.gives("onnxruntime.get_available_providers", [HOST])
+    providers.remove(GPU)
     with expect_error(MachineError, name="device"):
         find_session_device("cuda")
     assert find_session_device("auto") == torch.device("cpu")
 
 
-@pytest.mark.usefixtures("machine")
+@pytest.mark.usefixtures("machine", "quick_bench")
 def test_every_session_is_on_the_device(
     folder: Path, laboratory: mptk.testing.Laboratory, asked: Asked, inside: Inside
 ) -> None:
     text = laboratory.open_data()
-    inside.quicken_bench()
     inside.around("mptk.ort.bench.Roofline", lambda real, threads, _: real(threads))
     for start in (
         lambda: done("generate", folder, "w1 w2", "--max-new-tokens", "2", "--device", "cuda:1"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,6 @@ class OwnConfig(LlamaConfig):
     model_type = "own_llama"
 """
 MODEL = """
-import os
 from pathlib import Path
 
 from transformers import LlamaForCausalLM
@@ -52,8 +52,9 @@ class OwnForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
-        if "TOUCHED" in os.environ:
-            Path(os.environ["TOUCHED"]).touch()
+        touched = Path(RAN).with_name("touched")
+        if touched.exists():
+            Path(touched.read_text()).touch()
 """
 
 pytestmark = pytest.mark.usefixtures("own_modules")
@@ -67,7 +68,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its own class, whose code leaves a file ``ran``, and one that the environment names."""
+    """A model with its own class, whose code leaves a file ``ran``, and one that a file ``touched`` beside it names."""
     folder = tmp_path_factory.mktemp("own")
     save_word_model(make_decoder("llama", num_hidden_layers=1), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -98,14 +99,15 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -
 
 
 def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(
-    own_pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: Path, own_pruned: Path, tmp_path: Path
 ) -> None:
     """The dense model's own code adds a file. The error says what happened, and to verify the folder again."""
     copy = tmp_path / "copy"
     shutil.copytree(own_pruned, copy)
-    monkeypatch.setenv("TOUCHED", str(copy / "extra.txt"))
+    (own.parent / "touched").write_text(str(copy / "extra.txt"))
     with expect_error(ChangedError, name=copy):
         mptk.verify(copy, trust_remote_code=True)
+    (own.parent / "touched").unlink()
 
 
 def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
 def test_what_the_report_names_is_neither_fetched_nor_believed(
     laboratory: Laboratory,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_cache: Callable[[object], None],
     named: str,
     kind: type[MptkError],
     about: str,
@@ -168,7 +170,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     shutil.copytree(laboratory.open_model(), other)
     (other / "generation_config.json").write_text("{}")
     shutil.copytree(laboratory.open_pruned(), copy)
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    set_cache(tmp_path / "cache")
     edit(copy, model=str(tmp_path / named) if named.isupper() else named)
     for run in (lambda: mptk.verify(copy), lambda: mptk.recover(copy, tmp_path / "out", steps=2)):
         with expect_error(kind, name=tmp_path / about if about.isupper() else about):

@@ -6,6 +6,7 @@ It reaches for mptk.report.card: a card of made-up figures needs no run.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,8 +78,8 @@ def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Pa
     assert all(d.ok for d in mptk.verify(pruned))
 
 
-def test_its_lines_of_python_run_in_the_folder(pruned: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.chdir(pruned)
+def test_its_lines_of_python_run_in_the_folder(pruned: Path, go_to: Callable[[object], None], capsys) -> None:
+    go_to(pruned)
     ran = [block for block in blocks(pruned) if "onnxruntime_genai" not in block]
     assert len(ran) == 2
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -164,9 +164,9 @@ def wrong_command() -> Iterator[str]:
 
 
 def test_mptks_own_error_has_a_log_and_an_exit_code(
-    monkeypatch: pytest.MonkeyPatch, wrong_command: str, tmp_path: Path
+    set_cache: Callable[[object], None], wrong_command: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
+    set_cache(tmp_path)
     result = run([wrong_command])
     assert result.code == 70
     (line,) = result.errors

@@ -54,8 +54,8 @@ HUGE = 10.0**18
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+def machine(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+    set_cache(tmp_path / "cache")
     keep_rates(SLOW)
 
 
@@ -284,20 +284,28 @@ def test_the_machine_is_measured_once() -> None:
     assert costs.measure_machine() == SLOW, "each type has rates of its own"
 
 
-def test_a_slow_type_is_timed_by_a_small_product(inside: Inside) -> None:
+@pytest.fixture
+def take(inside: Inside) -> Callable[[Callable[[int], float]], None]:
+    """Says how long each run takes from now on: number of threads → milliseconds."""
+    taken: list[Callable[[int], float]] = []
+    inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: taken[-1](threads))
+    return taken.append
+
+
+def test_a_slow_type_is_timed_by_a_small_product(take: Callable[[Callable[[int], float]], None]) -> None:
     """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
     timed: list[int] = []
 
-    def take_long(_: object, run: object, threads: int, seconds: float) -> float:
+    def take_long(threads: int) -> float:
         timed.append(threads)
         return 100.0
 
-    inside.around("mptk.cost.estimate.measure_typical_ms", take_long)
+    take(take_long)
     assert costs.measure_product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
     assert timed == [1]
 
 
-def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None:
+def test_on_a_busy_machine_the_rate_of_one_thread_counts(take: Callable[[Callable[[int], float]], None]) -> None:
     """All threads together wait for each other: two had 2 GFLOP/s, and one 150."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -306,11 +314,9 @@ def test_on_a_busy_machine_the_rate_of_one_thread_counts(inside: Inside) -> None
         (lambda threads: 1.0 if threads == 1 else 90.0, 1.0),
         (lambda threads: 0.9 / threads, 0.45),
     )
-    taken = [kinds[0][0]]
-    inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: taken[-1](threads))
     try:
         for times, ms in kinds:
-            taken.append(times)
+            take(times)
             rate = costs.measure_product_rate(costs.CPU, torch.float32)
             assert rate == pytest.approx(2 * 1024 * 1024 * 4096 / ms * 1e3)
         assert torch.get_num_threads() == 2
@@ -326,7 +332,7 @@ def test_sizes_and_times_as_text() -> None:
     assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")
 
 
-def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> None:
+def test_what_is_kept_of_the_machine_costs_no_run(set_cache: Callable[[object], None], inside: Inside) -> None:
     """A file that is empty, damaged, a pipe or a folder is measured again; a cache that cannot be written is noted."""
     measured: list[Path] = []
 
@@ -348,7 +354,7 @@ def test_what_is_kept_of_the_machine_costs_no_run(monkeypatch: pytest.MonkeyPatc
     kept.mkdir()
     assert costs.measure_machine().note
     for cache in ("/proc/x", "/dev/null/x"):
-        monkeypatch.setenv("MPTK_CACHE", cache)
+        set_cache(cache)
         first = costs.measure_machine()
         assert first.note
         assert costs.measure_machine() == first, "a process measures once"

@@ -82,7 +82,6 @@ def test_folded_norms_are_rounded_after_training_and_what_is_written_equals_that
     assert any(row["name"] == "store" and row["notes"] for row in report.stages)
     assert kinds(tmp_path / "out") == {torch.bfloat16}
     assert {row["stage"]: row for row in report.proof}["trained model"]["relative"] <= 5e-6
-    mptk.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("float32", "float16"), ("bfloat16", "float32")])

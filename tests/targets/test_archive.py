@@ -6,8 +6,6 @@ import copy
 import json
 import random
 import shutil
-import subprocess
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh import Fresh
 from inside import Inside
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -89,15 +88,14 @@ def folder(pruned: mptk.Pruned, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return pruned.save(tmp_path_factory.mktemp("archive") / "out")
 
 
-def test_a_new_process_opens_it_with_plain_torch_and_with_mptk(pruned: mptk.Pruned, folder: Path) -> None:
+def test_a_new_process_opens_it_with_plain_torch_and_with_mptk(pruned: mptk.Pruned, folder: Path, fresh: Fresh) -> None:
     small = copy.deepcopy(pruned.model)
     torch.save(small, folder.parent / "whole.pt")
     x = torch.randn(3, 3, 12, 8)
     found = small(x)
     save_file({"x": x, "y": found["y"].detach(), "h": found["h"].detach()}, folder.parent / "x.safetensors")
-    command = [sys.executable, "-W", "ignore", "-c", PLAIN, str(folder), str(folder.parent / "x.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    done = fresh.run(PLAIN, folder, folder.parent / "x.safetensors")
+    assert done.code == 0, done.err
 
 
 def test_an_opened_module_is_the_one_that_was_saved(pruned: mptk.Pruned, folder: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bfloat16")
-    testing.save_model(testing.make_llama().to(torch.bfloat16), folder, testing.make_tokenizer(begin=True))
+    testing.save_model(testing.make_llama(layers=1).to(torch.bfloat16), folder, testing.make_tokenizer(begin=True))
     return str(folder)
 
 

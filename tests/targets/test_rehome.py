@@ -76,7 +76,7 @@ def test_the_own_class_is_kept_where_it_holds_the_cut(llama, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path, monkeypatch):
+def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path):
     """Its folder would not load where that program is not. And the plan gives the same folder again."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -86,8 +86,11 @@ def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path, 
     class RegisteredForCausalLM(LlamaForCausalLM):
         config_class = Registered
 
-    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, Registered, RegisteredForCausalLM)
-    plan = str(rehomed / "plan.json")
-    mptk.prune(llama, tmp_path / "out", mptk.Settings(**FEW, plan=plan, rehome=True))
+    AutoModelForCausalLM.register(Registered, RegisteredForCausalLM)
+    try:
+        plan = str(rehomed / "plan.json")
+        mptk.prune(llama, tmp_path / "out", mptk.Settings(**FEW, plan=plan, rehome=True))
+    finally:
+        del MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[Registered]  # transformers has no public way back
     for name in ("config.json", "model.safetensors"):
         assert filecmp.cmp(tmp_path / "out" / name, rehomed / name, shallow=False)

@@ -114,7 +114,7 @@ class TestZeroShot:
             evaluation.zero_shot(str(task / "toy"), names, include_path=task, trust=trust_by_caller(True))
 
     @pytest.fixture
-    def harness(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def harness(self, tmp_path: Path) -> Iterator[None]:
         """An lm-eval that knows one task and fails at it, as data sets, templates and functions of tasks do."""
         package = tmp_path / "lm_eval"
         (package / "models").mkdir(parents=True)
@@ -125,8 +125,9 @@ class TestZeroShot:
             "class TaskManager:\n    all_tasks = ['toy_task']\n    def __init__(self, **_): pass\n"
         )
         before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "lm_eval"}
-        monkeypatch.syspath_prepend(tmp_path)
+        sys.path.insert(0, str(tmp_path))
         yield
+        sys.path.remove(str(tmp_path))
         for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
             del sys.modules[name]
         sys.modules.update(before)

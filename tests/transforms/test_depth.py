@@ -257,7 +257,6 @@ def test_prune_removes_blocks_from_checkpoint_and_graph(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(small)
     assert len(model.model.layers) == 2
     assert OrtDecoder(small).past == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
-    assert all(d.ok for d in mptk.verify(small))
     plan = json.loads((small / "plan.json").read_text())["families"]["layers"]
     assert (plan["width"], plan["of"], list(plan["keep"])) == (2, 3, ["model.layers"])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,9 +123,9 @@ def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, go_to: Callable[[object], None]) -> Path:
     """The current folder, with ``prose.txt``."""
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     (tmp_path / "prose.txt").write_text(" ".join(WORDS * 400))
     return tmp_path
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import done
-from inside import changed
 
 import mptk
 from mptk.errors import InputError
@@ -28,10 +27,8 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def advice(laboratory: Laboratory, ids: torch.Tensor) -> Iterator[Advice]:
-    with changed() as inside:
-        inside.make_up_times()
-        yield mptk.advise(str(laboratory.open_model()), data=ids, max_decode_ms=1e6, **ASKED)
+def advice(made_up_times: None, laboratory: Laboratory, ids: torch.Tensor) -> Advice:
+    return mptk.advise(str(laboratory.open_model()), data=ids, max_decode_ms=1e6, **ASKED)
 
 
 def test_every_cut_is_there_in_every_type(advice: Advice) -> None:
@@ -128,11 +125,11 @@ def test_a_cut_in_float32_that_a_type_beats_is_not_on_the_front() -> None:
 # ---- the command ----
 
 
+@pytest.mark.usefixtures("made_up_times")
 def test_the_command_names_the_way_and_how_to_make_it(
-    laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside
+    laboratory: Laboratory, tmp_path: Path, go_to: Callable[[object], None]
 ) -> None:
-    inside.make_up_times()
-    monkeypatch.chdir(tmp_path)
+    go_to(tmp_path)
     model, data = str(laboratory.open_model()), str(laboratory.open_data())
     typed = f"--data {data} --samples 8 --length 32 --align 8 --eval-windows 4 --sparsities 20%,40%".split()
     run = done("advise", model, *typed, "--max-decode-ms", "1e6", "--json", "a.json", "--html", "a.html", "-q")

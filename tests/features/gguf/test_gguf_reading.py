@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ IDS = torch.arange(3, 40)[None]
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+def _cache(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+    set_cache(tmp_path / "cache")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -109,7 +110,7 @@ def test_a_file_of_the_same_size_and_time_is_converted_again(file: Path, small: 
 
 
 def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside
+    file: Path, tmp_path: Path, set_cache: Callable[[object], None], inside: Inside
 ) -> None:
     keep_digests_of(0, inside)
     first = cache.read_sha256(file)
@@ -122,7 +123,7 @@ def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(
     assert cache.read_sha256(file) == "0" * 64, "the file is not read"
     kept.chmod(0o666)
     assert cache.read_sha256(file) == first, "others may have written it"
-    monkeypatch.setenv("MPTK_CACHE", "/proc/x")
+    set_cache("/proc/x")
     assert cache.read_sha256(file) == first
 
 

@@ -70,7 +70,7 @@ def test_llama_cpp_does_not_fill_the_files_chat_template(tmp_path: Path) -> None
     """It would fill it when it opens the file, without bounds: this one never ends."""
     words = testing.make_tokenizer()
     words.chat_template = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
-    testing.save_model(testing.make_llama(), tmp_path / "model", words)
+    testing.save_model(testing.make_llama(layers=1), tmp_path / "model", words)
     mptk.prune(str(tmp_path / "model"), tmp_path / "out", widths={"ffn": 40}, align=8, onnx=False, **HOW)
     assert not api.gguf(tmp_path / "out", tmp_path / "out.gguf").notes
 

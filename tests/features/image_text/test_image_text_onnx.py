@@ -22,7 +22,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from commands import done
-from inside import Inside
 from pictures import IMAGE, PATCHES, processor, write_captions, write_llava, write_qwen
 from PIL import Image
 from torch import Tensor
@@ -228,8 +227,8 @@ def test_the_graphs_of_a_scheme_are_run_together(pruned: Path, scheme: str, endi
     assert 0 < np.linalg.norm(found - logits) < near * np.linalg.norm(logits)
 
 
-def test_the_vision_encoder_is_timed_beside_the_decoder(pruned: Path, inside: Inside) -> None:
-    inside.quicken_bench()
+@pytest.mark.usefixtures("quick_bench")
+def test_the_vision_encoder_is_timed_beside_the_decoder(pruned: Path) -> None:
     result = mptk.bench([str(pruned)], lengths=(8,), rounds=2)
     cases = ["prefill 8", "decode 8", "vision encoder"]
     assert [str(row.case) for row in result.rows] == [case for case in cases for _ in result.graphs]

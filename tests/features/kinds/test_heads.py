@@ -30,6 +30,8 @@ from mptk.testing import Laboratory, expect_error
 from mptk.testing.kinds import ENCODER, ENCODER_SIZES
 
 CLASSES, SIDE, FRAMES, STEPS, CHANNELS = 5, 32, 4, 32, 3
+SIZES = {**ENCODER_SIZES, "num_hidden_layers": 1}
+TEXT_SIZES = {**ENCODER, "num_hidden_layers": 1}
 WAVES = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
 WAVES |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0}
 SEGMENTS = {"depths": [1, 1], "num_encoder_blocks": 2, "sr_ratios": [2, 1], "hidden_sizes": [16, 24]}
@@ -37,27 +39,27 @@ SEGMENTS |= {"num_attention_heads": [1, 2], "patch_sizes": [7, 3], "strides": [4
 NECK = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 12, 16, 20], "fusion_hidden_size": 16}
 PIXELS = {"image_size": SIDE, "patch_size": 8}
 SERIES_SIZES = {"num_input_channels": CHANNELS, "context_length": STEPS, "patch_length": 8, "patch_stride": 8}
-SERIES_SIZES |= {"d_model": 24, "num_attention_heads": 3, "ffn_dim": 40, "num_hidden_layers": 2, "loss": "mse"}
+SERIES_SIZES |= {"d_model": 24, "num_attention_heads": 3, "ffn_dim": 40, "num_hidden_layers": 1, "loss": "mse"}
 MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
-    "token-classification": lambda: t.BertForTokenClassification(t.BertConfig(**ENCODER, num_labels=CLASSES)),
-    "question-answering": lambda: t.BertForQuestionAnswering(t.BertConfig(**ENCODER)),
+    "token-classification": lambda: t.BertForTokenClassification(t.BertConfig(**TEXT_SIZES, num_labels=CLASSES)),
+    "question-answering": lambda: t.BertForQuestionAnswering(t.BertConfig(**TEXT_SIZES)),
     "object-detection": lambda: t.YolosForObjectDetection(
         t.YolosConfig(
             **ENCODER_SIZES, image_size=[SIDE, SIDE], patch_size=8, num_detection_tokens=5, num_labels=CLASSES
         )
     ),
-    "ctc": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**{**ENCODER_SIZES, "vocab_size": 29}, **WAVES)),
+    "ctc": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**{**SIZES, "vocab_size": 29}, **WAVES)),
     "semantic-segmentation": lambda: t.SegformerForSemanticSegmentation(
         t.SegformerConfig(image_size=SIDE, decoder_hidden_size=20, num_labels=CLASSES, **SEGMENTS)
     ),
     "depth-estimation": lambda: t.DPTForDepthEstimation(
-        t.DPTConfig(**{**ENCODER_SIZES, "num_hidden_layers": 4}, **PIXELS, **NECK, is_hybrid=False)
+        t.DPTConfig(**{**SIZES, "num_hidden_layers": 4}, **PIXELS, **NECK, is_hybrid=False)
     ),
     "time-series-prediction": lambda: t.PatchTSTForPrediction(
         t.PatchTSTConfig(**SERIES_SIZES, prediction_length=6, scaling="std")
     ),
     "classification": lambda: t.VideoMAEForVideoClassification(
-        t.VideoMAEConfig(**ENCODER_SIZES, **PIXELS, num_frames=FRAMES, tubelet_size=2, num_labels=CLASSES)
+        t.VideoMAEConfig(**SIZES, **PIXELS, num_frames=FRAMES, tubelet_size=2, num_labels=CLASSES)
     ),
 }
 PROCESSORS: dict[str, Callable[[], Any]] = {

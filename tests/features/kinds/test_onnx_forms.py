@@ -192,8 +192,8 @@ def largest(file: Path) -> str:
     ("kind", "file"),
     [
         ("encoder", "model.onnx"),
-        ("encoder-decoder", "encoder_model.onnx"),
-        ("encoder-decoder", "decoder_model_merged.onnx"),
+        ("speech", "encoder_model.onnx"),
+        ("speech", "decoder_model_merged.onnx"),
     ],
 )
 def test_a_wrong_weight_fails_the_proof(laboratory: Laboratory, tmp_path: Path, kind: str, file: str) -> None:
@@ -222,7 +222,7 @@ FLOWS: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
         "ONNX Runtime",
     ),
     "a decoder is wrong for one token": (
-        *("encoder-decoder", "decoder_model_merged.onnx", "logits"),
+        *("speech", "decoder_model_merged.onnx", "logits"),
         (
             *("shape = Shape(input_ids)", "many = Gather(shape, 1)", "wrong = Equal(many, 1)"),
             *("by = Cast<to=1>(wrong)", "damaged = Add(logits, by)"),
@@ -291,7 +291,7 @@ def random_inputs(session: ort.InferenceSession) -> dict[str, Any]:
 
 def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(laboratory: Laboratory, tmp_path: Path) -> None:
     asked = {"method": "random", "data": "random", "onnx": True, "quantize": ("int8",)}
-    report = mptk.Report.read(laboratory.prune("encoder-decoder", tmp_path / "out", **asked))
+    report = mptk.Report.read(laboratory.prune("speech", tmp_path / "out", **asked))
     assert [row["stage"] for row in report.proof][-3:] == ["int8 weights", "int8 logits", "int8 in use"]
     graphs = tmp_path / "out" / "onnx"
     sizes = [file.stat().st_size for file in graphs.glob("*_quantized.onnx*")]

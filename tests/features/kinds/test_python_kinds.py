@@ -63,7 +63,7 @@ def test_example_inputs_make_a_module_of_a_transformers_model(tmp_path: Path) ->
 def test_samples_and_texts_are_the_same_data() -> None:
     """Windows that the caller cuts are those that mptk cuts of the texts."""
     words = make_tokenizer()
-    loaded = open_live(make_llama(), words)
+    loaded = open_live(make_llama(layers=1), words)
     stream = torch.tensor(words(SENTENCES * 4, add_special_tokens=False)["input_ids"])
     windows = stream[: len(stream) // 12 * 12].reshape(-1, 12)[:4]
     for data in ([SENTENCES] * 4, windows, make_token_samples(windows), list(windows[:, None]), list(windows)):

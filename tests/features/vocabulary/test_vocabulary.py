@@ -45,7 +45,9 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_dense(root: Path) -> None:
-    testing.save_model(spread(testing.make_llama(tied=False)), root / "dense", testing.make_tokenizer(begin=True))
+    testing.save_model(
+        spread(testing.make_llama(layers=1, tied=False)), root / "dense", testing.make_tokenizer(begin=True)
+    )
     (root / "few.txt").write_text(TEXT)
     (root / "many.txt").write_text(OTHER)
 
@@ -85,7 +87,9 @@ def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     assert len(kept) % 2 == 0
     small, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
     assert small.get_input_embeddings().weight.shape[0] == small.lm_head.weight.shape[0] == len(kept) == len(words)
-    assert report.cost["dense"]["parameters"] == sum(p.numel() for p in testing.make_llama(tied=False).parameters())
+    assert report.cost["dense"]["parameters"] == sum(
+        p.numel() for p in testing.make_llama(layers=1, tied=False).parameters()
+    )
     assert report.cost["pruned"]["parameters"] == sum(p.numel() for p in small.parameters())
     whole = AutoTokenizer.from_pretrained(dense)
     assert [kept[i] for i in words(WORDS).input_ids] == whole(WORDS).input_ids
@@ -116,7 +120,7 @@ def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
 
 
 def test_special_tokens_of_the_config_move_with_their_rows(dense, tmp_path):
-    model = spread(testing.make_llama(tied=True))
+    model = spread(testing.make_llama(layers=1, tied=True))
     model.config.eos_token_id = model.generation_config.eos_token_id = [1, 299]
     model.generation_config.suppress_tokens = [3, 298]
     words = testing.make_tokenizer()
@@ -247,7 +251,7 @@ def test_what_cannot_be_done_is_refused(dense, pruned, tmp_path):
         with expect_error(kind, name=about):
             mptk.prune(str(dense), **{**ALONE, **more})
     with expect_error(FileError):
-        mptk.prune(testing.make_llama(), **{**ALONE, "data": "random"})
+        mptk.prune(testing.make_llama(layers=1), **{**ALONE, "data": "random"})
     with expect_error(InputError, name="vocabulary"):
         mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), vocabulary=[TEXT], progress=None)
     other = Plan.load(pruned / "plan.json").to_json()
@@ -257,4 +261,4 @@ def test_what_cannot_be_done_is_refused(dense, pruned, tmp_path):
         mptk.prune(str(dense), **{**FEW, "plan": str(tmp_path / "plan.json"), "data": [TEXT]}, progress=None)
     plan = Plan.load(pruned / "plan.json")
     with expect_error(PlanError, name="vocabulary"):
-        mptk.rewrite(mptk.analyze(testing.make_llama(tied=False)), plan)
+        mptk.rewrite(mptk.analyze(testing.make_llama(layers=1, tied=False)), plan)

@@ -94,6 +94,7 @@ class Way:
     """A cut in a type: ``FLOAT_TYPE`` or a scheme of quantised graphs. ``sparsity`` 0: the dense model.
 
     ``bytes``: of its graph. ``ms``: phase → predicted milliseconds. ``texts``: as in ``Point``, without agreement.
+    ``measured``: the same figures of the graph itself, in ONNX Runtime; None if it was not made.
     """
 
     type: str
@@ -102,22 +103,43 @@ class Way:
     bytes: float
     ms: Mapping[str, float]
     texts: Mapping[str, Figures]
+    measured: Way | None = None
+
+    @property
+    def known(self) -> Way:
+        """Its figures as measured, or else as predicted."""
+        return self.measured or self
 
     @property
     def rise(self) -> float:
         """The rise of the loss over the dense float model's, averaged over the texts."""
-        return sum(figures.rise for figures in self.texts.values()) / len(self.texts)
+        return sum(figures.rise for figures in self.known.texts.values()) / len(self.texts)
 
     def is_within(self, limits: Ceiling) -> bool:
         """Whether it stays within the limits."""
-        pairs = [(self.bytes, limits.bytes), (self.ms.get("decode"), limits.decode_ms)]
-        pairs.append((self.ms.get("prefill"), limits.prefill_ms))
+        known = self.known
+        pairs = [(known.bytes, limits.bytes), (known.ms.get("decode"), limits.decode_ms)]
+        pairs.append((known.ms.get("prefill"), limits.prefill_ms))
         return all(most is None or (taken is not None and taken <= most) for taken, most in pairs)
 
     @property
     def price(self) -> float:
         """What it takes: milliseconds of the first phase that is timed, else bytes."""
-        return next(iter(self.ms.values()), self.bytes)
+        return next(iter(self.known.ms.values()), self.known.bytes)
+
+    @property
+    def cut(self) -> tuple[tuple[str, int], ...]:
+        """The widths, by which ways of one cut are known."""
+        return tuple(self.widths.items())
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether its loss is predicted as a sum: of a cut's rise and a type's."""
+        return self.sparsity > 0 and self.type != FLOAT_TYPE
+
+    def compute_miss(self, text: str) -> float | None:
+        """By which share the measured perplexity differs from the predicted one; None if it was not measured."""
+        return None if self.measured is None else math.expm1(self.measured.texts[text].loss - self.texts[text].loss)
 
 
 @dataclass(frozen=True)
@@ -213,10 +235,19 @@ class Advice:
                 found.append(way)
         return found[::-1]
 
+    def rank_ways(self, text: str | None = None) -> list[Way]:
+        """The ways within the limits, the best first: on one text, or on average."""
+        there = [way for way in self.ways if way.is_within(self.limits)]
+        return sorted(there, key=lambda way: (way.rise if text is None else way.known.texts[text].rise, way.price))
+
     def find_way(self, text: str | None = None) -> Way | None:
         """The best way within the limits, on one text or on average; None if no way meets them."""
-        there = [way for way in self.ways if way.is_within(self.limits)]
-        return min(there, key=lambda way: (way.rise if text is None else way.texts[text].rise, way.price), default=None)
+        return next(iter(self.rank_ways(text)), None)
+
+    @property
+    def checked(self) -> list[Way]:
+        """The cuts in a type that were measured: their predicted loss, a sum, can be compared with the measured one."""
+        return [way for way in self.ways if way.is_sum and way.measured is not None]
 
     @property
     def next_way(self) -> Way | None:

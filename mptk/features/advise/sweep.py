@@ -93,25 +93,17 @@ def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
     return Cuts(by_family, divisions)
 
 
-def give_advice(
-    prepared: Prepared,
-    sets: SampleSets,
-    texts: Mapping[str, Samples],
-    sparsities: Sequence[float],
-    tolerance: float,
-    context: Context,
-) -> Advice:
-    """Measure the cuts and give advice. ``texts``: text → windows that nothing is fitted to. ``sets``: to fit to.
-
-    Raises:
-        MptkError: no family can be cut.
-    """
+def open_trials(prepared: Prepared, cuts: Cuts, sets: SampleSets, context: Context) -> Trials:
+    """The trials of all cuts. ``sets``: samples to score with, to fit to and to train on."""
     assert context.folder is not None
-    cuts = find_cuts(prepared, sparsities)
-    trials = Trials(replace(prepared, candidates=cuts.candidates), sets, context, context.folder)
+    return Trials(replace(prepared, candidates=cuts.candidates), sets, context, context.folder)
+
+
+def give_advice(trials: Trials, cuts: Cuts, texts: Mapping[str, Samples], tolerance: float) -> Advice:
+    """Measure the cuts and give advice. ``texts``: text → windows that nothing is fitted to."""
     advising = Advising(trials, texts, tolerance)
     found = advising.advice(cuts)
-    return replace(found, recovery=advising.recovery(to_train(found))) if prepared.settings.steps else found
+    return replace(found, recovery=advising.recovery(to_train(found))) if trials.prepared.settings.steps else found
 
 
 def to_train(found: Advice) -> list[Point]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from mptk.cost.budgets import LATENCY
 from mptk.cost.operator_times import find_operator_times
 from mptk.errors import InputError
 from mptk.features.advise.advice import FLOAT_TYPE, Ceiling, Figures, Point, Way
-from mptk.files import make_scratch
 from mptk.ir import Samples
 from mptk.plugins import load_parts
 from mptk.protocols import Context, Prepared, SampleSets
@@ -49,39 +49,55 @@ def check_types(prepared: Prepared, types: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class DenseType:
-    """The dense model's graph in a type: its size, and the loss of each window by text."""
+class MeasuredGraph:
+    """A graph: its file, its size, and the loss of each window by text."""
 
+    file: Path
     bytes: int
     losses: Mapping[str, Tensor]
 
 
 def measure_types(
-    prepared: Prepared, sets: SampleSets, texts: Mapping[str, Samples], types: Sequence[str], context: Context
-) -> dict[str, DenseType]:
-    """Write the dense model's graphs, float32 and ``types``, to a temporary folder and run them on every window."""
-    task, found = prepared.task, dict[str, DenseType]()
-    assert task.onnx is not None
-    with make_scratch() as scratch, context.stage(stage := "dense types"):
-        write_dense_types(prepared, types, sets.calibration, scratch.folder, strict=True)
-        whole = scratch.folder / ONNX_FILE
-        files = {FLOAT_TYPE: whole, **{name: name_quantized_file(whole, name) for name in types}}
-        for done, (name, file) in enumerate(files.items()):
-            context.progress(stage, done, len(files), name)
-            run = make_runner(task.onnx, file, prepared.executor.device)
-            losses = {
-                text: torch.tensor(
-                    [float(task.compute_loss(run(row), row)) / task.count_predictions(row) for row in samples.split(1)],
-                    dtype=torch.float64,
-                )
-                for text, samples in texts.items()
-            }
-            found[name] = DenseType(count_graph_bytes([file]), losses)
+    prepared: Prepared,
+    sets: SampleSets,
+    texts: Mapping[str, Samples],
+    types: Sequence[str],
+    folder: Path,
+    context: Context,
+) -> dict[str, MeasuredGraph]:
+    """Write the dense model's graphs, float32 and ``types``, into ``folder`` and run them on every window."""
+    found = dict[str, MeasuredGraph]()
+    with context.stage(stage := "dense types"):
+        write_dense_types(prepared, types, sets.calibration, folder, strict=True)
+        for done, name in enumerate(names := (FLOAT_TYPE, *types)):
+            context.progress(stage, done, len(names), name)
+            found[name] = measure_graph(prepared, name_graph(folder, name), texts)
     return found
 
 
+def name_graph(folder: Path, type_: str) -> Path:
+    """The file of a decoder's graph in a type."""
+    whole = folder / ONNX_FILE
+    return whole if type_ == FLOAT_TYPE else name_quantized_file(whole, type_)
+
+
+def measure_graph(prepared: Prepared, file: Path, texts: Mapping[str, Samples]) -> MeasuredGraph:
+    """Run a graph on every window in ONNX Runtime."""
+    task = prepared.task
+    assert task.onnx is not None
+    run = make_runner(task.onnx, file, prepared.executor.device)
+    losses = {
+        text: torch.tensor(
+            [float(task.compute_loss(run(row), row)) / task.count_predictions(row) for row in samples.split(1)],
+            dtype=torch.float64,
+        )
+        for text, samples in texts.items()
+    }
+    return MeasuredGraph(file, count_graph_bytes([file]), losses)
+
+
 def list_ways(
-    prepared: Prepared, points: Sequence[Point], types: Mapping[str, DenseType], limits: Ceiling, context: Context
+    prepared: Prepared, points: Sequence[Point], types: Mapping[str, MeasuredGraph], limits: Ceiling, context: Context
 ) -> tuple[Way, ...]:
     """Every cut of ``points``, the dense model first, in every type. Only the phases that ``limits`` name are timed."""
     dense, ways = points[0], list[Way]()
@@ -118,7 +134,7 @@ def predict_times(
     return [latency(point.widths) for point in points]
 
 
-def add_rounding(cut: Figures, rounded: DenseType, whole: DenseType, text: str) -> Figures:
+def add_rounding(cut: Figures, rounded: MeasuredGraph, whole: MeasuredGraph, text: str) -> Figures:
     """The figures of a cut in a type: the rises of the loss add up, and their standard errors in squares."""
     rises = rounded.losses[text] - whole.losses[text]
     rise = cut.rise + float(rises.mean())

@@ -74,7 +74,8 @@ class Asked:
     """What a command is asked to do. ``settings`` are complete. ``learns``: its method learns masks in steps.
 
     ``writes``: it has an output folder. ``estimate``: it only estimates what the run needs. ``undecided``: some numbers
-    are left to its minutes. ``instead``: settings in whose place it uses something else, and what.
+    are left to its minutes. ``instead``: settings in whose place it uses something else, and what. ``decodes``: it
+    predicts decoding beside its budget.
     """
 
     settings: Any
@@ -83,6 +84,7 @@ class Asked:
     estimate: bool = False
     undecided: bool = True
     instead: Mapping[str, str] = field(default_factory=dict)
+    decodes: bool = False
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ from mptk.config.choices import (
 )
 from mptk.config.learning import MINUTES, MOST_STEPS, Learning
 from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers
-from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
+from mptk.cost.budgets import BUDGETS, CACHE_CONTEXT, LATENCY, OBJECTIVES, PROMPT
 from mptk.errors import InputError
 from mptk.ir import HARDWARE, KERNEL_BLOCK, read_alignment
 from mptk.trust import Trust, trust_by_caller
@@ -89,9 +89,10 @@ class CutSettings(Record):
         (PLANNED, ALL_STAY, TIMED),
         choices=Choices(tuple(BUDGETS)),
     )
-    context: int = declare_setting(
-        4096,
-        "Tokens in the KV cache, of one sequence, that the budgets kv-cache and serving count.",
+    context: int | None = declare_setting(
+        None,
+        "Tokens in the KV cache, of one sequence; "
+        f"default: {CACHE_CONTEXT} for the budgets kv-cache and serving, {PROMPT} for predicted decoding.",
         CUT,
         CHOOSING,
         (UNCACHED,),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from mptk.config import Settings
+from mptk.cost.budgets import PROMPT
 from mptk.reading import Json
 
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
@@ -73,20 +74,33 @@ class Point:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a model may take at most: milliseconds of a decoding step, of a prompt, and bytes of its graph.
+    """What a model may take at most: milliseconds of a decoding step, of a prompt, bytes of its graph, and bytes of
+    memory in decoding. None: as much as it wants.
 
-    None: as much as it wants.
+    ``context``: tokens in the KV cache in decoding.
     """
 
     decode_ms: float | None = None
     prefill_ms: float | None = None
     bytes: float | None = None
+    memory: float | None = None
+    context: int = PROMPT
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is limited."""
+        return any(most is not None for most in (self.decode_ms, self.prefill_ms, self.bytes, self.memory))
 
     @property
     def phases(self) -> list[str]:
         """The phases of which milliseconds are limited; without any limit the decoding step, which users wait for."""
         found = [name for name, most in (("decode", self.decode_ms), ("prefill", self.prefill_ms)) if most is not None]
-        return found or ([] if self.bytes is not None else ["decode"])
+        return found or ([] if self.is_set else ["decode"])
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the context counts."""
+        return self.memory is not None or "decode" in self.phases
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,8 @@ class Way:
     """A cut in a type: ``FLOAT_TYPE`` or a scheme of quantised graphs. ``sparsity`` 0: the dense model.
 
     ``bytes``: of its graph. ``ms``: phase → predicted milliseconds. ``texts``: as in ``Point``, without agreement.
-    ``measured``: the same figures of the graph itself, in ONNX Runtime; None if it was not made.
+    ``memory``: bytes that decoding takes at the most; None if it is not limited. ``measured``: the same figures of the
+    graph itself, in ONNX Runtime; None if it was not made.
     """
 
     type: str
@@ -103,6 +118,7 @@ class Way:
     bytes: float
     ms: Mapping[str, float]
     texts: Mapping[str, Figures]
+    memory: float | None = None
     measured: Way | None = None
 
     @property
@@ -119,13 +135,14 @@ class Way:
         """Whether it stays within the limits."""
         known = self.known
         pairs = [(known.bytes, limits.bytes), (known.ms.get("decode"), limits.decode_ms)]
-        pairs.append((known.ms.get("prefill"), limits.prefill_ms))
+        pairs += [(known.ms.get("prefill"), limits.prefill_ms), (known.memory, limits.memory)]
         return all(most is None or (taken is not None and taken <= most) for taken, most in pairs)
 
     @property
     def price(self) -> float:
-        """What it takes: milliseconds of the first phase that is timed, else bytes."""
-        return next(iter(self.known.ms.values()), self.known.bytes)
+        """What it takes: milliseconds of the first phase that is timed, else bytes of memory, else of the graph."""
+        known = self.known
+        return next(iter(known.ms.values()), known.bytes if known.memory is None else known.memory)
 
     @property
     def cut(self) -> tuple[tuple[str, int], ...]:

@@ -63,6 +63,7 @@ def advise(
     max_decode_ms: float | None = None,
     max_prefill_ms: float | None = None,
     max_size: float | None = None,
+    max_memory: float | None = None,
     measure: bool = False,
     progress: Shown = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -86,8 +87,9 @@ def advise(
         calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
         types: schemes of quantised graphs in which each cut is compared with float32; by default ``int8`` and ``int4``
             if there is a limit, else none. Only text decoders.
-        max_decode_ms, max_prefill_ms, max_size: limits, in milliseconds as predicted and in bytes of the graph: the
-            advice then names the best way that meets them, in ``find_way`` and ``way_command``.
+        max_decode_ms, max_prefill_ms, max_size, max_memory: limits, in milliseconds as predicted, in bytes of the
+            graph, and in bytes of memory in decoding: the advice then names the best way that meets them, in
+            ``find_way`` and ``way_command``. ``context`` (512) is the number of tokens in the KV cache.
         measure: make the best three ways within the limits, time them as ``mptk.bench`` does, and measure them in ONNX
             Runtime. The best way is then chosen by these figures, ``Way.measured``. Cuts in a type, two at least, show
             how far the predicted perplexity is off (``checked``, ``Way.compute_miss``).
@@ -101,9 +103,9 @@ def advise(
             limits are given for a model that is no text decoder; or ``measure`` is given without either.
     """
     check_sparsities(sparsities, tolerance)
-    limits = check_limits(max_decode_ms, max_prefill_ms, max_size)
-    types = (COMPARED_TYPES if limits != Ceiling() else ()) if types is None else tuple(types)
-    compares = bool(types) or limits != Ceiling()
+    limits = check_limits(Ceiling(max_decode_ms, max_prefill_ms, max_size, max_memory))
+    types = (COMPARED_TYPES if limits.is_set else ()) if types is None else tuple(types)
+    compares = bool(types) or limits.is_set
     if measure and not compares:
         raise InputError(
             "--measure makes the best ways to round or cut, which are only compared with types or a limit; give "
@@ -140,6 +142,7 @@ def advise(
             trains=calibrate,
         ) as run,
     ):
+        limits = replace(limits, context=chosen.context or limits.context)
         asked = TypeComparison(types, limits, measure) if compares else None
         found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance, asked)
     return add_commands(found, str(model), settings) if isinstance(model, str | Path) else found
@@ -179,12 +182,13 @@ def format_way_command(model: str, settings: Settings, way: Way) -> str:
     return shlex.join([*words, "--out", f"{Path(model).stem}-{way.type}"])
 
 
-def check_limits(decode_ms: float | None, prefill_ms: float | None, size: float | None) -> Ceiling:
+def check_limits(limits: Ceiling) -> Ceiling:
     """The limits. Raises MptkError if one is not above 0."""
-    for name, most in (("max_decode_ms", decode_ms), ("max_prefill_ms", prefill_ms), ("max_size", size)):
+    found = {"max_decode_ms": limits.decode_ms, "max_prefill_ms": limits.prefill_ms}
+    for name, most in (found | {"max_size": limits.bytes, "max_memory": limits.memory}).items():
         if most is not None and not most > 0:
             raise InputError(f"a limit of {most:g} is not above 0; give more, or leave it out", name=name)
-    return Ceiling(decode_ms, prefill_ms, size)
+    return limits
 
 
 def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
@@ -244,8 +248,8 @@ def measure_cuts(
     check_layers(prepared)
     if asked is not None:
         check_types(prepared, asked.types)
-        if asked.measure:
-            check_measurable(prepared, asked.limits.phases)
+        if asked.measure or prepared.settings.context is not None:
+            check_measurable(prepared, asked.limits)
     with keep_stages_on_failure(prepared, run):
         # `prepare` needed a tolerance that any model meets. The cuts themselves must lie near their sparsities.
         prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
@@ -265,7 +269,7 @@ def compare_ways(
     """The advice with its cuts in types."""
     prepared, points = trials.prepared, (found.dense, *found.division)
     with make_scratch() as scratch:
-        dense = measure_types(prepared, trials.sets, texts, asked.types, scratch.folder, run)
+        dense = measure_types(prepared, trials.sets, texts, asked.types, asked.limits, scratch.folder, run)
         ways = list_ways(prepared, points, dense, asked.limits, run)
         found = replace(found, ways=ways, limits=asked.limits)
         return measure_ways(found, trials, texts, dense, run) if asked.measure else found

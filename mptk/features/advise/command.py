@@ -36,15 +36,19 @@ def check_advise(
     max_decode_ms: float | None,
     max_prefill_ms: float | None,
     max_size: str | None,
+    max_memory: str | None,
 ) -> None:
     """Check the options of ``advise``."""
-    limits = (max_decode_ms, max_prefill_ms, parse_size(max_size, "max_size"))
-    if types in ("", AUTO) and all(limit is None for limit in limits):
+    sizes = (parse_size(max_size, "max_size"), parse_size(max_memory, "max_memory"))
+    limited = any(most is not None for most in (max_decode_ms, max_prefill_ms, *sizes))
+    if not limited and types in ("", AUTO):
         why = "only a comparison of types makes ways; give --types int8,int4 or a limit, as --max-decode-ms 10"
         refuse(("measure",), why)
     parse_shares(sparsities)
     parse_share(tolerance, "--tolerance")
-    refuse_idle("advise", Asked(settings, writes=False))
+    # Without a limit, decoding is predicted for the types.
+    decodes = max_decode_ms is not None or max_memory is not None or (not limited and types not in ("", AUTO))
+    refuse_idle("advise", Asked(settings, writes=False, decodes=decodes))
     if not calibrate:
         refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
 
@@ -99,6 +103,9 @@ def show_advice(
         float | None, make_number_option("Most milliseconds of a prompt of 512 tokens, as predicted.", 1e-6, 1e9)
     ] = None,
     max_size: Annotated[str | None, typer.Option(help="Largest size of the graph, as 120MB.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory in decoding with --context tokens in the KV cache, as 300MB.")
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option("--measure", help="Make the best three ways to round or cut, time and measure them, and choose."),
@@ -127,6 +134,7 @@ def show_advice(
             max_decode_ms=max_decode_ms,
             max_prefill_ms=max_prefill_ms,
             max_size=parse_size(max_size, "max_size"),
+            max_memory=parse_size(max_memory, "max_memory"),
             measure=measure,
             progress=progress,
         )

@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from mptk.config import Settings
-from mptk.cost.budgets import OBJECTIVES
-from mptk.features.advise.advice import FLOAT_TYPE, Advice, Figures, Way
+from mptk.cost.budgets import list_phase_tokens
+from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Way
 from mptk.features.advise.types import MeasuredGraph, measure_graph, name_graph
 from mptk.files import make_scratch
 from mptk.io import check_positions, find_position_limit
 from mptk.ir import Log, Samples
 from mptk.methods.division.trials import Trials
 from mptk.ort.bench import time_graphs
+from mptk.ort.roofline import measure_decode_memory
 from mptk.ort.steps import Case
 from mptk.protocols import Context, Prepared
 from mptk.targets.onnx import export_compiled
@@ -30,10 +31,10 @@ CHECKED = 2
 """Cuts in a type that are made at least: only these show whether the rises of cut and type add up."""
 
 
-def check_measurable(prepared: Prepared, phases: Sequence[str]) -> None:
-    """Raise MptkError if the model has too few positions for the steps that would be timed."""
-    for phase in phases:
-        tokens = sum(OBJECTIVES[phase])
+def check_measurable(prepared: Prepared, limits: Ceiling) -> None:
+    """Raise MptkError if the model has too few positions for the steps that would be timed, or for the context."""
+    for phase in [*limits.phases, *["decode"] * limits.decodes]:
+        tokens = sum(list_phase_tokens(phase, limits.context))
         check_positions(find_position_limit(prepared.loaded.model.config), tokens, f"{tokens} tokens of {phase}")
 
 
@@ -47,10 +48,11 @@ def measure_ways(
     while chosen := choose_further_ways(found):
         with make_scratch() as scratch:
             graphs = make_graphs(chosen, trials, texts, dense, scratch.folder, context)
-            ms = time_ways(graphs, found.limits.phases, trials.prepared.settings, context)
+            ms = time_ways(graphs, found.limits, trials.prepared.settings, context)
+            memory = [measure_memory(graph.file, found.limits) for graph in graphs]
         measured = [
-            replace(way, bytes=graph.bytes, ms=own, texts=compare_graph(graph, dense[FLOAT_TYPE]))
-            for way, graph, own in zip(chosen, graphs, ms, strict=True)
+            replace(way, bytes=graph.bytes, ms=own, texts=compare_graph(graph, dense[FLOAT_TYPE]), memory=held)
+            for way, graph, own, held in zip(chosen, graphs, ms, memory, strict=True)
         ]
         known = {(way.type, way.cut): way for way in measured}
         ways = [replace(way, measured=known.get((way.type, way.cut), way.measured)) for way in found.ways]
@@ -103,16 +105,22 @@ def write_cut(trials: Trials, widths: Mapping[str, int], types: Sequence[str], f
 
 
 def time_ways(
-    graphs: Sequence[MeasuredGraph], phases: Sequence[str], settings: Settings, context: Context
+    graphs: Sequence[MeasuredGraph], limits: Ceiling, settings: Settings, context: Context
 ) -> list[dict[str, float]]:
     """Phase → milliseconds of each graph, timed in turns."""
     # In decode the length is that of the cache, else of the prompt.
-    cases = [Case(phase, max(OBJECTIVES[phase]), 1, settings.threads) for phase in phases]
+    lengths = {phase: max(list_phase_tokens(phase, limits.context)) for phase in limits.phases}
+    cases = [Case(phase, length, 1, settings.threads) for phase, length in lengths.items()]
     if not cases:
         return [{} for _ in graphs]
     files = {str(number): graph.file for number, graph in enumerate(graphs)}
     rows = time_graphs(files, cases, progress=context.progress)
     return [{row.case.phase: row.ms for row in rows if row.graph == name} for name in files]
+
+
+def measure_memory(file: Path, limits: Ceiling) -> float | None:
+    """Bytes that decoding takes at the most, if they are limited, and this system tells them."""
+    return None if limits.memory is None else measure_decode_memory(file, limits.context).peak or None
 
 
 def compare_graph(graph: MeasuredGraph, whole: MeasuredGraph) -> dict[str, Figures]:

@@ -46,8 +46,8 @@ PREDICTED_WAYS = (
     "Times are predicted, and a type's loss is added to a cut's; --measure makes the best ways and measures them."
 )
 MEASURED_WAYS = (
-    "Ways with a measured time were made and run in ONNX Runtime, and count as measured; of the others times are "
-    "predicted, and a type's loss is added to a cut's."
+    "Ways with measured figures were made and run in ONNX Runtime, and count as measured; the others are predicted, "
+    "with a type's loss added to a cut's."
 )
 
 
@@ -76,13 +76,17 @@ def build_way_table(found: Advice) -> Table:
     columns = ["type", "removed"]
     for phase in timed:
         columns += [f"{phase} ms", *["measured"] * made]
-    columns += ["size", *(Name(name_text(text)) for text in found.texts)]
+    limited = found.limits.memory is not None
+    columns += [*["memory", *["measured"] * made] * limited, "size", *(Name(name_text(text)) for text in found.texts)]
     rows = []
     for way in list_shown_ways(found):
         row = [f"★ {way.type}" if way is best else way.type, f"{way.sparsity:.1%}" if way.sparsity else "dense"]
         for phase in timed:
             own = "" if way.measured is None else f"{way.measured.ms[phase]:.2f}"
             row += [f"{way.ms[phase]:.2f}", *[own] * made]
+        if way.memory is not None:
+            held = None if way.measured is None else way.measured.memory
+            row += [format_megabytes(way.memory), *["" if held is None else format_megabytes(held)] * made]
         changes = [f"{each.change:+.1%} ±{each.error:.1%}" for each in way.known.texts.values()]
         rows.append([*row, format_megabytes(way.known.bytes), *changes])
     return Table("ll" + "r" * (len(columns) - 2), columns, rows)
@@ -141,14 +145,18 @@ def describe_way(way: Way) -> str:
 def describe_price(way: Way) -> str:
     """What a way takes, in words."""
     known = way.known
-    return ", ".join([*(f"{ms:.2f} ms of {phase}" for phase, ms in known.ms.items()), format_megabytes(known.bytes)])
+    said = [f"{ms:.2f} ms of {phase}" for phase, ms in known.ms.items()]
+    said += [] if known.memory is None else [f"{format_megabytes(known.memory)} of memory"]
+    return ", ".join([*said, format_megabytes(known.bytes)])
 
 
 def describe_limits(limits: Ceiling) -> str:
     """The limits in words; empty without one."""
     pairs = (("decode", limits.decode_ms), ("prefill", limits.prefill_ms))
     said = [f"{most:g} ms of {phase}" for phase, most in pairs if most is not None]
-    return ", ".join(said if limits.bytes is None else [*said, format_megabytes(limits.bytes)])
+    said += [] if limits.bytes is None else [format_megabytes(limits.bytes)]
+    said += [] if limits.memory is None else [f"{format_megabytes(limits.memory)} of memory"]
+    return ", ".join(said) + (f" at {limits.context:,} tokens" if said and limits.decodes else "")
 
 
 def build_safe_table(found: Advice) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from mptk.config import FREE, MOST_SPARSITY, Settings
-from mptk.cost.budgets import KV_CACHE, LATENCY
+from mptk.cost.budgets import CACHE_CONTEXT, KV_CACHE, LATENCY
 from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import find_operator_times
 from mptk.distributed.processes import connect_processes
@@ -51,7 +51,7 @@ def apply_budget(
     ladders = {f.name: legalize.list_aligned_widths(f, build_alignment(s)) for f in families}
     with connect_processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = predictors[s.budget](
-            analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress)
+            analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress), context=s.context
         )
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
@@ -71,7 +71,9 @@ def build_cost_model(
     analysis: Analysis, settings: Settings, itemsize: int | None = None, before: Analysis | None = None
 ) -> CostModel:
     """The cost model of a budget that needs no timings. ``itemsize``, ``before``: as in ``CostModel``."""
-    return CostModel(analysis, settings.budget, itemsize=itemsize, before=before, context=settings.context)
+    return CostModel(
+        analysis, settings.budget, itemsize=itemsize, before=before, context=settings.context or CACHE_CONTEXT
+    )
 
 
 def _list_variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planned: Sequence[str]) -> list[str]:

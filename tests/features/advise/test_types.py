@@ -155,6 +155,34 @@ def test_ways_that_turn_out_too_slow_are_followed_by_others(
     assert found.find_way().measured.ms == {"decode": 1.0}
 
 
+def test_memory_of_decoding_is_predicted(inside) -> None:
+    """Of a process that really decodes after 16,000 tokens, whose caches are most of it. Cuts have smaller ones."""
+    inside.make_up_times()
+    model = make_llama(layers=4, num_key_value_heads=6, max_position_embeddings=20_000)
+    ids = torch.randint(0, 300, (12, 32), generator=torch.Generator().manual_seed(0))
+    found = mptk.advise(model, data=ids, max_memory=10**12, context=16_000, measure=True, **ASKED)
+    cache = 2 * 4 * 6 * 16 * 4 * 16_000
+    assert found.ways[0].memory > 2 * cache
+    done = [way for way in found.ways if way.measured is not None]
+    assert min(way.memory for way in done) < 1.8 * cache
+    for way in done:
+        assert way.memory == pytest.approx(way.measured.memory, rel=0.05)
+    assert all(way.ms == {} for way in found.ways)
+    small = replace(found, limits=replace(found.limits, memory=2 * cache))
+    assert small.find_way().widths["heads"] < 6
+    with expect_error(InputError, nearest=(20_000,)):
+        mptk.advise(model, data=ids, max_memory=10**12, context=20_000, **ASKED)
+
+
+def test_a_context_sets_the_length_of_the_cache_in_decoding(laboratory: Laboratory, ids: torch.Tensor, inside) -> None:
+    inside.make_up_times()
+    model, asked = str(laboratory.open_model()), {**ASKED, "sparsities": [0.2], "types": [], "max_decode_ms": 1e6}
+    default, same, longer = (mptk.advise(model, data=ids, context=n, **asked) for n in (None, 512, 1024))
+    assert default.ways == same.ways
+    for way, other in zip(default.ways, longer.ways, strict=True):
+        assert other.ms["decode"] > way.ms["decode"]
+
+
 def test_only_a_comparison_makes_ways(laboratory: Laboratory) -> None:
     with expect_error(InputError, name="measure"):
         mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), measure=True, **ASKED)

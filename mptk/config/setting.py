@@ -35,6 +35,7 @@ class Choices:
     ``plugins``: groups of entry points, whose names are values too; ``parts``: as well as the names in this field of
     features, which the help shows.
     ``numbered``: names that may end with a number, such as ``cuda:1``. ``or_ranges``: or numbers, such as ``5-20,28``.
+    ``alone``: names that stand beside no other.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class Choices:
     parts: str = ""
     numbered: tuple[str, ...] = ()
     or_ranges: bool = False
+    alone: tuple[str, ...] = ()
 
     @property
     def shown(self) -> list[str]:

@@ -40,6 +40,8 @@ from mptk.config.cases import (
     WRITE,
 )
 from mptk.config.choices import (
+    AUTO_SCHEME,
+    COMPARED_TYPES,
     COMPUTE_DTYPES,
     DEVICES,
     DTYPES,
@@ -312,7 +314,13 @@ class CoreSettings(CutSettings):
         choices=Choices(("all", "last")),
     )
     quantize: tuple[str, ...] = declare_setting(
-        (), "More ONNX graphs to write, comma-separated.", WRITE, (*TRAINING, "export"), (NO_GRAPH,), choices=SCHEMES
+        (),
+        "More ONNX graphs to write, comma-separated; auto (prune): the type and the sparsity that lose least within "
+        "--max-decode-ms or --max-prefill-ms.",
+        WRITE,
+        (*TRAINING, "export"),
+        (NO_GRAPH,),
+        choices=SCHEMES,
     )
     onnx_dtype: str = declare_setting(
         "auto",
@@ -380,6 +388,8 @@ class CoreSettings(CutSettings):
         if self.onnx_dtype == "float16" and self.quantize:
             graphs = ", ".join(self.quantize)
             raise InputError(f"{graphs} needs a float32 graph; leave out --onnx-dtype or --quantize", name="onnx_dtype")
+        if self.chooses_type and len(self.quantize) > 1:
+            raise InputError("auto chooses the type; leave out auto or the other types", name="quantize")
         if self.distil_epochs and self.reconstruct is False:
             raise InputError(
                 "--distil-epochs needs reconstruction; leave out --no-reconstruct or --distil-epochs",
@@ -424,6 +434,16 @@ class CoreSettings(CutSettings):
     def trust(self) -> Trust:
         """Whether the model's own code may run. Settings of a file never let it (``from_json``)."""
         return trust_by_caller(self.trust_remote_code)
+
+    @property
+    def chooses_type(self) -> bool:
+        """Whether a feature chooses the type of the graph, and how much is cut, before units are chosen."""
+        return AUTO_SCHEME in self.quantize
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Schemes of the quantised graphs that the result may have."""
+        return COMPARED_TYPES if self.chooses_type else self.quantize
 
     @property
     def fixed(self) -> bool:

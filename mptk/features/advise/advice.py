@@ -15,6 +15,8 @@ ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval
 """Default settings of an advice: many cuts are measured, so each must be cheap (short windows, a one-shot method)."""
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities of an advice."""
+SAFE_TOLERANCE = 0.05
+"""Default of the largest change that is safe."""
 ADVICE_FORMAT = "mptk-advice/1"
 FLOAT_TYPE = "float32"
 """The type of a graph that is not quantised."""
@@ -130,6 +132,10 @@ class Way:
     def rise(self) -> float:
         """The rise of the loss over the dense float model's, averaged over the texts."""
         return sum(figures.rise for figures in self.known.texts.values()) / len(self.texts)
+
+    def find_rise(self, text: str | None) -> float:
+        """The rise of the loss on one text, or on average."""
+        return self.rise if text is None else self.known.texts[text].rise
 
     def is_within(self, limits: Ceiling) -> bool:
         """Whether it stays within the limits."""
@@ -253,9 +259,14 @@ class Advice:
         return found[::-1]
 
     def rank_ways(self, text: str | None = None) -> list[Way]:
-        """The ways within the limits, the best first: on one text, or on average."""
+        """The ways within the limits, the best first: on one text, or on average.
+
+        A cut that seems to lose less than its type does uncut does so by chance: it counts as much as that, and comes
+        after it.
+        """
+        rises = {way.type: way.find_rise(text) for way in self.ways if not way.sparsity}
         there = [way for way in self.ways if way.is_within(self.limits)]
-        return sorted(there, key=lambda way: (way.rise if text is None else way.known.texts[text].rise, way.price))
+        return sorted(there, key=lambda way: (max(way.find_rise(text), rises[way.type]), way.sparsity, way.price))
 
     def find_way(self, text: str | None = None) -> Way | None:
         """The best way within the limits, on one text or on average; None if no way meets them."""

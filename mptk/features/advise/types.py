@@ -14,7 +14,7 @@ layer, so these count once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,11 +121,13 @@ def list_ways(
     dense, ways = points[0], list[Way]()
     steps = [0.0 for _ in points] if limits.memory is None else count_step_bytes(prepared, points, limits.context)
     for name, found in types.items():
-        times = {phase: predict_times(prepared, points, phase, name, limits, context) for phase in limits.phases}
+        times = {
+            phase: open_predictor(prepared, list(dense.widths), phase, name, limits, context) for phase in limits.phases
+        }
         for number, point in enumerate(points):
             gone = (dense.parameters - point.parameters) * WEIGHT_BYTES[name]
             texts = {text: add_rounding(each, found, types[FLOAT_TYPE], text) for text, each in point.texts.items()}
-            ms = {phase: each[number] for phase, each in times.items()}
+            ms = {phase: predict(point.widths) for phase, predict in times.items()}
             memory = None if found.growth is None else predict_memory(found, gone, steps[number])
             ways.append(Way(name, point.sparsity, point.widths, found.bytes - gone, ms, texts, memory))
     return tuple(ways)
@@ -160,10 +162,13 @@ def predict_memory(dense: MeasuredGraph, gone: float, step: float) -> float:
     return max(peak - gone, held - gone + step)
 
 
-def predict_times(
-    prepared: Prepared, points: Sequence[Point], phase: str, scheme: str, limits: Ceiling, context: Context
-) -> list[float]:
-    """Milliseconds of each cut in a phase and a type, from operators that are timed now or were earlier."""
+def open_predictor(
+    prepared: Prepared, families: Sequence[str], phase: str, scheme: str, limits: Ceiling, context: Context
+) -> Callable[[Mapping[str, float]], float]:
+    """What predicts the milliseconds of cuts of ``families`` in a phase and a type.
+
+    Operators are timed now, or were earlier.
+    """
     predictors = load_parts("predictors")
     if LATENCY not in predictors:
         raise InputError("nothing here predicts a latency; give --max-size in place of milliseconds", name="max_ms")
@@ -171,9 +176,9 @@ def predict_times(
     ladders = {
         name: ladder
         for name, ladder in p.legal.ladders.items()
-        if name in points[0].widths and p.analysis.variable(name).uniform
+        if name in families and p.analysis.variable(name).uniform
     }
-    latency = predictors[LATENCY](
+    found: Callable[[Mapping[str, float]], float] = predictors[LATENCY](
         p.analysis,
         ladders,
         phase,
@@ -181,7 +186,7 @@ def predict_times(
         "" if scheme == FLOAT_TYPE else scheme,
         limits.context,
     )
-    return [latency(point.widths) for point in points]
+    return found
 
 
 def add_rounding(cut: Figures, rounded: MeasuredGraph, whole: MeasuredGraph, text: str) -> Figures:

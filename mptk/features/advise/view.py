@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Ceiling, Figures, Point, Recovery, Way
+from mptk.protocols import Row
+from mptk.reading import make_typed
+from mptk.report.row_view import RowView
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,
@@ -45,6 +48,10 @@ MEASURED = {
 PREDICTED_WAYS = (
     "Times are predicted, and a type's loss is added to a cut's; --measure makes the best ways and measures them."
 )
+CHOSEN_WAYS = (
+    "Compared before units were chosen, on held-out text and without training: times are predicted, and a type's loss "
+    "is added to a cut's."
+)
 MEASURED_WAYS = (
     "Ways with measured figures were made and run in ONNX Runtime, and count as measured; the others are predicted, "
     "with a type's loss added to a cut's."
@@ -59,12 +66,22 @@ def build_advice_view(found: Advice) -> View:
         Section(BY_FAMILY, [build_family_table(found)]),
     ]
     if found.ways:
-        parts.insert(0, Section(WAYS, [build_way_table(found), *map(Name, describe_ways(found))]))
+        parts.insert(
+            0, Section(WAYS, [build_way_table(found), *map(Name, describe_ways(found) + describe_sources(found))])
+        )
     if found.layers:
         parts.append(Section(SENSITIVE, [build_layer_table(found.layers), HALVED]))
     return View(
         [*parts, Section(UNKNOWN, list(list_unknowns(found)))], f"How far can {shorten_model_name(found.model)} be cut?"
     )
+
+
+class ChoiceView(RowView):
+    """The ways among which a run with ``--quantize auto`` chose."""
+
+    def build_sections(self, row: Row) -> Sequence[Section]:
+        found = make_typed(Advice, row)
+        return [Section(WAYS, [build_way_table(found), *map(Name, describe_ways(found)), CHOSEN_WAYS])]
 
 
 def build_way_table(found: Advice) -> Table:
@@ -121,9 +138,14 @@ def describe_ways(found: Advice) -> list[str]:
             for text, each in further.known.texts.items()
         )
         said.append(f"The next step: {describe_way(further)} takes {describe_price(further)}, and costs {changes}.")
+    return said
+
+
+def describe_sources(found: Advice) -> list[str]:
+    """Which figures of ways are measured, and how far predicted ones are off."""
     if not any(way.measured for way in found.ways):
-        return [*said, PREDICTED_WAYS]
-    return [*said, *map(partial(describe_miss, found), found.checked), MEASURED_WAYS]
+        return [PREDICTED_WAYS]
+    return [*map(partial(describe_miss, found), found.checked), MEASURED_WAYS]
 
 
 def describe_miss(found: Advice, way: Way) -> str:

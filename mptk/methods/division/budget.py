@@ -20,6 +20,9 @@ from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
 from passes.targets.width_choices import find_missing_partners, keep_complete_families
 
+UNDECIDED = 0.5
+"""The sparsity until a feature has chosen one: any that can be reached."""
+
 
 def apply_budget(
     analysis: Analysis,
@@ -56,6 +59,8 @@ def apply_budget(
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
         return cost, s
+    if s.chooses_type:  # the milliseconds are those of a type that is not known yet
+        return cost, replace(s, sparsity=UNDECIDED)
     dense = latency({})
     if dense <= s.max_ms:
         raise BudgetError(
@@ -89,7 +94,7 @@ def _list_variable(analysis: Analysis, legal: LegalWidths, settings: Settings, p
 
 def build_alignment(settings: Settings) -> Alignment:
     """The settings' alignment, with the block sizes of quantised graphs and the programs that will read the result."""
-    blocks = tuple(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS)
+    blocks = tuple(BLOCKS[scheme] for scheme in settings.schemes if scheme in BLOCKS)
     return read_alignment(settings.align, blocks, settings.tensor_parallel, settings.engines)
 
 
@@ -170,6 +175,8 @@ def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
                 f"the stock class refuses these widths together: {legal.accepts(s.widths)}", name=s.target
             )
         return candidates[:1]
+    if s.chooses_type:  # any of them shows which families can be cut
+        return legalize.choose_candidates(candidates, s.sparsity, 1.0, legalize.find_finest_families(legal, families))
     if s.max_ms is not None:
         _check_reached(prepared, legal, candidates)
     if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):

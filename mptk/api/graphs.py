@@ -18,7 +18,7 @@ from mptk.api.words import wrap_public
 from mptk.arguments import check_arguments
 from mptk.compat.torch import forget_sources
 from mptk.compile.trace import trace_loaded
-from mptk.config import COMPARED_TYPES, Settings
+from mptk.config import AUTO_SCHEME, COMPARED_TYPES, Settings
 from mptk.errors import InputError, ModelError, TargetError
 from mptk.files.outputs import check_apart, check_file
 from mptk.io import (
@@ -112,6 +112,7 @@ def export(
     """
     # What can be refused before anything is traced.
     check_plain_plan(plan)
+    check_named_types(quantize)
     about = check_metadata(metadata)
     settings = Settings(
         logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
@@ -148,6 +149,14 @@ def export(
         if (generation := getattr(model, "generation_config", None)) is not None:
             generation.save_pretrained(place)
     return Path(folder)
+
+
+def check_named_types(quantize: Sequence[str]) -> None:
+    """Raise MptkError if a type is to be chosen: without a limit nothing can choose."""
+    if AUTO_SCHEME in quantize:
+        raise InputError(
+            "--quantize auto is for `mptk prune` with a limit; name the types, as --quantize int8", name="quantize"
+        )
 
 
 def check_metadata(given: Mapping[str, object]) -> dict[str, str]:
@@ -210,6 +219,7 @@ def export_folder(
     """
     # Open and trace the model, and read the text, before a folder is begun.
     say, settings = progress or show_nothing, settings or Settings()
+    check_named_types(settings.quantize)
     check_replaceable(Path(out), settings.overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     say("load", 0, 0)
@@ -307,6 +317,7 @@ def bench(
             there is no such device.
     """
     check_arguments(bench_graphs, settings)
+    check_named_types(quantize)
     types = Settings(quantize=tuple(quantize)).quantize
     if not models:
         raise InputError("no model is given; give models, folders or .onnx files", name="models")

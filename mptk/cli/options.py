@@ -401,7 +401,10 @@ def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[st
         # A shell completes a whole word, so the names before the last comma are a part of each proposal.
         before = incomplete.rpartition(",")[0] if several else ""
         given = before.split(",") if before else []
-        known = [",".join([*given, name]) for name in choices.list_values() if name not in given]
+        fitting = [
+            name for name in choices.list_values() if name not in given and not (given and name in choices.alone)
+        ]
+        known = [",".join([*given, name]) for name in fitting]
         return [name for name in known if name.startswith(incomplete)]
 
     metavar = f"[{(',' if several else '|').join(choices.shown)}]"

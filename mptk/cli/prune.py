@@ -73,7 +73,7 @@ def check_given(folder: Path | None) -> Path:
     examples=(
         "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
         "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
-        "prune smollm2-135m --max-decode-ms 15 --data wikitext2 --quantize int8 --out runs/fast",
+        "prune smollm2-135m --max-decode-ms 10 --data wikitext2 --quantize auto --out runs/fast",
         "prune --config runs/m30/run.yaml --sparsity 0.5 --out runs/m50",
     ),
 )

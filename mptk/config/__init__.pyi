@@ -11,6 +11,7 @@ from .cases import RUNS as RUNS
 from .cases import SEARCH as SEARCH
 from .cases import TRAINING as TRAINING
 from .cases import WRITER as WRITER
+from .choices import AUTO_SCHEME as AUTO_SCHEME
 from .choices import COMPARED_TYPES as COMPARED_TYPES
 from .choices import FREE as FREE
 from .choices import IN_MEMORY as IN_MEMORY

@@ -31,10 +31,12 @@ TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget",
 UNTIMED = Idle(
     lambda a: a.settings.budget != LATENCY, "it needs a latency to predict", "give --max-decode-ms, or leave it out"
 )
+DECODING = (LATENCY, "decode")
+"""The budget and the phase that predict decoding."""
 UNCACHED = Idle(
-    lambda a: a.settings.budget not in CACHED,
-    "only the budgets kv-cache and serving count a KV cache",
-    "give --budget serving, or leave it out",
+    lambda a: not (a.decodes or a.settings.budget in CACHED or (a.settings.budget, a.settings.objective) == DECODING),
+    "only the budgets kv-cache and serving and predicted decoding count a KV cache",
+    "give --budget serving or --max-decode-ms, or leave it out",
 )
 PHASED = (
     Idle(lambda a: a.settings.max_ms is not None, "--max-decode-ms and --max-prefill-ms name the phase"),

@@ -20,7 +20,9 @@ METHODS = Choices(
 )
 TARGET_CHOICES = Choices(FORMS, plugins=("mptk.targets",), parts="targets")
 ENGINE_CHOICES = Choices(ENGINES)
-SCHEMES = Choices(("int8", "int4", "fp16"))
+AUTO_SCHEME = "auto"
+"""In place of schemes: a feature chooses the type of the graph, and how much is cut, by a limit."""
+SCHEMES = Choices(("int8", "int4", "fp16", AUTO_SCHEME), alone=(AUTO_SCHEME,))
 COMPARED_TYPES = ("int8", "int4")
 """Schemes with which a cut competes, in `bench` and in an advice."""
 DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))

@@ -35,6 +35,7 @@ class Choices:
     ``plugins``: groups of entry points, whose names are values too; ``parts``: as well as the names in this field of
     features, which the help shows.
     ``numbered``: names that may end with a number, such as ``cuda:1``. ``or_ranges``: or numbers, such as ``5-20,28``.
+    ``alone``: names that stand beside no other.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class Choices:
     parts: str = ""
     numbered: tuple[str, ...] = ()
     or_ranges: bool = False
+    alone: tuple[str, ...] = ()
 
     @property
     def shown(self) -> list[str]:
@@ -74,7 +76,8 @@ class Asked:
     """What a command is asked to do. ``settings`` are complete. ``learns``: its method learns masks in steps.
 
     ``writes``: it has an output folder. ``estimate``: it only estimates what the run needs. ``undecided``: some numbers
-    are left to its minutes. ``instead``: settings in whose place it uses something else, and what.
+    are left to its minutes. ``instead``: settings in whose place it uses something else, and what. ``decodes``: it
+    predicts decoding beside its budget.
     """
 
     settings: Any
@@ -83,6 +86,7 @@ class Asked:
     estimate: bool = False
     undecided: bool = True
     instead: Mapping[str, str] = field(default_factory=dict)
+    decodes: bool = False
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ from mptk.config.cases import (
     WRITE,
 )
 from mptk.config.choices import (
+    AUTO_SCHEME,
+    COMPARED_TYPES,
     COMPUTE_DTYPES,
     DEVICES,
     DTYPES,
@@ -57,7 +59,7 @@ from mptk.config.choices import (
 )
 from mptk.config.learning import MINUTES, MOST_STEPS, Learning
 from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers
-from mptk.cost.budgets import BUDGETS, LATENCY, OBJECTIVES
+from mptk.cost.budgets import BUDGETS, CACHE_CONTEXT, LATENCY, OBJECTIVES, PROMPT
 from mptk.errors import InputError
 from mptk.ir import HARDWARE, KERNEL_BLOCK, read_alignment
 from mptk.trust import Trust, trust_by_caller
@@ -89,9 +91,10 @@ class CutSettings(Record):
         (PLANNED, ALL_STAY, TIMED),
         choices=Choices(tuple(BUDGETS)),
     )
-    context: int = declare_setting(
-        4096,
-        "Tokens in the KV cache, of one sequence, that the budgets kv-cache and serving count.",
+    context: int | None = declare_setting(
+        None,
+        "Tokens in the KV cache, of one sequence; "
+        f"default: {CACHE_CONTEXT} for the budgets kv-cache and serving, {PROMPT} for predicted decoding.",
         CUT,
         CHOOSING,
         (UNCACHED,),
@@ -311,7 +314,13 @@ class CoreSettings(CutSettings):
         choices=Choices(("all", "last")),
     )
     quantize: tuple[str, ...] = declare_setting(
-        (), "More ONNX graphs to write, comma-separated.", WRITE, (*TRAINING, "export"), (NO_GRAPH,), choices=SCHEMES
+        (),
+        "More ONNX graphs to write, comma-separated; auto (prune): the type and the sparsity that lose least within "
+        "--max-decode-ms or --max-prefill-ms.",
+        WRITE,
+        (*TRAINING, "export"),
+        (NO_GRAPH,),
+        choices=SCHEMES,
     )
     onnx_dtype: str = declare_setting(
         "auto",
@@ -384,6 +393,8 @@ class CoreSettings(CutSettings):
                 "--quantize-aware trains for the weights of one graph; give --quantize int8 or int4, or leave it out",
                 name="quantize_aware",
             )
+        if self.chooses_type and len(self.quantize) > 1:
+            raise InputError("auto chooses the type; leave out auto or the other types", name="quantize")
         if self.distil_epochs and self.reconstruct is False:
             raise InputError(
                 "--distil-epochs needs reconstruction; leave out --no-reconstruct or --distil-epochs",
@@ -428,6 +439,16 @@ class CoreSettings(CutSettings):
     def trust(self) -> Trust:
         """Whether the model's own code may run. Settings of a file never let it (``from_json``)."""
         return trust_by_caller(self.trust_remote_code)
+
+    @property
+    def chooses_type(self) -> bool:
+        """Whether a feature chooses the type of the graph, and how much is cut, before units are chosen."""
+        return AUTO_SCHEME in self.quantize
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Schemes of the quantised graphs that the result may have."""
+        return COMPARED_TYPES if self.chooses_type else self.quantize
 
     @property
     def fixed(self) -> bool:

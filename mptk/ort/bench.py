@@ -36,6 +36,8 @@ from mptk.progress import Progress, show_nothing
 BENCH_FORMAT = "mptk-bench/1"
 LENGTHS = (128, 512)
 """Tokens of a prompt, by default."""
+BENCH_ROUNDS = 7
+"""Turns of each graph in a case, by default."""
 SESSIONS = 3
 """Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
 the life of the session."""
@@ -44,6 +46,8 @@ the life of the session."""
 Step = Callable[[], object]
 Alternate = Callable[[Sequence[Step]], list[list[float]]]
 """Gives milliseconds of each step in each round."""
+GraphOf = Mapping[str, Path]
+"""Phase → the graph of a model that runs in it."""
 Times = Mapping[Case, list[list[float]]]
 """Case → graph → milliseconds of each round."""
 
@@ -110,7 +114,7 @@ def bench_graphs(
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
-    rounds: int = 7,
+    rounds: int = BENCH_ROUNDS,
     phases: Sequence[str] | None = None,
     sessions: int = SESSIONS,
     device: torch.device = CPU,
@@ -137,12 +141,47 @@ def bench_graphs(
         MptkError: a file is missing, or its graphs are of another kind than the first; a graph does not run on one of
             the lengths; fewer than two rounds.
     """
+    say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
+    cases = _list_cases(next(iter(models.values())), phases, lengths, batches, threads)
+    timed = time_models(models, cases, rounds, sessions, device, say)
+    # What needs no turns: memory, in new processes, and products of unaligned widths.
+    measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
+    products = _time_products(models, cases, rounds, device)
+    return Bench(measured, ort.__version__, rounds, timed.peaks, timed.rows, timed.providers, products)
+
+
+def time_graphs(
+    graphs: Mapping[str, Path], cases: Sequence[Case], *, device: torch.device = CPU, progress: Progress | None = None
+) -> Sequence[Measurement]:
+    """Only the rows of ``bench_graphs``, in cases that the caller chooses. ``graphs``: name → file.
+
+    Raises MptkError as ``bench_graphs``.
+    """
+    return time_models(_of_one_kind(graphs), cases, BENCH_ROUNDS, SESSIONS, device, progress or show_nothing).rows
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Rows, peaks and providers, as of ``Bench``."""
+
+    rows: Sequence[Measurement]
+    peaks: Mapping[int, Peaks]
+    providers: Sequence[str]
+
+
+def time_models(
+    models: Mapping[str, GraphOf],
+    cases: Sequence[Case],
+    rounds: int,
+    sessions: int,
+    device: torch.device,
+    say: Progress,
+) -> Timed:
+    """Time all cases of all models, in turns. Raises MptkError for fewer than two rounds."""
     if rounds < 2:
         raise InputError("the spread of one round is unknown; give --rounds 2 or more", name="rounds")
     # The rounds are dealt out to the sets of sessions, at least one to each.
-    say, models = progress or show_nothing, _of_one_kind(_find_distinct(graphs))
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
-    cases = _list_cases(next(iter(models.values())), phases, lengths, batches, threads)
     times: Times = {case: [[] for _ in models] for case in cases}
     peaks, ran, done = dict[int, Peaks](), list[str](), itertools.count()
 
@@ -151,17 +190,11 @@ def bench_graphs(
 
     report_finished()
     # Sessions and peaks have one number of threads, so all cases of one number are timed together.
-    for n in threads:
+    for n in dict.fromkeys(case.threads for case in cases):
         own = {case: sides for case, sides in times.items() if case.threads == n}
         peaks[n], ran = _time_cases(list(models.values()), own, shares, Roofline(n, device), device, report_finished)
-    # Ratios from the times; then what needs no turns: memory, in new processes, and products of unaligned widths.
     rows = [row for case in cases for row in _make_rows(case, models, times[case], peaks[case.threads])]
-    measured = [_measure_graph(name, parts, max(lengths), device, say) for name, parts in models.items()]
-    return Bench(measured, ort.__version__, rounds, peaks, rows, ran, _time_products(models, cases, rounds, device))
-
-
-GraphOf = Mapping[str, Path]
-"""Phase → the graph of a model that runs in it."""
+    return Timed(rows, peaks, ran)
 
 
 def _list_cases(

@@ -69,22 +69,53 @@ def measure_peak_memory(file: Path, length: int, device: torch.device = CPU) -> 
     A decoder runs a prompt of ``length`` tokens, another graph that many tokens if it reads any. A device's own memory
     is not counted.
     """
-    # Not by ``multiprocessing``, which would import the caller's script again. The number is the last word that is
+    return _call_apart(measure_growth, file, length, str(device))[0]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes by which a process grows: in all (``peak``), and what it still holds at the end (``held``)."""
+
+    peak: int
+    held: int
+
+
+def measure_decode_memory(file: Path, context: int) -> Growth:
+    """Growth of a new process that opens a decoder on the CPU and runs one step after ``context`` cached tokens.
+
+    Linux only, else 0.
+    """
+    return Growth(*_call_apart(measure_decode_growth, file, context))
+
+
+def _call_apart(function: Callable[..., Sequence[int]], file: Path, *arguments: object) -> list[int]:
+    """What a function of this module gives for ``file`` in a new process."""
+    # Not by ``multiprocessing``, which would import the caller's script again. The numbers are the last line that is
     # printed: libraries may print before.
-    code = "import sys; from pathlib import Path; from {0} import {1}; print({1}(Path(sys.argv[1]), {2}, {3!r}))"
-    code = code.format(__name__, measure_growth.__name__, length, str(device))
+    name, given = function.__name__, "".join(f", {each!r}" for each in arguments)
+    code = f"import sys; from pathlib import Path; from {__name__} import {name}; "
+    code += f"print(*{name}(Path(sys.argv[1]){given}))"
     command = [sys.executable, "-c", code, str(file.resolve())]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [int(number) for number in said.splitlines()[-1].split()]
 
 
-def measure_growth(file: Path, length: int, device: str) -> int:
+def measure_decode_growth(file: Path, context: int) -> tuple[int, int]:
+    """What ``measure_decode_memory`` says of a new process, of this one."""
+    before = _read_resident("VmRSS")
+    run = open_stepper(file, True, 1).step(Case("decode", context, 1, 1))
+    run()
+    return _read_resident("VmHWM") - before, _read_resident("VmRSS") - before
+
+
+def measure_growth(file: Path, length: int, device: str) -> tuple[int]:
     """What ``measure_peak_memory`` says of a new process, of this one."""
     # Decode takes no more than a prefill of as many tokens.
     before = _read_resident("VmRSS")
     for phase, graph in find_phase_graphs(file).items():
         if phase != "decode":
             open_stepper(graph, phase in PHASES, 1, torch.device(device)).step(Case(phase, length, 1, 1))()
-    return _read_resident("VmHWM") - before
+    return (_read_resident("VmHWM") - before,)
 
 
 def _read_resident(field: str) -> int:

@@ -21,6 +21,8 @@ class Stage:
 
     shorter: Mapping[str, str] = MappingProxyType({})
     """What progress calls a part of it → what makes that shorter."""
+    chooses_type: bool = False
+    """Whether it makes the choice of ``Settings.chooses_type``: ``divide`` then gives settings without ``auto``."""
 
     def check(self, settings: Settings) -> None:
         """Raise MptkError for settings that no model can meet. They are complete."""
@@ -46,7 +48,10 @@ class Stage:
         return {}
 
     def divide(self, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Prepared, Rows]:
-        """``prepared`` with fewer candidates, before units are chosen; and what was found as rows of the report."""
+        """``prepared`` with fewer candidates, before units are chosen; and what was found as rows of the report.
+
+        It may have other settings, too, and a plan in place of candidates.
+        """
         return prepared, {}
 
     def complete(self, compiled: Compiled) -> Compiled:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from mptk.config import Settings
+from mptk.cost.budgets import CACHE_CONTEXT
 from mptk.cost.estimate import Estimate, describe_duration, describe_size
 from mptk.ir import KERNEL_BLOCK
 from mptk.ort.bench import Bench
@@ -142,7 +143,7 @@ def build_cost_table(report: Report) -> Table:
             decimals = 2 if key == "latency_ms" else 0
             figures = [f"{cost[key]:,.{decimals}f}" for cost in (dense, pruned)]
             gone = 1 - pruned[key] / dense[key]
-            said = label.format(objective=report.settings.objective, context=report.settings.context)
+            said = label.format(objective=report.settings.objective, context=report.settings.context or CACHE_CONTEXT)
             rows.append([said, *figures, Share(f"{gone:.1%}", gone)])
     return Table("lrrr", ["", "dense", "pruned", "removed"], rows)
 

@@ -13,6 +13,7 @@ from mptk.errors import InputError
 from mptk.io import data
 from mptk.ir import Plan, check_engines
 from mptk.methods import find_method
+from mptk.plugins import explain_absent
 from mptk.protocols import Target, list_stages
 from mptk.targets import find_target, list_targets
 
@@ -38,12 +39,35 @@ def check_settings(
         if settings.layers != UNIFORM:
             check_divides(settings, f"--layers {settings.layers}")
     find_conversions(settings, plan, texts)
+    if settings.chooses_type:
+        check_type_choice(settings)
     if settings.trains and not target.classed:
         check_graph_training(settings)
     if settings.learning.quantize_aware and has_shards():
         raise InputError("--quantize-aware needs whole weights in each process; leave it out", name="quantize_aware")
     for stage in list_stages():
         stage.check(settings)
+
+
+def check_type_choice(settings: Settings) -> None:
+    """Raise MptkError if the type of the graph and the sparsity cannot be chosen together."""
+    s = settings
+    if not any(stage.chooses_type for stage in list_stages()):
+        raise InputError(
+            f"nothing here chooses a type; {explain_absent() or 'give --quantize int8 or int4'}", name="quantize"
+        )
+    given = {"--plan": s.plan, "--larger": s.larger, "--width": s.widths or None, s.divider: s.divider or None}
+    if other := next((name for name, value in given.items() if value is not None), s.converts and "the conversion"):
+        raise InputError(
+            f"--quantize auto chooses how much of the dense model is cut; leave out {other}, or name the types",
+            name="quantize",
+        )
+    if s.max_ms is None or not s.onnx:
+        raise InputError(
+            "--quantize auto chooses by milliseconds of a graph; give --max-decode-ms or --max-prefill-ms, and leave "
+            "out --no-onnx",
+            name="quantize",
+        )
 
 
 def check_graph_training(settings: Settings) -> None:

@@ -28,9 +28,9 @@ DENSE_TYPES = "write dense types"
 def estimate_dense_types(settings: Settings) -> dict[str, Pass]:
     """The cost of writing and running the dense model's quantised graphs."""
     s = settings
-    if not s.onnx or not s.quantize or s.logits != "all":
+    if not s.onnx or not s.schemes or s.logits != "all":
         return {}
-    tokens = len(s.quantize) * s.eval_windows * s.eval_length
+    tokens = len(s.schemes) * s.eval_windows * s.eval_length
     return {"dense types": Pass(tokens, s.eval_length, exact=True, fixed=ONNX_S)}
 
 

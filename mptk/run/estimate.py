@@ -112,7 +112,7 @@ def work_of(settings: Settings, sizes: ModelSizes, long_proof: bool, kept: float
         calibration=s.windows * s.length,
         evaluated=max(COMPARED_TOKENS, s.eval_length),  # the longest batch of logits decides the memory
         length=s.length,
-        onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
+        onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.schemes)) if s.onnx else (),
         models=count_dense_models(s) if should_learn_masks(s) else 1,
     )
 

@@ -106,7 +106,7 @@ def fill_in(settings: Settings, recovers: bool = False, plan: Plan | None = None
 def count_calibration(settings: Settings, plan: Plan | None) -> int:
     """The number of calibration windows without minutes. A run that only cuts needs the proof's three."""
     s = settings
-    used = not s.fixed or s.steps or s.reconstruct or s.distil_epochs or "int4" in s.quantize or needs_fit(s, plan)
+    used = not s.fixed or s.steps or s.reconstruct or s.distil_epochs or "int4" in s.schemes or needs_fit(s, plan)
     return SAMPLES if used else PROOF_SHAPE[0]
 
 

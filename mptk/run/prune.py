@@ -91,7 +91,7 @@ def run_prune(model: Start, run: Run) -> Result:
         for stage in list_stages():
             prepared, rows = stage.divide(prepared, sets, run)
             run = replace(run, rows={**run.rows, **rows})
-        run = start_processes(run)  # features divide the budget in one process
+        run = start_processes(prepared, run)  # features divide the budget in one process
         base = take_larger(prepared)
         chosen, checked = choose_units(model, base, sets, run)
         chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)
@@ -138,11 +138,11 @@ def check_unchanged(prepared: Prepared, run: Run) -> None:
     run.origin.require(compute_origin(run.source, prepared.given, prepared.settings, run.start, run.plan))
 
 
-def start_processes(run: Run) -> Run:
+def start_processes(prepared: Prepared, run: Run) -> Run:
     """The run with the processes that train, if it trains."""
-    if run.folder is None or not run.settings.steps:
+    if run.folder is None or not prepared.settings.steps:
         return run
-    return replace(run, accelerator=start_training(run.settings.learning, run.folder))
+    return replace(run, accelerator=start_training(prepared.settings.learning, run.folder))
 
 
 # ---- choosing and cutting ----

@@ -65,7 +65,7 @@ class OnnxTarget(Target):
         out.mkdir()
         try:
             form = choose_onnx_form(prepared)
-            notes = _export(compiled, form, prepared.settings, sets.calibration, out, log)
+            notes = export_compiled(compiled, form, prepared.settings, sets.calibration, out, log)
         except MptkError as error:
             if prepared.settings.strict:
                 raise
@@ -126,7 +126,7 @@ class OnnxTarget(Target):
             return []
         with make_scratch() as staging:
             settings = replace(compiled.prepared.settings, onnx_dtype="float32", quantize=())
-            _export(compiled, form, settings, batches[0], staging.folder, Log())
+            export_compiled(compiled, form, settings, batches[0], staging.folder, Log())
             pairs = [(main, staging.folder / ONNX_FILE)]
             return _compare_quantized(form, compiled.prepared.executor.device, pairs, "fp16", batches)
 
@@ -142,7 +142,9 @@ class OnnxTarget(Target):
         if form is None or not graphs.is_dir():
             return ""
         with make_scratch() as staging:
-            _export(compiled, form, replace(compiled.prepared.settings, quantize=()), batches[0], staging.folder, Log())
+            export_compiled(
+                compiled, form, replace(compiled.prepared.settings, quantize=()), batches[0], staging.folder, Log()
+            )
             for name in form.graphs:
                 found, again = read_lazily(graphs / name), read_lazily(staging.folder / name)
                 # Exporters change from version to version, which is not a fault of the folder.
@@ -274,9 +276,10 @@ def _write_alone(loaded: Loaded, folder: Path) -> str:
     return f"{ONNX_FOLDER}/config.json is the dense model's: use it for text and its end, not for the graph's widths"
 
 
-def _export(
+def export_compiled(
     compiled: Compiled, form: OnnxForm, settings: Settings, samples: Samples, folder: Path, log: Log
 ) -> list[str]:
+    """Write the cut model as ONNX into ``folder``, as the settings ask. Returns notes for the report."""
     prepared = compiled.prepared
     dense = Dense(prepared.loaded, settings, compiled.analysis.program, prepared.executor)
     return export_form(form, dense, compiled.chosen.plan, samples, folder, log)

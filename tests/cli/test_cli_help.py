@@ -57,7 +57,7 @@ def test_help_lists_every_command_below_what_it_is_for() -> None:
 def test_the_names_of_choices_are_those_that_are_there() -> None:
     assert tuple(list_methods()) == METHODS.names
     assert tuple(list_targets()) == TARGET_CHOICES.names
-    assert set(SCHEMES.names) == set(pipelines.ONNX_SCHEMES)
+    assert set(SCHEMES.names) - set(SCHEMES.alone) == set(pipelines.ONNX_SCHEMES)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,7 @@ def complete(line: str) -> list[str]:
 def test_completion() -> None:
     assert complete("mptk prune m --method wa") == ["wanda"]
     assert complete("mptk prune m --quantize int8,") == ["int8,int4", "int8,fp16"]
+    assert complete("mptk prune m --quantize a") == ["auto"]
     assert "--install-completion" in CliRunner().invoke(commands, ["--help"], env={"COLUMNS": "200"}).stdout
 
 

@@ -121,7 +121,7 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(OTHER.learning, teacher_cache="cache", mask_share=0.3, rank=8)
     learning = replace(learning, training=replace(learning.training, lr=0.1))
     full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", kv_heads=1, learning=learning)
-    full = replace(full, samples=4, search_tokens=0, distil_epochs=0)
+    full = replace(full, samples=4, context=64, search_tokens=0, distil_epochs=0)
     read = api.Settings(inputs="i.safetensors", larger="runs/a")  # which has no vocabulary, and data of its own kind
     never = {"resume", "minutes", *list_refused(api.Settings)}  # minutes: a run writes what they chose
     assert set(find_settings(api.Settings, "prune")) - never == set(

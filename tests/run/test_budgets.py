@@ -113,3 +113,6 @@ def test_a_context_needs_a_budget_that_counts_it() -> None:
     refused = CliRunner().invoke(app, words).exception
     assert isinstance(refused, InputError)
     assert refused.name == "context"
+    refused = CliRunner().invoke(app, [*words, "--max-prefill-ms", "9"]).exception
+    assert isinstance(refused, InputError)
+    assert refused.name == "context"

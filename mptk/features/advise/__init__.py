@@ -1,7 +1,8 @@
 """Advice: how far can this model be cut for this text? Measured before any cut is made.
 
 ``mptk advise MODEL --data A,B`` measures cuts of several sizes on each text and says which sparsity is safe;
-``mptk.advise`` gives the same as an object. docs/how-to/how-far.md tells more.
+``mptk.advise`` gives the same as an object. ``mptk prune --quantize auto`` cuts and rounds by it.
+docs/how-to/how-far.md tells more.
 """
 
 from mptk.config import CHOOSER, READER
@@ -21,4 +22,7 @@ FEATURE = Feature(
             takes=("steps", "eval_windows"),
         )
     ],
+    stages={"advise": "mptk.features.advise.stage:TYPE_STAGE"},
+    rows={"advice": "mptk.features.advise.advice:Advice"},
+    views={"advice": "mptk.features.advise.view:ChoiceView"},
 )

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from mptk.config import Settings
+from mptk.cost.budgets import PROMPT
 from mptk.reading import Json
 
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
 """Default settings of an advice: many cuts are measured, so each must be cheap (short windows, a one-shot method)."""
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities of an advice."""
+SAFE_TOLERANCE = 0.05
+"""Default of the largest change that is safe."""
 ADVICE_FORMAT = "mptk-advice/1"
 FLOAT_TYPE = "float32"
 """The type of a graph that is not quantised."""
@@ -73,20 +76,33 @@ class Point:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a model may take at most: milliseconds of a decoding step, of a prompt, and bytes of its graph.
+    """What a model may take at most: milliseconds of a decoding step, of a prompt, bytes of its graph, and bytes of
+    memory in decoding. None: as much as it wants.
 
-    None: as much as it wants.
+    ``context``: tokens in the KV cache in decoding.
     """
 
     decode_ms: float | None = None
     prefill_ms: float | None = None
     bytes: float | None = None
+    memory: float | None = None
+    context: int = PROMPT
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is limited."""
+        return any(most is not None for most in (self.decode_ms, self.prefill_ms, self.bytes, self.memory))
 
     @property
     def phases(self) -> list[str]:
         """The phases of which milliseconds are limited; without any limit the decoding step, which users wait for."""
         found = [name for name, most in (("decode", self.decode_ms), ("prefill", self.prefill_ms)) if most is not None]
-        return found or ([] if self.bytes is not None else ["decode"])
+        return found or ([] if self.is_set else ["decode"])
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the context counts."""
+        return self.memory is not None or "decode" in self.phases
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,8 @@ class Way:
     """A cut in a type: ``FLOAT_TYPE`` or a scheme of quantised graphs. ``sparsity`` 0: the dense model.
 
     ``bytes``: of its graph. ``ms``: phase → predicted milliseconds. ``texts``: as in ``Point``, without agreement.
+    ``memory``: bytes that decoding takes at the most; None if it is not limited. ``measured``: the same figures of the
+    graph itself, in ONNX Runtime; None if it was not made.
     """
 
     type: str
@@ -102,22 +120,49 @@ class Way:
     bytes: float
     ms: Mapping[str, float]
     texts: Mapping[str, Figures]
+    memory: float | None = None
+    measured: Way | None = None
+
+    @property
+    def known(self) -> Way:
+        """Its figures as measured, or else as predicted."""
+        return self.measured or self
 
     @property
     def rise(self) -> float:
         """The rise of the loss over the dense float model's, averaged over the texts."""
-        return sum(figures.rise for figures in self.texts.values()) / len(self.texts)
+        return sum(figures.rise for figures in self.known.texts.values()) / len(self.texts)
+
+    def find_rise(self, text: str | None) -> float:
+        """The rise of the loss on one text, or on average."""
+        return self.rise if text is None else self.known.texts[text].rise
 
     def is_within(self, limits: Ceiling) -> bool:
         """Whether it stays within the limits."""
-        pairs = [(self.bytes, limits.bytes), (self.ms.get("decode"), limits.decode_ms)]
-        pairs.append((self.ms.get("prefill"), limits.prefill_ms))
+        known = self.known
+        pairs = [(known.bytes, limits.bytes), (known.ms.get("decode"), limits.decode_ms)]
+        pairs += [(known.ms.get("prefill"), limits.prefill_ms), (known.memory, limits.memory)]
         return all(most is None or (taken is not None and taken <= most) for taken, most in pairs)
 
     @property
     def price(self) -> float:
-        """What it takes: milliseconds of the first phase that is timed, else bytes."""
-        return next(iter(self.ms.values()), self.bytes)
+        """What it takes: milliseconds of the first phase that is timed, else bytes of memory, else of the graph."""
+        known = self.known
+        return next(iter(known.ms.values()), known.bytes if known.memory is None else known.memory)
+
+    @property
+    def cut(self) -> tuple[tuple[str, int], ...]:
+        """The widths, by which ways of one cut are known."""
+        return tuple(self.widths.items())
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether its loss is predicted as a sum: of a cut's rise and a type's."""
+        return self.sparsity > 0 and self.type != FLOAT_TYPE
+
+    def compute_miss(self, text: str) -> float | None:
+        """By which share the measured perplexity differs from the predicted one; None if it was not measured."""
+        return None if self.measured is None else math.expm1(self.measured.texts[text].loss - self.texts[text].loss)
 
 
 @dataclass(frozen=True)
@@ -213,10 +258,24 @@ class Advice:
                 found.append(way)
         return found[::-1]
 
+    def rank_ways(self, text: str | None = None) -> list[Way]:
+        """The ways within the limits, the best first: on one text, or on average.
+
+        A cut that seems to lose less than its type does uncut does so by chance: it counts as much as that, and comes
+        after it.
+        """
+        rises = {way.type: way.find_rise(text) for way in self.ways if not way.sparsity}
+        there = [way for way in self.ways if way.is_within(self.limits)]
+        return sorted(there, key=lambda way: (max(way.find_rise(text), rises[way.type]), way.sparsity, way.price))
+
     def find_way(self, text: str | None = None) -> Way | None:
         """The best way within the limits, on one text or on average; None if no way meets them."""
-        there = [way for way in self.ways if way.is_within(self.limits)]
-        return min(there, key=lambda way: (way.rise if text is None else way.texts[text].rise, way.price), default=None)
+        return next(iter(self.rank_ways(text)), None)
+
+    @property
+    def checked(self) -> list[Way]:
+        """The cuts in a type that were measured: their predicted loss, a sum, can be compared with the measured one."""
+        return [way for way in self.ways if way.is_sum and way.measured is not None]
 
     @property
     def next_way(self) -> Way | None:

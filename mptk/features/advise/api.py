@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +21,21 @@ from mptk.features.advise.advice import (
     ADVICE,
     CALIBRATION_STEPS,
     FLOAT_TYPE,
+    SAFE_TOLERANCE,
     SPARSITIES,
     Advice,
     Ceiling,
     Point,
     Way,
 )
-from mptk.features.advise.sweep import Measuring, give_advice
+from mptk.features.advise.made import MADE, check_measurable, measure_ways
+from mptk.features.advise.sweep import Measuring, find_cuts, give_advice, open_trials
 from mptk.features.advise.types import check_types, list_ways, measure_types
 from mptk.files import make_scratch
 from mptk.io import data as text
 from mptk.io import list_source_names
 from mptk.ir import Log, Samples, concatenate_samples
+from mptk.methods.division.trials import Trials
 from mptk.protocols import Context, Opened, Prepared, SampleSets
 from mptk.run.amounts import count_samples
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
@@ -55,12 +58,14 @@ def advise(
     settings: Settings | None = None,
     *,
     sparsities: Sequence[float] = SPARSITIES,
-    tolerance: float = 0.05,
+    tolerance: float = SAFE_TOLERANCE,
     calibrate: bool = False,
     types: Sequence[str] | None = None,
     max_decode_ms: float | None = None,
     max_prefill_ms: float | None = None,
     max_size: float | None = None,
+    max_memory: float | None = None,
+    measure: bool = False,
     progress: Shown = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: GivenInputs | None = None,
@@ -83,20 +88,31 @@ def advise(
         calibrate: train two of the cuts, each for ``steps`` (16) steps, to say what each cut costs after recovery.
         types: schemes of quantised graphs in which each cut is compared with float32; by default ``int8`` and ``int4``
             if there is a limit, else none. Only text decoders.
-        max_decode_ms, max_prefill_ms, max_size: limits, in milliseconds as predicted and in bytes of the graph: the
-            advice then names the best way that meets them, in ``find_way`` and ``way_command``.
+        max_decode_ms, max_prefill_ms, max_size, max_memory: limits, in milliseconds as predicted, in bytes of the
+            graph, and in bytes of memory in decoding: the advice then names the best way that meets them, in
+            ``find_way`` and ``way_command``. ``context`` (512) is the number of tokens in the KV cache.
+        measure: make the best three ways within the limits, time them as ``mptk.bench`` does, and measure them in ONNX
+            Runtime. The best way is then chosen by these figures, ``Way.measured``. Cuts in a type, two at least, show
+            how far the predicted perplexity is off (``checked``, ``Way.compute_miss``).
         data: as in ``mptk.prune``. Each source of a name with several, such as ``"A,B"``, is measured by itself.
         keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
             ``eval_windows``: windows of each text to measure on.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; a sparsity or the tolerance is out of bounds; there is no
-            such keyword; there is too little text; a model that is not of transformers is to be trained; or types or
-            limits are given for a model that is no text decoder.
+            such keyword; there is too little text; a model that is not of transformers is to be trained; types or
+            limits are given for a model that is no text decoder; or ``measure`` is given without either.
     """
     check_sparsities(sparsities, tolerance)
-    limits = check_limits(max_decode_ms, max_prefill_ms, max_size)
-    types = (COMPARED_TYPES if limits != Ceiling() else ()) if types is None else tuple(types)
+    limits = check_limits(Ceiling(max_decode_ms, max_prefill_ms, max_size, max_memory))
+    types = (COMPARED_TYPES if limits.is_set else ()) if types is None else tuple(types)
+    compares = bool(types) or limits.is_set
+    if measure and not compares:
+        raise InputError(
+            "--measure makes the best ways to round or cut, which are only compared with types or a limit; give "
+            "--types int8,int4 or a limit, as --max-decode-ms 10",
+            name="measure",
+        )
     # A cut must also suit the types in which it is compared: widths are then multiples of their blocks.
     schemes = {"quantize": types} if types else {}
     chosen = with_keywords(settings or ADVICE, {**name_given(data=data), **schemes, **keywords, "onnx": False})
@@ -111,8 +127,8 @@ def advise(
         raise InputError("mptk trains only transformers models; leave out calibrate", name="calibrate")
     # For the estimate of what the run needs.
     texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
-    compares = bool(types) or limits != Ceiling()
-    measuring = Measuring(round(FAMILIES * len(sparsities)), texts, compares * (1 + len(types)))
+    graphs = compares * (1 + len(types)) + measure * MADE
+    measuring = Measuring(round(FAMILIES * len(sparsities)), texts, graphs)
     with (
         make_scratch() as kept,
         report_progress(progress) as say,
@@ -127,7 +143,9 @@ def advise(
             trains=calibrate,
         ) as run,
     ):
-        found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance, types, limits)
+        limits = replace(limits, context=chosen.context or limits.context)
+        asked = TypeComparison(types, limits, measure) if compares else None
+        found, settings = measure_cuts(start, run, sorted(set(sparsities)), tolerance, asked)
     return add_commands(found, str(model), settings) if isinstance(model, str | Path) else found
 
 
@@ -165,12 +183,13 @@ def format_way_command(model: str, settings: Settings, way: Way) -> str:
     return shlex.join([*words, "--out", f"{Path(model).stem}-{way.type}"])
 
 
-def check_limits(decode_ms: float | None, prefill_ms: float | None, size: float | None) -> Ceiling:
+def check_limits(limits: Ceiling) -> Ceiling:
     """The limits. Raises MptkError if one is not above 0."""
-    for name, most in (("max_decode_ms", decode_ms), ("max_prefill_ms", prefill_ms), ("max_size", size)):
+    found = {"max_decode_ms": limits.decode_ms, "max_prefill_ms": limits.prefill_ms}
+    for name, most in (found | {"max_size": limits.bytes, "max_memory": limits.memory}).items():
         if most is not None and not most > 0:
             raise InputError(f"a limit of {most:g} is not above 0; give more, or leave it out", name=name)
-    return Ceiling(decode_ms, prefill_ms, size)
+    return limits
 
 
 def check_sparsities(sparsities: Sequence[float], tolerance: float) -> None:
@@ -208,30 +227,53 @@ def check_layers(prepared: Prepared) -> None:
             raise InputError(f"an advice compares cuts whose layers are alike; leave out {name}", name=name)
 
 
+@dataclass(frozen=True)
+class TypeComparison:
+    """What cuts in types are compared for: as in ``mptk.advise``."""
+
+    types: Sequence[str]
+    limits: Ceiling
+    measure: bool
+
+
 def measure_cuts(
-    model: Start, run: Run, sparsities: Sequence[float], tolerance: float, types: Sequence[str], limits: Ceiling
+    model: Start, run: Run, sparsities: Sequence[float], tolerance: float, asked: TypeComparison | None
 ) -> tuple[Advice, Settings]:
     """Measure cuts of several sizes. Returns the advice, without commands, and the settings of the recommended cut.
 
-    ``tolerance``: the largest change that is safe, as in ``mptk.advise``; ``types``, ``limits``: as there.
+    ``tolerance``: the largest change that is safe, as in ``mptk.advise``. ``asked``: None compares no types.
     """
     if connect_processes().num_processes > 1:
         raise InputError("an advice is measured in one process; run `mptk advise` in one")
     prepared, run = prepare(model, run)
     check_layers(prepared)
-    if types or limits != Ceiling():
-        check_types(prepared, types)
+    if asked is not None:
+        check_types(prepared, asked.types)
+        if asked.measure or prepared.settings.context is not None:
+            check_measurable(prepared, asked.limits)
     with keep_stages_on_failure(prepared, run):
         # `prepare` needed a tolerance that any model meets. The cuts themselves must lie near their sparsities.
         prepared = replace(prepared, settings=replace(prepared.settings, tolerance=Settings.tolerance))
         sets, texts = read_domains(prepared, run)
-        found = give_advice(prepared, sets, texts, sparsities, tolerance, run)
-        if types or limits != Ceiling():
-            rounded = measure_types(prepared, sets, texts, types, run)
-            points = (found.dense, *found.division)
-            found = replace(found, ways=list_ways(prepared, points, rounded, limits, run), limits=limits)
+        cuts = find_cuts(prepared, sparsities)
+        trials = open_trials(prepared, cuts, sets, run)
+        found = give_advice(trials, cuts, texts, tolerance)
+        if asked is not None:
+            found = compare_ways(found, trials, texts, asked, run)
         run.remove_folder()
     return found, prepared.settings
+
+
+def compare_ways(
+    found: Advice, trials: Trials, texts: Mapping[str, Samples], asked: TypeComparison, run: Run
+) -> Advice:
+    """The advice with its cuts in types."""
+    prepared, points = trials.prepared, (found.dense, *found.division)
+    with make_scratch() as scratch:
+        dense = measure_types(prepared, trials.sets, texts, asked.types, asked.limits, scratch.folder, run)
+        ways = list_ways(prepared, points, dense, asked.limits, run)
+        found = replace(found, ways=ways, limits=asked.limits)
+        return measure_ways(found, trials, texts, dense, run) if asked.measure else found
 
 
 def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Samples]]:

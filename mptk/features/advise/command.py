@@ -26,12 +26,28 @@ from mptk.files import write_text
 AUTO = "auto"
 
 
-def check_advise(settings: Settings, sparsities: str, tolerance: str, calibrate: bool, max_size: str | None) -> None:
+def check_advise(
+    settings: Settings,
+    sparsities: str,
+    tolerance: str,
+    calibrate: bool,
+    types: str,
+    max_decode_ms: float | None,
+    max_prefill_ms: float | None,
+    max_size: str | None,
+    max_memory: str | None,
+) -> None:
     """Check the options of ``advise``."""
-    parse_size(max_size, "max_size")
+    sizes = (parse_size(max_size, "max_size"), parse_size(max_memory, "max_memory"))
+    limited = any(most is not None for most in (max_decode_ms, max_prefill_ms, *sizes))
+    if not limited and types in ("", AUTO):
+        why = "only a comparison of types makes ways; give --types int8,int4 or a limit, as --max-decode-ms 10"
+        refuse(("measure",), why)
     parse_shares(sparsities)
     parse_share(tolerance, "--tolerance")
-    refuse_idle("advise", Asked(settings, writes=False))
+    # Without a limit, decoding is predicted for the types.
+    decodes = max_decode_ms is not None or max_memory is not None or (not limited and types not in ("", AUTO))
+    refuse_idle("advise", Asked(settings, writes=False, decodes=decodes))
     if not calibrate:
         refuse(("steps",), "only --calibrate trains; give --calibrate, or leave it out")
 
@@ -48,7 +64,7 @@ def parse_shares(sparsities: str) -> list[float]:
         "advise smollm2-135m --data code.jsonl,chat.jsonl,c4.jsonl",
         "advise smollm2-135m --data c4.jsonl --tolerance 20% --sparsities 0.1,0.2,0.3 --html advice.html",
         "advise smollm2-135m --data c4.jsonl --tolerance 50% --calibrate --steps 32",
-        "advise smollm2-135m --data c4.jsonl,chat.jsonl --max-decode-ms 10",
+        "advise smollm2-135m --data c4.jsonl,chat.jsonl --max-decode-ms 10 --measure",
     ),
     base=ADVICE,
 )
@@ -86,6 +102,13 @@ def show_advice(
         float | None, make_number_option("Most milliseconds of a prompt of 512 tokens, as predicted.", 1e-6, 1e9)
     ] = None,
     max_size: Annotated[str | None, typer.Option(help="Largest size of the graph, as 120MB.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory in decoding with --context tokens in the KV cache, as 300MB.")
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Make the best three ways to round or cut, time and measure them, and choose."),
+    ] = False,
     json_file: JsonOption = None,
     html: Annotated[Path | None, make_file_option("Also write a page with charts to this file.", "page")] = None,
 ) -> None:
@@ -95,12 +118,12 @@ def show_advice(
     and with --calibrate the command of the cut recommended with training. With a limit also says whether to round, to
     cut, or both.
     """
-    from mptk.features.advise.api import advise as measure
+    from mptk.features.advise.api import advise
     from mptk.features.advise.view import build_advice_view, list_commands
 
     cuts, most = parse_shares(sparsities), parse_share(tolerance, "--tolerance")
     with show_stages(err) as progress:
-        found = measure(
+        found = advise(
             model,
             settings,
             sparsities=cuts,
@@ -110,6 +133,8 @@ def show_advice(
             max_decode_ms=max_decode_ms,
             max_prefill_ms=max_prefill_ms,
             max_size=parse_size(max_size, "max_size"),
+            max_memory=parse_size(max_memory, "max_memory"),
+            measure=measure,
             progress=progress,
         )
     if html is not None:

@@ -64,54 +64,58 @@ class Cuts:
         return tuple({describe_widths(each.widths): each for each in every}.values())
 
 
-def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
-    """The legal cuts nearest to each sparsity. Raises MptkError if no family can be cut."""
+def list_cut_families(prepared: Prepared) -> tuple[list[str], list[str]]:
+    """The families that a division of the budget cuts; and these with the depths, of which each is cut by itself."""
     p = prepared
     channels, blocks = (list_cuttable(p, p.legal, blocks=each) for each in (False, True))
     names = list(p.settings.families) or channels or blocks
     every = [name for name in dict.fromkeys([*names, *blocks]) if name not in p.settings.keep]
-    names = [name for name in names if name in every]
+    return [name for name in names if name in every], every
+
+
+def find_divisions(
+    prepared: Prepared, families: Sequence[str], every: Sequence[str], sparsity: float
+) -> list[Candidate]:
+    """The divisions of ``families`` nearest to ``sparsity``, of which each counts once, with widths of ``every``."""
+    p = prepared
+    found = [c for c in find_candidates(p.cost, p.legal, families, sparsity) if c.sparsity > 0]
+    if not found:
+        return []
     dense = {name: p.analysis.variable(name).size for name in every}
+    off = max(p.settings.tolerance, abs(found[0].sparsity - sparsity))
+    chosen = choose_candidates(found, sparsity, off, find_finest_families(p.legal, families), TRIED_DIVISIONS)
+    return [replace(c, widths=dense | dict(c.widths)) for c in chosen]
 
-    def near(families: Sequence[str], sparsity: float) -> list[Candidate]:
-        """The divisions of ``families`` nearest to ``sparsity``, of which each counts once."""
-        found = [c for c in find_candidates(p.cost, p.legal, families, sparsity) if c.sparsity > 0]
-        if not found:
-            return []
-        off = max(p.settings.tolerance, abs(found[0].sparsity - sparsity))
-        chosen = choose_candidates(found, sparsity, off, find_finest_families(p.legal, families), TRIED_DIVISIONS)
-        return [replace(c, widths=dense | dict(c.widths)) for c in chosen]
 
+def find_cuts(prepared: Prepared, sparsities: Sequence[float]) -> Cuts:
+    """The legal cuts nearest to each sparsity. Raises MptkError if no family can be cut."""
+    p, (names, every) = prepared, list_cut_families(prepared)
+    near = partial(find_divisions, p, every=every)
     together = {name: tuple(keep_complete_families([name], p.legal.together)) for name in every}
     sets = dict.fromkeys(families for families in together.values() if set(families) <= set(every))
     half = sparsities[1::2] or sparsities  # where the division has other families, a coarse curve does
-    apart = {each: [near(each, s)[:1] for s in (sparsities if set(each) == set(names) else half)] for each in sets}
+    apart = {
+        each: [near(each, sparsity=s)[:1] for s in (sparsities if set(each) == set(names) else half)] for each in sets
+    }
     by_family = {"+".join(each): [c for cuts in found for c in cuts] for each, found in apart.items() if any(found)}
-    divisions = [found for s in sparsities if (found := near(names, s))]
+    divisions = [found for s in sparsities if (found := near(names, sparsity=s))]
     if not divisions:
         raise AnalysisError("nothing in this model can be cut, so there is no advice; see `mptk analyze` for each axis")
     return Cuts(by_family, divisions)
 
 
-def give_advice(
-    prepared: Prepared,
-    sets: SampleSets,
-    texts: Mapping[str, Samples],
-    sparsities: Sequence[float],
-    tolerance: float,
-    context: Context,
-) -> Advice:
-    """Measure the cuts and give advice. ``texts``: text → windows that nothing is fitted to. ``sets``: to fit to.
-
-    Raises:
-        MptkError: no family can be cut.
-    """
+def open_trials(prepared: Prepared, cuts: Cuts, sets: SampleSets, context: Context) -> Trials:
+    """The trials of all cuts. ``sets``: samples to score with, to fit to and to train on."""
     assert context.folder is not None
-    cuts = find_cuts(prepared, sparsities)
-    trials = Trials(replace(prepared, candidates=cuts.candidates), sets, context, context.folder)
+    candidates = cuts.candidates or prepared.candidates  # which name the families, if nothing is cut
+    return Trials(replace(prepared, candidates=candidates), sets, context, context.folder)
+
+
+def give_advice(trials: Trials, cuts: Cuts, texts: Mapping[str, Samples], tolerance: float) -> Advice:
+    """Measure the cuts and give advice. ``texts``: text → windows that nothing is fitted to."""
     advising = Advising(trials, texts, tolerance)
     found = advising.advice(cuts)
-    return replace(found, recovery=advising.recovery(to_train(found))) if prepared.settings.steps else found
+    return replace(found, recovery=advising.recovery(to_train(found))) if trials.prepared.settings.steps else found
 
 
 def to_train(found: Advice) -> list[Point]:
@@ -166,7 +170,9 @@ class Advising:
     def advice(self, cuts: Cuts) -> Advice:
         """Measure all cuts."""
         p, context = self.prepared, self.trials.context
-        _ = self.trials.scores, self.trials.products, self.dense  # stages of their own
+        _ = self.dense  # stages of their own
+        if cuts.candidates:
+            _ = self.trials.scores, self.trials.products
         total = sum(map(len, cuts.by_family.values())) + len(cuts.divisions)
         done, known = 0, dict[str, Point]()
         with context.stage(stage := "cuts"):
@@ -187,7 +193,7 @@ class Advising:
         protocol = (
             f"{windows} or more windows of {first.positions} tokens of each text, which nothing was fitted to; units "
             f"by {self.trials.criterion} from {len(self.trials.sets.calibration)} other windows of all texts; "
-            f"consumers are {'' if self.trials.products else 'not '}fitted, and nothing is trained"
+            f"consumers are {'' if self.trials.fits else 'not '}fitted, and nothing is trained"
         )
         dense = self._point({}, 0.0, self.dense)
         return Advice(p.given.source, protocol, self.measure, self.tolerance, dense, division, by_family, layers)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from mptk.features.advise.advice import STANDARD_ERRORS, Advice, Ceiling, Figures, Point, Recovery, Way
+from mptk.protocols import Row
+from mptk.reading import make_typed
+from mptk.report.row_view import RowView
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,
@@ -41,6 +45,17 @@ MEASURED = {
     "loss": "the mean loss against the dense outputs is",
 }
 """What is measured → the beginning of the sentence that says what counts as safe."""
+PREDICTED_WAYS = (
+    "Times are predicted, and a type's loss is added to a cut's; --measure makes the best ways and measures them."
+)
+CHOSEN_WAYS = (
+    "Compared before units were chosen, on held-out text and without training: times are predicted, and a type's loss "
+    "is added to a cut's."
+)
+MEASURED_WAYS = (
+    "Ways with measured figures were made and run in ONNX Runtime, and count as measured; the others are predicted, "
+    "with a type's loss added to a cut's."
+)
 
 
 def build_advice_view(found: Advice) -> View:
@@ -51,7 +66,9 @@ def build_advice_view(found: Advice) -> View:
         Section(BY_FAMILY, [build_family_table(found)]),
     ]
     if found.ways:
-        parts.insert(0, Section(WAYS, [build_way_table(found), *map(Name, describe_ways(found))]))
+        parts.insert(
+            0, Section(WAYS, [build_way_table(found), *map(Name, describe_ways(found) + describe_sources(found))])
+        )
     if found.layers:
         parts.append(Section(SENSITIVE, [build_layer_table(found.layers), HALVED]))
     return View(
@@ -59,24 +76,43 @@ def build_advice_view(found: Advice) -> View:
     )
 
 
+class ChoiceView(RowView):
+    """The ways among which a run with ``--quantize auto`` chose."""
+
+    def build_sections(self, row: Row) -> Sequence[Section]:
+        found = make_typed(Advice, row)
+        return [Section(WAYS, [build_way_table(found), *map(Name, describe_ways(found)), CHOSEN_WAYS])]
+
+
 def build_way_table(found: Advice) -> Table:
-    """The front of types and cuts: what each takes, and its change on each text. A star: the best within the limits."""
-    best, timed = found.find_way(), list(found.ways[0].ms)
-    columns = ["type", "removed", *(f"{phase} ms" for phase in timed), "size"]
+    """The front of types and cuts: what each takes, and its change on each text. A star: the best within the limits.
+
+    Of ways that were made, times are shown twice: as predicted and as measured. Sizes and changes are then measured.
+    """
+    best, timed, made = found.find_way(), list(found.ways[0].ms), any(way.measured for way in found.ways)
+    columns = ["type", "removed"]
+    for phase in timed:
+        columns += [f"{phase} ms", *["measured"] * made]
+    limited = found.limits.memory is not None
+    columns += [*["memory", *["measured"] * made] * limited, "size", *(Name(name_text(text)) for text in found.texts)]
     rows = []
     for way in list_shown_ways(found):
-        removed = f"{way.sparsity:.1%}" if way.sparsity else "dense"
-        ms = [f"{way.ms[phase]:.2f}" for phase in timed]
-        changes = [f"{each.change:+.1%} ±{each.error:.1%}" for each in way.texts.values()]
-        rows.append([f"★ {way.type}" if way is best else way.type, removed, *ms, format_megabytes(way.bytes), *changes])
-    columns += [Name(name_text(text)) for text in found.texts]
+        row = [f"★ {way.type}" if way is best else way.type, f"{way.sparsity:.1%}" if way.sparsity else "dense"]
+        for phase in timed:
+            own = "" if way.measured is None else f"{way.measured.ms[phase]:.2f}"
+            row += [f"{way.ms[phase]:.2f}", *[own] * made]
+        if way.memory is not None:
+            held = None if way.measured is None else way.measured.memory
+            row += [format_megabytes(way.memory), *["" if held is None else format_megabytes(held)] * made]
+        changes = [f"{each.change:+.1%} ±{each.error:.1%}" for each in way.known.texts.values()]
+        rows.append([*row, format_megabytes(way.known.bytes), *changes])
     return Table("ll" + "r" * (len(columns) - 2), columns, rows)
 
 
 def list_shown_ways(found: Advice) -> list[Way]:
-    """The front; and the dense model in each type, which is what everybody knows; by falling price."""
-    dense = [way for way in found.ways if not way.sparsity]
-    shown = [*found.front, *(way for way in dense if way not in found.front)]
+    """The front; the dense model in each type, which is what everybody knows; and what was made; by falling price."""
+    others = [way for way in found.ways if not way.sparsity or way.measured is not None]
+    shown = [*found.front, *(way for way in others if way not in found.front)]
     return sorted(shown, key=lambda way: -way.price)
 
 
@@ -98,14 +134,29 @@ def describe_ways(found: Advice) -> list[str]:
             said.append("No cut is needed.")
     if (further := found.next_way) is not None:
         changes = ", ".join(
-            f"{each.change:+.1%} on {name_text(text)} in place of {best.texts[text].change:+.1%}"
-            for text, each in further.texts.items()
+            f"{each.change:+.1%} on {name_text(text)} in place of {best.known.texts[text].change:+.1%}"
+            for text, each in further.known.texts.items()
         )
         said.append(f"The next step: {describe_way(further)} takes {describe_price(further)}, and costs {changes}.")
-    return [
-        *said,
-        "Times are predicted, and a type's loss is added to a cut's; mptk bench and mptk eval measure both.",
-    ]
+    return said
+
+
+def describe_sources(found: Advice) -> list[str]:
+    """Which figures of ways are measured, and how far predicted ones are off."""
+    if not any(way.measured for way in found.ways):
+        return [PREDICTED_WAYS]
+    return [*map(partial(describe_miss, found), found.checked), MEASURED_WAYS]
+
+
+def describe_miss(found: Advice, way: Way) -> str:
+    """How far the predicted perplexity of a way is off, in words."""
+    assert way.measured is not None
+    figures = ", ".join(
+        f"{math.exp(min(each.loss, 700.0)):.2f} on {name_text(text)} is {math.exp(min(own.loss, 700.0)):.2f} "
+        f"({way.compute_miss(text):+.2%})"
+        for (text, each), own in zip(way.texts.items(), way.measured.texts.values(), strict=True)
+    )
+    return f"{describe_way(way)}: the predicted perplexity of {figures} in ONNX Runtime."
 
 
 def describe_way(way: Way) -> str:
@@ -115,14 +166,19 @@ def describe_way(way: Way) -> str:
 
 def describe_price(way: Way) -> str:
     """What a way takes, in words."""
-    return ", ".join([*(f"{ms:.2f} ms of {phase}" for phase, ms in way.ms.items()), format_megabytes(way.bytes)])
+    known = way.known
+    said = [f"{ms:.2f} ms of {phase}" for phase, ms in known.ms.items()]
+    said += [] if known.memory is None else [f"{format_megabytes(known.memory)} of memory"]
+    return ", ".join([*said, format_megabytes(known.bytes)])
 
 
 def describe_limits(limits: Ceiling) -> str:
     """The limits in words; empty without one."""
     pairs = (("decode", limits.decode_ms), ("prefill", limits.prefill_ms))
     said = [f"{most:g} ms of {phase}" for phase, most in pairs if most is not None]
-    return ", ".join(said if limits.bytes is None else [*said, format_megabytes(limits.bytes)])
+    said += [] if limits.bytes is None else [format_megabytes(limits.bytes)]
+    said += [] if limits.memory is None else [f"{format_megabytes(limits.memory)} of memory"]
+    return ", ".join(said) + (f" at {limits.context:,} tokens" if said and limits.decodes else "")
 
 
 def build_safe_table(found: Advice) -> Table:

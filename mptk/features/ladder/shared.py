@@ -91,7 +91,7 @@ def prune_together(model: Start, run: Run) -> Result:
         sets, run = read_samples(prepared, run)
         sets = add_dense_outputs(prepared, sets, run)
         prepared = fit_conversions(prepared, sets.calibration, run)
-        run = start_processes(run)
+        run = start_processes(prepared, run)
         # All sizes are chosen first, each among the units of the next larger one. Each keeps its stages in a folder.
         made = [cut_size(model, prepared, sets, run)]
         for i, sparsity in enumerate(run.further, 1):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from mptk.cost.budgets import OBJECTIVES
+from mptk.cost.budgets import list_phase_tokens
 from mptk.cost.model import Shares, compute_depth_shares, count_example_tokens, find_unrepeated, is_attention, is_view
 from mptk.cost.operator_times import ATTENTION, BLOCK_MATMUL, ELEMENTWISE, MATMUL, Operator, interpolate
 from mptk.errors import AnalysisError
@@ -93,9 +93,10 @@ class Latency:
     Args:
         analysis: of a language model.
         ladders: family that may be cut → its legal widths, ascending, the dense width last.
-        objective: a key of ``OBJECTIVES``.
+        objective: a phase of ``OBJECTIVES``.
         measure: operators → milliseconds of each. Called once.
         scheme: of a quantised graph, a key of ``BITS``; "": of the float32 graph.
+        context: tokens in the KV cache in decode; None: ``PROMPT``.
 
     Raises:
         MptkError: the objective is unknown, or the model has an operation that cannot be timed here.
@@ -108,9 +109,10 @@ class Latency:
         objective: str,
         measure: Measure,
         scheme: str = "",
+        context: int | None = None,
     ) -> None:
         self._analysis = analysis
-        parts = find_parts(analysis, *OBJECTIVES[objective], scheme)
+        parts = find_parts(analysis, *list_phase_tokens(objective, context), scheme)
         self._simple = [p for p in parts if p.kind == ELEMENTWISE]
 
         # Products and attentions are timed on a grid of the widths that they depend on. For element-wise operators two

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from mptk.config import FREE, MOST_SPARSITY, Settings
-from mptk.cost.budgets import KV_CACHE, LATENCY
+from mptk.cost.budgets import CACHE_CONTEXT, KV_CACHE, LATENCY
 from mptk.cost.model import CostModel, is_layered
 from mptk.cost.operator_times import find_operator_times
 from mptk.distributed.processes import connect_processes
@@ -19,6 +19,9 @@ from passes.targets import legalize
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
 from passes.targets.width_choices import find_missing_partners, keep_complete_families
+
+UNDECIDED = 0.5
+"""The sparsity until a feature has chosen one: any that can be reached."""
 
 
 def apply_budget(
@@ -51,11 +54,13 @@ def apply_budget(
     ladders = {f.name: legalize.list_aligned_widths(f, build_alignment(s)) for f in families}
     with connect_processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = predictors[s.budget](
-            analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress)
+            analysis, ladders, s.objective, lambda ops: find_operator_times(ops, s.threads, progress), context=s.context
         )
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
         return cost, s
+    if s.chooses_type:  # the milliseconds are those of a type that is not known yet
+        return cost, replace(s, sparsity=UNDECIDED)
     dense = latency({})
     if dense <= s.max_ms:
         raise BudgetError(
@@ -71,7 +76,9 @@ def build_cost_model(
     analysis: Analysis, settings: Settings, itemsize: int | None = None, before: Analysis | None = None
 ) -> CostModel:
     """The cost model of a budget that needs no timings. ``itemsize``, ``before``: as in ``CostModel``."""
-    return CostModel(analysis, settings.budget, itemsize=itemsize, before=before, context=settings.context)
+    return CostModel(
+        analysis, settings.budget, itemsize=itemsize, before=before, context=settings.context or CACHE_CONTEXT
+    )
 
 
 def _list_variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planned: Sequence[str]) -> list[str]:
@@ -87,7 +94,7 @@ def _list_variable(analysis: Analysis, legal: LegalWidths, settings: Settings, p
 
 def build_alignment(settings: Settings) -> Alignment:
     """The settings' alignment, with the block sizes of quantised graphs and the programs that will read the result."""
-    blocks = tuple(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS)
+    blocks = tuple(BLOCKS[scheme] for scheme in settings.schemes if scheme in BLOCKS)
     return read_alignment(settings.align, blocks, settings.tensor_parallel, settings.engines)
 
 
@@ -168,6 +175,8 @@ def _find_within(prepared: Prepared, legal: LegalWidths) -> list[Candidate]:
                 f"the stock class refuses these widths together: {legal.accepts(s.widths)}", name=s.target
             )
         return candidates[:1]
+    if s.chooses_type:  # any of them shows which families can be cut
+        return legalize.choose_candidates(candidates, s.sparsity, 1.0, legalize.find_finest_families(legal, families))
     if s.max_ms is not None:
         _check_reached(prepared, legal, candidates)
     if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):

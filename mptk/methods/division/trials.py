@@ -45,11 +45,16 @@ class Trials:
         """Scores of all units."""
         return keep_scores(self.prepared, self.criterion, self.sets, self.context)
 
+    @property
+    def fits(self) -> bool:
+        """Whether consumers are fitted."""
+        return should_reconstruct(self.prepared.settings, self.prepared.method)
+
     @cached_property
     def products(self) -> Products | None:
         """The sums that consumers are fitted with; None if they are not fitted."""
         p = self.prepared
-        if not should_reconstruct(p.settings, p.method):
+        if not self.fits:
             return None
         with self.context.stage(stage := "moments"):
             say = partial(self.context.progress, stage)

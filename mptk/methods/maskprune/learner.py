@@ -346,15 +346,16 @@ class Learner:
         rounding = self._make_rounding(student) if settings.quantize_aware else None
         return self.make_recovery_loop(student, steps, first_row=used, watch=watch, rounding=rounding)
 
-    def _make_rounding(self, student: nn.Module) -> WeightRounding:
-        """How the run's one quantised graph rounds the weights that are trained."""
+    def _make_rounding(self, student: nn.Module) -> WeightRounding | None:
+        """How the run's one quantised graph rounds the weights that are trained; None if it has none after all."""
         if self.rank:
             raise InputError(
                 "this cut is recovered by adapters, not by the weights that are rounded; leave out --quantize-aware",
                 name="quantize_aware",
             )
-        scheme = next(name for name in self.prepared.settings.quantize if name in SCHEME_BITS)
-        return WeightRounding(student, scheme)
+        # With ``auto`` the type that was chosen may be float32.
+        scheme = next((name for name in self.prepared.settings.quantize if name in SCHEME_BITS), None)
+        return None if scheme is None else WeightRounding(student, scheme)
 
     def make_recovery_loop(self, student: nn.Module, steps: int, **more: Any) -> Loop:
         """The loop that trains the parameters of ``student`` that require a gradient. ``more``: its other fields."""

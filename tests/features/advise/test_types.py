@@ -131,10 +131,10 @@ def test_the_best_ways_are_made_and_the_best_of_these_is_advised(made: Advice) -
         assert row[2:4] == [f"{way.ms['decode']:.2f}", f"{way.measured.ms['decode']:.2f}"]
 
 
+@pytest.mark.usefixtures("made_up_times")
 def test_ways_that_turn_out_too_slow_are_followed_by_others(
     rounds_badly: tuple[torch.nn.Module, torch.Tensor], inside
 ) -> None:
-    inside.make_up_times()
     turns = iter([5.0, 1.0])
 
     def time(_, graphs, cases, **options) -> list[Measurement]:
@@ -150,7 +150,7 @@ def test_ways_that_turn_out_too_slow_are_followed_by_others(
     assert found.find_way().measured.ms == {"decode": 1.0}
 
 
-def test_memory_of_decoding_is_predicted(inside) -> None:
+def test_memory_of_decoding_is_predicted() -> None:
     """Of a process that really decodes after 16,000 tokens, whose caches are most of it. Cuts have smaller ones."""
     model = make_llama(layers=4, num_key_value_heads=6, max_position_embeddings=20_000)
     ids = torch.randint(0, 300, (12, 32), generator=torch.Generator().manual_seed(0))
@@ -169,7 +169,7 @@ def test_memory_of_decoding_is_predicted(inside) -> None:
 
 
 @pytest.mark.usefixtures("made_up_times")
-def test_a_context_sets_the_length_of_the_cache_in_decoding(laboratory: Laboratory, ids: torch.Tensor, inside) -> None:
+def test_a_context_sets_the_length_of_the_cache_in_decoding(laboratory: Laboratory, ids: torch.Tensor) -> None:
     model, asked = str(laboratory.open_model()), {**ASKED, "sparsities": [0.2], "types": [], "max_decode_ms": 1e6}
     default, same, longer = (mptk.advise(model, data=ids, context=n, **asked) for n in (None, 512, 1024))
     assert default.ways == same.ways

@@ -278,11 +278,18 @@ class Advice:
         return [way for way in self.ways if way.is_sum and way.measured is not None]
 
     @property
-    def next_way(self) -> Way | None:
+    def cheaper_way(self) -> Way | None:
         """The next cheaper way of the front after the best one; None if there is none."""
         best = self.find_way()
-        cheaper = [] if best is None else [way for way in self.front if way.price < best.price and way.rise > best.rise]
-        return cheaper[0] if cheaper else None
+        found = [] if best is None else [way for way in self.front if way.price < best.price and way.rise > best.rise]
+        return next(iter(found), None)
+
+    @property
+    def better_way(self) -> Way | None:
+        """The next better way of the front, which the limits forbid; None if there is none."""
+        best = self.find_way()
+        found = [] if best is None else [way for way in self.front if way.price > best.price and way.rise < best.rise]
+        return next(reversed(found), None)
 
     # ---- after training ----
 

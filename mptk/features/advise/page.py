@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mptk.features.advise.advice import Advice, Point
+from mptk.features.advise.advice import Advice, Point, Way
 from mptk.features.advise.view import (
     BY_FAMILY,
     CUTS,
@@ -23,6 +23,11 @@ from mptk.report.view import Section, View
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MEMORY, FILE_SIZE = "memory in decoding", "size"
+"""What a chart may count beside the milliseconds of a phase."""
+AXIS_MARGIN = 1.15
+"""How much farther an axis goes than what is drawn over it."""
+
 
 def render_advice_page(found: Advice) -> str:
     """One page about an advice."""
@@ -38,13 +43,7 @@ def render_advice_page(found: Advice) -> str:
         SENSITIVE: [Figure(name, draw_layers_chart(rises, name)) for name, rises in found.layers.items()],
     }
     if found.ways:
-        drawn[WAYS] = [
-            Figure(
-                "",
-                draw_ways_chart(found),
-                "A line is a type, from the dense model to the largest cut. Dashed: the limit.",
-            )
-        ]
+        drawn[WAYS] = list_ways_charts(found)
     said = list_commands(found)
     best = [Section("The command", said)] if said else []
     first, *others = view.sections
@@ -80,30 +79,62 @@ def draw_change_chart(found: Advice) -> Svg:
     return draw_chart(draw, f"{RISES[found.measure]} over the share removed, for {len(found.texts)} texts", 3.4)
 
 
-def draw_ways_chart(found: Advice) -> Svg:
-    """The mean rise of the perplexity over what a way takes, a line for each type, and the limit as a line."""
-    timed = list(found.ways[0].ms)
-    what = f"{timed[0]} ms" if timed else "MB"
-    limits = {"decode": found.limits.decode_ms, "prefill": found.limits.prefill_ms}
-    most = limits[timed[0]] if timed else found.limits.bytes
+def list_ways_charts(found: Advice) -> list[Figure]:
+    """Quality against each phase that is timed, memory if it is limited, and size."""
+    said = "A line is a type, from the dense model (square) to the largest cut."
+    said += " Dashed: the limit." if found.limits.is_set else ""
+    said += " Rings: measured." if any(way.measured for way in found.ways) else ""
+    limited = [MEMORY] if found.limits.memory is not None else []
+    return [Figure("", draw_ways_chart(found, what), said) for what in (*found.ways[0].ms, *limited, FILE_SIZE)]
+
+
+def draw_ways_chart(found: Advice, what: str) -> Svg:
+    """The mean rise of the perplexity over what each way takes, a line for each type, and the limit as a line.
+
+    Lines are as predicted. ``what``: a phase, ``MEMORY`` or ``FILE_SIZE``.
+    """
+    limits = found.limits
+    known = {"decode": limits.decode_ms, "prefill": limits.prefill_ms, MEMORY: limits.memory, FILE_SIZE: limits.bytes}
+    most = known[what]
+    scale, unit = (1e6, "MB") if what in (MEMORY, FILE_SIZE) else (1, "ms")
+    widest = max(take_amount(way, what) for way in found.ways) / scale
 
     def draw(axes: Axes) -> None:
         for number, name in enumerate(dict.fromkeys(way.type for way in found.ways)):
-            own = [way for way in found.ways if way.type == name]
-            xs = [way.price if timed else way.price / 1e6 for way in own]
-            ys = [100 * math.expm1(min(way.rise, 700.0)) for way in own]
-            axes.plot(xs, ys, "o-", color=SERIES[number % len(SERIES)], markersize=4, label=name)
-        if most is not None:
-            axes.axvline(most if timed else most / 1e6, color=BAD, linewidth=1, linestyle="--")
-        axes.set_xlim(left=0)
+            colour, own = SERIES[number % len(SERIES)], [way for way in found.ways if way.type == name]
+            xs, ys = [take_amount(way, what) / scale for way in own], [compute_percent(way) for way in own]
+            axes.plot(xs, ys, "o-", color=colour, markersize=4, label=name)
+            # The dense model's name stands beside its square, towards the middle of the chart.
+            axes.plot(xs[0], ys[0], "s", color=colour, markersize=6)
+            side, align = (7, "left") if xs[0] < 0.6 * widest else (-7, "right")
+            where, units = (side, 4), "offset points"
+            axes.annotate(f"dense {name}", (xs[0], ys[0]), where, textcoords=units, ha=align, color=colour, fontsize=9)
+            for way in [way.measured for way in own if way.measured is not None]:
+                x, y = take_amount(way, what) / scale, compute_percent(way)
+                axes.plot(x, y, "o", color=colour, markersize=9, fillstyle="none")
+        # A limit beyond everything would press the lines together.
+        if most is not None and most / scale < AXIS_MARGIN * widest:
+            axes.axvline(most / scale, color=BAD, linewidth=1, linestyle="--")
+        axes.set_xlim(0, AXIS_MARGIN * widest)
         axes.set_yscale("symlog", linthresh=10)
-        axes.set_ylim(bottom=100 * min(0.0, *(math.expm1(way.rise) for way in found.ways)))
+        axes.set_ylim(bottom=min(0.0, *map(compute_percent, found.ways)) - 0.5)  # half a square
         axes.yaxis.set_major_formatter(format_percent)
         label_removal_axis(axes, RISES["perplexity"])
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(what)
+        axes.set_xlabel(f"{what}, {unit}")
 
     return draw_chart(draw, f"rise of the perplexity over {what}, for each type", 3.4)
+
+
+def take_amount(way: Way, what: str) -> float:
+    """What a way takes of a phase, of ``MEMORY`` or of ``FILE_SIZE``."""
+    return {**way.ms, MEMORY: way.memory or 0.0, FILE_SIZE: way.bytes}[what]
+
+
+def compute_percent(way: Way) -> float:
+    """The mean rise of the perplexity in percent."""
+    rises = [figures.rise for figures in way.texts.values()]
+    return 100 * math.expm1(min(sum(rises) / len(rises), 700.0))
 
 
 def find_lowest(found: Advice) -> float:

@@ -132,13 +132,21 @@ def describe_ways(found: Advice) -> list[str]:
         said += [f"For {name_text(text)} by itself: {describe_way(way)}." for text, way in others.items() if way]
         if not best.sparsity:
             said.append("No cut is needed.")
-    if (further := found.next_way) is not None:
-        changes = ", ".join(
-            f"{each.change:+.1%} on {name_text(text)} in place of {best.known.texts[text].change:+.1%}"
-            for text, each in further.known.texts.items()
-        )
-        said.append(f"The next step: {describe_way(further)} takes {describe_price(further)}, and costs {changes}.")
+    if (cheaper := found.cheaper_way) is not None:
+        said.append(f"The next cheaper way: {describe_step(best, cheaper)}.")
+    if (better := found.better_way) is not None:
+        said.append(f"The next better way: {describe_step(best, better)}.")
     return said
+
+
+def describe_step(best: Way, other: Way) -> str:
+    """What another way than the best one would buy and cost."""
+    price = f"{other.price / best.price - 1:+.0%}, {describe_price(other)}"
+    changes = ", ".join(
+        f"{each.change:+.1%} on {name_text(text)} in place of {best.known.texts[text].change:+.1%}"
+        for text, each in other.known.texts.items()
+    )
+    return f"{describe_way(other)} takes {price}, and costs {changes}"
 
 
 def describe_sources(found: Advice) -> list[str]:

@@ -220,10 +220,11 @@ def make_advice(limits: Ceiling) -> Advice:
 )
 def test_the_best_way_is_the_one_that_loses_least_within_the_limits(limits, best, further) -> None:
     found = make_advice(limits)
-    way, after = found.find_way(), found.next_way
+    way, after = found.find_way(), found.cheaper_way
     assert (None if way is None else (way.type, way.sparsity)) == best
     assert (None if after is None else (after.type, after.sparsity)) == further
     said = " ".join(describe_ways(found))
+    assert ("The next cheaper way: " in said) == (further is not None)
     assert ("No cut is needed" in said) == (best is not None and not best[1])
     assert ("No way that was measured meets 1 ms of decode" in said) == (best is None)
 
@@ -236,6 +237,15 @@ def test_measured_figures_count_more_than_predicted_ones() -> None:
     better = {"a": Figures(1.0, -0.01, None, -0.01, 0.01)}
     found = replace(found, ways=(int8, replace(int4, measured=replace(int4, texts=better))))
     assert found.find_way().type == "int4"
+
+
+def test_what_the_next_steps_would_buy_and_cost() -> None:
+    found = make_advice(Ceiling(decode_ms=9.2))
+    assert (found.better_way, found.cheaper_way) == (WAYS[4], WAYS[5])
+    said = " ".join(describe_ways(found))
+    assert "int4, 20.0% removed takes -11%, 8.00 ms of decode, 0.0 MB, and costs +60.0% on a in place of +51.0%" in said
+    assert "int4, nothing removed takes +6%, 9.50 ms of decode, 0.0 MB, and costs +7.0% on a in place of +51.0%" in said
+    assert make_advice(Ceiling(decode_ms=40)).better_way is None
 
 
 def test_a_cut_that_seems_better_than_its_type_is_so_by_chance() -> None:
@@ -265,7 +275,10 @@ def test_the_command_names_the_way_and_how_to_make_it(
     )
     *said, command = run.stdout.strip().splitlines()
     assert "Round or cut" in " ".join(said)
-    assert "Round or cut" in Path("a.html").read_text()
+    page = Path("a.html").read_text()
+    assert all(
+        word in page for word in ("Round or cut", "decode, ms", "size, MB", "dense float32", "dense int8", "dense int4")
+    )
     way = json.loads(Path("a.json").read_text())["way"]
     assert way["measured"]["ms"]["decode"] > 0
     assert shlex.split(command)[:3] == ["mptk", "prune" if way["sparsity"] else "export", model]

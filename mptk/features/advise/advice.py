@@ -15,8 +15,6 @@ ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval
 """Default settings of an advice: many cuts are measured, so each must be cheap (short windows, a one-shot method)."""
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Default sparsities of an advice."""
-SAFE_TOLERANCE = 0.05
-"""Default of the largest change that is safe."""
 ADVICE_FORMAT = "mptk-advice/1"
 FLOAT_TYPE = "float32"
 """The type of a graph that is not quantised."""

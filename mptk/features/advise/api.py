@@ -21,7 +21,6 @@ from mptk.features.advise.advice import (
     ADVICE,
     CALIBRATION_STEPS,
     FLOAT_TYPE,
-    SAFE_TOLERANCE,
     SPARSITIES,
     Advice,
     Ceiling,
@@ -37,6 +36,7 @@ from mptk.io import list_source_names
 from mptk.ir import Log, Samples, concatenate_samples
 from mptk.methods.division.trials import Trials
 from mptk.protocols import Context, Opened, Prepared, SampleSets
+from mptk.report.summary import SAFE_CHANGE
 from mptk.run.amounts import count_samples
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, name_start, take_model
@@ -58,7 +58,7 @@ def advise(
     settings: Settings | None = None,
     *,
     sparsities: Sequence[float] = SPARSITIES,
-    tolerance: float = SAFE_TOLERANCE,
+    tolerance: float = SAFE_CHANGE,
     calibrate: bool = False,
     types: Sequence[str] | None = None,
     max_decode_ms: float | None = None,

@@ -17,7 +17,7 @@ from mptk.cost.budgets import PROMPT
 from mptk.cost.estimate import ONNX_S, ModelSizes, Pass
 from mptk.distributed.processes import connect_processes
 from mptk.errors import BudgetError, DataError, InputError
-from mptk.features.advise.advice import FLOAT_TYPE, SAFE_TOLERANCE, Advice, Ceiling, Way
+from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Way
 from mptk.features.advise.sweep import (
     TRIED_DIVISIONS,
     Cuts,
@@ -32,6 +32,7 @@ from mptk.files import make_scratch
 from mptk.ir import Plan, resolve_plan
 from mptk.methods.division.budget import describe_levers
 from mptk.protocols import Chosen, Context, Prepared, Rows, SampleSets, Stage
+from mptk.report.summary import SAFE_CHANGE
 from passes.targets.legalize import Candidate
 
 COMPARED_WINDOWS = 8
@@ -98,7 +99,7 @@ def compare_ways_within(prepared: Prepared, sets: SampleSets, context: Context) 
     plain = replace(prepared, settings=replace(s, learning=replace(s.learning, steps=0)))
     texts = {s.data: sets.held_out[:COMPARED_WINDOWS]}
     trials = open_trials(plain, cuts, sets, context)
-    found = give_advice(trials, cuts, texts, SAFE_TOLERANCE)
+    found = give_advice(trials, cuts, texts, SAFE_CHANGE)
     with make_scratch() as scratch:
         dense = measure_types(plain, sets, texts, COMPARED_TYPES, limits, scratch.folder, context)
         ways = list_ways(plain, (found.dense, *found.division), dense, limits, context)

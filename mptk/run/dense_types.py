@@ -31,7 +31,7 @@ def estimate_dense_types(settings: Settings) -> dict[str, Pass]:
     if not s.onnx or not s.schemes or s.logits != "all":
         return {}
     tokens = len(s.schemes) * s.eval_windows * s.eval_length
-    return {"dense types": Pass(tokens, s.eval_length, exact=True, fixed=ONNX_S)}
+    return {DENSE_TYPES: Pass(tokens, s.eval_length, exact=True, fixed=ONNX_S)}
 
 
 def write_dense_types(

@@ -61,9 +61,12 @@ def measure_ways(
 
 
 def choose_further_ways(found: Advice) -> list[Way]:
-    """The best ways that were not made, and as many cuts in a type as are missing; none if the best was made."""
-    ranked = found.rank_ways()
-    if not ranked or ranked[0].measured is not None:
+    """The best ways that were not made, and as many cuts in a type as are missing; none if the best was made.
+
+    If none is within the limits, the cheapest: predictions may be too high.
+    """
+    ranked = found.rank_ways() or sorted(found.ways, key=lambda way: way.price)
+    if ranked[0].measured is not None:
         return []
     unknown = [way for way in ranked if way.measured is None]
     chosen, others = unknown[:MADE], [way for way in unknown[MADE:] if way.is_sum]

@@ -117,7 +117,8 @@ def draw_ways_chart(found: Advice, what: str) -> Svg:
             axes.axvline(most / scale, color=BAD, linewidth=1, linestyle="--")
         axes.set_xlim(0, AXIS_MARGIN * widest)
         axes.set_yscale("symlog", linthresh=10)
-        axes.set_ylim(bottom=min(0.0, *map(compute_percent, found.ways)) - 0.5)  # half a square
+        percents = [compute_percent(way) for way in found.ways]
+        axes.set_ylim(min(0.0, *percents) - 0.5, 1.2 * max(1.0, *percents))  # room for whole markers
         axes.yaxis.set_major_formatter(format_percent)
         label_removal_axis(axes, RISES["perplexity"])
         axes.xaxis.set_major_formatter("{x:g}")

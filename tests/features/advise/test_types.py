@@ -150,6 +150,23 @@ def test_ways_that_turn_out_too_slow_are_followed_by_others(
     assert found.find_way().measured.ms == {"decode": 1.0}
 
 
+@pytest.mark.usefixtures("made_up_times")
+def test_if_nothing_meets_the_limit_the_cheapest_ways_are_made(
+    rounds_badly: tuple[torch.nn.Module, torch.Tensor], inside
+) -> None:
+    """Predicted times may be too long."""
+
+    def time(_, graphs, cases, **options) -> list[Measurement]:
+        return [Measurement(name, cases[0], 1e-6, 0, 0, 1, 1, 1, 1) for name in graphs]
+
+    inside.around("mptk.features.advise.made.time_graphs", time)
+    model, ids = rounds_badly
+    found = mptk.advise(model, data=ids, max_decode_ms=1e-3, **MADE)
+    assert sum(way.measured is not None for way in found.ways) >= 3
+    assert found.find_way().measured is not None
+
+
+@pytest.mark.usefixtures("made_up_times")
 def test_memory_of_decoding_is_predicted() -> None:
     """Of a process that really decodes after 16,000 tokens, whose caches are most of it. Cuts have smaller ones."""
     model = make_llama(layers=4, num_key_value_heads=6, max_position_embeddings=20_000)

@@ -91,6 +91,15 @@ class Recorder:
                 self.users[definition].append(item.nodeid)
         return result
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, nextitem: Any) -> Iterator[None]:
+        start = _measure()
+        try:
+            return (yield)
+        finally:
+            if nextitem is None:  # it ends what all tests share, too: the process of fresh.py, with all that it took
+                self.own -= _measure() - start
+
     def pytest_sessionfinish(self, session: Any) -> None:
         for definition, users in self.users.items():
             for name in users:

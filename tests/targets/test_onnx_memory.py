@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -87,11 +88,18 @@ def test_a_graph_is_written_with_one_weight_in_memory(kind: str, sizes: dict[str
     torch.testing.assert_close(logits, alone(model, ids), atol=2 * TOLERANCE, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of a decoder of two layers."""
+    return emit_onnx(trace_decoder(tiny_decoder(GROUPED)), tmp_path_factory.mktemp("written"))
+
+
 @pytest.mark.parametrize("scheme", ONNX_SCHEMES)
 def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
-    scheme: str, tmp_path: Path, inside: Inside
+    scheme: str, written: Path, tmp_path: Path, inside: Inside
 ) -> None:
     """Three: queries, keys and values, which are smoothed by one scale."""
+    source = Path(shutil.copytree(written.parent, tmp_path / "copy")) / written.name
     alive = Alive()
 
     def counted(array: np.ndarray) -> np.ndarray:
@@ -100,9 +108,8 @@ def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
         return array
 
     inside.spoil("passes.targets.onnx.tensors._read", counted)
-    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=3)), tmp_path)
     file = quantize_onnx(source, scheme)
-    assert alive.made >= 3 * 7
+    assert alive.made >= 2 * 7
     assert alive.most <= 3
     check_quantized(source, file, scheme)
     assert alive.most <= 3

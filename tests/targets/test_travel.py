@@ -36,7 +36,7 @@ HEADS = "programs that derive head_dim from hidden_size and num_attention_heads,
 
 def derivable() -> LlamaForCausalLM:
     """6 heads of 8 in hidden 48."""
-    config = testing.make_llama(layers=1).config
+    config = testing.make_llama().config
     config.head_dim = 8
     return LlamaForCausalLM(config).eval()
 

@@ -192,7 +192,7 @@ def largest(file: Path) -> str:
     ("kind", "file"),
     [
         ("encoder", "model.onnx"),
-        ("speech", "encoder_model.onnx"),
+        ("encoder-decoder", "encoder_model.onnx"),
         ("speech", "decoder_model_merged.onnx"),
     ],
 )

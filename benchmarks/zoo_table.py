@@ -27,7 +27,7 @@ HEAD = """# Architectures
 After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
 whether it has ONNX.
 
-For types of ten auto mappings of transformers {transformers} (with torch {torch}), and four more, a tiny random model is analysed (`python -m
+For types of 13 mappings of transformers {transformers} (with torch {torch}) a tiny random model is analysed (`python -m
 benchmarks.zoo`). Each family is cut at random widths. It is *proven* if the outputs differ from the masked dense model's by at most 1e-5 of
 the largest in fp32, while the mask itself moves them by more than 1e-4. This shows that the cut is right, not that a pruned model is good.
 `python -m benchmarks.zoo_table` makes the page from `benchmarks/results`, whose rows have all reasons.

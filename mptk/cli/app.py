@@ -215,9 +215,9 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
             TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
             check_open_files()
             tidy_for(values.values())
+            check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
             if not ONLY_CHECKED.get():
                 check_names(values, outputs)
-            check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
             if options:
                 given = {each.name: values.pop(each.name) for each in options}
                 values["settings"] = build_settings(called, command.base, given)

@@ -28,8 +28,8 @@ def build_summary(report: Report, place: Path) -> list[str]:
     """At most 12 lines on the result in ``place``."""
     shown = [f"written to {place}: {shorten_model_name(report.model)}, {describe_amount(report)}"]
     shown += label_lines("cut", [describe_cut(report)])
-    shown += label_lines("", align_columns(list(list_models(report))))
-    shown += label_lines("proof", [summarize_proof(report)])
+    shown += label_lines("", align_columns(list(list_model_rows(report))))
+    shown += label_lines("proof", [describe_compared(report)])
     notes = [f"{format_count(len(said), 'note')} in the report" for said in [report.notes] if said]
     shown += label_lines("careful", [*list_warnings(report), *notes][:MOST_WARNINGS])
     shown += label_lines("next", list_next_commands(report, place))
@@ -58,7 +58,7 @@ def describe_cut(report: Report) -> str:
     return f"{', '.join(cut) or 'nothing'}{stay}"
 
 
-def list_models(report: Report) -> Iterator[list[str]]:
+def list_model_rows(report: Report) -> Iterator[list[str]]:
     """A row for each model: dense and pruned, each as it is and in the first quantised type, by size and quality."""
     found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
     times = {name: row["latency_ms"] for name, row in report.cost.items() if "latency_ms" in row}
@@ -97,7 +97,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def summarize_proof(report: Report) -> str:
+def describe_compared(report: Report) -> str:
     """What was compared, in a line."""
     compared = ["weights", "reloaded folder"]
     types = f" ({', '.join(report.quantized)}, too)" if report.quantized else ""

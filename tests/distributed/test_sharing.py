@@ -6,88 +6,30 @@ tests/methods/test_learning.py lets them train together.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forks import start_ranks, wait_for_code
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from sharing_worker import found
 
-from mptk import FamilyPlan, Plan, analyze, testing, trace
+from mptk import testing
 from mptk.distributed import processes
-from mptk.distributed.processes import Sharing, make_accelerator, run_once, share_batches
-from mptk.errors import BudgetError, InputError
-from mptk.ir import make_token_samples, resolve_plan
-from mptk.methods import criteria, distil
+from mptk.distributed.processes import Sharing, share_batches
 from mptk.methods.maskprune.learner import adapt
-from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
-from passes.transforms.insert_masks import find_mask_sites
 
-# ---- what each process finds ----
-
-
-def found() -> dict[str, Tensor]:
-    model, windows = testing.make_decoder("mixtral"), testing.draw_tokens(80, 31)  # several batches of each kind
-    analysis = analyze(trace(model, dynamic=True))
-    result = {
-        f"{name}.{family}": values
-        for name in ("wanda", "flap", "taylor")
-        for family, values in criteria.score_units(analysis, name, windows, families=["q_heads"]).items()
-    }
-    scores = {family: result[f"wanda.{family}"] for family in ("q_heads",)}
-    cut = resolve_plan(analysis, criteria.select_units(analysis, scores, {"q_heads": 2}))
-    sites = find_mask_sites(analysis, model, ["q_heads"])
-    fitted = dict(reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(windows)))
-    how = distil.Schedule(epochs=1, rate=1e-3)
-    trained = distil.distil_blocks(
-        analysis, cut, list_consumers(sites), fitted, make_token_samples(windows), how
-    ).weights
-    return result | fitted | made_up_for() | {f"distilled.{name}": trained[name] for name in trained}
-
-
-def made_up_for() -> dict[str, Tensor]:
-    """The layer before a removed block, fitted to the residual stream after it."""
-    analysis = analyze(trace(testing.make_decoder("llama"), dynamic=True))
-    cut = resolve_plan(analysis, Plan({"layers": FamilyPlan(1, 2, {"model.layers": ((0,),)})}))
-    return dict(reconstruct_consumers(analysis, [], cut, {}, make_token_samples(testing.draw_tokens(10, 9))))
-
-
-def refused() -> str:
-    """The error that all get if the first process finds nothing; the others would find something."""
-
-    def find() -> str:
-        if os.environ["RANK"] == "0":
-            raise BudgetError("no width meets the budget", name="sparsity")
-        return "something"
-
-    try:
-        return run_once(find)
-    except BudgetError as error:
-        return error.name
-
-
-def refused_fsdp() -> str:
-    """The setting that the error names if FSDP's first version was launched."""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    try:
-        make_accelerator("no")
-    except InputError as error:
-        return error.name
-    return ""
-
-
-def write_found(folder: Path) -> None:
-    """What this process finds, in a file of its own."""
-    said = {"rank": run_once(lambda: os.environ["RANK"]), "refused": refused()}
-    tensors = found()
-    save_file(tensors, folder / f"{os.environ['RANK']}.safetensors", metadata=said | {"fsdp": refused_fsdp()})
+HERE = Path(__file__).parent
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    ranks = start_ranks(lambda: write_found(tmp_path))
-    assert [wait_for_code(rank) for rank in ranks] == [0, 0]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "ACCELERATE_USE_CPU": "1"}
+    command = [*launcher, str(HERE / "sharing_worker.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     expected = found()
     assert one.keys() == two.keys() == expected.keys()
@@ -97,9 +39,6 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for rank in range(2):
         with safe_open(tmp_path / f"{rank}.safetensors", "pt") as file:
             assert file.metadata() == {"rank": "0", "refused": "sparsity", "fsdp": "fsdp_version"}
-
-
-# ---- how they share ----
 
 
 def test_every_batch_has_one_process() -> None:

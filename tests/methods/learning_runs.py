@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,6 @@ COMMAND = [
     *("--eval-windows", "2", "--steps", "8", "--mask-share", "0.5", "--rank", "4", "--batch", "4"),
     *("--micro", "2", "--lr", "3e-3", "--save-every", "2"),
 ]
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What ``accelerate launch --use_fsdp --fsdp_version 2`` tells each process."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -64,11 +63,11 @@ def require_same(learned: Path, out: Path) -> None:
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-def shard(model: str, out: Path) -> list[str]:
+def shard(model: str, out: Path, command: Sequence[str] = COMMAND) -> list[str]:
     """The command on two processes that hold the weights in shards."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     options = ["--main_process_port", "0", "--use_fsdp", "--fsdp_version", "2"]
-    return [*accelerate, *options, "-m", "mptk", *COMMAND, "--resume", model, "--out", str(out)]
+    return [*accelerate, *options, "-m", "mptk", *command, "--resume", model, "--out", str(out)]
 
 
 def stop_at(stage: str, done: int) -> Progress:

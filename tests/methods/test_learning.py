@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
 import signal
 import subprocess
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from forks import start_ranks, wait_for_code
 from inside import Stopped
 from learning_runs import (
     ENVIRONMENT,
     LEARNING,
     SETTINGS,
-    SHARDED,
     TRAINING,
     metrics,
     require_same,
@@ -33,7 +34,6 @@ import mptk
 from mptk import Report, testing, verify
 from mptk.config import LossWeights
 from mptk.errors import AnalysisError, InputError, PackageError
-from mptk.progress import Progress
 from mptk.testing import Laboratory, expect_error, save_word_model
 
 STAGES = ["learned masks", "trained model", "config", "stored weights", "rewritten graph", "reloaded checkpoint"]
@@ -79,14 +79,16 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(llama: str, learn
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def kill_at(stage: str, done: int) -> Progress:
-    """A progress that kills its process after a step. Only the first of several processes shows progress."""
+def reached(log: Path, phase: str, step: int) -> bool:
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    return any(r["phase"] == phase and r["step"] >= step for r in rows)
 
-    def kill(now: str, so_far: int, total: int, figures: str = "") -> None:
-        if (now, so_far) == (stage, done):
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    return kill
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """A launcher's processes do not die with it."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
 
 
 def test_sharded_processes_go_on_where_one_stopped_and_where_they_were_killed_and_end_as_one_would_have(
@@ -95,13 +97,13 @@ def test_sharded_processes_go_on_where_one_stopped_and_where_they_were_killed_an
     out, run = tmp_path / "out", tmp_path / "out.run"
     with pytest.raises(Stopped):
         mptk.prune(llama, out, SETTINGS, progress=stop_at("masks", 4))
-    ranks = start_ranks(
-        lambda: mptk.prune(llama, out, replace(SETTINGS, resume=True), progress=kill_at("recovery", 3)), **SHARDED
-    )
-    first, second = map(wait_for_code, ranks)
-    assert first == -signal.SIGKILL
-    assert second != 0, "its peer is gone"
-    assert not out.exists()
+    with subprocess.Popen(
+        shard(llama, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and not reached(run / "metrics.jsonl", "recovery", 3):
+            time.sleep(0.005)
+        kill_all(process)
+    assert not out.exists(), "it was over before it could be killed"
     state = load_file(run / "recovery-00000002.safetensors")
     width, part = Report.read(learned).families["ffn"]["width"], "base_model.model.model.layers.0.mlp.down_proj"
     for kind in ("parameter", "optimizer.exp_avg", "optimizer.exp_avg_sq"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from forks import start_ranks, wait_for_code
 from inside import Stopped
-from learning_runs import LEARNING, SETTINGS, SHARDED, TRAINING, metrics, require_same_bits, stop_at
+from learning_runs import ENVIRONMENT, LEARNING, SETTINGS, TRAINING, metrics, require_same_bits, shard, stop_at
 from torch import nn
 
 import mptk
@@ -26,6 +26,12 @@ from mptk.methods.maskprune.train import (
 
 TRAINED = replace(LEARNING, steps=6, rank=0, training=replace(TRAINING, lr=1e-4, optimizer="muon"))
 MUON = replace(SETTINGS, method="wanda", eval_windows=1, learning=TRAINED)
+MUON_COMMAND = [
+    *("prune", "--method", "wanda", "--sparsity", "0.35", "--samples", "8", "--length", "32", "--align", "8"),
+    *("--eval-windows", "1", "--no-onnx", "--steps", "6", "--rank", "0", "--batch", "4", "--micro", "2"),
+    *("--save-every", "2", "--optimizer", "muon", "--lr", "1e-4"),
+]
+"""The same, for the command line."""
 TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 
 
@@ -107,9 +113,9 @@ def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:
 
 def test_processes_with_shards_train_alike(llama: str, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ranks = start_ranks(lambda: mptk.prune(llama, out, MUON, progress=None), **SHARDED)
-    assert [wait_for_code(rank) for rank in ranks] == [0, 0]
-    assert "trained on 2 processes, its weights in shards (FSDP2)" in mptk.Report.read(out).notes
+    command = shard(llama, out, MUON_COMMAND)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert [row["loss"] for row in metrics(out)] == pytest.approx([row["loss"] for row in metrics(whole)], rel=1e-3)
 
 

@@ -48,7 +48,7 @@ def cut(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     typed += f"--length 24 --eval-windows 2 --eval-length 24 --data {out.parent / 'text.txt'} --out {out}"
     result = done(*typed.split())
     assert "KV heads, merged" in result.output
-    assert "pruned by wanda" in result.output
+    assert "removed by wanda" in result.output
     return out
 
 

@@ -27,7 +27,7 @@ from mptk.features.advise.advice import (
     Point,
     Way,
 )
-from mptk.features.advise.made import MADE, check_measurable, measure_ways
+from mptk.features.advise.made import WAYS_AT_ONCE, check_measurable, measure_ways
 from mptk.features.advise.sweep import Measuring, find_cuts, give_advice, open_trials
 from mptk.features.advise.types import check_types, list_ways, measure_types
 from mptk.files import make_scratch
@@ -127,7 +127,7 @@ def advise(
         raise InputError("mptk trains only transformers models; leave out calibrate", name="calibrate")
     # For the estimate of what the run needs.
     texts = 1 if is_in_memory(data) else len(list_source_names(chosen.data))
-    graphs = compares * (1 + len(types)) + measure * MADE
+    graphs = compares * (1 + len(types)) + measure * WAYS_AT_ONCE
     measuring = Measuring(round(FAMILIES * len(sparsities)), texts, graphs)
     with (
         make_scratch() as kept,

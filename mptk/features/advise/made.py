@@ -25,7 +25,7 @@ from mptk.ort.steps import Case
 from mptk.protocols import Context, Prepared
 from mptk.targets.onnx import export_compiled
 
-MEASURED_WAYS = 3
+WAYS_AT_ONCE = 3
 """Ways that are made at once: the best, and others that may turn out to be better."""
 CHECKED = 2
 """Cuts in a type that are made at least: only these show whether the rises of cut and type add up."""
@@ -69,7 +69,7 @@ def choose_further_ways(found: Advice) -> list[Way]:
     if ranked[0].measured is not None:
         return []
     unknown = [way for way in ranked if way.measured is None]
-    chosen, others = unknown[:MEASURED_WAYS], [way for way in unknown[MEASURED_WAYS:] if way.is_sum]
+    chosen, others = unknown[:WAYS_AT_ONCE], [way for way in unknown[WAYS_AT_ONCE:] if way.is_sum]
     there = len(found.checked) + sum(way.is_sum for way in chosen)
     return [*chosen, *others[: max(0, CHECKED - there)]]
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from accelerate.state import AcceleratorState
 
 from mptk.files import claim_place
 from mptk.publish.folder import publish
@@ -36,22 +32,6 @@ def start_fork(run: Callable[[], object]) -> int:
 
 def wait_for_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def start_ranks(run: Callable[[], object], **environment: str) -> list[int]:
-    """Two forks that are the processes of one run, as a launcher starts them, but they need not import anything."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment["ACCELERATE_USE_CPU"] = "1"
-
-    def start(rank: str) -> None:
-        os.environ |= {**environment, "RANK": rank, "LOCAL_RANK": rank}
-        AcceleratorState._reset_state(reset_partial_state=True)  # tests before this one trained in one process
-        run()
-
-    return [start_fork(partial(start, str(rank))) for rank in range(2)]
 
 
 def kill_fork_after(run: Callable[[], object]) -> None:

@@ -95,7 +95,7 @@ def main() -> None:
 def check_words(words: Sequence[str]) -> None:
     """Parse the words of a command line and check its options, as the command does before its work, which is not done.
 
-    Models and folders that the words name need not be there.
+    It does not check whether the named models and folders exist.
 
     Raises MptkError, or typer's error for words that are no options.
     """

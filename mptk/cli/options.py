@@ -142,7 +142,7 @@ REPORT_JSON = "report.json"
 def check_names(values: Mapping[str, object], outputs: Container[str]) -> None:
     """Raise MptkError for models, results and data that are not there, before torch is imported, which takes seconds.
 
-    ``values``: of a command's parameters. ``outputs``: those that name what it writes.
+    ``values``: parameter → value. ``outputs``: the parameters for files and folders that the command writes.
     """
     from mptk.io import check_folder_named, check_model_name, check_sources
 
@@ -401,9 +401,8 @@ def make_choice_arguments(choices: Choices, *, several: bool = False) -> dict[st
         # A shell completes a whole word, so the names before the last comma are a part of each proposal.
         before = incomplete.rpartition(",")[0] if several else ""
         given = before.split(",") if before else []
-        fitting = [
-            name for name in choices.list_values() if name not in given and not (given and name in choices.alone)
-        ]
+        free = [name for name in choices.list_values() if name not in given]
+        fitting = [name for name in free if not given or name not in choices.alone]
         known = [",".join([*given, name]) for name in fitting]
         return [name for name in known if name.startswith(incomplete)]
 

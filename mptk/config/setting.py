@@ -35,7 +35,7 @@ class Choices:
     ``plugins``: groups of entry points, whose names are values too; ``parts``: as well as the names in this field of
     features, which the help shows.
     ``numbered``: names that may end with a number, such as ``cuda:1``. ``or_ranges``: or numbers, such as ``5-20,28``.
-    ``alone``: names that stand beside no other.
+    ``alone``: names that a user cannot combine with others.
     """
 
     names: tuple[str, ...]

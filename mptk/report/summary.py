@@ -16,6 +16,7 @@ from mptk.report.view import format_count, format_figure, format_megabytes
 
 SAFE_CHANGE = 0.05
 """Largest change of the quality that ``mptk advise`` calls safe, as a share."""
+PERPLEXITY = "perplexity"
 STRANGE_PERPLEXITY = 1000.0
 """A dense model with a perplexity above it does not know the text: it guesses among a thousand tokens."""
 MOST_WARNINGS = 2
@@ -29,7 +30,7 @@ def build_summary(report: Report, place: Path) -> list[str]:
     shown = [f"written to {place}: {shorten_model_name(report.model)}, {describe_amount(report)}"]
     shown += label_lines("cut", [describe_cut(report)])
     shown += label_lines("", align_columns(list(list_model_rows(report))))
-    shown += label_lines("proof", [describe_compared(report)])
+    shown += label_lines("proof", [describe_agreement(report)])
     notes = [f"{format_count(len(said), 'note')} in the report" for said in [report.notes] if said]
     shown += label_lines("careful", [*list_warnings(report), *notes][:MOST_WARNINGS])
     shown += label_lines("next", list_next_commands(report, place))
@@ -68,17 +69,21 @@ def list_model_rows(report: Report) -> Iterator[list[str]]:
     for name in ("dense", "pruned"):
         value = found.get(name)
         time = [f"{times[name]:.1f} ms"] if times else []
-        yield [name, format_megabytes(sizes[name]), *_describe_quality(value, found), *time]
+        yield [name, format_megabytes(sizes[name]), *_describe_quality(value, found.get("dense")), *time]
         graph = report.quantized.get(scheme, {})
         row = graph.get("dense", {}) if name == "dense" else graph
         if row:
             size = format_megabytes(row["bytes"])
-            yield [f"{name} {scheme}", size, *_describe_quality(row.get("quality"), found), *([""] if times else [])]
+            yield [
+                f"{name} {scheme}",
+                size,
+                *_describe_quality(row.get("quality"), found.get("dense")),
+                *([""] if times else []),
+            ]
 
 
-def _describe_quality(value: float | None, found: object) -> list[str]:
+def _describe_quality(value: float | None, dense: float | None) -> list[str]:
     """A figure and its change from the dense model's."""
-    dense = found.get("dense") if isinstance(found, dict) else None
     if value is None:
         return ["not measured", ""]
     change = f"{value / dense - 1:+.1%}" if dense else ""
@@ -97,7 +102,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def describe_compared(report: Report) -> str:
+def describe_agreement(report: Report) -> str:
     """What was compared, in a line."""
     compared = ["weights", "reloaded folder"]
     types = f" ({', '.join(report.quantized)}, too)" if report.quantized else ""
@@ -108,15 +113,11 @@ def describe_compared(report: Report) -> str:
 def list_warnings(report: Report) -> list[str]:
     """What a reader of the figures should know: a large loss, a text that flatters, a text that is none."""
     found, warnings = report.quality, list[str]()
-    dense, pruned = found.get("dense"), found.get("pruned")
-    rises = found.get("metric") == "perplexity"
-    if dense and pruned:
-        change = pruned / dense - 1
-        if (change if rises else -change) > SAFE_CHANGE:
-            warnings.append(
-                f"the {found['metric']} changes by {change:+.0%}; `mptk advise` calls {SAFE_CHANGE:.0%} safe"
-            )
-    if rises and dense and dense > STRANGE_PERPLEXITY:
+    dense = found.get("dense")
+    if has_large_loss(report):
+        change = f"{compute_change(report):+.0%}"
+        warnings.append(f"the {found['metric']} changes by {change}; `mptk advise` calls {SAFE_CHANGE:.0%} safe")
+    if found.get("metric") == PERPLEXITY and dense and dense > STRANGE_PERPLEXITY:
         warnings.append("the dense model does not know this text: is it text of its language?")
     sources = [report.data.get(name, {}).get("source") for name in ("calibration", "evaluation")]
     if found and sources[0] == sources[1] and sources[0] is not None:
@@ -124,12 +125,25 @@ def list_warnings(report: Report) -> list[str]:
     return warnings
 
 
+def compute_change(report: Report) -> float | None:
+    """The change of the quality from the dense model's, as a share; None if it was not measured."""
+    dense, pruned = report.quality.get("dense"), report.quality.get("pruned")
+    return pruned / dense - 1 if dense and pruned is not None else None
+
+
+def has_large_loss(report: Report) -> bool:
+    """Whether the quality falls by more than is safe. A lower perplexity is better; of other metrics a higher value."""
+    change = compute_change(report)
+    if change is None:
+        return False
+    return (change if report.quality["metric"] == PERPLEXITY else -change) > SAFE_CHANGE
+
+
 def list_next_commands(report: Report, place: Path) -> list[str]:
     """Two commands to type: all figures; then training if nothing was trained and much was lost, or timing."""
     folder = shlex.quote(str(place))
     commands = [f"mptk report {folder}"]
-    lost = any("advise" in warning for warning in list_warnings(report))
-    if lost and not report.recovery and report.settings.target == "stock":
+    if has_large_loss(report) and not report.recovery and report.settings.target == "stock":
         data = "" if report.settings.data == "self" else f" --data {shlex.quote(report.settings.data)}"
         commands.append(f"mptk recover {folder}{data} --out {shlex.quote(f'{place}-recovered')}")
     elif not report.live and any(file.endswith(".onnx") for file in report.files):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning_runs import LEARNING, SETTINGS, TRAINING
+from learning_runs import LEARNING, SETTINGS, TRAINING, metrics
 from torch import Tensor
 
 import mptk
@@ -73,6 +73,8 @@ def test_a_run_trains_the_rounded_weights_and_writes_the_exact_ones(llama: str, 
     losses = [run.report.recovery["losses"] for run in (aware, plain)]
     assert losses[0]["0"] != losses[1]["0"]  # before the first step the two differ only by the rounding
     assert losses[0]["4"] < losses[0]["0"]
+    first = [metrics(tmp_path / name)[0]["loss"] for name in ("aware", "plain")]
+    assert first[0] != first[1]  # so do the steps, which start from the same weights and samples
     assert all(stage["ok"] for stage in aware.report.proof)
     weight = aware.model.state_dict()["model.layers.0.mlp.up_proj.weight"]
     _, block = choose_format(4, weight.shape[1], logits=False)

@@ -6,7 +6,6 @@ trained.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from mptk.config import Settings
 from mptk.cost.budgets import list_phase_tokens
 from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Way
+from mptk.features.advise.sweep import Windows, compare_windows
 from mptk.features.advise.types import MeasuredGraph, measure_graph, name_graph
 from mptk.files import make_scratch
 from mptk.io import check_positions, find_position_limit
@@ -111,7 +111,7 @@ def time_ways(
     graphs: Sequence[MeasuredGraph], limits: Ceiling, settings: Settings, context: Context
 ) -> list[dict[str, float]]:
     """Phase → milliseconds of each graph, timed in turns."""
-    # In decode the length is that of the cache, else of the prompt.
+    # A case has one length: in decode that of the cache, in prefill that of the prompt.
     lengths = {phase: max(list_phase_tokens(phase, limits.context)) for phase in limits.phases}
     cases = [Case(phase, length, 1, settings.threads) for phase, length in lengths.items()]
     if not cases:
@@ -128,10 +128,7 @@ def measure_memory(file: Path, limits: Ceiling) -> float | None:
 
 def compare_graph(graph: MeasuredGraph, whole: MeasuredGraph) -> dict[str, Figures]:
     """The figures of a graph on each text, beside the dense float graph's."""
-    found = {}
-    for text, losses in graph.losses.items():
-        rises = losses - whole.losses[text]
-        rise, ratio = float(rises.mean()), math.exp(min(float(rises.mean()), 700.0))
-        error = ratio * float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-        found[text] = Figures(float(losses.mean()), rise, None, ratio - 1, error)
-    return found
+    return {
+        text: compare_windows(Windows(losses, ()), Windows(whole.losses[text], ()), "perplexity")
+        for text, losses in graph.losses.items()
+    }

@@ -287,11 +287,11 @@ def compare_windows(found: Windows, dense: Windows, measure: JudgedBy) -> Figure
     agreement = sum(same) / len(same) if same else None
     if measure == "perplexity":
         ratio = math.exp(min(rise, 700.0))
-        return Figures(loss, rise, agreement, ratio - 1, ratio * _compute_error(rises))
+        return Figures(loss, rise, agreement, ratio - 1, ratio * compute_standard_error(rises))
     each = 1 - torch.tensor(same, dtype=torch.float64) if measure == "disagreement" else rises
-    return Figures(loss, rise, agreement, float(each.mean()), _compute_error(each))
+    return Figures(loss, rise, agreement, float(each.mean()), compute_standard_error(each))
 
 
-def _compute_error(values: Tensor) -> float:
+def compute_standard_error(values: Tensor) -> float:
     """The standard error of the mean; 0 of a single value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0

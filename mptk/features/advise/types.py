@@ -26,6 +26,7 @@ from mptk.cost.model import CostModel, find_keys_and_values
 from mptk.cost.operator_times import find_operator_times
 from mptk.errors import AnalysisError, InputError
 from mptk.features.advise.advice import FLOAT_TYPE, Ceiling, Figures, Point, Way
+from mptk.features.advise.sweep import compute_standard_error
 from mptk.ir import Samples
 from mptk.ort.roofline import Growth, measure_decode_memory
 from mptk.plugins import load_parts
@@ -194,6 +195,5 @@ def add_rounding(cut: Figures, rounded: MeasuredGraph, whole: MeasuredGraph, tex
     rises = rounded.losses[text] - whole.losses[text]
     rise = cut.rise + float(rises.mean())
     ratio = math.exp(min(rise, 700.0))
-    own = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-    error = ratio * math.hypot(cut.error / (1 + cut.change), own)
+    error = ratio * math.hypot(cut.error / (1 + cut.change), compute_standard_error(rises))
     return Figures(cut.loss + float(rises.mean()), rise, None, ratio - 1, error)

@@ -3,8 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.graph_profile FOLDER [--types float32,int8,int4] [--phases decode,prefill]
         [--length 128] [--rounds 12] [--threads 1] [--json FILE]
 
+    OMP_NUM_THREADS=1 python -m benchmarks.graph_profile --products
+
 FOLDER is one of `mptk export MODEL --quantize int8,int4 --out FOLDER`. The time of a node is the least of all rounds, since
-a busy machine only adds to it. ``bytes``: of the weights that a kind of operator reads in a step, once.
+a busy machine only adds to it. ``bytes``: of the weights that a kind of operator reads in a step, once. ``--products``: SmolLM2-135M's products by themselves, with
+weights in 8 and 4 bits and several sizes of blocks.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import onnxruntime as ort
 import typer
 
 from benchmarks.common import result_header, write_result
+from mptk.cost.operator_times import Operator, time_operators
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.sessions import CPU
 from mptk.ort.steps import Case, bind_decoder_step
+from mptk.progress import show_nothing
 from passes.targets.onnx.names import name_quantized_file
 
 FLOAT32 = "float32"
@@ -31,15 +36,26 @@ LEAST_SHARE = 0.01
 """Kinds of operators that take less of a step are summed up."""
 
 
+SHAPES = {"up": (576, 1536), "down": (1536, 576), "logits": (576, 49152)}
+"""Inputs and outputs of products of SmolLM2-135M."""
+FORMATS = [(8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128)]
+"""Bits of a weight, and inputs that share a scale."""
+ROWS = (1, 128)
+
+
 def main(
-    folder: Path,
+    folder: Annotated[Path | None, typer.Argument()] = None,
     types: str = "float32,int8,int4",
     phases: str = "decode,prefill",
     length: int = 128,
     rounds: int = 12,
     threads: int = 1,
+    products: Annotated[bool, typer.Option("--products")] = False,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
+    if folder is None or products:
+        print(build_products_table(time_products(threads)))
+        return
     rows = []
     for phase in phases.split(","):
         case = Case(phase, length, 1, threads)
@@ -54,6 +70,24 @@ def main(
     print(table(rows))
     if json_file is not None:
         write_result(json_file, result_header() | {"threads": threads, "rounds": rounds}, rows)
+
+
+def time_products(threads: int) -> dict[tuple[str, int], list[float]]:
+    """Name of a product, and rows of its left side → milliseconds in each of ``FORMATS``."""
+    cases = [(name, rows) for name in SHAPES for rows in ROWS]
+    operators = {
+        case: [Operator("MatMulNBits", (case[1], *SHAPES[case[0]], *form)) for form in FORMATS] for case in cases
+    }
+    times = time_operators([each for some in operators.values() for each in some], threads, show_nothing)
+    return {case: [times[each] for each in some] for case, some in operators.items()}
+
+
+def build_products_table(times: Mapping[tuple[str, int], list[float]]) -> str:
+    heads = [f"{bits} bits, blocks of {block}" for bits, block in FORMATS]
+    lines = [f"| product, ms | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for (name, rows), found in times.items():
+        lines.append(f"| {name}, {rows} row{'s' * (rows > 1)} | {' | '.join(f'{ms:.3f}' for ms in found)} |")
+    return "\n".join(lines)
 
 
 def find_file(folder: Path, scheme: str) -> Path:

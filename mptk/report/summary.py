@@ -13,7 +13,7 @@ from pathlib import Path
 from mptk.protocols import Report
 from mptk.report.runs import shorten_model_name
 from mptk.report.sections import list_row_views
-from mptk.report.view import Command, Section, Table, format_count, format_figure, format_megabytes
+from mptk.report.view import CommandLine, Section, Table, format_count, format_figure, format_megabytes
 
 SUMMARY_TITLE = "In short"
 SAFE_CHANGE = 0.05
@@ -46,7 +46,7 @@ def build_summary_section(report: Report, place: Path) -> Section:
     said = [f"Cut: {describe_cut(report)}", f"Proof: {describe_agreement(report)}"]
     said += [f"Careful: {warning}" for warning in list_warnings(report)]
     _, *commands = list_next_commands(report, place)  # the first shows what this page shows
-    following = ["Next:", *map(Command, commands)] if commands else []
+    following = ["Next:", *map(CommandLine, commands)] if commands else []
     return Section(SUMMARY_TITLE, [Table(align, columns, rows), *said, *following])
 
 

@@ -32,7 +32,7 @@ class Bad(str):
     """A bad result."""
 
 
-class Command(str):
+class CommandLine(str):
     """A command to type. A page shows it on lines of its own, so that it can be copied."""
 
 
@@ -179,7 +179,7 @@ def render_parts(parts: Sequence[Table | str]) -> str:
 
 def render_text(said: str) -> str:
     """``said`` on one line: a name or a command as code, other text with escaped markup."""
-    return format_code(said) if isinstance(said, Name | Command) else _ACTS.sub(r"\\\1", " ".join(said.split()))
+    return format_code(said) if isinstance(said, Name | CommandLine) else _ACTS.sub(r"\\\1", " ".join(said.split()))
 
 
 def _render_table(table: Table) -> str:

@@ -24,8 +24,7 @@ RESULTS = HERE / "results"
 
 HEAD = """# Architectures
 
-After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
-whether it has ONNX.
+After this page you know which model types of transformers mptk cuts correctly.
 
 For types of 13 mappings of transformers {transformers} (torch {torch}) a tiny random model is analysed (`python -m benchmarks.zoo`). Each
 family is cut at random widths. It is *proven* if the outputs differ from the masked dense model's by at most 1e-5 of the largest in fp32, while
@@ -123,6 +122,10 @@ STATE = r"caches more or less|no cache of keys and values"
 """Reasons of types whose cache holds another state than keys and values."""
 
 
+MOST_NAMED = 50
+"""More types than these are counted, not named: the rows have them."""
+
+
 def _reasons(rows: Iterable[Row]) -> list[str]:
     """A line for each reason, with the types that it concerns, the commonest first."""
     found: dict[str, list[str]] = {}
@@ -130,7 +133,12 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
         short = next((words for pattern, words in SHORT if re.search(pattern, row["reason"])), row["reason"])
         found.setdefault(short, []).append(row["type"])
     order = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [f"- {reason}: {', '.join(dict.fromkeys(types))}" for reason, types in order]
+    return [f"- {reason}: {_name_types(types)}" for reason, types in order]
+
+
+def _name_types(types: list[str]) -> str:
+    found = list(dict.fromkeys(types))
+    return ", ".join(found) if len(found) <= MOST_NAMED else f"{len(found)} types"
 
 
 # ---- stock classes ----

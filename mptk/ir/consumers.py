@@ -97,7 +97,7 @@ CONSUMERS = (
     Consumer(
         "transformers.js in Node",
         "4.3.1 (Node 20)",
-        "greedy tokens, also in chats and of an encoder–decoder, are transformers' in float32, and `mptk generate`'s in "
+        "greedy tokens, also in chats and of an encoder–decoder, are transformers' in float32, `mptk generate`'s in "
         "int8, int4 and fp16; a test",
         section="transformersjs",
         engine="transformers.js",

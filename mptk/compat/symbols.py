@@ -166,10 +166,10 @@ def compute_exponents(number: SymbolicNumber, values: Mapping[Symbol, int]) -> d
     """
     # ∂ log f / ∂ log s = s · f′ / f
     smooth = _smooth(number, values) if find_symbols(number) else sympy.Integer(1)
-    found = {
-        symbol: float(compute_value(symbol * smooth.diff(symbol) / smooth, values)) for symbol in find_symbols(smooth)
-    }
-    return {s: Fraction(e).limit_denominator(MOST) for s, e in found.items() if math.isfinite(e) and e}
+    found = {symbol: compute_value(symbol * smooth.diff(symbol) / smooth, values) for symbol in find_symbols(smooth)}
+    # A number that is 0 at ``values`` has no exponent (all blocks but the last of one): sympy gives infinity.
+    finite = {s: float(e) for s, e in found.items() if not isinstance(e, sympy.Basic) or e.is_real}
+    return {s: Fraction(e).limit_denominator(MOST) for s, e in finite.items() if math.isfinite(e) and e}
 
 
 def _smooth(number: sympy.Basic, values: Mapping[Symbol, int]) -> sympy.Basic:

@@ -22,7 +22,7 @@ _REMEDY = "remove that file, or prune again"
 
 @dataclass(frozen=True)
 class Run:
-    """A pruned folder.
+    """A pruned folder, ``place``.
 
     ``metrics``: phase of training → its steps; empty if nothing was trained. ``texts``: prompt → what the dense and
     the pruned model write after it.
@@ -34,6 +34,7 @@ class Run:
     bench: Bench | None = None
     metrics: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     texts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    place: Path = Path()
 
     @property
     def measured(self) -> bool:
@@ -69,7 +70,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def read_run(folder: Path, name: str) -> Run:
     """Report, plan, timings and metrics of a pruned folder. Raises MptkError as ``read_runs``."""
     report, plan = Report.read(folder), Plan.load(folder / "plan.json")
-    return Run(name, report, plan, read_bench(folder), _read_metrics(folder / "metrics.jsonl"))
+    return Run(name, report, plan, read_bench(folder), _read_metrics(folder / "metrics.jsonl"), place=folder)
 
 
 def read_bench(folder: Path) -> Bench | None:

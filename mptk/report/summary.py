@@ -1,6 +1,7 @@
 """summary: the end of a run on one screen: what was cut, what it costs, whether it is proven, and what to do next.
 
-``mptk report`` has all the rest. Lines are text, and not tables: they fit a terminal of 80 columns and a log alike.
+``mptk report`` has all the rest. The page of ``mptk report --html`` begins with the same. On a terminal lines are text,
+and not tables: they fit 80 columns and a log alike.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path
 from mptk.protocols import Report
 from mptk.report.runs import shorten_model_name
 from mptk.report.sections import list_row_views
-from mptk.report.view import format_count, format_figure, format_megabytes
+from mptk.report.view import Command, Section, Table, format_count, format_figure, format_megabytes
 
+SUMMARY_TITLE = "In short"
 SAFE_CHANGE = 0.05
 """Largest change of the quality that ``mptk advise`` calls safe, as a share."""
 PERPLEXITY = "perplexity"
@@ -35,6 +37,17 @@ def build_summary(report: Report, place: Path) -> list[str]:
     shown += label_lines("careful", [*list_warnings(report), *notes][:MOST_WARNINGS])
     shown += label_lines("next", list_next_commands(report, place))
     return shown
+
+
+def build_summary_section(report: Report, place: Path) -> Section:
+    """The same for a page."""
+    columns, *rows = list_model_rows(report)
+    align = "l" + "r" * (len(columns) - 1)
+    said = [f"Cut: {describe_cut(report)}", f"Proof: {describe_agreement(report)}"]
+    said += [f"Careful: {warning}" for warning in list_warnings(report)]
+    _, *commands = list_next_commands(report, place)  # the first shows what this page shows
+    following = ["Next:", *map(Command, commands)] if commands else []
+    return Section(SUMMARY_TITLE, [Table(align, columns, rows), *said, *following])
 
 
 def label_lines(label: str, lines: Sequence[str]) -> list[str]:

@@ -32,6 +32,10 @@ class Bad(str):
     """A bad result."""
 
 
+class Command(str):
+    """A command to type. A page shows it on lines of its own, so that it can be copied."""
+
+
 class Share(str):
     """A figure that is a ``part`` of a whole. A page also draws it as a bar."""
 
@@ -174,8 +178,8 @@ def render_parts(parts: Sequence[Table | str]) -> str:
 
 
 def render_text(said: str) -> str:
-    """``said`` on one line: a name as code, other text with escaped markup."""
-    return format_code(said) if isinstance(said, Name) else _ACTS.sub(r"\\\1", " ".join(said.split()))
+    """``said`` on one line: a name or a command as code, other text with escaped markup."""
+    return format_code(said) if isinstance(said, Name | Command) else _ACTS.sub(r"\\\1", " ".join(said.split()))
 
 
 def _render_table(table: Table) -> str:

@@ -181,6 +181,7 @@ def test_sizes_of_modules_are_expressions_of_symbols() -> None:
     assert compute_exponents(to_expression(heads * width**2 // 5), {a: 12, b: 1}) == {a: 2, b: 1}
     assert compute_exponents(to_expression(width + 2 * heads), {a: 6, b: 1}) == {a: Fraction(3, 4), b: Fraction(1, 4)}
     assert compute_exponents(to_expression((width + 3) // 4 * 4), {a: 12}) == {a: 1}, "as if nothing were rounded"
+    assert compute_exponents(to_expression(width - 12), {a: 12}) == {}, "a number that is 0 grows by no share"
     assert math.isnan(rate)
     assert len(known) == 2
     assert "int" not in globals(), "a module keeps what was put into it"

@@ -14,6 +14,7 @@ from mptk.report.row_view import RowView
 from mptk.report.runs import shorten_model_name
 from mptk.report.view import (
     Bad,
+    Command,
     Good,
     Name,
     Section,
@@ -251,14 +252,14 @@ def describe_training(found: Advice, recovery: Recovery) -> list[str]:
 
 def list_commands(found: Advice) -> list[str]:
     """The commands of the recommended cuts, each after a line that says which cut it makes."""
-    said = ["The largest cut that is safe without training:", found.command] if found.command else []
+    said = ["The largest cut that is safe without training:", Command(found.command)] if found.command else []
     if found.recovery is not None and found.recovery.command:
         steps = format_count(found.recovery.steps, "step")
-        said += [f"The largest cut that is safe after a training of {steps}:", found.recovery.command]
+        said += [f"The largest cut that is safe after a training of {steps}:", Command(found.recovery.command)]
     if found.way_command:
         said += [
             "The best way within the limits:" if describe_limits(found.limits) else "The best way:",
-            found.way_command,
+            Command(found.way_command),
         ]
     return said
 

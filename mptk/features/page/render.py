@@ -12,6 +12,7 @@ from mptk.report import sections
 from mptk.report.analysis import build_analysis_view
 from mptk.report.page.render import FRONT_LINE, Chapter, Figure, fill_template
 from mptk.report.runs import Run, group_runs, name_group
+from mptk.report.summary import build_summary_section
 from mptk.report.view import Bad, Good, Section, Table, View, format_figure, format_large, format_megabytes
 from passes.targets.legalize import LegalWidths
 
@@ -47,7 +48,8 @@ def build_run_chapter(run: Run, name: str = "") -> Chapter:
         cut, *others = view.sections
         drawings = [Section(title, []) for title in drawn if title not in {section.title for section in view.sections}]
         about = f"{run.name} · {run.report.task} · written by mptk {run.report.mptk}"
-        return Chapter(View([cut, *drawings, *others], f"{name}{view.title}"), drawn, about, list_tiles(run))
+        short = build_summary_section(run.report, run.place)
+        return Chapter(View([short, cut, *drawings, *others], f"{name}{view.title}"), drawn, about, list_tiles(run))
     # The types of a report's fields were checked when it was read, but rows are plain JSON to the code that draws them.
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise make_report_error(run.name, error) from error

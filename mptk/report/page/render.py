@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mptk.files.outputs import PAGE_MARK
 from mptk.plain import escape_text
 from mptk.report.page.svg import Svg
-from mptk.report.view import Bad, Good, View
+from mptk.report.view import Bad, Command, Good, View
 from mptk.version import __version__
 
 FRONT_LINE = "The dashed line is the Pareto front."
@@ -59,4 +59,5 @@ def fill_template(chapters: Sequence[Chapter]) -> str:
     environment.filters["mark"] = lambda cell: (
         "ok" if isinstance(cell, Good) else "bad" if isinstance(cell, Bad) else ""
     )
+    environment.tests["command"] = lambda part: isinstance(part, Command)
     return environment.get_template("page.html").render(chapters=chapters, version=__version__, generator=PAGE_MARK)

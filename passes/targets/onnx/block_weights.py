@@ -88,9 +88,9 @@ class BlockWeightsPass(ir.passes.InPlacePass):
 
 def choose_format(bits: Literal[8, 4], inputs: int, logits: bool) -> tuple[int, int]:
     """Bits and block size of a product of ``inputs`` inputs. ``logits``: whether it gives the logits."""
-    if bits == 4:
-        # The embedding shares the blocks of the output projection (``LookUpInBlocksPass``), and has 8 bits.
-        return (8 if logits else 4), BLOCK
+    # The embedding shares the codes of the output projection (``LookUpInBlocksPass``), and 4 bits are too few for it.
+    if bits == 4 and not logits:
+        return 4, BLOCK
     return 8, max(LEAST_BLOCK, min(WIDE_BLOCK, 1 << (inputs - 1).bit_length()))
 
 

@@ -3,7 +3,7 @@
 | scheme | weights of products | kernel |
 |---|---|---|
 | ``int8`` | 8 bits, a scale for each block of 128 inputs | MatMulNBits, activations in blocks, too |
-| ``int4`` | 4 bits, a scale and a zero point for each block of 32; the output projection 8 bits | the same |
+| ``int4`` | 4 bits, a scale and a zero point for each block of 32; the output projection as in ``int8`` | the same |
 | ``fp16`` | float16, and the KV cache, too | float16 if there is one; rotary angles stay float32 |
 
 The weights are rounded by ONNX Runtime's own quantiser (``block_weights.py``), or by ``gptq.py`` for ``int4`` with a

@@ -78,6 +78,16 @@ def test_a_page_says_what_a_run_did(tmp_path: Path) -> None:
         assert chart in drawn
 
 
+def test_a_page_begins_with_the_end_screen_of_the_run_and_commands_can_be_copied() -> None:
+    run = replace(made(), place=Path("runs/m30"))
+    text = render_report_page([run]).partition("</style>")[2]
+    assert text.index("In short") < text.index("What was cut")
+    assert "pruned int8" in text
+    assert '<pre class="command">mptk recover runs/m30 --data text.txt --out runs/m30-recovered</pre>' in text
+    assert "<code>mptk advise</code>" in text
+    assert "`" not in text
+
+
 def test_no_text_becomes_markup(page: str) -> None:
     """Every text of a run at once; no page has the names of a plan's layers."""
     plain, hostile = Parsed(page), {word: f"{word}{HOSTILE}" for word in WORDS}

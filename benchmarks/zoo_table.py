@@ -24,13 +24,12 @@ RESULTS = HERE / "results"
 
 HEAD = """# Architectures
 
-After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
-whether it has ONNX.
+After this page you know which model types of transformers mptk cuts correctly.
 
-For types of 13 mappings of transformers {transformers} (with torch {torch}) a tiny random model is analysed (`python -m
-benchmarks.zoo`). Each family is cut at random widths. It is *proven* if the outputs differ from the masked dense model's by at most 1e-5 of
-the largest in fp32, while the mask itself moves them by more than 1e-4. This shows that the cut is right, not that a pruned model is good.
-`python -m benchmarks.zoo_table` makes the page from `benchmarks/results`, whose rows have all reasons.
+For types of 13 mappings of transformers {transformers} (torch {torch}) a tiny random model is analysed (`python -m benchmarks.zoo`). Each
+family is cut at random widths. It is *proven* if the outputs differ from the masked dense model's by at most 1e-5 of the largest in fp32, while
+the mask itself moves them by more than 1e-4. This shows that the cut is right, not that a pruned model is good. `python -m
+benchmarks.zoo_table` makes the page from `benchmarks/results`, whose rows have all reasons.
 """
 
 
@@ -114,13 +113,17 @@ SHORT = (
     (r"fails when it fills its own cache", "the model fails when it fills its own cache"),
     (r"(Exhausted|MachineError): out of memory", "needs more than the 4 GiB of memory that the sweep gives a process"),
     (r"cannot trace", "torch.export cannot trace the model"),
-    (r"does not run", "the cut graph does not run"),
+    (r"does not run|^\S+: RuntimeError: view size", "the cut graph does not run"),
     (r"config\.json makes it|has no weights for", "transformers cannot load the dense model's own weights"),
     (r"traced program is not the module", "the trace computes something else than the module"),
 )
 """Pattern in a row's reason → the words of the page; the rows have the whole reason."""
 STATE = r"caches more or less|no cache of keys and values"
 """Reasons of types whose cache holds another state than keys and values."""
+
+
+MOST_NAMED = 50
+"""More types than these are counted, not named: the rows have them."""
 
 
 def _reasons(rows: Iterable[Row]) -> list[str]:
@@ -130,7 +133,12 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
         short = next((words for pattern, words in SHORT if re.search(pattern, row["reason"])), row["reason"])
         found.setdefault(short, []).append(row["type"])
     order = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [f"- {reason}: {', '.join(dict.fromkeys(types))}" for reason, types in order]
+    return [f"- {reason}: {_name_types(types)}" for reason, types in order]
+
+
+def _name_types(types: list[str]) -> str:
+    found = list(dict.fromkeys(types))
+    return ", ".join(found) if len(found) <= MOST_NAMED else f"{len(found)} types"
 
 
 # ---- stock classes ----
@@ -138,10 +146,10 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
 STOCK_HEAD = """
 ## What the stock classes accept (causal-lm)
 
-Which widths can the model's own transformers class hold? A family is accepted at *every* width, at *some* (a validator or constructor refuses the
-others), or only *together* with another family in proportion. Then the class loaded the cut weights, and its logits equal the
-cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes another function or does not run; the proof in
-`mptk prune` refuses these. *Refused*: `mptk analyze` says why. There are {types} types.
+The model's own transformers class holds a family at *every* width, at *some* (a validator or constructor refuses the others), or only *together*
+with another family in proportion. Then it loaded the cut weights, and its logits equal the cut graph's within 1e-5 of the largest. *Differs*: the
+config is accepted, but the class computes another function or does not run; the proof in `mptk prune` refuses these. *Refused*: `mptk analyze`
+says why. There are {types} types.
 
 |kind|types|families|every|some|together|differs|refused|
 |---|---|---|---|---|---|---|---|"""
@@ -195,9 +203,8 @@ def _stock(rows: list[Row]) -> list[str]:
 DEPTH_HEAD = """
 ## Whole residual blocks
 
-By `python -m benchmarks.zoo_depth`: of each list of blocks about 60 % stay, drawn at random. Of {run} types {listed} have a list of blocks. For {proven}
-of these the cut equals the masked model, and for {held} the model's own class takes fewer blocks and gives the cut graph's logits. `mptk
-analyze` says why blocks must stay."""
+By `python -m benchmarks.zoo_depth`: of each list of blocks about 60 % stay, drawn at random. Of {run} types {listed} have a list of blocks. For
+{proven} of these the cut equals the masked model, and for {held} the model's own class gives the cut graph's logits."""
 
 
 def _depth(rows: list[Row]) -> list[str]:
@@ -209,12 +216,10 @@ def _depth(rows: list[Row]) -> list[str]:
 ONNX_HEAD = """
 ## ONNX (causal-lm)
 
-By `python -m benchmarks.zoo_onnx`, for {types} types: one decoding step is traced and cut in all families at random legal widths. ONNX
-Runtime then runs a prompt of two rows (one padded on the left) and three more tokens. {equal} types are equal: no logit differs from
-torch's by more than 1e-4 of the largest. In {padding} of them the padded row gets the logits of this row by itself; in the others, torch's
-does not, either.
-
-The cache of {state} types holds another state than keys and values. The others:
+By `python -m benchmarks.zoo_onnx`, for {types} types: one decoding step is traced and cut in all families at random legal widths. ONNX Runtime
+then runs a prompt of two rows (one padded on the left) and three more tokens. For {equal} types no logit differs from torch's by more than 1e-4 of
+the largest. (In {different} of them padding changes the logits, in torch, too.) The cache of {state} types holds another state than keys and values.
+The others:
 """
 
 
@@ -224,7 +229,7 @@ def _onnx(rows: list[Row]) -> list[str]:
     said = ONNX_HEAD.format(
         types=len(rows),
         equal=len(equal),
-        padding=sum(row["padding"] for row in equal),
+        different=sum(not row["padding"] for row in equal),
         state=len(rows) - len(equal) - len(others),
     )
     return [*said.splitlines(), "", *_reasons(others)]
@@ -248,11 +253,6 @@ def _end_to_end(rows: list[Row], proven: set[tuple[str, str]]) -> list[str]:
         known = sum((mapping, row["type"]) in proven for row in mine)
         stock = sum(row["target"] == "stock" for row in verified)
         lines.append(_line(mapping, len(mine), known if mapping != PICTURED else "-", len(verified), stock))
-    lines += ["", "Vision-language models:", ""]
-    for target in ("stock", "graph"):
-        mine = [r for r in rows if r["mapping"] == PICTURED and (r["stage"], r["target"]) == ("verified", target)]
-        if mine:
-            lines.append(f"- as {target}: {', '.join(row['type'] for row in mine)}")
     failed = [row for row in rows if row["stage"] != "verified"]
     shown = [row for row in failed if row["mapping"] == PICTURED or (row["mapping"], row["type"]) in proven]
     return [*lines, "", "Proven above or vision-language, and not verified here:", "", *_reasons(shown)]

@@ -1,5 +1,5 @@
-"""Writes the tables of docs/settings.md from the declarations of settings and the commands' other options, and the
-tables of docs/deploy.md from ``mptk/ir/consumers.py``.
+"""Writes the tables of docs/settings.md from the declarations of settings, and the tables of docs/deploy.md from
+``mptk/ir/consumers.py``.
 
     python docs/tables.py
 
@@ -13,17 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import typer
-
-from mptk.cli.main import app
-from mptk.config.cases import READING
 from mptk.config.joined import Settings
-from mptk.config.setting import Declared, find_settings, list_roles
+from mptk.config.setting import Declared, find_settings
 from mptk.ir.consumers import CONSUMERS, LIMITS
 
 PAGES = [Path(__file__).with_name(name) for name in ("settings.md", "deploy.md")]
 TABLE = re.compile(r"(<!-- (?P<name>(?!end)\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-EVERYWHERE = {"--help", "--quiet", "--verbose"}
 
 
 def written(page: str) -> str:
@@ -58,16 +53,6 @@ def python() -> Iterator[str]:
             yield _row(f"`{each.path}`", _default(each.default), each.setting.help)
 
 
-def commands() -> Iterator[str]:
-    """The options of each command that are no settings of a run."""
-    yield from _head("command", "options")
-    for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
-        settings = set(map(_flag, find_settings(Settings, name))) if {*READING} & list_roles(name)[0] else set()
-        flags = [flag for option in command.params for flag in option.opts[:1] if flag.startswith("--")]
-        if own := [f"`{flag}`" for flag in flags if flag not in EVERYWHERE | settings]:
-            yield _row(name, ", ".join(own))
-
-
 def consumers() -> Iterator[str]:
     """The programs that read a pruned folder."""
     yield from _head("program", "`--engines`", "tried with version", "result")
@@ -84,7 +69,7 @@ def limits() -> Iterator[str]:
         yield _row(words, "; ".join(f"{each.name.replace(*WIDE)}{_but(types)}" for each, types in found))
 
 
-TABLES = {"runs": runs, "python": python, "commands": commands, "consumers": consumers, "limits": limits}
+TABLES = {"runs": runs, "python": python, "consumers": consumers, "limits": limits}
 
 
 WIDE = (", a width for each layer", " (nemotron-nas)")

@@ -61,7 +61,7 @@ CONSUMERS = (
     Consumer(
         "transformers",
         "5.24.0, 4.57.6",
-        "greedy text, the same in both; the older one in a long test",
+        "the same greedy text in both; a long test",
         section="transformers-trainer-and-peft",
         engine="transformers",
         reads=(STOCK, NAS),
@@ -71,7 +71,7 @@ CONSUMERS = (
     Consumer(
         "sentence-transformers",
         "6.2.0",
-        "MiniLM at 30 %: embeddings are transformers' to the last digit; a long test",
+        "MiniLM: embeddings are transformers'; a long test",
         section="sentence-transformers",
     ),
     Consumer("lm-eval", "0.4.13", "the score of a task; a long test", section="lm-eval"),
@@ -97,8 +97,8 @@ CONSUMERS = (
     Consumer(
         "transformers.js in Node",
         "4.3.1 (Node 20)",
-        "greedy tokens are transformers' in float32, also of an encoder–decoder, and `mptk generate`'s in int8, "
-        "int4 and fp16. Chats, too; a test",
+        "greedy tokens, also in chats and of an encoder–decoder, are transformers' in float32, `mptk generate`'s in "
+        "int8, int4 and fp16; a test",
         section="transformersjs",
         engine="transformers.js",
         graph=True,
@@ -115,7 +115,7 @@ CONSUMERS = (
         "optimum-onnx",
         "0.1.0",
         "greedy tokens are transformers' in float32, also of an encoder–decoder (a long test); int8 and int4 run by "
-        "`file_name`, with other text",
+        "`file_name`",
         section="optimum",
         engine="optimum-onnx",
         graph=True,

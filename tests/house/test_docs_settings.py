@@ -1,4 +1,4 @@
-"""docs/settings.md has every option, setting and environment variable of the code."""
+"""docs/settings.md has every setting and environment variable of the code."""
 
 from __future__ import annotations
 

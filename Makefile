@@ -22,11 +22,12 @@ SOAK_ARGS ?= --minutes 60 --json benchmarks/results/soak.json
 CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json
 FUZZ_ARGS ?= --programs 5000 --modules 400 --edges 400 --jobs 2 --json benchmarks/results/fuzz.json
 FUZZ_FILES_ARGS ?= --minutes 30
+RELEASE_ARGS ?=
 BROKEN_ARGS ?= --json benchmarks/results/broken.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test chosen-tests test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages clean
+.PHONY: help demo test chosen-tests test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages release clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
@@ -47,6 +48,7 @@ help:
 	@echo "make crash        160 kills of commands: what the next run makes of them; CRASH_ARGS=... for other numbers"
 	@echo "make mutants      a sample of small errors in the code, and which of them the tests notice; MUTANTS_ARGS=..."
 	@echo "make messages     tests/messages.txt, which has every sentence that mptk can raise, anew from the source"
+	@echo "make release      the wheel, tried in an empty environment, and what the owner types; RELEASE_ARGS='--extras all'"
 	@echo "make clean        remove .venv, .venv-*, caches and build files"
 
 # It trains on docs/ and measures on Python's own reference, which comes with Python.
@@ -140,6 +142,10 @@ mutants: $(VENV)/.installed-dev
 
 messages: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.messages
+
+release: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m tests.release $(RELEASE_ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -27,6 +27,8 @@ from mptk.publish.manifest import MARKER, compute_digests, hash_file
 # Names of inputs as messages show them.
 GIVEN_WEIGHTS, GIVEN_TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
+MOST_NAMES = 3
+"""Changed inputs that a message names. A changed folder of text may have hundreds of files."""
 ADDED = '"added_tokens"'
 """Where a fast tokenizer's JSON begins to define the ids."""
 
@@ -126,8 +128,10 @@ def list_sources(settings: Settings) -> Sequence[str]:
 
 
 def name_differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """The names whose values differ, joined by commas; empty if all are equal."""
-    return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
+    """The names whose values differ, joined by commas, of many the first; empty if all are equal."""
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    more = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+    return ", ".join([*names[:MOST_NAMES], *more])
 
 
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

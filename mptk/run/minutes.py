@@ -16,6 +16,7 @@ import torch
 from mptk.config import MOST_STEPS, SAMPLES, Settings, with_keywords
 from mptk.conversions import needs_fit
 from mptk.cost.estimate import Estimate, describe_duration, measure_machine
+from mptk.cost.limit import DISTILLED_STEPS
 from mptk.errors import InputError
 from mptk.io import data
 from mptk.ir import Plan
@@ -33,9 +34,8 @@ MOST_TIMED_STEPS = 10**6
 WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
 """Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
 (``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
-EPOCHS, DISTILLED_STEPS = 3, 20
-"""Minutes choose these epochs of local distillation if this number of steps still fits: further steps bring less
-(``benchmarks/maskprune.md``)."""
+EPOCHS = 3
+"""Minutes choose these epochs of local distillation if ``DISTILLED_STEPS`` still fit."""
 FASTER = 1.5
 """A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
 SHORTER = {"calibration data": "text with --data", "measure": "fewer --eval-windows", "write": "--no-onnx"}

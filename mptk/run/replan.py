@@ -14,15 +14,19 @@ from functools import partial
 import torch
 
 from mptk.config import Settings, with_keywords
-from mptk.cost.limit import Limit
+from mptk.cost.limit import DISTILLED_STEPS, Limit
 from mptk.distributed.processes import run_once
 from mptk.protocols import Chosen, Compiled, Kept, Prepared, SampleSets
 from mptk.run.dense_types import DENSE_TYPES
-from mptk.run.minutes import DISTILLED_STEPS, choose_amounts
+from mptk.run.minutes import choose_amounts
 from mptk.run.run import Run
 
-FITTING, ENDING = ("reconstruct", "distil"), ("prove", DENSE_TYPES, "measure", "write")
-"""Stages of an estimate: those between masks and recovery, and those after it."""
+DISTILLING, FITTING, MEASURING = "distil", "reconstruct", "measure"
+"""Stages of an estimate that do less if time is short, or are left out."""
+ENDING = ("prove", DENSE_TYPES, "write")
+"""Those that follow whatever the time."""
+STARTING = 1.5
+"""Steps' time that recovery takes besides its steps: models are placed, and held-out samples measured at both ends."""
 LEAST_MEASURED = 4
 """Fewest windows to measure on if time is short: the figure is then about twice as uncertain as of 16."""
 LEAST_SCORING = 0.05
@@ -33,16 +37,49 @@ REPLANNED = "replanned"
 
 def limit_masks(prepared: Prepared, run: Run) -> Run:
     """The run with the time that learning masks has, if minutes choose its steps."""
-    return replace(run, limit=make_limit(prepared.settings, run, (*FITTING, *ENDING)))
+    return replace(run, limit=make_limit(prepared.settings, run))
 
 
 def limit_recovery(settings: Settings, chosen: Chosen, run: Run) -> Limit | None:
     """The time that recovery has after ``chosen``, whose steps count among the run's."""
-    limit = make_limit(settings, run, ENDING)
-    if limit is None:
+    limit = make_limit(settings, run)
+    if limit is None or run.estimator is None:
         return None
-    spent, taken = limit.began + chosen.steps * chosen.seconds, chosen.steps
-    return replace(limit, began=spent, least=max(0, limit.least - taken), most=max(0, limit.most - taken))
+    # Consumers are fitted by now.
+    found = run.estimator.estimate(settings).seconds
+    fitted, measuring = limit.before + found.get(FITTING, 0.0) + limit.distilling, found[MEASURING]
+    began, least, most = limit.began + chosen.steps * chosen.seconds, limit.least, limit.most
+    return replace(
+        limit,
+        began=began,
+        before=fitted,
+        elastic=measuring,
+        distilling=0.0,
+        least=max(0, least - chosen.steps),
+        most=max(0, most - chosen.steps),
+    )
+
+
+def make_limit(settings: Settings, run: Run) -> Limit | None:
+    """The time of the steps of a run, before masks are learned; None if minutes do not choose their number."""
+    timed = run.timed
+    if timed is None or run.estimator is None or "steps" not in timed.names or not settings.steps:
+        return None
+    found = run.estimator.estimate(settings).seconds
+    whole, after = sum(found.values()), sum(found.get(name, 0.0) for name in ENDING)
+    elastic, distilling = found.get(FITTING, 0.0) + found[MEASURING], found.get(DISTILLING, 0.0)
+    return Limit(
+        began=timed.began,
+        ends=timed.ends,
+        before=whole - found["train"] - after - elastic - distilling,
+        # Scoring keeps its share of the run, and has at least a small one: of a small model its estimate is too low.
+        scoring=max(LEAST_SCORING, found.get("score", 0.0) / whole) * (timed.ends - timed.began),
+        after=after,
+        elastic=elastic,
+        distilling=distilling,
+        least=timed.least,
+        most=timed.most,
+    )
 
 
 def count_recovery_steps(prepared: Prepared, chosen: Chosen, limit: Limit | None) -> int:
@@ -53,28 +90,8 @@ def count_recovery_steps(prepared: Prepared, chosen: Chosen, limit: Limit | None
     if limit is None or not chosen.seconds:
         return prepared.settings.steps - chosen.steps
     now = time.monotonic()
-    return run_once(partial(limit.fit_steps, now, 0, chosen.seconds, limit.measure_pace(now)))
-
-
-def make_limit(settings: Settings, run: Run, later: tuple[str, ...]) -> Limit | None:
-    """The time of the run's steps; None if minutes do not choose their number. ``later``: stages that come after."""
-    timed = run.timed
-    if timed is None or run.estimator is None or "steps" not in timed.names or not settings.steps:
-        return None
-    found = run.estimator.estimate(settings).seconds
-    after = sum(found.get(name, 0.0) for name in later)
-    # Scoring keeps its share of the run, and has at least a small one: of a small model its estimate is too low.
-    minutes = timed.ends - timed.began
-    scoring = max(LEAST_SCORING, found.get("score", 0.0) / sum(found.values())) * minutes
-    return Limit(
-        began=timed.began,
-        ends=timed.ends,
-        before=sum(found.values()) - found["train"] - after,
-        scoring=scoring,
-        after=after,
-        least=timed.least,
-        most=timed.most,
-    )
+    pace, start = limit.measure_pace(now), STARTING * chosen.seconds
+    return run_once(partial(limit.fit_steps, now, 0, chosen.seconds, pace, start))
 
 
 def plan_fitting(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> tuple[Prepared, SampleSets]:
@@ -116,7 +133,7 @@ def plan_measurement(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Co
     if timed is None or run.estimator is None or "eval_windows" not in timed.names:
         return compiled, sets
     found = run.estimator.estimate(prepared.settings).seconds
-    measuring = found["measure"] + found.get(DENSE_TYPES, 0.0)
+    measuring = found[MEASURING] + found.get(DENSE_TYPES, 0.0)
 
     def count() -> int:
         now = time.monotonic()
@@ -134,6 +151,8 @@ def plan_measurement(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Co
 
 def take_numbers(run: Run, compiled: Compiled) -> Run:
     """The run with the numbers that were planned again, for its recipe."""
+    if run.timed is None:
+        return run
     s, learning = compiled.prepared.settings, compiled.prepared.settings.learning
     own = replace(run.settings.learning, steps=learning.steps, mask_share=learning.mask_share)
     settings = replace(

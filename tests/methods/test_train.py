@@ -139,7 +139,9 @@ NEVER, LONG_AGO = 1e12, 0.0
 
 
 def limited(ends: float, *, least: int = 1, most: int = 40) -> Limit:
-    return Limit(began=0.0, ends=ends, before=1.0, scoring=1.0, after=0.0, least=least, most=most)
+    return Limit(
+        began=0.0, ends=ends, before=1.0, scoring=1.0, after=0.0, elastic=0.0, distilling=0.0, least=least, most=most
+    )
 
 
 def test_a_run_by_minutes_takes_as_many_steps_as_there_is_time_for(tmp_path: Path) -> None:

@@ -25,11 +25,13 @@ from mptk.methods.maskprune.train import PATIENCE, Watch
 from mptk.protocols.run_folder import make_now
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import LEAST_LATER, LEAST_STEPS, Timed, time_run
-from mptk.run.replan import ENDING, make_limit, plan_fitting, plan_measurement, take_steps
+from mptk.run.replan import make_limit, plan_fitting, plan_measurement, take_steps
 from mptk.testing import Laboratory
 from mptk.trust import NO_CODE
 
-LIMIT = Limit(began=100.0, ends=400.0, before=20.0, scoring=10.0, after=50.0, least=5, most=1000)
+LIMIT = Limit(
+    began=100.0, ends=400.0, before=20.0, scoring=10.0, after=50.0, elastic=0.0, distilling=0.0, least=5, most=1000
+)
 
 
 def test_as_many_steps_as_fit_before_what_comes_after_them() -> None:
@@ -38,6 +40,12 @@ def test_as_many_steps_as_fit_before_what_comes_after_them() -> None:
     assert LIMIT.fit_steps(150.0, done=10, seconds=2.0, pace=2.0) == 10 + 75
     assert LIMIT.fit_steps(150.0, done=10, seconds=2.0, extra=40.0) == 10 + 80
     assert LIMIT.fit_steps(150.0, done=2.5, seconds=10.0) == 22
+    elastic = replace(LIMIT, elastic=40.0)
+    assert elastic.fit_steps(150.0, done=10, seconds=2.0, pace=2.0) == 10 + 55, "it does less on a slow machine"
+    distils = replace(LIMIT, distilling=60.0)
+    assert distils.fit_steps(150.0, done=10, seconds=2.0, pace=2.0) == 10 + 15
+    assert distils.fit_steps(150.0, done=2, seconds=10.0, pace=1.0) == 20, "without it there would be 22"
+    assert distils.fit_steps(150.0, done=2, seconds=20.0, pace=1.0) == 12
 
 
 def test_steps_have_bounds_whatever_the_time() -> None:
@@ -133,7 +141,7 @@ def test_what_has_no_time_left_is_fitted_and_measured_on_fewer_windows(laborator
     model = str(laboratory.open_model())
     asked = replace(TINY, data=str(laboratory.open_data()), eval_windows=8, samples=40, distil_epochs=3)
     found = mptk.prune(model, None, given(asked, steps=2))
-    compiled, sets = found.compiled, found.origin.sets
+    compiled, sets = found.compiled, found._origin.sets
     chosen = replace(compiled.chosen, steps=2, seconds=1.0)
     names = frozenset({"steps", "samples", "distil_epochs", "eval_windows"})
     estimator = read_estimator(model, NO_CODE)
@@ -141,7 +149,7 @@ def test_what_has_no_time_left_is_fitted_and_measured_on_fewer_windows(laborator
     def run(ends: float, which: frozenset[str] = names) -> Any:
         timed = Timed(began=0.0, ends=ends, names=which, least=2, most=1000)
         known = SimpleNamespace(timed=timed, estimator=estimator, keep=make_now)
-        known.limit = make_limit(given(asked, steps=30), known, ENDING)  # type: ignore[arg-type]
+        known.limit = make_limit(given(compiled.prepared.settings, steps=30), known)  # type: ignore[arg-type]
         return known
 
     for ends, windows, epochs, measured in ((LONG_AGO, 16, 0, 4), (NEVER, 40, 3, 8)):

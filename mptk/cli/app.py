@@ -303,7 +303,7 @@ def _is_typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def say_reading(*names: object, json_file: Path | None = None) -> None:
+def announce_reading(*names: object, json_file: Path | None = None) -> None:
     """Say what a command reads, before it imports torch and transformers, which takes seconds.
 
     Nothing is said with ``-q``, or if only JSON is printed.

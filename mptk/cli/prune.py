@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import explain_stop, register_command, say_reading
+from mptk.cli.app import announce_reading, explain_stop, register_command
 from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import (
     Config,
@@ -51,7 +51,7 @@ def check_prune_options(
     if not estimate:
         check_given(folder)
     check_minutes(model, settings, settings.method == Settings.method and not settings.fixed)
-    say_reading(model)
+    announce_reading(model)
     check_prune(with_latency(settings, max_decode_ms, max_prefill_ms), folder is not None, estimate)
 
 
@@ -62,7 +62,7 @@ def check_recover_options(folder: Path, settings: Settings, destination: Path | 
     if (steps := settings.learning.steps) == 0:
         raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
     check_minutes(folder, settings, True)
-    say_reading(folder)
+    announce_reading(folder)
     from mptk.run.minutes import fill_in  # it imports torch
 
     # As in ``check_prune``: what would do nothing is refused by the settings as the run completes them.

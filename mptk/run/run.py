@@ -157,7 +157,7 @@ def open_run(
             estimator = replace(estimator, instead=instead)
         unfinished = read_kept_settings(out) if asked.resume and is_leader() else {}
         if asked.resume and is_leader() and not unfinished:
-            say_anew(out, context.progress)
+            announce_new_start(out, context.progress)
         if trains:  # the first process decides: rates that others measure would give them other numbers
             settings = run_once(
                 lambda: complete_settings(asked, estimator, recovers=recovers, plan=plan, unfinished=unfinished)[0]
@@ -170,7 +170,7 @@ def open_run(
         yield replace(run, start=start, plan=plan, timed=timed, reads_data=reads_data)
 
 
-def say_anew(out: Path, progress: Progress) -> None:
+def announce_new_start(out: Path, progress: Progress) -> None:
     """Say that a run that was to be resumed starts anew."""
     progress(f"there is nothing to resume beside {out}, so the run starts anew", 0, 0)
 

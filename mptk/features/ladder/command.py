@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mptk.cli.app import explain_stop, extend_command, register_command, say_reading
+from mptk.cli.app import announce_reading, explain_stop, extend_command, register_command
 from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, with_latency
 from mptk.cli.prune import check_given, check_prune, show_needs
@@ -26,7 +26,7 @@ def check_ladder_options(
 ) -> None:
     """Check the options of ``prune --ladder``."""
     settings, sizes = with_latency(settings, max_decode_ms, max_prefill_ms), parse_sizes(ladder)
-    say_reading(model)
+    announce_reading(model)
     from mptk.features.ladder.ladder import divide_steps
 
     divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused

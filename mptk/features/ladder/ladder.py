@@ -45,13 +45,13 @@ from mptk.run.run import (
     FOUND,
     Run,
     Start,
+    announce_new_start,
     claim_outputs,
     enter_run_state,
     list_fixed_values,
     lock_outputs,
     make_run,
     read_estimator_of,
-    say_anew,
 )
 
 TEACHER = "teacher"
@@ -142,7 +142,7 @@ def open_ladder(
         check_settings(fill_in(asked), None, inputs.texts)
         # One process completes them for all: the others' own estimates could give other numbers.
         if asked.resume and is_leader() and not any(map(read_earlier, places)):
-            say_anew(out, context.progress)
+            announce_new_start(out, context.progress)
         settings = run_once(lambda: complete_ladder(model, asked, sparsities, places))
         each = make_run(source, out, settings, inputs, read_estimator_of(model, asked.trust), context)
         # The minutes are the whole ladder's: in the report of one size they would read as its own.

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-from mptk.cli.app import explain_stop, register_command, say_reading, show_result
+from mptk.cli.app import announce_reading, explain_stop, register_command, show_result
 from mptk.cli.console import err, out, show_stages
 from mptk.cli.options import (
     JsonOption,
@@ -30,7 +30,7 @@ def check_shapes(
     max_prefill_ms: float | None,
 ) -> None:
     """Check the options of ``shapes``, as ``check_prune`` does: by the settings as a run completes them."""
-    say_reading(model, json_file=json_file)
+    announce_reading(model, json_file=json_file)
     from mptk.run.checks import check_settings
     from mptk.run.minutes import fill_in
 

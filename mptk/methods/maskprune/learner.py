@@ -64,6 +64,9 @@ from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
+STEP_S = 0.002
+"""Seconds for each layer that a step takes however few its tokens. Without them a tiny model would be planned to take a
+million steps, for which text is read."""
 SCORED = 32
 """Most calibration windows on which units are scored before training. The steps that learn masks measure the same on
 further windows, and 96 took a fifth of a run of 20 minutes (``mptk prune smollm2-135m --minutes 20 --estimate``)."""
@@ -82,7 +85,7 @@ def estimate_training(settings: Settings, sizes: ModelSizes, kept: float) -> dic
     products = s.steps * kept * count_product_tokens(settings.learning, sizes.hidden)
     tokens = batches * training.batch * s.length + products
     memory = estimate_training_memory(s, sizes, kept)
-    return {"train": Pass(tokens, s.length, reads=0, training=memory, fixed=TRAINING_START_S)}
+    return {"train": Pass(tokens, s.length, reads=0, training=memory, fixed=TRAINING_START_S + s.steps * STEP_S)}
 
 
 def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:

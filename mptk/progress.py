@@ -23,6 +23,9 @@ def show_nothing(stage: str, done: int, total: int, figures: str = "", /) -> Non
     """A Progress that shows nothing."""
 
 
+CALLED: ContextVar[float | None] = ContextVar("called", default=None)
+"""When the user's command began, on ``time.monotonic``; its minutes count from then on, imports included."""
+
 # A context variable, and not an argument: passes call each other through code that knows nothing of progress.
 _STAGE: ContextVar[tuple[Progress, str]] = ContextVar("stage", default=(show_nothing, ""))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,7 +22,7 @@ from rich.progress import (
     Progress as Bars,
 )
 
-from mptk.progress import Progress, show_nothing
+from mptk.progress import CALLED, Progress, show_nothing
 
 LINE_S = 10.0
 """Seconds between two lines of one stage in a log."""
@@ -36,7 +37,8 @@ def show_progress(console: Console | None = None) -> Iterator[Progress]:
     console = console or Console(stderr=True)  # what a script prints on its standard output stays its own
     if console.is_jupyter:
         if importlib.util.find_spec("ipywidgets") is None:
-            yield make_line_progress(console)
+            with show_lines(console) as lines:
+                yield lines
             return
     elif not console.is_interactive:
         yield show_nothing
@@ -74,17 +76,49 @@ def show_bars(console: Console) -> Iterator[Progress]:
         finish()
 
 
-def make_line_progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Print a line when a stage starts, and its progress every ``LINE_S`` seconds."""
-    start, current, printed = clock(), "", 0.0
+@contextlib.contextmanager
+def show_lines(console: Console) -> Iterator[Progress]:
+    """Lines for a log. Stages that report nothing for long, as a trace, get lines, too, which show that they go on."""
+    lines, ended = LineProgress(console), threading.Event()
 
-    def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
-        nonlocal current, printed
-        now = clock()
-        if stage == current and now - printed < LINE_S:
-            return
-        current, printed = stage, now
+    def repeat() -> None:
+        while not ended.wait(1.0):
+            lines.repeat()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()
+
+
+class LineProgress:
+    """A Progress that prints a line when a stage starts, and its progress every ``LINE_S`` seconds.
+
+    Lines begin with the seconds since the command or, in Python, the progress began.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock, self.lock = console, clock, threading.Lock()
+        self.start, self.said, self.printed = CALLED.get() or clock(), ("", ""), 0.0
+
+    def __call__(self, stage: str, done: int, total: int, figures: str = "", /) -> None:
+        """As ``Progress``."""
         reached = (f" {done}/{total}" if done else "") + (f"  {figures}" if figures else "")
-        console.print(f"{now - start:5.0f} s  {stage}{reached}", markup=False, highlight=False, soft_wrap=True)
+        with self.lock:
+            begins, self.said = stage != self.said[0], (stage, reached)
+            if begins or self.clock() - self.printed >= LINE_S:
+                self._print()
 
-    return report
+    def repeat(self) -> None:
+        """Print what was said last once more, if that was long ago."""
+        with self.lock:
+            if self.said[0] and self.clock() - self.printed >= LINE_S:
+                self._print()
+
+    def _print(self) -> None:
+        self.printed = self.clock()
+        line = f"{self.printed - self.start:5.0f} s  {''.join(self.said)}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

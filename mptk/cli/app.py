@@ -25,7 +25,7 @@ import typer
 from rich.console import RenderableType
 
 from mptk.api.words import COMMAND_LINE
-from mptk.cli.console import VOICE, out, print_text
+from mptk.cli.console import VOICE, err, out, print_text
 from mptk.cli.failure import Interrupted, find_lost_output, replace_streams, report_failure, report_unprinted
 from mptk.cli.options import (
     TYPED,
@@ -42,6 +42,7 @@ from mptk.errors import InputError, explain_errors
 from mptk.files import check_open_files, check_text, expand_path, format_json, tidy, write_json
 from mptk.io import tidy_shared
 from mptk.plugins import list_features
+from mptk.progress import CALLED
 
 app = typer.Typer(
     # A failure is one line (``failure.py``), so typer's own tracebacks are off.
@@ -210,6 +211,7 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
     def run(*, quiet: bool, verbose: bool, ctx: typer.Context, **values: object) -> None:
         VOICE.quiet, VOICE.verbose = quiet, verbose
         speaking = COMMAND_LINE.set(True)  # messages name options, not keywords
+        since = CALLED.set(time.monotonic())
         try:
             # Before any work: what killed commands left, and what this one would overwrite.
             TYPED.set(frozenset(name for name in values if _is_typed(ctx, name)))
@@ -230,6 +232,7 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
             raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
         finally:
             COMMAND_LINE.reset(speaking)
+            CALLED.reset(since)
 
     # The signature. Its parameters are keywords only, as a default may stand before a parameter without one.
     more = [
@@ -298,6 +301,15 @@ def _find_output(annotation: object) -> OutputOption | None:
 def _is_typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def announce_reading(*names: object, json_file: Path | None = None) -> None:
+    """Say what a command reads, before it imports torch and transformers, which takes seconds.
+
+    Nothing is said with ``-q``, or if only JSON is printed.
+    """
+    if not (VOICE.quiet or ONLY_CHECKED.get() or json_file == Path("-")):
+        err.print(f"reading {', '.join(map(str, names))}", soft_wrap=True, highlight=False)
 
 
 def show_result(json_file: Path | None, content: object, view: RenderableType) -> None:

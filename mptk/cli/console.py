@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from mptk.api.display import make_line_progress, show_bars
+from mptk.api.display import show_bars, show_lines
 from mptk.cli.stopping import STOPPED
 from mptk.plain import escape_text
 from mptk.progress import Progress, show_nothing
@@ -90,7 +90,8 @@ def show_stages(console: Console) -> Iterator[Progress]:
     if VOICE.quiet:
         yield _watch_signals(show_nothing)
     elif not console.is_interactive:
-        yield _watch_signals(make_line_progress(console))
+        with show_lines(console) as lines:
+            yield _watch_signals(lines)
     else:
         with show_bars(console) as progress:
             yield _watch_signals(progress)

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from mptk.cli.app import register_command, show_result
+from mptk.cli.app import announce_reading, register_command, show_result
 from mptk.cli.console import err, print_text, show_stages
 from mptk.cli.options import JsonOption, ModelArgument
 from mptk.config import Settings
@@ -78,6 +78,7 @@ def show_analysis(
     json_file: JsonOption = None,
 ) -> None:
     """Show what can be cut, to which widths, and why the rest cannot. Reads no weights."""
+    announce_reading(model, json_file=json_file)
     from mptk.report.analysis import build_analysis_view
 
     result, *_ = analyze_model(model, settings)

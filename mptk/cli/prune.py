@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import explain_stop, register_command
+from mptk.cli.app import announce_reading, explain_stop, register_command
 from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import (
     Config,
@@ -22,19 +23,24 @@ from mptk.cli.options import (
     with_latency,
 )
 from mptk.config import Asked, Settings
+from mptk.cost.fixed import sum_fixed_seconds
 from mptk.errors import InputError
+from mptk.io import count_layers
 from mptk.progress import Progress
 
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
     from mptk.cost.estimate import Estimate
 
+COMPUTING = 2
+"""A run with the smallest numbers takes about so many times what it takes without computing (SmolLM2-135M)."""
 EstimateOption = Annotated[
     bool, typer.Option("--estimate", help="Only estimate the memory, disk space and time that the run needs.")
 ]
 
 
 def check_prune_options(
+    model: str,
     settings: Settings,
     folder: Path | None,
     max_decode_ms: float | None,
@@ -44,20 +50,42 @@ def check_prune_options(
     """Check the options of ``prune``."""
     if not estimate:
         check_given(folder)
+    check_minutes(model, settings, settings.method == Settings.method and not settings.fixed)
+    announce_reading(model)
     check_prune(with_latency(settings, max_decode_ms, max_prefill_ms), folder is not None, estimate)
 
 
-def check_recover_options(settings: Settings, destination: Path | None, estimate: bool) -> None:
+def check_recover_options(folder: Path, settings: Settings, destination: Path | None, estimate: bool) -> None:
     """Check the options of ``recover``."""
     if not estimate:
         check_given(destination)
-    from mptk.run.minutes import fill_in  # it imports torch
-
     if (steps := settings.learning.steps) == 0:
         raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
+    check_minutes(folder, settings, True)
+    announce_reading(folder)
+    from mptk.run.minutes import fill_in  # it imports torch
+
     # As in ``check_prune``: what would do nothing is refused by the settings as the run completes them.
     meant = fill_in(settings, recovers=True)
     refuse_idle("recover", Asked(meant, True, destination is not None, estimate, undecided=steps is None))
+
+
+def check_minutes(model: str | Path, settings: Settings, trains: bool) -> None:
+    """Refuse minutes that hold no run on any machine, before torch is imported. A run estimates the rest itself.
+
+    ``trains``: whether the run trains by default.
+    """
+    if settings.minutes is None or (layers := count_layers(model)) is None:
+        return
+    least = sum_fixed_seconds(layers, trains=trains or settings.steps > 0, onnx=settings.onnx)
+    if 60 * settings.minutes < least:
+        no_onnx = ", or --no-onnx" if settings.onnx else ""
+        raise InputError(
+            f"--minutes {settings.minutes:g} is too short: what a run on {layers} layers does besides computing takes "
+            f"about {least:.0f} s; give --minutes {ceil(COMPUTING * least / 60)}{no_onnx}",
+            name="minutes",
+            nearest=(ceil(COMPUTING * least / 60),),
+        )
 
 
 def check_given(folder: Path | None) -> Path:

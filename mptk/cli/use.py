@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.json import JSON
 from rich.text import Text
 
-from mptk.cli.app import register_command, show_result
+from mptk.cli.app import announce_reading, register_command, show_result
 from mptk.cli.console import err, out, print_text, show_stages
 from mptk.cli.options import (
     JsonOption,
@@ -101,6 +101,7 @@ def export_onnx(
     data: Annotated[str | None, typer.Option(help="Text for a decoder's int4: file, folder or datasets id.")] = None,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
+    announce_reading(model)
     from mptk.api import graphs as api
 
     notes: list[str] = []
@@ -222,6 +223,7 @@ def evaluate_models(
     json_file: JsonOption = None,
 ) -> None:
     """Measure a model's quality by its kind, as a decoder's perplexity in torch or ONNX Runtime, and lm-eval tasks."""
+    announce_reading(model, json_file=json_file)
     from mptk.api import use
 
     # Three ways to measure: a graph in ONNX Runtime, a decoder in torch, and any other kind by its task's metric.
@@ -289,6 +291,7 @@ def bench_models(
 
     A decoder's prefill and decode are timed, and a whole run of each graph of another model.
     """
+    announce_reading(*models, json_file=json_file)
     from mptk.api import graphs as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest

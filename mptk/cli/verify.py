@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import register_command
+from mptk.cli.app import announce_reading, register_command
 from mptk.cli.console import err, out, show_stages
 from mptk.cli.options import DenseOption, refuse
 from mptk.config import Settings, collect_values
@@ -36,6 +36,7 @@ def verify_folder(
     model: DenseOption = None,
 ) -> None:
     """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
+    announce_reading(folder)
     show_proof(folder, settings, model)
 
 

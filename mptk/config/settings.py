@@ -269,7 +269,7 @@ class CoreSettings(CutSettings):
     eval_length: int = declare_setting(512, "Tokens in a window of that text.", DATA, TRAINING, within=(2, COUNT))
     minutes: float | None = declare_setting(
         None,
-        "Time of the whole run, as estimated: chooses --samples, --search-tokens and, for recover and if the method "
+        "Limit of the whole run by the clock: chooses --samples, --search-tokens and, for recover and if the method "
         "learns, --steps that you do not give; "
         f"default: {MINUTES} for recover and if the method learns (60 with --search), for at most "
         f"{MOST_STEPS} steps.",

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mptk.cost.fixed import ONNX_S, START_S, TRACE_S
 from mptk.cost.operator_times import describe_machine, measure_typical_ms
 from mptk.errors import MptkError
 from mptk.files import format_json, make_scratch, make_staging
@@ -36,12 +37,6 @@ LOGITS_COPIES = 3
 """Copies of a batch's logits while a loss is taken."""
 EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass reaches."""
-START_S = 6.0
-"""Seconds of imports."""
-TRACE_S = 0.3
-"""Seconds of trace, analysis and legal widths for each layer."""
-ONNX_S = 0.9
-"""Seconds for each layer to write ONNX, besides the disk's."""
 
 SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""

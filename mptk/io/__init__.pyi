@@ -42,6 +42,7 @@ from .live import unwrap_parallel as unwrap_parallel
 from .loaders import Loader as Loader
 from .loaders import check_folder_named as check_folder_named
 from .loaders import check_model_name as check_model_name
+from .loaders import count_layers as count_layers
 from .loaders import find_local_copy as find_local_copy
 from .loaders import find_named_licence as find_named_licence
 from .loaders import list_other_files as list_other_files

@@ -7,6 +7,7 @@ brings: a loader says what it takes, and makes a checkpoint folder of it, or rea
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,16 @@ class Loader:
         """Why a folder without a config is no model, if it is known. ``model``: its name as the user gave it."""
         return ""
 
+    def count_layers(self, path: Path) -> int | None:
+        """The number of layers of the model at ``path``, read without torch; None if no known field gives it."""
+        file = path / "config.json"
+        try:
+            config = json.loads(file.read_bytes()) if file.is_file() else {}
+            found = next((config[name] for name in LAYERS if name in config), None)
+        except (OSError, ValueError, TypeError):  # what is damaged is named when it is opened
+            return None
+        return found if isinstance(found, int) else None
+
     def read_config(self, path: Path, trust: Trust) -> PreTrainedConfig:
         """The config of a file or folder that it takes. Nothing is converted for it."""
         from transformers import AutoConfig
@@ -124,6 +135,8 @@ LEAST_LIKENESS = 0.8
 """How much a misspelt name is like the right one at least, from 0 to 1."""
 MADE = frozenset({"mptk.json", "report.json", "plan.json"})
 """Files of folders that mptk made. One of them may be lost; with none of them a folder is somebody else's."""
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+"""Fields of a config that give the number of layers."""
 _LOCAL = re.compile(r"^[./~]|/.*/")
 """Names that no model of a hub has."""
 PLAIN_CHECKPOINTS = Loader()
@@ -169,6 +182,15 @@ def find_local_copy(name: str) -> Path | None:
 def find_named_licence(name: str) -> str:
     """The licence of the model of a name that a loader knows; empty for other names."""
     return (find_naming_loader(name) or PLAIN_CHECKPOINTS).find_licence(name)
+
+
+def count_layers(model: str | Path) -> int | None:
+    """The number of layers of a model on this machine, read without torch; None if that is not known."""
+    place = find_local_copy(str(model)) or expand_path(model)
+    if not place.exists():
+        return None
+    loader = find_file_loader(str(place)) if place.is_file() else None
+    return (loader or PLAIN_CHECKPOINTS).count_layers(place)
 
 
 def check_model_name(model: str) -> Path:

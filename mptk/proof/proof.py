@@ -21,6 +21,7 @@ from mptk.compat.torch import tree_leaves
 from mptk.compile.trace import trace_as_example
 from mptk.config import Settings
 from mptk.cost.estimate import Pass
+from mptk.cost.fixed import PROVE_S
 from mptk.errors import MptkError, ProofError
 from mptk.io import measure_free_memory
 from mptk.ir import Analysis, CallSizes, Cut, Log, Program, Samples, is_tokens, transfer_cut
@@ -45,8 +46,6 @@ from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageOutputs, compare_outputs, prove
 
-PROVE_S = 0.5
-"""Seconds for each layer to load and trace what was written."""
 MOST_CONDITIONS = 8
 """Conditions whose sides are tried: a loop over a size makes one in each round."""
 GRADIENT_TOLERANCE = 1e-3

@@ -207,7 +207,7 @@ class Chosen:
 
     ``trained``: names of the changed weights that were trained. ``losses``: widths tried → loss on calibration text.
     ``compensation``: whether the changes are biases that compensate for removed units. ``steps``: training steps that
-    choosing took.
+    choosing took, of ``seconds`` each by the clock.
     """
 
     plan: Plan
@@ -218,6 +218,7 @@ class Chosen:
     notes: tuple[str, ...] = ()
     witness: Witness | None = None
     steps: int = 0
+    seconds: float = 0.0
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

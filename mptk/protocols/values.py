@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mptk.cost.limit import Limit
 from mptk.errors import MptkError
 from mptk.io import Loaded
 from mptk.ir import Log, Program, Samples, Weights
@@ -31,13 +32,14 @@ LONG = 192
 class Context:
     """What every stage may use: progress and, if the run chooses or trains something, the run's folder.
 
-    ``accelerator``: the processes of a run that trains.
+    ``accelerator``: the processes of a run that trains. ``limit``: the time of a run whose minutes choose its steps.
     """
 
     log: Log
     progress: Progress
     folder: RunFolder | None = None
     accelerator: Accelerator | None = None
+    limit: Limit | None = None
 
     @property
     def keep(self) -> Keeper:

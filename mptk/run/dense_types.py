@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mptk.config import Settings
-from mptk.cost.estimate import ONNX_S, Pass
+from mptk.cost.estimate import Pass
+from mptk.cost.fixed import ONNX_S
 from mptk.files import format_json
 from mptk.io import cache_dir, data, keep, read_kept
 from mptk.ir import Log, Samples

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -15,24 +16,26 @@ import torch
 from mptk.config import MOST_STEPS, SAMPLES, Settings, with_keywords
 from mptk.conversions import needs_fit
 from mptk.cost.estimate import Estimate, describe_duration, measure_machine
+from mptk.cost.limit import DISTILLED_STEPS
 from mptk.errors import InputError
 from mptk.io import data
 from mptk.ir import Plan
 from mptk.methods import find_method
+from mptk.progress import CALLED
 from mptk.protocols import PROOF_SHAPE, find_device, list_stages, should_reconstruct
 from mptk.run.amounts import describe_numbers, should_learn_masks
 from mptk.run.estimate import Estimator
 
-LEAST_STEPS = 5
-"""Fewest steps that minutes choose for a method that learns: two for the masks."""
+LEAST_STEPS, LEAST_LATER = 5, 2
+"""Fewest steps that minutes choose for a method that learns: two for the masks. A run that has begun, and is slower
+than planned, takes only these."""
 MOST_TIMED_STEPS = 10**6
 """Most steps that minutes choose: a bound for the bisection."""
 WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
 """Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
 (``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
-EPOCHS, DISTILLED_STEPS = 3, 20
-"""Minutes choose these epochs of local distillation if this number of steps still fits: further steps bring less
-(``benchmarks/maskprune.md``)."""
+EPOCHS = 3
+"""Minutes choose these epochs of local distillation if ``DISTILLED_STEPS`` still fit."""
 FASTER = 1.5
 """A run of minutes computes in bfloat16 on a machine that multiplies it at least this many times as fast as float32."""
 SHORTER = {"calibration data": "text with --data", "measure": "fewer --eval-windows", "write": "--no-onnx"}
@@ -40,6 +43,38 @@ SHORTER = {"calibration data": "text with --data", "measure": "fewer --eval-wind
 
 NUMBERS = ("minutes", "steps", "samples", "distil_epochs", "compute_dtype")
 """What may be left open, beside the numbers of features."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The minutes of a run while it runs (``replan.py``).
+
+    ``began``, ``ends``: of the run, on ``time.monotonic``. ``names``: the numbers that the minutes choose. ``least``,
+    ``most``: bounds of the number of steps.
+    """
+
+    began: float
+    ends: float
+    names: frozenset[str]
+    least: int
+    most: int
+
+
+def time_run(asked: Settings, settings: Settings, recovers: bool) -> Timed | None:
+    """What the minutes of a run choose, from now or from its command on; None if it has none.
+
+    ``asked``: as typed. ``settings``: complete. A resumed run has its minutes once more.
+    """
+    if settings.minutes is None:
+        return None
+    began = CALLED.get() or time.monotonic()
+    given = asked.minutes is not None or settings.minutes != settings.default_minutes
+    # Default minutes are no promise: quality is then measured on as many windows as in other runs.
+    measured = {"eval_windows"} if given and asked.eval_windows == Settings.eval_windows else set[str]()
+    names = frozenset({*list_undecided(asked, recovers), *measured})
+    most = MOST_TIMED_STEPS if given else MOST_STEPS
+    least = LEAST_LATER if should_learn_masks(asked) else 1
+    return Timed(began, began + 60 * settings.minutes, names, least, most)
 
 
 def complete_settings(

@@ -50,6 +50,7 @@ from mptk.run.minutes import note_minutes
 from mptk.run.prepare import prepare
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.recover import distil, reconstruct, recover_quality
+from mptk.run.replan import adopt_numbers, limit_masks, plan_fitting, plan_measurement
 from mptk.run.run import Run, Start
 from mptk.run.samples import KEPT_SAMPLES, add_dense_outputs, read_samples
 from mptk.targets import list_run_targets as targets_of
@@ -92,8 +93,11 @@ def run_prune(model: Start, run: Run) -> Result:
             prepared, rows = stage.divide(prepared, sets, run)
             run = replace(run, rows={**run.rows, **rows})
         run = start_processes(prepared, run)  # features divide the budget in one process
-        base = take_larger(prepared)
+        # Minutes limit the clock: from here on, each stage is planned by what those before it took.
+        run, base = limit_masks(prepared, run), take_larger(prepared)
         chosen, checked = choose_units(model, base, sets, run)
+        prepared, sets = plan_fitting(prepared, chosen, sets, run)
+        base = replace(base, settings=prepared.settings)
         chosen = distil(base, reconstruct(base, chosen, sets, run), sets, run)
         compiled = compile_plan(prepared, join_larger(prepared, chosen), sets.calibration, run)
         compiled, further = recover_quality(compiled, sets, run)
@@ -104,6 +108,8 @@ def run_prune(model: Start, run: Run) -> Result:
         with publish(run.out, overwrite=run.settings.overwrite) as folder:
             notes = write_targets(compiled, sets, folder, run)
             proven = prove_outputs(compiled, sets, folder, [*checked, *further], run)
+            compiled, sets = plan_measurement(compiled, sets, run)
+            run = adopt_numbers(run, compiled)
             write_recipe(folder, run.source, run.settings, run.start)
             report = write_report(compiled, proven, sets, notes, folder, run)
         try:

@@ -13,8 +13,11 @@ from mptk.methods.maskprune.learner import Learner, Recovered
 from mptk.methods.reconstruct import list_consumers, reconstruct_consumers
 from mptk.proof.proof import check_witness
 from mptk.protocols import Chosen, Compiled, Kept, Prepared, Row, SampleSets, should_reconstruct
+from mptk.run.replan import count_recovery_steps, limit_recovery, take_steps
 from mptk.run.run import Run
 from passes.verify import Difference
+
+NO_TIME = "no time was left for recovery, which brings most of the quality back; give more --minutes, or `mptk recover`"
 
 
 def reconstruct(prepared: Prepared, chosen: Chosen, sets: SampleSets, run: Run) -> Chosen:
@@ -68,16 +71,21 @@ def recover_quality(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Com
     if run.folder is None or run.accelerator is None:
         return compiled, []
     prepared, chosen = compiled.prepared, compiled.chosen
-    s = prepared.recovery
-    learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress)
+    s, limit = prepared.recovery, limit_recovery(prepared.settings, chosen, run)
+    # The steps that learned masks count, and recovery goes on with the samples after theirs.
+    steps, used = count_recovery_steps(prepared, chosen, limit), chosen.steps * s.training.batch
+    if limit is not None and not steps and run.folder.read_latest("recovery") is None:
+        return take_steps(replace(compiled, chosen=replace(chosen, notes=(*chosen.notes, NO_TIME))), 0), []
+    steps = steps if limit is None else max(1, steps)  # a resumed run has a checkpoint, with its own number
+    learner = Learner(run.accelerator, prepared, sets.training, s, run.folder, run.progress, limit=limit)
     with run.stage("recover"):
         # Before norms are rounded to the stored type, or training would begin with that error.
         weights = compiled.exact.state_dict() if learner.keeps else {}
         small = build_small_model(compiled, weights, shared=learner.rank > 0)
-        # The steps that learned masks count, and recovery goes on with the samples after theirs.
-        steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
         found = learner.recover(small, steps, sets.proof, used, take_guards(sets, s.training.batch))
-    return (compiled, []) if found is None else adopt_weights(compiled, found, sets, run)
+    if found is None:
+        return compiled, []
+    return adopt_weights(compiled if limit is None else take_steps(compiled, found.steps), found, sets, run)
 
 
 def take_guards(sets: SampleSets, batch: int) -> Samples | None:

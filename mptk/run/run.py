@@ -21,7 +21,7 @@ from mptk.files import check_scratch, claim_place
 from mptk.files.outputs import check_apart
 from mptk.io import Resident, tidy_shared
 from mptk.ir import Plan
-from mptk.progress import show_nothing
+from mptk.progress import Progress, show_nothing
 from mptk.protocols import (
     GIVEN,
     Context,
@@ -40,7 +40,7 @@ from mptk.publish.folder import check_replaceable
 from mptk.run.checks import check_settings, read_plan
 from mptk.run.estimate import Estimator, check_room_for, read_estimator
 from mptk.run.inputs import Inputs
-from mptk.run.minutes import complete_settings, fill_in
+from mptk.run.minutes import Timed, complete_settings, fill_in, time_run
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.trust import Trust
@@ -59,7 +59,8 @@ class Run(Context):
 
     ``source``: the model as the user named it. ``start``: the pruned folder that it trains. ``settings``: complete.
     ``plan``: what the settings' file of a plan says, read once, so that later changes of the file have no effect.
-    ``estimator``: estimates it; None if that is not possible. ``reads_data``: whether it reads data. ``further``:
+    ``estimator``: estimates it; None if that is not possible. ``timed``: its minutes, if they choose any of its numbers
+    and these can be planned again while it runs. ``reads_data``: whether it reads data. ``further``:
     sparsities to which its result is cut further.
 
     Found by its stages: ``dense``: the analysed dense model, which further runs on it share. ``origin``: digests of the
@@ -73,6 +74,7 @@ class Run(Context):
     start: Path | None = None
     plan: Plan | None = None
     estimator: Estimator | None = None
+    timed: Timed | None = None
     reads_data: bool = True
     further: Sequence[float] = ()
     resident: Resident = field(default_factory=lambda: Resident(0))
@@ -153,8 +155,10 @@ def open_run(
         estimator = read_estimator_of(model, asked.trust)
         if estimator is not None:
             estimator = replace(estimator, instead=instead)
+        unfinished = read_kept_settings(out) if asked.resume and is_leader() else {}
+        if asked.resume and is_leader() and not unfinished:
+            announce_new_start(out, context.progress)
         if trains:  # the first process decides: rates that others measure would give them other numbers
-            unfinished = read_kept_settings(out) if asked.resume and is_leader() else {}
             settings = run_once(
                 lambda: complete_settings(asked, estimator, recovers=recovers, plan=plan, unfinished=unfinished)[0]
             )
@@ -162,7 +166,13 @@ def open_run(
             settings = replace(settings, minutes=None, learning=replace(settings.learning, steps=0))
         run = make_run(source, out, settings, inputs, estimator, context)
         reads_data = not isinstance(model, PrunedFolder) or model.reads_data
-        yield replace(run, start=start, plan=plan, reads_data=reads_data)
+        timed = time_run(asked, settings, recovers) if trains and estimator is not None else None
+        yield replace(run, start=start, plan=plan, timed=timed, reads_data=reads_data)
+
+
+def announce_new_start(out: Path, progress: Progress) -> None:
+    """Say that a run that was to be resumed starts anew."""
+    progress(f"there is nothing to resume beside {out}, so the run starts anew", 0, 0)
 
 
 def make_run(

@@ -20,7 +20,7 @@ from mptk.progress import enter_stage, show_nothing, step, step_through
 
 def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
     file, now = io.StringIO(), 100.0
-    report = display.make_line_progress(Console(file=file), clock=lambda: now)
+    report = display.LineProgress(Console(file=file), clock=lambda: now)
     for second, call in [
         (0, ("load", 0, 0)),
         (3, ("score [wanda]", 0, 0)),
@@ -37,6 +37,25 @@ def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
         ["    3", "score [wanda]"],
         ["   13", "score [wanda] 5/9"],
         ["   22", "write"],
+    ]
+
+
+def test_a_stage_that_says_nothing_for_long_gets_lines_that_show_that_it_goes_on():
+    file, now = io.StringIO(), 100.0
+    report = display.LineProgress(Console(file=file), clock=lambda: now)
+    report.repeat()
+    report("trace", 0, 0)
+    for second in (105.0, 110.0, 119.0):
+        now = second
+        report.repeat()
+    report("score", 1, 9)
+    now = 129.0
+    report.repeat()
+    assert [line.split(" s  ") for line in file.getvalue().splitlines()] == [
+        ["    0", "trace"],
+        ["   10", "trace"],
+        ["   19", "score 1/9"],
+        ["   29", "score 1/9"],
     ]
 
 

@@ -27,6 +27,23 @@ for words in json.loads(sys.argv[1]):
         done[words] = [stopped.code, [name for name in ("torch", "transformers") if name in sys.modules]]
 print(json.dumps(done))
 """
+FIRST = """
+import importlib.abc, json, sys
+class Refused(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("torch", file=sys.stderr, flush=True)
+            raise ImportError("torch is refused")
+sys.meta_path.insert(0, Refused())
+from mptk.cli.main import main
+for words in json.loads(sys.argv[1]):
+    print("next", file=sys.stderr, flush=True)
+    sys.argv = ["mptk", *words]
+    try:
+        main()
+    except SystemExit:
+        pass
+"""
 MISTAKES = (
     "prune smollm2-135m --sparsity 0.3",
     "prune smollm2-135m --config recipe.yaml --out x",
@@ -39,6 +56,8 @@ MISTAKES = (
     "prune smollm2-135m --sparsity 30 --out x",
     "advise ./no/such --data some.txt",
     "recover dense --steps 1 --out x",
+    "prune deep --minutes 1 --out x",
+    "prune deep.gguf --minutes 1 --out x",
     "recover smollm2-135m --steps 1 --out x",
     "report ./no/such",
     "report dense",
@@ -57,6 +76,9 @@ def test_no_simple_mistake_waits_for_torch(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense/config.json").write_text("{}")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/config.json").write_text('{"num_hidden_layers": 90}')
+    (tmp_path / "deep.gguf").write_bytes(b"GGUF" + bytes(20) + b"llama.block_count\x04\0\0\0\x5a\0\0\0")
     command = [sys.executable, "-c", TYPE, json.dumps(MISTAKES)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     done = json.loads(run.stdout.splitlines()[-1])
@@ -64,6 +86,31 @@ def test_no_simple_mistake_waits_for_torch(tmp_path: Path) -> None:
     assert {words: loaded for words, (_, loaded) in done.items() if loaded} == {}
     assert len(run.stderr.splitlines()) == len(MISTAKES)
     assert not (tmp_path / "x").exists()
+
+
+def test_the_first_line_names_what_is_read_and_comes_before_torch(laboratory: Laboratory, tmp_path: Path) -> None:
+    model, pruned, text = (str(path) for path in (laboratory.open_model(), laboratory.open_pruned(), "text.txt"))
+    (tmp_path / text).write_text("text\n" * 99)
+    out = ["--data", text, "--out", "x"]
+    commands = [
+        ["prune", model, *out],
+        ["prune", model, "--ladder", "0.2,0.4", *out],
+        ["recover", pruned, *out],
+        ["analyze", model],
+        ["advise", model, "--data", text],
+        ["shapes", model, "--data", text],
+        ["bench", model],
+        ["eval", model, "--data", text],
+        ["export", model, "--out", "x"],
+        ["verify", pruned],
+    ]
+    silent = [["prune", model, *out, "--quiet"], ["analyze", model, "--json", "-"]]
+    command = [sys.executable, "-c", FIRST, json.dumps(commands + silent)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = [part.splitlines() for part in run.stderr.split("next\n")[1:]]
+    assert [lines[1] for lines in said[: len(commands)]] == ["torch"] * len(commands)
+    assert [words[1] in lines[0] for words, lines in zip(commands, said, strict=False)] == [True] * len(commands)
+    assert [lines[0] for lines in said[len(commands) :]] == ["torch"] * len(silent)
 
 
 def test_what_a_name_can_be_is_told_without_a_hub(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,15 +162,15 @@ def _set(trap: Trap, events: Path) -> None:
 
     os.rename, os.replace = watched(os.rename), watched(os.replace)
     replace._swap_names = watched(replace._swap_names) if trap.exchange else lambda *_: False
-    lines = mptk.cli.console.make_line_progress
+    lines = mptk.cli.console.show_lines
 
-    def told(*given: Any) -> Progress:
-        report = lines(*given)
-
+    @contextmanager
+    def told(*given: Any) -> Iterator[Progress]:
         def say(stage: str, done: int, total: int, figures: str = "", /) -> None:
             event(f"at {stage}" + (f" {done} of {total}" if done else ""))
             report(stage, done, total, figures)
 
-        return say
+        with lines(*given) as report:
+            yield say
 
-    mptk.cli.console.make_line_progress = told
+    mptk.cli.console.show_lines = told

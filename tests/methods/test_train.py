@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mptk import testing, trace
 from mptk.config import Learning, LossWeights, Training
+from mptk.cost.limit import Limit
 from mptk.distributed.processes import make_accelerator
 from mptk.errors import InputError
 from mptk.ir import compute_typical_size, make_token_samples
-from mptk.methods.maskprune.train import Loop, Watch
+from mptk.methods.maskprune.train import PATIENCE, Loop, Watch
 from mptk.protocols import RunFolder
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import expect_error
@@ -38,7 +39,14 @@ class Drawing(nn.Module):
 
 
 def loop(
-    tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4, watch: Watch | None = None
+    tmp_path: Path,
+    name: str,
+    *,
+    micro: int = 4,
+    noise: float = 0.0,
+    steps: int = 4,
+    watch: Watch | None = None,
+    limit: Limit | None = None,
 ) -> Loop:
     training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
     folder = RunFolder(tmp_path / name, {}, resume=True)
@@ -53,6 +61,7 @@ def loop(
         phase="masks",
         folder=folder,
         watch=watch,
+        limit=limit,
     )
 
 
@@ -88,11 +97,13 @@ class Told(Watch):
         super().add(step, self.told[step])
 
 
-def watching(tmp_path: Path, losses: Sequence[float]) -> tuple[Loop, list[Tensor]]:
+def watching(
+    tmp_path: Path, losses: Sequence[float], *, steps: int = 4, limit: Limit | None = None
+) -> tuple[Loop, list[Tensor]]:
     """A loop with these losses on held-out samples, and what its embedding was after each step, as at the start."""
     watch = Told(WINDOWS)
     watch.told = losses
-    one = loop(tmp_path, "watched", watch=watch)
+    one = loop(tmp_path, "watched", steps=steps, watch=watch, limit=limit)
     weights = [one.parameters["embed.weight"].detach().clone()]
     one.progress = lambda *_: weights.append(one.parameters["embed.weight"].detach().clone())
     return one, weights
@@ -121,6 +132,49 @@ def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_aft
     assert again.watch.to_row("text", 1) == one.watch.to_row("text", 1)
     assert one.watch.to_row("text", 1)["kept"] == kept
     assert tuple(re.findall(r"\d+(?:\.\d+)?", one.watch.note())) == said
+
+
+NEVER, LONG_AGO = 1e12, 0.0
+"""Ends of a run, on a clock that is between them."""
+
+
+def limited(ends: float, *, least: int = 1, most: int = 40) -> Limit:
+    return Limit(
+        began=0.0, ends=ends, before=1.0, scoring=1.0, after=0.0, elastic=0.0, distilling=0.0, least=least, most=most
+    )
+
+
+def test_a_run_by_minutes_takes_as_many_steps_as_there_is_time_for(tmp_path: Path) -> None:
+    """The rate of the last step shows that the rate of learning falls to its end over the steps that are taken."""
+
+    def run(name: str, limit: Limit | None, steps: int) -> tuple[int, float, Tensor]:
+        one = loop(tmp_path, name, steps=steps, limit=limit)
+        one.run()
+        return one.steps, one.optimizer.param_groups[0]["lr"], one.parameters["embed.weight"].detach().clone()
+
+    for ends, least, most, expected in ((NEVER, 1, 7, 7), (LONG_AGO, 3, 40, 3), (LONG_AGO, 1, 40, 1)):
+        steps, rate, _ = run(f"{ends} {least}", limited(ends, least=least, most=most), 5)
+        assert steps == expected
+        assert rate == run(f"given {expected}", None, expected)[1]
+    whole = run("whole", limited(NEVER, most=7), 5)[2]
+    for file in sorted((tmp_path / "whole.run").glob("masks-*"))[1:]:
+        file.unlink()
+    steps, _, weights = run("whole", limited(LONG_AGO), 5)
+    assert steps == 7, "a resumed run keeps the number"
+    assert torch.equal(weights, whole)
+
+
+def test_a_run_by_minutes_ends_when_the_held_out_loss_has_stopped_falling(tmp_path: Path) -> None:
+    losses = [5.0, 4.0, *[4.1] * 60]
+    one, weights = watching(tmp_path, losses, steps=30, limit=limited(NEVER, most=30))
+    one.run()
+    assert (one.steps, one.watch.planned, one.watch.best) == (1 + PATIENCE, 30, 1)
+    assert torch.equal(one.parameters["embed.weight"], weights[1])
+    assert re.findall(r"\d+", one.watch.note())[:3] == [str(1 + PATIENCE), "30", "1"]
+    (tmp_path / "typed").mkdir()
+    typed, _ = watching(tmp_path / "typed", losses, steps=14)
+    typed.run()
+    assert typed.steps == 14, "steps that the user gave are taken"
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_leaves_its_last_checkpoint(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
     llama: str,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    settings = replace(TINY, data=str(laboratory.open_data()), minutes=minutes_of(llama, TINY, steps=6, samples=24))
+    settings = given(TINY, steps=6, data=str(laboratory.open_data()))
+    settings = replace(settings, minutes=minutes_of(llama, settings, samples=24))
 
     def stop(record: PassRecord) -> None:
         if record.name == "reconstruct":

@@ -122,6 +122,25 @@ def test_flaps_biases_are_kept_and_proven(gpt2: str, settings: mptk.Settings, tm
 # ---- which run goes on ----
 
 
+def test_a_run_that_has_nothing_to_resume_says_so(
+    laboratory: Laboratory, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    model, out, said = str(laboratory.open_model()), tmp_path / "out", list[str]()
+
+    def stop(stage: str, *_: object) -> None:
+        said.append(stage)
+        if stage == "choose widths":
+            raise Stopped
+
+    for resumes, says in ((False, False), (True, False)):
+        with pytest.raises(Stopped):
+            mptk.prune(model, out, replace(settings, resume=resumes), progress=stop)
+        assert any(str(out) in stage for stage in said) is says
+    with pytest.raises(Stopped):
+        mptk.prune(model, tmp_path / "other", replace(settings, resume=True), progress=stop)
+    assert any(str(tmp_path / "other") in stage for stage in said)
+
+
 def test_other_settings_are_refused_with_resume_and_start_anew_without(tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = replace(SHORT, learning=Learning(steps=0))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mptk.cli.app import register_command, show_result
+from mptk.cli.app import announce_reading, register_command, show_result
 from mptk.cli.console import err, out, show_stages
 from mptk.cli.options import (
     JsonOption,
@@ -118,6 +118,7 @@ def show_advice(
     and with --calibrate the command of the cut recommended with training. With a limit also says whether to round, to
     cut, or both.
     """
+    announce_reading(model, json_file=json_file)
     from mptk.features.advise.api import advise
     from mptk.features.advise.view import build_advice_view, list_commands
 

@@ -14,7 +14,8 @@ from types import MappingProxyType
 
 from mptk.config import COMPARED_TYPES, MOST_SPARSITY, Settings
 from mptk.cost.budgets import PROMPT
-from mptk.cost.estimate import ONNX_S, ModelSizes, Pass
+from mptk.cost.estimate import ModelSizes, Pass
+from mptk.cost.fixed import ONNX_S
 from mptk.distributed.processes import connect_processes
 from mptk.errors import BudgetError, DataError, InputError
 from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Way

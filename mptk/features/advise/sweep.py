@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mptk.config import Settings
-from mptk.cost.estimate import ONNX_S, ModelSizes, Pass
+from mptk.cost.estimate import ModelSizes, Pass
+from mptk.cost.fixed import ONNX_S
 from mptk.cost.operator_times import interpolate
 from mptk.errors import AnalysisError
 from mptk.features.advise.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, sort_distinct

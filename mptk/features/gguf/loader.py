@@ -12,11 +12,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+HEAD = 1 << 16
+"""Bytes at the start of a file in which the number of layers stands."""
+
+
 class GgufLoader(Loader):
     """A file whose name ends in ``.gguf``."""
 
     conversion = 3
     endings = (".gguf",)
+
+    def count_layers(self, path: Path) -> int | None:
+        # gguf's reader takes seconds for the vocabulary. This field stands before it: its name, then 4 for uint32.
+        with path.open("rb") as opened:
+            head = opened.read(HEAD)
+        _, found, after = head.partition(b".block_count\x04\0\0\0")
+        return int.from_bytes(after[:4], "little") if found and len(after) >= 4 else None
 
     def check_file(self, file: Path) -> None:
         from mptk.features.gguf.reading import check_gguf

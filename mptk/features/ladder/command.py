@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mptk.cli.app import explain_stop, extend_command, register_command
+from mptk.cli.app import announce_reading, explain_stop, extend_command, register_command
 from mptk.cli.console import err, make_pass_printer, out, show_stages
 from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, with_latency
 from mptk.cli.prune import check_given, check_prune, show_needs
@@ -16,6 +16,7 @@ from mptk.errors import InputError
 
 
 def check_ladder_options(
+    model: str,
     settings: Settings,
     ladder: str,
     folder: Path | None,
@@ -24,10 +25,11 @@ def check_ladder_options(
     estimate: bool,
 ) -> None:
     """Check the options of ``prune --ladder``."""
+    settings, sizes = with_latency(settings, max_decode_ms, max_prefill_ms), parse_sizes(ladder)
+    announce_reading(model)
     from mptk.features.ladder.ladder import divide_steps
 
-    settings = with_latency(settings, max_decode_ms, max_prefill_ms)
-    divide_steps(settings, parse_sizes(ladder))  # sizes that are wrong are the first to be refused
+    divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused
     instead = {"sparsity": "--ladder names the sizes; leave out one of both"}
     check_prune(settings, folder is not None, estimate, instead)
     if folder is None and not estimate:
@@ -71,6 +73,7 @@ def prune_to_sizes(
     from mptk.features.ladder.ladder import name_size, should_share_weights
     from mptk.report import sections as report
     from mptk.report.runs import Run
+    from mptk.report.summary import build_summary
 
     assert ladder is not None, "without it another function carries out the command"
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
@@ -85,8 +88,10 @@ def prune_to_sizes(
     with explain_stop(*places, goes_on=settings.resume), show_stages(err) as progress:
         found = api.ladder(model, folder, sizes, settings, progress=progress, on_stage=make_pass_printer())
     if found:
-        out.print(report.build_prune_view(found[-1].report))
+        # All sizes side by side, then the smallest on one screen: `mptk report FOLDER` has the rest.
         out.print(report.build_comparison_view([Run(each.place.name, each.report) for each in found]))
+        for line in build_summary(found[-1].report, found[-1].place):
+            out.print(line, soft_wrap=True, highlight=False)
         if shared:
             smaller = ", ".join(each.place.name for each in found[1:])
             out.print(f"written to {folder}; `mptk rung {folder} SIZE --out FOLDER` writes {smaller}", soft_wrap=True)

@@ -45,6 +45,7 @@ from mptk.run.run import (
     FOUND,
     Run,
     Start,
+    announce_new_start,
     claim_outputs,
     enter_run_state,
     list_fixed_values,
@@ -140,6 +141,8 @@ def open_ladder(
     with enter_run_state(asked.device), lock_ladder(out, places, asked, source):
         check_settings(fill_in(asked), None, inputs.texts)
         # One process completes them for all: the others' own estimates could give other numbers.
+        if asked.resume and is_leader() and not any(map(read_earlier, places)):
+            announce_new_start(out, context.progress)
         settings = run_once(lambda: complete_ladder(model, asked, sparsities, places))
         each = make_run(source, out, settings, inputs, read_estimator_of(model, asked.trust), context)
         # The minutes are the whole ladder's: in the report of one size they would read as its own.

@@ -161,7 +161,7 @@ def train_sizes(
     found = []
     for i, view in enumerate(student.views):
         witness = Witness("trained model", learner.compute_outputs(view, batch), learner.tolerance)
-        found.append(Recovered(gather_tensors(student.compute_weights(i).items(), keep=True), witness, watch))
+        found.append(Recovered(gather_tensors(student.compute_weights(i).items(), keep=True), witness, watch, steps))
     learner.accelerator.free_memory()
     return found
 

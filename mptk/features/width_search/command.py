@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-from mptk.cli.app import explain_stop, register_command, show_result
+from mptk.cli.app import announce_reading, explain_stop, register_command, show_result
 from mptk.cli.console import err, out, show_stages
 from mptk.cli.options import (
     JsonOption,
@@ -22,9 +22,15 @@ from mptk.files import write_text
 
 
 def check_shapes(
-    settings: Settings, folder: Path | None, max_decode_ms: float | None, max_prefill_ms: float | None
+    model: str,
+    settings: Settings,
+    folder: Path | None,
+    json_file: Path | None,
+    max_decode_ms: float | None,
+    max_prefill_ms: float | None,
 ) -> None:
     """Check the options of ``shapes``, as ``check_prune`` does: by the settings as a run completes them."""
+    announce_reading(model, json_file=json_file)
     from mptk.run.checks import check_settings
     from mptk.run.minutes import fill_in
 

@@ -5,8 +5,9 @@ The phases use the solver, the training loop, the adapters and the teacher of th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from mptk.compat.accelerate import without_autocast
 from mptk.compat.peft import adapt_as_named, is_lora_refused, switch_off_adapters
 from mptk.config import FREE, Learning, Settings
 from mptk.cost.estimate import ModelSizes, Pass
+from mptk.cost.fixed import TRAINING_START_S
+from mptk.cost.limit import LEAST_SCORED, Limit
 from mptk.distributed.processes import (
     find_module_blocks,
     gather_tensor,
@@ -34,6 +37,7 @@ from mptk.distributed.processes import (
     is_leader,
     make_accelerator,
     place_model,
+    run_once,
 )
 from mptk.errors import InputError, ModelError, PackageError
 from mptk.ir import Samples, collect_kept_units, resolve_plan
@@ -44,15 +48,25 @@ from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.rounding import SCHEME_BITS, WeightRounding
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import TOP, CachedTeacher, Output, hash_model_weights
-from mptk.methods.maskprune.train import Loop, Metrics, Teacher, Watch, count_product_tokens, move_to_host, run_module
+from mptk.methods.maskprune.train import (
+    FIRST_STEPS,
+    Loop,
+    Metrics,
+    Teacher,
+    Watch,
+    count_product_tokens,
+    move_to_host,
+    run_module,
+)
 from mptk.progress import Progress
 from mptk.protocols import TRACKER, Chosen, Kept, Prepared, RunFolder, SampleSets, Task, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, TOLERANCE
 
-TRAINING_START_S = 0.7
-"""Seconds for each layer to make and place the models that are trained, and to store their initial state."""
+STEP_S = 0.002
+"""Seconds for each layer that a step takes however few its tokens. Without them a tiny model would be planned to take a
+million steps, for which text is read."""
 SCORED = 32
 """Most calibration windows on which units are scored before training. The steps that learn masks measure the same on
 further windows, and 96 took a fifth of a run of 20 minutes (``mptk prune smollm2-135m --minutes 20 --estimate``)."""
@@ -71,7 +85,7 @@ def estimate_training(settings: Settings, sizes: ModelSizes, kept: float) -> dic
     products = s.steps * kept * count_product_tokens(settings.learning, sizes.hidden)
     tokens = batches * training.batch * s.length + products
     memory = estimate_training_memory(s, sizes, kept)
-    return {"train": Pass(tokens, s.length, reads=0, training=memory, fixed=TRAINING_START_S)}
+    return {"train": Pass(tokens, s.length, reads=0, training=memory, fixed=TRAINING_START_S + s.steps * STEP_S)}
 
 
 def estimate_training_memory(settings: Settings, sizes: ModelSizes, kept: float) -> float:
@@ -116,11 +130,15 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
 
 @dataclass(frozen=True)
 class Recovered:
-    """``weights``: the changed weights, in the cut model's shapes. ``watch``: the losses on held-out samples."""
+    """``weights``: the changed weights, in the cut model's shapes. ``watch``: the losses on held-out samples.
+
+    ``steps``: how many were taken.
+    """
 
     weights: dict[str, Tensor]
     witness: Witness
     watch: Watch | None
+    steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +151,7 @@ class Learner:
         samples: the training samples.
         settings: ``Learning.of_masks`` or ``of_recovery``.
         folder: keeps checkpoints. scored: keeps the scores from before training, which depend on no width; by default
-            that is ``folder``, too.
+            that is ``folder``, too. limit: the time of a run by minutes; None: all steps are taken.
     """
 
     accelerator: Accelerator
@@ -143,6 +161,7 @@ class Learner:
     folder: RunFolder
     progress: Progress
     scored: RunFolder | None = None
+    limit: Limit | None = None
 
     @property
     def rank(self) -> int:
@@ -177,12 +196,18 @@ class Learner:
 
     def _learn_masks(self, sets: SampleSets) -> Chosen:
         # Score units before training, unless a checkpoint of the loop holds the solver's later state.
-        prepared, analysis = self.prepared, self.prepared.analysis
+        prepared, analysis, parts = self.prepared, self.prepared.analysis, self.prepared.settings.learning.mask_parts
         student, masks, solver, loop = self.begin()
         if self.folder.read_latest("masks") is None:
             before = partial(self._score_units, student, solver, sets.calibration[:SCORED])
             solver.load(dict((self.scored or self.folder).keep(SALIENCY, before).tensors))
-        loop.run()
+        loop.begin()
+        while loop.done < loop.steps:
+            loop.take_step()
+            if loop.plans and loop.done == max(FIRST_STEPS, parts):
+                self._plan_mask_steps(loop, solver, parts)
+            loop.keep_step()
+        loop.finish()
 
         # Units by their last scores, at the widths that the solver fixed.
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
@@ -197,7 +222,20 @@ class Learner:
         state = gather_tensors(collect_changed_weights(student, masks, analysis.program.state), keep=self.keeps)
         witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
         notes = () if prepared.settings.layers == FREE else (describe_ends(prepared, scores, plan, sets),)
-        return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=self.settings.mask_steps)
+        steps, seconds = loop.steps // parts, loop.seconds * parts
+        return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=steps, seconds=seconds)
+
+    def _plan_mask_steps(self, loop: Loop, solver: Solver, parts: int) -> None:
+        """Set the number of steps that learn masks, by how many steps the run will have in all.
+
+        ``parts``: the loop's steps for each step of the settings.
+        """
+        assert self.limit is not None
+        done, seconds = loop.done / parts, loop.seconds * parts
+        fit = partial(self.limit.fit_steps, time.monotonic(), done, seconds, loop.pace)
+        masks = replace(self.prepared.settings.learning, steps=run_once(fit)).mask_steps
+        loop.steps = max(masks * parts, loop.done)
+        solver.plan_steps(loop.steps)
 
     def begin(self) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
@@ -251,8 +289,10 @@ class Learner:
 
     def _score_units(self, student: PeftModel, solver: Solver, calibration: Samples) -> Kept:
         """The state of the solver before any training: with the prior and the saliency."""
-        solver.prior = {family: values.to(solver.device) for family, values in self._score_prior(calibration).items()}
-        self._estimate_saliency(student, solver, calibration)
+        # First what shows how many samples there is time for.
+        scored = self._estimate_saliency(student, solver, calibration)
+        prior = self._score_prior(calibration[:scored])
+        solver.prior = {family: values.to(solver.device) for family, values in prior.items()}
         return Kept(solver.state())
 
     def _score_prior(self, calibration: Samples) -> Scores:
@@ -261,8 +301,10 @@ class Learner:
         analysis, executor = self.prepared.analysis, self.prepared.calibrator
         return score_units(analysis, WANDA.name, calibration, families=families, progress=say, executor=executor)
 
-    def _estimate_saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
+    def _estimate_saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> int:
         """Estimate F before any training, from gradients of the task's loss in the masks, which are all 1.
+
+        Returns the number of samples that it took: fewer than given if a run by minutes has no time for all of them.
 
         A batch has ``micro`` samples over all processes, rounded up to a multiple of their number. So F does not
         depend on the number of processes. Samples that do not fill a batch are dropped.
@@ -271,14 +313,23 @@ class Learner:
         together = -(-self.settings.training.micro // acc.num_processes) * acc.num_processes
         repeated = calibration.repeat(-(-together // len(calibration)))  # at least one whole batch
         parts = repeated[: len(repeated) // together * together].split(together)
+        count, taken = len(parts), list[float]()
         for done, part in enumerate(parts, 1):
+            if done > count:
+                break
+            began = time.monotonic()
             with switch_off_adapters(student):  # they change nothing before training, and cost time
                 own = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
                 self._compute_sensitivity(run_module(self.prepared.task, student, own)[0], own).backward()
             self._average(solver)
             solver.observe(len(part) * part.positions)
             solver.clear()
-            self.progress("saliency", done, len(parts))
+            # The first batch is slower than the others, and all processes must take as many.
+            taken.append(time.monotonic() - began)
+            if self.limit is not None and done == LEAST_SCORED:
+                count = int(run_once(partial(self.limit.fit_batches, len(parts), min(taken))))
+            self.progress("saliency", done, count)
+        return len(calibration) if count == len(parts) else count * together
 
     def _compute_sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         """The mean of the function whose gradient is the saliency, on this process's part of a batch."""
@@ -318,12 +369,13 @@ class Learner:
     ) -> Recovered:
         loop = self.make_recovery(small, steps, used, watch)
         loop.run()
+        steps = loop.steps
         # Before adapters are merged: the proof compares these outputs with the merged weights'.
         outputs = self.compute_outputs(loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
         state = merge_adapters(student) if self.rank else student.named_parameters()
         trained = gather_tensors(state, keep=self.accelerator.is_main_process)
-        return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
+        return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch, steps)
 
     @property
     def tolerance(self) -> float:
@@ -389,7 +441,7 @@ class Learner:
 
         task, training = self.prepared.task, self.settings.training
         given = (self.accelerator, student, teacher, task, self.samples, steps, training, phase, self.folder)
-        return Loop(*given, progress=report, **more)
+        return Loop(*given, limit=self.limit, progress=report, **more)
 
     def _make_teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""

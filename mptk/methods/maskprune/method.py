@@ -58,7 +58,15 @@ class MaskPrune(Method):
         if prepared.settings.layers == FREE:
             prepared, found = divide_over_layers(prepared, sets, context)
         with context.stage("learn masks"):
-            learner = Learner(context.accelerator, prepared, sets.training, learning, context.folder, context.progress)
+            learner = Learner(
+                context.accelerator,
+                prepared,
+                sets.training,
+                learning,
+                context.folder,
+                context.progress,
+                limit=context.limit,
+            )
             chosen = learner.learn(sets)
         return replace(chosen, losses=found)
 

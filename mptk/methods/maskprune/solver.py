@@ -77,12 +77,11 @@ class Solver:
         stays: Mapping[str, Tensor] | None = None,
         masks: str = "proximal",
     ) -> None:
-        self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
-        self.rates, self.ramp, self.given = (rates or Rates()).divide_over(steps), ramp, dict(given or {})
+        self.shapes, self.resource, self.budget = dict(shapes), resource, budget
+        self.ramp, self.given, self.totals, self.masking = ramp, dict(given or {}), rates or Rates(), masks
         self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
-        self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")
-        self.update = UPDATES[masks](self.rates, steps)
+        self._divide_over(steps)
 
         # m: 1, or 0 for the units that a larger cut removed.
         whole = {family: torch.ones(shape, dtype=torch.bool, device=self.device) for family, shape in shapes.items()}
@@ -108,6 +107,20 @@ class Solver:
     def _make_zeros(self) -> dict[str, Tensor]:
         dtype = find_widest_float(self.device)
         return {family: torch.zeros(shape, dtype=dtype, device=self.device) for family, shape in self.shapes.items()}
+
+    def _divide_over(self, steps: int) -> None:
+        """Set the number of steps, and what each does of the totals."""
+        self.steps, self.rates = steps, self.totals.divide_over(steps)
+        self.rounds = max(1, math.ceil(ROUNDS / steps))
+        self.update = UPDATES[self.masking](self.rates, steps)
+
+    def plan_steps(self, steps: int) -> None:
+        """Learn masks in another number of steps than was planned. F stays as it is known, and the rest goes on."""
+        curvature = {family: self.compute_curvature(family) for family in self.fisher}
+        self._divide_over(steps)
+        # A moving average is divided by the weight of what it has seen, which the new memory makes another.
+        for family, known in curvature.items():
+            self.fisher[family] = known * (1 - self.rates.fisher**self.seen)
 
     # ---- derived values ----
 
@@ -351,7 +364,7 @@ class Solver:
 
     def state(self) -> dict[str, Tensor]:
         """The state that a resumed run needs: name → tensor."""
-        counts = [self.z, self.step_count, self.seen, self.tokens, bool(self.fixed)]
+        counts = [self.z, self.step_count, self.seen, self.tokens, bool(self.fixed), self.steps]
         removed = {family: torch.tensor(count, dtype=torch.float64) for family, count in self.removed.items()}
         each = {**self._collect_tensors(), "removed": removed, "prior": self.prior}
         found = {f"solver.{family}.{name}": t.detach() for name, of in each.items() for family, t in of.items()}
@@ -364,7 +377,8 @@ class Solver:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
-        z, count, seen, tokens, fixed = tensors["solver.z"].tolist()
+        z, count, seen, tokens, fixed, steps = tensors["solver.z"].tolist()
+        self._divide_over(int(steps))
         self.z, self.step_count, self.seen, self.tokens = z, int(count), int(seen), int(tokens)
         for name, of in self._collect_tensors().items():
             for family, tensor in of.items():

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,15 @@ from torch.autograd.profiler import record_function
 from torch.optim import AdamW
 
 from mptk.config import Learning, Training
-from mptk.distributed.processes import find_widest_float, gather_tensor, gather_tensors, prepare_training, shard_like
+from mptk.cost.limit import Limit
+from mptk.distributed.processes import (
+    find_widest_float,
+    gather_tensor,
+    gather_tensors,
+    prepare_training,
+    run_once,
+    shard_like,
+)
 from mptk.errors import InputError
 from mptk.ir import ProgramModule, Samples, join_outputs
 from mptk.methods.maskprune.losses import compute_distillation_losses, compute_hidden_error
@@ -34,18 +43,30 @@ NAME = "held-out"
 """Name of the held-out loss in the log of a phase."""
 STATE = "watched"
 """Name of the held-out losses in a checkpoint."""
+PLAN = "plan"
+"""Name of what a run by minutes keeps in a checkpoint: its number of steps, and the seconds of one."""
+PATIENCE, FALL = 10, 1e-4
+"""A run by minutes ends its recovery if this many measurements in a row bring no loss that is lower than the lowest by
+this share: early stopping with patience (Goodfellow et al., Deep Learning, algorithm 7.1), with the patience and the
+threshold of torch's ``ReduceLROnPlateau``."""
+FIRST_STEPS, EARLY = 2, 0.1
+"""The number of steps is planned again after the first two (the first is slower than the others), after each power of
+two, and at each checkpoint. It may grow while at most this share of the steps is done: later, the rate of learning has
+begun to fall, and would rise again. It may shrink at any time: the rate then falls faster, and still ends at 0."""
 
 
 @dataclass
 class Watch:
     """``losses``: number of steps → the training loss on ``samples``, which are never trained on.
 
-    ``metric``: how the report calls it.
+    ``metric``: how the report calls it. ``planned``: the steps of training that ended early, as the loss had stopped
+    falling; else None.
     """
 
     samples: Samples
     losses: dict[int, float] = field(default_factory=dict)
     metric: str = "training loss"
+    planned: int | None = None
 
     def add(self, step: int, loss: float) -> None:
         """Record the loss after ``step`` steps. NaN counts as infinite."""
@@ -55,6 +76,13 @@ class Watch:
     def best(self) -> int:
         """The step with the lowest loss, the first of equal ones."""
         return min(self.losses, key=lambda step: (self.losses[step], step))
+
+    @property
+    def has_stopped_falling(self) -> bool:
+        """Whether the last ``PATIENCE`` losses are all about as high as the lowest one before them, or higher."""
+        losses = [loss for _, loss in sorted(self.losses.items())]
+        before, last = losses[:-PATIENCE], losses[-PATIENCE:]
+        return bool(before) and min(last) > min(before) * (1 - FALL)
 
     def state(self) -> Tensor:
         """The losses for a checkpoint, float64 [n, 2]."""
@@ -76,8 +104,14 @@ class Watch:
         }
 
     def note(self) -> str:
-        """One line if training ended worse than an earlier step; else empty."""
+        """One line if training ended early, or worse than an earlier step; else empty."""
         first, last, best = 0, max(self.losses), self.best
+        if self.planned is not None:
+            return (
+                f"recovery ended after step {last} of {self.planned}, as the loss on held-out samples had stopped "
+                f"falling; the weights of step {best} were kept (loss {self.losses[best]:.4g}, at first "
+                f"{self.losses[first]:.4g})"
+            )
         if best == last:
             return ""
         worse = f"{self.losses[best]:.4g} → {self.losses[last]:.4g}"
@@ -101,10 +135,10 @@ ExtraState = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tenso
 
 @dataclass(eq=False)
 class Loop:
-    """The steps of one phase. ``run`` continues from the newest checkpoint of the phase, if there is one.
+    """The steps of one phase: ``begin``, then ``take_step`` and ``keep_step`` for each, then ``finish``.
 
-    With a ``watch`` the loss on its samples is measured before the first step and at each checkpoint. The student ends
-    with the weights of the lowest loss.
+    It continues from the newest checkpoint of the phase, if there is one. With a ``watch`` the loss on its samples is
+    measured before the first step and at each checkpoint. The student ends with the weights of the lowest loss.
 
     Args:
         accelerator: made from the run's settings; it prepares ``student`` here.
@@ -117,6 +151,12 @@ class Loop:
         sizes: modules that compute with the weights of ``student``, which are trained together: the first imitates the
             teacher, the others the first. By default the student itself.
         rounding: weights with whose rounded values the passes compute, in training and on held-out samples.
+        limit: the time of a run by minutes, which may change ``steps``; None: ``steps`` are taken.
+
+    Attributes:
+        done: steps that are taken.
+        plans: whether ``steps`` may change. A resumed run keeps the number that its checkpoint has.
+        pace: of what comes after the steps (``Limit``).
     """
 
     accelerator: Accelerator
@@ -134,7 +174,10 @@ class Loop:
     watch: Watch | None = None
     sizes: Sequence[nn.Module] = ()
     rounding: WeightRounding | None = None
+    limit: Limit | None = None
     progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None
+    done: int = field(default=0, init=False)
+    pace: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         given = self.student
@@ -143,6 +186,10 @@ class Loop:
         # Looked up again by name: FSDP2 has replaced the parameters by shards.
         self.parameters = {n: p for n, p in given.named_parameters() if n in trained}
         self.sizes = self.sizes or (self.student,)
+        self.plans = self.limit is not None
+        self._times: list[float] = []
+        self._kept_seconds = self._checked = 0.0
+        self._metrics: Metrics = {}
 
     def run(self) -> None:
         """Train to the last step.
@@ -150,29 +197,74 @@ class Loop:
         Raises:
             MptkError: the loss or a gradient is not finite; the last good checkpoint is kept.
         """
+        self.begin()
+        while self.done < self.steps:
+            self.take_step()
+            if self.plans and self.limit is not None and self._is_planned_now():
+                self._plan_steps(self.limit)
+            self.keep_step()
+        self.finish()
+
+    def begin(self) -> None:
+        """Go back to the newest checkpoint, if there is one."""
+        began = time.monotonic()
+        if self.limit is not None:
+            self.pace = self.limit.measure_pace(began)
+        self.done = self._restore()
         # The weights from before the first step may turn out to be the best ones, so they are measured and stored.
-        start = self._restore()
-        if self.watch is not None and start not in self.watch.losses:
-            self.watch.add(start, self._measure_held_out(self.watch.samples))
-            self._save(start)
-        for step in range(start, self.steps):
-            began = time.perf_counter()
-            metrics, tokens = self._step(step)
-            metrics["tokens/s"] = tokens / (time.perf_counter() - began)
-            done = step + 1
-            # Measure before the checkpoint: it keeps the losses, and the folder keeps the best checkpoint.
-            saves = done % self.settings.save_every == 0 or done == self.steps
-            if saves and self.watch is not None:
-                self.watch.add(done, self._measure_held_out(self.watch.samples))
-                metrics[NAME] = self.watch.losses[done]
-            if self.accelerator.is_main_process:
-                self.folder.log(self.phase, done, metrics)
-            if saves:
-                self._save(done)
-            self.accelerator.log({f"{self.phase}/{name}": value for name, value in metrics.items()}, step=done)
-            self.progress(done, self.steps, metrics)
+        if self.watch is not None and self.done not in self.watch.losses:
+            self.watch.add(self.done, self._measure_held_out(self.watch.samples))
+            self._save(self.done)
+            self._checked = time.monotonic() - began
+
+    def take_step(self) -> None:
+        """Take the next step, without its checkpoint. Raises as ``run``."""
+        began = time.monotonic()
+        self._metrics, tokens = self._step(self.done)
+        self._times.append(time.monotonic() - began)
+        self._metrics["tokens/s"] = tokens / max(self._times[-1], 1e-9)
+        self.done += 1
+
+    def keep_step(self) -> None:
+        """Log the step and, if its turn has come, measure it on held-out samples and store a checkpoint."""
+        done, metrics, began = self.done, self._metrics, time.monotonic()
+        # Measure before the checkpoint: it keeps the losses, and the folder keeps the best checkpoint.
+        saves = done % self.settings.save_every == 0 or done == self.steps
+        if saves and self.watch is not None:
+            self.watch.add(done, self._measure_held_out(self.watch.samples))
+            metrics[NAME] = self.watch.losses[done]
+            if self.limit is not None and done < self.steps and self.watch.has_stopped_falling:
+                self.watch.planned, self.steps = self.steps, done
+        if self.accelerator.is_main_process:
+            self.folder.log(self.phase, done, metrics)
+        if saves:
+            self._save(done)
+            self._checked = time.monotonic() - began
+        self.accelerator.log({f"{self.phase}/{name}": value for name, value in metrics.items()}, step=done)
+        self.progress(done, self.steps, metrics)
+
+    def finish(self) -> None:
+        """Go back to the weights with the lowest loss on held-out samples."""
         if self.watch is not None:
             self._adopt(self.watch.best)
+
+    @property
+    def seconds(self) -> float:
+        """Clock time of a step: the mean without the first one, or what the checkpoint says; 0 if nothing is known."""
+        taken = self._times[1:] or self._times
+        return sum(taken) / len(taken) if taken else self._kept_seconds
+
+    def _is_planned_now(self) -> bool:
+        again = self.done >= FIRST_STEPS and self.done & (self.done - 1) == 0
+        return again or self.done % self.settings.save_every == 0
+
+    def _plan_steps(self, limit: Limit) -> None:
+        """Set the number of steps to what fits into the time that is left."""
+        each = self.seconds + self._checked / self.settings.save_every
+        fit = partial(limit.fit_steps, time.monotonic(), self.done, each, self.pace, self._checked)
+        grows = self.done <= max(FIRST_STEPS, EARLY * self.steps)
+        fits = max(self.done, run_once(fit))  # one process decides for all
+        self.steps = fits if grows else min(fits, self.steps)
 
     def pick_rows(self, step: int) -> Tensor:
         """The samples of ``step``, as row numbers. Each epoch takes all samples in a random order of its own."""
@@ -299,6 +391,8 @@ class Loop:
         state["rng"] = torch.get_rng_state()
         if self.watch is not None:
             state[STATE] = self.watch.state()
+        if self.limit is not None:
+            state[PLAN] = torch.tensor([self.steps, self.seconds], dtype=torch.float64)
         return state | (self.extra[0]() if self.extra else {})
 
     @torch.no_grad()
@@ -323,6 +417,10 @@ class Loop:
         torch.set_rng_state(state["rng"])
         if self.watch is not None:
             self.watch.load(state)
+        # Before the first step nothing was planned again.
+        if step and self.limit is not None and PLAN in state:
+            planned, self._kept_seconds = state[PLAN].tolist()
+            self.steps, self.plans = int(planned), False
         if self.extra:
             self.extra[1](state)
         return step

@@ -1,5 +1,5 @@
-"""Writes the tables of docs/settings.md from the declarations of settings, and the tables of docs/deploy.md from
-``mptk/ir/consumers.py``.
+"""Writes what follows from the declarations of settings: the tables of docs/settings.md, and the types of the keywords
+of functions, by which an editor completes them. The tables of docs/deploy.md are from ``mptk/ir/consumers.py``.
 
     python docs/tables.py
 
@@ -8,15 +8,20 @@ The same files each time. `tests/house/test_docs_settings.py` compares.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import mptk
+from mptk.config import Learning, LossWeights, Rates, Training
 from mptk.config.joined import Settings
 from mptk.config.setting import Declared, find_settings
 from mptk.ir.consumers import CONSUMERS, LIMITS
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = [Path(__file__).with_name(name) for name in ("settings.md", "deploy.md")]
 TABLE = re.compile(r"(<!-- (?P<name>(?!end)\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
@@ -72,6 +77,76 @@ def limits() -> Iterator[str]:
 TABLES = {"runs": runs, "python": python, "consumers": consumers, "limits": limits}
 
 
+class Typed(NamedTuple):
+    """A function whose keywords are settings: those of a command, without ``less``. ``name``: of the type."""
+
+    name: str
+    function: Callable[..., object]
+    command: str
+    less: tuple[str, ...] = ()
+
+
+KEYWORDS = {
+    "mptk/api/keywords.py": (
+        Typed("PruneKeywords", mptk.prune, "prune", ("shared",)),  # one size has nothing to share weights with
+        Typed("RecoverKeywords", mptk.recover, "recover"),
+    ),
+    "mptk/features/advise/keywords.py": (Typed("AdviseKeywords", mptk.advise, "advise"),),
+    "mptk/features/ladder/keywords.py": (Typed("LadderKeywords", mptk.ladder, "prune", ("sparsity",)),),
+    "mptk/features/width_search/keywords.py": (Typed("ShapesKeywords", mptk.shapes, "shapes"),),
+}
+"""File → what it declares."""
+RECORDS = {"learning": Learning, "training": Training, "losses": LossWeights}
+"""Records of settings that are keywords, too."""
+
+
+def declare_keywords(functions: Sequence[Typed]) -> str:
+    """The content of a file of ``KEYWORDS``."""
+    classes = []
+    for each in functions:
+        said = f'    """The settings of ``mptk.{each.function.__name__}``."""'
+        lines = [f"    {name}: {kind}" for name, kind in list_keywords(each).items()]
+        classes.append("\n".join([f"class {each.name}(TypedDict, total=False):", said, "", *lines]))
+    body = "\n\n\n".join(classes)
+    used = {name for name in ("Iterable", "Mapping") if f"{name}[" in body}
+    imports = {
+        "collections.abc": sorted(used),
+        "pathlib": ["Path"] if "Path" in body else [],
+        "typing": ["Literal", "TypedDict"] if "Literal" in body else ["TypedDict"],
+    }
+    records = (kind.__name__ for kind in (*RECORDS.values(), Rates))
+    own = sorted(name for name in records if re.search(rf": {name}$", body, re.MULTILINE))
+    lines = [f"from {module} import {', '.join(names)}" for module, names in imports.items() if names]
+    lines += ["", f"from mptk.config import {', '.join(own)}"] if own else []
+    said = "keywords: the types of settings as keywords. ``python docs/tables.py`` writes this file."
+    return "\n".join([f'"""{said}"""', "", "from __future__ import annotations", "", *lines, "", "", body, ""])
+
+
+def list_keywords(typed: Typed) -> dict[str, str]:
+    """Keyword → its type, without the function's own parameters."""
+    there = find_settings(Settings, typed.command).values()
+    names, own = {each.name for each in there}, {*inspect.signature(typed.function).parameters, *typed.less}
+    found = {}
+    for each in Settings.declared:
+        # A setting without an option says how to train or to cut, so it goes with one that has an option.
+        with_it = "lr" if "." in each.path else "sparsity"
+        if each in there or (not each.setting.on and with_it in names):
+            found[each.name] = format_kind(each)
+    found |= {name: kind.__name__ for name, kind in RECORDS.items() if "lr" in names}
+    return {name: kind for name, kind in found.items() if name not in own}
+
+
+def format_kind(each: Declared) -> str:
+    """The type of a setting's value as Python takes it, which is more than the field holds (``Declared.to_stored``)."""
+    kind = re.sub(r"(\w+\.)+(?=\w)", "", inspect.formatannotation(each.kind)).replace("'", '"')
+    if kind.startswith("tuple"):
+        return f"str | list[str] | {kind}"
+    more = {"share": "str", "path": "Path", "source": "Path | Iterable[str]"}.get(each.setting.form)
+    if more is None:
+        return kind
+    return f"{kind.removesuffix(' | None')} | {more}{' | None' * kind.endswith(' | None')}"
+
+
 WIDE = (", a width for each layer", " (nemotron-nas)")
 
 
@@ -106,3 +181,5 @@ def _row(*cells: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(written(page.read_text()))
+    for name, functions in KEYWORDS.items():
+        (ROOT / name).write_text(declare_keywords(functions))

@@ -92,7 +92,7 @@ def transformers_model() -> None:
     small(input_ids=ids, labels=ids).loss.backward()
 
     better = mptk.recover(pruned, data=TEXTS, length=16, steps=4, batch=4, micro=4, rank=4)
-    print("after recovery", mptk.evaluate(better, TEXTS, length=16)["pruned"])
+    print("after recovery", mptk.evaluate(better, TEXTS, length=16)["model"])
 
 
 def any_module() -> None:

@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mptk.errors import InputError, MptkError, find_removed, make_removed_error
+from mptk.errors import (
+    InputError,
+    KeywordError,
+    MptkError,
+    find_removed,
+    list_close_names,
+    make_removed_error,
+    suggest_name,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,18 +82,33 @@ def guard_call(function: Callable[..., object], args: Sequence[object], kwargs: 
     """Check the arguments of a call, and hold the turn for it.
 
     Raises:
-        MptkError: an argument is not of its annotated type; or a file's name is too long, or a temporary file was
-            removed during the call.
+        MptkError: there is no such argument, or one is not of its annotated type; or a file's name is too long, or a
+            temporary file was removed during the call.
     """
-    given = inspect.signature(function).bind(*args, **kwargs).arguments
     _, parameters = _read_annotations(function)
     several = inspect.Parameter.VAR_KEYWORD  # they are checked when they become ``Settings``
+    if not any(each.kind is several for each in parameters.values()):
+        check_keywords(function.__name__, kwargs, parameters)
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
     check_arguments(function, {name: v for name, v in given.items() if parameters[name].kind is not several})
     with TURN.take():
         try:
             yield
         except OSError as error:  # the two kinds that any call may meet, wherever it writes
             raise _shorten_error(error) or error from error.__cause__
+
+
+def check_keywords(function: str, given: Iterable[str], known: Iterable[str], hint: str = "") -> None:
+    """Raise MptkError if the function has no argument of a name. ``hint``: what else may be the cause."""
+    names = list(known)
+    if unknown := sorted({*given} - {*names}):
+        nearest = list_close_names(unknown[0], names)
+        hints = [hint, suggest_name(unknown[0], names, f"help(mptk.{function}) has them all")]
+        raise KeywordError(
+            f"{function} has no argument {unknown[0]!r}; {'; '.join(filter(None, hints))}",
+            name=unknown[0],
+            nearest=nearest,
+        )
 
 
 def _shorten_error(error: OSError) -> MptkError | None:

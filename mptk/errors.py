@@ -26,6 +26,10 @@ class MptkError(Exception):
         self.name = str(name)
         self.nearest = tuple(nearest)
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it in place of a traceback: its one line, as on the command line."""
+        return [f"{type(self).__name__}: {self}"]
+
     @property
     def cause(self) -> str:
         """What is wrong: the sentence up to its first semicolon."""

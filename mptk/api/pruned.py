@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn, SupportsIndex
+from typing import Literal, NoReturn, SupportsIndex, Unpack
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from mptk.api.changed import FirstRun, Snapshot, check_same, read_saved_files, write_again
 from mptk.api.display import show_progress
+from mptk.api.keywords import PruneKeywords, RecoverKeywords
 from mptk.api.words import wrap_public
 from mptk.arguments import TURN
 from mptk.config import IN_MEMORY, Settings, with_keywords
@@ -26,6 +27,7 @@ from mptk.files import format_json, make_scratch, make_write_error
 from mptk.io import find_stored_dtype, forget_folder, models, resolve_model_name, unwrap_parallel
 from mptk.ir import Log, PassRecord, Plan
 from mptk.methods import find_method
+from mptk.notebook import build_line
 from mptk.progress import Progress, show_nothing
 from mptk.proof.claims import LATER
 from mptk.proof.verification import read_folder_plan
@@ -308,9 +310,12 @@ class Pruned:
         self._snapshot = Snapshot.of(self.model)
 
     def __repr__(self) -> str:
-        cut = {name: f for name, f in self.report.families.items() if f["width"] < f["of"]}
-        widths = ", ".join(f"{name} {f['width']} of {f['of']}" for name, f in cut.items())
+        widths = ", ".join(f"{name} {of} → {width}" for name, (of, width) in self.report.narrowed.items())
         return f"Pruned({self.report.model}, sparsity {self.report.sparsity:.3f}: {widths}; folder={self.folder})"
+
+    def _repr_html_(self) -> str:
+        place = f"in {self.folder}" if self.folder is not None else "in memory; save(folder) writes it"
+        return self.report._repr_html_() + build_line(place)
 
 
 @wrap_public
@@ -325,7 +330,7 @@ def prune(
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
-    **keywords: object,
+    **keywords: Unpack[PruneKeywords],
 ) -> Pruned | None:
     """Prune a model and prove the result::
 
@@ -388,7 +393,7 @@ def recover(
     on_stage: Callable[[PassRecord], None] | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
-    **keywords: object,
+    **keywords: Unpack[RecoverKeywords],
 ) -> Pruned | None:
     """Train a pruned model against its dense model and prove the result.
 

@@ -82,7 +82,8 @@ def evaluate(
         windows, length: as ``eval_windows`` and ``eval_length`` of ``Settings``.
 
     Returns:
-        The value for ``model`` or, if both were measured, for ``dense`` and ``pruned``; ``metric``; ``protocol``.
+        Always ``model``: its value; ``dense``: the dense model's, None if it was not measured; ``metric``;
+        ``protocol``. Of some kinds further figures, each by its name, for the same models.
 
     Raises:
         MptkError: there is no data, or the metric needs a dense model and there is none.
@@ -108,7 +109,8 @@ def evaluate(
             check_fits(samples, next(iter(runs.programs.values())))
         source = IN_MEMORY if data is None or is_in_memory(data) else task.name_data(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
-        return dict(task.measure_quality(runs, sets, say))
+        found = task.measure_quality(runs, sets, say)
+        return {"model": found["model"], "dense": None, **found}
 
 
 def is_text_decoder(model: str, *, trust: Trust) -> bool:
@@ -145,12 +147,12 @@ class _Programs:
             model.check_dense()
             if changed:
                 self._take("dense", (prepared.compared, prepared.task))
-                self._take("pruned", self._open_present(model))
+                self._take("model", self._open_present(model))
                 return
             self.opened.append((prepared.loaded, prepared.task))
-            self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
+            self.programs = {"dense": prepared.reference, "model": model.compiled.program}
             if prepared.task.find_fixed_length(prepared.analysis.program) is not None:
-                self.modules = {"dense": prepared.compared.load_all(), "pruned": model.present}
+                self.modules = {"dense": prepared.compared.load_all(), "model": model.present}
             return
         # The model itself: from memory if its weights changed or no class can load the folder, else from the folder.
         place = model.proven if isinstance(model, Pruned) else model
@@ -171,7 +173,7 @@ class _Programs:
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
             self._take("dense", self._match_tokens((loaded, find_folder_task(Path(str(place)), report, loaded)), place))
-        self._take("pruned" if self.names else "model", small)
+        self._take("model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
         # The folder of a plain module has its example inputs.

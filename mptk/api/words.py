@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from mptk.arguments import P, R, guard_call
-from mptk.config import Declared, Settings
+from mptk.arguments import P, R, check_keywords, guard_call
+from mptk.config import Declared, Settings, list_names
 from mptk.errors import MptkError, find_broken_package
+from mptk.plugins import explain_absent
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("command_line", default=False)
 """Whether a command is running, whose user types options."""
@@ -20,6 +22,8 @@ OPTION = re.compile(
 )
 """A command in backticks, which stays; or an option, and the next word, which may be its value."""
 
+SETTINGS_PARAMETER = "keywords"
+"""The parameter of a function that holds settings."""
 PLAIN = ("after", "chat", "like", "max_new_tokens", "model", "out", "rounds", "tokens")
 OTHERS = {"max-decode-ms": "max_ms", "max-prefill-ms": "max_ms"} | {name.replace("_", "-"): name for name in PLAIN}
 """Options that are not settings → their keywords. An option that is neither belongs to another program, and stays."""
@@ -31,8 +35,12 @@ def wrap_public(function: Callable[P, R]) -> Callable[P, R]:
     What the caller has set in torch, such as ``torch.no_grad`` or autocast, does not count in the call.
     """
 
+    parameters = inspect.signature(function).parameters
+
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if SETTINGS_PARAMETER in parameters:  # beside arguments of its own, which a misspelt name may mean, too
+            check_keywords(function.__name__, kwargs, [*parameters, *list_names(Settings)], explain_absent())
         with name_keywords(), guard_call(function, args, kwargs):
             from mptk.compat.torch import use_default_state  # here: help needs no torch
 

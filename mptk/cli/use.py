@@ -247,7 +247,7 @@ def evaluate_models(
                 trust_remote_code=settings.trust_remote_code,
                 progress=progress,
             )
-            result |= found
+            result["quality"] = found  # it has a ``model``, too
             views.append(build_quality_text(found))
     # The JSON and what is printed, by what was measured.
     if measured is not None:

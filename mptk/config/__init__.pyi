@@ -47,6 +47,7 @@ from .setting import find_idle as find_idle
 from .setting import find_settings as find_settings
 from .setting import format_number as format_number
 from .setting import from_json as from_json
+from .setting import list_names as list_names
 from .setting import list_roles as list_roles
 from .setting import parse_share as parse_share
 from .setting import shorten_typed as shorten_typed

@@ -285,8 +285,7 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
     Raises:
         MptkError: there is no such field (the message has the nearest name), or its value is refused.
     """
-    # Settings and records of settings, each once.
-    known = list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
+    known = list_names(record)
     if unknown := sorted(values.keys() - set(known)):
         hints = [explain_absent(), suggest_name(unknown[0], known, "help(mptk.Settings) has them all")]
         raise KeywordError(
@@ -295,6 +294,11 @@ def with_keywords(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:
             nearest=list_close_names(unknown[0], known),
         )
     return _replace_values(record, values)
+
+
+def list_names(record: Record | type[Record]) -> list[str]:
+    """The keywords: settings and records of settings, each once."""
+    return list(dict.fromkeys(name for each in record.declared for name in each.path.split(".")))
 
 
 def _replace_values(record: AnyRecord, values: Mapping[str, object]) -> AnyRecord:

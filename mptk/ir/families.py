@@ -8,6 +8,7 @@ numbers to variables. Which layers share one is not part of the analysis, but of
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from mptk.ir.blocks import Stack
 from mptk.ir.plan import split_layer
 from mptk.ir.program import Program
 from mptk.ir.weights import Lazy
+from mptk.notebook import build_html, build_table
 
 Place = tuple[str, int]
 """A weight's name, and one of its dimensions."""
@@ -232,6 +234,20 @@ class Analysis:
     weights: Mapping[str, Dims]
     facts: AxisFacts = field(repr=False)
     depths: tuple[Depth, ...] = ()
+
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{f.name} {f.size} × {len(f.groups)}" for f in self.all_families)
+        return f"Analysis(can be cut: {widths or 'nothing'}; cannot: {len(self.blocked)} axes)"
+
+    def _repr_html_(self) -> str:
+        families = [[f.name, f.description, str(f.size), str(len(f.groups))] for f in self.all_families]
+        blocked = Counter((each.name, str(each.size), "; ".join(each.reasons[:1])) for each in self.blocked)
+        fixed = [[*row, str(count)] for row, count in blocked.items()]
+        return build_html(
+            "What can be cut, and what must stay",
+            build_table(["family", "what it is", "units of a layer", "layers"], families),
+            build_table(["axis that stays", "size", "why", "times"], fixed),
+        )
 
     def __deepcopy__(self, memo: object) -> Analysis:
         """Itself, as nothing in it changes; the values of a trace cannot be copied."""

@@ -13,6 +13,7 @@ from mptk.arguments import guard_arguments
 from mptk.errors import PlanError
 from mptk.files import format_json, write_json
 from mptk.files.outputs import check_file
+from mptk.notebook import build_html, build_line, build_table
 from mptk.plain import hash_text
 from mptk.reading import read_json
 
@@ -39,6 +40,9 @@ class FamilyPlan:
     of: int
     keep: Mapping[str, Keep]
 
+    def __repr__(self) -> str:
+        return f"FamilyPlan({self.width} of {self.of} in each of {len(self.keep)} layers)"
+
 
 Entry = Mapping[str, object]
 """What a plan file says of a conversion, which its own code reads (``mptk/conversions``)."""
@@ -54,6 +58,16 @@ class Plan:
     families: Mapping[str, FamilyPlan]
     meta: Mapping[str, object] = field(default_factory=dict)
     conversions: Mapping[str, Entry] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        widths = [f"{name} {each.width} of {each.of}" for name, each in self.families.items()]
+        return f"Plan({', '.join([*widths, *self.conversions])})"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, str(f.of), str(f.width), str(len(f.keep))] for name, f in self.families.items()]
+        table = build_table(["family", "units of a layer", "kept", "layers"], rows)
+        others = [build_line(f"and: {', '.join(self.conversions)}")] if self.conversions else []
+        return build_html("Plan: the units that stay", table, *others)
 
     @property
     def widths(self) -> dict[str, int]:

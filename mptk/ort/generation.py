@@ -230,7 +230,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
     if not chat:
         return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template; leave out --chat", name="chat")
+        raise InputError(
+            "the tokenizer has no chat template, as of a base model, which continues a text and answers no questions; "
+            "leave out --chat, or take an instruct model",
+            name="chat",
+        )
     with ChatTemplate(tokenizer) as template:
         chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
         return [template.encode(turns, "the prompt", "leave out --chat", add_generation_prompt=True) for turns in chats]

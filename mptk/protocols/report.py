@@ -18,6 +18,7 @@ from mptk.config import Settings, from_json, to_json
 from mptk.errors import FileError, MptkError
 from mptk.files import tidy, write_json
 from mptk.io import check_folder_named
+from mptk.notebook import build_html, build_line, build_table
 from mptk.plugins import list_part_names, load_parts
 from mptk.publish.manifest import REPORT_FILE as REPORT_FILE
 from mptk.reading import Json, make_damage_error, make_typed, read_json, shorten_text
@@ -230,6 +231,33 @@ class Report:
     recovery: Annotated[Row, _of(RecoveryRow)] = field(default_factory=dict)
     changed: bool = False
     rows: Annotated[Rows, AfterValidator(_check_rows)] = field(default_factory=dict)
+
+    @property
+    def narrowed(self) -> dict[str, tuple[int, int]]:
+        """Family → units in each layer of the dense and of the pruned model, for each family that was cut."""
+        return {name: (row["of"], row["width"]) for name, row in self.families.items() if row["width"] < row["of"]}
+
+    def __repr__(self) -> str:
+        cut = ", ".join(f"{name} {of} → {width}" for name, (of, width) in self.narrowed.items())
+        return f"Report({self.model}: {self.sparsity:.1%} removed; {cut or 'no family was cut'}; {self._describe()})"
+
+    def _repr_html_(self) -> str:
+        cut = [[name, str(of), str(width)] for name, (of, width) in self.narrowed.items()]
+        cost = [
+            [name, f"{self.cost['dense'][key]:,.0f}", f"{self.cost['pruned'][key]:,.0f}"]
+            for name, key in (("parameters", "parameters"), ("bytes", "bytes"))
+        ]
+        figures = [f"{self.quality[name]:.4g}" for name in ("dense", "pruned") if self.quality.get(name) is not None]
+        quality = [[str(self.quality["metric"]), *figures]] if len(figures) == len(self.cost) else []
+        table = build_table(["", "dense", "pruned"], [*cut, *cost, *quality])
+        return build_html(f"{self.model}: {self.sparsity:.1%} removed", table, build_line(self._describe()))
+
+    def _describe(self) -> str:
+        """Quality and proof in a line."""
+        values = [self.quality.get(name) for name in ("dense", "pruned")]
+        shown = " → ".join("not finite" if value is None else f"{value:.4g}" for value in values)
+        quality = f"{self.quality['metric']} {shown}" if self.quality else "quality was not measured"
+        return f"{quality}; {sum(row['ok'] for row in self.proof)} of {len(self.proof)} stages proven"
 
     def to_json(self) -> Json:
         """The content of ``report.json``."""

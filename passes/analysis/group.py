@@ -367,8 +367,10 @@ def name_blocked(axis: Axis) -> str:
     def is_said(sign: str) -> bool:
         return any(sign in reason for reason in axis.frozen)
 
-    if is_said("indexed by the model's input"):
+    if "word" in axis.roles:
         return "vocab"
+    if is_said("indexed by the model's input or a constant"):
+        return "rows"
     if "embedding" in axis.roles:
         return "hidden"
     return "output" if is_said("the model's output") else "axis"

@@ -9,9 +9,7 @@ from torch import fx
 from mptk.compat.torch import tree_leaves
 from mptk.errors import AnalysisError
 from mptk.ir import Analysis, Axis, list_axes, name_base_op, resolve
-
-# Calls through which token ids stay token ids.
-_MOVES = ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice", "detach")
+from passes.analysis.rules.context import ID_MOVES
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,6 @@ def find_tables(node: fx.Node) -> set[fx.Node]:
         if op == "embedding" and user.args[1] is node:
             assert isinstance(user.args[0], fx.Node)
             found.add(user.args[0])
-        elif op in _MOVES:
+        elif op in ID_MOVES:
             found |= find_tables(user)
     return found

@@ -20,6 +20,8 @@ def test_an_axis_that_stays_has_the_name_of_what_it_is() -> None:
     found = {weight: axis.name for axis in encoder.blocked for weight in axis.weights}
     table = "embeddings.word_embeddings.weight"
     assert (found[f"{table}[0]"], found[f"{table}[1]"]) == ("vocab", "hidden")
+    others = [f"embeddings.{name}_embeddings.weight[0]" for name in ("position", "token_type")]
+    assert [found[name] for name in others] == ["rows", "rows"]  # looked up, but no words
     assert {w: axis.name for axis in classifier.blocked for w in axis.weights}["classifier.weight[0]"] == "output"
     # The size of embeddings is the model's output: it is no family, so to keep it is refused.
     with expect_error(InputError, name="hidden"):

@@ -90,15 +90,15 @@ def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as
     testing.make_tokenizer().save_pretrained(tmp_path / "dense")
     ids = torch.randint(3, 300, (6, 24))
     pruned = mptk.prune(tmp_path / "dense", tmp_path / "out", data=ids, onnx=False, **SMALL)
-    first = mptk.evaluate(pruned, ids, length=24, progress=None)["pruned"]
+    first = mptk.evaluate(pruned, ids, length=24, progress=None)["model"]
     train(pruned.model, input_ids=ids, labels=ids)
     trained = mptk.evaluate(pruned, ids, length=24, progress=None)
-    assert trained["pruned"] < 0.9 * first
+    assert trained["model"] < 0.9 * first
     assert mptk.evaluate(mptk.Pruned.open(tmp_path / "out"), ids, length=24, progress=None)["model"] == pytest.approx(
         first
     )
     folder = pruned.save(tmp_path / "trained")
-    assert mptk.evaluate(folder, ids, length=24, progress=None)["model"] == pytest.approx(trained["pruned"], rel=1e-4)
+    assert mptk.evaluate(folder, ids, length=24, progress=None)["model"] == pytest.approx(trained["model"], rel=1e-4)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded.lm_head.weight, pruned.model.lm_head.weight)
     assert all(d.ok for d in mptk.verify(folder))
@@ -111,7 +111,7 @@ def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as
     again = mptk.recover(
         opened, tmp_path / "recovered", data=ids, steps=1, lr=1e-9, batch=2, length=24, onnx=False, progress=None
     )
-    assert mptk.evaluate(again, ids, length=24, progress=None)["pruned"] == pytest.approx(trained["pruned"], rel=1e-2)
+    assert mptk.evaluate(again, ids, length=24, progress=None)["model"] == pytest.approx(trained["model"], rel=1e-2)
 
 
 def test_adapters_must_be_merged_first_and_no_path_of_a_temporary_folder_is_in_a_result(tmp_path: Path) -> None:

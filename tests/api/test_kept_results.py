@@ -169,18 +169,18 @@ def test_what_changes_no_result_is_no_change(first: Path, tmp_path: Path) -> Non
 
 def test_a_converted_model_counts_with_its_numbers_everywhere(tmp_path: Path) -> None:
     pruned = prune_net()
-    exact = measure_net(pruned)["pruned"]
+    exact = measure_net(pruned)["model"]
     pruned.model.half()
-    halved = measure_net(pruned)["pruned"]
+    halved = measure_net(pruned)["model"]
     assert halved != exact
     mptk.export(pruned, tmp_path / "onnx")
     opened = mptk.Pruned.open(pruned.save(tmp_path / "copy"))
-    saved = mptk.evaluate(opened, X, dense=Net().eval(), example_inputs=X, progress=None)["pruned"]
+    saved = mptk.evaluate(opened, X, dense=Net().eval(), example_inputs=X, progress=None)["model"]
     assert saved == pytest.approx(halved, rel=1e-6)
     other = prune_net()
     other.model.double()
     mptk.export(other, tmp_path / "double")
-    assert measure_net(other)["pruned"] == pytest.approx(exact, rel=1e-6)
+    assert measure_net(other)["model"] == pytest.approx(exact, rel=1e-6)
 
 
 def test_a_dense_model_that_changed_is_no_reference(dense: Path, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_relative_names_hold_when_the_current_folder_changes(
             each.model.lm_head.weight.mul_(2)
     calls = uses(pruned, elsewhere)
     measured = calls["evaluate"]()
-    assert mptk.evaluate(calls["save"](), IDS, length=24, progress=None)["model"] == pytest.approx(measured["pruned"])
+    assert mptk.evaluate(calls["save"](), IDS, length=24, progress=None)["model"] == pytest.approx(measured["model"])
     assert mptk.Report.read(elsewhere / "copy").settings.data == "t.txt"
     calls["recover"]()
     assert opened.save(elsewhere / "opened").is_dir()
@@ -313,13 +313,13 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
 
 
 def test_what_the_caller_set_in_torch_does_not_count(first: Path) -> None:
-    before = measure_net(prune_net())["pruned"]
+    before = measure_net(prune_net())["model"]
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         with torch.device("cpu"):
             net = Net().eval()
-        assert measure_net(prune_net(model=net))["pruned"] == before
+        assert measure_net(prune_net(model=net))["model"] == before
     with torch.inference_mode():
-        assert measure_net(prune_net())["pruned"] == before  # its weights are tensors of inference mode
+        assert measure_net(prune_net())["model"] == before  # its weights are tensors of inference mode
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.no_grad():

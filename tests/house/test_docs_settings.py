@@ -7,8 +7,11 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
+
+from mptk.config import Settings, list_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "settings.md").read_text()
@@ -30,6 +33,17 @@ def test_tables_are_those_of_the_code(tables: ModuleType) -> None:
         *tables.TABLES,
         "end",
     }
+
+
+@pytest.mark.features
+def test_keywords_of_functions_are_the_settings_of_the_code(tables: ModuleType) -> None:
+    written = {name: (ROOT / name).read_text() for name in tables.KEYWORDS}
+    assert {name: tables.declare_keywords(each) for name, each in tables.KEYWORDS.items()} == written
+    for each in (each for functions in tables.KEYWORDS.values() for each in functions):
+        hints = get_type_hints(each.function)  # as an editor and a type checker see it
+        (typed,) = get_args(hints["keywords"])
+        assert typed.__name__ == each.name
+        assert {"device", "length", "trust_remote_code"} <= {*typed.__annotations__} <= {*list_names(Settings)}
 
 
 def test_environment_variables_that_the_code_names_are_there() -> None:

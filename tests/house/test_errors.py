@@ -98,6 +98,12 @@ def test_a_setting_is_named_as_in_python() -> None:
 def test_a_name_that_is_not_known_has_the_nearest() -> None:
     with expect_error(mptk.KeywordError, name="sparsty", nearest=("sparsity",)):
         prune(sparsty=0.3)
+    with expect_error(mptk.KeywordError, name="example_input", nearest=("example_inputs",)):
+        prune(example_input=X)
+    with expect_error(mptk.KeywordError, name="dta", nearest=("data",)):
+        mptk.evaluate("x", dta="wikitext2")
+    with expect_error(mptk.KeywordError, name="overwite", nearest=("overwrite",)):
+        mptk.Plan({}).save("plan.json", overwite=True)
     with expect_error(mptk.InputError, name="wandaa") as refused:
         prune(method="wandaa")
     assert refused.value.nearest[0] == "wanda"

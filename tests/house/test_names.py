@@ -29,9 +29,12 @@ def test_functions_are_named_by_what_they_do() -> None:
 
 
 def list_functions(tree: ast.Module, file: Path) -> Iterator[ast.FunctionDef]:
-    """The functions with names of their own: no properties, nor rules, whose names are those of ops."""
+    """The functions with names of their own: no properties, nor rules, whose names are those of ops.
+
+    A name between underscores is Python's or IPython's.
+    """
     for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef) or node.name.startswith("__"):
+        if not isinstance(node, ast.FunctionDef) or re.fullmatch(r"__.*|_.*_", node.name):
             continue
         decorators = " ".join(map(ast.unparse, node.decorator_list))
         if "property" not in decorators and not (decorators and "rules" in file.parts):

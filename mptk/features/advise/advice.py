@@ -9,6 +9,7 @@ from typing import Literal
 
 from mptk.config import Settings
 from mptk.cost.budgets import PROMPT
+from mptk.notebook import build_html, build_line, build_table
 from mptk.reading import Json
 
 ADVICE = Settings(method="wanda", reconstruct=True, onnx=False, length=128, eval_windows=8)
@@ -209,6 +210,25 @@ class Advice:
     ways: tuple[Way, ...] = ()
     limits: Ceiling = Ceiling()
     way_command: str = ""
+
+    def __repr__(self) -> str:
+        return f"Advice({self.model}: {self._describe()}; {len(self.division)} cuts on {', '.join(self.texts)})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [f"{point.sparsity:.1%}", *(f"{point.texts[text].change:+.1%}" for text in self.texts)]
+            for point in self.division
+        ]
+        unit = "mean loss" if self.measure == "loss" else self.measure
+        table = build_table(["removed", *(f"{unit}, {text}" for text in self.texts)], rows)
+        commands = [build_line(each, code=True) for each in (self.command, self.way_command) if each]
+        return build_html(f"{self.model}: {self._describe()}", table, *commands)
+
+    def _describe(self) -> str:
+        """The recommended cut in a line."""
+        best = self.recommended
+        amount = "none" if best is None else f"{best.sparsity:.1%}"
+        return f"largest safe cut {amount}, for a change of the {self.measure} by at most {self.tolerance:.0%}"
 
     @property
     def texts(self) -> list[str]:

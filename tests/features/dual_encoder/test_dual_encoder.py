@@ -94,7 +94,7 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(pruned: Path) -> None
 
 def test_it_is_measured_as_its_report_says(world: Path, pruned: Path) -> None:
     measured = mptk.evaluate(pruned, str(world / "pictures"), windows=6)
-    assert measured["pruned"] == pytest.approx(mptk.Report.read(pruned).quality["pruned"], abs=1e-5)
+    assert measured["model"] == pytest.approx(mptk.Report.read(pruned).quality["pruned"], abs=1e-5)
     assert measured["dense"] == 1
 
 

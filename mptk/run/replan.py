@@ -149,7 +149,7 @@ def plan_measurement(compiled: Compiled, sets: SampleSets, run: Run) -> tuple[Co
     )
 
 
-def adopt_numbers(run: Run, compiled: Compiled) -> Run:
+def record_numbers(run: Run, compiled: Compiled) -> Run:
     """The run with the numbers that were planned again, for its recipe."""
     if run.timed is None:
         return run

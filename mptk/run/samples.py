@@ -16,15 +16,15 @@ from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
 from mptk.config import IN_MEMORY, Settings
 from mptk.errors import DataError, InputError, MptkError
-from mptk.io import Loaded, check_positions, find_position_limit, read_row_texts
+from mptk.io import PARTS, RANDOM_DATA, Loaded, check_positions, count_aside, find_position_limit, read_row_texts
 from mptk.io import data as text
-from mptk.ir import Program, Samples, is_tokens
+from mptk.ir import IGNORED, Program, Samples, is_tokens
 from mptk.protocols import Kept, Prepared, SampleSets, Task, check_kept_samples
 from mptk.run.amounts import TRAINED_PER_HELD_OUT, count_held_out, count_measured, count_samples
 from mptk.run.inputs import Data, Inputs, is_in_memory
 from mptk.run.run import Run
 from mptk.tasks.inputs.base import check_dimensions, make_missing_error, order_samples
-from mptk.tasks.inputs.text import limit_length
+from mptk.tasks.inputs.text import find_aside, limit_length, make_text_rows
 from mptk.tasks.module import name_tensors
 from passes.check_cut import find_table_size
 
@@ -69,14 +69,44 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
         elif written is not None:  # the model wrote it
             measured, source = written.shorten(s.eval_windows, s.eval_length), text.SELF
         else:
-            measured = task.draw_evaluation(prepared.loaded, s)
+            measured = draw_evaluation(prepared.loaded, task, s, prepared.analysis.program)
     # Batches as the program takes them, and some training samples held out.
     program = prepared.analysis.program
     restored = fit_to_program(task, program, restored, "data")
     measured = fit_to_program(task, program, measured, "eval_data")
     said = source if source == IN_MEMORY else task.name_data(prepared.loaded.model, source)
+    if measures and s.eval_data is None and s.data not in (text.SELF, RANDOM_DATA) and is_apart(measured, restored):
+        said += f" ({describe_amount_measured(measured)} set aside: nothing was fitted to them)"
     used, held_out = hold_out(restored, s)
     return SampleSets(used, used[: s.windows], measured, said, task.sequences, held_out), replace(run, dense=dense)
+
+
+def draw_evaluation(loaded: Loaded, task: Task, settings: Settings, program: Program | None = None) -> Samples:
+    """Samples of the settings' data to measure on. ``program``: what runs on them, if that is known."""
+    source, given = settings.eval_data or settings.data, (text.SELF, RANDOM_DATA)
+    if source in given or not takes_texts(loaded, task, program):
+        return task.draw_evaluation(loaded, settings)
+    assert loaded.tokenizer is not None
+    length, count = settings.eval_length, settings.eval_windows
+    texts = text.read_evaluation_texts(loaded.tokenizer, source, length, count, find_aside(loaded, settings))
+    return make_text_rows(loaded, texts, length)
+
+
+def takes_texts(loaded: Loaded, task: Task, program: Program | None = None) -> bool:
+    """Whether single texts of any length are measured on; a program that takes only one length gets windows."""
+    return task.measures_texts(loaded) and (program is None or task.find_fixed_length(program) is None)
+
+
+def is_apart(measured: Samples, fitted: Samples) -> bool:
+    """Whether no sample is in both: examples and a single sample serve both."""
+    rows = [{text.hash_windows(row) for row in next(iter(each.inputs.values()))} for each in (measured, fitted)]
+    return rows[0].isdisjoint(rows[1])
+
+
+def describe_amount_measured(samples: Samples) -> str:
+    """How many tokens, or samples that are no text."""
+    ids = samples.inputs.get("input_ids")
+    return f"{len(samples)} samples" if ids is None else f"{int((ids != IGNORED).sum()):,} tokens"
 
 
 def hold_out(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
@@ -117,15 +147,63 @@ def collect_given(prepared: Prepared, inputs: Inputs) -> tuple[Samples | None, S
     """The caller's samples to train and calibrate on, and to measure on; None: as the settings say."""
     s, program = prepared.settings, prepared.analysis.program
     training = evaluation = None
-    if inputs.data is not None:
-        training = collect_samples(inputs.data, prepared.loaded, prepared.task, count_samples(s), s.length, s.seed)
+    given = inputs.data
+    if given is not None:
+        apart = s.eval_data in (None, IN_MEMORY) and inputs.eval_data is None
+        rows, given = split_texts(given, prepared) if apart else (None, given)
+        apart = apart and rows is None
+        # As many as show that a quarter is more than is measured on.
+        count = max(count_samples(s) + s.eval_windows, PARTS * s.eval_windows) if apart else count_samples(s)
+        training = collect_samples(given, prepared.loaded, prepared.task, count, s.length, s.seed)
         check_fits(training, program)
+        if apart:
+            border = count_aside(s.eval_windows, len(training))
+            evaluation = training[: border or s.eval_windows]
+            training = training[border:][: count_samples(s)]
+        else:
+            evaluation = rows
     if inputs.eval_data is not None:
-        evaluation = collect_samples(inputs.eval_data, prepared.loaded, prepared.task, s.eval_windows, s.eval_length)
-        check_fits(evaluation, program)
-    elif training is not None and s.eval_data in (None, IN_MEMORY):
-        evaluation = training[: s.eval_windows]
+        texts, given = find_texts(inputs.eval_data, prepared.loaded, prepared.task, program)
+        if texts is not None:
+            evaluation = make_text_rows(prepared.loaded, islice(texts, s.eval_windows), s.eval_length)
+        else:
+            evaluation = collect_samples(given, prepared.loaded, prepared.task, s.eval_windows, s.eval_length)
+            check_fits(evaluation, program)
     return training, evaluation
+
+
+def split_texts(data: Any, prepared: Prepared) -> tuple[Samples | None, Any]:
+    """Single texts of ``data`` to measure on, None if the task is measured on windows; and what is left of it."""
+    s, loaded = prepared.settings, prepared.loaded
+    texts, rest = find_texts(data, loaded, prepared.task, prepared.analysis.program)
+    if texts is None:
+        return None, rest
+    first = list(islice(texts, PARTS * s.eval_windows))
+    border = count_aside(s.eval_windows, len(first))
+    rest = chain(first[border:], texts)
+    # A list is in memory, so windows are chosen from all of it.
+    return make_text_rows(loaded, first[:border] or first, s.eval_length), list(rest) if _is_list(data) else rest
+
+
+def find_texts(
+    data: Any, loaded: Loaded, task: Task, program: Program | None = None
+) -> tuple[Iterator[str] | None, Any]:
+    """The texts in memory, None if these are no texts or are not measured on; and all of ``data``.
+
+    An iterator loses what is looked at, so what is returned takes its place.
+    """
+    if isinstance(data, Samples | Tensor | Mapping) or not takes_texts(loaded, task, program):
+        return None, data
+    each = _iterate_data(data)
+    if (first := next(each, _NOTHING)) is _NOTHING:
+        return None, data
+    every = chain([first], each)
+    texts = _find_texts(every, first, task.make_example(loaded.model).inputs, loaded)
+    return texts, data if _is_list(data) else every
+
+
+def _is_list(data: object) -> bool:
+    return isinstance(data, list | tuple)
 
 
 def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: int, seed: int | None = None) -> Samples:
@@ -153,9 +231,7 @@ def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: i
         if texts is None:
             inputs = _join_batches(batches, like, count)
         else:
-            inputs = {
-                "input_ids": _make_windows(texts, loaded, count, length, seed, whole=isinstance(data, list | tuple))
-            }
+            inputs = {"input_ids": _make_windows(texts, loaded, count, length, seed, whole=_is_list(data))}
     # Check names, dimensions and positions here: an error of the program would name none of the caller's words.
     if inputs.keys().isdisjoint(like):
         raise make_missing_error(names[0], like)
@@ -193,7 +269,8 @@ def check_fits(samples: Samples | None, program: Program) -> None:
 
 def _iterate_data(data: Any) -> Iterator[Any]:
     try:
-        return iter(data)
+        # A table of pandas iterates over the names of its columns.
+        return iter(data.to_dict("records") if hasattr(data, "itertuples") else data)
     except TypeError as error:
         raise _make_form_error(error) from error
 

@@ -290,7 +290,7 @@ def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Sa
     with run.stage("calibration data"):
         for name in names:
             say = partial(run.progress, "calibration data")
-            given = replace(s, data=name)
+            given = replace(s, data=name, eval_data=name)  # what is measured on is set aside here
             found = task.draw_samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
             found = fit_to_program(task, program, found, "data")
             # The last samples are measured on, at most half of a short text; the others are fitted to and held out.

@@ -47,9 +47,10 @@ from mptk.protocols import (
     find_session_device,
 )
 from mptk.reading import Json
+from mptk.run.given import check_fits, collect_samples, find_texts
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, open_in_memory, open_model
-from mptk.run.samples import check_fits, collect_samples, draw_evaluation, find_texts
+from mptk.run.samples import draw_evaluation
 from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, find_folder_task, find_task, load_decoder, load_folder_inputs
 from mptk.tasks.inputs.text import make_text_rows

@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-PARTS = 4
+ASIDE_PARTS = 4
 """A quarter of the data at most is set aside: most of a small text must be left to calibrate and train on."""
-Part = Literal["measured", "fitted"]
+TextPart = Literal["measured", "fitted"]
 """What is set aside, or the rest."""
 
 
 def count_aside(wanted: int, there: int) -> int:
     """How many of the samples that are there are set aside: as many as wanted, or a quarter; none of a single one."""
-    return min(wanted, max(1, there // PARTS)) if there > 1 else 0
+    return min(wanted, max(1, there // ASIDE_PARTS)) if there > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Aside:
     @property
     def searched(self) -> int:
         """Tokens that must be read to know how many are set aside: if there are as many, all windows are."""
-        return PARTS * self.count * self.length
+        return ASIDE_PARTS * self.count * self.length
 
     def count_tokens(self, there: int) -> int:
         """How many of the tokens that are there are set aside: whole windows or, of a short text, a quarter."""
-        windows = min(self.count, there // (PARTS * self.length))
-        return windows * self.length or there // PARTS
+        windows = min(self.count, there // (ASIDE_PARTS * self.length))
+        return windows * self.length or there // ASIDE_PARTS

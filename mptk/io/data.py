@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import DataError, FileError, InputError, ModelError
-from mptk.io.aside import Aside, Part
+from mptk.io.aside import Aside, TextPart
 from mptk.io.text import sampled
 from mptk.io.text.files import Document, list_texts
 from mptk.io.text.sources import (
@@ -233,7 +233,7 @@ def _share_windows(
     count: int | None,
     seed: int | None,
     aside: Aside | None,
-    part: Part,
+    part: TextPart,
 ) -> Tensor:
     """Windows of all sources, shared out by weight, in a random order if there is a seed."""
     found = [
@@ -248,7 +248,7 @@ def _share_windows(
 
 
 def _share_sources(
-    data: str, count: int | None, aside: Aside | None, part: Part
+    data: str, count: int | None, aside: Aside | None, part: TextPart
 ) -> Iterator[tuple[TextSource, int | None, Aside | None]]:
     """The sources of ``data`` with what each gives of ``count``, all if that is None; and what is set aside of it."""
     fitted, measured = parse(data), parse(data, held_out=True)
@@ -269,7 +269,7 @@ def _read_windows(
     count: int | None,
     seed: int | None,
     aside: Aside | None,
-    part: Part,
+    part: TextPart,
 ) -> Tensor:
     """Windows of one source. No more of it is read than it takes to choose ``count`` of them.
 
@@ -291,7 +291,7 @@ def _read_stream(
     length: int,
     seed: int | None,
     aside: Aside | None,
-    part: Part,
+    part: TextPart,
 ) -> Tensor:
     """The tokens of one source from which windows are cut; see ``_read_windows``."""
     limits = _compute_limits(count, length, seed)

@@ -97,7 +97,7 @@ class Task(Protocol):
         """Samples to measure quality on."""
         ...
 
-    def measures_texts(self, loaded: Loaded) -> bool:
+    def should_measure_texts(self, loaded: Loaded) -> bool:
         """Whether it is measured on single texts, as they are used (``make_text_rows``), and not on windows of text."""
         return False
 

@@ -36,7 +36,7 @@ class Encoder(ComparedTask):
             return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
         return explain_unlisted((MODEL_MAPPING_NAMES,), config, classes, "give features")
 
-    def measures_texts(self, loaded: Loaded) -> bool:
+    def should_measure_texts(self, loaded: Loaded) -> bool:
         return loaded.tokenizer is not None and isinstance(self.find_inputs(loaded.model), TextWindows)
 
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:

@@ -1,6 +1,6 @@
 """Texts that a caller has in memory: whatever gives strings, or rows with text in them, is data.
 
-It reaches for mptk.run.samples: a run does not show its windows.
+It reaches for mptk.run.given: a run does not show its windows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from mptk import testing
 from mptk.errors import DataError, InputError
 from mptk.io import Loaded, open_live
-from mptk.run.samples import check_texts, collect_samples
+from mptk.run.given import check_texts, collect_samples
 from mptk.tasks import bind_task
 from mptk.testing import expect_error
 

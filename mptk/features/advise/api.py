@@ -40,12 +40,13 @@ from mptk.methods.division.trials import Trials
 from mptk.protocols import Context, Opened, Prepared, SampleSets
 from mptk.report.summary import SAFE_CHANGE
 from mptk.run.amounts import count_samples
+from mptk.run.given import collect_given
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.prepare import prepare
 from mptk.run.prune import keep_stages_on_failure
 from mptk.run.run import Run, Start, open_run
-from mptk.run.samples import collect_given, hold_out
+from mptk.run.samples import hold_out
 
 FAMILIES = 1.5
 """Cuts for each sparsity in the estimate, which is made before families are known: a division, and at every second

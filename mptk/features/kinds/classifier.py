@@ -63,7 +63,7 @@ class Classifier(ComparedTask):
         likeliest = reference.argmax(-1).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), likeliest, reduction="sum") / logits.shape[1]
 
-    def measures_texts(self, loaded: Loaded) -> bool:
+    def should_measure_texts(self, loaded: Loaded) -> bool:
         return loaded.tokenizer is not None and isinstance(self.find_inputs(loaded.model), TextWindows)
 
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:

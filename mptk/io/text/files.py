@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from mptk.errors import DataError, FileError, MptkError, PackageError, list_close_names, take_first_line
-from mptk.io.aside import PARTS, Part
+from mptk.io.aside import ASIDE_PARTS, TextPart
 from mptk.reading import Damaged, Json, parse_json
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Document = Iterable[str]
 
 PIECE = 1 << 16
 """Characters that are read, or tokenised, at once."""
-BLOCK = 1 << 13
+ASIDE_BLOCK = 1 << 13
 """Characters of a text file of a folder that are set aside at once: several windows of 512 tokens."""
 
 # Ending of a table → the reader of ``datasets``; endings of compressed files; bytes that tell whether a file is text.
@@ -81,7 +81,7 @@ def read_folder_documents(
     characters: int | None = None,
     least: int = 0,
     seed: int = 0,
-    part: Part | None = None,
+    part: TextPart | None = None,
 ) -> Iterator[Document]:
     """The documents of all text files and tables in a folder and below, without hidden ones.
 
@@ -108,18 +108,18 @@ def read_folder_documents(
         named = column if _is_table(file) else None
         documents = read_file_documents(file, named, tokenizer) if _is_table(file) else iter([_read_pieces(file)])
         if part is not None:
-            blocks = documents if _is_table(file) else (iter([piece]) for piece in _read_pieces(file, BLOCK))
+            blocks = documents if _is_table(file) else (iter([piece]) for piece in _read_pieces(file, ASIDE_BLOCK))
             documents = _choose_part(blocks, part, numbers[file])
         yield from documents if share is None else _take_characters(documents, share)
 
 
-def _choose_part(documents: Iterable[Document], part: Part, first: int) -> Iterator[Document]:
+def _choose_part(documents: Iterable[Document], part: TextPart, first: int) -> Iterator[Document]:
     """The documents that are set aside, or the others. ``first``: the number of the first one.
 
     Files begin with other numbers, so that of many files of one document some are set aside.
     """
     for number, document in enumerate(documents, first):
-        if (number % PARTS == 0) == (part == "measured"):
+        if (number % ASIDE_PARTS == 0) == (part == "measured"):
             yield document
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mptk.errors import FileError, InputError, MptkError
 from mptk.files import expand_path
-from mptk.io.aside import Part
+from mptk.io.aside import TextPart
 from mptk.io.text.files import (
     PLAIN_TEXT,
     Document,
@@ -140,7 +140,7 @@ class TextSource:
         characters: int | None = None,
         least: int = 0,
         seed: int = 0,
-        part: Part | None = None,
+        part: TextPart | None = None,
     ) -> Iterator[Document]:
         """Its documents. Of a folder, about ``characters`` from all of its files (``read_folder_documents``)."""
         if isinstance(self.place, HubText):

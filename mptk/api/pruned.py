@@ -35,6 +35,7 @@ from mptk.protocols import Compiled, Context, Opened, Report, check_dense, check
 from mptk.publish.folder import check_replaceable, publish
 from mptk.publish.manifest import check_listed, check_manifest, copy_listed, read_manifest
 from mptk.run.estimate import read_estimator
+from mptk.run.given import check_texts
 from mptk.run.inputs import Data, GivenInputs, Inputs, name_given, split_texts
 from mptk.run.minutes import complete_settings
 from mptk.run.open import Model, name_start, take_model
@@ -42,7 +43,6 @@ from mptk.run.prune import Result
 from mptk.run.prune import run_prune as prune_model
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.run import Start, open_run
-from mptk.run.samples import check_texts
 from mptk.targets.archive import ARCHIVE, open_archive
 from mptk.targets.graph import read_weights
 from mptk.trust import trust_by_caller

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ from mptk.protocols import (
     find_session_device,
 )
 from mptk.reading import Json
+from mptk.run.given import check_fits, collect_samples, find_texts
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, open_in_memory, open_model
-from mptk.run.samples import check_fits, collect_samples
+from mptk.run.samples import draw_evaluation
 from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, find_folder_task, find_task, load_decoder, load_folder_inputs
+from mptk.tasks.inputs.text import make_text_rows
 from mptk.tasks.module import Module
 from mptk.trust import Trust, trust_by_caller
 from passes.analysis import group
@@ -89,7 +92,8 @@ def evaluate(
         MptkError: there is no data, or the metric needs a dense model and there is none.
     """
     settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
-    settings = with_keywords(settings, name_given(data=data))
+    # As ``eval_data``, too: nothing is fitted to it, so no part is set aside.
+    settings = with_keywords(settings, name_given(data=data, eval_data=data))
     resident, executor = build_executor(settings)
     with explain_errors(), report_progress(progress) as say:
         say("load", 0, 0)
@@ -97,15 +101,19 @@ def evaluate(
         # Open the models, then read samples by the first one's task, then trace for these samples.
         runs = _Programs(resident, executor, trust, tokenizer, example_inputs)
         runs.add(model, dense)
-        loaded, task = runs.opened[0]
+        (loaded, task), texts = runs.opened[0], None
         if is_in_memory(data):
-            samples = collect_samples(data, loaded, task, windows, length)
+            texts, given = find_texts(data, loaded, task)
+            if texts is None:
+                samples = collect_samples(given, loaded, task, windows, length)
+            else:
+                samples = make_text_rows(loaded, islice(texts, windows), length)
         elif data is None and task.sequences:
             raise InputError("evaluate needs data to measure on; give data", name="data")
         else:
-            samples = task.draw_evaluation(loaded, settings)
+            samples = draw_evaluation(loaded, task, settings)
         samples = runs.trace(samples)
-        if is_in_memory(data):
+        if is_in_memory(data) and texts is None:
             check_fits(samples, next(iter(runs.programs.values())))
         source = IN_MEMORY if data is None or is_in_memory(data) else task.name_data(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)

@@ -262,7 +262,11 @@ class CoreSettings(CutSettings):
     )
     length: int = declare_setting(256, "Tokens in a window.", DATA, READING, within=(8, COUNT))
     eval_data: str | None = declare_setting(
-        None, "Text for the perplexity in the report; default: the text of --data.", DATA, TRAINING, form="source"
+        None,
+        "Text for the perplexity in the report; default: a part of --data, set aside.",
+        DATA,
+        TRAINING,
+        form="source",
     )
     eval_windows: int = declare_setting(16, "Windows to measure on.", DATA, TRAINING, within=(1, COUNT))
     # Two tokens at least: the first one is not predicted.

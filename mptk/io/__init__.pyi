@@ -1,6 +1,9 @@
 # What other packages import from here; each name is loaded at its first use.
 from .archive import EXTRA as EXTRA
 from .archive import read_archive as read_archive
+from .aside import ASIDE_PARTS as ASIDE_PARTS
+from .aside import Aside as Aside
+from .aside import count_aside as count_aside
 from .auto_classes import find_model_classes as find_model_classes
 from .auto_classes import name_class as name_class
 from .auto_classes import name_library as name_library

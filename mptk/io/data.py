@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import DataError, FileError, InputError, ModelError
+from mptk.io.aside import Aside, TextPart
 from mptk.io.text import sampled
-from mptk.io.text.files import Document
+from mptk.io.text.files import Document, list_texts
 from mptk.io.text.sources import (
     RANDOM_DATA,
     RANDOM_NAME,
@@ -42,12 +44,15 @@ __all__ = [
     "make_token_windows",
     "name_data",
     "read_documents",
+    "read_evaluation_texts",
     "read_places",
 ]
 
 # Characters to read for each wanted token. Text has about 4 a token, so 8 are enough. With a seed, up to 64 are read,
 # so that there are more windows to choose from than are wanted, but no more than ``_MOST`` characters beyond the 8.
 _CHARACTERS_A_TOKEN, _ENOUGH, _MOST = 64, 8, 64_000_000
+LEAST_MEASURED = 2
+"""Tokens of the shortest window to measure on: the first one is not predicted."""
 
 
 def read_documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
@@ -104,11 +109,13 @@ def load_evaluation_windows(
     data: str,
     length: int = 512,
     count: int | None = None,
+    aside: Aside | None = None,
 ) -> Tensor:
     """Windows of ``data`` to measure on, int64 [n, length].
 
     The sources share ``count`` by weight. A source gives its first windows; a folder, windows of all of its files,
-    chosen with seed 0.
+    chosen with seed 0. ``aside``: only what the same call of ``load_calibration_windows`` leaves out, of a text that
+    both read; windows of a short text are then shorter.
 
     Raises:
         MptkError: as ``read_documents`` and ``make_token_windows``; ``data`` is ``self``; or there is no tokenizer.
@@ -117,7 +124,33 @@ def load_evaluation_windows(
         raise InputError(
             "there is no model to write the text to measure on; give a file, folder or dataset", name="data"
         )
-    return _share_windows(parse(data, held_out=True), _require_tokenizer(tokenizer), length, count, None)
+    return _share_windows(data, _require_tokenizer(tokenizer), length, count, None, aside, "measured")
+
+
+def read_evaluation_texts(
+    tokenizer: PreTrainedTokenizerBase, data: str, length: int, count: int, aside: Aside | None = None
+) -> Iterator[str]:
+    """The first ``count`` texts of ``data``: rows of a table or of a data set, lines of a text; none is blank.
+
+    The sources share ``count`` by weight. ``aside``, errors: as in ``load_evaluation_windows``. If the first text is
+    longer than what is set aside, its start is taken.
+    """
+    for source, own, left in _share_sources(data, count, aside, "measured"):
+        # As many tokens are set aside as of windows. Each text counts one more, for what stands between texts.
+        most = (
+            None
+            if left is None or source.is_folder
+            else len(_read_stream(source, tokenizer, own, length, None, left, "measured"))
+        )
+        documents = source.read_documents(tokenizer, part=None if left is None else "measured")
+        for number, text in enumerate(islice(list_texts(documents), own)):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids if most is not None else []
+            if most is not None and len(ids) > most:
+                if not number:
+                    yield str(tokenizer.decode(ids[:most]))
+                break
+            yield text
+            most = None if most is None else most - len(ids) - 1
 
 
 def load_calibration_windows(
@@ -128,12 +161,14 @@ def load_calibration_windows(
     length: int = 256,
     *,
     seed: int = 0,
+    aside: Aside | None = None,
     progress: Count | None = None,
 ) -> Tensor:
     """Up to ``count`` calibration windows, int64 [n, length], from ``data`` (docs/data.md) or the model.
 
     Several sources share the windows by weight. The order is random, so that the first windows are of all sources, too.
-    Text that the model writes is kept in the cache folder, for the same weights, seed and length.
+    Text that the model writes is kept in the cache folder, for the same weights, seed and length. ``aside``: windows of
+    a text that are left out, since they are measured on.
 
     Raises:
         MptkError: as ``check_length``, ``sampled.sample_text``, ``read_documents``, ``make_token_windows``; or there is
@@ -142,7 +177,7 @@ def load_calibration_windows(
     check_length(model, length)  # before text is written or read, which takes time
     if data == SELF:
         return sampled.from_cache(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
-    windows = _share_windows(parse(data), _require_tokenizer(tokenizer), length, count, seed)
+    windows = _share_windows(data, _require_tokenizer(tokenizer), length, count, seed, aside, "fitted")
     check_ids(model, windows)
     return windows
 
@@ -192,38 +227,88 @@ def name_data(data: str) -> str:
 
 
 def _share_windows(
-    sources: tuple[TextSource, ...],
+    data: str,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     count: int | None,
     seed: int | None,
+    aside: Aside | None,
+    part: TextPart,
 ) -> Tensor:
     """Windows of all sources, shared out by weight, in a random order if there is a seed."""
-    if len(sources) == 1:
-        return _read_windows(sources[0], tokenizer, length, count, seed)
-    # Without a count, all windows of each source.
-    counts: list[int | None] = [None] * len(sources)
-    if count is not None:
-        counts = list(share_count(count, [source.weight for source in sources]))
-    found = [_read_windows(s, tokenizer, length, n, seed) for s, n in zip(sources, counts, strict=True) if n != 0]
+    found = [
+        _read_windows(source, tokenizer, length, own, seed, left, part)
+        for source, own, left in _share_sources(data, count, aside, part)
+    ]
+    if len(found) == 1:
+        return found[0]
     # Shuffled, so that the first batches are of all sources. To measure, the order is the text's.
     rows = torch.cat(found)
     return rows if seed is None else rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
 
+def _share_sources(
+    data: str, count: int | None, aside: Aside | None, part: TextPart
+) -> Iterator[tuple[TextSource, int | None, Aside | None]]:
+    """The sources of ``data`` with what each gives of ``count``, all if that is None; and what is set aside of it."""
+    fitted, measured = parse(data), parse(data, held_out=True)
+    weights = [source.weight for source in measured]
+    counts = [None] * len(weights) if count is None else share_count(count, weights)
+    shares = [0] * len(weights) if aside is None else share_count(aside.count, weights)
+    for own, other, number, share in zip(fitted, measured, counts, shares, strict=True):
+        # Of a data set that has a split to measure on, nothing more is set aside.
+        kept = Aside(share, aside.length) if aside is not None and share and own.place == other.place else None
+        if number != 0:
+            yield other if part == "measured" else own, number, kept
+
+
 def _read_windows(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int | None,
+    seed: int | None,
+    aside: Aside | None,
+    part: TextPart,
 ) -> Tensor:
-    """Windows of one source. No more of it is read than it takes to choose ``count`` of them."""
+    """Windows of one source. No more of it is read than it takes to choose ``count`` of them.
+
+    ``aside``: what is set aside of it, if only a ``part`` is read.
+    """
     # The first windows of a folder would all be of its first file.
     if source.is_folder and seed is None:
         seed = 0
+    stream = _read_stream(source, tokenizer, count, length, seed, aside, part)
+    if aside is not None and part == "measured":  # what is set aside of a short text may be less than a window
+        length = min(length, max(len(stream), LEAST_MEASURED))
+    return cut_windows(stream, tokenizer, length, count, seed)
+
+
+def _read_stream(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int | None,
+    length: int,
+    seed: int | None,
+    aside: Aside | None,
+    part: TextPart,
+) -> Tensor:
+    """The tokens of one source from which windows are cut; see ``_read_windows``."""
     limits = _compute_limits(count, length, seed)
-    documents = source.read_documents(tokenizer, limits.characters, _ENOUGH * length, seed or 0)
+    if aside is not None and not source.is_folder:  # how long the text is decides how much is set aside
+        limits = limits.extend(aside.searched)
+    own = part if aside is not None and source.is_folder else None
+    documents = source.read_documents(tokenizer, limits.characters, _ENOUGH * length, seed or 0, own)
     stream = encode_documents(documents, tokenizer, characters=limits.characters, tokens=limits.tokens)
     if not len(stream):
-        raise DataError(f"{source.name} holds no text; give a file, folder or dataset with some", name=source.name)
-    return cut_windows(stream, tokenizer, length, count, seed)
+        more = " beside what is set aside to measure on" if own is not None else ""
+        raise DataError(
+            f"{source.name} holds no text{more}; give a file, folder or dataset with some", name=source.name
+        )
+    if aside is not None and not source.is_folder:
+        border = aside.count_tokens(len(stream))
+        stream = stream[:border] if part == "measured" else stream[border:]
+    return stream
 
 
 @dataclass(frozen=True)
@@ -232,6 +317,11 @@ class _Limits:
 
     characters: int | None = None
     tokens: int | None = None
+
+    def extend(self, tokens: int) -> _Limits:
+        """With at least so many tokens."""
+        characters = None if self.characters is None else self.characters + _ENOUGH * tokens
+        return _Limits(characters, None if self.tokens is None else max(self.tokens, tokens))
 
 
 def _compute_limits(count: int | None, length: int, seed: int | None) -> _Limits:

@@ -97,6 +97,10 @@ class Task(Protocol):
         """Samples to measure quality on."""
         ...
 
+    def should_measure_texts(self, loaded: Loaded) -> bool:
+        """Whether it is measured on single texts, as they are used (``make_text_rows``), and not on windows of text."""
+        return False
+
     def make_samples(
         self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0
     ) -> Samples:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from mptk.compile.cut import with_dense_outputs
 from mptk.compile.trace import fit_to_program
 from mptk.config import IN_MEMORY, Settings
-from mptk.errors import DataError, InputError, MptkError
-from mptk.io import Loaded, check_positions, find_position_limit, read_row_texts
+from mptk.io import RANDOM_DATA, Loaded
 from mptk.io import data as text
-from mptk.ir import Program, Samples, is_tokens
+from mptk.ir import IGNORED, Program, Samples
 from mptk.protocols import Kept, Prepared, SampleSets, Task, check_kept_samples
 from mptk.run.amounts import TRAINED_PER_HELD_OUT, count_held_out, count_measured, count_samples
-from mptk.run.inputs import Data, Inputs, is_in_memory
+from mptk.run.given import collect_given, takes_texts
 from mptk.run.run import Run
-from mptk.tasks.inputs.base import check_dimensions, make_missing_error, order_samples
-from mptk.tasks.inputs.text import limit_length
-from mptk.tasks.module import name_tensors
-from passes.check_cut import find_table_size
+from mptk.tasks.inputs.text import find_aside, make_text_rows
 
 KEPT_SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
@@ -69,14 +58,39 @@ def read_samples(prepared: Prepared, run: Run, *, measures: bool = True) -> tupl
         elif written is not None:  # the model wrote it
             measured, source = written.shorten(s.eval_windows, s.eval_length), text.SELF
         else:
-            measured = task.draw_evaluation(prepared.loaded, s)
+            measured = draw_evaluation(prepared.loaded, task, s, prepared.analysis.program)
     # Batches as the program takes them, and some training samples held out.
     program = prepared.analysis.program
     restored = fit_to_program(task, program, restored, "data")
     measured = fit_to_program(task, program, measured, "eval_data")
     said = source if source == IN_MEMORY else task.name_data(prepared.loaded.model, source)
+    if measures and s.eval_data is None and s.data not in (text.SELF, RANDOM_DATA) and is_apart(measured, restored):
+        said += f" ({describe_amount_measured(measured)} set aside: nothing was fitted to them)"
     used, held_out = hold_out(restored, s)
     return SampleSets(used, used[: s.windows], measured, said, task.sequences, held_out), replace(run, dense=dense)
+
+
+def draw_evaluation(loaded: Loaded, task: Task, settings: Settings, program: Program | None = None) -> Samples:
+    """Samples of the settings' data to measure on. ``program``: what runs on them, if that is known."""
+    source, given = settings.eval_data or settings.data, (text.SELF, RANDOM_DATA)
+    if source in given or not takes_texts(loaded, task, program):
+        return task.draw_evaluation(loaded, settings)
+    assert loaded.tokenizer is not None
+    length, count = settings.eval_length, settings.eval_windows
+    texts = text.read_evaluation_texts(loaded.tokenizer, source, length, count, find_aside(loaded, settings))
+    return make_text_rows(loaded, texts, length)
+
+
+def is_apart(measured: Samples, fitted: Samples) -> bool:
+    """Whether no sample is in both: examples and a single sample serve both."""
+    rows = [{text.hash_windows(row) for row in next(iter(each.inputs.values()))} for each in (measured, fitted)]
+    return rows[0].isdisjoint(rows[1])
+
+
+def describe_amount_measured(samples: Samples) -> str:
+    """How many tokens, or samples that are no text."""
+    ids = samples.inputs.get("input_ids")
+    return f"{len(samples)} samples" if ids is None else f"{int((ids != IGNORED).sum()):,} tokens"
 
 
 def hold_out(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
@@ -92,177 +106,3 @@ def add_dense_outputs(prepared: Prepared, sets: SampleSets, run: Run) -> SampleS
         return sets
     with run.stage("dense outputs"):
         return replace(sets, calibration=with_dense_outputs(prepared, sets.calibration))
-
-
-# ---- samples that the caller gives in memory ----
-
-_NOTHING = object()
-
-
-def check_texts(**given: Data | None) -> None:
-    """Raise MptkError if samples in memory hold token ids: ``vocabulary`` gives tokens other ids."""
-    for name, data in given.items():
-        if not is_in_memory(data):
-            continue
-        # An iterator loses what is looked at, so it is refused unseen.
-        once = isinstance(data, Iterator)
-        first = None if once or isinstance(data, Tensor | Samples | Mapping) else next(_iterate_data(data), None)
-        if not (isinstance(first, str) or _is_row(first)):
-            raise InputError(
-                f"{name} must be texts beside vocabulary, which gives tokens other ids; give a list of texts", name=name
-            )
-
-
-def collect_given(prepared: Prepared, inputs: Inputs) -> tuple[Samples | None, Samples | None]:
-    """The caller's samples to train and calibrate on, and to measure on; None: as the settings say."""
-    s, program = prepared.settings, prepared.analysis.program
-    training = evaluation = None
-    if inputs.data is not None:
-        training = collect_samples(inputs.data, prepared.loaded, prepared.task, count_samples(s), s.length, s.seed)
-        check_fits(training, program)
-    if inputs.eval_data is not None:
-        evaluation = collect_samples(inputs.eval_data, prepared.loaded, prepared.task, s.eval_windows, s.eval_length)
-        check_fits(evaluation, program)
-    elif training is not None and s.eval_data in (None, IN_MEMORY):
-        evaluation = training[: s.eval_windows]
-    return training, evaluation
-
-
-def collect_samples(data: Any, loaded: Loaded, task: Task, count: int, length: int, seed: int | None = None) -> Samples:
-    """At most ``count`` samples of ``data``; windows of text have ``length`` tokens.
-
-    ``seed``: shuffles them; None keeps the order of the text.
-
-    Raises:
-        MptkError: they are not of this model's kind, or there are none.
-    """
-    # By form: samples; one tensor or inputs by name; else texts, rows or batches, which their first item tells apart.
-    like = task.make_example(loaded.model).inputs
-    names = list(like)
-    if isinstance(data, Samples):
-        name_tensors(names, data.inputs)
-        return order_samples(data, like)[:count]
-    if isinstance(data, Tensor | Mapping):
-        inputs = name_tensors(names, data, like)
-    else:
-        each = _iterate_data(data)
-        if (first := next(each, _NOTHING)) is _NOTHING:
-            raise DataError("data is empty; give texts, token ids [n, length], or batches of inputs", name="data")
-        batches = chain([first], each)
-        texts = _find_texts(batches, first, like, loaded)
-        if texts is None:
-            inputs = _join_batches(batches, like, count)
-        else:
-            inputs = {
-                "input_ids": _make_windows(texts, loaded, count, length, seed, whole=isinstance(data, list | tuple))
-            }
-    # Check names, dimensions and positions here: an error of the program would name none of the caller's words.
-    if inputs.keys().isdisjoint(like):
-        raise make_missing_error(names[0], like)
-    check_dimensions(inputs, like)
-    if (ids := inputs.get("input_ids")) is not None and isinstance(loaded.model, PreTrainedModel) and is_tokens(ids):
-        check_positions(find_position_limit(loaded.model.config), ids.shape[1], f"{ids.shape[1]} tokens of data")
-    try:
-        made = task.make_samples(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
-    except KeyError as error:  # the task needs an input that is not there
-        raise make_missing_error(error.args[0], like) from error
-    return order_samples(made, like)
-
-
-def check_fits(samples: Samples | None, program: Program) -> None:
-    """Raise MptkError if samples in memory do not fit this program: their type differs, or token ids are too large."""
-    if samples is None:
-        return
-    nodes = {node.name: node for node in program.list_placeholders()}
-    for (name, tensor), given_name in zip(samples.inputs.items(), program.user_inputs, strict=True):
-        node = nodes[given_name]
-        like = node.meta["val"]
-        if tensor.is_floating_point() != like.is_floating_point():
-            raise DataError(
-                f"{name} in data has type {tensor.dtype}, but the model was traced for {like.dtype}; convert it",
-                name=name,
-            )
-        table = None if tensor.is_floating_point() else find_table_size(node)
-        if table is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < table:
-            raise DataError(
-                f"{name} in data has ids from {int(tensor.min())} to {int(tensor.max())}, and the model's table has "
-                f"{table} rows; give ids from 0 to {table - 1}",
-                name=name,
-            )
-
-
-def _iterate_data(data: Any) -> Iterator[Any]:
-    try:
-        return iter(data)
-    except TypeError as error:
-        raise _make_form_error(error) from error
-
-
-def _is_row(first: object) -> bool:
-    """Whether this is a row of a data set with text in it: it holds no tensors."""
-    return isinstance(first, Mapping) and not any(isinstance(value, Tensor) for value in first.values())
-
-
-def _find_texts(each: Iterable[Any], first: object, like: Mapping[str, Tensor], loaded: Loaded) -> Iterator[str] | None:
-    """The texts in ``each``, which are strings or rows of a data set; None if it holds something else."""
-    if isinstance(first, str | bytes):
-        return _check_strings(each)
-    reads = loaded.tokenizer is not None and "input_ids" in like
-    if reads and isinstance(first, Mapping) and _is_row(first) and like.keys().isdisjoint(first):
-        return read_row_texts(each, "data", None, loaded.tokenizer)
-    return None
-
-
-def _check_strings(each: Iterable[object]) -> Iterator[str]:
-    for one in each:
-        if not isinstance(one, str):
-            raise DataError(
-                "data mixes strings with other values, or holds bytes; give a list that holds only strings", name="data"
-            )
-        yield one
-
-
-def _make_windows(
-    texts: Iterable[str], loaded: Loaded, count: int, length: int, seed: int | None, *, whole: bool
-) -> Tensor:
-    """Windows of texts. ``whole``: they are chosen from all texts; else no more is read than it takes to choose."""
-    if loaded.tokenizer is None:
-        raise InputError(
-            f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data",
-            name="tokenizer",
-        )
-    return text.make_token_windows(texts, loaded.tokenizer, limit_length(loaded, length), count, seed, whole=whole)
-
-
-def _join_batches(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
-
-    Other entries of a batch, such as labels, are left out. An item with one dimension less than ``like`` is one sample:
-    data sets give such items.
-    """
-    names = list(like)
-    parts: dict[str, list[Tensor]] = {}
-    found = 0
-    # torch's own errors are of the caller's data here: `cat` of unlike shapes, `len` of a number.
-    try:
-        for batch in islice(batches, count):
-            one = batch[: len(names)] if isinstance(batch, list | tuple) else batch
-            one = {n: x for n, x in one.items() if n in names} if isinstance(one, Mapping) else one
-            inputs = name_tensors(names, one, like)
-            inputs = {name: x[None] if x.ndim == like[name].ndim - 1 else x for name, x in inputs.items()}
-            for name, tensor in inputs.items():
-                parts.setdefault(name, []).append(tensor)
-            found += min((len(tensor) for tensor in inputs.values()), default=0)
-            if found >= count:
-                break
-        return {name: torch.cat(each) for name, each in parts.items()}
-    except (TypeError, RuntimeError) as error:
-        raise _make_form_error(error) from error
-
-
-def _make_form_error(error: Exception) -> MptkError:
-    return DataError(
-        f"data has a wrong form ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
-        "batches of inputs of one shape, with the samples in the first dimension",
-        name="data",
-    )

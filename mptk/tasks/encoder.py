@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from mptk.io import Runs
+from mptk.io import Loaded, Runs
 from mptk.progress import Progress
 from mptk.protocols import SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import ComparedTask, explain_unlisted, measure_figures, sum_output_distances
+from mptk.tasks.inputs.text import TextWindows, describe_rows, split_rows
 from mptk.tasks.model_form import FEATURES, MODEL_FORM
 from mptk.tasks.onnx_proof import draw_scaled_batches
 
@@ -35,13 +36,16 @@ class Encoder(ComparedTask):
             return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
         return explain_unlisted((MODEL_MAPPING_NAMES,), config, classes, "give features")
 
+    def should_measure_texts(self, loaded: Loaded) -> bool:
+        return loaded.tokenizer is not None and isinstance(self.find_inputs(loaded.model), TextWindows)
+
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples, figures = sets.evaluation, {"cosine": _sum_cosines, "distance": sum_output_distances}
         protocol = (
-            f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "
+            f"{sets.source}: mean over {describe_rows(samples)} of the cosine of the features' mean over positions "
             "with the dense model's; distance: of all features, relative to their norm"
         )
-        return measure_figures(runs, samples.split(1), figures, progress, protocol)
+        return measure_figures(runs, split_rows(samples), figures, progress, protocol)
 
 
 def _sum_cosines(features: Tensor, reference: Tensor) -> Tensor:

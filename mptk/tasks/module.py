@@ -23,7 +23,7 @@ from mptk.progress import Count, Progress
 from mptk.protocols import Dense, OnnxForm, SampleSets, Task, Traced, draw_nothing
 from mptk.reading import Json
 from mptk.tasks.base import Outputs, compute_output_errors, compute_projection, measure_figures, sum_output_distances
-from mptk.tasks.inputs.base import order_samples
+from mptk.tasks.inputs.base import count_measured_only, order_samples
 from mptk.tasks.model_form import AXES, MODEL_FORM
 from mptk.tasks.padding import IDS
 from passes.frontend.trace import list_forward_arguments
@@ -78,10 +78,16 @@ class Module(Task):
         return self.given
 
     def draw_samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return self._read(settings.data)[:count]
+        found = self._read(settings.data)
+        return found[self._count_measured(found, settings) :][:count]
 
     def draw_evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return self._read(settings.eval_data or settings.data)[: settings.eval_windows]
+        found = self._read(settings.eval_data or settings.data)
+        return found[: self._count_measured(found, settings) or settings.eval_windows]
+
+    def _count_measured(self, found: Samples, settings: Settings) -> int:
+        """How many samples of a file are only measured on. Examples are few, and serve both."""
+        return count_measured_only(len(found), settings) if settings.data.endswith(INPUTS) else 0
 
     def _read(self, data: str) -> Samples:
         """The samples of a file of inputs; without one the example inputs."""

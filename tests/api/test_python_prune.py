@@ -208,7 +208,7 @@ def test_any_module_is_pruned(method: str) -> None:
     found = mptk.prune(net, example_inputs=EXAMPLE, data=loader, method=method, sparsity=0.3, align=4, onnx=False)
     assert (found.report.task, found.report.quality["metric"]) == ("module", "distance")
     assert found.report.quality["dense"] == 0 < found.report.quality["pruned"]
-    assert found.report.data["calibration"]["samples"] == 10
+    assert found.report.data["calibration"]["samples"] == 8  # two are set aside
     assert all(row["ok"] for row in found.report.proof)
     small = found.model
     assert isinstance(small, ProgramModule)

@@ -1,6 +1,6 @@
 """Texts that a caller has in memory: whatever gives strings, or rows with text in them, is data.
 
-It reaches for mptk.run.samples: a run does not show its windows.
+It reaches for mptk.run.given: a run does not show its windows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,42 @@ import torch
 from mptk import testing
 from mptk.errors import DataError, InputError
 from mptk.io import Loaded, open_live
-from mptk.run.samples import check_texts, collect_samples
+from mptk.run.given import check_texts, collect_samples
 from mptk.tasks import bind_task
 from mptk.testing import expect_error
 
 TEXTS = [" ".join(testing.WORDS[i : i + 9]) for i in range(9)]
 ROWS = datasets.Dataset.from_dict({"text": TEXTS, "stars": list(range(9))})
+
+
+class Series:
+    """As pandas has it: a column that numbers may not index by position, and whose truth is no one value."""
+
+    def __init__(self, values: list[str]) -> None:
+        self.values = values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of a series is ambiguous")
+
+
+class Table(Series):
+    """It iterates over the names of its columns."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["text"])
+
+    def itertuples(self) -> Iterator[tuple[int, str]]:
+        return enumerate(self.values)
+
+    def to_dict(self, orient: str) -> list[dict[str, str]]:
+        assert orient == "records"
+        return [{"text": text} for text in self.values]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +73,16 @@ def windows(loaded: Loaded, data: Any, seed: int | None = None) -> torch.Tensor:
         lambda: tuple(TEXTS),
         lambda: ({"text": text} for text in TEXTS),
         lambda: itertools.cycle(TEXTS),
+        lambda: Series(TEXTS),
+        lambda: Table(TEXTS),
+        lambda: pytest.importorskip("pandas").Series(TEXTS, index=range(5, 5 + len(TEXTS))),
+        lambda: pytest.importorskip("pandas").DataFrame({"text": TEXTS}),
+        lambda: datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS)),
     ],
-    ids=["data set", "column", "iterable data set", "generator", "tuple", "rows", "endless"],
+    ids=[
+        *("data set", "column", "iterable data set", "generator", "tuple", "rows", "endless", "series", "table"),
+        *("series of pandas", "table of pandas", "stream"),
+    ],
 )
 def test_texts_of_every_form_are_read_as_a_list_of_them_is(made: Callable[[], Any], loaded: Loaded) -> None:
     assert torch.equal(windows(loaded, made()), windows(loaded, TEXTS))

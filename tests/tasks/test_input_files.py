@@ -42,7 +42,7 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
     assert "ffn" in said("analyze", dense, "--inputs", inputs, "--json", folder / "analysis.json")
     cut = ["--method", "wanda", "--families", "ffn.3", "--width", "ffn.3=28", "--align", 4]
     once = [*cut, "--samples", 8, "--eval-windows", 5]
-    said("prune", dense, "--inputs", inputs, "--data", more, "--out", small, *once)
+    said("prune", dense, "--inputs", inputs, "--data", more, "--eval-data", more, "--out", small, *once)
     report = mptk.Report.read(small)
     assert (report.task, report.quality["metric"]) == ("module", "distance")
     assert report.quality["protocol"].startswith(f"{more}: mean over 5 samples")

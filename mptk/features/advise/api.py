@@ -40,12 +40,13 @@ from mptk.methods.division.trials import Trials
 from mptk.protocols import Context, Opened, Prepared, SampleSets
 from mptk.report.summary import SAFE_CHANGE
 from mptk.run.amounts import count_samples
+from mptk.run.given import collect_given
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.prepare import prepare
 from mptk.run.prune import keep_stages_on_failure
 from mptk.run.run import Run, Start, open_run
-from mptk.run.samples import collect_given, hold_out
+from mptk.run.samples import hold_out
 
 FAMILIES = 1.5
 """Cuts for each sparsity in the estimate, which is made before families are known: a division, and at every second
@@ -290,7 +291,7 @@ def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Sa
     with run.stage("calibration data"):
         for name in names:
             say = partial(run.progress, "calibration data")
-            given = replace(s, data=name)
+            given = replace(s, data=name, eval_data=name)  # what is measured on is set aside here
             found = task.draw_samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
             found = fit_to_program(task, program, found, "data")
             # The last samples are measured on, at most half of a short text; the others are fitted to and held out.

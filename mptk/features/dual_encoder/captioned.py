@@ -16,7 +16,7 @@ from mptk.errors import DataError, FileError, InputError, take_first_line
 from mptk.io import RANDOM_DATA, Loaded, check_ids
 from mptk.io.data import SELF
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Inputs, Named, draw_inputs
+from mptk.tasks.inputs.base import Inputs, Named, count_measured_only, draw_inputs
 from mptk.tasks.inputs.chats import Chat, read_chats
 from mptk.tasks.inputs.images import Images
 from mptk.tasks.inputs.text import count_vocabulary, limit_length, make_example_ids
@@ -37,6 +37,7 @@ class Captioned(Inputs):
         if settings.data == RANDOM_DATA:
             return draw_pairs(loaded.model, count, settings.seed)
         rows = read_pairs(settings.data)
+        rows = rows[count_measured_only(len(rows), settings) :]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
         return self.prepare(loaded, [rows[i] for i in order[:count]], settings.length, progress)
 
@@ -44,7 +45,9 @@ class Captioned(Inputs):
         data, count = settings.eval_data or settings.data, settings.eval_windows
         if data == RANDOM_DATA:
             return draw_pairs(loaded.model, count, settings.seed + 1)
-        return self.prepare(loaded, read_pairs(data)[:count], settings.eval_length, lambda done, total: None)
+        rows = read_pairs(data)
+        measured = rows[: count_measured_only(len(rows), settings) or count]
+        return self.prepare(loaded, measured, settings.eval_length, lambda done, total: None)
 
     def prepare(self, loaded: Loaded, rows: Sequence[Chat], length: int, progress: Count) -> Named:
         """Texts as the model's tokenizer prepares them, at most ``length`` tokens each; images as its processor."""

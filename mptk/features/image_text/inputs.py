@@ -38,7 +38,7 @@ from mptk.io.data import SELF
 from mptk.ort.decoder import OrtDecoder, find_model_folder
 from mptk.ort.generation import PromptImages
 from mptk.progress import Count
-from mptk.tasks.inputs.base import PIXELS, POSITIONS, Inputs, Named, load_preprocessor
+from mptk.tasks.inputs.base import PIXELS, POSITIONS, Inputs, Named, count_measured_only, load_preprocessor
 from mptk.tasks.inputs.chats import Chat, has_images, read_chats
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TextWindows, count_vocabulary, make_example_ids
@@ -65,6 +65,7 @@ class ImagesWithText(Inputs):
         if not has_images(settings.data):
             return without_images(loaded, TextWindows().draw_calibration(loaded, settings, count, progress))
         chats = read_chats(settings.data)
+        chats = chats[count_measured_only(len(chats), settings) :]
         order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed))
         return self.prepare(loaded, [chats[i] for i in order[:count]], settings.length, progress)
 
@@ -75,7 +76,9 @@ class ImagesWithText(Inputs):
             return self.draw_calibration(loaded, asked, count, lambda done, total: None)
         if not has_images(data):
             return without_images(loaded, TextWindows().draw_evaluation(loaded, settings))
-        return self.prepare(loaded, read_chats(data)[:count], length, lambda done, total: None)
+        chats = read_chats(data)
+        measured = chats[: count_measured_only(len(chats), settings) or count]
+        return self.prepare(loaded, measured, length, lambda done, total: None)
 
     def name_data(self, data: str) -> str:
         return super().name_data(data) if data in (RANDOM_DATA, SELF) or has_images(data) else name_data(data)

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from mptk.io import Runs
+from mptk.io import Loaded, Runs
 from mptk.ir import Samples
 from mptk.progress import Progress
 from mptk.protocols import OnnxForm, SampleSets
 from mptk.reading import Json
 from mptk.tasks.base import AutoLists, ComparedTask, explain_unlisted, measure_figures
+from mptk.tasks.inputs.text import TextWindows, describe_rows, split_rows
 from mptk.tasks.model_form import LOGITS_FORM
 from mptk.tasks.onnx_proof import compare_features
 
@@ -62,18 +63,21 @@ class Classifier(ComparedTask):
         likeliest = reference.argmax(-1).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), likeliest, reduction="sum") / logits.shape[1]
 
+    def should_measure_texts(self, loaded: Loaded) -> bool:
+        return loaded.tokenizer is not None and isinstance(self.find_inputs(loaded.model), TextWindows)
+
     def measure_quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> Json:
         samples = sets.evaluation
         figures = {
             "agreement": partial(sum_agreement, dim=self.dim),
             "divergence": partial(sum_divergence, dim=self.dim),
         }
-        what = "samples" if self.name == Classifier.name else "samples' positions"
+        what = describe_rows(samples) + ("" if self.name == Classifier.name else ", of all their positions,")
         protocol = (
-            f"{sets.source}: share of {len(samples)} {what} that get the dense model's likeliest class; "
+            f"{sets.source}: share of {what} that get the dense model's likeliest class; "
             "divergence: mean KL divergence from its distribution, in nats"
         )
-        return measure_figures(runs, samples.split(1), figures, progress, protocol)
+        return measure_figures(runs, split_rows(samples), figures, progress, protocol)
 
 
 CLASSIFICATION = Classifier()

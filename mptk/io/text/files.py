@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from mptk.errors import DataError, FileError, MptkError, PackageError, list_close_names, take_first_line
+from mptk.io.aside import ASIDE_PARTS, TextPart
 from mptk.reading import Damaged, Json, parse_json
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ Document = Iterable[str]
 
 PIECE = 1 << 16
 """Characters that are read, or tokenised, at once."""
+ASIDE_BLOCK = 1 << 13
+"""Characters of a text file of a folder that are set aside at once: several windows of 512 tokens."""
 
 # Ending of a table → the reader of ``datasets``; endings of compressed files; bytes that tell whether a file is text.
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -78,30 +81,46 @@ def read_folder_documents(
     characters: int | None = None,
     least: int = 0,
     seed: int = 0,
+    part: TextPart | None = None,
 ) -> Iterator[Document]:
     """The documents of all text files and tables in a folder and below, without hidden ones.
 
     Args:
         characters: how much is wanted. Then files come in a random order, and each gives a share by its size, of at
             least ``least`` characters. If None, files come whole, in the order of their paths.
+        part: only what is set aside to measure on, or only the rest: each fourth row or block of text. None: all.
 
     Raises:
         MptkError: as ``read_file_documents``; or there is no text.
     """
     files = list_text_files(folder)
     # All of it. A column is named for the tables among the files.
-    if characters is None:
+    if characters is None and part is None:
         for file in files:
             yield from read_file_documents(file, column if _find_suffix(file) in _TABLES else None, tokenizer)
         return
     # A part of each: in a random order, since the reader stops when it has enough.
+    numbers = {file: number for number, file in enumerate(files)}
     random.Random(seed).shuffle(files)
     total = sum(file.stat().st_size for file in files) or 1
     for file in files:
-        share = max(least, characters * file.stat().st_size // total)
+        share = None if characters is None else max(least, characters * file.stat().st_size // total)
         named = column if _is_table(file) else None
         documents = read_file_documents(file, named, tokenizer) if _is_table(file) else iter([_read_pieces(file)])
-        yield from _take_characters(documents, share)
+        if part is not None:
+            blocks = documents if _is_table(file) else (iter([piece]) for piece in _read_pieces(file, ASIDE_BLOCK))
+            documents = _choose_part(blocks, part, numbers[file])
+        yield from documents if share is None else _take_characters(documents, share)
+
+
+def _choose_part(documents: Iterable[Document], part: TextPart, first: int) -> Iterator[Document]:
+    """The documents that are set aside, or the others. ``first``: the number of the first one.
+
+    Files begin with other numbers, so that of many files of one document some are set aside.
+    """
+    for number, document in enumerate(documents, first):
+        if (number % ASIDE_PARTS == 0) == (part == "measured"):
+            yield document
 
 
 def list_text_files(folder: Path) -> list[Path]:
@@ -170,10 +189,10 @@ def check_plain_text(path: Path) -> None:
         raise FileError(f"{path} is not UTF-8 text; convert it, or give a .parquet file", name=path)
 
 
-def _read_pieces(path: Path) -> Iterator[str]:
+def _read_pieces(path: Path, size: int = PIECE) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
-            while piece := file.read(PIECE):
+            while piece := file.read(size):
                 yield piece
     except UnicodeDecodeError as error:
         raise FileError(
@@ -199,6 +218,20 @@ def _take_characters(documents: Iterable[Document], characters: int) -> Iterator
         yield take_pieces(document)
         if left <= 0:
             return
+
+
+def list_texts(documents: Iterable[Document]) -> Iterator[str]:
+    """The texts that are not blank: rows of a table, which are lists; lines of a text file, which comes in pieces."""
+    for document in documents:
+        if isinstance(document, list):
+            yield from (text for text in document if text.strip())
+            continue
+        rest = ""
+        for piece in document:
+            *lines, rest = f"{rest}{piece}".split("\n")
+            yield from (line for line in lines if line.strip())
+        if rest.strip():
+            yield rest
 
 
 def check_ordinary(path: Path) -> None:

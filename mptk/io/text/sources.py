@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mptk.errors import FileError, InputError, MptkError
 from mptk.files import expand_path
+from mptk.io.aside import TextPart
 from mptk.io.text.files import (
     PLAIN_TEXT,
     Document,
@@ -134,14 +135,19 @@ class TextSource:
         return isinstance(self.place, Path) and self.place.is_dir()
 
     def read_documents(
-        self, tokenizer: PreTrainedTokenizerBase | None, characters: int | None = None, least: int = 0, seed: int = 0
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        characters: int | None = None,
+        least: int = 0,
+        seed: int = 0,
+        part: TextPart | None = None,
     ) -> Iterator[Document]:
         """Its documents. Of a folder, about ``characters`` from all of its files (``read_folder_documents``)."""
         if isinstance(self.place, HubText):
             return self.place.read_documents(tokenizer)
         if self.is_folder:
             return read_folder_documents(
-                self.place, self.column, tokenizer, characters=characters, least=least, seed=seed
+                self.place, self.column, tokenizer, characters=characters, least=least, seed=seed, part=part
             )
         return read_file_documents(self.place, self.column, tokenizer)
 

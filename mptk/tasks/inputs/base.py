@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mptk.config import Settings
 from mptk.errors import DataError, FileError, MptkError, take_first_line
 from mptk.files import expand_path
-from mptk.io import RANDOM_DATA, RANDOM_NAME, Loaded
+from mptk.io import RANDOM_DATA, RANDOM_NAME, Loaded, count_aside
 from mptk.ir import Samples
 from mptk.progress import Count
 
@@ -66,6 +66,11 @@ def draw_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str, 
     return made
 
 
+def count_measured_only(there: int, settings: Settings) -> int:
+    """How many samples of ``data``, the first ones, a run only measures on; 0 if it measures on other data."""
+    return count_aside(settings.eval_windows, there) if settings.eval_data is None else 0
+
+
 class FileInputs(Inputs):
     """Inputs made from the files of a folder. ``what``: the kind of file, for errors; ``suffixes``: of their names."""
 
@@ -80,6 +85,7 @@ class FileInputs(Inputs):
         if settings.data == RANDOM_DATA:
             return draw_inputs(self.make_example(loaded.model), count, {}, settings.seed)
         files = self.find(settings.data)
+        files = files[count_measured_only(len(files), settings) :]
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))
         return self.prepare(loaded, [files[i] for i in order[:count]], progress)
 
@@ -87,7 +93,9 @@ class FileInputs(Inputs):
         data = settings.eval_data or settings.data
         if data == RANDOM_DATA:  # another seed, so that it is not measured on what it was calibrated on
             return draw_inputs(self.make_example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
-        return self.prepare(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
+        files = self.find(data)
+        measured = files[: count_measured_only(len(files), settings) or settings.eval_windows]
+        return self.prepare(loaded, measured, lambda done, total: None)
 
     def find(self, data: str) -> list[Path]:
         """All such files in the folder ``data`` and below, in the order of their paths."""

@@ -74,7 +74,8 @@ def world(laboratory: Laboratory) -> Path:
 @pytest.fixture(scope="module")
 def pruned(world: Path, laboratory: Laboratory) -> Path:
     """The model with a smaller vision tower."""
-    asked = {**ASKED, "data": str(world / "pictures"), "families": ("vision_tower",), "quantize": ("int8",)}
+    data = {"data": str(world / "pictures"), "eval_data": str(world / "pictures")}  # a few pictures are for both
+    asked = {**ASKED, **data, "families": ("vision_tower",), "quantize": ("int8",)}
     return laboratory.keep("pairs/pruned", lambda out: mptk.prune(str(world / "clip"), out, **asked))
 
 
@@ -101,7 +102,9 @@ def test_it_is_measured_as_its_report_says(world: Path, pruned: Path) -> None:
 def test_captions_are_padded_as_the_processor_pads_them(world: Path, tmp_path: Path) -> None:
     """And the tokenizer that was read with is not changed: the folder gets its file."""
     loaded = load(str(world / "clip"))
-    found = bind_task(loaded).draw_evaluation(loaded, Settings(data=str(world / "chats.jsonl"), eval_windows=6)).inputs
+    found = (
+        bind_task(loaded).draw_evaluation(loaded, Settings(eval_data=str(world / "chats.jsonl"), eval_windows=6)).inputs
+    )
     texts = [f"is a all {colour}" for colour in COLOURS]
     pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
     expected = clip_processor()(text=texts, images=pictures, padding=True, return_tensors="pt")

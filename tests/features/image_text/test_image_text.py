@@ -71,7 +71,7 @@ def world(laboratory: Laboratory) -> Path:
 
 def settings(world: Path, **more: Any) -> Settings:
     given = {"sparsity": 0.1, "tolerance": 0.1, "data": str(world / "pictures"), "onnx": False, **ASKED, **more}
-    return Settings(**given)
+    return Settings(**{"eval_data": given["data"], **given})  # a few pictures are for both
 
 
 @pytest.fixture

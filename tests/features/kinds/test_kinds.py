@@ -68,7 +68,7 @@ def test_it_is_pruned_proven_and_measured_in_its_own_terms(
     assert (report.task, report.quality["metric"]) == (kind.task, kind.metric)
     assert any(f["width"] < f["of"] for f in report.families.values())
     assert math.isfinite(report.quality["pruned"])
-    assert report.quality["protocol"].startswith(f"{laboratory.open_data(name)}: ")
+    assert report.quality["protocol"].startswith(str(laboratory.open_data(name)))
     assert ("one token in 7 masked" in report.quality["protocol"]) == (name == "masked language model")
     stages = [row["stage"] for row in report.proof]
     assert {"stored weights", "rewritten graph", "reloaded checkpoint"} <= set(stages)

@@ -17,7 +17,7 @@ from mptk import Samples
 from mptk.errors import DataError, ModelError
 from mptk.io import open_live
 from mptk.ir import make_token_samples
-from mptk.run.samples import collect_samples
+from mptk.run.given import collect_samples
 from mptk.targets.graph import WEIGHTS
 from mptk.tasks import bind_task
 from mptk.testing import MODEL_KINDS, SENTENCES, expect_error, make_llama, make_tokenizer

@@ -34,7 +34,7 @@ LOGS_KEPT = 20
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
 
 
-UNKNOWN = ("No such option", "No such command")
+UNKNOWN_WORDS = ("No such option", "No such command")
 """How click's errors begin for words that a feature may know which is not installed."""
 
 
@@ -91,7 +91,7 @@ def _report_usage(error: Exception) -> int:
         context = getattr(error, "ctx", None)
         command = getattr(context, "command_path", "mptk")
         said = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
-        missing = explain_absent() if said.startswith(UNKNOWN) else ""
+        missing = explain_absent() if said.startswith(UNKNOWN_WORDS) else ""
         _print_error(f"{said.rstrip('.')}; {f'{missing}; ' if missing else ''}`{command} -h` has the options")
     return USAGE
 

@@ -50,7 +50,7 @@ from mptk.run.minutes import note_minutes
 from mptk.run.prepare import prepare
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.run.recover import distil, reconstruct, recover_quality
-from mptk.run.replan import keep_replanned_numbers, limit_masks, plan_fitting, plan_measurement
+from mptk.run.replan import limit_masks, plan_fitting, plan_measurement, record_numbers
 from mptk.run.run import Run, Start
 from mptk.run.samples import KEPT_SAMPLES, add_dense_outputs, read_samples
 from mptk.targets import list_run_targets as targets_of
@@ -109,7 +109,7 @@ def run_prune(model: Start, run: Run) -> Result:
             notes = write_targets(compiled, sets, folder, run)
             proven = prove_outputs(compiled, sets, folder, [*checked, *further], run)
             compiled, sets = plan_measurement(compiled, sets, run)
-            run = keep_replanned_numbers(run, compiled)
+            run = record_numbers(run, compiled)
             write_recipe(folder, run.source, run.settings, run.start)
             report = write_report(compiled, proven, sets, notes, folder, run)
         try:

@@ -20,8 +20,8 @@ from timed_runs import RATES, TINY, complete, given, rates  # noqa: F401 (a fixt
 import mptk
 from mptk import Settings
 from mptk.config import MOST_STEPS
-from mptk.cost.limit import LEAST_SCORED, Limit
-from mptk.methods.maskprune.train import PATIENCE, Watch
+from mptk.cost.limit import LEAST_SCORED, TimeLimit
+from mptk.methods.maskprune.train import STALLED_AFTER, Watch
 from mptk.protocols.run_folder import make_now
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import LEAST_LATER, LEAST_STEPS, RunClock, time_run
@@ -29,7 +29,7 @@ from mptk.run.replan import make_limit, plan_fitting, plan_measurement, take_ste
 from mptk.testing import Laboratory
 from mptk.trust import NO_CODE
 
-LIMIT = Limit(
+LIMIT = TimeLimit(
     began=100.0, ends=400.0, before=20.0, scoring=10.0, after=50.0, elastic=0.0, distilling=0.0, least=5, most=1000
 )
 
@@ -74,13 +74,13 @@ def watch_losses(*losses: float) -> Watch:
 
 
 def test_a_loss_has_stopped_falling_if_no_measurement_of_so_many_is_lower() -> None:
-    flat = [2.0] * PATIENCE
+    flat = [2.0] * STALLED_AFTER
     assert watch_losses(2.0, *flat).has_stopped_falling
     assert not watch_losses(2.0, *flat[1:]).has_stopped_falling
     assert watch_losses(3.0, 2.0, *flat).has_stopped_falling
     assert watch_losses(2.0, *flat[1:], 2.0 * (1 - 1e-5)).has_stopped_falling, "about as high"
     assert not watch_losses(2.0, *flat[1:], 1.99).has_stopped_falling
-    assert watch_losses(2.0, *[float("nan")] * PATIENCE).has_stopped_falling
+    assert watch_losses(2.0, *[float("nan")] * STALLED_AFTER).has_stopped_falling
 
 
 def test_minutes_are_the_clocks_and_choose_what_was_not_typed() -> None:

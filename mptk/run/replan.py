@@ -1,8 +1,8 @@
 """replan: a run by minutes plans again what is left of it, by the clock and by the rates that it has shown.
 
 ``minutes.py`` plans before the run, at the rates of an idle machine. Here training gets its time (``TimeLimit``),
-fitting gets fewer windows and epochs, and quality is measured on fewer windows, so that the run ends with its minutes. What the
-user typed stays.
+fitting gets fewer windows and epochs, and quality is measured on fewer windows, so that the run ends with its minutes.
+What the user typed stays.
 """
 
 from __future__ import annotations

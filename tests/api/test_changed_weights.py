@@ -89,7 +89,7 @@ def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as
     testing.make_llama(layers=1).save_pretrained(tmp_path / "dense")
     testing.make_tokenizer().save_pretrained(tmp_path / "dense")
     ids = torch.randint(3, 300, (6, 24))
-    pruned = mptk.prune(tmp_path / "dense", tmp_path / "out", data=ids, onnx=False, **SMALL)
+    pruned = mptk.prune(tmp_path / "dense", tmp_path / "out", data=ids, eval_data=ids, onnx=False, **SMALL)
     first = mptk.evaluate(pruned, ids, length=24, progress=None)["model"]
     train(pruned.model, input_ids=ids, labels=ids)
     trained = mptk.evaluate(pruned, ids, length=24, progress=None)

@@ -40,7 +40,7 @@ from mptk.methods.division.trials import Trials
 from mptk.protocols import Context, Opened, Prepared, SampleSets
 from mptk.report.summary import SAFE_CHANGE
 from mptk.run.amounts import count_samples
-from mptk.run.given import collect_given
+from mptk.run.given import check_fits, collect_samples
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.prepare import prepare
@@ -285,7 +285,10 @@ def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Sa
     total, plain = count_samples(s, own=s.data == text.SELF), replace(s.learning, steps=0)
     # The caller's samples are read once, enough for both uses.
     both = replace(s, samples=total + s.eval_windows, learning=plain)
-    own = collect_given(replace(prepared, settings=both), run.inputs)[0] if run.inputs.has_samples else None
+    own = None
+    if run.inputs.data is not None:
+        own = collect_samples(run.inputs.data, prepared.loaded, task, count_samples(both), s.length, s.seed)
+        check_fits(own, program)
     names = [IN_MEMORY] if own is not None else text.list_source_names(s.data)
     count, fitted, held_out, measured = -(-total // len(names)), [], list[Samples](), dict[str, Samples]()
     with run.stage("calibration data"):

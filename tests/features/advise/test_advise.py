@@ -57,6 +57,7 @@ def test_a_point_is_what_prune_makes_of_its_widths(llama: str, ids: torch.Tensor
         llama,
         tmp_path / "cut",
         data=ids[:FIT],
+        eval_data=ids[FIT:],  # so that nothing is set aside of the others
         method="wanda",
         reconstruct=True,
         families=("ffn",),

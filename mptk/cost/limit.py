@@ -14,7 +14,7 @@ TICK = 1e-9
 
 
 @dataclass(frozen=True)
-class Limit:
+class TimeLimit:
     """The time of a run as its training sees it. Times are of the clock, since a user's minutes are.
 
     ``began``, ``ends``: of the run, on ``time.monotonic``; time that was spent in steps already is added to ``began``.
@@ -63,4 +63,4 @@ class Limit:
         return max(self.least, min(self.most, fits if self.distilling else without))
 
 
-__all__ = ["LEAST_SCORED", "Limit"]
+__all__ = ["LEAST_SCORED", "TimeLimit"]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.cost.limit import Limit
+from mptk.cost.limit import TimeLimit
 from mptk.errors import MptkError
 from mptk.io import Loaded
 from mptk.ir import Log, Program, Samples, Weights
@@ -39,7 +39,7 @@ class Context:
     progress: Progress
     folder: RunFolder | None = None
     accelerator: Accelerator | None = None
-    limit: Limit | None = None
+    limit: TimeLimit | None = None
 
     @property
     def keep(self) -> Keeper:

@@ -1,8 +1,8 @@
 """replan: a run by minutes plans again what is left of it, by the clock and by the rates that it has shown.
 
-``minutes.py`` plans before the run, at the rates of an idle machine. Here training gets its time (``Limit``), fitting
-gets fewer windows and epochs, and quality is measured on fewer windows, so that the run ends with its minutes. What the
-user typed stays.
+``minutes.py`` plans before the run, at the rates of an idle machine. Here training gets its time (``TimeLimit``),
+fitting gets fewer windows and epochs, and quality is measured on fewer windows, so that the run ends with its minutes.
+What the user typed stays.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from mptk.config import Settings, with_keywords
-from mptk.cost.limit import DISTILLED_STEPS, Limit
+from mptk.cost.limit import DISTILLED_STEPS, TimeLimit
 from mptk.distributed.processes import run_once
 from mptk.protocols import Chosen, Compiled, Kept, Prepared, SampleSets
 from mptk.run.dense_types import DENSE_TYPES
@@ -40,7 +40,7 @@ def limit_masks(prepared: Prepared, run: Run) -> Run:
     return replace(run, limit=make_limit(prepared.settings, run))
 
 
-def limit_recovery(settings: Settings, chosen: Chosen, run: Run) -> Limit | None:
+def limit_recovery(settings: Settings, chosen: Chosen, run: Run) -> TimeLimit | None:
     """The time that recovery has after ``chosen``, whose steps count among the run's."""
     limit = make_limit(settings, run)
     if limit is None or run.estimator is None:
@@ -60,7 +60,7 @@ def limit_recovery(settings: Settings, chosen: Chosen, run: Run) -> Limit | None
     )
 
 
-def make_limit(settings: Settings, run: Run) -> Limit | None:
+def make_limit(settings: Settings, run: Run) -> TimeLimit | None:
     """The time of the steps of a run, before masks are learned; None if minutes do not choose their number."""
     timed = run.timed
     if timed is None or run.estimator is None or "steps" not in timed.names or not settings.steps:
@@ -68,7 +68,7 @@ def make_limit(settings: Settings, run: Run) -> Limit | None:
     found = run.estimator.estimate(settings).seconds
     whole, after = sum(found.values()), sum(found.get(name, 0.0) for name in ENDING)
     elastic, distilling = found.get(FITTING, 0.0) + found[MEASURING], found.get(DISTILLING, 0.0)
-    return Limit(
+    return TimeLimit(
         began=timed.began,
         ends=timed.ends,
         before=whole - found["train"] - after - elastic - distilling,
@@ -82,7 +82,7 @@ def make_limit(settings: Settings, run: Run) -> Limit | None:
     )
 
 
-def count_recovery_steps(prepared: Prepared, chosen: Chosen, limit: Limit | None) -> int:
+def count_recovery_steps(prepared: Prepared, chosen: Chosen, limit: TimeLimit | None) -> int:
     """The steps with which recovery begins: what the steps that learned masks left, or by the rate of these.
 
     By minutes there may be no time for any.

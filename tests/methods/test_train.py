@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from mptk import testing, trace
 from mptk.config import Learning, LossWeights, Training
-from mptk.cost.limit import Limit
+from mptk.cost.limit import TimeLimit
 from mptk.distributed.processes import make_accelerator
 from mptk.errors import InputError
 from mptk.ir import compute_typical_size, make_token_samples
-from mptk.methods.maskprune.train import PATIENCE, Loop, Watch
+from mptk.methods.maskprune.train import STALLED, Loop, Watch
 from mptk.protocols import RunFolder
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import expect_error
@@ -46,7 +46,7 @@ def loop(
     noise: float = 0.0,
     steps: int = 4,
     watch: Watch | None = None,
-    limit: Limit | None = None,
+    limit: TimeLimit | None = None,
 ) -> Loop:
     training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
     folder = RunFolder(tmp_path / name, {}, resume=True)
@@ -98,7 +98,7 @@ class Told(Watch):
 
 
 def watching(
-    tmp_path: Path, losses: Sequence[float], *, steps: int = 4, limit: Limit | None = None
+    tmp_path: Path, losses: Sequence[float], *, steps: int = 4, limit: TimeLimit | None = None
 ) -> tuple[Loop, list[Tensor]]:
     """A loop with these losses on held-out samples, and what its embedding was after each step, as at the start."""
     watch = Told(WINDOWS)
@@ -138,8 +138,8 @@ NEVER, LONG_AGO = 1e12, 0.0
 """Ends of a run, on a clock that is between them."""
 
 
-def limited(ends: float, *, least: int = 1, most: int = 40) -> Limit:
-    return Limit(
+def limited(ends: float, *, least: int = 1, most: int = 40) -> TimeLimit:
+    return TimeLimit(
         began=0.0, ends=ends, before=1.0, scoring=1.0, after=0.0, elastic=0.0, distilling=0.0, least=least, most=most
     )
 
@@ -147,7 +147,7 @@ def limited(ends: float, *, least: int = 1, most: int = 40) -> Limit:
 def test_a_run_by_minutes_takes_as_many_steps_as_there_is_time_for(tmp_path: Path) -> None:
     """The rate of the last step shows that the rate of learning falls to its end over the steps that are taken."""
 
-    def run(name: str, limit: Limit | None, steps: int) -> tuple[int, float, Tensor]:
+    def run(name: str, limit: TimeLimit | None, steps: int) -> tuple[int, float, Tensor]:
         one = loop(tmp_path, name, steps=steps, limit=limit)
         one.run()
         return one.steps, one.optimizer.param_groups[0]["lr"], one.parameters["embed.weight"].detach().clone()
@@ -168,9 +168,9 @@ def test_a_run_by_minutes_ends_when_the_held_out_loss_has_stopped_falling(tmp_pa
     losses = [5.0, 4.0, *[4.1] * 60]
     one, weights = watching(tmp_path, losses, steps=30, limit=limited(NEVER, most=30))
     one.run()
-    assert (one.steps, one.watch.planned, one.watch.best) == (1 + PATIENCE, 30, 1)
+    assert (one.steps, one.watch.planned, one.watch.best) == (1 + STALLED, 30, 1)
     assert torch.equal(one.parameters["embed.weight"], weights[1])
-    assert re.findall(r"\d+", one.watch.note())[:3] == [str(1 + PATIENCE), "30", "1"]
+    assert re.findall(r"\d+", one.watch.note())[:3] == [str(1 + STALLED), "30", "1"]
     (tmp_path / "typed").mkdir()
     typed, _ = watching(tmp_path / "typed", losses, steps=14)
     typed.run()

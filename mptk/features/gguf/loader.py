@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-HEAD = 1 << 16
+HEADER_BYTES = 1 << 16
 """Bytes at the start of a file in which the number of layers stands."""
 
 
@@ -25,7 +25,7 @@ class GgufLoader(Loader):
     def count_layers(self, path: Path) -> int | None:
         # gguf's reader takes seconds for the vocabulary. This field stands before it: its name, then 4 for uint32.
         with path.open("rb") as opened:
-            head = opened.read(HEAD)
+            head = opened.read(HEADER_BYTES)
         _, found, after = head.partition(b".block_count\x04\0\0\0")
         return int.from_bytes(after[:4], "little") if found and len(after) >= 4 else None
 

@@ -27,7 +27,7 @@ from mptk.compat.peft import adapt_as_named, is_lora_refused, switch_off_adapter
 from mptk.config import FREE, Learning, Settings
 from mptk.cost.estimate import ModelSizes, Pass
 from mptk.cost.fixed import TRAINING_START_S
-from mptk.cost.limit import LEAST_SCORED, Limit
+from mptk.cost.limit import LEAST_SCORED, TimeLimit
 from mptk.distributed.processes import (
     find_module_blocks,
     gather_tensor,
@@ -161,7 +161,7 @@ class Learner:
     folder: RunFolder
     progress: Progress
     scored: RunFolder | None = None
-    limit: Limit | None = None
+    limit: TimeLimit | None = None
 
     @property
     def rank(self) -> int:

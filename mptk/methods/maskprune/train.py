@@ -22,7 +22,7 @@ from torch.autograd.profiler import record_function
 from torch.optim import AdamW
 
 from mptk.config import Learning, Training
-from mptk.cost.limit import Limit
+from mptk.cost.limit import TimeLimit
 from mptk.distributed.processes import (
     find_widest_float,
     gather_tensor,
@@ -43,9 +43,9 @@ NAME = "held-out"
 """Name of the held-out loss in the log of a phase."""
 STATE = "watched"
 """Name of the held-out losses in a checkpoint."""
-PLAN = "plan"
+PLANNED_STEPS = "plan"
 """Name of what a run by minutes keeps in a checkpoint: its number of steps, and the seconds of one."""
-PATIENCE, FALL = 10, 1e-4
+STALLED, FALL = 10, 1e-4
 """A run by minutes ends its recovery if this many measurements in a row bring no loss that is lower than the lowest by
 this share: early stopping with patience (Goodfellow et al., Deep Learning, algorithm 7.1), with the patience and the
 threshold of torch's ``ReduceLROnPlateau``."""
@@ -79,9 +79,9 @@ class Watch:
 
     @property
     def has_stopped_falling(self) -> bool:
-        """Whether the last ``PATIENCE`` losses are all about as high as the lowest one before them, or higher."""
+        """Whether the last ``STALLED`` losses are all about as high as the lowest one before them, or higher."""
         losses = [loss for _, loss in sorted(self.losses.items())]
-        before, last = losses[:-PATIENCE], losses[-PATIENCE:]
+        before, last = losses[:-STALLED], losses[-STALLED:]
         return bool(before) and min(last) > min(before) * (1 - FALL)
 
     def state(self) -> Tensor:
@@ -156,7 +156,7 @@ class Loop:
     Attributes:
         done: steps that are taken.
         plans: whether ``steps`` may change. A resumed run keeps the number that its checkpoint has.
-        pace: of what comes after the steps (``Limit``).
+        pace: of what comes after the steps (``TimeLimit``).
     """
 
     accelerator: Accelerator
@@ -174,7 +174,7 @@ class Loop:
     watch: Watch | None = None
     sizes: Sequence[nn.Module] = ()
     rounding: WeightRounding | None = None
-    limit: Limit | None = None
+    limit: TimeLimit | None = None
     progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None
     done: int = field(default=0, init=False)
     pace: float = field(default=1.0, init=False)
@@ -258,7 +258,7 @@ class Loop:
         again = self.done >= FIRST_STEPS and self.done & (self.done - 1) == 0
         return again or self.done % self.settings.save_every == 0
 
-    def _plan_steps(self, limit: Limit) -> None:
+    def _plan_steps(self, limit: TimeLimit) -> None:
         """Set the number of steps to what fits into the time that is left."""
         each = self.seconds + self._checked / self.settings.save_every
         fit = partial(limit.fit_steps, time.monotonic(), self.done, each, self.pace, self._checked)
@@ -392,7 +392,7 @@ class Loop:
         if self.watch is not None:
             state[STATE] = self.watch.state()
         if self.limit is not None:
-            state[PLAN] = torch.tensor([self.steps, self.seconds], dtype=torch.float64)
+            state[PLANNED_STEPS] = torch.tensor([self.steps, self.seconds], dtype=torch.float64)
         return state | (self.extra[0]() if self.extra else {})
 
     @torch.no_grad()
@@ -418,8 +418,8 @@ class Loop:
         if self.watch is not None:
             self.watch.load(state)
         # Before the first step nothing was planned again.
-        if step and self.limit is not None and PLAN in state:
-            planned, self._kept_seconds = state[PLAN].tolist()
+        if step and self.limit is not None and PLANNED_STEPS in state:
+            planned, self._kept_seconds = state[PLANNED_STEPS].tolist()
             self.steps, self.plans = int(planned), False
         if self.extra:
             self.extra[1](state)

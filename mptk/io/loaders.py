@@ -92,7 +92,7 @@ class Loader:
         file = path / "config.json"
         try:
             config = json.loads(file.read_bytes()) if file.is_file() else {}
-            found = next((config[name] for name in LAYERS if name in config), None)
+            found = next((config[name] for name in LAYER_FIELDS if name in config), None)
         except (OSError, ValueError, TypeError):  # what is damaged is named when it is opened
             return None
         return found if isinstance(found, int) else None
@@ -135,7 +135,7 @@ LEAST_LIKENESS = 0.8
 """How much a misspelt name is like the right one at least, from 0 to 1."""
 MADE = frozenset({"mptk.json", "report.json", "plan.json"})
 """Files of folders that mptk made. One of them may be lost; with none of them a folder is somebody else's."""
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
 """Fields of a config that give the number of layers."""
 _LOCAL = re.compile(r"^[./~]|/.*/")
 """Names that no model of a hub has."""

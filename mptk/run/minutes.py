@@ -46,7 +46,7 @@ NUMBERS = ("minutes", "steps", "samples", "distil_epochs", "compute_dtype")
 
 
 @dataclass(frozen=True)
-class RunClock:
+class TimedRun:
     """The minutes of a run while it runs (``replan.py``).
 
     ``began``, ``ends``: of the run, on ``time.monotonic``. ``names``: the numbers that the minutes choose. ``least``,
@@ -60,7 +60,7 @@ class RunClock:
     most: int
 
 
-def time_run(asked: Settings, settings: Settings, recovers: bool) -> RunClock | None:
+def time_run(asked: Settings, settings: Settings, recovers: bool) -> TimedRun | None:
     """What the minutes of a run choose, from now or from its command on; None if it has none.
 
     ``asked``: as typed. ``settings``: complete. A resumed run has its minutes once more.
@@ -74,7 +74,7 @@ def time_run(asked: Settings, settings: Settings, recovers: bool) -> RunClock | 
     names = frozenset({*list_undecided(asked, recovers), *measured})
     most = MOST_TIMED_STEPS if given else MOST_STEPS
     least = LEAST_LATER if should_learn_masks(asked) else 1
-    return RunClock(began, began + 60 * settings.minutes, names, least, most)
+    return TimedRun(began, began + 60 * settings.minutes, names, least, most)
 
 
 def complete_settings(

@@ -40,7 +40,7 @@ from mptk.publish.folder import check_replaceable
 from mptk.run.checks import check_settings, read_plan
 from mptk.run.estimate import Estimator, check_room_for, read_estimator
 from mptk.run.inputs import Inputs
-from mptk.run.minutes import RunClock, complete_settings, fill_in, time_run
+from mptk.run.minutes import TimedRun, complete_settings, fill_in, time_run
 from mptk.run.pruned_folder import PrunedFolder
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.trust import Trust
@@ -74,7 +74,7 @@ class Run(Context):
     start: Path | None = None
     plan: Plan | None = None
     estimator: Estimator | None = None
-    timed: RunClock | None = None
+    timed: TimedRun | None = None
     reads_data: bool = True
     further: Sequence[float] = ()
     resident: Resident = field(default_factory=lambda: Resident(0))

@@ -17,7 +17,7 @@ from mptk.cost.limit import TimeLimit
 from mptk.distributed.processes import make_accelerator
 from mptk.errors import InputError
 from mptk.ir import compute_typical_size, make_token_samples
-from mptk.methods.maskprune.train import STALLED_AFTER, Loop, Watch
+from mptk.methods.maskprune.train import STALLED, Loop, Watch
 from mptk.protocols import RunFolder
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import expect_error
@@ -168,9 +168,9 @@ def test_a_run_by_minutes_ends_when_the_held_out_loss_has_stopped_falling(tmp_pa
     losses = [5.0, 4.0, *[4.1] * 60]
     one, weights = watching(tmp_path, losses, steps=30, limit=limited(NEVER, most=30))
     one.run()
-    assert (one.steps, one.watch.planned, one.watch.best) == (1 + STALLED_AFTER, 30, 1)
+    assert (one.steps, one.watch.planned, one.watch.best) == (1 + STALLED, 30, 1)
     assert torch.equal(one.parameters["embed.weight"], weights[1])
-    assert re.findall(r"\d+", one.watch.note())[:3] == [str(1 + STALLED_AFTER), "30", "1"]
+    assert re.findall(r"\d+", one.watch.note())[:3] == [str(1 + STALLED), "30", "1"]
     (tmp_path / "typed").mkdir()
     typed, _ = watching(tmp_path / "typed", losses, steps=14)
     typed.run()

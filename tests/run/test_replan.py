@@ -21,10 +21,10 @@ import mptk
 from mptk import Settings
 from mptk.config import MOST_STEPS
 from mptk.cost.limit import LEAST_SCORED, TimeLimit
-from mptk.methods.maskprune.train import STALLED_AFTER, Watch
+from mptk.methods.maskprune.train import STALLED, Watch
 from mptk.protocols.run_folder import make_now
 from mptk.run.estimate import read_estimator
-from mptk.run.minutes import LEAST_LATER, LEAST_STEPS, RunClock, time_run
+from mptk.run.minutes import LEAST_LATER, LEAST_STEPS, TimedRun, time_run
 from mptk.run.replan import make_limit, plan_fitting, plan_measurement, take_steps
 from mptk.testing import Laboratory
 from mptk.trust import NO_CODE
@@ -74,13 +74,13 @@ def watch_losses(*losses: float) -> Watch:
 
 
 def test_a_loss_has_stopped_falling_if_no_measurement_of_so_many_is_lower() -> None:
-    flat = [2.0] * STALLED_AFTER
+    flat = [2.0] * STALLED
     assert watch_losses(2.0, *flat).has_stopped_falling
     assert not watch_losses(2.0, *flat[1:]).has_stopped_falling
     assert watch_losses(3.0, 2.0, *flat).has_stopped_falling
     assert watch_losses(2.0, *flat[1:], 2.0 * (1 - 1e-5)).has_stopped_falling, "about as high"
     assert not watch_losses(2.0, *flat[1:], 1.99).has_stopped_falling
-    assert watch_losses(2.0, *[float("nan")] * STALLED_AFTER).has_stopped_falling
+    assert watch_losses(2.0, *[float("nan")] * STALLED).has_stopped_falling
 
 
 def test_minutes_are_the_clocks_and_choose_what_was_not_typed() -> None:
@@ -147,7 +147,7 @@ def test_what_has_no_time_left_is_fitted_and_measured_on_fewer_windows(laborator
     estimator = read_estimator(model, NO_CODE)
 
     def run(ends: float, which: frozenset[str] = names) -> Any:
-        timed = RunClock(began=0.0, ends=ends, names=which, least=2, most=1000)
+        timed = TimedRun(began=0.0, ends=ends, names=which, least=2, most=1000)
         known = SimpleNamespace(timed=timed, estimator=estimator, keep=make_now)
         known.limit = make_limit(given(compiled.prepared.settings, steps=30), known)  # type: ignore[arg-type]
         return known

@@ -43,9 +43,9 @@ NAME = "held-out"
 """Name of the held-out loss in the log of a phase."""
 STATE = "watched"
 """Name of the held-out losses in a checkpoint."""
-PLAN = "plan"
+PLANNED_STEPS = "plan"
 """Name of what a run by minutes keeps in a checkpoint: its number of steps, and the seconds of one."""
-STALLED_AFTER, FALL = 10, 1e-4
+STALLED, FALL = 10, 1e-4
 """A run by minutes ends its recovery if this many measurements in a row bring no loss that is lower than the lowest by
 this share: early stopping with patience (Goodfellow et al., Deep Learning, algorithm 7.1), with the patience and the
 threshold of torch's ``ReduceLROnPlateau``."""
@@ -79,9 +79,9 @@ class Watch:
 
     @property
     def has_stopped_falling(self) -> bool:
-        """Whether the last ``STALLED_AFTER`` losses are all about as high as the lowest one before them, or higher."""
+        """Whether the last ``STALLED`` losses are all about as high as the lowest one before them, or higher."""
         losses = [loss for _, loss in sorted(self.losses.items())]
-        before, last = losses[:-STALLED_AFTER], losses[-STALLED_AFTER:]
+        before, last = losses[:-STALLED], losses[-STALLED:]
         return bool(before) and min(last) > min(before) * (1 - FALL)
 
     def state(self) -> Tensor:
@@ -392,7 +392,7 @@ class Loop:
         if self.watch is not None:
             state[STATE] = self.watch.state()
         if self.limit is not None:
-            state[PLAN] = torch.tensor([self.steps, self.seconds], dtype=torch.float64)
+            state[PLANNED_STEPS] = torch.tensor([self.steps, self.seconds], dtype=torch.float64)
         return state | (self.extra[0]() if self.extra else {})
 
     @torch.no_grad()
@@ -418,8 +418,8 @@ class Loop:
         if self.watch is not None:
             self.watch.load(state)
         # Before the first step nothing was planned again.
-        if step and self.limit is not None and PLAN in state:
-            planned, self._kept_seconds = state[PLAN].tolist()
+        if step and self.limit is not None and PLANNED_STEPS in state:
+            planned, self._kept_seconds = state[PLANNED_STEPS].tolist()
             self.steps, self.plans = int(planned), False
         if self.extra:
             self.extra[1](state)

@@ -27,7 +27,7 @@ from mptk.testing import copy_by_links
 
 PATIENCE = int(os.environ.get("PATIENCE", 60))
 """Seconds after which a row is said to hang."""
-PROGRESS = re.compile(r" *\d+ s  ")
+PROGRESS = re.compile(r" *\d+ s  |reading ")
 
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000

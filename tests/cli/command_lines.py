@@ -16,7 +16,7 @@ class Result(NamedTuple):
     @property
     def error(self) -> str:
         """The one line on stderr that is not progress."""
-        (line,) = [line for line in self.stderr.splitlines() if not re.match(r" *\d+ s  ", line)]
+        (line,) = [line for line in self.stderr.splitlines() if not re.match(r" *\d+ s  |reading ", line)]
         return line
 
 

@@ -175,7 +175,9 @@ def trained(lab: Lab) -> tuple[Recovered, SampleSets]:
     sets, program = lab.sets, lab.compiled.program
     held = {name: program.state[name] for name in program.state if name.endswith("proj.weight")}
     new = {name: weight + 0.01 * torch.randn(weight.shape) for name, weight in held.items()}
-    return Recovered(new, Witness("trained model", program.with_state(new)(*sets.proof.tensors), TOLERANCE), None), sets
+    return Recovered(
+        new, Witness("trained model", program.with_state(new)(*sets.proof.tensors), TOLERANCE), None, 1
+    ), sets
 
 
 @pytest.mark.parametrize("name", [None, *TRAINED])

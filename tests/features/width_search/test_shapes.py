@@ -81,17 +81,17 @@ def test_every_combination_is_tried_and_blocks_are_among_them(trained: Shapes) -
 @pytest.mark.always
 def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, settings: mptk.Settings) -> None:
     """Masked, and fitted: a block less and fewer channels, on the samples that nothing was fitted to."""
-    ids, asked = torch.randint(2, 97, (10, 32)), replace(settings, sparsity=0.5)
+    ids, asked = torch.randint(2, 97, (13, 32)), replace(settings, sparsity=0.5)
     found = mptk.shapes(llama, settings=asked, data=ids, keep=("kv_groups", "q_heads"), progress=None)
     assert [shape.widths["layers"] for shape in found.shapes] == [3, 2]
     short = found.shapes[1]
     assert short.widths["ffn"] < 80
     for reconstruct, expected in ((False, short.masked), (True, short.reconstructed)):
         more = {"widths": short.widths, "reconstruct": reconstruct, "eval_windows": 1, "progress": None}
-        # The first two are set aside, so that a later run can measure what nothing was fitted to.
-        small = mptk.prune(llama, settings=asked, data=ids[2:8], eval_data=ids[8:], **more).model
+        # The first three are set aside, so that a later run can measure what nothing was fitted to.
+        small = mptk.prune(llama, settings=asked, data=ids[3:11], eval_data=ids[11:], **more).model
         with torch.no_grad():
-            loss = small(ids[8:], labels=ids[8:]).loss
+            loss = small(ids[11:], labels=ids[11:]).loss
         assert float(loss) == pytest.approx(expected, abs=1e-4)
     assert short.masked != short.reconstructed
     assert found.dense.parameters == sum(p.numel() for p in MODEL_KINDS["decoder"].make().parameters())

@@ -30,7 +30,7 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 .PHONY: help demo test chosen-tests test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages release clean
 
 help:
-	@echo "make demo         learn to prune SmolLM2-135M by 20 %, prove it, time it and let it write, beside the dense model"
+	@echo "make demo         learn to prune SmolLM2-135M by 10 %, prove it, time it and let it write, beside the dense model"
 	@echo "make test         make check, the quick tests, and one run of each kind; FEATURE=gguf, or a path: all tests of that"
 	@echo "make test-all     make check, then every test that needs no network"
 	@echo "make test-rest    what make test-all has beside make test"
@@ -59,7 +59,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
 	$(BIN)/mptk export $(MODEL) --quantize int8 --out $(DEMO)-dense
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.2 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --samples 16 --length 128 --steps 12 --quantize int8 --out $(DEMO)
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.1 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --samples 16 --length 128 --steps 12 --quantize int8 --out $(DEMO)
 	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --rounds 3
 	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24

@@ -27,7 +27,7 @@ from mptk.publish.manifest import MARKER, compute_digests, hash_file
 # Names of inputs as messages show them.
 GIVEN_WEIGHTS, GIVEN_TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
-MOST_NAMES = 3
+MOST_NAMES = 8
 """Changed inputs that a message names. A changed folder of text may have hundreds of files."""
 ADDED = '"added_tokens"'
 """Where a fast tokenizer's JSON begins to define the ids."""

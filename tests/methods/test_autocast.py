@@ -26,11 +26,16 @@ def share_kept(one: Plan, other: Plan) -> float:
 def test_a_run_keeps_nearly_the_same_units_and_its_folder_passes_the_same_proof(
     laboratory: Laboratory, tmp_path: Path
 ) -> None:
-    exact = laboratory.open_pruned()
+    exact = laboratory.prune("decoder", tmp_path / "exact", reconstruct=True)
     plan, report = Plan.load(exact / "plan.json"), Report.read(exact)
     families = tuple(plan.families)
     out = laboratory.prune(
-        "decoder", tmp_path / "out", compute_dtype="bfloat16", families=families, widths=dict(plan.widths)
+        "decoder",
+        tmp_path / "out",
+        compute_dtype="bfloat16",
+        reconstruct=True,
+        families=families,
+        widths=dict(plan.widths),
     )
     found = Report.read(out)
     assert share_kept(plan, Plan.load(out / "plan.json")) >= 0.9

@@ -54,7 +54,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 8)
+    found = mptk.prune(
+        checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 8, eval_data=[testing.SENTENCES]
+    )
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
 

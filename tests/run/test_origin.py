@@ -10,7 +10,7 @@ from mptk.testing import expect_error
 def test_a_message_names_the_first_changed_files_and_counts_the_others() -> None:
     before = Origin(parts={f"text/{n}.md": "a" for n in range(40)})
     before.require(before)
-    with expect_error(ChangedError, name="text/0.md, text/1.md, text/10.md, 37 more"):
+    with expect_error(ChangedError, name=", ".join([*sorted(before.parts)[:8], "32 more"])):
         before.require(Origin(parts=dict.fromkeys(before.parts, "b")))
     with expect_error(ChangedError, name="text/7.md"):
         before.require(Origin(parts={**before.parts, "text/7.md": "b"}))

@@ -326,7 +326,7 @@ def test_a_trained_cut_is_what_prune_makes_with_these_steps(llama: str, tmp_path
         onnx=False,
         progress=None,
         widths={"ffn": before.widths["ffn"]},
-        **{**how, "data": ids[:18]},
+        **{**how, "data": ids[:18], "eval_data": ids[18:]},
     )
     cut, _ = losses(pruned.model, ids[18:])
     assert after.texts[text].loss == pytest.approx(float(cut.mean()), rel=1e-4)

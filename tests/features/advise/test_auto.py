@@ -53,7 +53,7 @@ def test_no_cut_is_made_if_a_type_meets_the_limit(
     """Nor is anything trained."""
     assert max(whole["int8"], whole["int4"]) < whole["float32"]
     limit = (max(whole["int8"], whole["int4"]) + whole["float32"]) / 2
-    pruned, found = prune(dense, ids, tmp_path / "out", limit, steps=2)
+    pruned, found = prune(dense, ids, tmp_path / "out", limit, steps=2, eval_data=ids)
     best = found.find_way()
     assert (best.sparsity, pruned.report.sparsity) == (0, 0)
     assert pruned.report.settings.quantize == (best.type,) == tuple(pruned.report.quantized)

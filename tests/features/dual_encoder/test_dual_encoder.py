@@ -146,9 +146,9 @@ def test_quality_is_of_both_embeddings_and_of_the_nearest_text() -> None:
 
 
 def test_eval_and_report_show_the_retrieval(world: Path, pruned: Path) -> None:
-    for words in (["report", str(pruned)], ["eval", str(pruned), "--data", str(world / "pictures")]):
-        result = done(*words)
-        assert "retrieval: 1.0000 dense, 1.0000 pruned" in result.output
+    for name, words in {"pruned": ["report"], "model": ["eval", "--data", str(world / "pictures")]}.items():
+        result = done(*words, str(pruned))
+        assert f"retrieval: 1.0000 dense, 1.0000 {name}" in result.output
 
 
 def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world: Path, pruned: Path) -> None:

@@ -103,7 +103,7 @@ def test_training_makes_every_size_better(shared: list[Pruned], llama: str, text
     untrained = mptk.ladder(llama, tmp_path / "m", SIZES, data=text, **{**SHARED, "steps": 0})
     for before, after in zip(untrained, shared, strict=True):
         assert before.plan.digest == after.plan.digest
-        assert after.report.quality["pruned"] < 0.8 * before.report.quality["pruned"]
+        assert after.report.quality["pruned"] < 0.85 * before.report.quality["pruned"]
     for row in metrics(shared[0].place):
         assert row["loss"] == pytest.approx(sum(row[f"loss of size {size}"] for size in (1, 2, 3)), rel=1e-4)
     watched = shared[0].report.recovery

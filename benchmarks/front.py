@@ -6,7 +6,7 @@
 Sizes and speeds are measured here, all graphs in turns in one process, one thread, 128 tokens in the cache. A cut's units
 are chosen at random for that, since speed depends on widths only. Perplexities are of the first 40 windows of 512 tokens of
 WikiText-2 test: of the dense graphs in ONNX Runtime, measured here, int4 rounded for the text; of a cut MaskPrune's row with
-most tokens in benchmarks/results/quality_all_weights.json, in float32 (int8 adds up to 0.4 %).
+most tokens in benchmarks/results/quality_all_weights.json, in float32 (int8 adds 0.3 to 0.9 %, benchmarks/onnx.md).
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ class Pruned:
         self._snapshot = Snapshot.of(self.model)
 
     def __repr__(self) -> str:
-        widths = ", ".join(f"{name} {of} → {width}" for name, (of, width) in self.report.narrowed.items())
+        widths = ", ".join(self.report.list_cut_words())
         return f"Pruned({self.report.model}, sparsity {self.report.sparsity:.3f}: {widths}; folder={self.folder})"
 
     def _repr_html_(self) -> str:

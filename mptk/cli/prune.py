@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mptk.cost.estimate import Estimate
 
 COMPUTING = 2
-"""A run with the smallest numbers takes about so many times what it takes without computing (SmolLM2-135M)."""
+"""The smallest run takes about twice as long as what it does besides computing (SmolLM2-135M)."""
 EstimateOption = Annotated[
     bool, typer.Option("--estimate", help="Only estimate the memory, disk space and time that the run needs.")
 ]

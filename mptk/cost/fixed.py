@@ -18,5 +18,5 @@ ONNX_S = 0.9
 
 
 def sum_fixed_seconds(layers: int, *, trains: bool, onnx: bool) -> float:
-    """The least time of a run on a model with so many layers, on a machine that computes in no time."""
+    """Seconds that a run on a model of ``layers`` layers takes even if computing took no time."""
     return START_S + layers * (TRACE_S + PROVE_S + TRAINING_START_S * trains + ONNX_S * onnx)

@@ -61,6 +61,3 @@ class TimeLimit:
         )
         fits = with_distilling if with_distilling > DISTILLED_STEPS else min(without, DISTILLED_STEPS)
         return max(self.least, min(self.most, fits if self.distilling else without))
-
-
-__all__ = ["LEAST_SCORED", "TimeLimit"]

@@ -233,16 +233,20 @@ class Report:
     rows: Annotated[Rows, AfterValidator(_check_rows)] = field(default_factory=dict)
 
     @property
-    def narrowed(self) -> dict[str, tuple[int, int]]:
+    def narrower_widths(self) -> dict[str, tuple[int, int]]:
         """Family → units in each layer of the dense and of the pruned model, for each family that was cut."""
         return {name: (row["of"], row["width"]) for name, row in self.families.items() if row["width"] < row["of"]}
 
+    def list_cut_words(self) -> list[str]:
+        """``ffn 1536 → 928`` for each family that was cut."""
+        return [f"{name} {of} → {width}" for name, (of, width) in self.narrower_widths.items()]
+
     def __repr__(self) -> str:
-        cut = ", ".join(f"{name} {of} → {width}" for name, (of, width) in self.narrowed.items())
-        return f"Report({self.model}: {self.sparsity:.1%} removed; {cut or 'no family was cut'}; {self._describe()})"
+        cut = ", ".join(self.list_cut_words()) or "no family was cut"
+        return f"Report({self.model}: {self.sparsity:.1%} removed; {cut}; {self._describe()})"
 
     def _repr_html_(self) -> str:
-        cut = [[name, str(of), str(width)] for name, (of, width) in self.narrowed.items()]
+        cut = [[name, str(of), str(width)] for name, (of, width) in self.narrower_widths.items()]
         cost = [
             [name, f"{self.cost['dense'][key]:,.0f}", f"{self.cost['pruned'][key]:,.0f}"]
             for name, key in (("parameters", "parameters"), ("bytes", "bytes"))

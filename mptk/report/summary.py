@@ -64,7 +64,7 @@ def describe_amount(report: Report) -> str:
 
 def describe_cut(report: Report) -> str:
     """The widths that are narrower now. The families that stayed are only counted."""
-    cut = [f"{name} {of} → {width}" for name, (of, width) in report.narrowed.items()]
+    cut = report.list_cut_words()
     for row, view in list_row_views(report):
         cut += [f"{name} {of} → {kept}" for name, of, kept in view.list_widths(row) if kept < of]
     whole = sum(row["width"] == row["of"] for row in report.families.values())

@@ -42,7 +42,7 @@ def pruned(laboratory: Laboratory) -> mptk.Pruned:
 @pytest.mark.features
 def test_results_are_a_line_and_a_table(laboratory: Laboratory, pruned: mptk.Pruned) -> None:
     shown = [pruned, pruned.report, pruned.plan, mptk.analyze(str(laboratory.open_model()))]
-    cut = pruned.report.narrowed
+    cut = pruned.report.narrower_widths
     assert cut
     for each in shown:
         assert len(repr(each)) <= 400

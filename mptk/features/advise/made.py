@@ -111,7 +111,7 @@ def time_ways(
     graphs: Sequence[MeasuredGraph], limits: Ceiling, settings: Settings, context: Context
 ) -> list[dict[str, float]]:
     """Phase → milliseconds of each graph, timed in turns."""
-    # A case has one length: in decode that of the cache, in prefill that of the prompt.
+    # The length of a case is the cache's in decode, and the prompt's in prefill.
     lengths = {phase: max(list_phase_tokens(phase, limits.context)) for phase in limits.phases}
     cases = [Case(phase, length, 1, settings.threads) for phase, length in lengths.items()]
     if not cases:

@@ -171,17 +171,19 @@ def made_up_times():
 
 
 @pytest.fixture
-def typed(inside):
+def typed():
     """Runs words as the console script does, in this process. Gives the exit code."""
 
     def run(*words):
         from mptk.cli.main import main
 
-        inside.bound("sys.argv", ["mptk", *map(str, words)])
+        before, sys.argv = sys.argv, ["mptk", *map(str, words)]
         try:
             main()
         except SystemExit as stop:
             return int(stop.code or 0)
+        finally:
+            sys.argv = before
         return 0
 
     return run

@@ -20,4 +20,5 @@ from .kinds import ModelKind as ModelKind
 from .kinds import write_kind as write_kind
 from .laboratory import Laboratory as Laboratory
 from .laboratory import copy_by_links as copy_by_links
+from .plugins import install_plugin as install_plugin
 from .refusals import expect_error as expect_error

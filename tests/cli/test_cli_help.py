@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import typer
 from command_lines import SHORT
-from inside import Inside
 from typer.testing import CliRunner
 
-from mptk import MptkError, Settings
+from mptk import MptkError, Settings, testing
 from mptk.cli.main import app as commands
 from mptk.cli.options import make_choice_arguments
 from mptk.config.choices import DEVICES, METHODS, SCHEMES, TARGET_CHOICES
-from mptk.methods import list_methods
+from mptk.methods import MASKPRUNE, list_methods
 from mptk.targets import list_targets
 from passes import pipelines
 
@@ -90,13 +89,10 @@ def test_devices_have_numbers() -> None:
             Settings(device=wrong)
 
 
-def test_plugins_are_accepted_and_completed(inside: Inside) -> None:
-    class Entry:
-        name = "sparsegpt"
-
-    inside.around("mptk.config.setting.find_entries", lambda _, group: [Entry] if group == "mptk.methods" else [])
-    assert make_choice_arguments(METHODS)["parser"]("sparsegpt") == "sparsegpt"
-    assert make_choice_arguments(METHODS)["autocompletion"]("s") == ["sparsegpt"]
+def test_plugins_are_accepted_and_completed() -> None:
+    with testing.install_plugin({"mptk.methods": {"sparsegpt": MASKPRUNE}}):
+        assert make_choice_arguments(METHODS)["parser"]("sparsegpt") == "sparsegpt"
+        assert make_choice_arguments(METHODS)["autocompletion"]("s") == ["sparsegpt"]
 
 
 def complete(line: str) -> list[str]:

@@ -1,23 +1,19 @@
-"""A kind of conversion of its own is a class that a feature names: its model, its proof and its note follow.
-
-It is added to what features name, in place of a feature.
-"""
+"""A kind of conversion of its own is a class that a feature names: its model, its proof and its note follow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from inside import Inside
 
 import mptk
 from mptk import Plan, ProofError, Settings, testing
 from mptk.ir import Entry, Program
-from mptk.plugins import load_parts
+from mptk.plugins import Feature
 from mptk.protocols import Analyse, Analysed, Change, Conversion
 from mptk.staged.staged import Executor
 from mptk.testing import expect_error
@@ -64,9 +60,10 @@ class ScaledValues(Conversion):
 
 
 @pytest.fixture(autouse=True)
-def listed(inside: Inside) -> None:
-    parts = {**load_parts("conversions"), ScaledValues.name: ScaledValues}
-    inside.around("mptk.conversions.load_parts", lambda load, kind: parts if kind == "conversions" else load(kind))
+def installed() -> Iterator[None]:
+    feature = Feature("scaling", "", conversions={ScaledValues.name: f"{__name__}:ScaledValues"})
+    with testing.install_plugin({"mptk.features": {"scaling": feature}}):
+        yield
 
 
 def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:

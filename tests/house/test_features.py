@@ -10,21 +10,20 @@ import inspect
 import json
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 from fresh import COMMAND, Done, Fresh
-from inside import Inside
 
 from mptk import testing
 from mptk.config import CoreSettings
 from mptk.config.choices import METHODS, TARGET_CHOICES
 from mptk.errors import MptkError
 from mptk.methods import MASKPRUNE, find_method, list_methods
-from mptk.plugins import Feature, find_entries, list_features, load_parts
+from mptk.plugins import Feature, list_features, load_parts
 from mptk.targets import STOCK_TARGET, list_targets
 
 NOT_PARTS = ("name", "summary", "page", "settings", "commands", "options", "subfolders")
@@ -70,57 +69,49 @@ def test_settings_of_a_feature_stand_below_one_of_the_core(feature: Feature) -> 
 # ---- names that two bring ----
 
 
-@pytest.fixture
-def bring(inside: Inside) -> Iterator[Callable[..., None]]:
-    """Install features that exist only here, beside mptk's own."""
-
-    def bring(*features: Feature) -> None:
-        there = {**list_features(), **{each.name: each for each in features}}
-        inside.gives("mptk.plugins.list_features", there)
-        load_parts.cache_clear()
-
-    yield bring
-    load_parts.cache_clear()
+def bring(package: str = "mine", /, name: str = "mine", **parts: dict[str, str]) -> AbstractContextManager[None]:
+    """Install a feature that exists only here, beside mptk's own."""
+    return testing.install_plugin({"mptk.features": {name: Feature(name, "", **parts)}}, package=package)
 
 
-def test_a_feature_adds_a_method_and_a_target(bring: Callable[..., None]) -> None:
-    bring(
-        Feature("mine", "", methods={"mine": "mptk.methods:MASKPRUNE"}, targets={"other": "mptk.targets:STOCK_TARGET"})
-    )
-    assert find_method("mine") is MASKPRUNE
-    assert list(list_targets())[-1] == "graph"
-    assert list_targets()["other"] is STOCK_TARGET
-    assert METHODS.explain_wrong("mine") is None
-    assert TARGET_CHOICES.explain_wrong("other") is None
+def test_a_feature_adds_a_method_and_a_target() -> None:
+    with bring(methods={"mine": "mptk.methods:MASKPRUNE"}, targets={"other": "mptk.targets:STOCK_TARGET"}):
+        assert find_method("mine") is MASKPRUNE
+        assert list(list_targets())[-1] == "graph"
+        assert list_targets()["other"] is STOCK_TARGET
+        assert METHODS.explain_wrong("mine") is None
+        assert TARGET_CHOICES.explain_wrong("other") is None
+    assert "mine" not in list_methods()
 
 
-def test_no_feature_replaces_what_another_or_the_core_brings(bring: Callable[..., None]) -> None:
-    bring(Feature("mine", "", targets={"nemotron-nas": "mptk.targets:STOCK_TARGET"}))
-    with pytest.raises(
-        MptkError, match=r"features nemotron_nas and mine both bring nemotron-nas \(targets\); remove one"
+def test_no_feature_replaces_what_another_or_the_core_brings() -> None:
+    with (
+        bring(targets={"nemotron-nas": "mptk.targets:STOCK_TARGET"}),
+        pytest.raises(
+            MptkError, match=r"features mine and nemotron_nas both bring nemotron-nas \(targets\); remove one"
+        ),
     ):
         list_targets()
     for list_named, part in ((list_targets, {"targets": {"stock": ""}}), (list_methods, {"methods": {"wanda": ""}})):
         name = next(iter(next(iter(part.values()))))
-        bring(Feature("mine", "", **{kind: {name: "mptk.targets:ONNX"} for kind in part}))
-        with pytest.raises(
-            MptkError, match=rf"the feature mine brings {name} \(\w+\), which mptk has itself; remove it"
+        with (
+            bring(**{kind: {name: "mptk.targets:ONNX"} for kind in part}),
+            pytest.raises(
+                MptkError, match=rf"the feature mine brings {name} \(\w+\), which mptk has itself; remove it"
+            ),
         ):
             list_named()
 
 
-def test_two_packages_with_a_feature_of_one_name_are_refused(inside: Inside, tmp_path: Path) -> None:
-    for package in ("one", "two"):
-        folder = tmp_path / package / f"{package}-1.dist-info"
-        folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Name: {package}\nVersion: 1\n")
-        (folder / "entry_points.txt").write_text(f"[mptk.features]\nsame = {package}:FEATURE\n")
-    found = [*distributions(path=[str(tmp_path / "one"), str(tmp_path / "two")])]  # the list is changed below
-    inside.gives("mptk.plugins.distributions", found)
-    with pytest.raises(MptkError, match=r"one and two both bring same \(mptk.features\); remove one of them"):
-        find_entries.__wrapped__("mptk.features")
-    found[1] = found[0]  # the same package twice on the path
-    assert [each.value for each in find_entries.__wrapped__("mptk.features")] == ["one:FEATURE"]
+def test_two_packages_with_a_feature_of_one_name_are_refused() -> None:
+    with (
+        bring("one", "same"),
+        bring("two", "same"),
+        pytest.raises(MptkError, match=r"one and two both bring same \(mptk.features\); remove one of them"),
+    ):
+        list_features()
+    with bring("one", "same"), bring("one", "same"):
+        assert "same" in list_features()  # the same package twice on the path
 
 
 # ---- a tree with fewer folders ----

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import done
+from inside import Inside
 from transformers import AutoModelForCausalLM
 
 import mptk
@@ -18,6 +20,7 @@ from mptk.errors import InputError
 from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Point, Way
 from mptk.features.advise.view import build_way_table, describe_sources, describe_ways
 from mptk.ort.bench import Measurement
+from mptk.ort.steps import Case
 from mptk.testing import Laboratory, draw_weights, expect_error, make_config, make_llama
 
 ASKED = {"sparsities": [0.2, 0.4], "samples": 8, "length": 32, "align": 8, "eval_windows": 4, "progress": None}
@@ -131,17 +134,25 @@ def test_the_best_ways_are_made_and_the_best_of_these_is_advised(made: Advice) -
         assert row[2:4] == [f"{way.ms['decode']:.2f}", f"{way.measured.ms['decode']:.2f}"]
 
 
+@pytest.fixture
+def take(inside: Inside) -> Callable[[Iterator[float]], None]:
+    """Says how many milliseconds the graphs of each round of measurements take."""
+
+    def take(turns: Iterator[float]) -> None:
+        def time(_: object, graphs: Mapping[str, object], cases: Sequence[Case], **__: object) -> list[Measurement]:
+            ms = next(turns)
+            return [Measurement(name, cases[0], ms, 0, 0, 1, 1, 1, 1) for name in graphs]
+
+        inside.around("mptk.features.advise.made.time_graphs", time)
+
+    return take
+
+
 @pytest.mark.usefixtures("made_up_times")
 def test_ways_that_turn_out_too_slow_are_followed_by_others(
-    rounds_badly: tuple[torch.nn.Module, torch.Tensor], inside
+    rounds_badly: tuple[torch.nn.Module, torch.Tensor], take: Callable[[Iterator[float]], None]
 ) -> None:
-    turns = iter([5.0, 1.0])
-
-    def time(_, graphs, cases, **options) -> list[Measurement]:
-        ms = next(turns)
-        return [Measurement(name, cases[0], ms, 0, 0, 1, 1, 1, 1) for name in graphs]
-
-    inside.around("mptk.features.advise.made.time_graphs", time)
+    take(iter([5.0, 1.0]))
     model, ids = rounds_badly
     found = mptk.advise(model, data=ids, max_decode_ms=4.0, **MADE)
     slow = [way for way in found.ways if way.measured is not None and way.measured.ms["decode"] == 5.0]
@@ -152,14 +163,10 @@ def test_ways_that_turn_out_too_slow_are_followed_by_others(
 
 @pytest.mark.usefixtures("made_up_times")
 def test_if_nothing_meets_the_limit_the_cheapest_ways_are_made(
-    rounds_badly: tuple[torch.nn.Module, torch.Tensor], inside
+    rounds_badly: tuple[torch.nn.Module, torch.Tensor], take: Callable[[Iterator[float]], None]
 ) -> None:
     """Predicted times may be too long."""
-
-    def time(_, graphs, cases, **options) -> list[Measurement]:
-        return [Measurement(name, cases[0], 1e-6, 0, 0, 1, 1, 1, 1) for name in graphs]
-
-    inside.around("mptk.features.advise.made.time_graphs", time)
+    take(itertools.repeat(1e-6))
     model, ids = rounds_badly
     found = mptk.advise(model, data=ids, max_decode_ms=1e-3, **MADE)
     assert sum(way.measured is not None for way in found.ways) >= 3

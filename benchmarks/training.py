@@ -76,7 +76,7 @@ def plain() -> Step:
 
 
 def settings(teacher: str) -> Settings:
-    training = Training(batch=BATCH, micro=MICRO, save_every=10**9)
+    training = Training(batch=BATCH, micro=MICRO, save_every=10**6)
     learning = Learning(steps=10_000, rank=RANK, teacher=teacher, training=training)
     return Settings(sparsity=0.3, portable=False, learning=learning)
 

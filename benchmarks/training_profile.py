@@ -40,7 +40,7 @@ def main(
     steps: int = 6,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    training = Training(batch=BATCH, micro=MICRO, save_every=10**9, optimizer=optimizer)
+    training = Training(batch=BATCH, micro=MICRO, save_every=10**6, optimizer=optimizer)
     widths = dict(parse_width(each) for each in width or ["ffn=512"])
     settings = Settings(
         sparsity=sparsity,

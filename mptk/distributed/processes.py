@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mptk.compat.accelerate import keep_output_type
 from mptk.errors import InputError, MptkError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -124,7 +125,9 @@ def prepare_training(acc: Accelerator, model: nn.Module, optimizer: torch.optim.
     With FSDP2 the parameters of ``model`` are replaced by shards of the first process's parameters.
     """
     _wrap_blocks(acc, model)
-    return acc.prepare(model, optimizer)  # type: ignore[no-any-return]
+    prepared = acc.prepare(model, optimizer)
+    keep_output_type(acc, model)
+    return prepared  # type: ignore[no-any-return]
 
 
 def place_model(acc: Accelerator, model: nn.Module) -> object:

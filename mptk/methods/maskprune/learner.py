@@ -201,13 +201,9 @@ class Learner:
         if self.folder.read_latest("masks") is None:
             before = partial(self._score_units, student, solver, sets.calibration[:SCORED])
             solver.load(dict((self.scored or self.folder).keep(SALIENCY, before).tensors))
-        loop.begin()
-        while loop.done < loop.steps:
-            loop.take_step()
-            if loop.plans and loop.done == max(FIRST_STEPS, parts):
+        for done in loop.take_steps():
+            if loop.plans and done == max(FIRST_STEPS, parts):
                 self._plan_mask_steps(loop, solver, parts)
-            loop.keep_step()
-        loop.finish()
 
         # Units by their last scores, at the widths that the solver fixed.
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}

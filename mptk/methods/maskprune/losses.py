@@ -106,7 +106,9 @@ class _Fused(torch.autograd.Function):
         known = targets != IGNORED
         of_lm = weights.lm / known.sum().clamp_min(1) * known
         of_kl = weights.kl / len(logits)
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        # In float16 it would underflow: the loss is scaled only after this.
+        kind = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty_like(logits, dtype=kind) if ctx.needs_input_grad[0] else None
         wide = find_widest_float(logits.device)
         lm, kl = logits.new_zeros(2, dtype=wide).unbind()
         rows = max(1, min(CHUNK // logits.shape[1], len(logits)))
@@ -182,8 +184,9 @@ def compute_hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
     errors = []
     for ours, theirs in zip(student, teacher, strict=True):
         # Without the mean, since a large constant part of the states would hide their error.
+        ours, theirs = ours.float(), theirs.float()
         spread = (theirs - theirs.mean(tuple(range(theirs.ndim - 1)))).square().sum().clamp_min(1e-12)
-        errors.append((ours - theirs).float().square().sum() / spread)
+        errors.append((ours - theirs).square().sum() / spread)
     return torch.stack(errors).mean()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.optim import AdamW
 
+from mptk.compat.glibc import keep_freed_memory
 from mptk.config import Learning, Training
 from mptk.cost.limit import TimeLimit
 from mptk.distributed.processes import (
@@ -135,7 +136,7 @@ ExtraState = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tenso
 
 @dataclass(eq=False)
 class Loop:
-    """The steps of one phase: ``begin``, then ``take_step`` and ``keep_step`` for each, then ``finish``.
+    """The steps of one phase: ``run`` takes them all; ``take_steps`` lets the caller act after each.
 
     It continues from the newest checkpoint of the phase, if there is one. With a ``watch`` the loss on its samples is
     measured before the first step and at each checkpoint. The student ends with the weights of the lowest loss.
@@ -197,15 +198,21 @@ class Loop:
         Raises:
             MptkError: the loss or a gradient is not finite; the last good checkpoint is kept.
         """
-        self.begin()
-        while self.done < self.steps:
-            self.take_step()
+        for _ in self.take_steps():
             if self.plans and self.limit is not None and self._is_planned_now():
                 self._plan_steps(self.limit)
-            self.keep_step()
-        self.finish()
 
-    def begin(self) -> None:
+    def take_steps(self) -> Iterator[int]:
+        """Train, and give the number of steps that are taken after each, before it is logged and stored. Raises as ``run``."""
+        with keep_freed_memory():
+            self._begin()
+            while self.done < self.steps:
+                self._take_step()
+                yield self.done
+                self._keep_step()
+            self._finish()
+
+    def _begin(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
         began = time.monotonic()
         if self.limit is not None:
@@ -217,15 +224,14 @@ class Loop:
             self._save(self.done)
             self._checked = time.monotonic() - began
 
-    def take_step(self) -> None:
-        """Take the next step, without its checkpoint. Raises as ``run``."""
+    def _take_step(self) -> None:
         began = time.monotonic()
         self._metrics, tokens = self._step(self.done)
         self._times.append(time.monotonic() - began)
         self._metrics["tokens/s"] = tokens / max(self._times[-1], 1e-9)
         self.done += 1
 
-    def keep_step(self) -> None:
+    def _keep_step(self) -> None:
         """Log the step and, if its turn has come, measure it on held-out samples and store a checkpoint."""
         done, metrics, began = self.done, self._metrics, time.monotonic()
         # Measure before the checkpoint: it keeps the losses, and the folder keeps the best checkpoint.
@@ -243,7 +249,7 @@ class Loop:
         self.accelerator.log({f"{self.phase}/{name}": value for name, value in metrics.items()}, step=done)
         self.progress(done, self.steps, metrics)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Go back to the weights with the lowest loss on held-out samples."""
         if self.watch is not None:
             self._adopt(self.watch.best)

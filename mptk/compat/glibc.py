@@ -8,18 +8,18 @@ import platform
 from collections.abc import Iterator
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
-"""``mallopt``'s parameters, of malloc.h: the free bytes at the heap's end above which they go back to the system, and how
-many blocks may be mapped, each by itself."""
+"""Parameters of ``mallopt``, as malloc.h has them: how many free bytes at the end of the heap stay, and how many blocks
+may be mapped, each by itself."""
 USUAL_TRIM, USUAL_MMAPS = 64 << 20, 65536
 """What malloc has arrived at by itself in a process that has used torch; MMAP_MAX is the default."""
 
 
 @contextlib.contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Inside, the memory of freed tensors stays with the process, for the next tensors. Elsewhere than on glibc nothing changes.
+    """Inside, the memory of freed tensors stays with the process, for the next ones. Without glibc nothing changes.
 
-    By itself malloc maps each tensor of 32 MB or more anew, and gives it back when it is freed: a step of training then
-    has a page fault for every 4 KB of its logits, which took a third of its time in a virtual machine.
+    By itself malloc maps each tensor of 32 MB or more anew, and gives it back when it is freed. A step of training then
+    has a page fault for every 4 KB of its logits, which takes a quarter of its time in a virtual machine.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

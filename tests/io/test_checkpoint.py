@@ -21,7 +21,7 @@ from transformers import (
 from benchmarks.tiny_models import tiny_model
 from mptk import testing
 from mptk.io import copy_processors, make_portable_config, save_tokenizer
-from mptk.io.checkpoint import save_checkpoint
+from mptk.io.checkpoint import copy_beside, save_checkpoint
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -135,3 +135,15 @@ def test_what_pools_features_is_copied_if_their_number_stays(same_features: bool
     copy_processors(source, folder, same_features=same_features)
     assert (folder / "preprocessor_config.json").is_file()
     assert (folder / "1_Pooling" / "config.json").is_file() == same_features
+
+
+def test_what_stands_beside_weights_is_copied_with_them(tmp_path: Path) -> None:
+    """A module that was loaded from a folder is written whole: as it is, its features have as many channels."""
+    names = ("preprocessor_config.json", "modules.json", "1_Pooling/config.json", "modeling_mine.py")
+    source, folder = tmp_path / "source", tmp_path / "copy"
+    for name in names:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    folder.mkdir()
+    copy_beside(source, folder)
+    assert [(folder / name).read_text() for name in names] == list(names)

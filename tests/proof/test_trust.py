@@ -98,13 +98,14 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -
     assert all(d.ok for d in mptk.verify(own_pruned, trust_remote_code=True))
 
 
+@pytest.mark.parametrize("name", ["extra.txt", "plan.json"])
 def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(
-    own: Path, own_pruned: Path, tmp_path: Path
+    name: str, own: Path, own_pruned: Path, tmp_path: Path
 ) -> None:
-    """The dense model's own code adds a file. The error says what happened, and to verify the folder again."""
+    """The dense model's own code touches a file. The error says what happened, and to verify the folder again."""
     copy = tmp_path / "copy"
     shutil.copytree(own_pruned, copy)
-    (own.parent / "touched").write_text(str(copy / "extra.txt"))
+    (own.parent / "touched").write_text(str(copy / name))
     with expect_error(ChangedError, name=copy):
         mptk.verify(copy, trust_remote_code=True)
     (own.parent / "touched").unlink()

@@ -20,7 +20,7 @@ from mptk.files import format_json, make_staging, write_file, write_json, write_
 from mptk.files.staging import LOCK
 from mptk.publish import manifest
 from mptk.publish.folder import publish
-from mptk.publish.manifest import check_manifest, read_manifest, update_manifest
+from mptk.publish.manifest import check_manifest, copy_listed, read_manifest, update_manifest, write_manifest
 from mptk.testing import expect_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +29,11 @@ OTHERS = [
     "mptk/run/estimate.py",
     "mptk/targets/onnx.py",
     "mptk/testing/laboratory.py",
+    "mptk/testing/plugins.py",
     "passes/targets/onnx/tensors.py",
 ]
-"""Two ask where temporary files go, two remove a folder in their own output, one opens a file without a name."""
+"""Two ask where temporary files go, two remove a folder in their own output, one opens a file without a name, one
+describes a plugin of a test."""
 
 
 def test_json_has_null_for_what_is_no_number() -> None:
@@ -199,3 +201,13 @@ def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path) -> 
 
     assert run_with_hook(stop, work) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_has_the_listed_files_with_their_folders(tmp_path: Path) -> None:
+    folder, new = tmp_path / "folder", tmp_path / "new"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "b" / "c.txt").write_text("c")
+    write_manifest(folder)
+    (folder / "later.txt").write_text("not listed")
+    copy_listed(folder, new)
+    assert [str(path.relative_to(new)) for path in new.rglob("*") if path.is_file()] == ["a/b/c.txt"]

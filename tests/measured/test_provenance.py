@@ -14,6 +14,7 @@ OF_CHANGED_CODE = {
     "gguf_models.json",
     "ladder.json",
     "latency.json",
+    "mutants.json",
     "onnx.json",
     "quality.json",
     "quality_20_minutes.json",

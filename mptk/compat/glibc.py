@@ -19,7 +19,8 @@ def keep_freed_memory() -> Iterator[None]:
     """Inside, the memory of freed tensors stays with the process, for the next ones. Without glibc nothing changes.
 
     By itself malloc maps each tensor of 32 MB or more anew, and gives it back when it is freed. A step of training then
-    has a page fault for every 4 KB of its logits, which takes a quarter of its time in a virtual machine.
+    has a page fault for every 4 KB of its logits, which takes a quarter of its time in a virtual machine. The main
+    thread keeps blocks of any size, others those of less than 64 MB.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

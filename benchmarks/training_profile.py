@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import result_header, write_result
 from benchmarks.training import learn, recover
 from mptk.cli.options import parse_width
-from mptk.compat.glibc import keep_freed_memory
+from mptk.compat.glibc import retain_memory
 from mptk.config import Learning, Settings, Training
 from mptk.cost.estimate import measure_machine
 
@@ -50,7 +50,7 @@ def main(
         learning=Learning(steps=10_000, training=training, precision="bf16" if compute_dtype == "bfloat16" else "no"),
     )
     step = (learn if phase == "masks" else recover)(settings)
-    with keep_freed_memory():  # as in a run
+    with retain_memory():  # as in a run
         step()
         seconds = []
         for _ in range(steps):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def verified() -> dict[tuple[str, str], dict[str, Any]]:
     return {(r["mapping"], r["type"]): r for r in saved_rows(CUT) if r["stage"] == "verified"}
 
 
-def run_type(mapping: str, model_type: str) -> dict[str, Any]:
-    """One row. For each of ``WAYS``: "trained", "refused" or why it failed. ``stage``: "failed" if one did."""
+def run_type(mapping: str, model_type: str, ways: Collection[str] = tuple(WAYS)) -> dict[str, Any]:
+    """One row. For each of the ``ways``: "trained", "refused" or why it failed. ``stage``: "failed" if one did."""
     row, known = {"mapping": mapping, "type": model_type}, verified()[mapping, model_type]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -48,9 +49,9 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
         model.save_pretrained(folder / "dense")
         save_file(example_inputs(mapping, model, 0), inputs := folder / "inputs.safetensors")
         words = ["prune", folder / "dense", "--target", known["target"], *SIZES.split()]
-        for way, options in WAYS.items():
-            row[way] = trained([*words, *options.split()], dict(known["widths"]), folder / way, inputs)
-    reached = [row[way] for way in WAYS]
+        for way in ways:
+            row[way] = trained([*words, *WAYS[way].split()], dict(known["widths"]), folder / way, inputs)
+    reached = [row[way] for way in ways]
     return {**row, "stage": "failed" if set(reached) - {"trained", "refused"} else max(reached)}
 
 

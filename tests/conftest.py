@@ -171,7 +171,7 @@ def made_up_times():
 
 
 @pytest.fixture
-def typed():
+def run_words():
     """Runs words as the console script does, in this process. Gives the exit code."""
 
     def run(*words):

@@ -15,7 +15,7 @@ ALLOWED: dict[str, str] = {
 +    found: Tensor = torch.randn(like.shape, generator=generator) / fan_in*0.5""": "any weights of that size will do",
     """-            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent and f' ({absent})'}",
 +            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent or f' ({absent})'}",""": (
-        "tests/messages.txt has the sentence, and its test is not among those that are asked"
+        "tests/house/test_messages.py notices it, and mutants are not put to the tests of tests/house"
     ),
     """-            if identify_file(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
 +            if identify_file(file.fileno()) != key or began * max(key[-2:]) < SETTLED:""": (
@@ -55,7 +55,7 @@ ALLOWED: dict[str, str] = {
 +        return node.all_input_nodes[: 2]""": "an operand that counts as shared is caution: nothing is lost",
     """-    return type(a) is type(b) and not isinstance(a, torch.SymInt) and bool(a == b)
 +    return type(a) is type(b) and  isinstance(a, torch.SymInt) and bool(a == b)""": (
-        "a call that is run again gives the same; leaving it out saves time alone"
+        "a call that is run again gives the same; leaving it out only saves time"
     ),
     """-            factor = _compute_factor(norms[0])
 +            factor = _compute_factor(norms[ -1])""": "norms that share a weight have one factor, or they are not folded",

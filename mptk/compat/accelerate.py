@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 
@@ -51,11 +50,11 @@ def separate_state(device: str = "auto") -> Iterator[None]:
 def keep_output_type(accelerator: Accelerator, model: nn.Module) -> None:
     """Let a module that accelerate has prepared give its outputs in the type in which they were computed.
 
-    accelerate makes them float32. With a large vocabulary that copy, and the one back in the backward pass, take an
-    eighth of a training step.
+    accelerate makes them float32. With a large vocabulary that copy, and the one back in the backward pass, are among
+    the largest of a training step.
     """
     if (inner := vars(model).get("_original_forward")) is not None:
-        model.forward = functools.wraps(inner)(accelerator.autocast()(inner))
+        model.forward = accelerator.autocast()(inner)
 
 
 def without_autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:

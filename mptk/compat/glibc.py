@@ -15,11 +15,11 @@ USUAL_TRIM, USUAL_MMAPS = 64 << 20, 65536
 
 
 @contextlib.contextmanager
-def keep_freed_memory() -> Iterator[None]:
+def retain_memory() -> Iterator[None]:
     """Inside, the memory of freed tensors stays with the process, for the next ones. Without glibc nothing changes.
 
     By itself malloc maps each tensor of 32 MB or more anew, and gives it back when it is freed. A step of training then
-    has a page fault for every 4 KB of its logits, which takes a quarter of its time in a virtual machine. The main
+    has a page fault for every 4 KB of its logits, which are slow in a virtual machine (benchmarks/README.md). The main
     thread keeps blocks of any size, others those of less than 64 MB.
     """
     if platform.libc_ver()[0] != "glibc":

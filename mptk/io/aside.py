@@ -28,7 +28,7 @@ class Aside:
     length: int
 
     @property
-    def tokens_needed(self) -> int:
+    def least_tokens(self) -> int:
         """Tokens that must be read to know how many are set aside: if there are as many, all windows are."""
         return ASIDE_PARTS * self.count * self.length
 

@@ -296,7 +296,7 @@ def _read_stream(
     """The tokens of one source from which windows are cut; see ``_read_windows``."""
     limits = _compute_limits(count, length, seed)
     if aside is not None and not source.is_folder:  # how long the text is decides how much is set aside
-        limits = limits.extend(aside.tokens_needed)
+        limits = limits.extend(aside.least_tokens)
     own = part if aside is not None and source.is_folder else None
     documents = source.read_documents(tokenizer, limits.characters, _ENOUGH * length, seed or 0, own)
     stream = encode_documents(documents, tokenizer, characters=limits.characters, tokens=limits.tokens)

@@ -18,6 +18,6 @@ def test_flags_of_other_programs_and_whole_commands_stay(said: str) -> None:
 
 
 @pytest.mark.features
-def test_a_command_reads_options(typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert typed("prune", "smollm2-135m", "--layers", "1", "--method", "wanda", "--out", "x") == 1
+def test_a_command_reads_options(run_words: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_words("prune", "smollm2-135m", "--layers", "1", "--method", "wanda", "--out", "x") == 1
     assert "--target graph" in capsys.readouterr().err

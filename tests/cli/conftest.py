@@ -36,14 +36,14 @@ def surroundings() -> Iterator[None]:
 
 
 @pytest.fixture
-def mptk(inside: Inside, typed: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def mptk(inside: Inside, run_words: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Runs a command line in this process, as the console script does."""
 
     def run(*arguments: str | Path) -> Result:
         inside.bound("mptk.cli.console.out.width", 2000)
         capsys.readouterr()
         with warnings.catch_warnings():
-            code = typed(*arguments)
+            code = run_words(*arguments)
         return Result(code, *capsys.readouterr())
 
     return run

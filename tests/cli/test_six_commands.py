@@ -16,7 +16,7 @@ SIZES = ("--samples", "4", "--eval-windows", "2", "--eval-length", "12", "--alig
 
 @pytest.mark.usefixtures("quick_bench")
 @pytest.mark.parametrize("mapping", KINDS)
-def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int]) -> None:
+def test_six_commands(mapping: str, tmp_path: Path, run_words: Callable[..., int]) -> None:
     dense, out, graphs = tmp_path / "dense", tmp_path / "out", tmp_path / "graphs"
     tiny_model(mapping, KINDS[mapping]).model.save_pretrained(dense)
     read = ("--data", "random", "--length", "12")
@@ -28,4 +28,4 @@ def test_six_commands(mapping: str, tmp_path: Path, typed: Callable[..., int]) -
         ("eval", out, *read, "--windows", "2"),
         ("bench", graphs, "--rounds", "2", "--lengths", "12"),
     ):
-        assert typed(*words) == 0, words
+        assert run_words(*words) == 0, words

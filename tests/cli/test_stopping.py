@@ -36,7 +36,7 @@ def _not_ignored() -> Iterator[None]:
 
 
 @pytest.fixture
-def ended(typed: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], int]]:
+def ended(run_words: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], int]]:
     """The exit code of a command that does what is given."""
     known = list(app.registered_commands)
 
@@ -44,7 +44,7 @@ def ended(typed: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], 
         register_command("work")(work)
         build_command(COMMANDS.pop("work"), [], None)
         try:
-            return typed("work")
+            return run_words("work")
         finally:
             app.registered_commands[:] = known
 

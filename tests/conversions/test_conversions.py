@@ -60,7 +60,7 @@ class ScaledValues(Conversion):
 
 
 @pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
+def install_scaling() -> Iterator[None]:
     feature = Feature("scaling", "", conversions={ScaledValues.name: f"{__name__}:ScaledValues"})
     with testing.install_plugin({"mptk.features": {"scaling": feature}}):
         yield

@@ -60,6 +60,20 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
     torch.testing.assert_close(seen, expected, rtol=1e-3, atol=min(1e-6, 1e-3 / shape[-1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_have_the_losses_and_the_gradient_of_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+    """The loss is scaled after it, as float16 needs: by then no part of its gradient may be 0."""
+    shape, scale = SHAPES[1], 2.0**16
+    student, teacher = logits(0, *shape).to(dtype).requires_grad_(), logits(1, *shape).to(dtype)
+    wide = student.detach().float().requires_grad_()
+    ids, weights = torch.randint(11, shape[:2], generator=torch.Generator().manual_seed(2)), LossWeights()
+    expected = compute_class_losses(wide, ids, teacher.float(), weights)["loss"]
+    found = compute_class_losses(student, ids, teacher, weights)["loss"]
+    assert found.item() == expected.item()
+    (seen,), (right,) = torch.autograd.grad(scale * found, student), torch.autograd.grad(scale * expected, wide)
+    torch.testing.assert_close(seen, right.to(dtype))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(shape: tuple[int, int, int]) -> None:
     student, short = logits(0, *shape).requires_grad_(), shorten_logits(logits(1, *shape), 3)
@@ -97,6 +111,9 @@ def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
     mean = h.mean((0, 1)).expand_as(h)
     assert compute_hidden_error([mean, h], [h, h]).item() == pytest.approx(0.5)
     assert compute_hidden_error([100 * mean], [100 * h]).item() == pytest.approx(1.0)
+    near, narrow = (1.01 * h).bfloat16(), h.bfloat16()
+    expected = compute_hidden_error([near.float()], [narrow.float()]).item()
+    assert compute_hidden_error([near], [narrow]).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:

@@ -52,5 +52,5 @@ def test_a_row_that_changes_nothing_is_an_error(lab: Lab) -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize("command", [("verify", "smollm2-135m"), ("generate", "smollm2-135m", "Once")])
-def test_a_models_name_is_no_folder(typed: Callable[..., int], command: tuple[str, ...]) -> None:
-    assert typed(*command) == 1
+def test_a_models_name_is_no_folder(run_words: Callable[..., int], command: tuple[str, ...]) -> None:
+    assert run_words(*command) == 1

@@ -130,11 +130,11 @@ def free_descriptors(number: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [1, 15])
 def test_a_command_that_may_open_few_files_is_refused_before_it_writes_any(
-    number: int, laboratory: Laboratory, tmp_path: Path, typed: Callable[..., int]
+    number: int, laboratory: Laboratory, tmp_path: Path, run_words: Callable[..., int]
 ) -> None:
     model, out = laboratory.open_model(), tmp_path / "out"
     with free_descriptors(number):
-        code = typed("prune", model, "--method", "magnitude", "--sparsity", "0.1", "--out", out)
+        code = run_words("prune", model, "--method", "magnitude", "--sparsity", "0.1", "--out", out)
         with expect_error(MachineError):
             mptk.prune(model, method="magnitude", sparsity=0.1, out=out)
     assert code == 1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.optim import AdamW
 
-from mptk.compat.glibc import keep_freed_memory
+from mptk.compat.glibc import retain_memory
 from mptk.config import Learning, Training
 from mptk.cost.limit import TimeLimit
 from mptk.distributed.processes import (
@@ -204,7 +204,7 @@ class Loop:
 
     def take_steps(self) -> Iterator[int]:
         """Train, and give the number of steps taken after each, before it is logged and stored. Raises as ``run``."""
-        with keep_freed_memory():
+        with retain_memory():
             self._begin()
             while self.done < self.steps:
                 self._take_step()

@@ -258,5 +258,5 @@ def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_
 def test_a_type_of_the_zoo_passes_the_command_line() -> None:
     row = zoo_end_to_end.run_type("masked-lm", "albert")
     assert row["stage"] == "verified", row["reason"]
-    row = zoo_training.run_type("masked-lm", "albert")
-    assert (row["recovery"], row["masks"]) == ("trained", "trained")
+    row = zoo_training.run_type("masked-lm", "albert", ["recovery"])  # test_trained_kinds.py learns masks
+    assert row["recovery"] == "trained"

@@ -117,9 +117,9 @@ def test_cache_is_outside_the_repository_by_default(set_cache: Callable[[object]
 
 
 def test_the_list_says_what_a_model_is_for_its_size_and_its_licence(
-    index: Path, typed: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    index: Path, run_words: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert typed("models") == 0
+    assert run_words("models") == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("toy", "base", "7 MB", "CC0-1.0"))
     assert {each.kind for each in packaged.ALIASES.values()} <= {"base", "instruct", "encoder"}

@@ -59,8 +59,8 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
 	$(BIN)/mptk export $(MODEL) --quantize int8 --out $(DEMO)-dense
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.1 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --samples 16 --length 128 --steps 12 --quantize int8 --out $(DEMO)
-	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --rounds 3
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.1 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --minutes 3 --quantize int8 --out $(DEMO)
+	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --lengths 128 --rounds 3
 	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk report $(DEMO) --prompt $(PROMPT) --html $(DEMO).html

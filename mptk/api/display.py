@@ -102,18 +102,18 @@ class LineProgress:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self.clock, self.lock = console, clock, threading.Lock()
-        self.start, self.said, self.printed = CALLED.get() or clock(), ("", ""), 0.0
+        self.start, self.said, self.printed = CALLED.get() or clock(), ("", "", ""), 0.0
 
     def __call__(self, stage: str, done: int, total: int, figures: str = "", /) -> None:
         """As ``Progress``."""
-        reached = (f" {done}/{total}" if done else "") + (f"  {figures}" if figures else "")
         with self.lock:
-            begins, self.said = stage != self.said[0], (stage, reached)
+            begins = stage != self.said[0]
+            self.said = (stage, f" {done}/{total}" if done else "", f"  {figures}" if figures else "")
             if begins or self.clock() - self.printed >= LINE_S:
                 self._print()
 
     def repeat(self) -> None:
-        """Print what was said last once more, if that was long ago."""
+        """Print the last stage and number once more, if that was long ago."""
         with self.lock:
             if self.said[0] and self.clock() - self.printed >= LINE_S:
                 self._print()
@@ -122,3 +122,4 @@ class LineProgress:
         self.printed = self.clock()
         line = f"{self.printed - self.start:5.0f} s  {''.join(self.said)}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.said = (*self.said[:2], "")  # figures are printed once: a line that repeats them would look like news

@@ -61,7 +61,7 @@ from mptk.config.learning import MINUTES, MOST_STEPS, Learning
 from mptk.config.setting import COUNT, SEED, Choices, Record, declare_setting, parse_numbers
 from mptk.cost.budgets import BUDGETS, CACHE_CONTEXT, LATENCY, OBJECTIVES, PROMPT
 from mptk.errors import InputError
-from mptk.ir import HARDWARE, KERNEL_BLOCK, read_alignment
+from mptk.ir import HARDWARE, KERNEL_BLOCK, guess_family_name, read_alignment
 from mptk.trust import Trust, trust_by_caller
 
 
@@ -194,6 +194,9 @@ class CutSettings(Record):
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"
                 raise InputError(f"{name} is in --keep and in --{other}; leave it out of one of them", name="keep")
+        for name in (*self.keep, *self.families, *self.widths):
+            if meant := guess_family_name(name):
+                raise InputError(f"no family {name!r}; did you mean {meant!r}?", name=name, nearest=[meant])
 
     @property
     def only_layers(self) -> frozenset[int] | None:

@@ -70,6 +70,9 @@ from .families import Variable as Variable
 from .families import Variables as Variables
 from .families import find_unit_indices as find_unit_indices
 from .families import find_unit_positions as find_unit_positions
+from .family_names import BLOCKED_NAMES as BLOCKED_NAMES
+from .family_names import FAMILY_NAMES as FAMILY_NAMES
+from .family_names import guess_family_name as guess_family_name
 from .limits import CallSizes as CallSizes
 from .limits import Condition as Condition
 from .limits import Limits as Limits

@@ -48,13 +48,13 @@ def test_a_stage_that_says_nothing_for_long_gets_lines_that_show_that_it_goes_on
     for second in (105.0, 110.0, 119.0):
         now = second
         report.repeat()
-    report("score", 1, 9)
+    report("score", 1, 9, "loss 2.1")
     now = 129.0
     report.repeat()
     assert [line.split(" s  ") for line in file.getvalue().splitlines()] == [
         ["    0", "trace"],
         ["   10", "trace"],
-        ["   19", "score 1/9"],
+        ["   19", "score 1/9  loss 2.1"],
         ["   29", "score 1/9"],
     ]
 

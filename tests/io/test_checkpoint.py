@@ -112,6 +112,12 @@ def test_both_places_of_a_chat_template_say_the_same(template: Any, written: obj
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
 
 
+def test_an_unknown_token_is_no_begin(tmp_path: Path) -> None:
+    tokenizer = testing.make_word_tokenizer()  # its unknown token is the begin, and no text begins with it otherwise
+    save_tokenizer(tokenizer, tmp_path)
+    assert "add_bos_token" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+
 def test_only_nested_configs_are_given_older_spellings() -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     content = {"text_config": rope, "notes": rope, "kind_config": "plain"}

@@ -103,9 +103,10 @@ def cut_windows(
 def find_begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-sequence token, if the tokenizer puts it before a text."""
     # By trial: settings such as ``add_bos_token`` do not tell what a tokenizer.json does.
-    ids = tokenizer("a").input_ids
+    # With and without: of a text that is unknown, the unknown token may be the same one.
     first = tokenizer.bos_token_id
-    return [first] if first is not None and ids[:1] == [first] else []
+    begins, bare = (tokenizer("a", add_special_tokens=special).input_ids[:1] for special in (True, False))
+    return [first] if first is not None and begins == [first] != bare else []
 
 
 def hash_windows(windows: Tensor) -> str:

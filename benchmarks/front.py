@@ -3,8 +3,9 @@
     python -m benchmarks.front --wikitext FILE --text FILE [--json FILE] [--plot FILE] [--work FOLDER]
     python -m benchmarks.front --again      # draw the figures of FILE without measuring
 
-Sizes and speeds are measured here, all graphs in turns in one process, one thread, 128 tokens in the cache. A cut's units
-are chosen at random for that, since speed depends on widths only. Perplexities are of the first 40 windows of 512 tokens of
+Sizes and speeds are measured here, all graphs in turns in one process, one thread, 128 tokens in the cache. For that, a cut's
+units are chosen one-shot, since speed depends on widths only; of units chosen at random, the int8 graph differs too much
+from the float32 one to be written. Perplexities are of the first 40 windows of 512 tokens of
 WikiText-2 test: of the dense graphs in ONNX Runtime, measured here, int4 rounded for the text; of a cut MaskPrune's row with
 most tokens in benchmarks/results/quality_all_weights.json, in float32 (int8 adds 0.3 to 0.9 %, benchmarks/onnx.md).
 """
@@ -58,7 +59,8 @@ def measure_graphs(rows: list[dict[str, Any]], wikitext: str, text: str, work: P
         graphs[f"{folders[-1]} {CUT_TYPE}"] = row | {"type": CUT_TYPE}
         if not Path(folders[-1]).exists():
             given = {"widths": row["widths"], "sparsity": row["sparsity"], "tolerance": 1.0, "quantize": CUT_TYPE}
-            mptk.prune(MODEL, folders[-1], method="random", samples=4, length=64, eval_windows=1, **given)
+            given |= {"method": "wanda", "reconstruct": True, "samples": 16, "eval_windows": 1}
+            mptk.prune(MODEL, folders[-1], data=text, **given)
     times = mptk.bench(folders, lengths=[128], threads=[1], rounds=7)
     sizes = {graph.name: graph.bytes / 1e6 for graph in times.graphs}
     speeds = {timed.graph: 1 / timed.ratio for timed in times.rows if timed.case.phase == "decode"}

@@ -7,7 +7,6 @@ from benchmarks.provenance import PAGE, count_commits, read_results, write_page
 OF_CHANGED_CODE = {
     "advice.json",
     "agreement.json",
-    "crash.json",
     "depth_choice.json",
     "depth_fit.json",
     "front.json",

@@ -141,7 +141,7 @@ class Files(dict[str, tuple[Path, Tensor]]):
             if not isinstance(tensor, Deferred):  # the class computed it, and no file holds it
                 entries[name] = tensor.detach()
                 continue
-            entry = entries[name] = self._make_entry(tensor, resident)
+            entry = entries[name] = self._make_entry(name, tensor, resident)
             owner, _, leaf = name.rpartition(".")
             # ``forward`` reads buffers while the model is traced, so they are read now. They are small.
             if name in buffers:
@@ -163,7 +163,7 @@ class Files(dict[str, tuple[Path, Tensor]]):
                         f"{key} in {file} is not of floating-point numbers; give the float checkpoint", name=key
                     )
 
-    def _make_entry(self, tensor: Deferred, resident: Resident) -> Lazy:
+    def _make_entry(self, name: str, tensor: Deferred, resident: Resident) -> Lazy:
         like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         # A weight of the file, which may be stored in another type.
         if (key := find_own_weight(tensor)) is not None:
@@ -176,7 +176,8 @@ class Files(dict[str, tuple[Path, Tensor]]):
         def make() -> Tensor:
             return materialize_tensor(tensor, {key: part.make() for key, part in parts.items()})
 
-        return Lazy(like, partial(resident.get, f"{self[names[0]][0]}|{names}", make))
+        # By its name in the model: of one stored weight several may be made, as queries, keys and values.
+        return Lazy(like, partial(resident.get, f"{self[names[0]][0]}|made|{name}", make))
 
 
 class _Opened:

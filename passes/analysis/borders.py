@@ -149,5 +149,6 @@ def _find_position_limits(config: PreTrainedConfig) -> Iterator[int]:
     own = config.get_text_config()
     if _has_dynamic_rope(own.to_dict()):
         return
-    found = {name: getattr(own, name, None) for name in (_POSITIONS, *own.to_dict())}
-    yield from (n for name, n in found.items() if _LIMITS.search(name) and type(n) is int and n > 0)
+    # Others are not read: some configs raise an error for what differs from layer to layer.
+    names = dict.fromkeys(name for name in (_POSITIONS, *own.to_dict()) if _LIMITS.search(name))
+    yield from (n for name in names if type(n := getattr(own, name, None)) is int and n > 0)

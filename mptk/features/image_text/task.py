@@ -85,6 +85,8 @@ class ImageText(TokenTask):
     def explain_refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):
             return f"{type(config).__name__} has an encoder and a decoder"
+        if getattr(config, "vision_config", config) is None:  # as of Gemma 4 for text only
+            return f"{type(config).__name__} has no vision encoder"
         if not all(hasattr(c, "get_image_features") for c in classes):
             return f"{min(c.__name__ for c in classes)} has no get_image_features"
         return explain_unlisted((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,), config, classes, "read images with text")

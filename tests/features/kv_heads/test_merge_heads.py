@@ -21,6 +21,7 @@ from small_modules import Small
 from transformers import PreTrainedModel
 
 import mptk
+from benchmarks.tiny_models import tiny_model
 from mptk import Plan, ProofError, testing
 from mptk.errors import AnalysisError, BudgetError, FileError, InputError, ModelError, PlanError
 from mptk.features.kv_heads import convert as merging
@@ -240,3 +241,11 @@ def test_what_contradicts_it_is_refused_in_a_line(cut: Path, dense: str) -> None
         mptk.rewrite(mptk.analyze(testing.make_llama(layers=1)), plan)
     with expect_error(ModelError, name="Small"):
         mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), kv_heads=1, progress=None)
+
+
+def test_a_config_that_has_a_size_for_each_layer_is_merged(tmp_path: Path) -> None:
+    """Gemma 4's config raises an error for ``head_dim`` once it is read from a folder."""
+    tiny_model("causal-lm", "gemma4_text").model.save_pretrained(tmp_path / "dense")
+    given = ALONE | {"data": "random", "length": 12, "eval_windows": 1, "eval_length": 12}
+    pruned = mptk.prune(str(tmp_path / "dense"), **given)
+    assert pruned.report.rows["kv_heads"]["kept"] == 1

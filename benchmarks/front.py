@@ -3,11 +3,11 @@
     python -m benchmarks.front --wikitext FILE --text FILE [--json FILE] [--plot FILE] [--work FOLDER]
     python -m benchmarks.front --again      # draw the figures of FILE without measuring
 
-Sizes and speeds are measured here, all graphs in turns in one process, one thread, 128 tokens in the cache. For that, a cut's
-units are chosen one-shot, since speed depends on widths only; of units chosen at random, the int8 graph differs too much
-from the float32 one to be written. Perplexities are of the first 40 windows of 512 tokens of
-WikiText-2 test: of the dense graphs in ONNX Runtime, measured here, int4 rounded for the text; of a cut MaskPrune's row with
-most tokens in benchmarks/results/quality_all_weights.json, in float32 (int8 adds 0.3 to 0.9 %, benchmarks/onnx.md).
+Sizes and speeds are measured here, all graphs in turns in one process, one thread, 128 tokens in the cache. For that, a
+cut's units are chosen one-shot, since speed depends on widths only. If they are chosen at random, the int8 graph differs
+too much from the float32 one to be written. Perplexities are of the first 40 windows of 512 tokens of WikiText-2 test: of
+the dense graphs in ONNX Runtime, measured here, int4 rounded for the text; of a cut MaskPrune's row with most tokens in
+benchmarks/results/quality_all_weights.json, in float32 (int8 adds 0.3 to 0.9 %, benchmarks/onnx.md).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ BLOCKED_NAMES = ("vocab", "rows", "output", "axis")
 def guess_family_name(name: str) -> str:
     """The name that was meant, if ``name`` is none that the analysis gives and is close to one; else an empty text.
 
-    Numbers of families and layers, as in ``ffn.7``, are left alone.
+    Only the part before a dot is compared: ``fnn.7`` gives ``ffn.7``.
     """
     stem, _, number = name.partition(".")
     if stem in (*FAMILY_NAMES, *BLOCKED_NAMES) or stem.endswith("_layers"):

@@ -334,7 +334,7 @@ def _can_vary(axis: Axis, scope: Axis, holders: Sequence[Holder]) -> bool:
     return all(is_nested(term, scope, axis) or scope in apart for term, apart in holders)
 
 
-# ---- names for people: guessed from structure; no code depends on them ----
+# ---- names for people, guessed from structure; all of them are in ``mptk/ir/family_names.py`` ----
 
 
 def name_family(group: Group, layers: int) -> tuple[str, str]:

@@ -36,7 +36,7 @@ def _not_ignored() -> Iterator[None]:
 
 
 @pytest.fixture
-def ended(run_words: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], int]]:
+def run_work(run_words: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], int]]:
     """The exit code of a command that does what is given."""
     known = list(app.registered_commands)
 
@@ -84,7 +84,7 @@ def in_a_library(number: int) -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("drop", [in_a_callback, in_a_destructor])
 def test_a_signal_whose_exception_python_drops_stops_the_command(
-    ended: Callable[[Callable[[], None]], int],
+    run_work: Callable[[Callable[[], None]], int],
     drop: Callable[[int], None],
     name: str,
     capfd: pytest.CaptureFixture[str],
@@ -97,13 +97,13 @@ def test_a_signal_whose_exception_python_drops_stops_the_command(
             time.sleep(0.05)
         went_on.append(True)
 
-    assert (ended(work), went_on) == (NUMBERS[name], [])
+    assert (run_work(work), went_on) == (NUMBERS[name], [])
     said = capfd.readouterr().err
     assert said == ("interrupted" if name == "SIGINT" else "terminated") + "; nothing was published\n"
 
 
 def test_a_signal_that_a_library_drops_is_seen_at_the_next_word(
-    ended: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
+    run_work: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     went_on = []
 
@@ -113,21 +113,21 @@ def test_a_signal_that_a_library_drops_is_seen_at_the_next_word(
             progress("next", 0, 0)
             went_on.append(True)
 
-    assert (ended(work), went_on) == (143, [])
+    assert (run_work(work), went_on) == (143, [])
     assert capfd.readouterr().err == "terminated; nothing was published\n"
 
 
 def test_a_signal_that_was_dropped_until_the_end_is_no_success(
-    ended: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
+    run_work: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert ended(lambda: in_a_library(signal.SIGINT)) == 130
+    assert run_work(lambda: in_a_library(signal.SIGINT)) == 130
     assert capfd.readouterr().err == "interrupted; the command had already finished\n"
-    assert ended(lambda: None) == 0  # the next command knows of no signal
+    assert run_work(lambda: None) == 0  # the next command knows of no signal
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_signal_while_options_are_read_is_said_too(
-    ended: Callable[[Callable[[], None]], int], inside: Inside, name: str, capfd: pytest.CaptureFixture[str]
+    run_work: Callable[[Callable[[], None]], int], inside: Inside, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def signalled(*_: object) -> bool:
         os.kill(os.getpid(), getattr(signal, name))
@@ -137,13 +137,13 @@ def test_a_signal_while_options_are_read_is_said_too(
         pytest.fail(f"it went on with {number}")
 
     inside.around("mptk.cli.app._is_typed", signalled)
-    assert ended(work) == NUMBERS[name]
+    assert run_work(work) == NUMBERS[name]
     said = "interrupted" if name == "SIGINT" else "terminated"
     assert capfd.readouterr().err == f"{said}; nothing was published\n"
 
 
 def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
-    ended: Callable[[Callable[[], None]], int],
+    run_work: Callable[[Callable[[], None]], int],
 ) -> None:
     logged = io.StringIO()
     log = logging.getLogger("library")
@@ -156,13 +156,13 @@ def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
             log.exception("failed")
             raise TypeError("it was interrupted") from error
 
-    assert ended(work) == 143
+    assert run_work(work) == 143
     assert logged.getvalue() == ""
     log.error("later")
     assert logged.getvalue() == "later\n"
 
 
-def test_another_error_that_python_drops_is_shown_as_ever(ended: Callable[[Callable[[], None]], int]) -> None:
+def test_another_error_that_python_drops_is_shown_as_ever(run_work: Callable[[Callable[[], None]], int]) -> None:
     seen: list[object] = []
     before, sys.unraisablehook = sys.unraisablehook, lambda found: seen.append(found.exc_type)
 
@@ -174,7 +174,7 @@ def test_another_error_that_python_drops_is_shown_as_ever(ended: Callable[[Calla
         Last()
 
     try:
-        assert (ended(work), seen) == (0, [MptkError])
+        assert (run_work(work), seen) == (0, [MptkError])
     finally:
         sys.unraisablehook = before
 

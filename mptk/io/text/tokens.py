@@ -103,10 +103,10 @@ def cut_windows(
 def find_begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-sequence token, if the tokenizer puts it before a text."""
     # By trial: settings such as ``add_bos_token`` do not tell what a tokenizer.json does.
-    # With and without: of a text that is unknown, the unknown token may be the same one.
     first = tokenizer.bos_token_id
-    begins, bare = (tokenizer("a", add_special_tokens=special).input_ids[:1] for special in (True, False))
-    return [first] if first is not None and begins == [first] != bare else []
+    with_special, without = (tokenizer("a", add_special_tokens=special).input_ids[:1] for special in (True, False))
+    # If "a" is unknown, its own token may be the begin token, as without special tokens.
+    return [first] if first is not None and with_special == [first] and without != [first] else []
 
 
 def hash_windows(windows: Tensor) -> str:

@@ -84,6 +84,18 @@ def make_damage_error(file: Path, remedy: str = "download or export the model ag
     return lambda why: FileError(f"{file} is damaged: {why}; {remedy}", name=file)
 
 
+def check_regular(file: Path, most: int | None = None) -> None:
+    """Refuse pipes and devices, which could block or never end, and files above ``most`` bytes."""
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise make_damage_error(file)(f"it cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise make_damage_error(file)("it is not an ordinary file")
+    if most is not None and state.st_size > most:
+        raise make_damage_error(file)(f"it has {state.st_size >> 20} MB")
+
+
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file. Raises ``damaged`` for any other, or if it cannot be read or exceeds ``most``."""
     try:
@@ -140,7 +152,9 @@ def parse_json(text: str, damaged: Damaged) -> Any:
     try:
         content = json.loads(text, parse_constant=_refuse_number)  # Python's parser takes NaN and Infinity otherwise
     except json.JSONDecodeError as error:
-        raise damaged(f"it is not JSON (line {error.lineno}: {error.msg})") from error
+        # Of a line of a file the number is known already, and another one beside it would confuse.
+        line = f"line {error.lineno}: " if "\n" in text.strip() else ""
+        raise damaged(f"it is not JSON ({line}{error.msg})") from error
     except ValueError as error:  # NaN, or an integer of more digits than Python reads
         raise damaged(f"it is not JSON ({str(error).partition(';')[0]})") from error
     except RecursionError as error:

@@ -219,7 +219,7 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
             tidy_for(values.values())
             check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
             if not ONLY_CHECKED.get():
-                check_names(values, outputs)
+                check_names(values, outputs, {name: each.annotation for name, each in own.items()})
             if options:
                 given = {each.name: values.pop(each.name) for each in options}
                 values["settings"] = build_settings(called, command.base, given)

@@ -42,7 +42,7 @@ from mptk.config import (
     shorten_typed,
     with_keywords,
 )
-from mptk.errors import FileError, InputError, MptkError, OutputError, list_close_names, suggest_name
+from mptk.errors import DataError, FileError, InputError, MptkError, OutputError, list_close_names, suggest_name
 from mptk.files import expand_path, tidy
 from mptk.files.outputs import check_apart, check_file
 from mptk.reading import Json, read_json_object
@@ -137,25 +137,53 @@ READ_PLACES = tuple(each.name for each in Settings.declared if each.setting.form
 SAMPLES_FROM = tuple(each.name for each in Settings.declared if each.setting.form == "source")
 """Settings that name what is read: a file or folder; sources of samples and texts."""
 REPORT_JSON = "report.json"
+SPARE_TOKENS = 2
+"""A text of n bytes has at most so many more tokens than n."""
 
 
-def check_names(values: Mapping[str, object], outputs: Container[str]) -> None:
+def check_names(values: Mapping[str, object], outputs: Container[str], annotations: Mapping[str, object]) -> None:
     """Raise MptkError for models, results and data that are not there, before torch is imported, which takes seconds.
 
     ``values``: parameter → value. ``outputs``: the parameters for files and folders that the command writes.
+    ``annotations``: of the command's own parameters.
     """
-    from mptk.io import check_folder_named, check_model_name, check_sources
+    from mptk.io import check_folder_named, check_local_model, check_model_name, check_sources, is_made
 
     for name, given in values.items():
         for each in given if isinstance(given, list) else [given]:
             if each is None or name in outputs:
                 continue
             if name in ("model", "models"):
-                check_model_name(str(each))
+                path = check_model_name(str(each))
+                # Elsewhere a model may be a folder of graphs.
+                if annotations.get(name) in (ModelArgument, DenseOption) and path.exists() and not is_made(path):
+                    check_local_model(str(each), path)
             elif name in ("folder", "folders"):
                 check_folder_named(str(each), "prune")
             elif name in SAMPLES_FROM:
                 check_sources(str(each))
+    read = next((values[name] for name in ("model", "folder") if name in values and name not in outputs), None)
+    if read is not None and values.get("data") is not None and "windows" not in values:
+        check_enough_text(str(read), str(values["data"]), values.get("length"))
+
+
+def check_enough_text(model: str, data: str, length: object) -> None:
+    """Raise MptkError if a decoder gets less text than one window has, as far as that is known without torch.
+
+    ``length``: tokens of a window, as typed; None for the default.
+    """
+    from mptk.io import count_plain_text, count_positions
+
+    size, positions = count_plain_text(data), count_positions(model)
+    if size is None or positions is None:
+        return
+    window = min(length if isinstance(length, int) else Settings.length, positions)
+    # A window may begin with a token that is not of the text; the text may get a space before it.
+    if size + SPARE_TOKENS < window:
+        raise DataError(
+            f"{data} has {size} bytes, too few for a window of {window} tokens; give more, or a shorter --length",
+            name="data",
+        )
 
 
 def check_output_paths(outputs: Mapping[str, OutputOption], values: Mapping[str, object], overwrite: bool) -> None:

@@ -27,6 +27,7 @@ from mptk.cost.fixed import sum_fixed_seconds
 from mptk.errors import InputError
 from mptk.io import count_layers
 from mptk.progress import Progress
+from mptk.publish.folder import check_replaceable
 
 if TYPE_CHECKING:
     from mptk.api.pruned import Pruned
@@ -49,7 +50,7 @@ def check_prune_options(
 ) -> None:
     """Check the options of ``prune``."""
     if not estimate:
-        check_given(folder)
+        check_replaceable(check_given(folder), settings.overwrite)
     check_minutes(model, settings, settings.method == Settings.method and not settings.fixed)
     announce_reading(model)
     check_prune(with_latency(settings, max_decode_ms, max_prefill_ms), folder is not None, estimate)
@@ -58,7 +59,7 @@ def check_prune_options(
 def check_recover_options(folder: Path, settings: Settings, destination: Path | None, estimate: bool) -> None:
     """Check the options of ``recover``."""
     if not estimate:
-        check_given(destination)
+        check_replaceable(check_given(destination), settings.overwrite)
     if (steps := settings.learning.steps) == 0:
         raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
     check_minutes(folder, settings, True)

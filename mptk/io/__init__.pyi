@@ -42,12 +42,16 @@ from .live import name_live_model as name_live_model
 from .live import open_live as open_live
 from .live import set_evaluating as set_evaluating
 from .live import unwrap_parallel as unwrap_parallel
+from .loaders import CONFIG as CONFIG
 from .loaders import Loader as Loader
 from .loaders import check_folder_named as check_folder_named
+from .loaders import check_local_model as check_local_model
 from .loaders import check_model_name as check_model_name
 from .loaders import count_layers as count_layers
+from .loaders import count_positions as count_positions
 from .loaders import find_local_copy as find_local_copy
 from .loaders import find_named_licence as find_named_licence
+from .loaders import is_made as is_made
 from .loaders import list_other_files as list_other_files
 from .loaders import list_own_code as list_own_code
 from .loaders import name_whole_class as name_whole_class
@@ -73,9 +77,9 @@ from .text.sampled import count_rows_at_once as count_rows_at_once
 from .text.sources import RANDOM_DATA as RANDOM_DATA
 from .text.sources import RANDOM_NAME as RANDOM_NAME
 from .text.sources import check_sources as check_sources
+from .text.sources import count_plain_text as count_plain_text
 from .text.sources import read_places as read_places
 from .text.tokens import split_documents as split_documents
-from .untrusted import CONFIG as CONFIG
 from .untrusted import GENERATION as GENERATION
 from .untrusted import check_weights as check_weights
 from .untrusted import load_tensors as load_tensors

@@ -7,16 +7,16 @@ brings: a loader says what it takes, and makes a checkpoint folder of it, or rea
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mptk.errors import FileError, InputError, list_close_names
+from mptk.errors import FileError, InputError, ModelError, MptkError, list_close_names
 from mptk.files import expand_path, tidy
 from mptk.plugins import load_parts
+from mptk.reading import Json, check_inside, make_damage_error, read_json_object
 from mptk.trust import Trust
 
 if TYPE_CHECKING:
@@ -89,13 +89,14 @@ class Loader:
 
     def count_layers(self, path: Path) -> int | None:
         """The number of layers of the model at ``path``, read without torch; None if no known field gives it."""
-        file = path / "config.json"
-        try:
-            config = json.loads(file.read_bytes()) if file.is_file() else {}
-            found = next((config[name] for name in LAYER_FIELDS if name in config), None)
-        except (OSError, ValueError, TypeError):  # what is damaged is named when it is opened
-            return None
-        return found if isinstance(found, int) else None
+        return _find_number(_read_plain_config(path), LAYER_FIELDS)
+
+    def count_positions(self, path: Path) -> int | None:
+        """The positions of the decoder of text at ``path``, read without torch; None if no known field gives them."""
+        config = _read_plain_config(path)
+        named = config.get("architectures")
+        is_decoder = isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named)
+        return _find_number(config, POSITION_FIELDS) if is_decoder else None
 
     def read_config(self, path: Path, trust: Trust) -> PreTrainedConfig:
         """The config of a file or folder that it takes. Nothing is converted for it."""
@@ -131,16 +132,33 @@ class Loader:
         return None
 
 
+CONFIG = "config.json"
 LEAST_LIKENESS = 0.8
 """How much a misspelt name is like the right one at least, from 0 to 1."""
-MADE = frozenset({"mptk.json", "report.json", "plan.json"})
+REPORT = "report.json"
+MADE = ("mptk.json", REPORT, "plan.json")
 """Files of folders that mptk made. One of them may be lost; with none of them a folder is somebody else's."""
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
 """Fields of a config that give the number of layers."""
+POSITION_FIELDS = ("max_position_embeddings", "n_positions")
+"""Fields of a config that give the longest text."""
 _LOCAL = re.compile(r"^[./~]|/.*/")
 """Names that no model of a hub has."""
 PLAIN_CHECKPOINTS = Loader()
 """Of checkpoint folders of transformers."""
+
+
+def _read_plain_config(path: Path) -> Json:
+    """The config of a checkpoint folder; empty if there is none, or a damaged one, which is named when it is opened."""
+    try:
+        return read_json_object(path / CONFIG, make_damage_error(path / CONFIG))
+    except MptkError:
+        return {}
+
+
+def _find_number(config: Json, names: Sequence[str]) -> int | None:
+    found = next((config[name] for name in names if name in config), None)
+    return found if isinstance(found, int) else None
 
 
 def list_loaders() -> list[Loader]:
@@ -186,11 +204,23 @@ def find_named_licence(name: str) -> str:
 
 def count_layers(model: str | Path) -> int | None:
     """The number of layers of a model on this machine, read without torch; None if that is not known."""
+    found = _find_place(model)
+    return None if found is None else found[0].count_layers(found[1])
+
+
+def count_positions(model: str | Path) -> int | None:
+    """The positions of a decoder of text on this machine, read without torch; None if they are not known."""
+    found = _find_place(model)
+    return None if found is None else found[0].count_positions(found[1])
+
+
+def _find_place(model: str | Path) -> tuple[Loader, Path] | None:
+    """The loader, and the file or folder, of a model on this machine; None if it is not here."""
     place = find_local_copy(str(model)) or expand_path(model)
     if not place.exists():
         return None
     loader = find_file_loader(str(place)) if place.is_file() else None
-    return (loader or PLAIN_CHECKPOINTS).count_layers(place)
+    return loader or PLAIN_CHECKPOINTS, place
 
 
 def check_model_name(model: str) -> Path:
@@ -224,6 +254,40 @@ def check_model_name(model: str) -> Path:
     return path
 
 
+def check_local_model(model: str, path: Path) -> None:
+    """Raise MptkError unless a file or folder on this machine can be a model, as far as that is known without torch."""
+    if (loader := find_file_loader(model)) is not None:
+        if not path.is_file():
+            raise FileError(f"{model} is no file; check the path", name=model)
+        loader.check_file(path)
+        return
+    files = list_file_forms()
+    if path.is_dir():
+        config = path / CONFIG
+        if not os.path.lexists(config) or config.is_dir():
+            forms = " or a ".join(["transformers checkpoint folder", *files])
+            said = (loader.explain_folder(model, path) for loader in list_loaders())
+            raise FileError(next(filter(None, said), f"{model} has no config.json; give a {forms}"), name=model)
+        check_inside(path)  # nothing outside of the folder is opened
+        read_json_object(config, make_damage_error(config))
+    elif not files:
+        raise make_unread_error(model)
+    else:
+        raise FileError(
+            f"{model} is neither a checkpoint folder nor a {' nor a '.join(files)}; give one of these", name=model
+        )
+
+
+def list_file_forms() -> list[str]:
+    """The files that the loaders take, in words: ".gguf file"."""
+    return [f"{ending} file" for loader in list_loaders() for ending in loader.endings]
+
+
+def make_unread_error(model: str) -> MptkError:
+    """The error for a file that only a feature that is not installed reads."""
+    return ModelError(f"{model}: no installed feature reads this; give a transformers checkpoint folder", name=model)
+
+
 def check_folder_named(place: str | Path, makes: str) -> None:
     """Raise MptkError if ``place`` is no folder that a command made. ``makes``: the command, ``prune`` or ``export``.
 
@@ -234,9 +298,18 @@ def check_folder_named(place: str | Path, makes: str) -> None:
         if find_naming_loader(str(place)) is not None:
             raise FileError(f"{place} is a model's name, and here a folder is needed; {command} makes one", name=place)
         raise FileError(f"there is no folder {place}; check the path", name=place)
-    files = {file.name for file in path.iterdir()} if makes == "prune" and path.is_dir() else set()
-    if "config.json" in files and not files & MADE:
-        raise FileError(f"{place} is a dense model, and here a pruned one is needed; {command} makes one", name=place)
+    if makes == "prune" and path.is_dir() and not is_made(path):
+        if (path / CONFIG).exists():
+            raise FileError(
+                f"{place} is a dense model, and here a pruned one is needed; {command} makes one", name=place
+            )
+        if not any((each / REPORT).exists() for each in path.iterdir()):  # a ladder has a folder for each size
+            raise FileError(f"{place} holds no {REPORT}; give the --out folder of `mptk prune`", name=place)
+
+
+def is_made(folder: Path) -> bool:
+    """Whether mptk made a folder."""
+    return any((folder / name).exists() for name in MADE)
 
 
 def list_other_files(folder: Path) -> dict[str, Path]:

@@ -30,10 +30,20 @@ from mptk.io.checkpoint import (
     find_stored_dtype,
     read_float_types,
 )
-from mptk.io.loaders import Loader, check_model_name, choose_loader, find_file_loader, find_naming_loader, list_loaders
+from mptk.io.loaders import (
+    Loader,
+    check_local_model,
+    check_model_name,
+    choose_loader,
+    find_file_loader,
+    find_naming_loader,
+    list_file_forms,
+    list_loaders,
+    make_unread_error,
+)
 from mptk.io.resident import Resident
 from mptk.io.tensors import Files
-from mptk.io.untrusted import CONFIG, PARAMETERS, check_folder, check_sizes, is_quantized
+from mptk.io.untrusted import PARAMETERS, check_folder, check_sizes, is_quantized
 from mptk.ir import Program, Weights
 from mptk.plain import hash_text
 from mptk.trust import NO_CODE, Trust, trust_by_caller
@@ -222,28 +232,14 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
             raise _make_absent_error(model)
         path = naming.fetch(model)
         if path.is_file() and find_file_loader(str(path)) is None:
-            raise _make_unread_error(str(path))
+            raise make_unread_error(str(path))
         return path
     path = check_model_name(model)
-    if (loader := find_file_loader(model)) is not None:
-        if not path.is_file():
-            raise FileError(f"{model} is no file; check the path", name=model)
-        loader.check_file(path)
-        return path
-    files = [f"{ending} file" for loader in list_loaders() for ending in loader.endings]
-    if path.is_dir():
-        if not os.path.lexists(path / CONFIG) or (path / CONFIG).is_dir():
-            forms = " or a ".join(["transformers checkpoint folder", *files])
-            said = (loader.explain_folder(model, path) for loader in list_loaders())
-            raise FileError(next(filter(None, said), f"{model} has no config.json; give a {forms}"), name=model)
-        check_folder(path)
-        return path
     if os.path.lexists(path):
-        if not files:
-            raise _make_unread_error(model)
-        raise FileError(
-            f"{model} is neither a checkpoint folder nor a {' nor a '.join(files)}; give one of these", name=model
-        )
+        check_local_model(model, path)
+        if path.is_dir():
+            check_folder(path)
+        return path
     # Nothing of this name is here, so it can only be a hub's.
     try:
         found = Path(
@@ -259,7 +255,7 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
     except (OSError, ValueError) as error:
         if local:
             raise _make_absent_error(model) from error
-        forms = ", ".join([*(loader.names for loader in list_loaders() if loader.names), *files])
+        forms = ", ".join([*(loader.names for loader in list_loaders() if loader.names), *list_file_forms()])
         raise FileError(
             f"{model!r} is no {f'{forms} or ' if forms else ''}local folder, and the hub does not provide it: "
             f"{take_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN",
@@ -269,10 +265,6 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
 
 def _make_absent_error(model: str) -> MptkError:
     return FileError(f"{model} is not on this machine, and a report may not start a download; give --model", name=model)
-
-
-def _make_unread_error(model: str) -> MptkError:
-    return ModelError(f"{model}: no installed feature reads this; give a transformers checkpoint folder", name=model)
 
 
 def _open_folder(source: Path) -> Path:

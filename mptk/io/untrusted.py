@@ -6,7 +6,6 @@ them; their errors become MptkErrors where they are called (``io/models.py``).
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from transformers import PreTrainedConfig
 
 from mptk.compat.transformers import find_config_field
 from mptk.errors import ModelError, MptkError, take_first_line
+from mptk.io.loaders import CONFIG
 from mptk.publish.manifest import check_whole
-from mptk.reading import Damaged, Json, check_inside, make_damage_error, read_json_object, shorten_text
+from mptk.reading import Damaged, Json, check_inside, check_regular, make_damage_error, read_json_object, shorten_text
 
-CONFIG = "config.json"
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 # The field of a config that says how its weights are quantised.
@@ -170,18 +169,6 @@ def read_metadata(file: Path, damaged: Damaged) -> Mapping[str, str]:
             return opened.metadata() or {}
     except (SafetensorError, OSError, MptkError) as error:
         raise damaged(take_first_line(error)) from error
-
-
-def check_regular(file: Path, most: int | None = None) -> None:
-    """Refuse pipes and devices, which could block or never end, and files above ``most`` bytes."""
-    try:
-        state = file.stat()
-    except OSError as error:
-        raise make_damage_error(file)(f"it cannot be read: {error.strerror or error}") from error
-    if not stat.S_ISREG(state.st_mode):
-        raise make_damage_error(file)("it is not an ordinary file")
-    if most is not None and state.st_size > most:
-        raise make_damage_error(file)(f"it has {state.st_size >> 20} MB")
 
 
 def _list_numbers(content: object, name: str) -> list[tuple[str, float]]:

@@ -69,6 +69,16 @@ MISTAKES = (
     "bench missing.onnx",
     "gguf smollm2-135m --out x.gguf",
     "export missing.gguf --out x",
+    "prune empty --out x",
+    "analyze damaged",
+    "prune damaged.gguf --out x",
+    "prune dense --data some.txt --out full",
+    "recover pruned --steps 1 --out full",
+    "prune dense --data empty --out x",
+    "prune dense --data damaged.jsonl --out x",
+    "prune decoder --data some.txt --out x",
+    "advise decoder --data some.txt",
+    "report empty",
 )
 
 
@@ -82,6 +92,16 @@ def test_no_simple_mistake_waits_for_torch(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/config.json").write_text('{"num_hidden_layers": 90}')
     (tmp_path / "deep.gguf").write_bytes(b"GGUF" + bytes(20) + b"llama.block_count\x04\0\0\0\x5a\0\0\0")
+    for name in ("empty", "damaged", "full", "pruned", "decoder"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "damaged/config.json").write_text("{")
+    (tmp_path / "damaged.gguf").write_bytes(bytes(99))
+    (tmp_path / "damaged.jsonl").write_text('{"text": "a"')
+    (tmp_path / "full/mine").touch()
+    (tmp_path / "pruned/report.json").write_text("{}")
+    (tmp_path / "decoder/config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}'
+    )
     command = [sys.executable, "-c", TYPE, json.dumps(MISTAKES)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     done = json.loads(run.stdout.splitlines()[-1])
@@ -136,7 +156,7 @@ def test_a_folder_is_told_from_a_dense_model(laboratory: Laboratory, tmp_path: P
 
 
 def test_only_what_must_be_text_is_looked_into(tmp_path: Path) -> None:
-    for name in ("inputs.safetensors", "sound.wav", "table.jsonl"):
+    for name in ("inputs.safetensors", "sound.wav", "table.json"):
         (tmp_path / name).write_bytes(bytes(range(256)))
         check_sources(str(tmp_path / name))
     check_sources("self", "wikitext2", "someone/data:train", None)

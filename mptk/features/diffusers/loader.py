@@ -12,6 +12,8 @@ from mptk.trust import Trust
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+PIPELINE = "model_index.json"
+
 
 class DiffusersLoader(Loader):
     """A folder whose config names a class of diffusers."""
@@ -25,11 +27,11 @@ class DiffusersLoader(Loader):
         return is_part(folder)
 
     def explain_folder(self, model: str, folder: Path) -> str:
-        from mptk.features.diffusers.parts import PIPELINE, list_model_parts
-
-        # A pipeline has a config in the folder of each part.
         if not (folder / PIPELINE).is_file():
             return ""
+        from mptk.features.diffusers.parts import list_model_parts
+
+        # A pipeline has a config in the folder of each part.
         named = ", ".join(f"{model}/{part}" for part in list_model_parts(folder))
         return f"{model} is a whole pipeline; give one of its parts: {named}"
 
@@ -44,8 +46,6 @@ class DiffusersLoader(Loader):
         return list_pipeline_files(folder)
 
     def name_whole_class(self, folder: Path) -> str:
-        from mptk.features.diffusers.parts import PIPELINE
-
         return "DiffusionPipeline" if (folder / PIPELINE).is_file() else ""
 
     def find_class(self, config: PreTrainedConfig) -> type[PreTrainedModel] | None:

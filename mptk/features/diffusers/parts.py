@@ -20,13 +20,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import name_weight_files
 from mptk.errors import FileError, ModelError, PackageError, take_first_line
+from mptk.features.diffusers.loader import PIPELINE
 from mptk.files import format_json
-from mptk.io.untrusted import CONFIG, read_object
+from mptk.io.loaders import CONFIG
+from mptk.io.untrusted import read_object
 from mptk.publish.licence import list_notices
 from mptk.reading import Damaged, Json, check_inside, make_damage_error
 
 # diffusers' names of files and fields.
-PIPELINE = "model_index.json"
 CLASS_NAME, DIFFUSERS_VERSION = "_class_name", "_diffusers_version"
 PART_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Inputs that a class reads in the dictionary ``added_cond_kwargs``. Here each is an argument of its own, so that a

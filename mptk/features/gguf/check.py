@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mptk.errors import ProofError, take_first_line
 from mptk.features.gguf import GgufType
 from mptk.features.gguf.architectures import ARCHITECTURES, Architecture
-from mptk.features.gguf.reading import check_gguf
+from mptk.features.gguf.loader import GGUF
 from mptk.ir import Weights
 from mptk.reading import make_damage_error, shorten_text
 from mptk.targets.beside import MISSING
@@ -86,7 +86,7 @@ class GgufFile:
 
     def __init__(self, file: Path) -> None:
         # Bounds first: the reader trusts the sizes that a file says.
-        check_gguf(file)
+        GGUF.check_file(file)
         self.file = file
         try:
             reader = GGUFReader(file)

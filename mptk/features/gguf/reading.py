@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from mptk.compat.transformers import forget_source
 from mptk.io.checkpoint import save_checkpoint
 from mptk.io.models import explain_load_errors, load_pretrained
-from mptk.io.untrusted import check_regular
 from mptk.publish.licence import write_stub
-from mptk.reading import make_damage_error
 from mptk.trust import NO_CODE
-
-# Tensors, and fields of metadata, that a GGUF file has at most.
-GGUF_COUNTS = 1 << 20
-
-
-def check_gguf(file: Path) -> None:
-    """Raise MptkError unless a file begins as a GGUF file does, with counts that one can have."""
-    check_regular(file)
-    # A GGUF file begins with its mark (4 bytes), a version (4), and two counts (8 each).
-    with file.open("rb") as opened:
-        start = opened.read(24)
-    if len(start) < 24 or start[:4] != b"GGUF":
-        raise make_damage_error(file)("it does not begin as a GGUF file does")
-    tensors, fields = struct.unpack("<QQ", start[8:])
-    if max(tensors, fields) > GGUF_COUNTS:
-        raise make_damage_error(file)(f"it claims {tensors} tensors and {fields} fields")
 
 
 def read_gguf_config(gguf: Path) -> PreTrainedConfig:

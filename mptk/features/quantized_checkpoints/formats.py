@@ -21,9 +21,10 @@ from torch import Tensor
 from mptk.errors import FileError, ModelError, PackageError
 from mptk.files import format_json
 from mptk.io.checkpoint import SMALL_FILES
+from mptk.io.loaders import CONFIG
 from mptk.io.resident import Resident, open_stored_weight
 from mptk.io.tensors import read_likes, write_weights
-from mptk.io.untrusted import CONFIG, QUANTIZATION, read_object
+from mptk.io.untrusted import QUANTIZATION, read_object
 from mptk.ir import Lazy, Weights
 from mptk.reading import Json, shorten_text
 

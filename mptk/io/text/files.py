@@ -36,6 +36,8 @@ _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 PLAIN_TEXT = (".txt", ".text", ".md", ".raw")
 """Endings of files that are text and nothing else."""
+JSON_LINES = ".jsonl"
+"""Ending of files that have an object a line, and nothing else."""
 _SNIFFED = 4096
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mptk.errors import FileError, InputError, MptkError
+from mptk.errors import DataError, FileError, InputError, MptkError
 from mptk.files import expand_path
 from mptk.io.aside import TextPart
 from mptk.io.text.files import (
+    JSON_LINES,
     PLAIN_TEXT,
     Document,
     check_ordinary,
@@ -23,6 +24,7 @@ from mptk.io.text.files import (
     list_visible_files,
     read_file_documents,
     read_folder_documents,
+    read_json_rows,
     read_row_texts,
     with_cause,
 )
@@ -232,13 +234,29 @@ def hash_text_files(*data: str | None) -> dict[str, str]:
 
 
 def check_sources(*data: str | None) -> None:
-    """Raise MptkError if a source is not there, or is a text file without text.
+    """Raise MptkError if a source is not there, an empty folder, a text file without text, or lines that are no JSON.
 
-    Nothing is read but the start of a file whose name says that it is text: what others are, the model's kind decides.
+    Only the start of a file is read whose name says what is in it: what others are, the model's kind decides.
     """
     for place in read_places(*data):
-        if place.suffix.lower() in PLAIN_TEXT and place.is_file():
+        if place.is_dir():
+            if not any(file.is_file() for file in place.rglob("*")):
+                raise DataError(f"{place} has no files in it; give a folder or a file with data", name=place)
+        elif place.suffix.lower() in PLAIN_TEXT:
             check_plain_text(place)
+        elif place.suffix.lower() == JSON_LINES:
+            next(read_json_rows(place), None)
+
+
+def count_plain_text(data: str) -> int | None:
+    """The bytes of the text in ``data``, which bound its tokens; None if a source is no plain text file."""
+    if data in (SELF, RANDOM_DATA):
+        return None
+    places = [source.place for source in parse(data)]
+    plain = [place for place in places if isinstance(place, Path) and place.suffix.lower() in PLAIN_TEXT]
+    if len(plain) < len(places) or not all(place.is_file() for place in plain):
+        return None
+    return sum(place.stat().st_size for place in plain)
 
 
 def _list_sources(*data: str | None) -> list[TextSource]:

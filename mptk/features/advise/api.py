@@ -30,7 +30,7 @@ from mptk.features.advise.advice import (
 )
 from mptk.features.advise.keywords import AdviseKeywords
 from mptk.features.advise.made import WAYS_AT_ONCE, check_measurable, measure_ways
-from mptk.features.advise.sweep import Measuring, find_cuts, give_advice, open_trials
+from mptk.features.advise.sweep import Measuring, find_cuts, give_advice, open_trials, split_measured
 from mptk.features.advise.types import check_types, list_ways, measure_types
 from mptk.files import make_scratch
 from mptk.io import data as text
@@ -40,13 +40,13 @@ from mptk.methods.division.trials import Trials
 from mptk.protocols import Context, Opened, Prepared, SampleSets
 from mptk.report.summary import SAFE_CHANGE
 from mptk.run.amounts import count_samples
-from mptk.run.given import check_fits, collect_samples
+from mptk.run.given import check_fits, collect_samples, takes_texts
 from mptk.run.inputs import Data, GivenInputs, Inputs, is_in_memory, name_given
 from mptk.run.open import Model, name_start, take_model
 from mptk.run.prepare import prepare
 from mptk.run.prune import keep_stages_on_failure
 from mptk.run.run import Run, Start, open_run
-from mptk.run.samples import hold_out
+from mptk.run.samples import draw_evaluation, hold_out
 
 FAMILIES = 1.5
 """Cuts for each sparsity in the estimate, which is made before families are known: a division, and at every second
@@ -260,7 +260,8 @@ def measure_cuts(
         sets, texts = read_domains(prepared, run)
         cuts = find_cuts(prepared, sparsities)
         trials = open_trials(prepared, cuts, sets, run)
-        found = give_advice(trials, cuts, texts, tolerance)
+        rows = {name: split_measured(prepared, samples) for name, samples in texts.items()}
+        found = give_advice(trials, cuts, rows, tolerance)
         if asked is not None:
             found = compare_ways(found, trials, texts, asked, run)
         run.remove_folder()
@@ -294,24 +295,29 @@ def read_domains(prepared: Prepared, run: Run) -> tuple[SampleSets, dict[str, Sa
     with run.stage("calibration data"):
         for name in names:
             say = partial(run.progress, "calibration data")
-            given = replace(s, data=name, eval_data=name)  # what is measured on is set aside here
-            found = task.draw_samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
-            found = fit_to_program(task, program, found, "data")
-            # The last samples are measured on, at most half of a short text; the others are fitted to and held out.
-            last = min(s.eval_windows, len(found) // 2)
-            if not last:
-                raise DataError(
-                    f"{name} has text for one sample, and advice needs two or more; give more --data", name=name
-                )
-            used, guard = hold_out(found[: min(count, len(found) - last)], s)
+            if own is None and takes_texts(prepared.loaded, task, program):
+                apart = replace(s, data=name, eval_data=None)  # a run sets single texts aside to measure on
+                found = fit_to_program(task, program, task.draw_samples(prepared.loaded, apart, count, say), "data")
+                rows = draw_evaluation(prepared.loaded, task, apart, program)
+                measured[name] = fit_to_program(task, program, rows, "eval_data")
+            else:
+                given = replace(s, data=name, eval_data=name)  # what is measured on is set aside here
+                found = task.draw_samples(prepared.loaded, given, count + s.eval_windows, say) if own is None else own
+                found = fit_to_program(task, program, found, "data")
+                # The last samples are measured on, at most half of a short text; the others are fitted to.
+                last = min(s.eval_windows, len(found) // 2)
+                if not last:
+                    raise DataError(
+                        f"{name} has text for one sample, and advice needs two or more; give more --data", name=name
+                    )
+                found, measured[name] = found[: min(count, len(found) - last)], found[-last:]
+            used, guard = hold_out(found, s)
             fitted.append(used)
             held_out += [] if guard is None else [guard]
-            measured[name] = found[-last:]
     calibration = concatenate_samples([each[: -(-s.windows // len(names))] for each in fitted])
     guards = concatenate_samples(held_out) if held_out else None
     sets = SampleSets(concatenate_samples(fitted), calibration, calibration, s.data, task.sequences, guards)
     if not task.compares:
         return sets, measured
     with run.stage("dense outputs"):
-        sets = replace(sets, calibration=with_dense_outputs(prepared, calibration))
-        return sets, {name: with_dense_outputs(prepared, samples) for name, samples in measured.items()}
+        return replace(sets, calibration=with_dense_outputs(prepared, calibration)), measured

@@ -25,7 +25,7 @@ from mptk.cost.fixed import ONNX_S
 from mptk.cost.operator_times import interpolate
 from mptk.errors import AnalysisError
 from mptk.features.advise.advice import TRAINED, Advice, Figures, JudgedBy, Point, Recovery, sort_distinct
-from mptk.ir import Program, Samples
+from mptk.ir import Program, Samples, join_outputs
 from mptk.methods import find_method
 from mptk.methods.division.budget import list_cuttable
 from mptk.methods.division.layers import measure_curves
@@ -34,6 +34,7 @@ from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import CHOOSE_WIDTHS
 from mptk.protocols import Context, Prepared, SampleSets, Stage
 from mptk.report.view import format_count
+from mptk.tasks.inputs.text import are_texts, split_rows
 from passes.targets.legalize import Candidate, choose_candidates, describe_widths, find_candidates, find_finest_families
 from passes.targets.width_choices import keep_complete_families
 
@@ -112,8 +113,18 @@ def open_trials(prepared: Prepared, cuts: Cuts, sets: SampleSets, context: Conte
     return Trials(replace(prepared, candidates=candidates), sets, context, context.folder)
 
 
-def give_advice(trials: Trials, cuts: Cuts, texts: Mapping[str, Samples], tolerance: float) -> Advice:
-    """Measure the cuts and give advice. ``texts``: text → windows that nothing is fitted to."""
+def split_measured(prepared: Prepared, samples: Samples) -> list[Samples]:
+    """Each sample by itself, with the dense model's outputs as targets if the task's loss compares outputs."""
+    rows = split_rows(samples) if are_texts(samples) else samples.split(1)
+    if not prepared.task.compares:
+        return rows
+    outputs = prepared.executor.run_programs([prepared.reference], [row.tensors for row in rows])
+    dense = [(output if isinstance(output, Tensor) else join_outputs(output)).cpu() for output in outputs]
+    return [replace(row, targets=targets) for row, targets in zip(rows, dense, strict=True)]
+
+
+def give_advice(trials: Trials, cuts: Cuts, texts: Mapping[str, Sequence[Samples]], tolerance: float) -> Advice:
+    """Measure the cuts and give advice. ``texts``: text → single samples that nothing is fitted to."""
     advising = Advising(trials, texts, tolerance)
     found = advising.advice(cuts)
     return replace(found, recovery=advising.recovery(to_train(found))) if trials.prepared.settings.steps else found
@@ -161,7 +172,7 @@ class Advising:
     """The measurements of one advice."""
 
     trials: Trials
-    texts: Mapping[str, Samples]
+    texts: Mapping[str, Sequence[Samples]]
     tolerance: float
 
     @property
@@ -190,9 +201,14 @@ class Advising:
             context.progress(stage, total, total)
         with context.stage(stage := "layers"):
             layers = self.layers(list(by_family), partial(context.progress, stage))
-        windows, first = min(map(len, self.texts.values())), next(iter(self.texts.values()))
+        rows, lengths = (
+            min(map(len, self.texts.values())),
+            [row.positions for each in self.texts.values() for row in each],
+        )
+        least, most = min(lengths), max(lengths)
+        what = f"windows of {most}" if least == most else f"single texts of {least} to {most}"
         protocol = (
-            f"{windows} or more windows of {first.positions} tokens of each text, which nothing was fitted to; units "
+            f"{rows} or more {what} tokens of each text, which nothing was fitted to; units "
             f"by {self.trials.criterion} from {len(self.trials.sets.calibration)} other windows of all texts; "
             f"consumers are {'' if self.trials.fits else 'not '}fitted, and nothing is trained"
         )
@@ -243,7 +259,7 @@ class Advising:
     def windows(self, program: Program) -> dict[str, Windows]:
         """The figures of a program on each window of each text. Its weights are read once."""
         task, executor = self.prepared.task, self.prepared.calibrator
-        rows = [(text, row) for text, samples in self.texts.items() for row in samples.split(1)]
+        rows = [(text, row) for text, found in self.texts.items() for row in found]
         losses, top = defaultdict[str, list[float]](list), defaultdict[str, list[Tensor]](list)
         outputs = executor.run_programs([program], [row.tensors for _, row in rows])
         for (text, row), output in zip(rows, outputs, strict=True):

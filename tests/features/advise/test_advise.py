@@ -123,6 +123,17 @@ def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
     assert first != second
 
 
+def test_an_encoder_is_measured_on_single_texts(laboratory: Laboratory, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join(" ".join(WORDS[: 5 + i % 9]) for i in range(99)))
+    found = mptk.advise(
+        str(laboratory.open_model("encoder")),
+        data=str(tmp_path / "lines.txt"),
+        progress=None,
+        **ASKED | {"sparsities": [0.2], "samples": 4},
+    )
+    assert "4 or more single texts of " in found.protocol
+
+
 @pytest.fixture
 def place(tmp_path: Path, go_to: Callable[[object], None]) -> Path:
     """The current folder, with ``prose.txt``."""

@@ -458,6 +458,20 @@ def refuse_idle(command: str, asked: Asked) -> None:
         refuse((name,), why)
 
 
+def refuse_surely_idle(command: str, asked: Asked) -> None:
+    """As ``refuse_idle``, for options that would do nothing whatever the method and the minutes.
+
+    What a method does is known only with torch, whose import takes seconds. ``asked``: with settings as typed.
+    """
+    s = asked.settings
+    least = with_keywords(s, {"steps": s.learning.steps or 0, "distil_epochs": s.distil_epochs or 0})
+    most = with_keywords(s, {"steps": s.learning.steps or 1, "distil_epochs": s.distil_epochs or 1})
+    never = find_idle(command, replace(asked, settings=least, learns=False, undecided=False))
+    for name, why in find_idle(command, replace(asked, settings=most, learns=True, undecided=True)).items():
+        if name in never:
+            refuse((name,), why)
+
+
 # ---- latency ----
 
 # --max-decode-ms and --max-prefill-ms are one number and one choice of phase: typed together, as one cannot be without

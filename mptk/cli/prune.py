@@ -20,6 +20,7 @@ from mptk.cli.options import (
     ModelArgument,
     make_folder_option,
     refuse_idle,
+    refuse_surely_idle,
     with_latency,
 )
 from mptk.config import Asked, Settings
@@ -52,8 +53,10 @@ def check_prune_options(
     if not estimate:
         check_replaceable(check_given(folder), settings.overwrite)
     check_minutes(model, settings, settings.method == Settings.method and not settings.fixed)
+    settings = with_latency(settings, max_decode_ms, max_prefill_ms)
+    refuse_surely_idle("prune", Asked(settings, writes=folder is not None, estimate=estimate))
     announce_reading(model)
-    check_prune(with_latency(settings, max_decode_ms, max_prefill_ms), folder is not None, estimate)
+    check_prune(settings, folder is not None, estimate)
 
 
 def check_recover_options(folder: Path, settings: Settings, destination: Path | None, estimate: bool) -> None:

@@ -79,6 +79,10 @@ MISTAKES = (
     "prune decoder --data some.txt --out x",
     "advise decoder --data some.txt",
     "report empty",
+    "prune dense --sparsity 0.3 --max-decode-ms 9 --out x",
+    "prune dense --sparsity 0.3 --ladder 0.2,0.3 --out x",
+    "prune dense --sparsity 0.3 --plan plan.json --out x",
+    "prune dense --engines onnxruntime --no-onnx --out x",
 )
 
 

@@ -9,9 +9,9 @@ import typer
 
 from mptk.cli.app import announce_reading, explain_stop, extend_command, register_command
 from mptk.cli.console import err, make_pass_printer, out, show_stages
-from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, with_latency
+from mptk.cli.options import MaxMs, ModelArgument, make_folder_option, parse_names, refuse_surely_idle, with_latency
 from mptk.cli.prune import check_given, check_prune, show_needs
-from mptk.config import CUT, Settings, parse_share
+from mptk.config import CUT, Asked, Settings, parse_share
 from mptk.errors import InputError
 
 
@@ -26,11 +26,12 @@ def check_ladder_options(
 ) -> None:
     """Check the options of ``prune --ladder``."""
     settings, sizes = with_latency(settings, max_decode_ms, max_prefill_ms), parse_sizes(ladder)
+    instead = {"sparsity": "--ladder names the sizes; leave out one of both"}
+    refuse_surely_idle("prune", Asked(settings, writes=folder is not None, estimate=estimate, instead=instead))
     announce_reading(model)
     from mptk.features.ladder.ladder import divide_steps
 
     divide_steps(settings, sizes)  # sizes that are wrong are the first to be refused
-    instead = {"sparsity": "--ladder names the sizes; leave out one of both"}
     check_prune(settings, folder is not None, estimate, instead)
     if folder is None and not estimate:
         raise InputError("the results need a folder; give --out FOLDER", name="out")

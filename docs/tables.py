@@ -78,21 +78,29 @@ TABLES = {"runs": runs, "python": python, "consumers": consumers, "limits": limi
 
 
 class Typed(NamedTuple):
-    """A function whose keywords are settings: those of a command, without ``less``. ``name``: of the type."""
+    """A function whose keywords are settings: those of a command, without ``less``. ``name``: of the type.
+
+    ``base``: the type whose keywords it has, too. ``common``: if it is only a base, the functions that share it.
+    """
 
     name: str
     function: Callable[..., object]
     command: str
     less: tuple[str, ...] = ()
+    base: Typed | None = None
+    common: str = ""
 
 
+RECOVERY = Typed("RecoverKeywords", mptk.recover, "recover")
+CUT = Typed("CutKeywords", mptk.prune, "prune", ("shared", "sparsity"), RECOVERY, "``mptk.prune`` and ``mptk.ladder``")
 KEYWORDS = {
     "mptk/api/keywords.py": (
-        Typed("PruneKeywords", mptk.prune, "prune", ("shared",)),  # one size has nothing to share weights with
-        Typed("RecoverKeywords", mptk.recover, "recover"),
+        RECOVERY,
+        CUT,
+        Typed("PruneKeywords", mptk.prune, "prune", ("shared",), CUT),  # one size has nothing to share weights with
     ),
     "mptk/features/advise/keywords.py": (Typed("AdviseKeywords", mptk.advise, "advise"),),
-    "mptk/features/ladder/keywords.py": (Typed("LadderKeywords", mptk.ladder, "prune", ("sparsity",)),),
+    "mptk/features/ladder/keywords.py": (Typed("LadderKeywords", mptk.ladder, "prune", ("sparsity",), CUT),),
     "mptk/features/width_search/keywords.py": (Typed("ShapesKeywords", mptk.shapes, "shapes"),),
 }
 """File → what it declares."""
@@ -104,20 +112,25 @@ def declare_keywords(functions: Sequence[Typed]) -> str:
     """The content of a file of ``KEYWORDS``."""
     classes = []
     for each in functions:
-        said = f'    """The settings of ``mptk.{each.function.__name__}``."""'
-        lines = [f"    {name}: {kind}" for name, kind in list_keywords(each).items()]
-        classes.append("\n".join([f"class {each.name}(TypedDict, total=False):", said, "", *lines]))
+        said = f'    """The settings of {each.common or f"``mptk.{each.function.__name__}``"}."""'
+        inherited = {} if each.base is None else list_keywords(each.base)
+        lines = [f"    {name}: {kind}" for name, kind in list_keywords(each).items() if name not in inherited]
+        above = "TypedDict" if each.base is None else each.base.name
+        classes.append("\n".join([f"class {each.name}({above}, total=False):", said, "", *lines]))
     body = "\n\n\n".join(classes)
     used = {name for name in ("Iterable", "Mapping") if f"{name}[" in body}
     imports = {
         "collections.abc": sorted(used),
         "pathlib": ["Path"] if "Path" in body else [],
-        "typing": ["Literal", "TypedDict"] if "Literal" in body else ["TypedDict"],
+        "typing": [name for name in ("Literal", "TypedDict") if name in body],
     }
+    foreign = {each.base.name for each in functions if each.base is not None} - {each.name for each in functions}
     records = (kind.__name__ for kind in (*RECORDS.values(), Rates))
     own = sorted(name for name in records if re.search(rf": {name}$", body, re.MULTILINE))
     lines = [f"from {module} import {', '.join(names)}" for module, names in imports.items() if names]
-    lines += ["", f"from mptk.config import {', '.join(own)}"] if own else []
+    lines += [""] if lines and (own or foreign) else []
+    lines += [f"from mptk.api.keywords import {name}" for name in sorted(foreign)]
+    lines += [f"from mptk.config import {', '.join(own)}"] if own else []
     said = "keywords: the types of settings as keywords. ``python docs/tables.py`` writes this file."
     return "\n".join([f'"""{said}"""', "", "from __future__ import annotations", "", *lines, "", "", body, ""])
 

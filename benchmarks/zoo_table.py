@@ -118,7 +118,7 @@ SHORT = (
     (r"traced program is not the module", "the trace computes something else than the module"),
 )
 """Pattern in a row's reason → the words of the page; the rows have the whole reason."""
-STATE = r"caches more or less|no cache of keys and values"
+STATE = r"caches more or less|no cache (of|that holds only) keys and values"
 """Reasons of types whose cache holds another state than keys and values."""
 
 

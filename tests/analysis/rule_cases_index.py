@@ -54,10 +54,7 @@ POSITIONS: dict[str, Case] = {
     "embedding_renorm_exp": Case(
         lambda x, w: x + F.embedding(torch.arange(5), w.exp(), max_norm=0.7), (), (), shapes=[(8, 6)]
     ),
-    "embedding_renorm": Case(
-        lambda x, w: x + F.embedding(torch.arange(5), w * 1, max_norm=0.7),
-        shapes=[(8, 6)],
-    ),
+    "embedding_renorm": Case(lambda x, w: x + F.embedding(torch.arange(5), w * 1, max_norm=0.7), shapes=[(8, 6)]),
     "index": Case(lambda x, w: w[best(x)], **TABLE),
     "index_argmin": Case(lambda x, w: w[x.argmin(-1)], **TABLE),
     "index_max": Case(lambda x, w: w[x.max(-1)[1]] + w[x.min(-1)[1]], **TABLE),
@@ -144,10 +141,7 @@ FIXED: dict[str, Case] = {
     "fill_diagonal_exp": Case(lambda x, w: x.exp() @ (w * 2).fill_diagonal_(1), (), (), shapes=[(6, 6)]),
     "fill_diagonal_part": Case(lambda x, w: x @ (w * 2).fill_diagonal_(1), (), (), shapes=[(6, 8)]),
     "block_diag": Case(
-        lambda x, v, w: torch.block_diag(x[0], v, w).expand(2, 10, 12),
-        (2, 4, 6),
-        (2, 4, 4, 6),
-        shapes=[(4, 4), (2,)],
+        lambda x, v, w: torch.block_diag(x[0], v, w).expand(2, 10, 12), (2, 4, 6), (2, 4, 4, 6), shapes=[(4, 4), (2,)]
     ),
     "block_diag_twice": Case(lambda x: torch.block_diag(x[0], x[1].exp()).expand(2, 10, 12), summed=()),
     "block_diag_exp": Case(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import mptk
 from mptk.cli.main import app
 
 pytestmark = pytest.mark.features
@@ -38,21 +39,12 @@ def test_the_site_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_files_are_there(page: str) -> None:
-    named = found(page, r"(?<![\w./-])((?:mptk|passes|tests|benchmarks|docs|examples)/[\w./*-]*\w)")
-    named = {name for name in named if not re.search(r"/[A-Z]+$", name)}  # placeholders
-    missing = [name for name in named if not any(ROOT.glob(name)) and not any(ROOT.glob(f"{name}.py"))]
-    assert missing == []
-
-
-@pytest.mark.parametrize("page", NAMES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_files_links_and_modules_are_there(page: str) -> None:
+    files = found(page, r"(?<![\w./-])((?:mptk|passes|tests|benchmarks|docs|examples)/[\w./*-]*\w)")
+    files = {name for name in files if not re.search(r"/[A-Z]+$", name)}  # placeholders
+    assert [name for name in files if not any(ROOT.glob(name)) and not any(ROOT.glob(f"{name}.py"))] == []
     links = found(page, r"\]\(([^)#:]+?)(?:#[^)]*)?\)")
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
-
-
-@pytest.mark.parametrize("page", NAMES)
-def test_modules_can_be_imported(page: str) -> None:
     named = found(page, r"(?<![\w./])((?:mptk|passes|benchmarks)(?:\.[a-z_]+)+)(?![\w(])")
     modules = [name for name in named if not _public(name) and not name.endswith((".json", ".onnx"))]
     assert [name for name in modules if not _there(name)] == []
@@ -80,8 +72,6 @@ def test_commands_exist(page: str) -> None:
 
 def _public(name: str) -> bool:
     """``mptk.prune`` and the like, and names of entry-point groups."""
-    import mptk
-
     groups = {"mptk.rules", "mptk.criteria", "mptk.methods", "mptk.targets", "mptk.tasks"}
     return name in groups or name.removeprefix("mptk.") in mptk.__all__
 
@@ -98,8 +88,6 @@ def _there(name: str) -> bool:
 
 
 def test_reference_has_every_public_name() -> None:
-    import mptk
-
     shown = found("docs/api.md", r"^\.\. auto(?:function|class):: ([\w.]+)")
     assert {f"mptk.{name}" for name in mptk.__all__} - {"mptk.__version__"} <= shown
     assert [name for name in shown if not _holds(name)] == []

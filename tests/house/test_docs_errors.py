@@ -32,7 +32,3 @@ def _text(node: ast.expr) -> str:
 def test_the_code_says_it(quoted: str) -> None:
     pattern = re.compile(".*".join(map(re.escape, quoted.strip("… ").split("…"))))
     assert any(pattern.search(text) for text in texts()), f"no text of the code is like: {quoted}"
-
-
-def test_the_page_has_the_commonest() -> None:
-    assert len(QUOTED) >= 20

@@ -37,11 +37,7 @@ def test_ranges_and_lists_by_hand() -> None:
 
 def test_a_row_for_each_scope() -> None:
     plan = Plan.from_json(body(keep={"a": ["0-2", "3-5"], "b": [[0, 1, 2], "1,3,5"], "c": ["0-2"]}))
-    assert plan.families["heads"].keep == {
-        "a": ((0, 1, 2), (3, 4, 5)),
-        "b": ((0, 1, 2), (1, 3, 5)),
-        "c": ((0, 1, 2),),
-    }
+    assert plan.families["heads"].keep == {"a": ((0, 1, 2), (3, 4, 5)), "b": ((0, 1, 2), (1, 3, 5)), "c": ((0, 1, 2),)}
 
 
 def test_spaces_in_ranges() -> None:

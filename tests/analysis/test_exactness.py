@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from made_modules import Made
+from made_modules import Made, MadeOfMore
 from small_modules import offered as sizes
 from small_modules import prove
 from torch import Tensor, nn
@@ -259,7 +259,7 @@ def test_a_choice_may_vary_along_two_dimensions() -> None:
         assert cut_and_compare(found, plan, (IDS,)).error <= 1e-5
 
 
-def remember(function: Callable[[Tensor], Tensor], *, returns: bool = True) -> Made:
+def remember(function: Callable[[Tensor], Tensor], *, returns: bool = True) -> MadeOfMore:
     """Adds a value a token to a cache, and sums over what was in it. ``returns``: the cache, or its sum in the result."""
 
     def forward(m: Made, ids: Tensor, past: Tensor) -> object:
@@ -268,7 +268,7 @@ def remember(function: Callable[[Tensor], Tensor], *, returns: bool = True) -> M
         y = m.head(x) * past.sum((1, 2), keepdim=True)
         return (y, cache) if returns else y + cache.sum((1, 2))[:, None, None]
 
-    return Made(forward, **layers())
+    return MadeOfMore(forward, **layers())
 
 
 CACHED = IDS, torch.zeros(2, 3, INNER)
@@ -276,7 +276,7 @@ CACHED = IDS, torch.zeros(2, 3, INNER)
 
 def test_a_cache_is_zero_only_where_all_that_is_added_to_it_is() -> None:
     keeps, fills = (
-        analyze(export_program(Made(lambda m, *given: m.module(*given), module=remember(function)), CACHED))
+        analyze(export_program(MadeOfMore(lambda m, *given: m.module(*given), module=remember(function)), CACHED))
         for function in (torch.relu, torch.exp)
     )
     assert offered(keeps) == {HIDDEN, INNER}

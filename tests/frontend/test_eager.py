@@ -167,15 +167,16 @@ def test_a_size_of_1_that_other_inputs_must_have_too_is_open() -> None:
         strict(draw_input(1, 6), ids[:1])
 
 
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.down(self.up(x).relu() + self.up(y)) / x.shape[1]
+
+
 def test_two_inputs_of_one_length_must_agree() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.down(self.up(x).relu() + self.up(y)) / x.shape[1]
-
     pruned = mptk.prune(Two(), example_inputs=(draw_input(2, 6), draw_input(2, 6)), **QUICK)
     assert pruned.model(draw_input(3, 5), draw_input(3, 5)).shape == (3, 5, WIDTH)
     with expect_error(DataError, name="y.shape[1]"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Made(nn.Module):
-    """``body(module, *inputs)`` is its forward. ``parts``: layers and parameters; a plain tensor becomes a buffer."""
+    """``body(module, x)`` is its forward. ``parts``: layers and parameters; a plain tensor becomes a buffer."""
 
     def __init__(self, body: Callable[..., Any], /, **parts: nn.Module | Tensor) -> None:
         super().__init__()
@@ -19,6 +19,13 @@ class Made(nn.Module):
                 setattr(self, name, part)
             else:
                 self.register_buffer(name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+class MadeOfMore(Made):
+    """Its forward takes any number of inputs, which only a trace can: a task needs their names."""
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.body(self, *inputs)

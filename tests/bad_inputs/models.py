@@ -185,7 +185,13 @@ NUMBERS = {
 }
 
 
-TOO_LARGE = {"hidden_size": 10**12, "num_hidden_layers": 10**7, "intermediate_size": 10**15, "vocab_size": 10**13}
+TOO_LARGE = {
+    "hidden_size": 10**12,
+    "num_hidden_layers": 10**7,
+    "intermediate_size": 10**15,
+    "vocab_size": 10**13,
+    "rms_norm_eps": 1e400,
+}
 """Numbers of a config that its reader refuses."""
 TOO_SMALL = {
     "hidden_size": (0,),
@@ -200,7 +206,7 @@ TOO_SMALL = {
 
 def of_config(name: str, value: object) -> Row:
     kind, about = ModelError, "{model}"
-    if name in ("architectures", "torch_dtype") or value in (TOO_LARGE.get(name), 1e400):
+    if name in ("architectures", "torch_dtype") or (name in TOO_LARGE and value == TOO_LARGE[name]):
         kind, about = FileError, OF_CONFIG
     elif value in TOO_SMALL.get(name, ()):
         about = name

@@ -169,7 +169,7 @@ CONTRADICTIONS = [
             "--width ffn=32 --keep ffn": "keep",
         },
     ),
-    *refuse_idle(DEFAULT, "--steps 0", "--precision fp16"),
+    *refuse_idle(DEFAULT, "--steps 0", "--precision fp16", "--context 32768", "--context 9 --max-prefill-ms 9"),
     *refuse_idle(RECOVER, "--steps 0", "--quantize int8 --no-onnx"),
     *refuse_idle(GENERATE, "--top-k 5", "--seed 5"),
     *refuse_idle(EVAL, "--limit 5", "--threads 2"),

@@ -241,6 +241,3 @@ def test_show_prints_the_program_before_and_after_a_cut(files, pruned, mptk):
     assert "%embedding : [batch, seq, hidden(48)] = aten.embedding(" in dense.stdout
     assert "#" not in dense.stdout
     assert re.search(r"%linear : .* = aten.linear\(.*\)  # modeling_llama.py:\d+\n", small.stdout)
-
-
-# ---- errors ----

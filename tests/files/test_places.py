@@ -492,15 +492,6 @@ def test_files_that_go_from_a_temporary_folder_are_one_clear_error(tmp_path: Pat
             shutil.rmtree(left)
 
 
-def test_a_folder_of_temporary_files_that_goes_is_one_clear_error(tmp_path: Path) -> None:
-    def work() -> None:
-        tempfile.tempdir = str(tmp_path / "tmp")
-        with expect_error(MachineError, name=tmp_path / "tmp"):
-            make_scratch()
-
-    assert wait_for_code(start_fork(work)) == 0
-
-
 @pytest.mark.features
 def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_error(
     laboratory: Laboratory, tmp_path: Path, set_cache: Callable[[object], None]

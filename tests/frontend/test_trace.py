@@ -58,7 +58,7 @@ def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> N
     assert measure_largest(program(X), net(X)) == 0
 
 
-def test_weights_have_the_modules_own_names() -> None:
+def test_weights_have_the_modules_own_names_and_an_exported_program_its_own() -> None:
     net = Net()
     program = trace_to_program(net, (X,))
     ((alias, name),) = program.aliases.items()
@@ -69,30 +69,20 @@ def test_weights_have_the_modules_own_names() -> None:
     Net().load_state_dict(program.state_dict())
     assert "derived" in program.state
     assert "derived" not in program.state_dict()
-
-
-def test_an_exported_program_keeps_its_own_names() -> None:
-    program = trace_to_program(Net(), (X,))
     theirs = [s.target for s in program.exported.graph_signature.input_specs if s.target is not None]
     ours = [s.target for s in program.signature.input_specs if s.target is not None]
     assert set(theirs) <= {*program.exported.state_dict, *program.exported.constants}
     assert ours == [name.removeprefix("module.") for name in theirs] != theirs
 
 
-def test_a_module_without_weights_has_its_own_tensors_again_after_a_trace() -> None:
+def test_a_module_without_weights_stays_as_it_is_and_its_buffers_are_told_apart() -> None:
     with torch.device("meta"):
         net = Net()
     before = {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]}
-    trace_to_program(net, (X,))
-    assert {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]} == before
-
-
-def test_buffers_of_one_shape_are_told_apart_without_values() -> None:
-    with torch.device("meta"):
-        net = Net()
     program = trace_to_program(net, (X,))
+    assert {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]} == before
     assert len(program.aliases) == 1
-    assert {"norm.running_mean", "norm.running_var"} <= program.state.keys()
+    assert {"norm.running_mean", "norm.running_var"} <= program.state.keys(), "though they have one shape"
 
 
 def test_a_model_without_weights_stays_without() -> None:

@@ -342,10 +342,5 @@ REDUCTIONS: dict[str, Case] = {
     "log_softmax": none(lambda x: x.log_softmax(-1)),
     "softmax_elsewhere": Case(lambda x: x.softmax(1), summed=()),
 }
-GROUPS = {
-    "products": PRODUCTS,
-    "attention": ATTENTION,
-    "convolution": CONVOLUTION,
-    "norms": NORMS,
-    "reductions": REDUCTIONS,
-}
+GROUPS = {"products": PRODUCTS, "attention": ATTENTION, "convolution": CONVOLUTION}
+GROUPS |= {"norms": NORMS, "reductions": REDUCTIONS}

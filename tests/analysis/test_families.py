@@ -138,11 +138,7 @@ def mixture() -> Golden:
     expert = units((5,), 0)
     by_expert = np.tile(units((2, FFN_SIZE), 1), (5, 1, 1))
     return grouped(8) | {
-        "experts": {
-            "mlp.gate.weight[0]": expert,
-            "mlp.experts.gate_up_proj[0]": expert,
-            "mlp.experts.down_proj[0]": expert,
-        },
+        "experts": {f"mlp.{name}[0]": expert for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")},
         "ffn": {"mlp.experts.gate_up_proj[1]": by_expert, "mlp.experts.down_proj[2]": np.tile(CHANNELS, (5, 1, 1))},
     }
 

@@ -147,6 +147,7 @@ def quantized_module() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(three(), {nn.Linear})
 
 
+META = testing.make_llama(layers=1).to("meta")
 MODELS = [
     Call("a model of None", lambda p: mptk.prune(None, progress=None), InputError, "model"),
     Call("a model that is a class", lambda p: mptk.prune(nn.Linear, progress=None), InputError, "model"),
@@ -154,12 +155,7 @@ MODELS = [
     Call("an empty name", lambda p: mptk.prune("", progress=None), InputError),
     Call("a module without parameters", lambda p: prune(p, nn.ReLU()), AnalysisError),
     Call("a module on the meta device", lambda p: prune(p, three(device="meta")), ModelError, "Sequential"),
-    Call(
-        "a model on the meta device",
-        lambda p: mptk.prune(testing.make_llama(layers=1).to("meta")),
-        ModelError,
-        "LlamaForCausalLM",
-    ),
+    Call("a decoder on the meta device", lambda p: mptk.prune(META), ModelError, "LlamaForCausalLM"),
     Call("a module that raises", lambda p: prune(p, nn.Sequential(nn.Linear(3, 4))), TraceError, "Sequential"),
     Call("a quantised module", lambda p: prune(p, quantized_module()), ModelError, "Sequential"),
     Call("a module with NaN", lambda p: prune(p, _filled(NAN)), ModelError, "0.weight"),

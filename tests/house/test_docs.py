@@ -1,9 +1,10 @@
-"""What the pages name is there: files, modules, commands of mptk, targets of make, links."""
+"""What the pages name is there: files, modules, commands of mptk, targets of make, links, and the errors that they quote."""
 
 from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,3 +104,27 @@ def test_the_page_of_architectures_is_made_of_the_sweeps_rows(tmp_path: Path) ->
 
     main(output=tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == (ROOT / "docs/architectures.md").read_text()
+
+
+# ---- errors ----
+
+QUOTED = re.findall(r"^\|`([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+
+
+@cache
+def list_texts() -> list[str]:
+    """Every text of the code, with … for what is filled in."""
+    trees = [ast.parse(path.read_text()) for folder in ("mptk", "passes") for path in (ROOT / folder).rglob("*.py")]
+    return [_text(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant)]
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_the_code_says_what_troubleshooting_quotes(quoted: str) -> None:
+    pattern = re.compile(".*".join(map(re.escape, quoted.strip("… ").split("…"))))
+    assert any(pattern.search(text) for text in list_texts()), f"no text of the code is like: {quoted}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from torch import nn
 
 import mptk
 from mptk import MptkError
-from mptk.errors import explain_errors
 from mptk.testing import expect_error
 from passes.analysis.rules import RULES
 
@@ -105,18 +102,6 @@ def test_a_wrong_rule_is_found_by_the_proof(wrong_rule: None) -> None:
     with expect_error(mptk.ProofError) as refused:
         mptk.rewrite(analysis, plan)
     assert refused.value.name in refused.value.cause
-
-
-def test_errors_of_the_machine_and_of_its_packages_are_explained(tmp_path: Path) -> None:
-    with expect_error(mptk.MachineError), explain_errors():
-        raise MemoryError
-    (tmp_path / "broken_package.py").write_text("raise OSError('a library is missing')")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        with expect_error(mptk.PackageError, name="broken_package"), explain_errors():
-            __import__("broken_package")
-    finally:
-        sys.path.remove(str(tmp_path))
 
 
 CLASSES = [value for name in mptk.__all__ if name.endswith("Error") for value in [getattr(mptk, name)]]

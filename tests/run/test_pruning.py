@@ -109,12 +109,8 @@ def test_last_logits_alone_are_proven_too(laboratory: Laboratory, tmp_path: Path
     last = {"logits": "last", "quantize": ("int8",), "objective": "prefill", "method": "magnitude"}
     report = Report.read(laboratory.prune("decoder", tmp_path / "out", onnx=True, **last))
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
-    assert [d["stage"] for d in report.proof][-4:] == [
-        "ONNX Runtime decode",
-        "ONNX Runtime sizes",
-        "int8 weights",
-        "int8 logits",
-    ]
+    stages = [d["stage"] for d in report.proof]
+    assert stages[-4:] == ["ONNX Runtime decode", "ONNX Runtime sizes", "int8 weights", "int8 logits"]
     assert all(d["ok"] for d in report.proof)
     assert "quality" not in report.quantized["int8"]
 

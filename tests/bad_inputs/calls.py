@@ -215,6 +215,7 @@ DATA = [
     Call("data of another name", data(lambda: {"y": X}), DataError, "input"),
     Call("data of strings in a dict", data(lambda: {"input": ["a"]}), DataError, "input"),
     Call("data of NaN", data(lambda: with_value(NAN)), DataError, "input"),
+    Call("data of infinity", data(lambda: with_value(float("inf"))), DataError, "input"),
     Call("data on the meta device", data(lambda: X.to("meta")), DataError, "input"),
     Call("data that is sparse", data(X.to_sparse), DataError, "input"),
     Call("data that is quantized", data(quantized), DataError, "input"),
@@ -394,7 +395,7 @@ IN_USE = [
     Call("export with a misspelt keyword", lambda p: export(p, quantise=["int8"]), InputError, "quantise"),
     Call(
         "export a module with a tokenizer",
-        lambda p: mptk.export(p.module, "e", example_inputs=X, tokenizer="t"),
+        lambda p: mptk.export(p.module, "e", example_inputs=X, tokenizer=p.tokenizer),
         InputError,
         "tokenizer",
     ),

@@ -25,22 +25,12 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
     return x * torch.sigmoid(gate)
 
 
-@gated.register_fake
-def _(x: Tensor, gate: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
 torch.library.define("mptk_test::shifted", "(Tensor x, *, Tensor by) -> Tensor")
 
 
 @torch.library.impl("mptk_test::shifted", "CompositeExplicitAutograd")
 def shifted(x: Tensor, *, by: Tensor) -> Tensor:
     return x + by
-
-
-@torch.library.register_fake("mptk_test::shifted")
-def _(x: Tensor, *, by: Tensor) -> Tensor:
-    return torch.empty_like(x)
 
 
 @torch.library.custom_op("mptk_test::counted", mutates_args=())
@@ -60,11 +50,8 @@ def moved(x: Tensor) -> Tensor:
     return x.clone()
 
 
-@moved.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
+for name in ("gated", "shifted", "moved"):
+    torch.library.register_fake(f"mptk_test::{name}", lambda x, *_, **__: torch.empty_like(x))
 ops = torch.ops.mptk_test
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from commands import done
 from inside import Inside
-from toy_checkpoints import gpt2, llama  # noqa: F401 (fixtures)
 from transformers import AutoTokenizer
 
 import mptk
@@ -169,7 +168,7 @@ def test_same_seed_same_result_and_the_report_has_the_hash_of_every_text(
 
 
 @pytest.mark.always
-def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: str, tmp_path: Path) -> None:
     heads = Settings(families=("heads",), widths={"heads": 4}, method="magnitude", samples=4, length=48, onnx=False)
     with expect_error(TargetError, name="heads", nearest=["hidden"]):
         mptk.prune(gpt2, tmp_path / "out", heads)

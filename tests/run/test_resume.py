@@ -16,7 +16,6 @@ import pytest
 import torch
 from inside import Stopped
 from safetensors.torch import load_file, save_file
-from toy_checkpoints import gpt2, llama  # noqa: F401 (fixtures)
 from transformers import AutoTokenizer
 
 import mptk
@@ -105,7 +104,7 @@ def test_a_stopped_run_keeps_each_finished_stage(
     assert all(d.ok for d in mptk.verify(out))
 
 
-def test_flaps_biases_are_kept_and_proven(gpt2: str, settings: mptk.Settings, tmp_path: Path) -> None:  # noqa: F811
+def test_flaps_biases_are_kept_and_proven(gpt2: str, settings: mptk.Settings, tmp_path: Path) -> None:
     """GPT-2's heads have no stock config, so only the feed-forward channels go; its biases take up the means."""
     out, ran = tmp_path / "out", list[str]()
     flap = replace(settings, method="flap", families=("ffn",), widths={"ffn": 48}, reconstruct=None, onnx=True)

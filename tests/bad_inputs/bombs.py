@@ -83,13 +83,10 @@ def zipped(lines: bytes, times: int) -> Callable[[Path], bytes]:
 
 # ---- chat templates ----
 
+# Others: tests/io/test_chat_templates.py
 ESCAPES = {
     "reads a file": "{{ cycler.__init__.__globals__.os.popen('touch {place}').read() }}",
-    "reaches a class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "imports": "{% import 'os' as os %}{{ os.getcwd() }}",
-    "includes a file": "{% include '/etc/passwd' %}",
     "changes the messages": "{% for n in range(3) %}{{ messages.append(1) }}{% endfor %}",
-    "counts to 10^9": "{% for n in range(1000000000) %}x{% endfor %}",
     "reads config of a function": "{{ raise_exception.__globals__ }}",
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -156,7 +154,6 @@ MODELS = [
     Call("a module without parameters", lambda p: prune(p, nn.ReLU()), AnalysisError),
     Call("a module on the meta device", lambda p: prune(p, three(device="meta")), ModelError, "Sequential"),
     Call("a decoder on the meta device", lambda p: mptk.prune(META), ModelError, "LlamaForCausalLM"),
-    Call("a module that raises", lambda p: prune(p, nn.Sequential(nn.Linear(3, 4))), TraceError, "Sequential"),
     Call("a quantised module", lambda p: prune(p, quantized_module()), ModelError, "Sequential"),
     Call("a module with NaN", lambda p: prune(p, _filled(NAN)), ModelError, "0.weight"),
     Call("a module of zeros", lambda p: prune(p, _filled(0.0)), ModelError, "Sequential"),
@@ -206,7 +203,6 @@ DATA = [
     Call("data that is a number", data(lambda: 7), InputError, "data"),
     Call("data that is empty", data(list), DataError, "data"),
     Call("data that is a closed generator", data(closed), DataError, "data"),
-    Call("data that is an empty generator", data(lambda: iter(())), DataError, "data"),
     Call("data of no samples", data(lambda: X[:0]), DataError, "input"),
     Call("data of another rank", data(lambda: X[0, 0]), DataError, "input"),
     Call("data of another width", data(lambda: X[..., :5]), DataError, "data"),
@@ -216,8 +212,6 @@ DATA = [
     Call("data of strings in a dict", data(lambda: {"input": ["a"]}), DataError, "input"),
     Call("data of NaN", data(lambda: with_value(NAN)), DataError, "input"),
     Call("data of infinity", data(lambda: with_value(float("inf"))), DataError, "input"),
-    Call("data on the meta device", data(lambda: X.to("meta")), DataError, "input"),
-    Call("data that is sparse", data(X.to_sparse), DataError, "input"),
     Call("data that is quantized", data(quantized), DataError, "input"),
     Call("data of None", data(lambda: [None, None]), DataError, "data"),
     Call("data of a batch of nothing", data(lambda: [()]), DataError, "input"),
@@ -266,18 +260,15 @@ SETTINGS = [
         for value in values
     ),
     Call("an unknown keyword", settings(sparcity=0.5), KeywordError, "sparcity"),
-    Call("a keyword like no other", settings(qqq=1), KeywordError, "qqq"),
     Call("an unknown method", settings(method="wonda"), InputError, "wonda"),
     Call("an unknown target", settings(target="onix"), InputError, "onix"),
     Call("a family that is not there", settings(families="ffn"), InputError, "ffn"),
     Call("a family kept and cut", settings(families="channels", keep="channels"), InputError, "keep"),
-    Call("a width of zero", settings(widths={"channels": 0}), BudgetError, "channels"),
     Call("a width that is too large", settings(widths={"channels": 99}), BudgetError, "channels"),
     Call("a plan that is not there", settings(plan="no.json"), PlanError, "no.json"),
     Call("an output that is empty", settings(out=""), OutputError, "."),
     Call("a tokenizer that is a string", lambda p: lm(p, tokenizer="t"), InputError, "tokenizer"),
     Call("a vocabulary that is a number", lambda p: lm(p, vocabulary=7), InputError, "vocabulary"),
-    Call("a second positional settings", lambda p: mptk.prune(p.module, None, None, 0.5), TypeError),
     Call("no model at all", lambda p: mptk.prune(), TypeError),
 ]
 
@@ -300,13 +291,11 @@ COMPILER = [
     Call("rewrite a plan of no units", _rewrite(width=0), PlanError, "channels"),
     Call("rewrite a plan of a unit twice", _rewrite(width=2, keep=((3, 3),)), PlanError, "plan: channels."),
     Call("rewrite a plan of units in another order", _rewrite(width=2, keep=((3, 1),)), PlanError, "plan: channels."),
-    Call("rewrite a plan of units beyond", _rewrite(width=2, keep=((3, 30),)), PlanError, "plan: channels."),
     Call("rewrite a plan of units below", _rewrite(width=2, keep=((-1, 3),)), PlanError, "plan: channels."),
+    Call("rewrite a plan of units beyond", _rewrite(width=2, keep=((3, 30),)), PlanError, "plan: channels."),
     Call("rewrite a plan of fractions", _rewrite(width=2, keep=((0.5, 3),)), PlanError, "plan: channels."),
     Call("rewrite a plan without layers", lambda p: mptk.rewrite(p.analysis, _of_layers({})), PlanError, "channels"),
     Call("rewrite a plan of rows in a list", _rewrite(keep=3), PlanError, "channels"),
-    Call("a plan's file that is not there", lambda p: mptk.Plan.load(p.root / "no.json"), PlanError, "{root}/no.json"),
-    Call("a plan that is a folder", lambda p: mptk.Plan.load(p.root), PlanError, "{root}"),
 ]
 
 
@@ -341,7 +330,6 @@ USE = [
     Call("recover to another sparsity", lambda p: mptk.recover(p.pruned, sparsity=0.2), InputError, "sparsity"),
     Call("recover with an unknown keyword", lambda p: mptk.recover(p.pruned, stepps=2), KeywordError, "stepps"),
     Call("recover in words", lambda p: mptk.recover(p.pruned, steps="two"), InputError, "steps"),
-    Call("recover a module", lambda p: mptk.recover(p.module), InputError, "pruned"),
     Call("verify a model", lambda p: mptk.verify(p.folders["model"]), FileError, "{tiny}/model"),
     Call("verify against a number", lambda p: mptk.verify(p.folders["pruned"], model=7), InputError, "model"),
     Call("verify in no tokens", lambda p: mptk.verify(p.folders["pruned"], proof_length=3), InputError, "proof_length"),
@@ -361,7 +349,6 @@ USE = [
     Call("text of a module", lambda p: mptk.generate(p.module, "a", tokenizer=p.tokenizer), ModelError, "Sequential"),
     Call("export a module", lambda p: mptk.export(p.module, p.root / "e"), InputError, "example_inputs"),
     Call("export in an unknown scheme", lambda p: export(p, quantize=("int3",)), InputError, "quantize"),
-    Call("export in an unknown type", lambda p: export(p, onnx_dtype="f8"), InputError, "onnx_dtype"),
     Call("export some logits", lambda p: export(p, logits="some"), InputError, "logits"),
     Call("export by a path for a plan", lambda p: export(p, plan="p.json"), InputError, "plan"),
     Call("bench nothing", lambda p: mptk.bench([]), InputError, "models"),
@@ -383,9 +370,6 @@ IN_USE = [
         for call in (mptk.Pruned.open, mptk.prune, mptk.verify, mptk.Report.read)
     ),
     Call("generate from a long name", lambda p: mptk.generate(LONG, "a"), InputError, LONG),
-    Call("a copy of a result", lambda p: copy.copy(p.pruned), InputError),
-    Call("a deep copy of a result", lambda p: copy.deepcopy(p.pruned), InputError),
-    Call("a pickle of a result", lambda p: pickle.dumps(p.pruned), InputError),
     Call("a long out", lambda p: prune(p, out=LONG), OutputError, f"{{root}}/{LONG}"),
     Call("a long folder to save", lambda p: p.pruned.save(LONG), OutputError, f"{{root}}/{LONG}"),
     Call("evaluate a long name", lambda p: mptk.evaluate(LONG, X, progress=None), InputError, f"{LONG}/report.json"),

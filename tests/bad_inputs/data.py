@@ -29,17 +29,9 @@ def measure_on(text: object, more: str = "") -> torch.Tensor:
 
 
 FILES: dict[str, dict[str, str | bytes | tuple[str | bytes, type[Exception]]]] = {
-    "text.raw": {
-        "empty": ("", DataError),
-        "blank": (" \n" * 50, DataError),
-        "not UTF-8": b"caf\xe9 " * 500,
-        "binary": bytes(range(256)) * 50,
-        "UTF-16": ("some words " * 400).encode("utf-16"),
-    },
+    "text.raw": {"empty": ("", DataError), "blank": (" \n" * 50, DataError), "not UTF-8": b"caf\xe9 " * 500},
     "t.jsonl": {
         "empty": ("", DataError),
-        "of one brace": "{",
-        "of numbers": "1\n2\n",
         "of null": "null\n",
         "of empty rows": ("{}\n{}\n", DataError),
         "without text": ('{"n": 1}\n', DataError),
@@ -50,15 +42,10 @@ FILES: dict[str, dict[str, str | bytes | tuple[str | bytes, type[Exception]]]] =
         "deep": '{"text":' * 9000 + "1" + "}" * 9000,
         "of chats": ('{"messages": [{"role": "user", "content": "hi"}]}\n', DataError),
     },
-    "t.json": {"empty": ("", DataError), "null": "null", "deep": "[" * 50_000},
-    "t.csv": {
-        "empty": ("", DataError),
-        "of one line": ("a\n", DataError),
-        "ragged": 'text\n"a,b\n1,2,3,4\n',
-        "binary": bytes(range(256)) * 9,
-    },
-    "t.parquet": {"empty": (b"", DataError), "no parquet": b"PAR1xxxxPAR1", "text": "x" * 99},
-    "t.jsonl.gz": {"no gzip": b"xxxx", "truncated": gzip.compress(b'{"text": "a few words"}\n' * 900)[:15]},
+    "t.json": {"deep": "[" * 50_000},
+    "t.csv": {"of one line": ("a\n", DataError), "ragged": 'text\n"a,b\n1,2,3,4\n'},
+    "t.parquet": {"empty": (b"", DataError), "no parquet": b"PAR1xxxxPAR1"},
+    "t.jsonl.gz": {"truncated": gzip.compress(b'{"text": "a few words"}\n' * 900)[:15]},
 }
 """Name → content, by what it is; with the error's class, if it is no FileError."""
 
@@ -90,7 +77,6 @@ SOURCES = [
     refuse_name("text without a name", "", InputError, "data"),
     refuse_name("text named with a null", "a\0b"),
     refuse_name("text of /dev/zero", "/dev/zero"),
-    refuse_name("text of markup", "[/x]"),
     refuse_name("text of too many colons", "a:b:c:d:e:f", InputError, "data"),
     refuse_name("text of its own beside a file", "self=0.5,a.txt", InputError, "data"),
     refuse_name("text the model writes, to measure on", "self", InputError, "data"),

@@ -35,24 +35,21 @@ WEIGHTS, CONFIG, INDEX = "model/model.safetensors", "model/config.json", "model/
 OF_WEIGHTS, OF_CONFIG = f"{{{WEIGHTS}}}", f"{{{CONFIG}}}"
 
 
-def with_header(header: object | bytes, length: int | None = None) -> Callable[[Path], bytes]:
+def with_header(header: bytes) -> Callable[[Path], bytes]:
     """A safetensors file with another header, before the file's own numbers."""
+    return lambda path: struct.pack("<Q", len(header)) + header + path.read_bytes()[8 + read_size(path) :]
 
-    def made(path: Path) -> bytes:
-        content = path.read_bytes()
-        size = struct.unpack("<Q", content[:8])[0]
-        new = header if isinstance(header, bytes) else json.dumps(header).encode()
-        return struct.pack("<Q", len(new) if length is None else length) + new + content[8 + size :]
 
-    return made
+def read_size(path: Path) -> int:
+    """How long the header of a safetensors file is."""
+    return struct.unpack("<Q", path.read_bytes()[:8])[0]
 
 
 def edited_header(edit: Callable[[dict], object]) -> Callable[[Path], bytes]:
     def made(path: Path) -> bytes:
-        content = path.read_bytes()
-        header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+        header = json.loads(path.read_bytes()[8 : 8 + read_size(path)])
         edit(header)
-        return with_header(header)(path)
+        return with_header(json.dumps(header).encode())(path)
 
     return made
 
@@ -81,22 +78,12 @@ def fields(name: str, **values: object) -> Prepare:
 FIRST = "model.layers.0.mlp.up_proj.weight"
 DAMAGED = {
     "truncated": lambda path: path.read_bytes()[:-100],
-    "truncated in the header": lambda path: path.read_bytes()[:50],
     "empty": b"",
-    "of seven bytes": b"1234567",
     "bit-flipped header": flipped,
-    "header of 2^63": with_header({}, 1 << 63),
-    "header of 2^64 - 1": with_header({}, (1 << 64) - 1),
-    "header past the end": with_header({}, 1 << 40),
-    "header no JSON": with_header(b"{" * 64),
     "header deep": with_header(b'{"a":' * 5000 + b"1" + b"}" * 5000),
-    "header a list": with_header([1, 2]),
     "dtype unknown": edited_header(lambda h: h[FIRST].update(dtype="F31")),
-    "dtype mismatch": edited_header(lambda h: h[FIRST].update(dtype="F64")),
     "offsets past the end": edited_header(lambda h: h[FIRST].update(data_offsets=[0, 1 << 50])),
-    "offsets reversed": edited_header(lambda h: h[FIRST].update(data_offsets=[64, 0])),
     "shape negative": edited_header(lambda h: h[FIRST].update(shape=[-1, 48])),
-    "shape huge": edited_header(lambda h: h[FIRST].update(shape=[1 << 40, 1 << 40])),
     "shape another": edited_header(lambda h: h[FIRST].update(shape=[48, 64])),
     "a pickle": b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00.",
 }
@@ -243,20 +230,11 @@ CONFIGS = [
 ]
 
 
-def tokens(edit: Callable[[dict], object]) -> Prepare:
-    return changed("model/tokenizer.json", edit)
-
-
 TOKENIZERS = [
     refuse(f"tokenizer {name}", LOAD, "{model}", step, kind=ModelError)
     for name, step in {
-        "empty": write("model/tokenizer.json", ""),
         "no JSON": write("model/tokenizer.json", "{"),
-        "a list": write("model/tokenizer.json", "[]"),
-        "without a model": tokens(lambda c: c.pop("model")),
-        "of a magic model": tokens(lambda c: c["model"].update(type="Magic")),
-        "deep": write("model/tokenizer.json", '{"a":' * 50_000),
-        "config no JSON": write("model/tokenizer_config.json", "{"),
+        "of a magic model": changed("model/tokenizer.json", lambda c: c["model"].update(type="Magic")),
         "config null": write("model/tokenizer_config.json", "null"),
     }.items()
 ]
@@ -285,7 +263,6 @@ SHARDS = [
             "in a folder below": "a/../../outside.safetensors",
             "that are not there": "none.safetensors",
             "of a name of 300 characters": "n" * 300,
-            "of a number": {"a": 7},
             "of a list": [1],
         }.items()
     ),
@@ -315,20 +292,14 @@ GGUF = [
         refuse(f"gguf {name}", READ_GGUF, "{toy.gguf}", gguf(content), kind=kind)
         for kind, contents in {
             FileError: {
-                "empty": b"",
                 "of four bytes": b"GGUF",
-                "of another magic": poked(0, "<I", 7),
                 "of 2^60 tensors": poked(8, "<Q", 1 << 60),
                 "of 2^60 fields": poked(16, "<Q", 1 << 60),
-                "no gguf at all": b"{}" * 500,
             },
             ModelError: {
                 "of another version": poked(4, "<I", 99),
-                "with a key of 2^62 bytes": poked(24, "<Q", 1 << 62),
-                "truncated in the header": lambda old: old[:200],
                 "truncated in the tokens": lambda old: old[:1500],
                 "truncated in the weights": lambda old: old[:-5000],
-                "of zeros": lambda old: old[:24] + bytes(len(old) - 24),
             },
         }.items()
         for name, content in contents.items()

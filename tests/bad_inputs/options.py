@@ -78,13 +78,11 @@ VALUES = [
         BENCH,
         {
             "--lengths ²": "lengths",
-            "--lengths ,": "lengths",
             "--lengths 0": "lengths",
             f"--lengths {'9' * 400}": "lengths",
             "--lengths 8,8": "lengths",
             "--batches -1": "batches",
             "--threads 1,many": "threads",
-            "--threads 0": "threads",
             "{gpt2}": "{gpt2}",
         },
     ),
@@ -97,8 +95,6 @@ PLACES = [
         "",
         {
             f"{BENCH} --plot {{x.foo}}": "--plot",
-            f"{BENCH} --plot {{x}}": "--plot",
-            f"{BENCH} --plot /": "--plot",
             f"{BENCH} --markdown /": "--markdown",
             f"{BENCH} --json /": "--json",
             "analyze {model} --json /": "--json",

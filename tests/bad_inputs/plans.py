@@ -33,7 +33,6 @@ PLANS = [
         for name, content, within in (
             ("10^10 units", plan(of=10**10, width=10**10, keep={"model.layers.0.mlp": "0-9999999999"}), ""),
             ("many layers", plan(of=2**24, width=2**24, keep={str(i): "0-16777215" for i in range(50)}), ""),
-            ("10^4000", plan(of=10**4000, width=10**4000), ""),
             ("ranges that repeat", plan(of=2**24, keep={"a": ",".join(["0-16777215"] * 9)}), ".keep.a"),
         )
     ),
@@ -81,13 +80,10 @@ RECIPES = [
             "a number": "7",
             "not YAML": "{:",
             "not UTF-8": b"model: \xff\n",
-            "binary": bytes(range(256)),
             "of tabs": "\tmodel: x\n",
-            "a date that is none": "model: 2001-99-99\n",
             "deep": "[" * 5000 + "]" * 5000,
             "a bomb": "a: &a [x,x,x]\nb: &b [*a,*a,*a]\nc: [*b,*b]\n",
             "an object": "!!python/object/apply:os.system ['true']\n",
-            "a key that is a list": "? [1]\n: 2\n",
             "of 2 MB": lambda path: "# " + "x" * (2 << 20),
         }.items()
     ),
@@ -100,14 +96,12 @@ RECIPES = [
         for name, content, kind, about in (
             ("of a word for a number", "samples: many", USAGE, "--samples"),
             ("of a number that is none", "sparsity: .nan", USAGE, "--sparsity"),
-            ("of infinity", "sparsity: .inf", USAGE, "--sparsity"),
             ("of a mapping for a number", "samples: {a: 1}", USAGE, "--samples"),
             ("of a list for a number", "samples: [1, 2]", USAGE, "--samples"),
             ("of 5000 digits", "seed: " + "9" * 4000, USAGE, "--seed"),
             ("of markup", "method: '[/x]'", USAGE, "--method"),
             ("of a width that is none", "width: {ffn: x}", InputError, "width"),
             ("of an unknown option", "wings: 2", InputError, "wings"),
-            ("of a misspelt option", "trust_remote_cod: true", InputError, "trust_remote_cod"),
         )
     ),
 ]

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-import pytest
-from rates import keep_rates
-
 from mptk.config import Learning, Settings, Training, with_keywords
 from mptk.cost.estimate import Machine
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import complete_settings, fill_in
-from mptk.testing import Laboratory
 from mptk.trust import NO_CODE
 
 RATES = Machine(flops=1e9, read=1e9, write=1e9)
-TINY = Settings(
-    data="text",
-    length=32,
-    align=8,
-    onnx=False,
-    eval_windows=2,
-    eval_length=32,
-    learning=Learning(rank=2, training=Training(batch=2, micro=2)),
-)
-
-
-@pytest.fixture
-def rates(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
-    """Every run of the test finds ``RATES``."""
-    set_cache(tmp_path / "cache")
-    keep_rates(RATES)
-
-
-@pytest.fixture(scope="module")
-def llama(laboratory: Laboratory) -> str:
-    return str(laboratory.open_model())
+LEARNING = Learning(rank=2, training=Training(batch=2, micro=2))
+TINY = Settings(data="text", length=32, align=8, onnx=False, eval_windows=2, eval_length=32, learning=LEARNING)
 
 
 def given(settings: Settings, **numbers: object) -> Settings:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,16 @@ class Case:
     summed: Sequence[int] = (6,)
     widths: Sequence[int] = (6,)
     shapes: Sequence[Sequence[int]] = ()
+
+
+def both(function: Callable[..., Tensor], sizes: Sequence[int], *rest: Sequence[Any], **named: Any) -> Case:
+    """A case that is offered the same to a linear layer and to a sum. ``rest``: widths, and shapes."""
+    return Case(function, sizes, sizes, *rest, **named)
+
+
+def none(function: Callable[..., Tensor], *rest: Sequence[Any], **named: Any) -> Case:
+    """A case around which nothing may be offered."""
+    return both(function, (), *rest, **named)
 
 
 class Branch(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from rule_cases import Case
+from rule_cases import Case, both, none
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -118,10 +118,10 @@ PAIRS = {
     "multiply": Case(lambda x, y: torch.multiply(x, y), widths=TWO),
     "div": Case(lambda x, y: x / y.exp(), widths=TWO),
     "div_": Case(lambda x, y: (x * 1).div_(y.exp()), widths=TWO),
-    "div_both": Case(lambda x, y: x / y, widths=TWO, linear=(), summed=()),
-    "reciprocal": Case(lambda x: x.reciprocal() + x.abs().rsqrt() + x**-1, linear=(), summed=()),
-    "infinite": Case(lambda x: (x.tanh().abs() * 0.9).logit() + x.abs().digamma(), linear=(), summed=()),
-    "infinite_": Case(lambda x: aten.pow_(x * 1, -2) + x.abs().lgamma(), linear=(), summed=()),
+    "div_both": none(lambda x, y: x / y, TWO),
+    "reciprocal": none(lambda x: x.reciprocal() + x.abs().rsqrt() + x**-1),
+    "infinite": none(lambda x: (x.tanh().abs() * 0.9).logit() + x.abs().digamma()),
+    "infinite_": none(lambda x: aten.pow_(x * 1, -2) + x.abs().lgamma()),
     "logical_not": Case(lambda x: torch.logical_not(x > 0.1), summed=()),
     "divide": Case(lambda x, y: torch.divide(x, y.exp()), widths=TWO),
     "true_divide": Case(lambda x, y: torch.true_divide(x, y.exp()), widths=TWO),
@@ -146,10 +146,10 @@ PAIRS = {
     "glu_exp": Case(lambda x: F.glu(x.exp()), widths=(12,), summed=()),
     "glu_joined": Case(lambda x, y: F.glu(torch.cat((x, y), -1)), widths=TWO),
     "glu_joined_exp": Case(lambda x, y: F.glu(torch.cat((x.exp(), y), -1)), widths=TWO, summed=()),
-    "glu_heads": Case(lambda x: F.glu(x.view(2, 5, 4, 6), dim=2).flatten(2), (2, 6), (2, 6), widths=(24,)),
-    "glu_inside": Case(lambda x: F.glu(x.view(2, 5, 3, 8).relu().flatten(2)), (), (), widths=(24,)),
+    "glu_heads": both(lambda x: F.glu(x.view(2, 5, 4, 6), dim=2).flatten(2), (2, 6), (24,)),
+    "glu_inside": none(lambda x: F.glu(x.view(2, 5, 3, 8).relu().flatten(2)), (24,)),
     "glu_elsewhere": Case(lambda x: F.glu(x[:, :4], 1)),
-    "outer": Case(lambda x, y: x.unsqueeze(-1) * y.unsqueeze(-2), widths=(6, 4), linear=(4, 6), summed=(4, 6)),
+    "outer": both(lambda x, y: x.unsqueeze(-1) * y.unsqueeze(-2), (4, 6), (6, 4)),
     "outer_sum": Case(lambda x: x.unsqueeze(-1) + x.unsqueeze(-2), summed=()),
     "outer_product": Case(lambda x: x.unsqueeze(-1) * x.exp().unsqueeze(-2), summed=()),
     "outer_expanded": Case(lambda x: x.unsqueeze(-2).expand(-1, -1, 6, -1) + x.unsqueeze(-1) * 0, summed=()),

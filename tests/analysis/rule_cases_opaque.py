@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rule_cases import Case
+import torch.nn.functional as F
+from rule_cases import Case, both, none
 from torch import Tensor
 
 aten, fft, linalg = torch.ops.aten, torch.fft, torch.linalg
@@ -40,7 +41,7 @@ def square(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def opaque(function: Callable[[Tensor], Tensor], width: int = 6) -> Case:
-    return Case(function, linear=(), summed=(), widths=(width,))
+    return none(function, (width,))
 
 
 FOURIER = ["fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn"]
@@ -59,19 +60,13 @@ OPAQUE: dict[str, Case] = {
     "istft": opaque(
         lambda x: torch.istft(x.view(2, 5, 6).to(torch.complex64), 8, window=torch.ones(8))[:, :10].reshape(2, 5, 2)
     ),
-    "im2col_of_space": opaque(lambda x: torch.nn.functional.unfold(x.view(2, 5, 4, 6), 2).reshape(2, 5, -1), 24),
-    "col2im_of_space": opaque(lambda x: torch.nn.functional.fold(x.reshape(2, 20, 6), (3, 4), 2), 24),
+    "im2col_of_space": opaque(lambda x: F.unfold(x.view(2, 5, 4, 6), 2).reshape(2, 5, -1), 24),
+    "col2im_of_space": opaque(lambda x: F.fold(x.reshape(2, 20, 6), (3, 4), 2), 24),
     "grid_sampler": opaque(
-        lambda x: torch.nn.functional.grid_sample(
-            x.view(2, 5, 4, 6), torch.zeros(2, 2, 3, 2), align_corners=False
-        ).flatten(2),
-        24,
+        lambda x: F.grid_sample(x.view(2, 5, 4, 6), torch.zeros(2, 2, 3, 2), align_corners=False).flatten(2), 24
     ),
     "max_unpool2d": opaque(
-        lambda x: torch.nn.functional.max_unpool2d(
-            *torch.nn.functional.max_pool2d(x.view(2, 5, 4, 6), 2, return_indices=True), 2
-        ).flatten(2),
-        24,
+        lambda x: F.max_unpool2d(*F.max_pool2d(x.view(2, 5, 4, 6), 2, return_indices=True), 2).flatten(2), 24
     ),
     "householder": opaque(lambda x: linalg.householder_product(x.mT, x[..., 0]).mT),
     "matrix_exp": opaque(square(lambda x: linalg.matrix_exp(x / 9) + torch.matrix_exp(x / 9)), 9),
@@ -90,7 +85,7 @@ OPAQUE: dict[str, Case] = {
     "median_all": opaque(lambda x: x * (x.median() + x.nanmedian())),
     "quantile_all": opaque(lambda x: x * x.quantile(0.3)),
     "cholesky": opaque(square(lambda x: linalg.cholesky(x @ x.mT)), 9),
-    "cross_entropy": opaque(lambda x: x * torch.nn.functional.cross_entropy(x.flatten(0, 1), torch.arange(10) % 6)),
+    "cross_entropy": opaque(lambda x: x * F.cross_entropy(x.flatten(0, 1), torch.arange(10) % 6)),
     "native_group_norm": opaque(
         lambda x: torch.native_group_norm(x.view(2, 6, 5), None, None, 2, 6, 5, 3, 1e-5)[0].view(2, 5, 6)
     ),
@@ -148,7 +143,7 @@ def step(name: str) -> Case:
             state = getattr(aten, name)(x.flatten(0, 1), state, *weights)
         return (state[0] + state[1] if name == "lstm_cell" else state).view(2, 5, 4)  # type: ignore[no-any-return]
 
-    return Case(cell, (4, 6), (4, 6), shapes=shapes_of(name))
+    return both(cell, (4, 6), shapes=shapes_of(name))
 
 
 LAYERS = ["lstm", "gru", "rnn_tanh", "rnn_relu"]

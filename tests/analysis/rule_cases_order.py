@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from rule_cases import Case
+from rule_cases import Case, both
 from torch import Tensor
 
 NONE = {"linear": (), "summed": ()}
@@ -44,8 +44,8 @@ MOVED: dict[str, Case] = {
     "pooled_heads": grid(lambda x: x + F.max_pool1d(x.flatten(0, 1).mT, 3, 1, 1).mT.view(2, 5, 3, 8)),
     "unfolded_heads": grid(lambda x: x + F.pad(x, (0, 0, 1, 1)).unfold(2, 3, 1)[..., 0]),
     "repeated_heads": grid(lambda x: x + x.repeat_interleave(torch.tensor([2, 0, 1]), 2, output_size=3)),
-    "rolled_positions": Case(
-        lambda x, w: F.embedding(x.topk(2, -1)[1].roll(1, -1).flip(1), w).flatten(2), (4, 6), (4, 6), shapes=[(6, 4)]
+    "rolled_positions": both(
+        lambda x, w: F.embedding(x.topk(2, -1)[1].roll(1, -1).flip(1), w).flatten(2), (4, 6), shapes=[(6, 4)]
     ),
 }
 SCANS: dict[str, Case] = {
@@ -55,7 +55,7 @@ SCANS: dict[str, Case] = {
     "logcumsumexp": Case(lambda x: x.logcumsumexp(-1), **NONE),
     "logcumsumexp_heads": grid(lambda x: x.logcumsumexp(2), keeps=False),
     "cumsum_heads": Case(heads(lambda x: x.cumsum(-2)), (3, 8), (8,), widths=(24,)),
-    "softmax_heads": Case(heads(lambda x: x.softmax(-2) * x), (3, 8), (3, 8), widths=(24,)),
+    "softmax_heads": both(heads(lambda x: x.softmax(-2) * x), (3, 8), (24,)),
     "log_softmax_heads": grid(lambda x: x.log_softmax(-2), keeps=False),
     "layer_norm_heads": Case(
         lambda x: F.layer_norm(x.view(2, 5, 8, 3).mT, (8,)).mT.flatten(2), (3, 8), (), widths=(24,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from rule_cases import Case
+from rule_cases import Case, both, none
 from rule_cases_sums import along, image, volume
 from torch import Tensor
 
@@ -41,7 +41,7 @@ POOLS: dict[str, Case] = {
     "adaptive_max_pool3d": Case(volume(lambda x: F.adaptive_max_pool3d(x, (2, 1, 1)))),
     "lp_pool1d": Case(along(lambda x: F.lp_pool1d(x, 2, 2))),
     "max_pool_exp": Case(along(lambda x: F.max_pool1d(x.exp(), 2)), summed=()),
-    "pooled_channels": Case(lambda x: F.avg_pool1d(x, 2), (), ()),
+    "pooled_channels": none(lambda x: F.avg_pool1d(x, 2)),
 }
 UPSAMPLED: dict[str, Case] = {
     "upsample_nearest1d": Case(along(lambda x: F.interpolate(x, scale_factor=2))),
@@ -61,31 +61,20 @@ UNFOLDED: dict[str, Case] = {
     "im2col": Case(lambda x: F.unfold(x.mT.reshape(2, 6, 5, 1), (3, 1), padding=(1, 0)).mT),
     "im2col_exp": Case(lambda x: F.unfold(x.exp().mT.reshape(2, 6, 5, 1), (3, 1), padding=(1, 0)).mT, summed=()),
     "im2col_unbatched": Case(lambda x: F.unfold(x[0].mT.reshape(6, 5, 1), (2, 1)).mT.expand(2, 4, 12)),
-    "col2im": Case(lambda x: F.fold(x.mT, (6, 1), (2, 1)).squeeze(-1).mT, (3,), (3,)),
+    "col2im": both(lambda x: F.fold(x.mT, (6, 1), (2, 1)).squeeze(-1).mT, (3,)),
     "col2im_exp": Case(lambda x: F.fold(x.exp().mT, (6, 1), (2, 1)).squeeze(-1).mT, (3,), ()),
-    "convolved": Case(
-        lambda x, w: (w @ F.unfold(x.mT.reshape(2, 6, 5, 1), (3, 1), padding=(1, 0))).mT,
-        (4, 6),
-        (4, 6),
-        shapes=[(4, 18)],
+    "convolved": both(
+        lambda x, w: (w @ F.unfold(x.mT.reshape(2, 6, 5, 1), (3, 1), padding=(1, 0))).mT, (4, 6), shapes=[(4, 18)]
     ),
 }
 SHUFFLED: dict[str, Case] = {
     # The 6 channels pass, and so do height and width; the 2 · 2 pixels do not.
-    "pixel_shuffle": Case(
-        lambda x: F.pixel_shuffle(pixels(x), 2).reshape(2, 5, -1), (3, 4, 6), (3, 4, 6), widths=(288,)
-    ),
-    "pixel_shuffle_conv": Case(
-        image(lambda x, w: F.pixel_shuffle(F.conv2d(x, w), 2)), (3, 6), (3, 6), shapes=[(12, 6, 1, 1)]
-    ),
-    "pixel_unshuffle": Case(
-        lambda x: F.pixel_unshuffle(x.view(10, 6, 6, 8), 2).reshape(2, 5, -1), (3, 4, 6), (3, 4, 6), widths=(288,)
-    ),
-    "channel_shuffle": Case(
-        along(lambda x: F.channel_shuffle(x.unsqueeze(-1), 3).squeeze(-1)), (3, 8), (3, 8), widths=(24,)
-    ),
-    "native_channel_shuffle": Case(
-        along(lambda x: F.native_channel_shuffle(x.unsqueeze(-1), 3).squeeze(-1)), (3, 8), (3, 8), widths=(24,)
+    "pixel_shuffle": both(lambda x: F.pixel_shuffle(pixels(x), 2).reshape(2, 5, -1), (3, 4, 6), (288,)),
+    "pixel_shuffle_conv": both(image(lambda x, w: F.pixel_shuffle(F.conv2d(x, w), 2)), (3, 6), shapes=[(12, 6, 1, 1)]),
+    "pixel_unshuffle": both(lambda x: F.pixel_unshuffle(x.view(10, 6, 6, 8), 2).reshape(2, 5, -1), (3, 4, 6), (288,)),
+    "channel_shuffle": both(along(lambda x: F.channel_shuffle(x.unsqueeze(-1), 3).squeeze(-1)), (3, 8), (24,)),
+    "native_channel_shuffle": both(
+        along(lambda x: F.native_channel_shuffle(x.unsqueeze(-1), 3).squeeze(-1)), (3, 8), (24,)
     ),
 }
 GROUPS = {"windows": UNFOLDED, "pools": POOLS, "resampling": UPSAMPLED, "shuffles": SHUFFLED}

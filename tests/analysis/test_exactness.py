@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from made_modules import Made, MadeOfMore
 from small_modules import offered as sizes
 from small_modules import prove
 from torch import Tensor, nn
@@ -20,21 +21,20 @@ VOCAB, HIDDEN, INNER, OUT = 13, 12, 10, 11
 IDS = torch.arange(14).reshape(2, 7) % VOCAB
 
 
-class Block(nn.Module):
-    """Embedding, two linear layers with ``middle`` between them, and a head."""
+def layers(inner: int = INNER) -> dict[str, nn.Module]:
+    """An embedding, two linear layers, and a head."""
+    up, down = nn.Linear(HIDDEN, inner), nn.Linear(inner, HIDDEN)
+    return {"embed": nn.Embedding(VOCAB, HIDDEN), "up": up, "down": down, "head": nn.Linear(HIDDEN, OUT)}
 
-    def __init__(self, middle: Callable[[Tensor], Tensor], inner: int = INNER) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
-        self.up, self.down = nn.Linear(HIDDEN, inner), nn.Linear(inner, HIDDEN)
-        self.head = nn.Linear(HIDDEN, OUT)
-        self.middle = middle
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x: Tensor = self.embed(ids)
-        x = x + self.down(self.middle(self.up(x)))
-        return self.head(x)  # type: ignore[no-any-return]
+def block(middle: Callable[[Tensor], Tensor]) -> Made:
+    """``middle`` acts between the linear layers."""
+
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x = m.embed(ids)
+        return m.head(x + m.down(middle(m.up(x))))
+
+    return Made(forward, **layers(), **({"middle": middle} if isinstance(middle, nn.Module) else {}))
 
 
 def offered(found: Analysis) -> set[int]:
@@ -46,7 +46,7 @@ def reasons(found: Analysis, size: int) -> str:
 
 
 def test_the_control_is_offered() -> None:
-    assert offered(prove(Block(torch.relu), IDS)) == {HIDDEN, INNER}
+    assert offered(prove(block(torch.relu), IDS)) == {HIDDEN, INNER}
 
 
 def centred(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ NOT_EXACT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", NOT_EXACT)
 def test_an_axis_whose_cut_would_change_the_result_is_refused_with_the_reason(name: str) -> None:
     function, reason = NOT_EXACT[name]
-    found = prove(Block(function), IDS)
+    found = prove(block(function), IDS)
     assert INNER not in offered(found)
     assert reason in reasons(found, INNER) + reasons(found, INNER // 2)
     assert HIDDEN in offered(found)
@@ -94,22 +94,15 @@ class Snake(nn.Module):
 @pytest.mark.parametrize("times", [lambda a: 1 / a, lambda a: a.abs().rsqrt(), lambda a: a.log(), lambda a: a**-2.0])
 def test_a_weight_that_something_is_divided_by_is_cut_with_what_it_divides(times: Callable[[Tensor], Tensor]) -> None:
     """It keeps its numbers in the masked model, where they multiply a zero."""
-    assert offered(prove(Block(Snake(times)), IDS)) == {HIDDEN, INNER}
-
-
-class Shifted(nn.Module):
-    """Divides by a weight what is not zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.rand(INNER) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x.exp() / self.alpha).sum(-1, keepdim=True)
+    assert offered(prove(block(Snake(times)), IDS)) == {HIDDEN, INNER}
 
 
 def test_what_is_not_zero_by_the_other_weights_is_not_divided() -> None:
-    found = prove(Block(Shifted()), IDS)
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x = m.up(m.embed(ids))
+        return m.head(m.down(x * (x.exp() / m.alpha).sum(-1, keepdim=True)))
+
+    found = prove(Made(forward, alpha=nn.Parameter(torch.rand(INNER) + 0.5), **layers()), IDS)
     assert offered(found) == {HIDDEN}
     assert "summed over while not zero" in reasons(found, INNER)
 
@@ -154,61 +147,45 @@ def test_a_buffer_that_is_not_zero_or_is_written_blocks_it(make: Callable[[], nn
     assert "summed over while not zero" in reasons(found, 5)
 
 
-class OnEmbedding(Block):
+def on_embedding(middle: Callable[[Tensor], Tensor]) -> Made:
     """``middle`` acts on the residual stream itself."""
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.middle(self.embed(ids))
-        return self.head(x + self.down(self.up(x).relu()))  # type: ignore[no-any-return]
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x = middle(m.embed(ids))
+        return m.head(x + m.down(m.up(x).relu()))
+
+    return Made(forward, **layers(), **({"middle": middle} if isinstance(middle, nn.Module) else {}))
 
 
 def test_layer_norm_as_an_op_has_kept_statistics_and_by_hand_has_not() -> None:
-    assert offered(prove(OnEmbedding(nn.LayerNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
-    assert offered(prove(OnEmbedding(nn.RMSNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
-    assert offered(prove(OnEmbedding(centred), IDS)) == {INNER}
-
-
-class Winner(nn.Module):
-    """Returns positions: which of the channels is largest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.up = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, INNER)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.up(self.embed(ids)).argmax(-1)  # type: ignore[no-any-return]
+    assert offered(prove(on_embedding(nn.LayerNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
+    assert offered(prove(on_embedding(nn.RMSNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
+    assert offered(prove(on_embedding(centred), IDS)) == {INNER}
 
 
 def test_positions_that_are_the_output_cannot_be_cut() -> None:
-    found = analyze(trace(Winner(), (IDS,)))
+    found = analyze(trace(Made(lambda m, ids: m.up(m.embed(ids)).argmax(-1), **layers()), (IDS,)))
     assert INNER not in offered(found)
     assert "it is the model's output" in reasons(found, INNER)
 
 
-class Routed(nn.Module):
+def route(k: int, offset: int = 0) -> Made:
     """A router picks ``k`` experts; their outputs are weighted and summed. Experts are looked up by position."""
 
-    def __init__(self, k: int, offset: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, OUT)
-        self.router = nn.Linear(HIDDEN, 6, bias=False)
-        self.experts = nn.Parameter(torch.randn(6 + offset, INNER, HIDDEN) * 0.3)
-        self.out = nn.Parameter(torch.randn(6 + offset, HIDDEN, INNER) * 0.3)
-        self.k, self.offset = k, offset
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x = m.embed(ids)
+        share, chosen = m.router(x).softmax(-1).topk(k, -1)
+        chosen = chosen + offset if offset else chosen
+        inner = torch.einsum("bskih,bsh->bski", m.experts[chosen], x).relu()
+        return m.head(x + torch.einsum("bskhi,bski,bsk->bsh", m.out[chosen], inner, share))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        share, chosen = self.router(x).softmax(-1).topk(self.k, -1)
-        chosen = chosen + self.offset if self.offset else chosen
-        inner = torch.einsum("bskih,bsh->bski", self.experts[chosen], x).relu()
-        y = torch.einsum("bskhi,bski,bsk->bsh", self.out[chosen], inner, share)
-        return self.head(x + y)  # type: ignore[no-any-return]
+    experts, out = (torch.randn(6 + offset, *size) * 0.3 for size in ((INNER, HIDDEN), (HIDDEN, INNER)))
+    parts = {"router": nn.Linear(HIDDEN, 6, bias=False), "experts": nn.Parameter(experts), "out": nn.Parameter(out)}
+    return Made(forward, embed=nn.Embedding(VOCAB, HIDDEN), head=nn.Linear(HIDDEN, OUT), **parts)
 
 
 def test_experts_are_one_family_of_at_least_as_many_as_are_chosen() -> None:
-    found = prove(Routed(2), IDS)
+    found = prove(route(2), IDS)
     experts = next(f for f in found.families if f.size == 6)
     assert experts.minimum == 2
     assert {m.weight for m in experts.groups[0].members} == {"router.weight", "experts", "out"}
@@ -216,148 +193,99 @@ def test_experts_are_one_family_of_at_least_as_many_as_are_chosen() -> None:
 
 
 def test_experts_looked_up_by_a_computed_position_stay() -> None:
-    found = prove(Routed(2, offset=1), IDS)
+    found = prove(route(2, offset=1), IDS)
     assert offered(found) == {HIDDEN, INNER}
     assert "its positions are computed with" in reasons(found, 6)
 
 
 def test_a_router_that_takes_all_experts_leaves_no_choice() -> None:
-    assert 6 not in offered(prove(Routed(6), IDS))
-
-
-class Mutated(nn.Module):
-    """Writes activations into a constant: then it is none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.up, self.down = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, INNER), nn.Linear(INNER, OUT)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.up(self.embed(ids))
-        buffer = torch.zeros(2, 7, INNER)
-        view = buffer[:, 1:]
-        view.copy_(x[:, :-1].exp())
-        return self.down(x) + buffer.sum(-1, keepdim=True)  # type: ignore[no-any-return]
+    assert 6 not in offered(prove(route(6), IDS))
 
 
 def test_a_constant_that_is_written_through_a_view_is_followed() -> None:
-    found = prove(Mutated(), IDS)
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x, buffer = m.up(m.embed(ids)), torch.zeros(2, 7, INNER)
+        view = buffer[:, 1:]
+        view.copy_(x[:, :-1].exp())
+        return m.head(m.down(x)) + buffer.sum(-1, keepdim=True)
+
+    found = prove(Made(forward, **layers()), IDS)
     assert offered(found) == {HIDDEN}
     assert "summed over while not zero" in reasons(found, INNER)
 
 
-class Shared(nn.Module):
-    """One table of constants used by two layers: the layers are independent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, OUT)
-        self.layers = nn.ModuleList(Block(torch.relu) for _ in range(2))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x, table = self.embed(ids), torch.linspace(0.5, 1.5, INNER)
-        for layer in self.layers:
-            x = x + layer.down((layer.up(x) * table).relu())
-        return self.head(x)  # type: ignore[no-any-return]
-
-
 def test_constants_do_not_tie_the_layers_that_use_them() -> None:
-    found = prove(Shared(), IDS)
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x, table = m.embed(ids), torch.linspace(0.5, 1.5, INNER)
+        for layer in m.layers:
+            x = x + layer["down"]((layer["up"](x) * table).relu())
+        return m.head(x)
+
+    found = prove(Made(forward, layers=nn.ModuleList(nn.ModuleDict(layers()) for _ in range(2)), **layers()), IDS)
     (ffn,) = (f for f in found.families if f.size == INNER)
     assert [g.layer for g in ffn.groups] == ["layers.0", "layers.1"]
 
 
-class Heads(nn.Module):
+def test_a_choice_varies_only_along_a_factor_that_encloses_it_everywhere() -> None:
     """Heads in the order [channel, head] in one weight and [head, channel] in the other."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(15, OUT)
-        self.up = nn.Linear(HIDDEN, 15)
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        return m.head(m.up(m.embed(ids)).view(2, 7, 3, 5).mT.flatten(2))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.up(self.embed(ids)).view(2, 7, 3, 5).mT.flatten(2))  # type: ignore[no-any-return]
-
-
-def test_a_choice_varies_only_along_a_factor_that_encloses_it_everywhere() -> None:
-    found = prove(Heads(), IDS)
+    parts = {"embed": nn.Embedding(VOCAB, HIDDEN), "up": nn.Linear(HIDDEN, 15), "head": nn.Linear(15, OUT)}
+    found = prove(Made(forward, **parts), IDS)
     assert offered(found) == {HIDDEN, 3, 5}
     assert all(f.scopes == 1 for f in found.families)
 
 
-class PackedHeads(nn.Module):
-    """Each expert's own heads: a head's channel may vary along the expert (another dimension) and the head."""
+def test_a_choice_may_vary_along_two_dimensions() -> None:
+    """Each expert's own heads: a head's channel may vary along the expert (another dimension) and the head.
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, OUT)
-        self.up = nn.Parameter(torch.randn(4, 3 * 5, HIDDEN) * 0.3)
-        self.down = nn.Parameter(torch.randn(4, HIDDEN, 3 * 5) * 0.3)
+    A choice that does not vary serves every scope.
+    """
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        y = torch.einsum("ech,bsh->bsec", self.up, x).view(2, 7, 4, 3, 5)
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x = m.embed(ids)
+        y = torch.einsum("ech,bsh->bsec", m.up, x).view(2, 7, 4, 3, 5)
         y = (y * y.sum(-1, keepdim=True).sigmoid()).flatten(3)
-        return self.head(torch.einsum("ehc,bsec->bsh", self.down, y))  # type: ignore[no-any-return]
+        return m.head(torch.einsum("ehc,bsec->bsh", m.down, y))
 
-
-def test_a_choice_that_varies_along_two_dimensions() -> None:
-    found = prove(PackedHeads(), IDS)
+    up, down = (nn.Parameter(torch.randn(4, *size) * 0.3) for size in ((15, HIDDEN), (HIDDEN, 15)))
+    found = prove(Made(forward, **{**layers(), "up": up, "down": down}), IDS)
     assert {f.size: f.scopes for f in found.families} == {HIDDEN: 1, 4: 1, 3: 4, 5: 12}
-    assert cut_and_compare(found, draw_plan(found, seed=3, share=0.5), (IDS,)).error <= 1e-5
-
-
-def test_an_unscoped_choice_serves_every_scope() -> None:
-    found = prove(PackedHeads(), IDS)
     channels = next(f for f in found.families if f.size == 5)
-    keep = {g.layer: ((0, 2, 3),) for g in channels.groups}
-    assert cut_and_compare(found, Plan({channels.name: FamilyPlan(3, 5, keep)}), (IDS,)).error <= 1e-5
+    unscoped = Plan({channels.name: FamilyPlan(3, 5, {g.layer: ((0, 2, 3),) for g in channels.groups})})
+    for plan in (draw_plan(found, seed=3, share=0.5), unscoped):
+        assert cut_and_compare(found, plan, (IDS,)).error <= 1e-5
 
 
-class Remembers(nn.Module):
-    """Adds a value a token to a cache, and sums over the channels of what was in it."""
+def remember(function: Callable[[Tensor], Tensor], *, returns: bool = True) -> MadeOfMore:
+    """Adds a value a token to a cache, and sums over what was in it. ``returns``: the cache, or its sum in the result."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.up, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, INNER), nn.Linear(HIDDEN, OUT)
-        self.function = function
+    def forward(m: Made, ids: Tensor, past: Tensor) -> object:
+        x = m.embed(ids)
+        cache = torch.cat((past, function(m.up(x))), 1)
+        y = m.head(x) * past.sum((1, 2), keepdim=True)
+        return (y, cache) if returns else y + cache.sum((1, 2))[:, None, None]
 
-    def forward(self, ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.embed(ids)
-        cache = torch.cat((past, self.function(self.up(x))), 1)
-        return self.head(x) * past.sum((1, 2), keepdim=True), cache
+    return MadeOfMore(forward, **layers())
 
 
-class Step(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.module(*inputs)  # type: ignore[no-any-return]
+CACHED = IDS, torch.zeros(2, 3, INNER)
 
 
 def test_a_cache_is_zero_only_where_all_that_is_added_to_it_is() -> None:
-    inputs = IDS, torch.zeros(2, 3, INNER)
-    assert offered(analyze(export_program(Step(Remembers(torch.relu)), inputs))) == {HIDDEN, INNER}
-    found = analyze(export_program(Step(Remembers(torch.exp)), inputs))
-    assert offered(found) == {HIDDEN}
-    assert "summed over while not zero" in reasons(found, INNER)
+    keeps, fills = (
+        analyze(export_program(MadeOfMore(lambda m, *given: m.module(*given), module=remember(function)), CACHED))
+        for function in (torch.relu, torch.exp)
+    )
+    assert offered(keeps) == {HIDDEN, INNER}
+    assert offered(fills) == {HIDDEN}
+    assert "summed over while not zero" in reasons(fills, INNER)
 
 
 def test_an_input_that_is_no_cache_cannot_be_cut() -> None:
     """The same program but for the cache's way out."""
-
-    class Forgets(Remembers):
-        def forward(self, ids: Tensor, past: Tensor) -> Tensor:  # type: ignore[override]
-            y, cache = super().forward(ids, past)
-            return y + cache.sum((1, 2))[:, None, None]
-
-    found = analyze(trace(Forgets(torch.relu), (IDS, torch.zeros(2, 3, INNER))))
+    found = analyze(trace(remember(torch.relu, returns=False), CACHED))
     assert offered(found) == {HIDDEN}
     assert "comes from the model's input" in reasons(found, INNER)

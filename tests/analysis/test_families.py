@@ -138,11 +138,7 @@ def mixture() -> Golden:
     expert = units((5,), 0)
     by_expert = np.tile(units((2, FFN_SIZE), 1), (5, 1, 1))
     return grouped(8) | {
-        "experts": {
-            "mlp.gate.weight[0]": expert,
-            "mlp.experts.gate_up_proj[0]": expert,
-            "mlp.experts.down_proj[0]": expert,
-        },
+        "experts": {f"mlp.{name}[0]": expert for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")},
         "ffn": {"mlp.experts.gate_up_proj[1]": by_expert, "mlp.experts.down_proj[2]": np.tile(CHANNELS, (5, 1, 1))},
     }
 
@@ -234,12 +230,8 @@ def test_experts_in_bfloat16_take_another_op() -> None:
 
 def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_float32_trace_needs_none() -> None:
     """The class calls torch's kernel, in whatever type its checkpoint is loaded."""
-    legal = find_target("stock").find_legal(analyze_decoder("mixtral"), make_decoder("mixtral"), read_alignment("1"))
-    free = (
-        find_target("graph")
-        .find_legal(analyze_decoder("mixtral"), make_decoder("mixtral"), read_alignment("1"))
-        .ladders
-    )
+    given = analyze_decoder("mixtral"), make_decoder("mixtral"), read_alignment("1")
+    legal, free = find_target("stock").find_legal(*given), find_target("graph").find_legal(*given).ladders
     for name in ("hidden", "ffn"):
         assert {width % 8 for width in legal.ladders[name]} == {0}
         assert {width % 8 for width in free[name]} == {*range(8)}
@@ -325,13 +317,8 @@ def test_a_mask_input_changes_nothing() -> None:
     assert listing(analyze(trace(make_decoder("llama"), (ids, padding)))) == listing(analyze_decoder("llama"))
 
 
-EQUAL = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "vocab_size": 64,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-}
+EQUAL = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 64)
+EQUAL |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 8)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptneox"])

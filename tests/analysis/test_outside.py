@@ -129,10 +129,7 @@ TORCHVISION: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: torchvision.models.VisionTransformer(32, 8, 2, 3, 24, 40, num_classes=5),
     "swin": lambda: torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 4], [4, 4], num_classes=5),
     "convnext": lambda: torchvision.models.ConvNeXt(
-        [
-            torchvision.models.convnext.CNBlockConfig(10, 14, 1),
-            torchvision.models.convnext.CNBlockConfig(14, None, 1),
-        ],
+        [torchvision.models.convnext.CNBlockConfig(10, 14, 1), torchvision.models.convnext.CNBlockConfig(14, None, 1)],
         num_classes=5,
     ),
     "mobilenet_v3": lambda: torchvision.models.MobileNetV3(

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from made_modules import Made
+from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import mptk
@@ -20,23 +21,13 @@ X = torch.randn(2, 5, 6)
 INNER = 8
 
 
-class Net(nn.Module):
+def make(wrap: Callable[[nn.Module], nn.Module], kernel: int = 0) -> Made:
     """Two layers, each wrapped."""
-
-    def __init__(self, wrap: Callable[[nn.Module], nn.Module], kernel: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        layers = (
-            [nn.Conv1d(6, INNER, kernel), nn.Conv1d(INNER, 11, 1)]
-            if kernel
-            else [nn.Linear(6, INNER), nn.Linear(INNER, 11)]
-        )
-        self.up, self.down = map(wrap, layers)
-        self.convolutional = kernel > 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.mT if self.convolutional else x
-        return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+    layers = [nn.Linear(6, INNER), nn.Linear(INNER, 11)]
+    if kernel:
+        layers = [nn.Conv1d(6, INNER, kernel), nn.Conv1d(INNER, 11, 1)]
+    up, down = map(wrap, layers)
+    return Made(lambda m, x: m.down(m.up(x.mT if kernel else x).relu()), up=up, down=down)
 
 
 def old(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
@@ -64,7 +55,7 @@ WRAPPERS = {
 def test_a_computed_weight_is_cut_as_it_is_masked(
     wrap: Callable[[nn.Module], nn.Module], sizes: list[int], kernel: int
 ) -> None:
-    module = Net(wrap, kernel).eval()
+    module = make(wrap, kernel).eval()
     program = trace(module, (X,))
     with torch.no_grad():
         assert measure_largest(program(X), module(X)) < 1e-6
@@ -78,7 +69,7 @@ def test_a_computed_weight_is_cut_as_it_is_masked(
 
 def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
     """Independent of what the masked program says: rows of v and g, columns of the next layer's v."""
-    module = Net(parametrizations.weight_norm).eval()
+    module = make(parametrizations.weight_norm).eval()
     found = analyze(trace(module, (X,)))
     plan = draw_plan(found)
     (choice,) = resolve_plan(found, plan).choices.values()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from made_modules import Made
 from torch import Tensor, nn
 
 import mptk
@@ -21,35 +22,20 @@ def three() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
 
 
-class Gradient(nn.Module):
+def make_gradient() -> nn.Module:
     """What an energy model gives: the gradient of a network by its input."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = three()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(m: Made, x: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.net(x).sum(), x)[0]
+            return torch.autograd.grad(m.net(x).sum(), x)[0]
 
-
-class Unbatched(nn.Module):
-    """Convolutions of one sample at a time, as [channels, length]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Conv1d(5, 12, 3), nn.ConvTranspose1d(12, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.second(self.first(x[0]).relu()), self.second(self.first(x[1]).relu())])
+    return Made(forward, net=three())
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type[mptk.MptkError], str]] = {
     "without a family": (lambda: nn.Linear(8, 4), AnalysisError, ""),
-    "without a weight": (nn.ReLU, AnalysisError, ""),
-    "a gradient": (Gradient, TraceError, "Gradient"),
+    "a gradient": (make_gradient, TraceError, "Made"),
     "jit.trace": (lambda: torch.jit.trace(three(), X), TraceError, "Sequential"),
     "jit.script": (lambda: torch.jit.script(three()), TraceError, "Sequential"),
 }
@@ -64,21 +50,20 @@ def test_what_cannot_be_pruned_is_refused_by_name(kind: str) -> None:
 
 
 def test_an_unbatched_transposed_convolution_is_cut() -> None:
-    pruned = mptk.prune(Unbatched(), sparsity=0.5, example_inputs=X, progress=None)
+    """Convolutions of one sample at a time, as [channels, length]."""
+
+    def forward(m: Made, x: Tensor) -> Tensor:
+        return torch.stack([m.second(m.first(row).relu()) for row in (x[0], x[1])])
+
+    net = Made(forward, first=nn.Conv1d(5, 12, 3), second=nn.ConvTranspose1d(12, 4, 3))
+    pruned = mptk.prune(net, sparsity=0.5, example_inputs=X, progress=None)
     assert pruned.model.get_parameter("second.weight").shape == (6, 4, 3)
 
 
-class Recurrent(nn.Module):
+def recur(kind: type[nn.RNNBase], **options: int) -> Made:
     """A recurrent layer over the steps, and a head."""
-
-    def __init__(self, kind: type[nn.RNNBase], **options: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = kind(8, 12, batch_first=True, **options)
-        self.head = nn.Linear(24 if options.get("bidirectional") else 12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x)[0])  # type: ignore[no-any-return]
+    head = nn.Linear(24 if options.get("bidirectional") else 12, 5)
+    return Made(lambda m, x: m.head(m.layer(x)[0]), layer=kind(8, 12, batch_first=True, **options), head=head)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +72,7 @@ class Recurrent(nn.Module):
 def test_the_hidden_units_of_a_recurrent_layer_are_cut(
     kind: type[nn.RNNBase], options: dict[str, int], gates: int
 ) -> None:
-    pruned = mptk.prune(Recurrent(kind, **options), sparsity=0.5, tolerance=0.1, example_inputs=X, progress=None)
+    pruned = mptk.prune(recur(kind, **options), sparsity=0.5, tolerance=0.1, example_inputs=X, progress=None)
     (width,) = pruned.plan.widths.values()
     assert pruned.model.get_parameter("layer.weight_hh_l0").shape == (gates * width, width)
     assert pruned.model(torch.randn(3, 5, 8)).shape[0] == 3
@@ -110,79 +95,61 @@ def test_no_remedy_names_the_target_that_is_in_use() -> None:
     assert "graph" not in refused.value.remedy
 
 
-class MixedFeedForward(nn.Module):
-    """Two linear layers with a depthwise convolution between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
-        self.depthwise = nn.Conv1d(16, 16, 3, padding=1, groups=16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.depthwise(self.up(x).transpose(1, 2)).transpose(1, 2).relu())
-
-
 def between(up: nn.Module, down: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(up=up, relu=nn.ReLU(), down=down))
 
 
 def test_channels_of_convolutions_are_no_feed_forward_width() -> None:
+    mixed = Made(
+        lambda m, x: m.down(m.depthwise(m.up(x).transpose(1, 2)).transpose(1, 2).relu()),
+        up=nn.Linear(6, 16),
+        down=nn.Linear(16, 6),
+        depthwise=nn.Conv1d(16, 16, 3, padding=1, groups=16),
+    )
     for net, sizes, name in [
         (between(nn.Linear(6, 16), nn.Linear(16, 4)), (2, 5, 6), "ffn"),
         (between(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)), (2, 3, 9, 9), "conv"),
         (between(nn.Conv2d(3, 16, 1), nn.ConvTranspose2d(16, 4, 3)), (2, 3, 9, 9), "conv"),
         (between(nn.Conv1d(3, 16, 3), nn.Conv1d(16, 4, 3)), (2, 3, 9), "conv"),
         (between(nn.Conv1d(3, 16, 1), nn.Conv1d(16, 4, 1)), (2, 3, 9), "ffn"),
-        (MixedFeedForward(), (2, 5, 6), "ffn"),
+        (mixed, (2, 5, 6), "ffn"),
     ]:
         assert [family.name for family in mptk.analyze(mptk.trace(net, torch.randn(sizes))).families] == [name]
 
 
 def test_units_without_a_narrower_aligned_width_are_named() -> None:
-    module = Recurrent(nn.GRU, bidirectional=True)  # 24 channels
+    module = recur(nn.GRU, bidirectional=True)  # 24 channels
     with expect_error(TargetError, name="graph"):
         mptk.prune(module, sparsity=0.3, tolerance=0.2, align=24, example_inputs=X, progress=None)
     assert mptk.prune(module, sparsity=0.3, tolerance=0.2, align=1, example_inputs=X, progress=None) is not None
 
 
-class Mapped(nn.Module):
-    """Its layers run on one sample at a time, under ``torch.vmap``, or on all at once."""
-
-    def __init__(self, *, mapped: bool) -> None:
-        super().__init__()
-        self.net, self.mapped = three(), mapped
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.vmap(self.net)(x) if self.mapped else self.net(x)
-
-
 @pytest.mark.parametrize("method", ["wanda", "fisher", "taylor"])
 def test_layers_under_vmap_are_scored_as_without_it(method: str) -> None:
+    asked = {"example_inputs": X, "method": method, "sparsity": 0.25, "align": 1, "seed": 0}
     cut = [
-        mptk.prune(Mapped(mapped=mapped), example_inputs=X, method=method, sparsity=0.25, align=1, seed=0)
-        for mapped in (True, False)
+        mptk.prune(Made(body, net=three()), **asked)
+        for body in (lambda m, x: torch.vmap(m.net)(x), lambda m, x: m.net(x))
     ]
     assert cut[0].plan.families["channels"].width < 12
     if method != "fisher":  # which has Wanda's score there
         assert cut[0].plan == cut[1].plan
 
 
-class Ensemble(nn.Module):
+def ensemble() -> Made:
     """The mean of three networks of one shape, whose weights ``torch.vmap`` takes apart."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.nets = nn.ModuleList(three() for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, buffers = torch.func.stack_module_state(list(self.nets))
-        one = lambda w, b: torch.func.functional_call(self.nets[0], (w, b), (x,))  # noqa: E731
+    def forward(m: Made, x: Tensor) -> Tensor:
+        weights, buffers = torch.func.stack_module_state(list(m.nets))
+        one = lambda w, b: torch.func.functional_call(m.nets[0], (w, b), (x,))  # noqa: E731
         return torch.vmap(one)(weights, buffers).mean(0)
+
+    return Made(forward, nets=nn.ModuleList(three() for _ in range(3)))
 
 
 def test_weights_that_vmap_takes_apart_are_cut_by_scores_that_need_no_activations() -> None:
     with expect_error(AnalysisError):
-        mptk.prune(Ensemble(), example_inputs=X, method="wanda", sparsity=0.25, align=1)
-    cut = mptk.prune(Ensemble(), example_inputs=X, method="taylor", sparsity=0.25, align=1)
-    assert cut.model(X).shape == Ensemble()(X).shape
-    assert sum(p.numel() for p in cut.model.parameters()) < sum(p.numel() for p in Ensemble().parameters())
+        mptk.prune(ensemble(), example_inputs=X, method="wanda", sparsity=0.25, align=1)
+    cut = mptk.prune(ensemble(), example_inputs=X, method="taylor", sparsity=0.25, align=1)
+    assert cut.model(X).shape == ensemble()(X).shape
+    assert sum(p.numel() for p in cut.model.parameters()) < sum(p.numel() for p in ensemble().parameters())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from made_modules import Made
 from small_modules import HIDDEN, INNER, OUT, WIDTH, Small, X, offered, prove
 from torch import Tensor, nn
 
@@ -151,162 +152,94 @@ def test_units_are_offered_only_if_their_cut_is_exact(
     assert offered(prove(Small(body, **shapes))) == sizes
 
 
-# ---- buffers ----
-
-
-class Scaled(Small):
-    """A buffer, through two operators, scales the units."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.matmul, other=(INNER, OUT))
-        self.register_buffer("scale", torch.rand(INNER))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self.up(x) * self.scale.exp().square(), **self.weights)
-
-
 def test_a_saved_buffer_is_cut_like_a_weight() -> None:
-    analysis = prove(Scaled())
+    """Through two operators it scales the units."""
+
+    def forward(m: Made, x: Tensor) -> Tensor:
+        return (m.up(x) * m.scale.exp().square()) @ m.last
+
+    last = nn.Parameter(torch.randn(INNER, OUT))
+    analysis = prove(Made(forward, up=nn.Linear(WIDTH, INNER), scale=torch.rand(INNER), last=last))
     small = rewrite(analysis, draw_plan(analysis)).state_dict()
     assert offered(analysis) == [INNER]
-    assert small["weights.other"].shape == (6, OUT)
+    assert small["last"].shape == (6, OUT)
     assert small["scale"].shape == (6,)
 
 
 # ---- attention ----
 
+attend = F.scaled_dot_product_attention
 
-class LearnedQueries(nn.Module):
+
+@pytest.mark.parametrize(("causal", "sizes"), [(False, [6, 8, 9]), (True, [6, 8])])
+def test_learned_queries_can_be_cut_but_not_under_a_causal_mask(causal: bool, sizes: list[int]) -> None:
     """9 learned queries attend to the text."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.queries = nn.Parameter(torch.randn(9, 6))
-        self.key, self.value = nn.Linear(WIDTH, 6), nn.Linear(WIDTH, 8)
-        self.head = nn.Linear(9 * 8, OUT)
-        self.options = options
+    def forward(m: Made, x: Tensor) -> Tensor:
+        q = m.queries.expand(2, 1, 9, 6)
+        return m.head(attend(q, m.key(x)[:, None], m.value(x)[:, None], is_causal=causal).flatten(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.queries.expand(2, 1, 9, 6)
-        y = F.scaled_dot_product_attention(q, self.key(x)[:, None], self.value(x)[:, None], **self.options)
-        return self.head(y.flatten(1))  # type: ignore[no-any-return]
-
-
-def test_learned_queries_can_be_cut_but_not_under_a_causal_mask() -> None:
-    assert offered(prove(LearnedQueries())) == [6, 8, 9]
-    assert offered(prove(LearnedQueries(is_causal=True))) == [6, 8]
-
-
-class MaskByName(nn.Module):
-    """A constant mask with a row for each head, given by name, and so an added constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.head = nn.Linear(WIDTH, 3 * 3 * 8), nn.Linear(3 * 8, OUT)
-        self.slopes = torch.tensor([0.5, 0.1, 2.0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = torch.arange(5.0) * self.slopes[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        y = torch.add(input=y, other=bias[:, :, :1])
-        return self.head(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    parts = {"key": nn.Linear(WIDTH, 6), "value": nn.Linear(WIDTH, 8), "head": nn.Linear(9 * 8, OUT)}
+    assert offered(prove(Made(forward, queries=nn.Parameter(torch.randn(9, 6)), **parts))) == sizes
 
 
 def test_constants_given_by_name_lose_heads_too() -> None:
-    assert 3 in offered(prove(MaskByName()))
+    """A constant mask with a row for each head, given by name, and so an added constant."""
+    slopes = torch.tensor([0.5, 0.1, 2.0])
 
+    def forward(m: Made, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).view(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = torch.arange(5.0) * slopes[:, None, None]
+        y = torch.add(input=attend(q, k, v, attn_mask=bias), other=bias[:, :, :1])
+        return m.head(y.transpose(1, 2).flatten(2))
 
-class RawQuery(nn.Module):
-    """The model's own input asks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.key, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
-        self.head = nn.Linear(8, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(x[:, None], self.key(x)[:, None], self.value(x)[:, None])
-        return self.head(y[:, 0])  # type: ignore[no-any-return]
+    assert 3 in offered(prove(Made(forward, qkv=nn.Linear(WIDTH, 3 * 3 * 8), head=nn.Linear(3 * 8, OUT))))
 
 
 def test_the_models_input_can_be_the_query() -> None:
-    assert offered(prove(RawQuery())) == [8]
+    def forward(m: Made, x: Tensor) -> Tensor:
+        return m.head(attend(x[:, None], m.key(x)[:, None], m.value(x)[:, None])[:, 0])
 
-
-class LearnedPositions(nn.Module):
-    """Token and position embeddings, attention by hand, the last token's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tokens, self.positions = nn.Embedding(13, HIDDEN), nn.Parameter(torch.randn(9, HIDDEN))
-        self.q, self.k, self.v = (nn.Linear(HIDDEN, 10) for _ in range(3))
-        self.out, self.head = nn.Linear(10, HIDDEN), nn.Linear(HIDDEN, OUT)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions[: ids.shape[1]]
-        scores = self.q(x) @ self.k(x).mT
-        x = x + self.out(scores.softmax(-1) @ self.v(x))
-        return self.head(x[:, -1])  # type: ignore[no-any-return]
+    parts = {"key": nn.Linear(WIDTH, WIDTH), "value": nn.Linear(WIDTH, 8), "head": nn.Linear(8, OUT)}
+    assert offered(prove(Made(forward, **parts))) == [8]
 
 
 def test_positions_of_tokens_are_no_family() -> None:
-    assert offered(prove(LearnedPositions(), torch.arange(10).reshape(2, 5))) == [10, 10, HIDDEN]
+    """Token and position embeddings, attention by hand, the last token's output."""
 
+    def forward(m: Made, ids: Tensor) -> Tensor:
+        x = m.tokens(ids) + m.positions[: ids.shape[1]]
+        scores = m.q(x) @ m.k(x).mT
+        return m.head((x + m.out(scores.softmax(-1) @ m.v(x)))[:, -1])
 
-class ChannelAttention(nn.Module):
-    """Channels of a head attend to its channels (XCiT): one axis is both dimensions of the scores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * 2 * 6), nn.Linear(2 * 6, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(2, 5, 3, 2, 6).permute(2, 0, 3, 4, 1).unbind(0)
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
-        return self.out((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))  # type: ignore[no-any-return]
+    parts = {"tokens": nn.Embedding(13, HIDDEN), "positions": nn.Parameter(torch.randn(9, HIDDEN))}
+    parts |= {name: nn.Linear(HIDDEN, 10) for name in "qkv"}
+    parts |= {"out": nn.Linear(10, HIDDEN), "head": nn.Linear(HIDDEN, OUT)}
+    assert offered(prove(Made(forward, **parts), torch.arange(10).reshape(2, 5))) == [10, 10, HIDDEN]
 
 
 def test_rows_of_removed_channels_are_not_masked_whole() -> None:
-    assert offered(prove(ChannelAttention())) == [2, 6]
+    """Channels of a head attend to its channels (XCiT): one axis is both dimensions of the scores."""
 
+    def forward(m: Made, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).view(2, 5, 3, 2, 6).permute(2, 0, 3, 4, 1).unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+        return m.out((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
 
-class HeadsAttend(nn.Module):
-    """Heads attend to heads, and their results are summed: a removed head asks, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.out = nn.Linear(WIDTH, 3 * 4), nn.Linear(1, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.up(x).unflatten(-1, (3, 4))
-        return self.out(((y @ y.mT).softmax(-1) @ y).sum((2, 3))[..., None])  # type: ignore[no-any-return]
+    assert offered(prove(Made(forward, qkv=nn.Linear(WIDTH, 3 * 2 * 6), out=nn.Linear(2 * 6, OUT)))) == [2, 6]
 
 
 def test_a_softmax_is_zero_along_one_of_two_dimensions_of_an_axis() -> None:
-    assert offered(prove(HeadsAttend())) == [4]
+    """Heads attend to heads, and their results are summed: a removed head asks, too."""
+
+    def forward(m: Made, x: Tensor) -> Tensor:
+        y = m.up(x).unflatten(-1, (3, 4))
+        return m.out(((y @ y.mT).softmax(-1) @ y).sum((2, 3))[..., None])
+
+    assert offered(prove(Made(forward, up=nn.Linear(WIDTH, 3 * 4), out=nn.Linear(1, OUT)))) == [4]
 
 
 # ---- outputs ----
-
-
-class Outputs(nn.Module):
-    """``wrap`` puts the result and the hidden state together."""
-
-    def __init__(self, wrap: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.head, self.wrap = nn.Linear(WIDTH, INNER), nn.Linear(INNER, OUT), wrap
-
-    def forward(self, x: Tensor) -> Any:
-        h = self.up(x)
-        return self.wrap(self.head(h), h)
 
 
 WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -319,35 +252,29 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", WRAPS)
 def test_every_output_is_the_callers(name: str) -> None:
-    analysis = prove(Outputs(WRAPS[name]))
+    def forward(m: Made, x: Tensor) -> Any:
+        h = m.up(x)
+        return WRAPS[name](m.head(h), h)
+
+    analysis = prove(Made(forward, up=nn.Linear(WIDTH, INNER), head=nn.Linear(INNER, OUT)))
     assert offered(analysis) == []
     assert "it is the model's output" in str(analysis.blocked)
-    outputs = analysis.program(X)
-    assert [tuple(t.shape) for t in outputs] == [(2, 5, OUT), (2, 5, INNER)]
+    assert [tuple(t.shape) for t in analysis.program(X)] == [(2, 5, OUT), (2, 5, INNER)]
 
 
 # ---- other layouts ----
 
 
-class BlockDiagonal(nn.Module):
+def test_weights_of_heads_are_cut_in_heads_and_channels_at_once() -> None:
     """Three heads with a weight each, twice."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.Linear(WIDTH, 3 * 8)
-        self.first, self.second = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 6))
-        self.head = nn.Linear(3 * 6, OUT)
+    def forward(m: Made, x: Tensor) -> Tensor:
+        h = torch.einsum("bthd,hde->bthe", m.up(x).view(2, 5, 3, 8), m.first)
+        return m.head(torch.einsum("bthd,hde->bthe", h.relu(), m.second).flatten(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x).view(2, 5, 3, 8)
-        h = torch.einsum("bthd,hde->bthe", h, self.first)
-        h = torch.einsum("bthd,hde->bthe", h.relu(), self.second)
-        return self.head(h.flatten(2))  # type: ignore[no-any-return]
-
-
-def test_weights_of_heads_are_cut_in_heads_and_channels_at_once() -> None:
-    assert offered(prove(BlockDiagonal())) == [3, 5, 6, 8]
+    first, second = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 6))
+    made = Made(forward, up=nn.Linear(WIDTH, 3 * 8), first=first, second=second, head=nn.Linear(3 * 6, OUT))
+    assert offered(prove(made)) == [3, 5, 6, 8]
 
 
 def test_a_dimension_that_is_cut_to_one_is_not_squeezed_away() -> None:

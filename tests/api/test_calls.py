@@ -335,11 +335,7 @@ class Counting(Net):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(
-    ("body", "name"),
-    [(counted, "CALLS"), (listed, "SEEN"), (closed_over(), "body.calls")],
-    ids=["global", "list", "closure"],
-)
+@pytest.mark.parametrize(("body", "name"), [(counted, "CALLS"), (listed, "SEEN"), (closed_over(), "body.calls")])
 def test_state_outside_of_a_module_is_refused_by_name(body: Any, name: str) -> None:
     with expect_error(TraceError, name=name):
         prune(body)

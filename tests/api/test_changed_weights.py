@@ -124,11 +124,8 @@ def test_adapters_must_be_merged_first_and_no_path_of_a_temporary_folder_is_in_a
         pruned.save(tmp_path / "out")
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload()
-    for said in (
-        pruned.model.name_or_path,
-        pruned.model.config.name_or_path,
-        (tmp_path / "adapter" / "adapter_config.json").read_text(),
-    ):
+    adapter = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    for said in (pruned.model.name_or_path, pruned.model.config.name_or_path, adapter):
         assert place not in said
         assert "/tmp/" not in said
     with torch.no_grad():

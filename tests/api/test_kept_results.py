@@ -82,28 +82,14 @@ def uses(pruned: mptk.Pruned, place: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def replace_part(pruned: mptk.Pruned) -> None:
-    pruned.model.model.layers[0].mlp.act_fn = nn.Tanh()
+def put(path: str, name: str, value: Callable[[Any], object]) -> Callable[[mptk.Pruned], object]:
+    """Sets an attribute of a part of the model to what is made of the earlier one."""
 
+    def change(pruned: mptk.Pruned) -> None:
+        part = pruned.model.get_submodule(path)
+        setattr(part, name, value(getattr(part, name)))
 
-def set_number(pruned: mptk.Pruned) -> None:
-    pruned.model.model.layers[0].self_attn.scaling = 5.0
-
-
-def untie(pruned: mptk.Pruned) -> None:
-    pruned.model.lm_head.weight = nn.Parameter(pruned.model.lm_head.weight.detach() * 3)
-
-
-def reshape(pruned: mptk.Pruned) -> None:
-    pruned.model.model.norm.weight = nn.Parameter(torch.ones(3))
-
-
-def quantize(pruned: mptk.Pruned) -> None:
-    pruned.model.model.norm.weight = nn.Parameter(torch.ones(48, dtype=torch.int8), requires_grad=False)
-
-
-def put_another(pruned: mptk.Pruned) -> None:
-    pruned.model = testing.make_llama()
+    return change
 
 
 def put_tokenizer(pruned: mptk.Pruned) -> None:
@@ -112,27 +98,24 @@ def put_tokenizer(pruned: mptk.Pruned) -> None:
     pruned.tokenizer = tokenizer
 
 
-def delete_plan(pruned: mptk.Pruned) -> None:
-    del pruned.plan
-
-
+WHOLE = nn.Parameter(torch.ones(48, dtype=torch.int8), requires_grad=False)
 CHANGES: dict[str, tuple[Callable[[mptk.Pruned], object], str]] = {
     "tokens are added": (lambda p: p.tokenizer.add_tokens(["mine"]), "tokenizer"),
     "a chat template": (lambda p: setattr(p.tokenizer, "chat_template", "{{ messages }}"), "tokenizer"),
     "another tokenizer": (put_tokenizer, "tokenizer"),
     "a field of the config": (lambda p: setattr(p.model.config, "rms_norm_eps", 0.5), "config"),
     "a field of generation": (lambda p: setattr(p.model.generation_config, "max_new_tokens", 3), "generation_config"),
-    "another activation": (replace_part, "model.layers.0.mlp.act_fn"),
-    "an attribute of a part": (set_number, "model.layers.0.self_attn"),
+    "another activation": (put("model.layers.0.mlp", "act_fn", lambda _: nn.Tanh()), "model.layers.0.mlp.act_fn"),
+    "an attribute of a part": (put("model.layers.0.self_attn", "scaling", lambda _: 5.0), "model.layers.0.self_attn"),
     "a buffer": (lambda p: p.model.model.rotary_emb.inv_freq.mul_(3), "model.rotary_emb.inv_freq"),
-    "an untied weight": (untie, "model.embed_tokens.weight"),
-    "another shape": (reshape, "model.norm.weight"),
-    "whole numbers": (quantize, "model.norm.weight"),
+    "an untied weight": (put("lm_head", "weight", lambda w: nn.Parameter(w.detach() * 3)), "model.embed_tokens.weight"),
+    "another shape": (put("model.norm", "weight", lambda _: nn.Parameter(torch.ones(3))), "model.norm.weight"),
+    "whole numbers": (put("model.norm", "weight", lambda _: WHOLE), "model.norm.weight"),
     "no numbers": (lambda p: p.model.to("meta"), "model.embed_tokens.weight"),
-    "another model": (put_another, "model.layers.0.mlp.gate_proj.weight"),
+    "another model": (lambda p: setattr(p, "model", testing.make_llama()), "model.layers.0.mlp.gate_proj.weight"),
     "a note in the report": (lambda p: p.report.notes.append("mine"), "report"),
     "no report": (lambda p: setattr(p, "report", None), "report"),
-    "no plan": (delete_plan, "plan"),
+    "no plan": (lambda p: delattr(p, "plan"), "plan"),
 }
 
 

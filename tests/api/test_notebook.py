@@ -63,16 +63,11 @@ def test_what_a_model_is_called_is_no_html(pruned: mptk.Pruned) -> None:
     assert "nan" not in repr(named)
 
 
-def test_a_mistake_is_one_line_in_ipython() -> None:
+def test_a_mistake_is_one_line_in_ipython(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with expect_error(mptk.InputError, name="sparsity") as refused:
         mptk.Settings(sparsity=2.0)
     assert refused.value._render_traceback_() == [f"InputError: {refused.value}"]
-
-
-def test_ipython_shows_that_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     interactive = pytest.importorskip("IPython.core.interactiveshell")
-    shell = interactive.InteractiveShell(ipython_dir=str(tmp_path))
-    shell.run_cell("import mptk\nmptk.Settings(sparsity=2.0)")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert len(lines) == 1
-    assert "InputError" in lines[0]
+    interactive.InteractiveShell(ipython_dir=str(tmp_path)).run_cell("import mptk\nmptk.Settings(sparsity=2.0)")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert "InputError" in line

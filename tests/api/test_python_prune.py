@@ -136,18 +136,8 @@ def test_the_tokenizer_is_found_where_the_model_came_from_and_settings_and_keywo
 
 
 def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> None:
-    learning = {"steps": 2, "rank": 2, "batch": 2, "micro": 2}
-    better = mptk.recover(
-        pruned,
-        tmp_path / "out",
-        data=TEXTS,
-        length=24,
-        onnx=False,
-        eval_windows=2,
-        eval_length=24,
-        progress=None,
-        **learning,
-    )
+    asked = {"steps": 2, "rank": 2, "batch": 2, "micro": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
+    better = mptk.recover(pruned, tmp_path / "out", data=TEXTS, onnx=False, progress=None, **asked)
     assert better.plan.digest == pruned.plan.digest
     assert "trained model" in {row["stage"] for row in better.report.proof}
     ids = torch.randint(3, 300, (3, 24))
@@ -278,8 +268,3 @@ def test_a_pruned_module_is_pruned_again_and_measured_alone() -> None:
     assert second.model(*EXAMPLE)[0].shape == (3, 7, 5)
     measured = mptk.evaluate(second.model, dense=net, example_inputs=EXAMPLE, progress=None)
     assert measured["model"] > first.report.quality["pruned"]
-
-
-def test_a_path_of_data_that_is_not_there_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
-    with expect_error(FileError, name="nonsuch.txt"):
-        mptk.prune("no-such-model", tmp_path / "out", data="nonsuch.txt", method="wanda")

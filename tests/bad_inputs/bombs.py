@@ -10,11 +10,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from mptk.errors import DataError, FileError, ModelError
+from mptk.errors import DataError, ModelError
 from mptk.io.data import load_evaluation_windows
 from tests.bad_inputs.data import measure_on
-from tests.bad_inputs.models import LOAD, READ_GGUF, gguf
-from tests.bad_inputs.table import Prepare, Read, Row, write
+from tests.bad_inputs.models import LOAD, OF_WEIGHTS, READ_GGUF, gguf
+from tests.bad_inputs.table import Prepare, Read, refuse, write
 
 # ---- GGUF ----
 
@@ -83,13 +83,10 @@ def zipped(lines: bytes, times: int) -> Callable[[Path], bytes]:
 
 # ---- chat templates ----
 
+# Others: tests/io/test_chat_templates.py
 ESCAPES = {
     "reads a file": "{{ cycler.__init__.__globals__.os.popen('touch {place}').read() }}",
-    "reaches a class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "imports": "{% import 'os' as os %}{{ os.getcwd() }}",
-    "includes a file": "{% include '/etc/passwd' %}",
     "changes the messages": "{% for n in range(3) %}{{ messages.append(1) }}{% endfor %}",
-    "counts to 10^9": "{% for n in range(1000000000) %}x{% endfor %}",
     "reads config of a function": "{{ raise_exception.__globals__ }}",
 }
 
@@ -102,33 +99,24 @@ def read_chats(model: Path) -> None:
 CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}\n' * 40
 
 ROWS = [
-    *(Row(f"gguf with {name}", READ_GGUF, ModelError, "{toy.gguf}", (gguf(made),)) for name, made in GGUFS.items()),
     *(
-        Row(f"weights with {name}", LOAD, FileError, "{model/model.safetensors}", (made,))
-        for name, made in HEADERS.items()
+        refuse(f"gguf with {name}", READ_GGUF, "{toy.gguf}", gguf(made), kind=ModelError)
+        for name, made in GGUFS.items()
     ),
+    *(refuse(f"weights with {name}", LOAD, OF_WEIGHTS, made) for name, made in HEADERS.items()),
     *(
-        Row(
+        refuse(
             f"chat template that {name}",
             Read(read_chats, "model"),
-            DataError,
             "{t.jsonl}" if "raise" in said else "a chat of {t.jsonl}",
-            (write("model/chat_template.jinja", said), write("t.jsonl", CHAT)),
+            write("model/chat_template.jinja", said),
+            write("t.jsonl", CHAT),
+            kind=DataError,
         )
         for name, said in ESCAPES.items()
     ),
-    Row(
-        "gzip of one line of 256 MB",
-        Read(measure_on, "t.txt.gz"),
-        FileError,
-        "{t.txt.gz}",
-        (write("t.txt.gz", zipped(b"x" * (1 << 20), 256)),),
-    ),
-    Row(
-        "gzip of one JSON row of 256 MB",
-        Read(measure_on, "t.jsonl.gz"),
-        FileError,
-        "{t.jsonl.gz}",
-        (write("t.jsonl.gz", zipped(b'{"text": "' + b"x" * (1 << 20), 256)),),
+    *(
+        refuse(f"gzip of 256 MB, {name}", Read(measure_on, name), f"{{{name}}}", write(name, zipped(start, 256)))
+        for name, start in {"t.txt.gz": b"x" * (1 << 20), "t.jsonl.gz": b'{"text": "' + b"x" * (1 << 20)}.items()
     ),
 ]

@@ -22,7 +22,7 @@ from mptk.cli import console
 from mptk.cli.app import check_words
 from mptk.cli.console import VOICE
 from mptk.cli.main import main
-from mptk.errors import InputError
+from mptk.errors import FileError, InputError
 from mptk.testing import copy_by_links
 
 PATIENCE = int(os.environ.get("PATIENCE", 60))
@@ -100,6 +100,11 @@ class Row:
         if isinstance(self.does, str):
             return partial(check_words, [self.fill(word, place) for word in self.does.split(" ")])
         return partial(self.does.read, at(place, self.does.path))
+
+
+def refuse(name: str, read: Read | str, about: str, *prepare: Prepare, kind: type[Exception] = FileError) -> Row:
+    """A row for what a reader refuses, most often a file."""
+    return Row(name, read, kind, about, prepare)
 
 
 def check_lines(line: str, ends: Mapping[str, str], kind: type[Exception] = InputError) -> list[Row]:

@@ -27,11 +27,6 @@ def sources(tiny_folders: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
     assert list(map(listing, folders)) == before
 
 
-def test_the_table_is_large_and_each_row_has_a_name_of_its_own() -> None:
-    assert len(ROWS) >= 250
-    assert len({row.name for row in ROWS}) == len(ROWS)
-
-
 @pytest.mark.features
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_bad_input(row: Row, sources: Mapping[str, Path], tmp_path: Path, go_to: Callable[[object], None]) -> None:

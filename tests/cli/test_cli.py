@@ -111,14 +111,6 @@ def test_prune_reports_what_it_printed(pruned):
     assert len(result.stdout.splitlines()) <= 12
 
 
-def test_the_first_line_of_a_run_says_what_it_will_need(pruned):
-    reading, first = pruned[1].stderr.splitlines()[:2]
-    assert reading.startswith("reading ")
-    assert re.fullmatch(
-        r" *\d s  will need about [\d.]+ GB of memory, \d+ MB of disk and \d+ s for 4 calibration windows", first
-    )
-
-
 def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_path, go_to):
     go_to(tmp_path)
     shutil.copy(Path(files.model) / "config.json", tmp_path)
@@ -130,10 +122,14 @@ def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_
     assert os.listdir(tmp_path) == ["config.json"]
 
 
-def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
-    _, *lines = pruned[1].stderr.splitlines()
+def test_progress_is_lines_where_stderr_is_no_terminal_and_the_first_says_what_a_run_needs(pruned):
+    reading, first, *lines = pruned[1].stderr.splitlines()
+    assert reading.startswith("reading ")
+    assert re.fullmatch(
+        r" *\d s  will need about [\d.]+ GB of memory, \d+ MB of disk and \d+ s for 4 calibration windows", first
+    )
     assert all(re.match(r" *\d+ s  \w", line) for line in lines), pruned[1].stderr
-    stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines[1:]]
+    stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines]
     steps = ["load", "trace", "analyse", "legalise", "calibration data", "score (wanda)", "choose widths"]
     assert list(dict.fromkeys(stages))[:7] == steps
     assert {"write stock", "write onnx", "prove", "measure"} <= set(stages)
@@ -241,6 +237,3 @@ def test_show_prints_the_program_before_and_after_a_cut(files, pruned, mptk):
     assert "%embedding : [batch, seq, hidden(48)] = aten.embedding(" in dense.stdout
     assert "#" not in dense.stdout
     assert re.search(r"%linear : .* = aten.linear\(.*\)  # modeling_llama.py:\d+\n", small.stdout)
-
-
-# ---- errors ----

@@ -204,50 +204,31 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("streams", "code"),
-    [
-        ("", 0),
-        ("<&-", 0),
-        (">&-", 0),
-        ("2>&-", 0),
-        ("2>/dev/full", 0),
-        ("<&- >&- 2>&-", 0),
-        (">&- 2>/dev/full", 0),
-        (">/dev/full", 1),
-        ("| true", 0),
-        ("| head -c 100 >/dev/null", 0),
-    ],
-)
-def test_streams_that_are_closed_or_full_end_nothing(streams: str, code: int, tmp_path: Path) -> None:
+def run_line(line: str, place: Path) -> subprocess.CompletedProcess[str]:
+    """A line of a shell."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(place / "cache")}
+    return subprocess.run(["bash", "-c", line], cwd=place, env=environment, capture_output=True, text=True)
+
+
+CLOSED = "", "<&-", ">&-", "2>&-", "2>/dev/full", "<&- >&- 2>&-", ">&- 2>/dev/full", "| true", "| head -c 9 >/dev/null"
+
+
+@pytest.mark.parametrize("streams", [*CLOSED, ">/dev/full"])
+def test_streams_that_are_closed_or_full_end_nothing(streams: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    line = f"set -o pipefail; {sys.executable} program.py {streams}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == code, run.stderr
+    run = run_line(f"set -o pipefail; {sys.executable} program.py {streams}", tmp_path)
+    assert run.returncode == (streams == ">/dev/full"), run.stderr
     assert "Traceback" not in run.stderr
     assert "Exception ignored" not in run.stderr
     assert (tmp_path / "done").exists()
     assert (tmp_path / "file").read_text() == ""  # no word went to a file that got a closed stream's number
     if streams == ">/dev/full":
-        assert run.stderr.splitlines()[-1] == (
-            "error: the result could not be printed: No space left on device; files that the command writes are complete, "
-            "so print elsewhere"
-        )
+        assert "the result could not be printed: No space left" in run.stderr.splitlines()[-1]
     elif ">" not in streams and "|" not in streams:
         assert " ".join(run.stdout.split()).count("the result") == 2000  # lines break where the terminal ends
 
 
 def test_help_and_a_bad_option_need_no_streams(tmp_path: Path) -> None:
     for line, code in (("--help >&-", 0), ("--help >/dev/full", 1), ("nonsense 2>&-", 2)):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(tmp_path / "cache")}
-        run = subprocess.run(
-            ["bash", "-c", f"{sys.executable} -m mptk {line}"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        run = run_line(f"{sys.executable} -m mptk {line}", tmp_path)
         assert (run.returncode, "Traceback" in run.stderr) == (code, False)

@@ -21,10 +21,11 @@ from mptk.cli import prune as commands
 from mptk.cli.main import app
 from mptk.config import Learning, LossWeights, Training, find_settings, list_refused, read_recipe
 from mptk.config.recipe import build_recipe
-from mptk.errors import FileError, InputError, MptkError, OutputError
+from mptk.errors import InputError, MptkError, OutputError
 from mptk.publish.manifest import hash_weight_files
 from mptk.testing import Laboratory
 
+ONLY_TEXT = Training(losses=LossWeights(lm=0.5))
 OTHER = api.Settings(
     sparsity=0.4,
     method="wanda",
@@ -37,13 +38,7 @@ OTHER = api.Settings(
     memory=8_000_000_001,
     max_shard_size=5000,
     rehome=True,
-    learning=Learning(
-        steps=7,
-        precision="no",
-        teacher="cached",
-        gradient_checkpointing=True,
-        training=Training(losses=LossWeights(lm=0.5)),
-    ),
+    learning=Learning(7, precision="no", teacher="cached", gradient_checkpointing=True, training=ONLY_TEXT),
 )
 
 
@@ -100,20 +95,10 @@ def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> Non
     assert asked[1][2] == settings
 
 
-@pytest.mark.parametrize(
-    ("content", "kind", "name"),
-    [
-        ("sparsty: 0.3", InputError, "sparsty"),
-        ("config: other.yaml", InputError, "config"),
-        ("- a list", FileError, "a.yaml"),
-        ("a: [", FileError, "a.yaml"),
-        (None, FileError, "a.yaml"),
-    ],
-)
-def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str | None, kind: type[MptkError], name: str) -> None:
-    if content is not None:
-        (tmp_path / "a.yaml").write_text(content)
-    check_refusal(kind, name, "prune", "m", "--out", "o", "--config", str(tmp_path / "a.yaml"))
+def test_a_recipe_names_no_other(tmp_path: Path) -> None:
+    """Other faults: tests/bad_inputs/plans.py."""
+    path = write(tmp_path / "a.yaml", config="other.yaml")
+    check_refusal(InputError, "config", "prune", "m", "--out", "o", "--config", path)
 
 
 @pytest.mark.features

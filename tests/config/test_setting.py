@@ -96,8 +96,7 @@ def test_help(run: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
-    [("--heat 2", "--heat"), ("--rack tip", "top"), ("--grains rye,oad", "oat")],
+    ("words", "shown"), [("--heat 2", "--heat"), ("--rack tip", "top"), ("--grains rye,oad", "oat")]
 )
 def test_values_that_are_typed_wrong(words: str, shown: str, run: Callable[..., Any]) -> None:
     result = run(*words.split())

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from made_modules import Made
 from torch import Tensor, nn
 
 from mptk import analyze, trace
@@ -81,20 +82,12 @@ def test_a_regions_calls_keep_their_module_and_line() -> None:
     ]
 
 
-class Result(nn.Module):
-    """What the region makes is the output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with off():
-            return self.layer(x)
-
-
 def test_a_regions_result_may_be_the_output() -> None:
-    module = Result()
+    def forward(m: Made, x: Tensor) -> Tensor:
+        with off():
+            return m.layer(x)
+
+    module = Made(forward, layer=nn.Linear(6, 4))
     program = trace(module, (X,))
     assert measure_largest(program.to_exported().module()(X), module(X)) == 0
     assert analyze(program).families == ()
@@ -107,21 +100,13 @@ def test_autocast_that_is_on_or_off_for_another_device_is_refused_by_name(mode: 
     assert refused.value.name.startswith("aten.to.dtype in the model, test_inline.py:")
 
 
-class Branch(nn.Module):
-    """Control flow that depends on values, within a region."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.layer(x)
-        with off():
-            return torch.cond(h.sum() > 0, lambda y: y + 1, lambda y: y - 1, (h,))  # type: ignore[no-any-return]
-
-
 def test_control_flow_that_depends_on_values_is_refused_by_name() -> None:
-    module = Branch()
+    def forward(m: Made, x: Tensor) -> Tensor:
+        h = m.layer(x)
+        with off():
+            return torch.cond(h.sum() > 0, lambda y: y + 1, lambda y: y - 1, (h,))
+
+    module = Made(forward, layer=nn.Linear(6, 4))
     program = trace(module, (X,))
     assert measure_largest(program(X), module(X)) == 0
     with expect_error(AnalysisError) as refused:

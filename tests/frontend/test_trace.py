@@ -6,10 +6,12 @@ mptk.tasks, too, under which lists of images are traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from made_modules import Made
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,7 +58,7 @@ def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> N
     assert measure_largest(program(X), net(X)) == 0
 
 
-def test_weights_have_the_modules_own_names() -> None:
+def test_weights_have_the_modules_own_names_and_an_exported_program_its_own() -> None:
     net = Net()
     program = trace_to_program(net, (X,))
     ((alias, name),) = program.aliases.items()
@@ -67,30 +69,20 @@ def test_weights_have_the_modules_own_names() -> None:
     Net().load_state_dict(program.state_dict())
     assert "derived" in program.state
     assert "derived" not in program.state_dict()
-
-
-def test_an_exported_program_keeps_its_own_names() -> None:
-    program = trace_to_program(Net(), (X,))
     theirs = [s.target for s in program.exported.graph_signature.input_specs if s.target is not None]
     ours = [s.target for s in program.signature.input_specs if s.target is not None]
     assert set(theirs) <= {*program.exported.state_dict, *program.exported.constants}
     assert ours == [name.removeprefix("module.") for name in theirs] != theirs
 
 
-def test_a_module_without_weights_has_its_own_tensors_again_after_a_trace() -> None:
+def test_a_module_without_weights_stays_as_it_is_and_its_buffers_are_told_apart() -> None:
     with torch.device("meta"):
         net = Net()
     before = {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]}
-    trace_to_program(net, (X,))
-    assert {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]} == before
-
-
-def test_buffers_of_one_shape_are_told_apart_without_values() -> None:
-    with torch.device("meta"):
-        net = Net()
     program = trace_to_program(net, (X,))
+    assert {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]} == before
     assert len(program.aliases) == 1
-    assert {"norm.running_mean", "norm.running_var"} <= program.state.keys()
+    assert {"norm.running_mean", "norm.running_var"} <= program.state.keys(), "though they have one shape"
 
 
 def test_a_model_without_weights_stays_without() -> None:
@@ -104,20 +96,10 @@ def test_a_model_without_weights_stays_without() -> None:
     assert {n for n, _ in big.named_parameters()} == set(program.parameters)
 
 
-class Picks(nn.Module):
-    """An index list in the forward: on meta tensors its values would be lost."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x)[..., [-2, 3], :]  # type: ignore[no-any-return]
-
-
 def test_index_constants_keep_their_values_without_weights() -> None:
+    """An index list in the forward: on meta tensors its values would be lost."""
     with torch.device("meta"):
-        net = Picks()
+        net = Made(lambda m, x: m.up(x)[..., [-2, 3], :], up=nn.Linear(6, 6))
     (constant,) = (t for n, t in trace_to_program(net, (X,)).state.items() if not n.startswith("up."))
     assert not isinstance(constant, FakeTensor)
     assert constant.tolist() == [-2, 3]
@@ -138,38 +120,27 @@ def test_dropout_is_off_also_for_a_module_in_training() -> None:
     assert measure_largest(program(X), net.eval()(X)) == 0
 
 
-class Outputs(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Any:
-        a, b = self.first(x), self.second(x)
-        return {
-            "tuple": (a, b),
-            "nested": ((a,), [b, None]),
-            "dict": {"logits": a, "cache": b},
-            "transformers": ModelOutput(logits=a, cache=b),
-            "tensor": a,
-        }[self.kind]
+OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple": lambda a, b: (a, b),
+    "nested": lambda a, b: ((a,), [b, None]),
+    "dict": lambda a, b: {"logits": a, "cache": b},
+    "transformers": lambda a, b: ModelOutput(logits=a, cache=b),
+    "tensor": lambda a, b: a,
+}
 
 
-@pytest.mark.parametrize("kind", ["tuple", "nested", "dict"])
+@pytest.mark.parametrize("kind", OUTPUTS)
 def test_every_tensor_of_the_result_is_an_output(kind: str) -> None:
-    net = Outputs(kind)
-    found = trace_to_program(net, (X,))(X)
-    assert measure_largest(found, (net.first(X), net.second(X))) == 0
-
-
-@pytest.mark.parametrize("kind", ["transformers", "tensor"])
-def test_what_does_not_reach_the_result_is_dropped(kind: str) -> None:
-    """Of what a transformers model returns, the first tensor is the result."""
-    net = Outputs(kind)
+    """What does not reach the result is dropped; of what a transformers model returns, the first tensor is the result."""
+    net = Made(lambda m, x: OUTPUTS[kind](m.first(x), m.second(x)), first=nn.Linear(6, 4), second=nn.Linear(6, 3))
     program = trace_to_program(net, (X,))
-    assert measure_largest(program(X), net.first(X)) == 0
     users = {program.weights[n.name] for n in program.list_placeholders() if n.name in program.weights and n.users}
-    assert users == {"first.weight", "first.bias"}
+    if kind in ("transformers", "tensor"):
+        assert measure_largest(program(X), net.first(X)) == 0
+        assert users == {"first.weight", "first.bias"}
+    else:
+        assert measure_largest(program(X), (net.first(X), net.second(X))) == 0
+        assert users == set(program.parameters)
 
 
 def test_a_dynamic_program_runs_at_other_sizes() -> None:
@@ -187,57 +158,33 @@ def test_missing_inputs_are_asked_for() -> None:
         trace_to_program(Net())
 
 
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.up(x)
-        return y if y.sum() > 0 else -y
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_control_flow_on_data_is_refused_and_the_module_left_whole(device: str) -> None:
     with torch.device(device):
-        net = Branches()
-    with expect_error(TraceError, name="Branches"):
+        net = Made(lambda m, x: (y := m.up(x)) * (1 if y.sum() > 0 else -1), up=nn.Linear(6, 6))
+    with expect_error(TraceError, name="Made"):
         trace_to_program(net, (X,))
     assert net.up.weight.device.type == device
     assert net.training
 
 
-class Configured(nn.Module):
-    """Has a config as models of transformers have, but its forward knows no cache."""
-
-    config = "any"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x)  # type: ignore[no-any-return]
-
-
 def test_a_forward_without_a_cache_argument_is_given_none() -> None:
-    net = Configured()
+    """Though the module has a config as models of transformers have."""
+    net = nn.Linear(6, 4)
+    net.config = "any"
     assert measure_largest(trace_to_program(net, (X,))(X), net(X)) == 0
 
 
-class Listed(nn.Module):
-    """Divides images as classes do: by a list of them, and by numbers that depend on which are blank."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        with AnyImages():
-            real = (images == 0).sum((-1, -2, -3)) != images.shape[1:].numel()
-            kept = images[real]
-            parts = kept.flatten(1).split(real[:, None].sum(1).tolist())
-            return torch.cat(list(torch.cat(parts)))
+def divide_images(_: Made, images: Tensor) -> Tensor:
+    """As classes do: by a list of them, and by numbers that depend on which are blank."""
+    with AnyImages():
+        real = (images == 0).sum((-1, -2, -3)) != images.shape[1:].numel()
+        parts = images[real].flatten(1).split(real[:, None].sum(1).tolist())
+        return torch.cat(list(torch.cat(parts)))
 
 
 def test_a_trace_with_lists_of_images_holds_for_any_number() -> None:
-    program = trace_to_program(Listed(), torch.randn(3, 2, 4, 4), dynamic=(0,))
+    program = trace_to_program(Made(divide_images), torch.randn(3, 2, 4, 4), dynamic=(0,))
     assert not program.sizes.fixed
     assert "aten.index" not in program.graph.code  # no image is left out
     images = torch.randn(7, 2, 4, 4)

@@ -53,6 +53,7 @@ NEW = 64
 NODE = shutil.which("node")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
+in_node = pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
 TEMPLATE = "{% for said in messages %}{{ said['role'] }}: {{ said['content'] }}; {% endfor %}{% if add_generation_prompt %}a: {% endif %}"
 CHAT = [{"role": "user", "content": "jars of honey"}]
 TELL = """<script>
@@ -84,11 +85,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Feed-forward units and whole groups of heads are cut."""
     out = tmp_path_factory.mktemp("pruned") / "out"
-    mptk.prune(
-        str(source),
-        out,
-        replace(SETTINGS, widths={"kv_groups": 1}, families=("kv_groups", "ffn"), quantize=tuple(ONNX_SCHEMES)),
-    )
+    cut = {"widths": {"kv_groups": 1}, "families": ("kv_groups", "ffn")}
+    mptk.prune(str(source), out, replace(SETTINGS, **cut, quantize=tuple(ONNX_SCHEMES)))
     return out
 
 
@@ -105,13 +103,6 @@ def test_the_config_says_what_the_graph_is(pruned: Path) -> None:
     assert said["search"]["past_present_share_buffer"] is False
     assert config[CONFIG_KEY] == {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}
     assert Report.read(pruned).config_changes[CONFIG_KEY] == [None, config[CONFIG_KEY]]
-
-
-def test_files_have_ordinary_modes(pruned: Path) -> None:
-    os.umask(mask := os.umask(0))
-    modes = {file.name: file.stat().st_mode & 0o777 for file in pruned.rglob("*") if file.is_file()}
-    assert {"model.safetensors", "inputs.safetensors", "model_q4.onnx_data", "mptk.json"} < modes.keys()
-    assert set(modes.values()) == {0o666 & ~mask}
 
 
 def test_words_to_transformers_js_follow_the_files(tmp_path: Path) -> None:
@@ -157,19 +148,29 @@ def greedy(pruned: Path) -> list[list[int]]:
     return texts
 
 
+def write_by_genai(model: Any, ids: Any, tokens: int) -> list[int]:
+    """What onnxruntime-genai writes after a prompt, with the prompt."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + tokens, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(i) for i in generator.get_sequence(0)]
+
+
+def write(own: TextGenerator, ids: list[int], tokens: int) -> list[int]:
+    """What our own decoder writes after a prompt, with the prompt."""
+    return [*ids, *(token for (token,) in own.stream([ids], limit=tokens))]
+
+
 def test_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(pruned))
     words = genai.Tokenizer(model)
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
-        params = genai.GeneratorParams(model)
-        ids = words.encode(prompt)
-        params.set_search_options(max_length=len(ids) + NEW, do_sample=False)
-        generator = genai.Generator(model, params)
-        generator.append_tokens(ids)
-        while not generator.is_done():
-            generator.generate_next_token()
-        assert [int(i) for i in generator.get_sequence(0)] == expected
+        assert write_by_genai(model, words.encode(prompt), NEW) == expected
 
 
 def test_genai_goes_on_with_the_same_generator(pruned: Path, greedy: list[list[int]]) -> None:
@@ -205,24 +206,23 @@ def test_genai_runs_another_graph_by_an_overlay(name: str, pruned: Path) -> None
     config.overlay(json.dumps({"model": {"decoder": {"filename": f"onnx/{name}"}}}))
     model = genai.Model(config)
     own = TextGenerator(pruned / "onnx" / name)
-    ids, params = list(own.tokenizer(PROMPTS[2])["input_ids"]), genai.GeneratorParams(model)
-    params.set_search_options(max_length=len(ids) + 12, do_sample=False)
-    generator = genai.Generator(model, params)
-    generator.append_tokens(ids)
-    while not generator.is_done():
-        generator.generate_next_token()
-    assert [int(i) for i in generator.get_sequence(0)] == [*ids, *(token for (token,) in own.stream([ids], limit=12))]
+    ids = list(own.tokenizer(PROMPTS[2])["input_ids"])
+    assert write_by_genai(model, ids, 12) == write(own, ids, 12)
 
 
-@pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
+def run_in_node(script: str, folder: Path, asked: dict[str, Any]) -> Any:
+    """What a script beside this file prints about a folder."""
+    command = [NODE, Path(__file__).with_name(script), TRANSFORMERS_JS, folder, json.dumps(asked)]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@in_node
 def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
     """By the names and the config entry that it looks for. Quantised graphs: as our own decoder runs them."""
     asked = {"dtypes": [None, *QUANTIZED_DTYPES], "prompts": PROMPTS, "tokens": NEW, "chat": CHAT}
-    script = Path(__file__).with_name("transformers_js.mjs")
-    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), json.dumps(asked)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    written: dict[str, Any] = json.loads(run.stdout)
+    written = run_in_node("transformers_js.mjs", pruned, asked)
     assert written["default"]["texts"] == greedy
     assert written["chat"] == "user: jars of honey; a: "
     for dtype, name in QUANTIZED_DTYPES.items():
@@ -230,10 +230,10 @@ def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: l
         generator = TextGenerator(pruned / "onnx" / name)
         for prompt, found in zip(PROMPTS, written[dtype]["texts"], strict=True):
             ids = list(generator.tokenizer(prompt)["input_ids"])
-            assert found == [*ids, *(token for (token,) in generator.stream([ids], limit=NEW))]
+            assert found == write(generator, ids, NEW)
 
 
-@pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
+@in_node
 def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(pruned: Path, tmp_path: Path) -> None:
     """It drops the begin-of-sequence token, unless ``tokenizer_config.json`` says that there is one."""
     begun = tmp_path / "begun"
@@ -244,12 +244,7 @@ def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(prune
     assert prompt.input_ids[0, 0] == words.bos_token_id
     model = AutoModelForCausalLM.from_pretrained(begun)
     expected = words.decode(model.generate(**prompt, max_new_tokens=NEW, do_sample=False)[0], skip_special_tokens=True)
-    asked = {"pipeline": PROMPTS[0], "tokens": NEW}
-    script = Path(__file__).with_name("transformers_js.mjs")
-    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(begun), json.dumps(asked)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == expected
+    assert run_in_node("transformers_js.mjs", begun, {"pipeline": PROMPTS[0], "tokens": NEW}) == expected
 
 
 @pytest.mark.parametrize(
@@ -338,14 +333,10 @@ def read_greedily(folder: Path) -> list[list[int]]:
     return texts
 
 
-@pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
+@in_node
 def test_transformers_js_runs_an_encoder_decoder_with_its_caches(reader: Path) -> None:
-    script = Path(__file__).with_name("transformers_js_seq2seq.mjs")
-    asked = json.dumps({"dtypes": ["fp32", "q8"], "texts": PROMPTS, "tokens": NEW})
-    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(reader), asked]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    written = json.loads(run.stdout)
+    asked = {"dtypes": ["fp32", "q8"], "texts": PROMPTS, "tokens": NEW}
+    written = run_in_node("transformers_js_seq2seq.mjs", reader, asked)
     assert written["fp32"] == read_greedily(reader)
     assert all(len(text) == NEW + 1 for text in written["q8"])
 
@@ -357,6 +348,12 @@ def environment(place: Path, *packages: str) -> Path:
     (own / "tests.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})")
     subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
+
+
+def print_lines(python: Path, code: str, place: Path, *words: Path) -> list[str]:
+    """What a program prints."""
+    run = subprocess.run([python, "-c", code, *words], check=True, capture_output=True, text=True, cwd=place)
+    return run.stdout.splitlines()
 
 
 WITHOUT_DIFFUSERS = "import sys; sys.modules['diffusers'] = None"
@@ -382,8 +379,8 @@ for model in (
     print(model.generate(**inputs, max_new_tokens={NEW}, do_sample=False)[0].tolist())
 """
     python = environment(tmp_path / "env", "optimum-onnx==0.1.0", "transformers<4.58")
-    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    expected, found = run.stdout.splitlines()[-2:]
+    lines = print_lines(python, code, tmp_path)
+    expected, found = lines[-2:]
     assert found == expected
     assert found.count(",") > NEW
 
@@ -401,8 +398,8 @@ for prompt in {PROMPTS!r}:
     print(model.generate(**words(prompt, return_tensors="pt"), **{ONCE!r})[0].tolist())
 """
     python = environment(tmp_path / "env", "optimum-onnx==0.1.0", "transformers<4.58")
-    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert list(map(json.loads, run.stdout.splitlines()[-len(PROMPTS) :])) == read_greedily(reader)
+    lines = print_lines(python, code, tmp_path)
+    assert list(map(json.loads, lines[-len(PROMPTS) :])) == read_greedily(reader)
 
 
 @pytest.mark.network
@@ -417,8 +414,8 @@ model = AutoModelForCausalLM.from_pretrained({str(pruned)!r})
 print(model.generate(**inputs, max_new_tokens={NEW}, do_sample=False)[0].tolist())
 """
     python = environment(tmp_path / "env", "transformers<4.58")
-    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert json.loads(run.stdout.splitlines()[-1]) == greedy[2]
+    lines = print_lines(python, code, tmp_path)
+    assert json.loads(lines[-1]) == greedy[2]
 
 
 @pytest.mark.network
@@ -437,8 +434,8 @@ with torch.no_grad():
 print(float((found - exact).abs().max() / exact.abs().max()))
 """
     python = environment(tmp_path / "env", "torchao")
-    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert 0 < float(run.stdout.splitlines()[-1]) < 0.1
+    lines = print_lines(python, code, tmp_path)
+    assert 0 < float(lines[-1]) < 0.1
 
 
 VLLM = """
@@ -475,12 +472,12 @@ def check_engine(engine: str, python: Path, code: str, place: Path) -> None:
     ragged = {"target": "nemotron-nas", "layers": "free", "sparsity": 0.33, "tolerance": 0.1}
     mptk.prune(dense, place / "nemotron-nas", **ragged, **how)
     for name in ("heads", "nemotron-nas"):
-        run = subprocess.run([python, "-c", code, place / name], check=True, capture_output=True, text=True, cwd=place)
+        lines = print_lines(python, code, place, place / name)
         loaded = AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True)
         loaded.generation_config.eos_token_id = None
         expected = loaded.generate(torch.arange(5, 15)[None], max_new_tokens=24, do_sample=False)
         assert expected.shape[1] == 34
-        assert json.loads(run.stdout.splitlines()[-1]) == expected[0, 10:].tolist()
+        assert json.loads(lines[-1]) == expected[0, 10:].tolist()
 
 
 @pytest.mark.network

@@ -1,9 +1,10 @@
-"""What the pages name is there: files, modules, commands of mptk, targets of make, links."""
+"""What the pages name is there: files, modules, commands of mptk, targets of make, links, and the errors that they quote."""
 
 from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import mptk
 from mptk.cli.main import app
 
 pytestmark = pytest.mark.features
@@ -38,21 +40,12 @@ def test_the_site_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_files_are_there(page: str) -> None:
-    named = found(page, r"(?<![\w./-])((?:mptk|passes|tests|benchmarks|docs|examples)/[\w./*-]*\w)")
-    named = {name for name in named if not re.search(r"/[A-Z]+$", name)}  # placeholders
-    missing = [name for name in named if not any(ROOT.glob(name)) and not any(ROOT.glob(f"{name}.py"))]
-    assert missing == []
-
-
-@pytest.mark.parametrize("page", NAMES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_files_links_and_modules_are_there(page: str) -> None:
+    files = found(page, r"(?<![\w./-])((?:mptk|passes|tests|benchmarks|docs|examples)/[\w./*-]*\w)")
+    files = {name for name in files if not re.search(r"/[A-Z]+$", name)}  # placeholders
+    assert [name for name in files if not any(ROOT.glob(name)) and not any(ROOT.glob(f"{name}.py"))] == []
     links = found(page, r"\]\(([^)#:]+?)(?:#[^)]*)?\)")
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
-
-
-@pytest.mark.parametrize("page", NAMES)
-def test_modules_can_be_imported(page: str) -> None:
     named = found(page, r"(?<![\w./])((?:mptk|passes|benchmarks)(?:\.[a-z_]+)+)(?![\w(])")
     modules = [name for name in named if not _public(name) and not name.endswith((".json", ".onnx"))]
     assert [name for name in modules if not _there(name)] == []
@@ -80,8 +73,6 @@ def test_commands_exist(page: str) -> None:
 
 def _public(name: str) -> bool:
     """``mptk.prune`` and the like, and names of entry-point groups."""
-    import mptk
-
     groups = {"mptk.rules", "mptk.criteria", "mptk.methods", "mptk.targets", "mptk.tasks"}
     return name in groups or name.removeprefix("mptk.") in mptk.__all__
 
@@ -98,8 +89,6 @@ def _there(name: str) -> bool:
 
 
 def test_reference_has_every_public_name() -> None:
-    import mptk
-
     shown = found("docs/api.md", r"^\.\. auto(?:function|class):: ([\w.]+)")
     assert {f"mptk.{name}" for name in mptk.__all__} - {"mptk.__version__"} <= shown
     assert [name for name in shown if not _holds(name)] == []
@@ -115,3 +104,27 @@ def test_the_page_of_architectures_is_made_of_the_sweeps_rows(tmp_path: Path) ->
 
     main(output=tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == (ROOT / "docs/architectures.md").read_text()
+
+
+# ---- errors ----
+
+QUOTED = re.findall(r"^\|`([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+
+
+@cache
+def list_texts() -> list[str]:
+    """Every text of the code, with … for what is filled in."""
+    trees = [ast.parse(path.read_text()) for folder in ("mptk", "passes") for path in (ROOT / folder).rglob("*.py")]
+    return [_text(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant)]
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_the_code_says_what_troubleshooting_quotes(quoted: str) -> None:
+    pattern = re.compile(".*".join(map(re.escape, quoted.strip("… ").split("…"))))
+    assert any(pattern.search(text) for text in list_texts()), f"no text of the code is like: {quoted}"

@@ -43,13 +43,8 @@ from passes.analysis.rules import RULES
 GROUP = typer.main.get_command(app)
 SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
 """Options that time each operator of the machine first, or many cases."""
-FOLLOWED = (
-    "README.md",
-    "docs/tutorial.md",
-    "docs/how-to/dual-encoder.md",
-    "docs/how-to/vision-language.md",
-    "docs/report.md",
-)
+FOLLOWED = ("README.md", "docs/tutorial.md", "docs/report.md")
+FOLLOWED += ("docs/how-to/dual-encoder.md", "docs/how-to/vision-language.md")
 """The pages whose commands are run."""
 CHECKED = ("README.md", "docs/tutorial.md", "docs/how-to/", "docs/vocabulary.md")
 """The pages whose other commands are checked: they name files that are there. Those of others are only parsed."""
@@ -58,13 +53,8 @@ PRINT = ("analyze", "verify", "eval")
 """What only prints. The tests of a how-to's feature run it on such a folder, so the how-to itself only checks it."""
 FEW = {"--samples": "4", "--length": "32", "--eval-windows": "2", "--eval-length": "32", "--rounds": "2"}
 """What commands get that do not name it themselves."""
-SIZES = {
-    "num_attention_heads": 12,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "max_position_embeddings": 1024,
-    "vocab_size": 320,
-}
+SIZES = {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 320}
+SIZES["max_position_embeddings"] = 1024
 """Feed-forward layers as wide as those of SmolLM2-135M, since pages name widths of it; a row for each token."""
 
 
@@ -112,33 +102,17 @@ def reader(
 
 
 def _bert() -> BertModel:
-    return BertModel(
-        BertConfig(
-            vocab_size=300,
-            hidden_size=24,
-            num_attention_heads=3,
-            intermediate_size=1536,
-            num_hidden_layers=1,
-            max_position_embeddings=512,
-        )
-    )
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 1536, "num_hidden_layers": 1}
+    return BertModel(BertConfig(vocab_size=300, max_position_embeddings=512, **sizes))
 
 
 def _texts(folder: Path) -> None:
     """The files that commands name; ``run.yaml`` is the recipe of docs/command-line.md."""
     text = " ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(250))
-    for name in (
-        "TEXT",
-        "OTHER",
-        "FILE",
-        "wiki.valid.raw",
-        "wiki.test.raw",
-        "wikitext2",
-        "shakespeare.txt",
-        "code/a.txt",
-        "docs/report.md",
-        "CHANGELOG.md",
-    ):
+    names = (
+        "TEXT OTHER FILE wiki.valid.raw wiki.test.raw wikitext2 shakespeare.txt code/a.txt docs/report.md CHANGELOG.md"
+    )
+    for name in names.split():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "c4.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in text.splitlines()))

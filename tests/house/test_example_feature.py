@@ -10,8 +10,6 @@ from fresh import Fresh
 
 from mptk import Report, testing
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "feature"
 PRUNE = "--method magnitude --samples 4 --length 32 --align 4 --no-onnx --families ffn --width ffn=32 --eval-windows 2"
 
 
@@ -39,7 +37,3 @@ def test_a_feature_of_another_package(fresh: Fresh, site: Path, tmp_path: Path) 
     assert run(fresh, site, "labels", out) == f"{out}: first\n"
     # Without the feature the folder is read as before, and its row is kept.
     assert Report.read(out).rows == {"label": {"text": "first"}}
-
-
-def test_it_is_short() -> None:
-    assert sum(len(file.read_text().splitlines()) for file in EXAMPLE.rglob("*.py")) <= 80

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 from fresh import Fresh
-from typer.testing import CliRunner
 
 from mptk import Report, testing
-from mptk.cli.main import app
 
 COMMON = ["--samples", "4", "--length", "32", "--align", "4", "--no-onnx", "--sparsity", "0.25"]
 
@@ -38,15 +36,6 @@ def test_criterion_and_target_prune_and_verify_from_the_command_line(
     assert not (out / "config.json").exists()
     verified = fresh.command("verify", out, paths=[site])
     assert verified.code == 0, verified.err
-
-
-def test_without_the_plugin_its_names_are_unknown(model: str, tmp_path: Path) -> None:
-    options = ("--method", "--target")
-    lines = [["prune", model, option, "npz", "--out", str(tmp_path / "out"), *COMMON] for option in options]
-    for option, line in zip(options, lines, strict=True):
-        missing = CliRunner().invoke(app, line)
-        assert missing.exit_code == 2
-        assert f"Invalid value for '{option}': 'npz' is not known" in missing.stderr
 
 
 ANALYSED = """

@@ -34,27 +34,10 @@ from mptk.trust import NO_CODE, trust_by_caller
 
 TRUE = "trust_remote_code"
 ROOT = Path(mptk.__file__).parents[1]
-SHORT: dict[str, Any] = {
-    "method": "magnitude",
-    "samples": 2,
-    "length": 16,
-    "eval_length": 16,
-    "align": 1,
-    "progress": None,
-}
-QUICK = [
-    "--method",
-    "magnitude",
-    "--samples",
-    "2",
-    "--length",
-    "16",
-    "--eval-length",
-    "16",
-    "--align",
-    "1",
-    "--no-onnx",
-]
+SHORT: dict[str, Any] = {"method": "magnitude", "samples": 2, "length": 16, "eval_length": 16, "align": 1}
+SHORT["progress"] = None
+FEW = "--samples 2 --length 16"
+QUICK = f"{FEW} --method magnitude --eval-length 16 --align 1 --no-onnx"
 
 
 # ---- the forms ----
@@ -113,9 +96,7 @@ def hostile(request: pytest.FixtureRequest, sound: dict[str, Path], tmp_path: Pa
     """A copy of a published folder with planted code, beside which ``ran`` appears if the code runs."""
     folder = tmp_path / "hostile"
     shutil.copytree(sound["ladder" if request.param == "ladder" else "pruned"], folder)
-    (folder / "e.py").write_text(
-        f"from pathlib import Path\n\nPath({str(tmp_path / 'ran')!r}).touch()\n\nclass Own: ...\n"
-    )
+    (folder / "e.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Own: ...\n")
     FORMS[request.param](folder)
     report = raw_report(folder)
     report["settings"][TRUE] = report[TRUE] = True
@@ -131,23 +112,19 @@ def hostile(request: pytest.FixtureRequest, sound: dict[str, Path], tmp_path: Pa
 TEXT = ("--data", "random")
 COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
     "analyze": lambda folder, out: (folder,),
-    "advise": lambda folder, out: (folder, *TEXT, "--sparsities", "0.3", "--samples", "2", "--length", "16"),
+    "advise": lambda folder, out: (folder, *TEXT, "--sparsities", "0.3", *FEW.split()),
     "bench": lambda folder, out: (folder, "--rounds", "2", "--lengths", "8"),
     "eval": lambda folder, out: (folder, *TEXT, "--length", "16", "--windows", "1"),
     "export": lambda folder, out: (folder, "--out", out),
     "generate": lambda folder, out: (folder, "a", "--max-new-tokens", "2"),
     "gguf": lambda folder, out: (folder, "--out", out.with_suffix(".gguf")),
-    "prune": lambda folder, out: (folder, "--sparsity", "0.2", *TEXT, *QUICK, "--out", out),
+    "prune": lambda folder, out: (folder, "--sparsity", "0.2", *TEXT, *QUICK.split(), "--out", out),
     "push": lambda folder, out: (folder, "someone/else", "--dry-run"),
     "recover": lambda folder, out: (folder, "--steps", "1", *TEXT, "--length", "16", "--no-onnx", "--out", out),
     "report": lambda folder, out: (folder, "--prompt", "a", "--html", out.with_suffix(".html")),
     "rerun": lambda folder, out: (folder, "--out", out),
     "rung": lambda folder, out: (folder, "0.4", "--out", out),
-    "shapes": lambda folder, out: (
-        folder,
-        *TEXT,
-        *["--sparsity", "0.3", "--tokens", "0", "--samples", "2", "--length", "16"],
-    ),
+    "shapes": lambda folder, out: (folder, *TEXT, "--sparsity", "0.3", "--tokens", "0", *FEW.split()),
     "show": lambda folder, out: (folder,),
     "verify": lambda folder, out: (folder,),
 }
@@ -178,41 +155,30 @@ def save_trained(folder: Path, out: Path) -> None:
 
 BEGUN: dict[str, Any] = {"progress": lambda stage, *_: stop_at("trace")(stage, 0, 0)}
 """What has loaded a model is stopped there: the command of the same name goes on."""
+HOW: dict[str, Any] = {"data": "random", **BEGUN}
 FUNCTIONS: dict[str, Callable[[Path, Path], object]] = {
     "Pruned": save_trained,
     "Report": lambda folder, out: mptk.prune(str(folder), out, mptk.Report.read(folder).settings, **BEGUN),
-    "advise": lambda folder, out: mptk.advise(
-        str(folder), sparsities=[0.3], data="random", samples=2, length=16, **BEGUN
-    ),
+    "advise": lambda folder, out: mptk.advise(str(folder), sparsities=[0.3], samples=2, length=16, **HOW),
     "analyze": lambda folder, out: mptk.analyze(str(folder)),
     "bench": lambda folder, out: mptk.bench([str(folder)], lengths=[8], rounds=2),
     "evaluate": lambda folder, out: mptk.evaluate(opened(folder), "random", windows=1, length=16, progress=None),
     "export": lambda folder, out: mptk.export(opened(folder), out),
     "generate": lambda folder, out: mptk.generate(opened(folder), ["a"], max_new_tokens=2),
-    "ladder": lambda folder, out: mptk.ladder(
-        str(folder), out, [0.2, 0.4], data="random", onnx=False, **{**SHORT, **BEGUN}
-    ),
+    "ladder": lambda folder, out: mptk.ladder(str(folder), out, [0.2, 0.4], onnx=False, **{**SHORT, **HOW}),
     "load": lambda folder, out: mptk.load(folder),
-    "prune": lambda folder, out: mptk.prune(str(folder), out, data="random", onnx=False, **{**SHORT, **BEGUN}),
-    "recover": lambda folder, out: mptk.recover(
-        opened(folder), out, steps=1, data="random", length=16, onnx=False, **BEGUN
-    ),
+    "prune": lambda folder, out: mptk.prune(str(folder), out, onnx=False, **{**SHORT, **HOW}),
+    "recover": lambda folder, out: mptk.recover(opened(folder), out, steps=1, length=16, onnx=False, **HOW),
     "rewrite": lambda folder, out: mptk.rewrite(mptk.analyze(str(folder)), mptk.Plan.load(folder / "plan.json")),
     "rung": lambda folder, out: mptk.rung(folder, 0.4).model,
-    "shapes": lambda folder, out: mptk.shapes(str(folder), sparsity=0.3, data="random", search_tokens=0, **BEGUN),
+    "shapes": lambda folder, out: mptk.shapes(str(folder), sparsity=0.3, search_tokens=0, **HOW),
     "show": lambda folder, out: mptk.show(str(folder)),
     "trace": lambda folder, out: mptk.trace(str(folder)),
     "verify": lambda folder, out: mptk.verify(folder),
 }
-LOAD_NO_FOLDER = {
-    "FamilyPlan",
-    "Plan",
-    "Samples",
-    "Settings",
-    "__version__",
-    "fetch",
-    "rule",
-} | {name for name in mptk.__all__ if name.endswith("Error")}
+LOAD_NO_FOLDER = {"FamilyPlan", "Plan", "Samples", "Settings", "__version__", "fetch", "rule"} | {
+    name for name in mptk.__all__ if name.endswith("Error")
+}
 
 
 @pytest.mark.usefixtures("quick_bench")

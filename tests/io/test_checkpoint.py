@@ -90,15 +90,12 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "</s>", "<pad>")
 
 
+NAMED = {"default": "{{ a }}", "rag": "{{ b }}"}
+
+
 @pytest.mark.parametrize(
     ("template", "written"),
-    [
-        ("{{ a }}", "{{ a }}"),
-        (
-            {"default": "{{ a }}", "rag": "{{ b }}"},
-            [{"name": "default", "template": "{{ a }}"}, {"name": "rag", "template": "{{ b }}"}],
-        ),
-    ],
+    [("{{ a }}", "{{ a }}"), (NAMED, [{"name": n, "template": t} for n, t in NAMED.items()])],
 )
 def test_both_places_of_a_chat_template_say_the_same(template: Any, written: object, tmp_path: Path) -> None:
     tokenizer = testing.make_tokenizer()

@@ -29,10 +29,6 @@ def model() -> LlamaForCausalLM:
 
 
 class TestLoadText:
-    def test_text_file_is_one_document(self, tmp_path: Path) -> None:
-        (tmp_path / "a.raw").write_text("one\n\ntwo\n")
-        assert texts(str(tmp_path / "a.raw")) == ["one\n\ntwo\n"]
-
     @pytest.mark.parametrize("column", ["text", "story"])
     def test_rows_are_documents(self, tmp_path: Path, column: str) -> None:
         rows = [{column: "one", "stars": 3}, {column: " ", "stars": 4}, {column: "two\nlines", "stars": 5}]
@@ -47,10 +43,10 @@ class TestLoadText:
 
     def test_folder_holds_all_its_files(self, tmp_path: Path) -> None:
         (tmp_path / "b").mkdir()
-        (tmp_path / "b" / "1.txt").write_text("second")
+        (tmp_path / "b" / "1.txt").write_text("second\n\nhalf")
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "first"}))
         (tmp_path / "picture.png").write_bytes(b"\x89")
-        assert texts(str(tmp_path)) == ["first", "second"]
+        assert texts(str(tmp_path)) == ["first", "second\n\nhalf"]
 
 
 class TestTokenWindows:

@@ -63,29 +63,25 @@ def windows(loaded: Loaded, data: Any, seed: int | None = None) -> torch.Tensor:
     return collect_samples(data, loaded, bind_task(loaded), 3, 8, seed).inputs["input_ids"]
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda: ROWS,
-        lambda: ROWS["text"],
-        lambda: ROWS.to_iterable_dataset(),
-        lambda: (text for text in TEXTS),
-        lambda: tuple(TEXTS),
-        lambda: ({"text": text} for text in TEXTS),
-        lambda: itertools.cycle(TEXTS),
-        lambda: Series(TEXTS),
-        lambda: Table(TEXTS),
-        lambda: pytest.importorskip("pandas").Series(TEXTS, index=range(5, 5 + len(TEXTS))),
-        lambda: pytest.importorskip("pandas").DataFrame({"text": TEXTS}),
-        lambda: datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS)),
-    ],
-    ids=[
-        *("data set", "column", "iterable data set", "generator", "tuple", "rows", "endless", "series", "table"),
-        *("series of pandas", "table of pandas", "stream"),
-    ],
-)
-def test_texts_of_every_form_are_read_as_a_list_of_them_is(made: Callable[[], Any], loaded: Loaded) -> None:
-    assert torch.equal(windows(loaded, made()), windows(loaded, TEXTS))
+FORMS: dict[str, Callable[[], Any]] = {
+    "data set": lambda: ROWS,
+    "column": lambda: ROWS["text"],
+    "iterable data set": lambda: ROWS.to_iterable_dataset(),
+    "generator": lambda: (text for text in TEXTS),
+    "tuple": lambda: tuple(TEXTS),
+    "rows": lambda: ({"text": text} for text in TEXTS),
+    "endless": lambda: itertools.cycle(TEXTS),
+    "series": lambda: Series(TEXTS),
+    "table": lambda: Table(TEXTS),
+    "series of pandas": lambda: pytest.importorskip("pandas").Series(TEXTS, index=range(5, 5 + len(TEXTS))),
+    "table of pandas": lambda: pytest.importorskip("pandas").DataFrame({"text": TEXTS}),
+    "stream": lambda: datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_texts_of_every_form_are_read_as_a_list_of_them_is(form: str, loaded: Loaded) -> None:
+    assert torch.equal(windows(loaded, FORMS[form]()), windows(loaded, TEXTS))
 
 
 def test_no_more_of_an_endless_text_is_read_than_windows_are_chosen_from(loaded: Loaded) -> None:

@@ -37,13 +37,10 @@ from mptk.ir.axes import ZERO, find_occurrences
 # ---- constructors ----
 
 
-def test_sizes_without_a_choice_are_constants() -> None:
+def test_constructors_flatten_and_sizes_without_a_choice_are_constants() -> None:
     assert make_axis(0) is ZERO
     assert make_axis(1) is ONE
     assert isinstance(make_axis(2), Axis)
-
-
-def test_constructors_flatten() -> None:
     a, b, c = make_axis(2), make_axis(3), make_axis(4)
     assert make_product((a, make_product((b, c)))) == Product((a, b, c), 24)
     assert make_product((ONE, a, ONE)) is a
@@ -91,21 +88,16 @@ def test_products_split_at_each_others_borders() -> None:
     assert resolve(a) == resolve(b)
 
 
-def test_products_align_from_the_end_where_the_front_does_not() -> None:
-    a, b = make_product((Axis(3), Axis(4), Axis(5))), make_product((Axis(2), Axis(6), Axis(5)))
+@pytest.mark.parametrize(
+    ("one", "other", "same"), [((3, 4, 5), (2, 6, 5), 2), ((5, 4, 3), (5, 6, 2), 0)], ids=["the end", "the front"]
+)
+def test_products_align_from_the_side_that_fits(one: tuple[int, ...], other: tuple[int, ...], same: int) -> None:
+    a, b = (make_product(tuple(map(Axis, sizes))) for sizes in (one, other))
     unify(a, b)
-    assert resolve(a.factors[2]) is resolve(b.factors[2])  # type: ignore[union-attr]
+    assert resolve(a.factors[same]) is resolve(b.factors[same])
     assert resolve(a) != resolve(b)
-    assert frozen(*a.factors[:2], *b.factors[:2])  # type: ignore[union-attr]
-    assert free(a.factors[2])  # type: ignore[union-attr]
-
-
-def test_products_align_from_the_front_where_the_end_does_not() -> None:
-    a, b = make_product((Axis(5), Axis(4), Axis(3))), make_product((Axis(5), Axis(6), Axis(2)))
-    unify(a, b)
-    assert resolve(a.factors[0]) is resolve(b.factors[0])  # type: ignore[union-attr]
-    assert frozen(*a.factors[1:], *b.factors[1:])  # type: ignore[union-attr]
-    assert free(a.factors[0])  # type: ignore[union-attr]
+    assert free(a.factors[same])
+    assert frozen(*(factor for term in (a, b) for i, factor in enumerate(term.factors) if i != same))
 
 
 def test_sums_split_at_each_others_borders() -> None:

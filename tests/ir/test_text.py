@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from made_modules import Made
 from torch import Tensor, nn
 
 import mptk
@@ -14,32 +15,17 @@ from mptk.testing import expect_error, make_decoder
 from passes.pipelines import lowering
 
 
-class Gated(nn.Module):
+def gate(m: Made, ids: Tensor) -> Tensor:
+    x = m.embed(ids)
+    h = m.norm(x)
+    return m.head(x + m.down(torch.sigmoid(m.gate(h)) * m.up(h)))
+
+
+def make_gated() -> Made:
     """Tokens → 6 channels → 10 gated ones → 6 → 4 scores, with an RMS norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.norm = nn.Embedding(11, 6), nn.RMSNorm(6, eps=1e-3)
-        self.gate, self.up = nn.Linear(6, 10, bias=False), nn.Linear(6, 10, bias=False)
-        self.down, self.head = nn.Linear(10, 6, bias=False), nn.Linear(6, 4)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        h = self.norm(x)
-        x = x + self.down(torch.sigmoid(self.gate(h)) * self.up(h))
-        return self.head(x)  # type: ignore[no-any-return]
-
-
-class Softmaxed(nn.Module):
-    """5 → 8 → softmax over the 8 → 3."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.head = nn.Linear(5, 8, bias=False), nn.Linear(8, 3, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.up(x).softmax(-1))  # type: ignore[no-any-return]
+    layers = {"embed": nn.Embedding(11, 6), "norm": nn.RMSNorm(6, eps=1e-3), "gate": nn.Linear(6, 10, bias=False)}
+    layers |= {"up": nn.Linear(6, 10, bias=False), "down": nn.Linear(10, 6, bias=False), "head": nn.Linear(6, 4)}
+    return Made(gate, **layers)
 
 
 def analysed(net: nn.Module, example: Tensor) -> Analysis:
@@ -59,7 +45,7 @@ def shown(analysis: Analysis, after: str | None = None, **widths: int) -> str:
 
 @pytest.fixture(scope="module")
 def gated() -> Analysis:
-    return analysed(Gated(), torch.ones(2, 3, dtype=torch.long))
+    return analysed(make_gated(), torch.ones(2, 3, dtype=torch.long))
 
 
 TRACED = """\
@@ -103,7 +89,9 @@ def test_folding_moves_a_norms_scale_out_of_the_graph(gated: Analysis) -> None:
 
 
 def test_masking_keeps_every_size_and_masks_the_softmax() -> None:
-    analysis = analysed(Softmaxed(), torch.ones(2, 5))
+    """5 → 8 → softmax over the 8 → 3."""
+    layers = {"up": nn.Linear(5, 8, bias=False), "head": nn.Linear(8, 3, bias=False)}
+    analysis = analysed(Made(lambda m, x: m.head(m.up(x).softmax(-1)), **layers), torch.ones(2, 5))
     (family,) = analysis.families
     channels = f"{family.name}(8)"
     assert shown(analysis, "mask", **{family.name: 6}) == (
@@ -120,27 +108,21 @@ def test_masking_keeps_every_size_and_masks_the_softmax() -> None:
     )
 
 
-class Turned(nn.Module):
+def test_lowering_for_onnx_leaves_no_write_no_cast_and_no_complex_number() -> None:
     """Channels in pairs, as complex numbers, doubled. A write in place to a fresh tensor, and a cast to its own type."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(5, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)
+    def forward(m: Made, x: Tensor) -> Tensor:
+        h = m.up(x)
         h += 1.0
-        pairs = torch.view_as_complex(h.reshape(2, 3, 2).to(h.dtype))
-        return torch.view_as_real(pairs * 2.0)
+        return torch.view_as_real(torch.view_as_complex(h.reshape(2, 3, 2).to(h.dtype)) * 2.0)
 
-
-def test_lowering_for_onnx_leaves_no_write_no_cast_and_no_complex_number() -> None:
-    program = trace(Turned(), (torch.ones(2, 5),))
+    program = trace(Made(forward, up=nn.Linear(5, 6)), (torch.ones(2, 5),))
     for step in lowering():
         program = step(program).program
-    assert (
-        describe_program(program)
-        == """\
+    assert describe_program(program) == LOWERED
+
+
+LOWERED = """\
 up.weight : [6, 5]
 up.bias : [6]
 %inputs_0 : [2, 5]
@@ -150,7 +132,6 @@ up.bias : [6]
 %mul_tensor : [2, 3, 2] = aten.mul.Tensor(%reshape, 2.0)
 return %mul_tensor
 """
-    )
 
 
 def test_products_of_axes_and_source_lines_of_a_model_without_weights() -> None:
@@ -163,7 +144,7 @@ def test_products_of_axes_and_source_lines_of_a_model_without_weights() -> None:
 
 
 def test_a_static_program_shows_sizes() -> None:
-    text = mptk.show(trace(Gated(), (torch.ones(2, 3, dtype=torch.long),)))
+    text = mptk.show(trace(make_gated(), (torch.ones(2, 3, dtype=torch.long),)))
     assert "%add : [2, 3, hidden(6)] = " in text
 
 
@@ -178,8 +159,3 @@ def test_an_unknown_pass_is_named_with_those_there_are(gated: Analysis) -> None:
     with expect_error(InputError, name="fold") as refused:
         mptk.show(gated.program, after="fold", plan=Plan({}))
     assert sorted(refused.value.nearest) == ["fold norms", "mask", "remove blocks", "rewrite", "store"]
-
-
-def test_a_pass_needs_the_plan(gated: Analysis) -> None:
-    with expect_error(InputError):
-        mptk.show(gated.program, after="rewrite")

@@ -10,7 +10,7 @@ import torch
 from inside import Inside
 
 from benchmarks import gpu, scale, scale_checkpoint
-from benchmarks.gpu import JOBS, Stages, do, main, table
+from benchmarks.gpu import JOBS, Stages, do, main
 
 SIZES = {"layers": 2, "hidden": 64, "ffn": 320, "heads": 4, "kv_heads": 2, "vocab": 301}
 
@@ -69,18 +69,3 @@ def test_a_devices_peak_belongs_to_the_stage_that_reached_it() -> None:
         memory.peak = max(memory.peak, peak)
     stages.end()
     assert {name: found["peak_bytes"] for name, found in stages.found.items()} == {"load": 9, "score": 30}
-
-
-def test_devices_stand_side_by_side_and_a_failure_is_said() -> None:
-    row = {"row": "wanda", "shape": "7B", "seconds": 9.0}
-    there = row | {"device": "cuda", "stages": {"score": {"seconds": 2.0, "peak_bytes": 3e9}}}
-    here = row | {"device": "cpu", "stages": {"score": {"seconds": 40.0}, "prove": {"seconds": 5.0}}}
-    failed = row | {"row": "masks", "device": "cuda", "stages": {}, "failed": "exit 1: out of memory"}
-    lines = table([there, here, failed]).splitlines()
-    assert lines[0] == "| model | job | stage | cuda, s | cuda, peak | cpu, s | cpu, peak |"
-    assert lines[2:5] == [
-        "| 7B | wanda | score | 2.0 | 3.00 GB | 40.0 |  |",
-        "| 7B | wanda | prove |  |  | 5.0 |  |",
-        "| 7B | wanda | **whole process** | 9.0 |  | 9.0 |  |",
-    ]
-    assert lines[-1] == "masks 7B on cuda failed: exit 1: out of memory"

@@ -32,15 +32,13 @@ def test_rows_are_computed_once(tmp_path: Path) -> None:
     assert (tmp_path / "rows.json").stat() == written
 
 
+WAYS = (("separate", 6, (0.3, 40.0), (0.2, 10.0)), ("cascaded", 3, (0.2, 5.0), (0.3, 80.0)))
+
+
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     """Two sizes in separate runs, and in a ladder of half of the steps: half and twice as bad, of C4 half and 8 times."""
-    asked = [
-        ("separate", 6, 0.3, 40.0),
-        ("separate", 6, 0.2, 10.0),
-        ("cascaded", 3, 0.2, 5.0),
-        ("cascaded", 3, 0.3, 80.0),
-    ]
+    asked = [(way, steps, s, v) for way, steps, *ends in WAYS for s, v in ends]
     made = [
         {"way": way, "steps": steps, "seed": 0, "sparsity": s, "tokens": 512 * steps, "processor_minutes": 1.5}
         | dict.fromkeys(TEXTS, value)

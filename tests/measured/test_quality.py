@@ -48,26 +48,10 @@ def place(tmp_path: Path) -> Path:
 def rows(place: Path, methods: str, widths: str = "", tokens: int = 0) -> list[dict[str, object]]:
     """The rows of the file after a run of the benchmark, without the dense one."""
     file = place / "quality.json"
-    quality.main(
-        train=str(place / "train.txt"),
-        wikitext=str(place / "wiki.test.raw"),
-        c4=place / "c4.jsonl",
-        model=str(place / "dense"),
-        tokens=tokens,
-        sparsities="0.357",
-        methods=methods,
-        seeds="0",
-        rank=None,
-        widths=widths,
-        lr=None,
-        batch=1,
-        windows=2,
-        json_file=file,
-        work=place / "work",
-        tasks="",
-        include_path=None,
-        limit=None,
-    )
+    files = {"train": str(place / "train.txt"), "wikitext": str(place / "wiki.test.raw"), "c4": place / "c4.jsonl"}
+    asked = {"methods": methods, "tokens": tokens, "widths": widths, "sparsities": "0.357", "seeds": "0", "batch": 1}
+    asked |= {"rank": None, "lr": None, "windows": 2, "tasks": "", "include_path": None, "limit": None}
+    quality.main(model=str(place / "dense"), json_file=file, work=place / "work", **files, **asked)
     return [row for row in quality.rows_in(file) if row["method"] != "dense"]
 
 

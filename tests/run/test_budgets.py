@@ -6,10 +6,8 @@ import pytest
 import torch
 from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
-from mptk.cli.main import app
 from mptk.errors import BudgetError, InputError
 from mptk.testing import Laboratory, expect_error
 
@@ -21,14 +19,8 @@ LEVERS = {"hidden", "layers", "vocabulary", "kv_heads", "align", "portable"}
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = llama_config(
-        hidden_size=HEADS * DIM,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        head_dim=DIM,
-    )
+    sizes = {"hidden_size": HEADS * DIM, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "head_dim": DIM}
+    config = llama_config(**sizes, num_attention_heads=HEADS, num_key_value_heads=GROUPS)
     return LlamaForCausalLM(config).eval()
 
 
@@ -106,13 +98,3 @@ def test_a_budget_that_is_out_of_reach_names_the_levers(
         pruned(model, **asked)
     assert {lever for lever in LEVERS if lever in str(refused.value)} == levers
     assert "--" not in str(refused.value), "Python reads keywords"
-
-
-def test_a_context_needs_a_budget_that_counts_it() -> None:
-    words = ["prune", "smollm2-135m", "--context", "32768", "--data", __file__, "--out", "x"]
-    refused = CliRunner().invoke(app, words).exception
-    assert isinstance(refused, InputError)
-    assert refused.name == "context"
-    refused = CliRunner().invoke(app, [*words, "--max-prefill-ms", "9"]).exception
-    assert isinstance(refused, InputError)
-    assert refused.name == "context"

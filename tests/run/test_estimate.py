@@ -133,10 +133,8 @@ def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> No
     )
     assert sum(tight.held.values()) == 100_000
     assert tight.needed["largest stage"] == 4 * 1.75 * BLOCK
-    assert tight.temporary == {
-        "values between stages": 8 * 200 * 48 - 25_000,
-        "gradients": 4 * sizes.parameters - 100_000,
-    }
+    gradients = 4 * sizes.parameters - 100_000
+    assert tight.temporary == {"values between stages": 8 * 200 * 48 - 25_000, "gradients": gradients}
     missing = (1 - 75_000 / (4 * sizes.parameters)) * 2 * sizes.parameters / 1e6
     assert tight.seconds["score"] - loose.seconds["score"] == pytest.approx(missing)
 

@@ -73,11 +73,8 @@ def test_what_a_library_says_of_the_machine_is_known(error: Exception, name: str
 
 
 def test_other_errors_stay_as_they_are() -> None:
-    for error in (
-        RuntimeError("size mismatch"),
-        OSError(errno.ENOENT, "No such file"),
-        InputError("no such model; see"),
-    ):
+    others = RuntimeError("size mismatch"), OSError(errno.ENOENT, "No such file"), InputError("no such model; see")
+    for error in others:
         with pytest.raises(type(error)) as raised, explain_errors():
             raise error
         assert raised.value is error

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from commands import done
 from inside import Inside
-from toy_checkpoints import gpt2, llama  # noqa: F401 (fixtures)
 from transformers import AutoTokenizer
 
 import mptk
@@ -109,12 +108,8 @@ def test_last_logits_alone_are_proven_too(laboratory: Laboratory, tmp_path: Path
     last = {"logits": "last", "quantize": ("int8",), "objective": "prefill", "method": "magnitude"}
     report = Report.read(laboratory.prune("decoder", tmp_path / "out", onnx=True, **last))
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
-    assert [d["stage"] for d in report.proof][-4:] == [
-        "ONNX Runtime decode",
-        "ONNX Runtime sizes",
-        "int8 weights",
-        "int8 logits",
-    ]
+    stages = [d["stage"] for d in report.proof]
+    assert stages[-4:] == ["ONNX Runtime decode", "ONNX Runtime sizes", "int8 weights", "int8 logits"]
     assert all(d["ok"] for d in report.proof)
     assert "quality" not in report.quantized["int8"]
 
@@ -173,7 +168,7 @@ def test_same_seed_same_result_and_the_report_has_the_hash_of_every_text(
 
 
 @pytest.mark.always
-def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: str, tmp_path: Path) -> None:
     heads = Settings(families=("heads",), widths={"heads": 4}, method="magnitude", samples=4, length=48, onnx=False)
     with expect_error(TargetError, name="heads", nearest=["hidden"]):
         mptk.prune(gpt2, tmp_path / "out", heads)

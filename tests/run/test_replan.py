@@ -15,7 +15,7 @@ import pytest
 import yaml
 from inside import Stopped
 from rates import keep_rates
-from timed_runs import RATES, TINY, complete, given, rates  # noqa: F401 (a fixture)
+from timed_runs import RATES, TINY, complete, given
 
 import mptk
 from mptk import Settings

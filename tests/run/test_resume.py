@@ -16,7 +16,6 @@ import pytest
 import torch
 from inside import Stopped
 from safetensors.torch import load_file, save_file
-from toy_checkpoints import gpt2, llama  # noqa: F401 (fixtures)
 from transformers import AutoTokenizer
 
 import mptk
@@ -27,6 +26,7 @@ from mptk.files import write_json
 from mptk.io import hash_model
 from mptk.ir import PassRecord
 from mptk.protocols import RunFolder, check_unfinished, name_run_folder
+from mptk.protocols.origin import Origin
 from mptk.run.run import list_fixed_values
 from mptk.testing import WORDS, Laboratory, expect_error
 
@@ -104,7 +104,7 @@ def test_a_stopped_run_keeps_each_finished_stage(
     assert all(d.ok for d in mptk.verify(out))
 
 
-def test_flaps_biases_are_kept_and_proven(gpt2: str, settings: mptk.Settings, tmp_path: Path) -> None:  # noqa: F811
+def test_flaps_biases_are_kept_and_proven(gpt2: str, settings: mptk.Settings, tmp_path: Path) -> None:
     """GPT-2's heads have no stock config, so only the feed-forward channels go; its biases take up the means."""
     out, ran = tmp_path / "out", list[str]()
     flap = replace(settings, method="flap", families=("ffn",), widths={"ffn": 48}, reconstruct=None, onnx=True)
@@ -181,6 +181,15 @@ def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
 
 
 # ---- what the run was given ----
+
+
+def test_an_error_names_the_first_changed_files_and_counts_the_others() -> None:
+    before = Origin(parts={f"text/{n}.md": "a" for n in range(40)})
+    before.require(before)
+    with expect_error(ChangedError, name=", ".join([*sorted(before.parts)[:8], "32 more"])):
+        before.require(Origin(parts=dict.fromkeys(before.parts, "b")))
+    with expect_error(ChangedError, name="text/7.md"):
+        before.require(Origin(parts={**before.parts, "text/7.md": "b"}))
 
 
 def replace_text(name: str, old: str, new: str) -> Callable[[Path], None]:

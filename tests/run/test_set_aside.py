@@ -200,12 +200,8 @@ def test_encoders_are_measured_on_single_texts_of_their_own_length(
     assert again["model"] == pytest.approx(report.quality["pruned"], abs=1e-5)
     named = mptk.evaluate(out, str(path), windows=5, length=12, progress=None)
     assert named["model"] == pytest.approx(again["model"], abs=1e-6)
-    found = mptk.prune(
-        str(laboratory.open_model(kind)),
-        settings=laboratory.make_settings(kind, **asked),
-        data=iter(texts),
-        progress=None,
-    )
+    settings = laboratory.make_settings(kind, **asked)
+    found = mptk.prune(str(laboratory.open_model(kind)), settings=settings, data=iter(texts), progress=None)
     assert found is not None
     assert "single texts of" in found.report.quality["protocol"]
 

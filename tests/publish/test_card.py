@@ -6,7 +6,6 @@ It reaches for mptk.report.card: a card of made-up figures needs no run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ LICENCE = "---\nlicense: mit\nlanguage: [en]\ntags: [secret]\n---\nA dense model
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(tmp_path_factory):
     """A small llama that was pruned with ONNX, from a folder with a hostile name, a card and a licence file."""
     source = tmp_path_factory.mktemp("dense") / BASE
     testing.save_model(testing.make_llama(), source)
@@ -48,7 +47,7 @@ def tokens(text: str) -> list[str]:
     return [t.type for token in found for t in (token, *(token.children or ()))]
 
 
-def test_metadata_is_what_a_hub_wants_with_the_dense_models_licence(pruned: Path) -> None:
+def test_metadata_is_what_a_hub_wants_with_the_dense_models_licence(pruned):
     card = ModelCard.load(pruned / "README.md").data.to_dict()
     assert card["license"] == "mit"
     assert card["language"] == ["en"]
@@ -60,7 +59,7 @@ def test_metadata_is_what_a_hub_wants_with_the_dense_models_licence(pruned: Path
     assert (pruned / "LICENSE").read_text() == "be kind"
 
 
-def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Path) -> None:
+def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned):
     text, report = (pruned / "README.md").read_text(), Report.read(pruned)
     assert "README.md" in report.files
     check_manifest(pruned)
@@ -78,7 +77,7 @@ def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Pa
     assert all(d.ok for d in mptk.verify(pruned))
 
 
-def test_its_lines_of_python_run_in_the_folder(pruned: Path, go_to: Callable[[object], None], capsys) -> None:
+def test_its_lines_of_python_run_in_the_folder(pruned, go_to, capsys):
     go_to(pruned)
     ran = [block for block in blocks(pruned) if "onnxruntime_genai" not in block]
     assert len(ran) == 2
@@ -88,7 +87,7 @@ def test_its_lines_of_python_run_in_the_folder(pruned: Path, go_to: Callable[[ob
     assert "input_ids" in capsys.readouterr().out
 
 
-def test_names_stay_text(pruned: Path) -> None:
+def test_names_stay_text(pruned):
     found = tokens((pruned / "README.md").read_text().split("\n---\n", 1)[1])
     assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & set(found)
     assert "table_open" in found
@@ -97,13 +96,13 @@ def test_names_stay_text(pruned: Path) -> None:
 @pytest.mark.parametrize(
     "said", ["`", "``a`", "a|b", "<b>", "[x](y)", "# x\n---\n\n<b>", "\x1b[31m\u202e", "| `|` |", ""]
 )
-def test_any_text_is_text_and_one_cell(said: str) -> None:
+def test_any_text_is_text_and_one_cell(said):
     for plain in (tokens(f"A {format_code(said)} b"), tokens(f"A {render_text(said)} b")):
         assert set(plain) <= {"paragraph_open", "paragraph_close", "inline", "text", "text_special", "code_inline"}
     assert tokens(render_parts([Table("ll", ["a", "b"], [[Name(said), said]])])).count("td_open") == 2
 
 
-def test_a_card_of_a_hub_model_names_it() -> None:
+def test_a_card_of_a_hub_model_names_it():
     assert is_hub_id("HuggingFaceTB/SmolLM2-135M")
     assert not any(is_hub_id(name) for name in ("smollm2-135m", "/models/a", "../a/b", "a/b.gguf/c", "a/-b", "a/b c"))
 
@@ -111,13 +110,13 @@ def test_a_card_of_a_hub_model_names_it() -> None:
 @pytest.mark.parametrize(
     "card", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n"]
 )
-def test_a_dense_card_that_says_nothing_readable_gives_no_licence(card: str, tmp_path: Path) -> None:
+def test_a_dense_card_that_says_nothing_readable_gives_no_licence(card, tmp_path):
     assert licence.read_licence(tmp_path) == {}
     (tmp_path / "README.md").write_text(card)
     assert licence.read_licence(tmp_path) == {}
 
 
-def test_a_licence_in_words_is_another_one() -> None:
+def test_a_licence_in_words_is_another_one():
     assert licence.make_licence_fields("Apache-2.0") == {"license": "apache-2.0"}
     assert licence.make_licence_fields("Gemma Terms of Use") == {
         "license": "other",
@@ -125,7 +124,7 @@ def test_a_licence_in_words_is_another_one() -> None:
     }
 
 
-def test_what_is_not_known_is_said(pruned: Path) -> None:
+def test_what_is_not_known_is_said(pruned):
     report = Report.read(pruned)
     assert "training steps" not in (pruned / "README.md").read_text()
     assert "FAILED |" in render_results(replace(report, proof=[{**report.proof[0], "ok": False}]))

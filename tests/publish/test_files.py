@@ -10,7 +10,6 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from forks import run_with_hook
@@ -36,14 +35,14 @@ OTHERS = [
 describes a plugin of a test."""
 
 
-def test_json_has_null_for_what_is_no_number() -> None:
+def test_json_has_null_for_what_is_no_number():
     content = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": math.nan}, "d": "NaN", "e": True}
     found = json.loads(format_json(content), parse_constant=lambda name: pytest.fail(name))
     assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN", "e": True}
 
 
 @pytest.mark.features
-def test_all_json_is_written_by_the_one_helper() -> None:
+def test_all_json_is_written_by_the_one_helper():
     writers = [
         f"{path.relative_to(ROOT)}"
         for package in ("mptk", "passes")
@@ -59,10 +58,10 @@ def test_all_json_is_written_by_the_one_helper() -> None:
     ]  # llama_cpp runs without mptk; but for replace and places the others look at values
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "weights"
 
-    def half(file: Path) -> None:
+    def half(file):
         file.write_text("ha")
         assert not path.exists() or path.read_text() == "whole"
         raise RuntimeError("stopped")
@@ -76,12 +75,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 
-def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path) -> None:
-    def fill(event: str, given: tuple[Any, ...]) -> None:
+def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path):
+    def fill(event, given):
         if event == "open" and given[0] == LOCK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def work() -> None:
+    def work():
         with pytest.raises(OSError, match="No space left"):
             write_file(tmp_path / "weights", Path.touch)
 
@@ -89,17 +88,17 @@ def test_a_folder_that_cannot_be_locked_goes_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_is_utf8_in_a_folder_that_is_made_and_a_refusal_is_one_line(tmp_path: Path) -> None:
+def test_text_is_utf8_in_a_folder_that_is_made_and_a_refusal_is_one_line(tmp_path):
     write_text(tmp_path / "new" / "text", "σ\n")
     assert (tmp_path / "new" / "text").read_bytes() == "σ\n".encode()
     with expect_error(OutputError, name=tmp_path / "new" / "text" / "more"):
         write_text(tmp_path / "new" / "text" / "more", "x")
 
 
-def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path: Path) -> None:
+def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path):
     (tmp_path / "other").touch()
 
-    def write(*, fails: bool) -> None:
+    def write(*, fails):
         with write_together(tmp_path, "data", "index") as temporary:
             (temporary / "data").write_text("1")
             (temporary / "index").write_text("2")
@@ -114,7 +113,7 @@ def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "index", "other"]
 
 
-def test_files_are_renamed_into_their_place_by_the_one_helper() -> None:
+def test_files_are_renamed_into_their_place_by_the_one_helper():
     writers = [
         str(path.relative_to(ROOT))
         for package in ("mptk", "passes")
@@ -125,7 +124,7 @@ def test_files_are_renamed_into_their_place_by_the_one_helper() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     with publish(tmp_path / "out") as folder:
         (folder / "onnx").mkdir()
         (folder / "onnx" / "model.onnx").write_bytes(b"graph")
@@ -133,14 +132,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_the_manifest_lists_every_file_with_its_digest(folder: Path) -> None:
+def test_the_manifest_lists_every_file_with_its_digest(folder):
     files = read_manifest(folder)
     assert set(files) == {"onnx/model.onnx", "report.json"}
     assert files["onnx/model.onnx"] == hashlib.sha256(b"graph").hexdigest()
     check_manifest(folder)
 
 
-def test_every_difference_is_named(folder: Path) -> None:
+def test_every_difference_is_named(folder):
     (folder / "onnx" / "model.onnx").write_bytes(b"grape")
     with expect_error(ChangedError, name="onnx/model.onnx"):
         check_manifest(folder)
@@ -152,7 +151,7 @@ def test_every_difference_is_named(folder: Path) -> None:
         check_manifest(folder)
 
 
-def test_a_file_that_comes_later_is_taken_in_and_hides_nothing(folder: Path) -> None:
+def test_a_file_that_comes_later_is_taken_in_and_hides_nothing(folder):
     for number in (1, 2):
         write_json(folder / "bench.json", {"rows": number})
         update_manifest(folder, "bench.json")
@@ -163,7 +162,7 @@ def test_a_file_that_comes_later_is_taken_in_and_hides_nothing(folder: Path) -> 
         check_manifest(folder)
 
 
-def test_a_marker_of_an_earlier_version_lists_nothing(folder: Path) -> None:
+def test_a_marker_of_an_earlier_version_lists_nothing(folder):
     (folder / "mptk.json").write_text('{"format": "mptk-output/1"}')
     with expect_error(FileError, name=folder):
         check_manifest(folder)
@@ -171,7 +170,7 @@ def test_a_marker_of_an_earlier_version_lists_nothing(folder: Path) -> None:
         pass
 
 
-def test_a_file_is_digested_again_after_every_change(tmp_path: Path) -> None:
+def test_a_file_is_digested_again_after_every_change(tmp_path):
     """Also after one that leaves its size and its own time, and after one at once, which a coarse clock may not show."""
     file = tmp_path / "weights"
     file.write_bytes(b"one")
@@ -186,15 +185,15 @@ def test_a_file_is_digested_again_after_every_change(tmp_path: Path) -> None:
     assert manifest.hash_file(file) == hashlib.sha256(b"six").hexdigest()
 
 
-def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path) -> None:
-    stopped: list[str] = []
+def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path):
+    stopped = []
 
-    def stop(event: str, given: tuple[Any, ...]) -> None:
+    def stop(event, given):
         if event == "os.rmdir" and not stopped:
             stopped.append(event)
             raise KeyboardInterrupt
 
-    def work() -> None:
+    def work():
         folder = make_staging(tmp_path)
         with pytest.raises(KeyboardInterrupt):
             folder.close()
@@ -203,7 +202,7 @@ def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_copy_has_the_listed_files_with_their_folders(tmp_path: Path) -> None:
+def test_a_copy_has_the_listed_files_with_their_folders(tmp_path):
     folder, new = tmp_path / "folder", tmp_path / "new"
     (folder / "a" / "b").mkdir(parents=True)
     (folder / "a" / "b" / "c.txt").write_text("c")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ IDS = torch.arange(24 * 6).reshape(24, 6) % 40
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A dense XLNet, which looks at later tokens, and its inputs: a few to trace with, more to calibrate on."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("xlnet")
@@ -37,7 +36,7 @@ def said(*words: object) -> str:
 
 
 @pytest.mark.features
-def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
+def test_the_command_line_prunes_what_no_task_takes(folder):
     dense, small, inputs, more = (folder / n for n in ("dense", "small", "inputs.safetensors", "more.safetensors"))
     assert "ffn" in said("analyze", dense, "--inputs", inputs, "--json", folder / "analysis.json")
     cut = ["--method", "wanda", "--families", "ffn.3", "--width", "ffn.3=28", "--align", 4]
@@ -56,7 +55,7 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
     torch.testing.assert_close(loaded(IDS).logits, found.model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_masks_are_learned_on_it(folder: Path) -> None:
+def test_masks_are_learned_on_it(folder):
     learned = {"steps": 2, "batch": 2, "samples": 4, "align": 4, "families": ("ffn.3",), "mask_share": 0.5}
     given = {"inputs": str(folder / "inputs.safetensors"), "data": str(folder / "more.safetensors")}
     found = mptk.prune(str(folder / "dense"), sparsity=0.2, progress=None, **learned, **given)
@@ -65,7 +64,7 @@ def test_masks_are_learned_on_it(folder: Path) -> None:
 
 
 @pytest.mark.features
-def test_what_is_no_such_file_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_such_file_is_refused(folder, tmp_path):
     dense, inputs = str(folder / "dense"), str(folder / "inputs.safetensors")
     for name, value in {"data": "book.txt", "eval_data": "self", "vocabulary": "book.txt"}.items():
         with expect_error(InputError, name=name):
@@ -93,7 +92,7 @@ class Gated(nn.Module):
         return self.last(self.first(x).relu() * self.gate(others["a"]))
 
 
-def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path: Path) -> None:
+def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path):
     torch.manual_seed(0)
     net, inputs = Gated().eval(), {"x": torch.randn(4, 8), "a": torch.randn(4, 6)}
     how = {"sparsity": 0.3, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None}
@@ -101,7 +100,7 @@ def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path: Path
     assert mptk.verify(tmp_path / "small", model=net)
 
 
-def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path: Path) -> None:
+def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path):
     torch.manual_seed(0)
     size = {"vocab_size": 41, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
     model = EuroBertModel(EuroBertConfig(**size, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2))

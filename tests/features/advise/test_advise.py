@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,19 +22,19 @@ from mptk.cli.main import app
 from mptk.errors import DataError, InputError
 from mptk.features.advise.advice import Advice, Figures, Point, Range, Recovery
 from mptk.features.advise.sweep import to_train
-from mptk.testing import MODEL_KINDS, WORDS, Laboratory, expect_error
+from mptk.testing import MODEL_KINDS, WORDS, expect_error
 
 FIT, MEASURED = 8, 4
 ASKED = {"sparsities": [0.1, 0.3], "samples": FIT, "eval_windows": MEASURED, "length": 32, "align": 8}
 
 
 @pytest.fixture(scope="module")
-def llama(laboratory: Laboratory) -> str:
+def llama(laboratory):
     return str(laboratory.open_model())
 
 
 @pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
+def ids():
     return torch.randint(3, 60, (FIT + MEASURED, 32), generator=torch.Generator().manual_seed(1))
 
 
@@ -49,7 +47,7 @@ def losses(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.always
-def test_a_point_is_what_prune_makes_of_its_widths(llama: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_a_point_is_what_prune_makes_of_its_widths(llama, ids, tmp_path):
     found = mptk.advise(llama, data=ids, families=("ffn",), progress=None, **ASKED)
     (text,) = found.texts
     point = found.division[-1]
@@ -80,7 +78,7 @@ def test_a_point_is_what_prune_makes_of_its_widths(llama: str, ids: torch.Tensor
     assert point.parameters == pruned.report.cost["pruned"]["parameters"]
 
 
-def test_every_family_has_a_curve_and_every_layer_a_figure(llama: str, ids: torch.Tensor) -> None:
+def test_every_family_has_a_curve_and_every_layer_a_figure(llama, ids):
     found = mptk.advise(llama, data=ids, portable=False, progress=None, **ASKED)
     assert set(found.families) == {"kv_groups", "q_heads", "ffn", "layers"}
     for name, points in found.families.items():
@@ -97,7 +95,7 @@ def test_every_family_has_a_curve_and_every_layer_a_figure(llama: str, ids: torc
     assert {name: len(rises) for name, rises in found.layers.items()} == {"kv_groups": 3, "q_heads": 3, "ffn": 3}
 
 
-def test_the_division_cuts_what_costs_least(ids: torch.Tensor) -> None:
+def test_the_division_cuts_what_costs_least(ids):
     """Half of the feed-forward units of each layer do nothing."""
     torch.manual_seed(0)
     model = MODEL_KINDS["decoder"].make().eval()
@@ -111,7 +109,7 @@ def test_the_division_cuts_what_costs_least(ids: torch.Tensor) -> None:
     assert max(map(abs, found.layers["ffn"])) < 1e-4, "each layer keeps the other half"
 
 
-def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
+def test_each_text_is_measured_by_itself(llama, tmp_path):
     files = {}
     for seed, name in enumerate(("code.txt", "prose.txt")):
         order = torch.randint(len(WORDS), (900,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -124,7 +122,7 @@ def test_each_text_is_measured_by_itself(llama: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, go_to: Callable[[object], None]) -> Path:
+def place(tmp_path, go_to):
     """The current folder, with ``prose.txt``."""
     go_to(tmp_path)
     (tmp_path / "prose.txt").write_text(" ".join(WORDS * 400))
@@ -148,7 +146,7 @@ def advice(*rows: tuple[float, dict[str, Figures]], tolerance: float = 0.1) -> A
     return Advice("m", "", "perplexity", tolerance, dense, tuple(points), {"ffn": tuple(points)}, {})
 
 
-def test_an_advice_is_a_line_and_in_a_notebook_a_table_with_its_command() -> None:
+def test_an_advice_is_a_line_and_in_a_notebook_a_table_with_its_command():
     found = replace(advice((0.1, {"a": figures(0.01)}), (0.2, {"a": figures(0.4)})), command="mptk prune <m>")
     assert "10.0%" in repr(found)
     assert len(repr(found)) < 200
@@ -158,7 +156,7 @@ def test_an_advice_is_a_line_and_in_a_notebook_a_table_with_its_command() -> Non
     assert "none" in repr(advice((0.1, {"a": figures(0.9)})))
 
 
-def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decides() -> None:
+def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decides():
     found = advice(
         (0.1, {"a": figures(0.01), "b": figures(0.02)}),
         (0.2, {"a": figures(0.05), "b": figures(0.2)}),
@@ -168,14 +166,14 @@ def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decide
     assert found.recommended is found.division[0]
 
 
-def test_a_change_counts_with_two_standard_errors() -> None:
+def test_a_change_counts_with_two_standard_errors():
     rows = [(0.1, {"a": figures(0.06, 0.019)}), (0.2, {"a": figures(0.06, 0.021)})]
     assert advice(*rows).find_safe("a").sparsity == 0.1
     assert advice(rows[1]).find_safe("a") is None
     assert advice(rows[1]).recommended is None
 
 
-def test_the_knee_is_below_the_chord() -> None:
+def test_the_knee_is_below_the_chord():
     rises = {0.1: 0.01, 0.2: 0.03, 0.3: 0.06, 0.4: 0.6, 0.5: 1.5}
     assert advice(*((s, {"a": figures(rise)}) for s, rise in rises.items())).knee.sparsity == 0.3
     assert advice((0.1, {"a": figures(0.1)}), (0.2, {"a": figures(0.2)})).knee is None
@@ -184,7 +182,7 @@ def test_the_knee_is_below_the_chord() -> None:
 # ---- the command ----
 
 
-def test_the_command_says_what_is_safe_and_how_to_cut(llama: str, place: Path) -> None:
+def test_the_command_says_what_is_safe_and_how_to_cut(llama, place):
     typed = f"{TYPED} --sparsities 10%,0.3".split()
     run = done("advise", llama, *typed, "--html", "page.html", "--json", "a.json", "-q")
     *said, command = run.stdout.strip().splitlines()
@@ -211,17 +209,17 @@ def test_the_command_says_what_is_safe_and_how_to_cut(llama: str, place: Path) -
         ({"families": ("ffn.1",), "target": "graph"}, "ffn.1"),
     ],
 )
-def test_bad_arguments_are_refused(llama: str, ids: torch.Tensor, keywords: dict[str, object], name: str) -> None:
+def test_bad_arguments_are_refused(llama, ids, keywords, name):
     with expect_error(InputError, name=name):
-        mptk.advise(llama, **{"data": ids, "progress": None, **ASKED, **keywords})  # type: ignore[arg-type]
+        mptk.advise(llama, **{"data": ids, "progress": None, **ASKED, **keywords})
 
 
-def test_one_sample_is_too_few(llama: str) -> None:
+def test_one_sample_is_too_few(llama):
     with expect_error(DataError):
-        mptk.advise(llama, **{"data": torch.ones(1, 32, dtype=torch.long), "progress": None, **ASKED})  # type: ignore[arg-type]
+        mptk.advise(llama, **{"data": torch.ones(1, 32, dtype=torch.long), "progress": None, **ASKED})
 
 
-def test_a_share_is_a_number_or_a_percentage(llama: str) -> None:
+def test_a_share_is_a_number_or_a_percentage(llama):
     error = CliRunner().invoke(app, ["advise", llama, "--sparsities", "0.1,half", "-q"]).exception
     assert isinstance(error, InputError)
     assert error.name == "sparsities"
@@ -245,7 +243,7 @@ def nats(rise: float, error: float = 0.0) -> Figures:
 RISES = {0.1: 0.1, 0.2: 0.2, 0.3: 0.4, 0.4: 0.8, 0.5: 1.6}
 
 
-def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line() -> None:
+def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line():
     cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()))
     found = trained(cuts, (0.2, {"a": nats(0.1)}), (0.4, {"a": nats(0.6)}))
     shares = [found.compute_recovered(point, "a") for point in found.recovery.points]
@@ -260,27 +258,27 @@ def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line() -> N
     assert rises[0.5] == pytest.approx((1.6 * 0.5, 0.6 + 0.8 * 5 / 6)), "and above them here"
 
 
-def test_training_is_not_taken_to_make_a_cut_worse() -> None:
+def test_training_is_not_taken_to_make_a_cut_worse():
     cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()))
     found = trained(cuts, (0.4, {"a": nats(0.6)}), (0.5, {"a": nats(0.7)}))
     assert math.log1p(found.estimate_after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
 
 
-def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained() -> None:
+def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained():
     cuts = [(s, {"a": nats(r)}) for s, r in RISES.items()]
     assert [p.sparsity for p in to_train(advice(*cuts, tolerance=math.expm1(0.25)))] == [0.3, 0.5]
     assert [p.sparsity for p in to_train(advice(*cuts, tolerance=math.expm1(0.05)))] == [0.1, 0.5]
     assert [p.sparsity for p in to_train(advice(*cuts, tolerance=10.0))] == [0.5], "all are safe"
 
 
-def test_a_range_has_two_standard_errors() -> None:
+def test_a_range_has_two_standard_errors():
     found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
     after = found.estimate_after(found.division[0], "a")
     assert math.log1p(after.least) == pytest.approx(0.2 - 0.1)
     assert math.log1p(after.most) == pytest.approx(0.2 + 0.1)
 
 
-def test_after_training_more_is_safe_and_the_most_decides() -> None:
+def test_after_training_more_is_safe_and_the_most_decides():
     cuts = advice(*((s, {"a": nats(r)}) for s, r in RISES.items()), tolerance=math.expm1(0.31))
     found = trained(cuts, (0.3, {"a": nats(0.3)}), (0.5, {"a": nats(0.8)}))
     assert cuts.recommended_after is None
@@ -290,7 +288,7 @@ def test_after_training_more_is_safe_and_the_most_decides() -> None:
     assert found.to_json()["recovery"]["after"]["a"][3]["least"] == pytest.approx(math.expm1(0.8 * 0.5))
 
 
-def test_without_a_perplexity_shares_are_of_the_change() -> None:
+def test_without_a_perplexity_shares_are_of_the_change():
     cuts = replace(advice((0.2, {"a": figures(0.2)}), (0.4, {"a": figures(0.4)})), measure="disagreement")
     found = trained(cuts, (0.4, {"a": figures(0.1)}))
     assert found.estimate_after(found.division[0], "a") == Range(pytest.approx(0.05), pytest.approx(0.05))
@@ -298,12 +296,12 @@ def test_without_a_perplexity_shares_are_of_the_change() -> None:
     assert noisy.estimate_after(found.division[1], "a") == Range(0.0, 0.2), "no share is below 0"
 
 
-def test_a_module_of_no_class_is_not_trained() -> None:
+def test_a_module_of_no_class_is_not_trained():
     with expect_error(InputError, name="calibrate"):
         mptk.advise(torch.nn.Linear(4, 4), example_inputs=torch.ones(4, 4), calibrate=True, progress=None)
 
 
-def test_a_trained_cut_is_what_prune_makes_with_these_steps(llama: str, tmp_path: Path) -> None:
+def test_a_trained_cut_is_what_prune_makes_with_these_steps(llama, tmp_path):
     ids = (torch.arange(22)[:, None] + torch.arange(32)) % 7 + 3  # which training learns
     how = {
         "data": ids,
@@ -333,14 +331,14 @@ def test_a_trained_cut_is_what_prune_makes_with_these_steps(llama: str, tmp_path
     assert after.texts[text].loss != pytest.approx(before.texts[text].loss, rel=1e-3)
 
 
-def test_training_that_makes_a_cut_worse_is_dropped(llama: str, ids: torch.Tensor) -> None:
+def test_training_that_makes_a_cut_worse_is_dropped(llama, ids):
     how = {**ASKED, "sparsities": [0.3], "steps": 2, "batch": 2, "lr": 0.1}
     found = mptk.advise(llama, data=ids, families=("ffn",), calibrate=True, progress=None, **how)
     (before,), (after,), (text,) = found.division, found.recovery.points, found.texts
     assert after.texts[text].loss == pytest.approx(before.texts[text].loss, rel=1e-4)
 
 
-def test_calibrate_says_its_cost_before_and_prints_two_commands(llama: str, place: Path) -> None:
+def test_calibrate_says_its_cost_before_and_prints_two_commands(llama, place):
     typed = f"{TYPED} --sparsities 0.2,0.3".split()
     run = done("advise", llama, *typed, "--calibrate", "--steps", "2", "--html", "page.html")
     assert "8 calibration windows and 2 trainings of 2 steps on 512 tokens" in " ".join(run.stderr.split())

@@ -31,7 +31,7 @@ diffusers = pytest.importorskip("diffusers")
 
 TOKENS, WIDTH, CLASSES = 9, 20, 1000
 """Of the text encoder; the class after the last is no class, as DiT's pipeline takes it."""
-DIT: dict[str, Any] = {
+DIT = {
     "num_attention_heads": 3,
     "attention_head_dim": 8,
     "in_channels": 4,
@@ -42,7 +42,7 @@ DIT: dict[str, Any] = {
     "norm_num_groups": 1,
 }
 PIXART = {**DIT, "norm_type": "ada_norm_single", "cross_attention_dim": 24, "caption_channels": WIDTH}
-SD3: dict[str, Any] = {
+SD3 = {
     "sample_size": 8,
     "num_layers": 2,
     "attention_head_dim": 8,
@@ -54,7 +54,7 @@ SD3: dict[str, Any] = {
     "pooled_projection_dim": 28,
     "pos_embed_max_size": 12,
 }
-FLUX: dict[str, Any] = {
+FLUX = {
     "in_channels": 16,
     "num_layers": 1,
     "num_single_layers": 2,
@@ -65,7 +65,7 @@ FLUX: dict[str, Any] = {
     "axes_dims_rope": [4, 4, 8],
     "guidance_embeds": True,
 }
-UNET: dict[str, Any] = {
+UNET = {
     "sample_size": 8,
     "block_out_channels": [8, 16],
     "layers_per_block": 1,
@@ -84,7 +84,7 @@ SDXL = {
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipelines(tmp_path_factory):
     """``classes``, of a DiT, and ``text``, of a UNet with a CLIP text encoder."""
     torch.manual_seed(0)
     folder, vae = tmp_path_factory.mktemp("pipelines"), diffusers.AutoencoderKL(**VAE)
@@ -124,7 +124,7 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="module")
-def shallow(pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shallow(pipelines, tmp_path_factory):
     """The DiT with a layer less, cut on what its own pipeline gives it."""
     out = tmp_path_factory.mktemp("runs") / "shallow"
     mptk.prune(
@@ -142,7 +142,7 @@ def shallow(pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_diffusers_loads_the_whole_pipeline_with_the_smaller_part(shallow: Path, pipelines: Path) -> None:
+def test_diffusers_loads_the_whole_pipeline_with_the_smaller_part(shallow, pipelines):
     report = mptk.Report.read(shallow)
     assert report.families["layers"] == {"of": 3, "width": 2, "layers": 1}
     assert report.config_changes == {"num_layers": [3, 2]}
@@ -157,8 +157,8 @@ def test_diffusers_loads_the_whole_pipeline_with_the_smaller_part(shallow: Path,
     assert "DiffusionPipeline.from_pretrained(folder)" in card
 
 
-def test_the_part_in_memory_is_a_diffusers_model_that_saves_itself_as_one(shallow: Path, tmp_path: Path) -> None:
-    model: Any = mptk.Pruned.open(shallow).model
+def test_the_part_in_memory_is_a_diffusers_model_that_saves_itself_as_one(shallow, tmp_path):
+    model = mptk.Pruned.open(shallow).model
     assert isinstance(model, diffusers.DiTTransformer2DModel)
     model.save_pretrained(tmp_path)
     inputs = bind_task(load(str(shallow))).make_example(model).inputs
@@ -167,7 +167,7 @@ def test_the_part_in_memory_is_a_diffusers_model_that_saves_itself_as_one(shallo
         assert found.equal(model(**inputs)[0])
 
 
-def test_verify_compares_the_other_parts_with_the_dense_pipeline(shallow: Path, tmp_path: Path) -> None:
+def test_verify_compares_the_other_parts_with_the_dense_pipeline(shallow, tmp_path):
     assert all(stage.ok for stage in mptk.verify(shallow))
     scheduler = shallow / "scheduler/scheduler_config.json"
     before = scheduler.read_text()
@@ -181,7 +181,7 @@ def test_verify_compares_the_other_parts_with_the_dense_pipeline(shallow: Path, 
         write_manifest(shallow)
 
 
-def test_samples_are_what_the_pipeline_gives_its_denoiser(pipelines: Path) -> None:
+def test_samples_are_what_the_pipeline_gives_its_denoiser(pipelines):
     loaded = load(str(pipelines / "text/unet"))
     task = bind_task(loaded)
     like = task.make_example(loaded.model).inputs
@@ -203,7 +203,7 @@ def test_samples_are_what_the_pipeline_gives_its_denoiser(pipelines: Path) -> No
     assert sorted(int((rows == text).flatten(1).all(1).sum()) for text in (prompt, empty)) == [IMAGE_STEPS, IMAGE_STEPS]
 
 
-def test_heads_and_feed_forward_are_cut_together_where_one_field_sets_them(tmp_path: Path) -> None:
+def test_heads_and_feed_forward_are_cut_together_where_one_field_sets_them(tmp_path):
     torch.manual_seed(0)
     diffusers.SD3Transformer2DModel(**SD3).save_pretrained(tmp_path / "dense")
     out = tmp_path / "small"
@@ -223,7 +223,7 @@ def test_heads_and_feed_forward_are_cut_together_where_one_field_sets_them(tmp_p
     assert not (out / "model_index.json").exists()
 
 
-def test_a_stock_autoencoder_keeps_its_groups_of_channels(pipelines: Path) -> None:
+def test_a_stock_autoencoder_keeps_its_groups_of_channels(pipelines):
     legal = analysed(pipelines / "classes/vae")
     groups = [row for row in legal["families"] if "in as many groups" in str(row["refused"])]
     assert groups
@@ -232,7 +232,7 @@ def test_a_stock_autoencoder_keeps_its_groups_of_channels(pipelines: Path) -> No
     assert joint, "channels in each group of the first stage, together"
 
 
-def test_no_cut_of_an_autoencoder_touches_the_latents(pipelines: Path) -> None:
+def test_no_cut_of_an_autoencoder_touches_the_latents(pipelines):
     model = load(str(pipelines / "classes/vae")).model
     analysis = mptk.analyze(model)
     cut = {
@@ -264,7 +264,7 @@ def analysed(folder: Path) -> dict[str, Any]:
         ("AutoencoderKL", VAE),
     ],
 )
-def test_random_samples_are_what_the_class_reads(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_random_samples_are_what_the_class_reads(name, config, tmp_path):
     torch.manual_seed(0)
     getattr(diffusers, name)(**config).save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
@@ -277,16 +277,16 @@ def test_random_samples_are_what_the_class_reads(name: str, config: dict[str, An
         assert apart.all(), "the timesteps are spread"
 
 
-def test_a_pipeline_has_parts_and_a_command_takes_one(pipelines: Path) -> None:
+def test_a_pipeline_has_parts_and_a_command_takes_one(pipelines):
     place = pipelines / "text"
     with expect_error(FileError, name=place):
         load(str(place))
 
 
-def test_without_diffusers_one_line_says_what_to_install(pipelines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_one_line_says_what_to_install(pipelines, monkeypatch):
     real = builtins.__import__
 
-    def without(name: str, *args: Any, **options: Any) -> Any:
+    def without(name, *args, **options):
         if name == "diffusers":
             raise ImportError(name)
         return real(name, *args, **options)
@@ -296,11 +296,11 @@ def test_without_diffusers_one_line_says_what_to_install(pipelines: Path, monkey
         load(str(pipelines / "text/unet"))
 
 
-def test_samples_need_prompts_and_a_pipeline_without_code(pipelines: Path, tmp_path: Path) -> None:
+def test_samples_need_prompts_and_a_pipeline_without_code(pipelines, tmp_path):
     loaded = load(str(pipelines / "text/unet"))
     like = bind_task(loaded).make_example(loaded.model).inputs
 
-    def record() -> None:
+    def record():
         record_samples(loaded, like, SELF, 1, 0, lambda done, total: None)
 
     with expect_error(InputError, name="data"):

@@ -29,7 +29,7 @@ from mptk.features.drafter.cut import STAGE
 from mptk.features.drafter.drafter import Drafter
 
 LAYERS, HIDDEN = 2, 48
-SIZES: dict[str, Any] = {
+SIZES = {
     "num_hidden_layers": LAYERS,
     "vocab_size": 300,
     "hidden_size": HIDDEN,
@@ -45,7 +45,7 @@ EXPERTS = {"n_routed_experts": 8, "first_k_dense_replace": 1}
 LATENT = {"q_lora_rank": 20, "kv_lora_rank": 28, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
 DEEPSEEK = {**EXPERTS, **LATENT, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1}
 GLM = {**EXPERTS, "num_key_value_heads": 2, "head_dim": 16}
-HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "samples": 2, "length": 24, "align": 2, "onnx": False}
+HOW = {"method": "magnitude", "data": "random", "samples": 2, "length": 24, "align": 2, "onnx": False}
 
 
 def numbered(name: str) -> str:
@@ -74,7 +74,7 @@ def made(model: type[PreTrainedModel], config: Any, folder: Path) -> Path:
 
 
 @pytest.fixture
-def glm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def glm(tmp_path, monkeypatch):
     return saved("glm", tmp_path, monkeypatch)
 
 
@@ -97,7 +97,7 @@ def drafted(folder: Path, ids: Tensor) -> Tensor:
 IDS = torch.arange(2, 14).reshape(2, 6)
 
 
-def test_the_layers_are_cut_as_the_model_and_transformers_drafts_with_them(glm: Path, tmp_path: Path) -> None:
+def test_the_layers_are_cut_as_the_model_and_transformers_drafts_with_them(glm, tmp_path):
     out = tmp_path / "out"
     report = mptk.prune(str(glm), out, widths={"hidden": 40, "experts": 6, "kv_groups": 1}, tolerance=1.0, **HOW).report
     assert {row["stage"] for row in report.proof} >= {STAGE, f"{STAGE}, stored weights"}
@@ -116,15 +116,10 @@ def test_the_layers_are_cut_as_the_model_and_transformers_drafts_with_them(glm: 
 
 @pytest.mark.parametrize(
     ("kind", "widths"),
-    [
-        ("glm", {"ffn.2": 16, "ffn.3": 16}),
-        ("deepseek", {"ffn.4": 16, "ffn.5": 16}),
-    ],
+    [("glm", {"ffn.2": 16, "ffn.3": 16}), ("deepseek", {"ffn.4": 16, "ffn.5": 16})],
     ids=["glm", "deepseek"],
 )
-def test_channels_of_zeros_go_from_the_layers_too(
-    kind: str, widths: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_channels_of_zeros_go_from_the_layers_too(kind, widths, tmp_path, monkeypatch):
     """Half of the experts' 24 channels do nothing, other ones in each layer; with 16 that hold the rest nothing changes."""
     source, out = saved(kind, tmp_path, monkeypatch), tmp_path / "out"
     weights = load_file(source / "model.safetensors")
@@ -143,7 +138,7 @@ def test_channels_of_zeros_go_from_the_layers_too(
     )
 
 
-def test_a_layer_that_is_no_copy_is_left_out_with_a_note(glm: Path, tmp_path: Path) -> None:
+def test_a_layer_that_is_no_copy_is_left_out_with_a_note(glm, tmp_path):
     weights = load_file(glm / "model.safetensors")
     weights[numbered("embed_tokens.weight")][3] += 1.0
     save_file(weights, glm / "model.safetensors", {"format": "pt"})
@@ -153,9 +148,9 @@ def test_a_layer_that_is_no_copy_is_left_out_with_a_note(glm: Path, tmp_path: Pa
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.startswith(numbered(""))]
 
 
-def test_layers_that_the_config_does_not_count_are_cut_too(tmp_path: Path) -> None:
+def test_layers_that_the_config_does_not_count_are_cut_too(tmp_path):
     """Qwen3-Next's, whose names begin with ``mtp.``; each attends to all tokens, as its last layer."""
-    config: Any = tiny_model("causal-lm", "qwen3_next").model.config
+    config = tiny_model("causal-lm", "qwen3_next").model.config
     config.layer_types = ["full_attention"] * len(config.layer_types)
     torch.manual_seed(0)
     model = Qwen3NextForCausalLM(config)

@@ -9,9 +9,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -45,11 +43,11 @@ from mptk.errors import DataError, FileError, InputError
 from mptk.features.dual_encoder.captioned import encode_texts
 from mptk.features.dual_encoder.task import DUAL_ENCODER
 from mptk.io import Loaded, load
-from mptk.progress import Count, show_nothing
+from mptk.progress import show_nothing
 from mptk.protocols import SampleSets
 from mptk.tasks import bind_task
 from mptk.tasks.inputs.images import Images
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 ASKED = {"method": "wanda", "samples": 4, "eval_windows": 6, "align": 1, "sparsity": 0.1, "tolerance": 0.1}
 NODE = shutil.which("node")
@@ -66,13 +64,13 @@ def write_world(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(laboratory: Laboratory) -> Path:
+def world(laboratory):
     """``clip``, ``pictures`` and ``chats.jsonl``."""
     return laboratory.keep("pairs/world", write_world)
 
 
 @pytest.fixture(scope="module")
-def pruned(world: Path, laboratory: Laboratory) -> Path:
+def pruned(world, laboratory):
     """The model with a smaller vision tower."""
     data = {"data": str(world / "pictures"), "eval_data": str(world / "pictures")}  # a few pictures are for both
     asked = {**ASKED, **data, "families": ("vision_tower",), "quantize": ("int8",)}
@@ -80,7 +78,7 @@ def pruned(world: Path, laboratory: Laboratory) -> Path:
 
 
 @pytest.mark.always
-def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(pruned: Path) -> None:
+def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(pruned):
     report = mptk.Report.read(pruned)
     assert report.task == "dual-encoder"
     small = AutoModel.from_pretrained(pruned)
@@ -93,13 +91,13 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(pruned: Path) -> None
     assert [d.stage for d in mptk.verify(pruned)] == stages
 
 
-def test_it_is_measured_as_its_report_says(world: Path, pruned: Path) -> None:
+def test_it_is_measured_as_its_report_says(world, pruned):
     measured = mptk.evaluate(pruned, str(world / "pictures"), windows=6)
     assert measured["model"] == pytest.approx(mptk.Report.read(pruned).quality["pruned"], abs=1e-5)
     assert measured["dense"] == 1
 
 
-def test_captions_are_padded_as_the_processor_pads_them(world: Path, tmp_path: Path) -> None:
+def test_captions_are_padded_as_the_processor_pads_them(world, tmp_path):
     """And the tokenizer that was read with is not changed: the folder gets its file."""
     loaded = load(str(world / "clip"))
     found = (
@@ -111,11 +109,11 @@ def test_captions_are_padded_as_the_processor_pads_them(world: Path, tmp_path: P
     assert {*found} == {*expected}
     assert all(torch.equal(found[name], expected[name]) for name in found)
     before = json.loads((world / "clip" / "tokenizer.json").read_text())
-    loaded.tokenizer.save_pretrained(tmp_path / "again")  # type: ignore[union-attr]
+    loaded.tokenizer.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) == before
 
 
-def test_a_tokenizer_without_a_mask_fills_captions_up() -> None:
+def test_a_tokenizer_without_a_mask_fills_captions_up():
     """SigLIP reads its padding as text, and was trained on texts of one length."""
     tokenizer = clip_processor().tokenizer
     with_mask = encode_texts(Loaded(clip(), tokenizer, "clip", Path()), ["a picture", "red"], 12)
@@ -126,14 +124,14 @@ def test_a_tokenizer_without_a_mask_fills_captions_up() -> None:
     assert filled["attention_mask"].min() == 1
 
 
-def test_quality_is_of_both_embeddings_and_of_the_nearest_text() -> None:
+def test_quality_is_of_both_embeddings_and_of_the_nearest_text():
     """The second image moves: its cosine with the dense model's becomes 0.6, and another text is nearest."""
     texts = torch.eye(3)
     images, moved = torch.eye(3) + 0.1, torch.eye(3) + 0.1
     moved[1] = torch.tensor([0.9, 0.3, 0.0])
     outputs = {"dense": (texts, images), "pruned": (2 * texts, moved)}
 
-    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Any]]:
+    def runs(batches, progress):
         for i in range(len(batches)):
             for name, each in outputs.items():
                 yield name, i, tuple(x[i : i + 1] for x in each)
@@ -145,13 +143,13 @@ def test_quality_is_of_both_embeddings_and_of_the_nearest_text() -> None:
     assert found["pruned"] == pytest.approx((5 + apart) / 6, abs=1e-5)
 
 
-def test_eval_and_report_show_the_retrieval(world: Path, pruned: Path) -> None:
+def test_eval_and_report_show_the_retrieval(world, pruned):
     for name, words in {"pruned": ["report"], "model": ["eval", "--data", str(world / "pictures")]}.items():
         result = done(*words, str(pruned))
         assert f"retrieval: 1.0000 dense, 1.0000 {name}" in result.output
 
 
-def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world: Path, pruned: Path) -> None:
+def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world, pruned):
     """As transformers gives them, in optimum's names, with padded texts."""
     graph = ort.InferenceSession(pruned / "onnx" / "model.onnx")
     assert {x.name: x.shape for x in graph.get_inputs()} == {
@@ -172,7 +170,7 @@ def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world: Pa
 
 
 @pytest.mark.skipif(NODE is None or not TRANSFORMERS_JS.is_dir(), reason="Node and transformers.js are not installed")
-def test_transformers_js_classifies_as_transformers_does(world: Path, pruned: Path) -> None:
+def test_transformers_js_classifies_as_transformers_does(world, pruned):
     picture, texts = world / "pictures" / "red.png", ["a picture", "red", "blue grey a"]
     script = Path(__file__).with_name("transformers_js_pairs.mjs")
     command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), str(picture), *texts]
@@ -196,7 +194,7 @@ def siglip() -> SiglipModel:
     return SiglipModel(SiglipConfig(text_config={**text, **ends}, vision_config=vision)).eval()
 
 
-def test_a_graph_says_nothing_of_padding_if_the_class_reads_it_as_text(tmp_path: Path, pruned: Path) -> None:
+def test_a_graph_says_nothing_of_padding_if_the_class_reads_it_as_text(tmp_path, pruned):
     siglip().save_pretrained(tmp_path / "siglip")
     mptk.prune(str(tmp_path / "siglip"), tmp_path / "out", **ASKED, data="random", families=("text_tower",))
     said = [folder / "onnx" / "model.onnx" for folder in (tmp_path / "out", pruned)]
@@ -207,9 +205,9 @@ def test_a_graph_says_nothing_of_padding_if_the_class_reads_it_as_text(tmp_path:
     assert any(note.startswith("padding changes what the model computes") for note in report.notes)
 
 
-def test_images_come_as_patches_if_the_class_reads_these(world: Path, tmp_path: Path) -> None:
+def test_images_come_as_patches_if_the_class_reads_these(world, tmp_path):
     """SigLIP 2: images of any shape, in a sequence of patches with a mask, whose type is the graph's."""
-    model: Any = tiny_model(PAIRED, "siglip2").model
+    model = tiny_model(PAIRED, "siglip2").model
     example = DUAL_ENCODER.make_example(model).inputs
     assert [*example] == ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes"]
     found = DUAL_ENCODER.compute_output(model, Samples(example))
@@ -222,7 +220,7 @@ def test_images_come_as_patches_if_the_class_reads_these(world: Path, tmp_path: 
     assert {name: x.dtype for name, x in read.items()} == {name: example[name].dtype for name in read}
 
 
-def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:
+def test_analyze_lists_the_towers(world, tmp_path):
     done("analyze", str(world / "clip"), "--json", str(tmp_path / "a.json"), "-q")
     parts = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["parts"]}
     model = clip()
@@ -242,7 +240,7 @@ def test_analyze_lists_the_towers(world: Path, tmp_path: Path) -> None:
         (FlavaModel, False),
     ],
 )
-def test_a_class_is_taken_by_what_it_gives(model_class: Any, taken: bool) -> None:
+def test_a_class_is_taken_by_what_it_gives(model_class, taken):
     assert (DUAL_ENCODER.explain_refusal(CLIPConfig(), {model_class}) is None) == taken
 
 
@@ -264,7 +262,7 @@ def _no_pad(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("spoil", "kind"), [(_itself, InputError), (_two_images, DataError), (_no_pad, FileError)])
-def test_wrong_data_is_refused(tmp_path: Path, spoil: Callable[[Path], str], kind: type[mptk.MptkError]) -> None:
+def test_wrong_data_is_refused(tmp_path, spoil, kind):
     clip().save_pretrained(tmp_path / "clip")
     clip_processor().save_pretrained(tmp_path / "clip")
     write_captions(tmp_path / "pictures")
@@ -274,7 +272,7 @@ def test_wrong_data_is_refused(tmp_path: Path, spoil: Callable[[Path], str], kin
         bind_task(loaded).draw_samples(loaded, Settings(data=data), 6, lambda done, total: None)
 
 
-def test_a_graph_of_texts_and_images_is_quantised(pruned: Path) -> None:
+def test_a_graph_of_texts_and_images_is_quantised(pruned):
     assert {"int8 weights", "int8 features", "int8 in use"} <= {row["stage"] for row in mptk.Report.read(pruned).proof}
     whole, rounded = (pruned / "onnx" / f"{name}.onnx_data" for name in ("model", "model_quantized"))
     assert rounded.stat().st_size < whole.stat().st_size / 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from mptk.features.gguf.weights import GgufWeights, arrange_weights
 from mptk.files.outputs import check_file
 from mptk.io import models
 from mptk.ir import Weights
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from mptk.trust import NO_CODE
 from tests.broken import gguf as gguf_files
 
@@ -48,12 +47,12 @@ def fields(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
 
 
-def test_each_architecture_has_a_tiny_model() -> None:
+def test_each_architecture_has_a_tiny_model():
     assert {name.partition(",")[0] for name in tiny.MODELS} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
-def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(name, tmp_path):
     """llama.cpp comes as a library with ``.[bench]``; without it only the numbers are counted."""
     folder, file = tiny.save(name, tmp_path / "model"), tmp_path / "out.gguf"
     write(folder, file)
@@ -66,7 +65,7 @@ def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(n
         assert difference < (ROUNDED if gelu else CLOSE)
 
 
-def test_the_layers_before_those_with_experts_are_counted(tmp_path: Path) -> None:
+def test_the_layers_before_those_with_experts_are_counted(tmp_path):
     made = write(tiny.save("glm4_moe", tmp_path / "model"), tmp_path / "out.gguf")
     assert [(layer.ffn, layer.experts) for layer in made.layers] == [(128, 0), (64, 4), (64, 4)]
     read = fields(tmp_path / "out.gguf")
@@ -75,11 +74,11 @@ def test_the_layers_before_those_with_experts_are_counted(tmp_path: Path) -> Non
     assert read["glm4moe.expert_gating_func"] == library.ExpertGatingFuncType.SIGMOID
 
 
-def test_experts_that_llama_cpp_would_not_find_are_refused() -> None:
+def test_experts_that_llama_cpp_would_not_find_are_refused():
     """It takes the width of shared experts, and the place of layers without experts, from other numbers."""
     base, dense = ARCHITECTURES["glm4_moe"], tiny.model("glm4_moe").state_dict()
 
-    def held(state: dict[str, torch.Tensor]) -> GgufWeights:
+    def held(state):
         return GgufWeights(arrange_weights(Weights(state), base, 32, tied=False), base, 32, "f32")
 
     assert held(dense).leading == 1
@@ -96,14 +95,14 @@ def test_experts_that_llama_cpp_would_not_find_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def qwen(laboratory: Laboratory) -> Path:
+def qwen(laboratory):
     return laboratory.keep("gguf/qwen3", lambda folder: tiny.save("qwen3", folder))
 
 
 @pytest.mark.parametrize(
     ("kind", "most"), [("q8_0", 0.004), ("q5_1", 0.02), ("q5_0", 0.04), ("q4_1", 0.04), ("q4_0", 0.07)]
 )
-def test_matrices_are_quantised(qwen: Path, kind: GgufType, most: float, tmp_path: Path) -> None:
+def test_matrices_are_quantised(qwen, kind, most, tmp_path):
     """``most``: the largest error of a number, of weights of standard deviation 0.1."""
     write(qwen, tmp_path / "out.gguf", kind)
     found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
@@ -118,7 +117,7 @@ def test_matrices_are_quantised(qwen: Path, kind: GgufType, most: float, tmp_pat
     assert fields(tmp_path / "out.gguf")["general.file_type"] == library.LlamaFileType[f"MOSTLY_{kind.upper()}"]
 
 
-def test_rows_that_no_block_divides_are_float16(tmp_path: Path) -> None:
+def test_rows_that_no_block_divides_are_float16(tmp_path):
     model = tiny.model("qwen3")
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight[:, :40].clone())
@@ -138,7 +137,7 @@ HOW = {"method": "magnitude", "data": "random", "samples": 1, "length": 24, "eva
 
 
 @pytest.mark.always
-def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: Path) -> None:
+def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen, tmp_path):
     mptk.prune(str(qwen), tmp_path / "out", widths={"kv_groups": 1, "ffn": 64}, align=8, tolerance=1.0, **HOW)
     made = api.gguf(tmp_path / "out", tmp_path / "out.gguf")
     assert {(layer.heads, layer.groups, layer.ffn) for layer in made.layers} == {(2, 1, 64)}
@@ -155,7 +154,7 @@ def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: 
     assert difference.abs().max() < CLOSE
 
 
-def test_a_smaller_vocabulary_is_the_folders(qwen: Path, tmp_path: Path) -> None:
+def test_a_smaller_vocabulary_is_the_folders(qwen, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick jars of honey\n" * 40)
     mptk.prune(str(qwen), tmp_path / "out", sparsity=0.0, vocabulary=str(text), tolerance=1.0, **HOW)
@@ -181,14 +180,14 @@ def test_a_smaller_vocabulary_is_the_folders(qwen: Path, tmp_path: Path) -> None
         ("smollm3", {"no_rope_layers": [1] * 5}),
     ],
 )
-def test_a_config_that_llama_cpp_does_not_compute(name: str, changes: dict[str, Any]) -> None:
+def test_a_config_that_llama_cpp_does_not_compute(name, changes):
     config = tiny.model(name).config
     config.update(changes)
     with expect_error(TargetError, name=changes.get("model_type", name)):
         architectures.find_architecture(config)
 
 
-def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
+def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path):
     folder = tiny.save("qwen3", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -197,10 +196,10 @@ def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
         write(folder, tmp_path / "out.gguf")
 
 
-def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
+def test_heads_that_are_not_the_hidden_size(tmp_path):
     config = tiny.model("starcoder2").config
     weights = open_pruned_weights(tiny.save("starcoder2", tmp_path / "model"), trust=NO_CODE)
-    halves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    halves = {
         name: (lambda tensor: tensor[:, :32]) if "o_proj" in name else (lambda tensor: tensor[:32])
         for name in weights
         if "q_proj" in name or name.endswith("o_proj.weight")
@@ -209,7 +208,7 @@ def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
         GgufFolder(tmp_path / "model", weights.with_edits(halves), Plan({}), config, None, "auto")
 
 
-def test_a_window_that_llama_cpp_ignores_is_said(tmp_path: Path) -> None:
+def test_a_window_that_llama_cpp_ignores_is_said(tmp_path):
     folder = tiny.save("mistral", tmp_path / "model")
     assert write(folder, tmp_path / "out.gguf").notes == []
     config = json.loads((folder / "config.json").read_text())
@@ -222,7 +221,7 @@ def test_a_window_that_llama_cpp_ignores_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny.tokenizer, gguf_files.spaced])
-def test_llama_cpp_reads_text_as_the_folder_does(make: Callable[[], PreTrainedTokenizerFast], tmp_path: Path) -> None:
+def test_llama_cpp_reads_text_as_the_folder_does(make, tmp_path):
     pytest.importorskip("xllamacpp")
     tiny.model("llama").save_pretrained(tmp_path / "model")
     make().save_pretrained(tmp_path / "model")
@@ -266,7 +265,7 @@ def split_by(regex: str) -> pre_tokenizers.PreTokenizer:
         (split_by(TEKKEN), True, "tekken"),
     ],
 )
-def test_how_text_is_split_has_a_name(splitter: Any, merged: bool, name: str, qwen: Path, tmp_path: Path) -> None:
+def test_how_text_is_split_has_a_name(splitter, merged, name, qwen, tmp_path):
     words = tiny.tokenizer()
     words.backend_tokenizer.pre_tokenizer = splitter
     words.save_pretrained(tmp_path)
@@ -289,7 +288,7 @@ def test_how_text_is_split_has_a_name(splitter: Any, merged: bool, name: str, qw
         {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
     ],
 )
-def test_a_tokenizer_that_llama_cpp_does_not_have(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_does_not_have(change, tmp_path):
     words = tiny.tokenizer()
     words.save_pretrained(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())

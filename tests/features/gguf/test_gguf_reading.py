@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ IDS = torch.arange(3, 40)[None]
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+def _cache(tmp_path, set_cache):
     set_cache(tmp_path / "cache")
 
 
@@ -34,14 +32,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path):
     path = tmp_path / "toy.gguf"
     toys.write_gguf(testing.make_llama(), testing.make_tokenizer(), path)
     return path
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_same_model(tmp_path: Path, tied: bool) -> None:
+def test_same_model(tmp_path, tied):
     toys.write_gguf(testing.make_llama(tied=tied), testing.make_tokenizer(), tmp_path / "toy.gguf")
     loaded = models.load(str(tmp_path / "toy.gguf"))
     assert torch.equal(logits(loaded.model), logits(testing.make_llama(tied=tied)))
@@ -52,13 +50,13 @@ def test_same_model(tmp_path: Path, tied: bool) -> None:
     assert loaded.tokenizer.model_max_length == 70
 
 
-def test_quantised(tmp_path: Path) -> None:
+def test_quantised(tmp_path):
     toys.write_gguf(testing.make_llama(), testing.make_tokenizer(), tmp_path / "toy.gguf", quantise=True)
     error = (logits(models.load(str(tmp_path / "toy.gguf")).model) - logits(testing.make_llama())).abs().max()
     assert 0 < error < 1e-2
 
 
-def test_saved_as_an_ordinary_checkpoint(file: Path, tmp_path: Path) -> None:
+def test_saved_as_an_ordinary_checkpoint(file, tmp_path):
     loaded = models.load(str(file))
     loaded.model.save_pretrained(tmp_path / "saved")
     for place in (loaded.path, tmp_path / "saved"):
@@ -75,7 +73,7 @@ def test_saved_as_an_ordinary_checkpoint(file: Path, tmp_path: Path) -> None:
         assert again.generation_config.eos_token_id == 1
 
 
-def test_converted_once_and_again_when_it_changes(file: Path) -> None:
+def test_converted_once_and_again_when_it_changes(file):
     first = models.load(str(file)).path
     written = first.stat().st_ino
     assert models.load(str(file)).path == first
@@ -91,7 +89,7 @@ def keep_digests_of(size: int, inside: Inside) -> None:
 
 
 @pytest.mark.parametrize("small", [1 << 20, 0])
-def test_a_file_of_the_same_size_and_time_is_converted_again(file: Path, small: int, inside: Inside) -> None:
+def test_a_file_of_the_same_size_and_time_is_converted_again(file, small, inside):
     """As after ``cp -p`` and ``rsync -t``, in place of the file and into it; also if its digest is kept."""
     keep_digests_of(small, inside)
     models.load(str(file))
@@ -109,9 +107,7 @@ def test_a_file_of_the_same_size_and_time_is_converted_again(file: Path, small: 
         assert torch.equal(logits(models.load(str(file)).model), logits(testing.make_llama(seed=seed)))
 
 
-def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(
-    file: Path, tmp_path: Path, set_cache: Callable[[object], None], inside: Inside
-) -> None:
+def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(file, tmp_path, set_cache, inside):
     keep_digests_of(0, inside)
     first = cache.read_sha256(file)
     assert first == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -127,7 +123,7 @@ def test_a_kept_digest_is_used_and_no_other_file_is_taken_for_it(
     assert cache.read_sha256(file) == first
 
 
-def test_a_file_that_changes_while_it_is_converted_is_refused(file: Path, tmp_path: Path, inside: Inside) -> None:
+def test_a_file_that_changes_while_it_is_converted_is_refused(file, tmp_path, inside):
     inside.around(
         "mptk.features.gguf.reading.save_checkpoint", lambda real, *given: (real(*given), file.open("ab").write(b"x"))
     )
@@ -136,7 +132,7 @@ def test_a_file_that_changes_while_it_is_converted_is_refused(file: Path, tmp_pa
     assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
 
 
-def test_skeleton_reads_the_metadata_alone(file: Path, tmp_path: Path) -> None:
+def test_skeleton_reads_the_metadata_alone(file, tmp_path):
     skeleton = models.build_skeleton(str(file))
     assert not (tmp_path / "cache" / "checkpoints").exists()
     assert {p.device.type for p in skeleton.parameters()} == {"meta"}
@@ -145,7 +141,7 @@ def test_skeleton_reads_the_metadata_alone(file: Path, tmp_path: Path) -> None:
     }
 
 
-def test_what_is_no_gguf(tmp_path: Path) -> None:
+def test_what_is_no_gguf(tmp_path):
     with expect_error(FileError, name=tmp_path / "none.gguf"):
         models.load(str(tmp_path / "none.gguf"))
     (tmp_path / "broken.gguf").write_bytes(b"not one at all" * 9)
@@ -154,6 +150,6 @@ def test_what_is_no_gguf(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
 
 
-def test_gguf_blocks_are_dequantised_if_transformers_can_keep_them() -> None:
+def test_gguf_blocks_are_dequantised_if_transformers_can_keep_them():
     for config in dequantize_gguf().values():
-        assert config.dequantize is True, "transformers changed GgufConfig; repair mptk/features/gguf"  # type: ignore[attr-defined]
+        assert config.dequantize is True, "transformers changed GgufConfig; repair mptk/features/gguf"

@@ -19,17 +19,10 @@ from mptk.features.gguf import api
 from mptk.features.gguf.folder import GgufFolder, Pattern
 from mptk.features.gguf.weights import LayerWidths
 from mptk.ir import Weights
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from tests.broken import gguf as gguf_files
 
-HOW = {
-    "method": "magnitude",
-    "data": "random",
-    "samples": 1,
-    "length": 24,
-    "eval_windows": 1,
-    "eval_length": 24,
-}
+HOW = {"method": "magnitude", "data": "random", "samples": 1, "length": 24, "eval_windows": 1, "eval_length": 24}
 
 
 def write_dense(folder: Path) -> None:
@@ -39,7 +32,7 @@ def write_dense(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense(laboratory: Laboratory) -> Path:
+def dense(laboratory):
     """A folder with a checkpoint, and its GGUF file in it."""
     return laboratory.keep("gguf/dense", write_dense)
 
@@ -51,7 +44,7 @@ def logits(model: str | Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("widths", [{"q_heads": 2, "ffn": 40}, {"layers": 2, "ffn": 32}])
-def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: dict[str, int], tmp_path: Path) -> None:
+def test_equal_layers_are_read_as_the_model_of_the_folder(dense, widths, tmp_path):
     mptk.prune(str(dense), tmp_path / "out", widths=widths, align=8, tolerance=1.0, onnx=False, **HOW)
     layers = api.gguf(tmp_path / "out", tmp_path / "out.gguf", like=dense / "dense.gguf").layers
     config = mptk.load(str(tmp_path / "out")).model.config
@@ -66,7 +59,7 @@ def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: d
     assert words(testing.SENTENCES).input_ids == testing.make_tokenizer()(testing.SENTENCES).input_ids
 
 
-def test_llama_cpp_does_not_fill_the_files_chat_template(tmp_path: Path) -> None:
+def test_llama_cpp_does_not_fill_the_files_chat_template(tmp_path):
     """It would fill it when it opens the file, without bounds: this one never ends."""
     words = testing.make_tokenizer()
     words.chat_template = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
@@ -89,14 +82,12 @@ def prune_layers(dense: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ragged(dense: Path, laboratory: Laboratory) -> mptk.Pruned:
+def ragged(dense, laboratory):
     """Feed-forward layers of 40, 64 and 24 channels."""
     return mptk.Pruned.open(laboratory.keep("gguf/ragged", lambda folder: prune_layers(dense, folder)) / "out")
 
 
-def test_other_layers_are_lists_of_the_architecture_that_has_them(
-    dense: Path, ragged: mptk.Pruned, tmp_path: Path
-) -> None:
+def test_other_layers_are_lists_of_the_architecture_that_has_them(dense, ragged, tmp_path):
     layers = api.gguf(ragged.place, tmp_path / "out.gguf", like=dense / "dense.gguf").layers
     read = GGUFReader(tmp_path / "out.gguf")
     fields = {name: field.contents() for name, field in read.fields.items()}
@@ -128,7 +119,7 @@ def test_other_layers_are_lists_of_the_architecture_that_has_them(
             mptk.verify(copy, like=ragged.place, model=dense / "dense.gguf")
 
 
-def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+def test_llama_cpp_computes_what_the_graph_does(dense, ragged, tmp_path):
     """Needs ``.[bench]``, which brings llama.cpp as a library. Its cache is of float32 here; half is its default."""
     xllamacpp = pytest.importorskip("xllamacpp")
     api.gguf(ragged.place, tmp_path / "out.gguf", like=dense / "dense.gguf")
@@ -147,7 +138,7 @@ def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned
         assert each["logprob"] == pytest.approx(float(expected[each["id"]]), abs=1e-4)
 
 
-def test_weights_keep_their_type(dense: Path, tmp_path: Path) -> None:
+def test_weights_keep_their_type(dense, tmp_path):
     mptk.prune(str(dense), tmp_path / "half", widths={"ffn": 32}, tolerance=1.0, dtype="bfloat16", onnx=False, **HOW)
     api.gguf(tmp_path / "half", tmp_path / "half.gguf", like=dense / "dense.gguf")
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "half.gguf").tensors}
@@ -171,21 +162,14 @@ KEEP = FamilyPlan(8, 16, {"": (tuple(range(8)),)})
         ({}, {"v_dim": KEEP}, TargetError, "v_dim"),
     ],
 )
-def test_what_a_file_cannot_hold(
-    dense: Path,
-    ragged: mptk.Pruned,
-    change: dict[str, torch.Tensor],
-    families: dict,
-    kind: type[mptk.MptkError],
-    name: str | None,
-) -> None:
+def test_what_a_file_cannot_hold(dense, ragged, change, families, kind, name):
     weights = Weights(load_file(ragged.place / "model.safetensors") | change)
     pattern = Pattern(dense / "dense.gguf")
     with expect_error(kind, name=name or dense / "dense.gguf"):
         GgufFolder(ragged.place, weights, Plan(families), None, pattern, "auto")
 
 
-def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+def test_the_pattern_is_the_dense_models_file(dense, ragged, tmp_path):
     (tmp_path / "text.gguf").write_text("text")
     toys.write_gguf(testing.make_llama(layers=1, hidden_size=24), testing.make_tokenizer(), tmp_path / "narrow.gguf")
     toys.write_gguf(testing.make_llama(layers=2), testing.make_tokenizer(), tmp_path / "short.gguf")
@@ -195,7 +179,7 @@ def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, 
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_folder_that_was_changed_is_refused(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+def test_a_folder_that_was_changed_is_refused(dense, ragged, tmp_path):
     shutil.copytree(ragged.place, tmp_path / "copy")
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     save_file(weights | {"model.norm.weight": torch.zeros(48)}, tmp_path / "copy" / "model.safetensors")

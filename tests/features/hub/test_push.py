@@ -7,14 +7,11 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from commands import done, refused
 from forks import start_fork, wait_for_code
-from inside import Inside
 
 from mptk.errors import ChangedError, FileError, OutputError
 from mptk.features.hub.push import push_files
@@ -86,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Iterator[Hub]:
+def hub(monkeypatch, inside):
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     inside.bound("huggingface_hub.constants.ENDPOINT", server.url)
@@ -98,7 +95,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     made = tmp_path / "small"
     (made / "onnx").mkdir(parents=True)
     (made / "README.md").write_text(CARD)
@@ -108,7 +105,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_every_file_of_the_folder_is_uploaded(hub: Hub, folder: Path) -> None:
+def test_every_file_of_the_folder_is_uploaded(hub, folder):
     run = done("push", str(folder), "me/small")
     assert "/me/small/commit/" in run.stdout
     assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
@@ -118,7 +115,7 @@ def test_every_file_of_the_folder_is_uploaded(hub: Hub, folder: Path) -> None:
     assert any(path.endswith("/commit/main") for path in hub.asked)
 
 
-def test_a_private_repository_a_branch_and_a_message(hub: Hub, folder: Path) -> None:
+def test_a_private_repository_a_branch_and_a_message(hub, folder):
     push_files(folder, "me/small", private=True, revision="v2", message="cut by a third")
     created = hub.asked["/api/repos/create"]
     assert created.get("private") is True or created.get("visibility") == "private"
@@ -126,7 +123,7 @@ def test_a_private_repository_a_branch_and_a_message(hub: Hub, folder: Path) -> 
     assert hub.summary == "cut by a third"
 
 
-def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub, folder, tmp_path):
     (folder / "config.json").write_text("{ }")
     with expect_error(ChangedError, name="config.json"):
         push_files(folder, "me/small")
@@ -138,7 +135,7 @@ def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub: Hub, folder: Path
     assert not hub.asked
 
 
-def test_a_refusal_names_the_repository(hub: Hub, folder: Path) -> None:
+def test_a_refusal_names_the_repository(hub, folder):
     hub.refuses = "/commit/"
     with expect_error(OutputError, name="me/small"):
         push_files(folder, "me/small")
@@ -152,7 +149,7 @@ def test_a_refusal_names_the_repository(hub: Hub, folder: Path) -> None:
     assert not hub.files
 
 
-def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub, folder: Path) -> None:
+def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub, folder):
     hub.stalls = True
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     sending = start_fork(lambda: push_files(folder, "me/small"))
@@ -166,7 +163,7 @@ def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub
     assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
 
 
-def test_a_dry_run_lists_the_files_and_sends_nothing(hub: Hub, folder: Path) -> None:
+def test_a_dry_run_lists_the_files_and_sends_nothing(hub, folder):
     result = done("push", str(folder), "me/small", "--dry-run")
     assert [line.split()[-1] for line in result.stdout.splitlines()[:-1]] == sorted(
         ["README.md", "config.json", "mptk.json", "onnx/model.onnx"]

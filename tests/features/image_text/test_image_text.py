@@ -6,7 +6,6 @@ It reaches for mptk.tasks: what the loss counts, and whether a trace computes wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from mptk.staged.staged import EXECUTOR
 from mptk.targets.stock import StockTarget
 from mptk.tasks import bind_task
 from mptk.tasks.inputs.chats import has_images
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from passes.analysis.group import analyze_program
 from passes.verify import TOLERANCE, compare_outputs
 
@@ -64,7 +63,7 @@ def write_world(root: Path) -> None:
 
 
 @pytest.fixture
-def world(laboratory: Laboratory) -> Path:
+def world(laboratory):
     """``llava``, ``pictures``, ``chats.jsonl``, and other data, of which ``text`` holds text and a picture."""
     return laboratory.keep("vision/world", write_world)
 
@@ -75,14 +74,14 @@ def settings(world: Path, **more: Any) -> Settings:
 
 
 @pytest.fixture
-def tower(world: Path, laboratory: Laboratory) -> Path:
+def tower(world, laboratory):
     """The model with a smaller vision tower."""
     asked = settings(world, families=("vision_tower",))
     return laboratory.keep("vision/tower", lambda out: mptk.prune(str(world / "llava"), out, asked))
 
 
 @pytest.mark.always
-def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(tower: Path) -> None:
+def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(tower):
     report = mptk.Report.read(tower)
     assert report.task == "image-text-to-text"
     assert report.quality["metric"] == "perplexity"
@@ -97,7 +96,7 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(tower: Path) -> None:
     assert [d.stage for d in mptk.verify(tower)] == stages
 
 
-def test_a_model_of_a_smaller_tower_writes_and_is_measured_as_its_report_says(world: Path, tower: Path) -> None:
+def test_a_model_of_a_smaller_tower_writes_and_is_measured_as_its_report_says(world, tower):
     small = AutoModelForImageTextToText.from_pretrained(tower)
     inputs = AutoProcessor.from_pretrained(tower)(text="<image> a", images=torch.zeros(3, 32, 32), return_tensors="pt")
     assert small.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
@@ -105,7 +104,7 @@ def test_a_model_of_a_smaller_tower_writes_and_is_measured_as_its_report_says(wo
     assert measured["model"] == pytest.approx(mptk.Report.read(tower).quality["pruned"], rel=1e-4)
 
 
-def test_a_run_whose_pictures_have_another_size_than_the_example_s_is_resumed(tmp_path: Path) -> None:
+def test_a_run_whose_pictures_have_another_size_than_the_example_s_is_resumed(tmp_path):
     write_qwen(tmp_path / "qwen")
     write_captions(tmp_path / "pictures", width=48)
     asked = replace(settings(tmp_path, families=("vision_tower",)), resume=True, samples=2, eval_windows=2)
@@ -113,7 +112,7 @@ def test_a_run_whose_pictures_have_another_size_than_the_example_s_is_resumed(tm
         mptk.prune(str(tmp_path / "qwen"), tmp_path / "out", asked, progress=stop_at("write stock"))
     kept = {path.name for path in (tmp_path / "out.run").iterdir()}
     assert {"samples.safetensors", "scores.safetensors"} <= kept
-    stages: list[str] = []
+    stages = []
     mptk.prune(str(tmp_path / "qwen"), tmp_path / "out", asked, progress=lambda stage, *_: stages.append(stage))
     assert "write stock" in stages
     assert not any(stage.startswith("score") for stage in stages)
@@ -123,7 +122,7 @@ def test_a_run_whose_pictures_have_another_size_than_the_example_s_is_resumed(tm
     assert not (tmp_path / "out.run").exists()
 
 
-def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:
+def test_the_loss_is_the_class_s_own_on_the_text(world):
     """Tokens of the image, and those that fill up a short caption, are not counted."""
     loaded = load(str(world / "llava"))
     task = bind_task(loaded)
@@ -141,7 +140,7 @@ def test_the_loss_is_the_class_s_own_on_the_text(world: Path) -> None:
     assert float(loss) == pytest.approx(float(own), rel=1e-5)
 
 
-def test_chats_name_images_in_turns_or_beside_them(world: Path) -> None:
+def test_chats_name_images_in_turns_or_beside_them(world):
     loaded = load(str(world / "llava"))
     found = bind_task(loaded).draw_evaluation(loaded, settings(world, data=str(world / "chats.jsonl"), eval_windows=6))
     pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
@@ -149,7 +148,7 @@ def test_chats_name_images_in_turns_or_beside_them(world: Path) -> None:
     assert torch.equal(found.inputs["pixel_values"], torch.cat([one["pixel_values"] for one in shown]))
 
 
-def test_analyze_lists_the_parts_and_what_they_weigh(world: Path, tmp_path: Path) -> None:
+def test_analyze_lists_the_parts_and_what_they_weigh(world, tmp_path):
     done("analyze", str(world / "llava"), "--json", str(tmp_path / "a.json"), "-q")
     parts = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["parts"]}
     model = llava().model
@@ -163,7 +162,7 @@ def test_analyze_lists_the_parts_and_what_they_weigh(world: Path, tmp_path: Path
     assert {"ffn.2", "q_heads"} <= set(parts["language_model"]["families"])
 
 
-def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
+def test_a_part_stands_for_its_families_that_can_be_cut():
     parts = ImageText().name_parts(llava())
     analysis = analyze_program(trace_loaded(Loaded(llava(), None, "llava", Path()), ImageText(), EXECUTOR))
     legal = StockTarget().find_legal(analysis, llava(), read_alignment("1"))
@@ -180,9 +179,9 @@ def test_a_part_stands_for_its_families_that_can_be_cut() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "idefics3"])
-def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type: str) -> None:
+def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type):
     """Sizes of images are numbers in it; images that could be blank are there; text may have another length."""
-    model: Any = tiny_model(PICTURED, model_type).model
+    model = tiny_model(PICTURED, model_type).model
     task = ImageText()
     loaded = Loaded(model, None, model_type, Path())
     program = trace_loaded(loaded, task, EXECUTOR)
@@ -196,26 +195,22 @@ def test_a_trace_computes_what_the_class_does_at_any_text_length(model_type: str
     assert expected.shape[1] > 19
 
 
-def test_a_cut_is_found_again_in_a_program_without_images() -> None:
-    model: Any = tiny_model(PICTURED, "llava").model
+def test_a_cut_is_found_again_in_a_program_without_images():
+    model = tiny_model(PICTURED, "llava").model
     task, loaded = ImageText(), Loaded(model, None, "llava", Path())
     whole = analyze_program(trace_loaded(loaded, task, EXECUTOR))
     ids = Samples({"input_ids": torch.arange(14).reshape(2, 7) + 20})
     text = analyze_program(trace_as_example(loaded, task, ids))
     family = next(f for f in whole.families if f.name == "ffn.2")
     plan = mptk.Plan(
-        {
-            "ffn.2": mptk.FamilyPlan(
-                30, 40, {g.layer: (tuple(range(i, 30 + i)),) for i, g in enumerate(family.groups)}
-            ),
-        }
+        {"ffn.2": mptk.FamilyPlan(30, 40, {g.layer: (tuple(range(i, 30 + i)),) for i, g in enumerate(family.groups)})}
     )
     found = transfer_cut(resolve_plan(whole, plan), whole, text)
     own = next(f for f in text.families if f.name == "ffn")
     assert [found.list_units(g.axis) for g in own.groups] == [list(range(i, 30 + i)) for i in range(len(own.groups))]
 
 
-def test_text_prunes_the_language_model_and_the_proof_shows_it_images(world: Path, tmp_path: Path) -> None:
+def test_text_prunes_the_language_model_and_the_proof_shows_it_images(world, tmp_path):
     """The tower stays as it is, and the graphs of all parts are written."""
     text = str(world / "text")
     mptk.prune(str(world / "llava"), tmp_path / "out", settings(world, data=text, onnx=True, strict=True))
@@ -245,11 +240,11 @@ def test_text_prunes_the_language_model_and_the_proof_shows_it_images(world: Pat
         ("plain.jsonl", False),
     ],
 )
-def test_data_are_images_if_they_have_captions_or_chats_name_them(world: Path, data: str, found: bool) -> None:
+def test_data_are_images_if_they_have_captions_or_chats_name_them(world, data, found):
     assert has_images(str(world / data)) == found
 
 
-def test_a_run_on_text_goes_on_with_text() -> None:
+def test_a_run_on_text_goes_on_with_text():
     examples = ImageText().make_examples(llava())
     saved = examples[1].to_tensors("training")
     found = Samples.from_tensors(saved, examples, "training")
@@ -260,7 +255,7 @@ def test_a_run_on_text_goes_on_with_text() -> None:
     assert [*again.inputs] == ["input_ids", "pixel_values"]
 
 
-def test_text_reaches_no_tower_and_is_not_mixed_with_images(world: Path) -> None:
+def test_text_reaches_no_tower_and_is_not_mixed_with_images(world):
     model, text = str(world / "llava"), str(world / "text")
     with expect_error(DataError, name="vision_tower"):
         mptk.prune(model, settings=settings(world, data=text, families=("vision_tower",)))
@@ -305,9 +300,7 @@ def _wrong_processor(folder: Path) -> str:
         (_wrong_processor, FileError, "processor_config.json"),
     ],
 )
-def test_wrong_data_is_refused(
-    tmp_path: Path, spoil: Callable[[Path], str], kind: type[mptk.MptkError], about: str
-) -> None:
+def test_wrong_data_is_refused(tmp_path, spoil, kind, about):
     write_llava(tmp_path / "llava")
     write_captions(tmp_path / "pictures")
     data = spoil(tmp_path)
@@ -318,7 +311,7 @@ def test_wrong_data_is_refused(
     assert about in refused.value.name
 
 
-def test_an_encoder_decoder_and_a_decoder_are_other_kinds() -> None:
+def test_an_encoder_decoder_and_a_decoder_are_other_kinds():
     task = ImageText()
     assert task.explain_refusal(LlamaConfig(), {LlamaForCausalLM}) is not None
     assert task.explain_refusal(T5Config(), {T5ForConditionalGeneration}) is not None

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 import transformers as t
 from PIL import Image
-from torch import Tensor
 
 import mptk
 from mptk import Samples, testing
@@ -23,10 +18,9 @@ from mptk.features.kinds.series import read_series
 from mptk.io import load
 from mptk.ort.sessions import OrtGraph
 from mptk.plugins import load_parts
-from mptk.protocols import Task
 from mptk.tasks import bind_task
 from mptk.tasks.inputs.images import Images
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from mptk.testing.kinds import ENCODER, ENCODER_SIZES
 
 CLASSES, SIDE, FRAMES, STEPS, CHANNELS = 5, 32, 4, 32, 3
@@ -40,7 +34,7 @@ NECK = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 12, 16, 2
 PIXELS = {"image_size": SIDE, "patch_size": 8}
 SERIES_SIZES = {"num_input_channels": CHANNELS, "context_length": STEPS, "patch_length": 8, "patch_stride": 8}
 SERIES_SIZES |= {"d_model": 24, "num_attention_heads": 3, "ffn_dim": 40, "num_hidden_layers": 1, "loss": "mse"}
-MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
+MODELS = {
     "token-classification": lambda: t.BertForTokenClassification(t.BertConfig(**TEXT_SIZES, num_labels=CLASSES)),
     "question-answering": lambda: t.BertForQuestionAnswering(t.BertConfig(**TEXT_SIZES)),
     "object-detection": lambda: t.YolosForObjectDetection(
@@ -62,7 +56,7 @@ MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
         t.VideoMAEConfig(**SIZES, **PIXELS, num_frames=FRAMES, tubelet_size=2, num_labels=CLASSES)
     ),
 }
-PROCESSORS: dict[str, Callable[[], Any]] = {
+PROCESSORS = {
     "token-classification": testing.make_tokenizer,
     "question-answering": testing.make_tokenizer,
     "object-detection": lambda: t.YolosImageProcessor(size={"height": SIDE, "width": SIDE}, do_pad=False),
@@ -82,19 +76,12 @@ OUTPUTS = {
 """Task → the outputs of its ONNX graph, if the tests write it."""
 DATA = {"ctc": "sounds", "object-detection": "images", "semantic-segmentation": "images", "depth-estimation": "images"}
 DATA |= {"time-series-prediction": "series", "classification": "frames"}
-SMALL: dict[str, Any] = {
-    "sparsity": 0.2,
-    "tolerance": 0.15,
-    "method": "magnitude",
-    "samples": 2,
-    "length": 12,
-    "align": 2,
-}
+SMALL = {"sparsity": 0.2, "tolerance": 0.15, "method": "magnitude", "samples": 2, "length": 12, "align": 2}
 SMALL |= {"eval_windows": 2, "eval_length": 12, "progress": None}
 
 
 @pytest.fixture(scope="module")
-def files(laboratory: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(laboratory, tmp_path_factory):
     """Series, and frames of videos; the folders of other kinds beside them."""
     root, rng = tmp_path_factory.mktemp("heads"), np.random.default_rng(0)
     for name in ("images", "sounds", "text.txt"):
@@ -110,7 +97,7 @@ def files(laboratory: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> P
     return root
 
 
-def test_a_mask_of_images_without_padding_is_left_out(files: Path, tmp_path: Path) -> None:
+def test_a_mask_of_images_without_padding_is_left_out(files, tmp_path):
     """Processors of detectors mark the pixels that fill up a batch; images of one size have none."""
     backbone = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
     sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 4}
@@ -122,14 +109,14 @@ def test_a_mask_of_images_without_padding_is_left_out(files: Path, tmp_path: Pat
     assert {name: tensor.shape for name, tensor in found.items()} == {"pixel_values": (2, 3, SIDE, SIDE)}
 
 
-def test_finders_of_masks_have_a_task() -> None:
+def test_finders_of_masks_have_a_task():
     assert MASKS.explain_refusal(t.Mask2FormerConfig(), {t.Mask2FormerForUniversalSegmentation}) is None
     assert MASKS.explain_refusal(t.MaskFormerConfig(), {t.MaskFormerForInstanceSegmentation}) is None
     assert MASKS.explain_refusal(t.DetrConfig(), {t.DetrForObjectDetection}) is not None
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_head_is_pruned_from_files_and_keeps_its_class(name: str, files: Path, tmp_path: Path) -> None:
+def test_a_head_is_pruned_from_files_and_keeps_its_class(name, files, tmp_path):
     torch.manual_seed(0)
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "dense")
@@ -152,7 +139,7 @@ def test_a_head_is_pruned_from_files_and_keeps_its_class(name: str, files: Path,
         assert session.get_inputs()[0].shape[1:3] == [FRAMES, 3]
 
 
-def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path: Path) -> None:
+def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path):
     MODELS["time-series-prediction"]().save_pretrained(tmp_path)
     assert bind_task(load(str(tmp_path))).name == "time-series-prediction"
 
@@ -167,7 +154,7 @@ def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path: Path) -> None
         (FORECASTS, (3, 6, 2)),
     ],
 )
-def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tuple[int, ...]) -> None:
+def test_what_counts_is_the_distance_from_the_dense_model(task, shape):
     torch.manual_seed(0)
     dense, other = torch.randn(shape), torch.randn(shape, requires_grad=True)
     samples = Samples({"x": torch.zeros(3, 1)}, dense)
@@ -179,11 +166,11 @@ def test_what_counts_is_the_distance_from_the_dense_model(task: Task, shape: tup
     assert {name: load_parts("tasks")[name].name for name in FEATURE.tasks} == {name: name for name in FEATURE.tasks}
 
 
-def test_figures_are_means_over_positions() -> None:
+def test_figures_are_means_over_positions():
     torch.manual_seed(0)
     logits, reference = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
 
-    def each(figure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    def each(figure):
         pairs = [(logits[:, :, i, j], reference[:, :, i, j]) for i in range(3) for j in range(4)]
         return sum(float(figure(*pair)) for pair in pairs) / 12
 
@@ -194,13 +181,13 @@ def test_figures_are_means_over_positions() -> None:
 
 @pytest.mark.parametrize("text", ["1,2\n3,4", "1,2,3\n4,5,6", "a,b,c\n1,2,3\n4,5", "1,2,x", ""])
 @pytest.mark.filterwarnings("ignore:loadtxt")
-def test_a_wrong_series_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_wrong_series_is_refused(text, tmp_path):
     (tmp_path / "a.csv").write_text(text)
     with expect_error(FileError, name=tmp_path / "a.csv"):
         read_series(tmp_path / "a.csv", 3, 3)
 
 
-def test_a_video_of_too_few_frames_is_refused(files: Path, tmp_path: Path) -> None:
+def test_a_video_of_too_few_frames_is_refused(files, tmp_path):
     MODELS["classification"]().save_pretrained(tmp_path / "dense")
     PROCESSORS["classification"]().save_pretrained(tmp_path / "dense")
     (tmp_path / "frames" / "short").mkdir(parents=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from graph_damage import damaged, rewired
-from inside import Inside
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +24,7 @@ from mptk.api.graphs import export_folder
 from mptk.errors import ModelError
 from mptk.files.outputs import check_file
 from mptk.publish.manifest import write_manifest
-from mptk.testing import MODEL_KINDS, Laboratory, expect_error
+from mptk.testing import MODEL_KINDS, expect_error
 from mptk.testing.kinds import CLASSES, TOKEN_COUNT
 
 ROWS = ["batch_size", "sequence_length"]
@@ -64,7 +63,7 @@ def text_parts(width: int) -> dict[str, Shapes]:
     }
 
 
-NAMES: dict[str, Callable[[int], dict[str, Shapes]]] = {
+NAMES = {
     "encoder": lambda width: {"model.onnx": {**TOKENS, "last_hidden_state": [*ROWS, width]}},
     "text classifier": lambda _: {"model.onnx": {**TOKENS, "logits": ["batch_size", CLASSES]}},
     "masked language model": lambda _: {"model.onnx": {**TOKENS, "logits": [*ROWS, TOKEN_COUNT + 1]}},
@@ -127,11 +126,11 @@ class Pruned:
 
 
 @pytest.fixture(params=list(NAMES))
-def pruned(request: pytest.FixtureRequest, laboratory: Laboratory) -> Pruned:
+def pruned(request, laboratory):
     return Pruned(request.param, laboratory.open_pruned(request.param))
 
 
-def test_names_and_axes_are_optimums(pruned: Pruned) -> None:
+def test_names_and_axes_are_optimums(pruned):
     width = getattr(pruned.stock().config, "d_model", None) or pruned.stock().config.hidden_size
     found = {}
     for file in sorted((pruned.folder / "onnx").glob("*.onnx"), reverse=True):
@@ -145,7 +144,7 @@ def test_names_and_axes_are_optimums(pruned: Pruned) -> None:
 
 
 @torch.no_grad()
-def test_it_computes_what_the_stock_model_does(pruned: Pruned) -> None:
+def test_it_computes_what_the_stock_model_does(pruned):
     """Also for other numbers of samples and tokens than those of the trace; a padded row as without padding."""
     torch.manual_seed(1)
     model, ids, mask = pruned.stock(), torch.randint(3, 61, (3, 9)), torch.ones(3, 9, dtype=torch.long)
@@ -190,13 +189,9 @@ def largest(file: Path) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "file"),
-    [
-        ("encoder", "model.onnx"),
-        ("encoder-decoder", "encoder_model.onnx"),
-        ("speech", "decoder_model_merged.onnx"),
-    ],
+    [("encoder", "model.onnx"), ("encoder-decoder", "encoder_model.onnx"), ("speech", "decoder_model_merged.onnx")],
 )
-def test_a_wrong_weight_fails_the_proof(laboratory: Laboratory, tmp_path: Path, kind: str, file: str) -> None:
+def test_a_wrong_weight_fails_the_proof(laboratory, tmp_path, kind, file):
     folder = shutil.copytree(laboratory.open_pruned(kind), tmp_path / "out")
     damaged(folder / "onnx" / file, largest(folder / "onnx" / file), lambda array: np.roll(array, 1, -1))
     write_manifest(folder)
@@ -205,7 +200,7 @@ def test_a_wrong_weight_fails_the_proof(laboratory: Laboratory, tmp_path: Path, 
 
 
 ALONE = ("shape = Shape({})", "rows = Gather(shape, 0)", "wrong = Equal(rows, 1)", "by = Cast<to=1>(wrong)")
-FLOWS: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
+FLOWS = {
     "an encoder ignores its mask": (
         *("encoder", "model.onnx", "attention_mask"),
         ("nothing = Mul(attention_mask, 0)", "damaged = Add(nothing, 1)"),
@@ -233,9 +228,7 @@ FLOWS: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_a_graph_that_is_right_for_whole_rows_only_fails_the_proof(
-    laboratory: Laboratory, tmp_path: Path, name: str
-) -> None:
+def test_a_graph_that_is_right_for_whole_rows_only_fails_the_proof(laboratory, tmp_path, name):
     kind, file, value, lines, stage = FLOWS[name]
     folder = shutil.copytree(laboratory.open_pruned(kind), tmp_path / "out")
     rewired(folder / "onnx" / file, value, *lines)
@@ -244,9 +237,7 @@ def test_a_graph_that_is_right_for_whole_rows_only_fails_the_proof(
         mptk.verify(folder)
 
 
-def test_a_graph_without_a_mask_is_not_said_to_take_padding(
-    laboratory: Laboratory, tmp_path: Path, inside: Inside
-) -> None:
+def test_a_graph_without_a_mask_is_not_said_to_take_padding(laboratory, tmp_path, inside):
     inside.bound("mptk.tasks.padding.MASK", "no mask")
     out = laboratory.prune("encoder", tmp_path / "out", method="random", data="random", onnx=True)
     stages = [row["stage"] for row in mptk.Report.read(out).proof]
@@ -255,7 +246,7 @@ def test_a_graph_without_a_mask_is_not_said_to_take_padding(
 
 
 @pytest.mark.parametrize("kind", ["speech", "image classifier"])
-def test_each_graph_of_a_kind_is_quantised(laboratory: Laboratory, tmp_path: Path, kind: str) -> None:
+def test_each_graph_of_a_kind_is_quantised(laboratory, tmp_path, kind):
     """The graphs of a scheme have one ending, and int8 and int4 are as near as their bits allow."""
     asked = Settings(quantize=("int8", "int4", "fp16"))
     out = export_folder(str(laboratory.open_model(kind)), tmp_path / "export", asked)
@@ -289,7 +280,7 @@ def random_inputs(session: ort.InferenceSession) -> dict[str, Any]:
     return found
 
 
-def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(laboratory, tmp_path):
     asked = {"method": "random", "data": "random", "onnx": True, "quantize": ("int8",)}
     report = mptk.Report.read(laboratory.prune("speech", tmp_path / "out", **asked))
     assert [row["stage"] for row in report.proof][-3:] == ["int8 weights", "int8 logits", "int8 in use"]
@@ -303,7 +294,7 @@ def test_a_wrong_weight_of_one_quantised_graph_fails_the_proof(laboratory: Labor
         mptk.verify(tmp_path / "out")
 
 
-def test_an_image_model_in_float16_takes_the_processors_own_numbers(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_an_image_model_in_float16_takes_the_processors_own_numbers(laboratory, tmp_path):
     asked = {"method": "random", "data": "random", "onnx": True, "onnx_dtype": "float16"}
     report = mptk.Report.read(laboratory.prune("image classifier", tmp_path / "out", **asked))
     assert report.quality["protocol"].startswith("random inputs")
@@ -312,7 +303,7 @@ def test_an_image_model_in_float16_takes_the_processors_own_numbers(laboratory: 
     assert [value.type for value in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2
 
 
-def test_a_live_model_is_exported(tmp_path: Path) -> None:
+def test_a_live_model_is_exported(tmp_path):
     torch.manual_seed(0)
     model = MODEL_KINDS["encoder"].make().eval()
     mptk.export(model, tmp_path, run="mine")

@@ -5,8 +5,6 @@ It reaches for mptk.methods: a class has no layer that learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,14 +28,14 @@ def make_clip() -> CLIPModel:
     return CLIPModel(config)
 
 
-MODELS: dict[str, Callable[[], Any]] = {
+MODELS = {
     "images packed into one sequence": lambda: tiny_model("image-text-to-text", "qwen2_vl").model,
     "logits and boxes": lambda: tiny_model("object-detection", "yolos").model,
     "embeddings of texts and images": make_clip,
     "starts and ends": lambda: BertForQuestionAnswering(BertConfig(**{**ENCODER, "num_hidden_layers": 1})),
     "images and latents": lambda: AutoencoderKL(**VAE),
 }
-ASKED: dict[str, Any] = {"sparsity": 0.2, "tolerance": 0.15, "align": 1, "samples": 4, "length": 12, "eval_windows": 2}
+ASKED = {"sparsity": 0.2, "tolerance": 0.15, "align": 1, "samples": 4, "length": 12, "eval_windows": 2}
 ASKED |= {"eval_length": 12, "batch": 2, "micro": 2, "onnx": False, "data": "random", "progress": None}
 RECOVERY = {"method": "magnitude", "steps": 2, "teacher": "cached"}
 MASKS = {"method": "maskprune", "steps": 4}
@@ -53,9 +51,7 @@ MASKS = {"method": "maskprune", "steps": 4}
         ("images and latents", "graph", RECOVERY),
     ],
 )
-def test_a_student_is_called_as_its_task_calls_the_class(
-    name: str, target: str, asked: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_student_is_called_as_its_task_calls_the_class(name, target, asked, tmp_path):
     torch.manual_seed(0)
     MODELS[name]().save_pretrained(tmp_path)
     found = mptk.prune(str(tmp_path), target=target, **ASKED, **asked)
@@ -63,7 +59,7 @@ def test_a_student_is_called_as_its_task_calls_the_class(
     assert all(row["ok"] for row in found.report.proof)
 
 
-def test_masks_of_blocks_are_in_the_hidden_states_that_a_model_collects(tmp_path: Path) -> None:
+def test_masks_of_blocks_are_in_the_hidden_states_that_a_model_collects(tmp_path):
     """A projector reads the vision tower's hidden states, which hooks of transformers collect."""
     torch.manual_seed(0)
     tiny_model("image-text-to-text", "aya_vision").model.save_pretrained(tmp_path)
@@ -78,7 +74,7 @@ def test_masks_of_blocks_are_in_the_hidden_states_that_a_model_collects(tmp_path
     assert all(row["ok"] for row in found.report.proof)
 
 
-def test_a_class_whose_decorators_ask_for_hidden_states_is_trained_in_half_precision(tmp_path: Path) -> None:
+def test_a_class_whose_decorators_ask_for_hidden_states_is_trained_in_half_precision(tmp_path):
     """accelerate takes these off ``forward`` when it takes its own off."""
     torch.manual_seed(0)
     tiny_model("semantic-segmentation", "dpt").model.save_pretrained(tmp_path)
@@ -86,13 +82,13 @@ def test_a_class_whose_decorators_ask_for_hidden_states_is_trained_in_half_preci
     assert all(row["ok"] for row in found.report.proof)
 
 
-def test_a_model_without_linear_layers_learns_no_masks() -> None:
-    model: Any = tiny_model("semantic-segmentation", "mobilenet_v2").model
+def test_a_model_without_linear_layers_learns_no_masks():
+    model = tiny_model("semantic-segmentation", "mobilenet_v2").model
     with expect_error(ModelError, name="MobileNetV2ForSemanticSegmentation"):
         adapt(model, rank=2, seed=0)
 
 
-def test_masks_of_heads_that_one_norm_reads_are_those_of_the_cut(tmp_path: Path) -> None:
+def test_masks_of_heads_that_one_norm_reads_are_those_of_the_cut(tmp_path):
     """Queries of 0 attend to all tokens alike, so the heads' outputs are masked, too."""
     torch.manual_seed(0)
     tiny_model("causal-lm", "olmo2").model.save_pretrained(tmp_path)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,18 +33,18 @@ from mptk.methods.maskprune.train import Loop
 from mptk.protocols import RunFolder
 from mptk.publish.manifest import check_manifest, hash_file, write_manifest
 from mptk.tasks import CAUSAL_LM
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
-SHARED: dict[str, Any] = {**TRAINED, "steps": 30, "save_every": 3, "lr": 1e-2, "shared": True}
+SHARED = {**TRAINED, "steps": 30, "save_every": 3, "lr": 1e-2, "shared": True}
 OWN = ("o_proj", "down_proj")
 """What reconstruction fits to a size."""
 
 
 @pytest.fixture
-def shared(llama: str, text: str, laboratory: Laboratory) -> list[Pruned]:
+def shared(llama, text, laboratory):
     """The largest model's folder with its rungs, and the folders of the smaller ones that the call gave."""
 
-    def make(root: Path) -> None:
+    def make(root):
         for each in mptk.ladder(llama, root / "m", SIZES, data=text, **SHARED)[1:]:
             shutil.copytree(each.place, root / f"{each.report.settings.sparsity:g}")
 
@@ -60,9 +59,7 @@ def metrics(place: Path) -> list[dict[str, float]]:
 # ---- what it makes ----
 
 
-def test_the_folder_is_the_largest_model_and_each_smaller_one_is_made_of_it(
-    shared: list[Pruned], tmp_path: Path
-) -> None:
+def test_the_folder_is_the_largest_model_and_each_smaller_one_is_made_of_it(shared, tmp_path):
     largest, *smaller = shared
     place = largest.place
     assert sorted(path.name for path in (place / "rungs").iterdir()) == ["0.4", "0.6"]
@@ -84,7 +81,7 @@ def test_the_folder_is_the_largest_model_and_each_smaller_one_is_made_of_it(
         assert not (kept / "tokenizer.json").exists(), "it is as the largest model's"
 
 
-def test_all_weights_but_the_fitted_ones_are_slices_of_the_largest_models(shared: list[Pruned]) -> None:
+def test_all_weights_but_the_fitted_ones_are_slices_of_the_largest_models(shared):
     first, *others = (load_file(each.place / "model.safetensors") for each in shared)
     for size, weights in zip(SIZES[1:], others, strict=True):
         stored = load_file(shared[0].place / "rungs" / f"{size}" / "model.safetensors.part")
@@ -99,7 +96,7 @@ def test_all_weights_but_the_fitted_ones_are_slices_of_the_largest_models(shared
             assert torch.equal(first[name][torch.meshgrid(*every, indexing="ij")], weights[name]), name
 
 
-def test_training_makes_every_size_better(shared: list[Pruned], llama: str, text: str, tmp_path: Path) -> None:
+def test_training_makes_every_size_better(shared, llama, text, tmp_path):
     untrained = mptk.ladder(llama, tmp_path / "m", SIZES, data=text, **{**SHARED, "steps": 0})
     for before, after in zip(untrained, shared, strict=True):
         assert before.plan.digest == after.plan.digest
@@ -112,27 +109,23 @@ def test_training_makes_every_size_better(shared: list[Pruned], llama: str, text
     assert watched == shared[2].report.recovery
 
 
-def test_what_is_published_is_what_was_trained(shared: list[Pruned]) -> None:
+def test_what_is_published_is_what_was_trained(shared):
     """The proof compares each written folder with the outputs that its size had in training."""
     for each in shared:
         assert [row["ok"] for row in each.report.proof if row["stage"] == "trained model"] == [True]
 
 
 @pytest.mark.parametrize(
-    "more",
-    [
-        {"hidden_loss": 1.0, "dtype": "bfloat16", "max_shard_size": 30_000},
-        {"steps": 0, "reconstruct": False},
-    ],
+    "more", [{"hidden_loss": 1.0, "dtype": "bfloat16", "max_shard_size": 30_000}, {"steps": 0, "reconstruct": False}]
 )
-def test_it_goes_with_other_settings(llama: str, text: str, tmp_path: Path, more: dict[str, Any]) -> None:
+def test_it_goes_with_other_settings(llama, text, tmp_path, more):
     found = mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, "steps": 4, **more})
     assert all(stage.ok for stage in mptk.verify(found[-1].place))
     if "reconstruct" in more:
         assert all("@" in name for name in load_file(tmp_path / "m/rungs/0.4/model.safetensors.part"))
 
 
-def test_experts(text: str, tmp_path: Path) -> None:
+def test_experts(text, tmp_path):
     config = MixtralConfig(
         hidden_size=24,
         intermediate_size=80,
@@ -152,7 +145,7 @@ def test_experts(text: str, tmp_path: Path) -> None:
     assert all(stage.ok for stage in mptk.verify(found[-1].place))
 
 
-def test_a_module_of_ones_own(tmp_path: Path) -> None:
+def test_a_module_of_ones_own(tmp_path):
     net, x = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.ReLU(), torch.nn.Linear(20, 4)), torch.randn(8, 6)
     asked = {"example_inputs": x, "onnx": False, "progress": None, "reconstruct": True, "shared": True}
     found = mptk.ladder(net, tmp_path / "m", [0.2, 0.5], **asked)
@@ -164,10 +157,10 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
 # ---- stopped and resumed ----
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(llama: str, text: str, shared: list[Pruned], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_weights(llama, text, shared, tmp_path):
     """Stopped during training, and again after the largest model was proven."""
     out = tmp_path / "m"
-    stops: list[list[Any]] = [[("recovery", 5)], ["prove", "write stock"]]
+    stops = [[("recovery", 5)], ["prove", "write stock"]]
     for count, stop in enumerate(stops):
         with pytest.raises(Stopped):
             mptk.ladder(llama, out, SIZES, data=text, resume=bool(count), **{**SHARED, "progress": stop_at(*stop)})
@@ -181,7 +174,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(llama: str, text: str, shared
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_its_recipe_repeats_it(shared: list[Pruned], tmp_path: Path) -> None:
+def test_its_recipe_repeats_it(shared, tmp_path):
     place = shared[0].place
     done("prune", "--config", place / "run.yaml", "--out", tmp_path / "again")
     assert digest_folders([tmp_path / "again"]) == digest_folders([place])
@@ -194,7 +187,7 @@ def test_its_recipe_repeats_it(shared: list[Pruned], tmp_path: Path) -> None:
 # ---- on the command line ----
 
 
-def test_the_commands(llama: str, text: str, tmp_path: Path) -> None:
+def test_the_commands(llama, text, tmp_path):
     place, small = str(tmp_path / "m"), str(tmp_path / "small")
     base = ["prune", llama, *OPTIONS, "--data", text, "--out", place, "--shared"]
     said = done(*base, "--ladder", "20%,0.4", "--steps", 2, "--batch", 2).output
@@ -228,15 +221,13 @@ def test_the_commands(llama: str, text: str, tmp_path: Path) -> None:
         ({"families": ("hidden", "ffn"), "tolerance": 0.2}, "shared"),
     ],
 )
-def test_what_cannot_share_is_refused_before_any_work(
-    llama: str, text: str, tmp_path: Path, more: dict[str, Any], name: str
-) -> None:
+def test_what_cannot_share_is_refused_before_any_work(llama, text, tmp_path, more, name):
     with expect_error(InputError, name=name):
         mptk.ladder(llama, tmp_path / "m", TWO, data=text, **{**SHARED, **more, "progress": stop_at("score (wanda)")})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_size_shares_with_nobody(llama: str, text: str, tmp_path: Path, shared: list[Pruned]) -> None:
+def test_one_size_shares_with_nobody(llama, text, tmp_path, shared):
     with expect_error(InputError):
         mptk.prune(llama, tmp_path / "m", data=text, **{**ASKED, "shared": True})
     more = {name: ASKED[name] for name in ("length", "onnx", "eval_length", "eval_windows", "progress")}
@@ -245,7 +236,7 @@ def test_one_size_shares_with_nobody(llama: str, text: str, tmp_path: Path, shar
     assert not found.report.settings.shared
 
 
-def test_a_size_that_is_not_there_and_folders_that_changed(shared: list[Pruned], tmp_path: Path) -> None:
+def test_a_size_that_is_not_there_and_folders_that_changed(shared, tmp_path):
     place = tmp_path / "m"
     shutil.copytree(shared[0].place, place)
     with expect_error(InputError, name="size", nearest=["0.4", "0.6"]):
@@ -271,20 +262,20 @@ def test_a_size_that_is_not_there_and_folders_that_changed(shared: list[Pruned],
 
 
 @pytest.mark.parametrize("use", [mptk.verify, mptk.evaluate])
-def test_a_size_that_is_not_written_yet_says_how(shared: list[Pruned], use: Callable[[Path], object]) -> None:
+def test_a_size_that_is_not_written_yet_says_how(shared, use):
     place = shared[0].place
     with expect_error(FileError, name=place / "rungs" / "0.4"):
         use(place / "rungs" / "0.4")
 
 
-def test_sizes_are_listed_by_number_the_largest_model_first(tmp_path: Path) -> None:
+def test_sizes_are_listed_by_number_the_largest_model_first(tmp_path):
     for name in ("0.5", "0.35", "0.123", "0.4", "1e-05", "mine"):
         (tmp_path / "rungs" / name).mkdir(parents=True)
         (tmp_path / "rungs" / name / "mptk.json").touch()
     assert list_rung_sizes(tmp_path) == ["1e-05", "0.123", "0.35", "0.4", "0.5", "mine"]
 
 
-def test_names_in_a_manifest_lead_nowhere(shared: list[Pruned], tmp_path: Path) -> None:
+def test_names_in_a_manifest_lead_nowhere(shared, tmp_path):
     place, secret = tmp_path / "m", tmp_path / "secret"
     shutil.copytree(shared[0].place, place)
     secret.write_text("secret")
@@ -328,14 +319,10 @@ class Takes(torch.nn.Module):
 
 def places_of(rows: int) -> dict[str, list[torch.Tensor]]:
     kept = torch.arange(rows)
-    return {
-        "first.weight": [kept, torch.arange(4)],
-        "first.bias": [kept],
-        "second.weight": [torch.arange(3), kept],
-    }
+    return {"first.weight": [kept, torch.arange(4)], "first.bias": [kept], "second.weight": [torch.arange(3), kept]}
 
 
-def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_the_largest(tmp_path: Path) -> None:
+def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_the_largest(tmp_path):
     together = Together([(linear(6), places_of(6)), (linear(5), places_of(5)), (linear(4, 2.0), places_of(4))])
     assert [sorted(own) for own in together.own[1:]] == [[], ["second.weight"]]
     assert [tuple(p.shape) for n, p in together.named_parameters() if p.requires_grad and "2." in n] == [(3, 4)]
@@ -377,7 +364,7 @@ def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_
 # ---- parts of files ----
 
 
-def test_a_file_is_restored_bit_for_bit_and_a_damaged_part_is_refused(tmp_path: Path) -> None:
+def test_a_file_is_restored_bit_for_bit_and_a_damaged_part_is_refused(tmp_path):
     wide = {
         "a": torch.randn(5, 7),
         "b": torch.randn(3),

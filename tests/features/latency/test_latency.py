@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from mptk.features.latency.predict import Latency, find_parts
 from mptk.io import Loaded
 from mptk.protocols import Analysed, Prepared
 from mptk.tasks import CAUSAL_LM
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from passes.targets import legalize
 
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
@@ -53,7 +52,7 @@ SETTINGS = mptk.Settings(
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model():
     with torch.device("meta"):
         return LlamaForCausalLM(llama_config())
 
@@ -64,7 +63,7 @@ def analysis(model):
 
 
 @pytest.fixture
-def machine(set_cache, made_up_times, tmp_path) -> Path:
+def machine(set_cache, made_up_times, tmp_path):
     """A machine whose operators take made-up times, and its empty cache folder."""
     set_cache(tmp_path / "cache")
     return tmp_path / "cache"
@@ -76,7 +75,7 @@ def machine(set_cache, made_up_times, tmp_path) -> Path:
 @pytest.mark.parametrize(("objective", "tokens", "past"), [("decode", 1, 512), ("prefill", 512, 0)])
 @pytest.mark.parametrize("widths", [{}, {"ffn": 44}, {"kv_groups": 2, "q_heads": 1, "ffn": 24}, {"ffn": 30.5}])
 def test_latency_is_the_sum_over_the_operators_of_a_model_of_these_widths(analysis, objective, tokens, past, widths):
-    full: dict[str, float] = {"kv_groups": GROUPS, "q_heads": SHARED, "ffn": FFN, **widths}
+    full = {"kv_groups": GROUPS, "q_heads": SHARED, "ffn": FFN, **widths}
     groups, heads, ffn = full["kv_groups"], full["kv_groups"] * full["q_heads"], full["ffn"]
     products = [(HIDDEN, heads * DIM), (HIDDEN, groups * DIM), (HIDDEN, groups * DIM), (heads * DIM, HIDDEN)]
     products += [(HIDDEN, ffn), (HIDDEN, ffn), (ffn, HIDDEN)]
@@ -88,7 +87,7 @@ def test_latency_is_the_sum_over_the_operators_of_a_model_of_these_widths(analys
 
 
 def test_what_is_no_product_counts_by_its_elements(analysis):
-    def elementwise(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+    def elementwise(operators):
         return {o: 0.5 + 2 * o.sizes[0] if o.kind == ELEMENTWISE else 0.0 for o in operators}
 
     latency = Latency(analysis, LADDERS, "decode", elementwise)
@@ -105,9 +104,9 @@ def test_between_measured_widths_it_is_linear_and_outside_as_at_the_ends():
 
 
 def test_a_long_ladder_is_timed_at_few_widths_with_both_ends(analysis):
-    asked: list[Operator] = []
+    asked = []
 
-    def remember(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+    def remember(operators):
         asked.extend(operators)
         return times(operators)
 
@@ -139,13 +138,13 @@ def test_the_products_of_a_quantised_graph_are_those_of_its_file(scheme, tmp_pat
 
 
 def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
-    asked: list[list[Operator]] = []
+    asked = []
 
-    def sweep(found: Sequence[Operator], threads: int, progress: Callable[..., None]) -> Mapping[Operator, float]:
+    def sweep(found, threads, progress):
         asked.append(list(found))
         return {o: threads + float(o.sizes[0]) for o in found}
 
-    def ask(found: Sequence[Operator], threads: int) -> dict[Operator, float]:
+    def ask(found, threads):
         return find_operator_times(found, threads, lambda *_: None, sweep)
 
     small, large = Operator(ELEMENTWISE, (1,)), Operator(ELEMENTWISE, (99,))
@@ -160,7 +159,7 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
 def test_times_that_are_damaged_or_cannot_be_kept_are_measured_and_said(machine, set_cache):
     one, said = Operator(MATMUL, (1, 2, 3)), []
 
-    def ask() -> dict[Operator, float]:
+    def ask():
         return find_operator_times([one], 1, lambda stage, *_: said.append(stage), lambda *_: {one: 7.0})
 
     ask()
@@ -190,7 +189,7 @@ def test_every_kind_of_operator_runs(inside):
     found += [Operator(BLOCK_MATMUL, (rows, 72, 7, bits, 32)) for rows in (1, 5) for bits in (4, 8)]
     found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
     found += [Operator(ELEMENTWISE, (11,))]
-    said: list[str] = []
+    said = []
     result = time_operators(found, 1, lambda stage, *_: said.append(stage))
     assert said[0].startswith(f"time {len(found)} operators ("), "how many, and for how long, before the first"
     assert list(result) == found
@@ -201,7 +200,7 @@ def test_every_kind_of_operator_runs(inside):
 
 
 def test_a_width_that_a_wider_one_beats_is_not_proposed(analysis):
-    def uneven(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+    def uneven(operators):
         return {o: milliseconds(o) + (40 in o.sizes and o.kind == MATMUL) for o in operators}
 
     ladders = {"ffn": (8, 24, 40, 56, 64, 80)}
@@ -219,7 +218,7 @@ def test_shares_fall_between_those_of_the_neighbouring_widths(analysis):
 
 
 @pytest.mark.parametrize("method", ["random", "maskprune"])
-def test_prune_removes_the_asked_share_of_the_predicted_latency(laboratory: Laboratory, machine, tmp_path, method):
+def test_prune_removes_the_asked_share_of_the_predicted_latency(laboratory, machine, tmp_path, method):
     learning = replace(SETTINGS.learning, steps=4 if method == "maskprune" else 0, rank=2)
     report = mptk.prune(
         str(laboratory.open_model()), tmp_path / "out", replace(SETTINGS, method=method, learning=learning)

@@ -38,7 +38,7 @@ def layer_of(kind: str | PreTrainedConfig) -> Layer:
     return choose_layer(analysis, find_target("graph").find_legal(analysis, model, Alignment(1)))
 
 
-def test_units_go_from_what_makes_them_to_what_sums_over_them() -> None:
+def test_units_go_from_what_makes_them_to_what_sums_over_them():
     graph = build_flow(layer_of(ROTARY))
     how = {(one, other): data["how"] for one, other, data in graph.edges(data=True)}
     assert how[("module", "mlp.up_proj"), ("family", "ffn")] == MAKES
@@ -48,7 +48,7 @@ def test_units_go_from_what_makes_them_to_what_sums_over_them() -> None:
     assert how[("module", "mlp.down_proj"), (AFTER, "hidden")] == MAKES
 
 
-def test_rows_follow_the_units() -> None:
+def test_rows_follow_the_units():
     rows = [{name for _, name in row} for row in order_rows(build_flow(layer_of(ROTARY)))]
     assert rows[0] == {"hidden"}
     assert {"mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"} <= rows[1]
@@ -57,13 +57,13 @@ def test_rows_follow_the_units() -> None:
     assert rows[4] == {"hidden"}
 
 
-def test_experts_are_one_module() -> None:
+def test_experts_are_one_module():
     modules = {edge.module for edge in layer_of(EXPERTS).edges}
     assert any("experts" in name for name in modules)
     assert not any(part.isdecimal() for name in modules for part in name.split("."))
 
 
-def test_labels_tell_modules_apart() -> None:
+def test_labels_tell_modules_apart():
     names = ["attention.output.dense", "output.dense", "attention.self.query"]
     assert shorten_labels(names) == {
         "attention.output.dense": "attention.output.dense",
@@ -74,7 +74,7 @@ def test_labels_tell_modules_apart() -> None:
 
 
 @pytest.mark.parametrize("kind", [ROTARY, "learned positions, fused qkv", "learned positions, biases"])
-def test_a_layer_of_any_kind_is_drawn(kind: str) -> None:
+def test_a_layer_of_any_kind_is_drawn(kind):
     layer = layer_of(kind)
     drawn = draw_coupling_chart(layer).text
     assert drawn.startswith("<svg")
@@ -82,7 +82,7 @@ def test_a_layer_of_any_kind_is_drawn(kind: str) -> None:
         assert family.split("_")[0] in drawn
 
 
-def test_no_name_becomes_markup() -> None:
+def test_no_name_becomes_markup():
     model = tiny_decoder(ROTARY)
     analysis = mptk.analyze(model)
     legal = find_target("stock").find_legal(analysis, model, Alignment(1))

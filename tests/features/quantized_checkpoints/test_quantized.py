@@ -152,7 +152,7 @@ PACKED = {
     "weights": {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP},
 }
 ORDER = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
-CASES: dict[str, tuple[dict[str, Any], Callable[[], Callable[[Tensor], Quantised]]]] = {
+CASES = {
     "gptq, 4 bits": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP}, lambda: gptq(4, 1)),
     "gptq, 3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": GROUP}, lambda: gptq(3, 1)),
     "gptq, 8 bits, act order": ({"quant_method": "gptq", "bits": 8, "group_size": GROUP}, lambda: gptq(8, 1, ORDER)),
@@ -194,7 +194,7 @@ def write(folder: Path, settings: Mapping[str, Any], store: Callable[[Tensor], Q
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_floats_that_a_quantised_checkpoint_stands_for(case: str, tmp_path: Path) -> None:
+def test_the_floats_that_a_quantised_checkpoint_stands_for(case, tmp_path):
     settings, store = CASES[case]
     meant = write(tmp_path / "q", settings, store())
     loaded = models.load(str(tmp_path / "q"))
@@ -204,7 +204,7 @@ def test_the_floats_that_a_quantised_checkpoint_stands_for(case: str, tmp_path: 
     assert not hasattr(loaded.model.config, "quantization_config")
 
 
-def test_experts_in_mxfp4(tmp_path: Path) -> None:
+def test_experts_in_mxfp4(tmp_path):
     """A number is one of 16 (E2M1), 32 of them in a row share a power of two (E8M0), and the first is in the low bits."""
     config = transformers.GptOssConfig(
         hidden_size=64,
@@ -239,7 +239,7 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
         assert torch.equal(found[name], weight), name
 
 
-def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:
+def test_pruned_to_a_float_model_with_a_note(tmp_path):
     settings, store = CASES["gptq, 4 bits"]
     write(tmp_path / "q", settings, store())
     text = tmp_path / "text.txt"
@@ -251,14 +251,14 @@ def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:
     assert mptk.verify(tmp_path / "out")
 
 
-def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused_by_name(tmp_path):
     write(tmp_path / "q", {"quant_method": "hqq"}, by_row)
     with expect_error(ModelError, name=tmp_path / "q"):
         models.load(str(tmp_path / "q"))
 
 
-def test_a_damaged_matrix_is_named(tmp_path: Path) -> None:
-    def short(weight: Tensor) -> Quantised:
+def test_a_damaged_matrix_is_named(tmp_path):
+    def short(weight):
         tensors, meant = gptq(4, 1)(weight)
         return {**tensors, "scales": tensors["scales"][:, :-8]}, meant
 
@@ -268,7 +268,7 @@ def test_a_damaged_matrix_is_named(tmp_path: Path) -> None:
     assert refused.value.name.startswith("model.layers.0.")
 
 
-def test_the_floats_are_made_once_and_again_if_a_file_changes(tmp_path: Path) -> None:
+def test_the_floats_are_made_once_and_again_if_a_file_changes(tmp_path):
     settings, store = CASES["bitsandbytes, 8 bits"]
     write(tmp_path / "q", settings, store())
     first = models.load(str(tmp_path / "q")).path

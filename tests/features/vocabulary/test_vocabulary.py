@@ -28,7 +28,7 @@ from mptk.features.vocabulary.convert import Tokens
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
 from mptk.targets.stock import check_same_reading
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from mptk.testing.kinds import CLASSES, ENCODER, TOKEN_COUNT
 
 WORDS = "the quick brown fox jumps "
@@ -53,7 +53,7 @@ def write_dense(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense(laboratory: Laboratory) -> Path:
+def dense(laboratory):
     """A decoder whose head is not its embedding, and the texts."""
     return laboratory.keep("vocabulary/dense", write_dense) / "dense"
 
@@ -64,7 +64,7 @@ def prune_dense(dense: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pruned(dense: Path, laboratory: Laboratory) -> Path:
+def pruned(dense, laboratory):
     """The decoder with the tokens of a text, and 30 % of its blocks removed, with ONNX."""
     return laboratory.keep("vocabulary/pruned", lambda out: prune_dense(dense, out))
 
@@ -158,7 +158,7 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
     assert len(twice.tokenizer) == len(again.tokenizer)
 
 
-def test_encoder_decoders_lose_rows_too(laboratory: Laboratory):
+def test_encoder_decoders_lose_rows_too(laboratory):
     folder = laboratory.open_model("encoder-decoder")
     whole, result = AutoModelForSeq2SeqLM.from_pretrained(folder), mptk.prune(str(folder), **ALONE)
     kept = list(tokens_of(result.plan))
@@ -180,7 +180,7 @@ def test_masked_models_lose_rows_too():
     assert torch.allclose(logits(result.model, ids), there, atol=1e-5)
 
 
-def test_classifiers_keep_their_outputs(laboratory: Laboratory):
+def test_classifiers_keep_their_outputs(laboratory):
     result = mptk.prune(str(laboratory.open_model("text classifier")), **ALONE)
     assert result.model.get_input_embeddings().weight.shape[0] == len(result.tokenizer) < TOKEN_COUNT
     assert result.model.config.num_labels == CLASSES

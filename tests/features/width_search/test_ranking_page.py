@@ -13,7 +13,7 @@ from mptk.features.width_search.page import render_shapes_page
 from mptk.features.width_search.shapes import WORST, Rung, Shape, Shapes
 
 
-def test_a_page_about_shapes_has_a_row_a_shape_and_no_markup_of_others() -> None:
+def test_a_page_about_shapes_has_a_row_a_shape_and_no_markup_of_others():
     widths = {"ffn": 24, HOSTILE: 2}
     first = Shape(widths, 0.3, 7e6, 12.5, 6.0, 5.0, (Rung(64, 4.5), Rung(192, 4.25)))
     second = replace(first, latency_ms=11.0, reconstructed=4.8, rungs=(Rung(64, 4.75),))

@@ -11,13 +11,13 @@ SEARCH = Settings(
 )
 
 
-def test_a_search_has_more_minutes_by_default() -> None:
+def test_a_search_has_more_minutes_by_default():
     assert SEARCH.default_minutes == SEARCH_MINUTES
     (minutes,) = [each for each in Settings.declared if each.name == "minutes"]
     assert f"({SEARCH_MINUTES} with --search)" in minutes.setting.help
 
 
-def test_a_search_gets_a_third_of_the_tokens_of_training() -> None:
+def test_a_search_gets_a_third_of_the_tokens_of_training():
     assert SearchStage().choose_numbers(SEARCH, 90 * 2 * 32) == {"search_tokens": 1920}
     assert SearchStage().choose_numbers(SEARCH, 5 * 2 * 32) == {"search_tokens": 384}, (
         "masks for two steps, recovery one"

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from mptk.errors import DataError, FileError, InputError, OutputError
 from mptk.features.width_search.search import choose_finalists, plan_search_rungs
 from mptk.features.width_search.shapes import Rung, Shape, Shapes, rank_shapes
 from mptk.reading import make_typed
-from mptk.testing import MODEL_KINDS, WORDS, Laboratory, expect_error
+from mptk.testing import MODEL_KINDS, WORDS, expect_error
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -43,21 +41,21 @@ DENSE = {"kv_groups": 3, "q_heads": 2, "ffn": 80, "layers": 3}
 
 
 @pytest.fixture(scope="module")
-def llama(laboratory: Laboratory) -> str:
+def llama(laboratory):
     return str(laboratory.open_model())
 
 
 @pytest.fixture(scope="module")
-def settings(laboratory: Laboratory) -> mptk.Settings:
+def settings(laboratory):
     said = " ".join(random.Random(0).choices(WORDS, k=6000))
     return replace(SETTINGS, data=str(laboratory.keep("width-search/text.txt", lambda file: file.write_text(said))))
 
 
 @pytest.fixture
-def trained(llama: str, settings: mptk.Settings, laboratory: Laboratory) -> Shapes:
+def trained(llama, settings, laboratory):
     """An unbroken search."""
 
-    def search(file: Path) -> None:
+    def search(file):
         found = mptk.shapes(llama, settings=settings, progress=None, **TRAINED)
         file.write_text(json.dumps(found.to_json()))
 
@@ -71,7 +69,7 @@ def shape(loss: float, *after: float, parameters: float = 100.0, **widths: int) 
 # ---- what is tried and measured ----
 
 
-def test_every_combination_is_tried_and_blocks_are_among_them(trained: Shapes) -> None:
+def test_every_combination_is_tried_and_blocks_are_among_them(trained):
     tried = [tuple(shape.widths[name] for name in ("kv_groups", "q_heads", "layers")) for shape in trained.shapes]
     assert len(set(tried)) == len(tried) == 7
     assert {shape.widths["layers"] for shape in trained.shapes} == {2, 3}
@@ -79,7 +77,7 @@ def test_every_combination_is_tried_and_blocks_are_among_them(trained: Shapes) -
 
 
 @pytest.mark.always
-def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, settings: mptk.Settings) -> None:
+def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama, settings):
     """Masked, and fitted: a block less and fewer channels, on the samples that nothing was fitted to."""
     ids, asked = torch.randint(2, 97, (13, 32)), replace(settings, sparsity=0.5)
     found = mptk.shapes(llama, settings=asked, data=ids, keep=("kv_groups", "q_heads"), progress=None)
@@ -105,9 +103,7 @@ def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, set
     ],
     ids=["more text than for calibration", "training holds out more"],
 )
-def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
-    llama: str, searching: dict[str, int], training: dict[str, int]
-) -> None:
+def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(llama, searching, training):
     given = {"data": "self", "search": True, "search_shapes": 2, "eval_windows": 1, "progress": None, **searching}
     found = mptk.prune(llama, settings=SETTINGS, **given, **training)
     ranked = mptk.shapes(llama, settings=SETTINGS, **{k: v for k, v in given.items() if k != "search"})
@@ -115,9 +111,7 @@ def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
 
 
 @pytest.mark.usefixtures("made_up_times")
-def test_a_latency_is_a_budget_too(
-    llama: str, settings: mptk.Settings, tmp_path: Path, set_cache: Callable[[object], None]
-) -> None:
+def test_a_latency_is_a_budget_too(llama, settings, tmp_path, set_cache):
     set_cache(tmp_path / "cache")
     asked = {"budget": "latency", "sparsity": 0.3, "tolerance": 0.1, "search_shapes": 2}
     found = mptk.shapes(llama, settings=settings, progress=None, **asked)
@@ -133,7 +127,7 @@ def test_a_latency_is_a_budget_too(
 # ---- halving ----
 
 
-def test_tokens_are_halved_over_rungs() -> None:
+def test_tokens_are_halved_over_rungs():
     settings = mptk.Settings(method="wanda", search=True, search_tokens=100_000, search_finalists=6, length=32)
     found = plan_search_rungs(settings, 64)
     assert [count for count, _ in found] == [6, 3, 2]
@@ -147,7 +141,7 @@ def test_tokens_are_halved_over_rungs() -> None:
         plan_search_rungs(replace(settings, method="maskprune", search_tokens=15359), 64)
 
 
-def test_finalists_are_good_and_unlike_each_other() -> None:
+def test_finalists_are_good_and_unlike_each_other():
     shapes = [
         shape(1.0, ffn=40),
         shape(1.1, ffn=48),
@@ -159,7 +153,7 @@ def test_finalists_are_good_and_unlike_each_other() -> None:
     assert choose_finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
 
 
-def test_the_better_half_goes_on_and_the_best_of_it_wins(trained: Shapes) -> None:
+def test_the_better_half_goes_on_and_the_best_of_it_wins(trained):
     first, second, *others = trained.shapes
     assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
     assert first.loss <= second.loss
@@ -173,9 +167,7 @@ def spent(shape: Shape) -> list[tuple[int, Rung]]:
     return list(zip([0, *(rung.tokens for rung in shape.rungs)], shape.rungs, strict=False))
 
 
-def test_a_killed_search_loses_one_rung_of_one_shape(
-    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path
-) -> None:
+def test_a_killed_search_loses_one_rung_of_one_shape(llama, settings, trained, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=stop_at(("train shapes", 4)), **TRAINED)
@@ -197,7 +189,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
 # ---- what is said ----
 
 
-def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
+def test_the_front_compares_a_shape_with_those_that_went_as_far():
     worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
     cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
     found = Shapes("m", "", "perplexity", shape(0.1), rank_shapes([worse, better, cheap, costly]))
@@ -206,9 +198,7 @@ def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
     assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
 
 
-def test_the_command_prints_a_table_and_what_prunes_to_the_best(
-    llama: str, settings: mptk.Settings, tmp_path: Path, go_to: Callable[[object], None]
-) -> None:
+def test_the_command_prints_a_table_and_what_prunes_to_the_best(llama, settings, tmp_path, go_to):
     go_to(tmp_path)
     typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --align 8 --keep q_heads"
     run = done("shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q")
@@ -235,9 +225,7 @@ def report_width(report: mptk.Report, name: str) -> int:
     return int(report.families[name]["width"]) if name in report.families else DENSE[name]
 
 
-def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(
-    llama: str, settings: mptk.Settings, tmp_path: Path
-) -> None:
+def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(llama, settings, tmp_path):
     folder, page = tmp_path / "small", tmp_path / "page.html"
     short = {"search_shapes": 3, "distil_epochs": 1, "eval_windows": 1}
     found = mptk.prune(llama, folder, settings=settings, search=True, progress=None, **short)
@@ -257,7 +245,7 @@ def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(
         mptk.Report.read(folder)
 
 
-def test_the_nearest_legal_cut_is_noted(llama: str, settings: mptk.Settings) -> None:
+def test_the_nearest_legal_cut_is_noted(llama, settings):
     more = {"families": ("ffn",), "reconstruct": False, "tolerance": 0.01, "eval_windows": 1, "progress": None}
     off = mptk.prune(llama, settings=settings, sparsity=0.3, **more).report
     assert off.sparsity == pytest.approx(0.286, abs=1e-3)
@@ -267,7 +255,7 @@ def test_the_nearest_legal_cut_is_noted(llama: str, settings: mptk.Settings) -> 
     assert not any(note.startswith("no legal cut") for note in exact.notes)
 
 
-def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.Settings) -> None:
+def test_maskprune_searches_by_short_runs_of_itself(llama, settings):
     asked = {"method": "maskprune", "steps": 3, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
     asked |= {"search_finalists": 2, "search_tokens": 2 * 3 * 64}
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
@@ -280,7 +268,7 @@ def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.S
 # ---- what is refused ----
 
 
-def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.Settings, tmp_path: Path) -> None:
+def test_a_search_with_nothing_to_choose_is_refused(llama, settings, tmp_path):
     with expect_error(InputError, name="search"):
         replace(settings, search=True, plan=str(tmp_path / "plan.json"))
     with expect_error(InputError, name="search"):

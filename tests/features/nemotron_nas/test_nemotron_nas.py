@@ -13,22 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import done as run_command
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import mptk
 from mptk import ProofError, testing
@@ -42,6 +27,7 @@ from mptk.testing import expect_error
 
 TARGET = "nemotron-nas"
 HOW = {"samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24, "data": "random"}
+FREE = {"method": "magnitude", "target": TARGET, "layers": "free", "sparsity": 0.3, "onnx": False, **HOW}
 SIZES = {
     **{"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
     **{"intermediate_size": 1024, "vocab_size": 300, "max_position_embeddings": 70, "num_hidden_layers": 2},
@@ -92,8 +78,7 @@ def test_it_is_saved_loaded_and_generates_with_a_cache_as_without(name, tmp_path
 
 def test_equal_blocks_are_llama():
     model = model_of(BLOCKS["equal"])
-    fields = {**SIZES, "num_hidden_layers": 3}
-    llama = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    llama = small("llama", num_hidden_layers=3)
     llama.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, llama(IDS).logits)
@@ -108,19 +93,16 @@ def test_a_part_that_is_left_out_adds_nothing():
     whole.model.layers[1].mlp.down_proj.weight.data.zero_()
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, whole(IDS).logits, atol=1e-6)
-    assert "model.layers.0.self_attn.q_proj.weight" not in model.state_dict()
-    assert "model.layers.1.post_attention_layernorm.weight" not in model.state_dict()
+    left_out = {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.post_attention_layernorm.weight"}
+    assert left_out.isdisjoint(model.state_dict())
 
 
-def test_the_kind_of_attention_can_be_set():
-    model = model_of(BLOCKS["ragged KV heads"])
+def test_its_kind_of_attention_can_be_set_and_its_config_is_read_by_attribute_and_written_as_json():
+    model = model_of(BLOCKS["ragged ffn"])
     model.set_attn_implementation("eager")
     with torch.no_grad():
         assert len(model(IDS, output_attentions=True).attentions) == 3
-
-
-def test_its_config_is_read_by_attribute_and_written_as_json():
-    config = DeciLMConfig(BLOCKS["ragged ffn"], **{**SIZES, "num_hidden_layers": 3})
+    config = model.config
     assert [b.attention.n_heads_in_group for b in config.block_configs] == [2, 2, 2]
     assert [hasattr(b.ffn, "ffn_mult") for b in config.block_configs] == [True, True, False]
     assert json.loads(config.to_json_string())["block_configs"] == BLOCKS["ragged ffn"]
@@ -128,9 +110,8 @@ def test_its_config_is_read_by_attribute_and_written_as_json():
 
 @pytest.mark.parametrize("hidden", [48, 576, 768, 4096, 8192, 16384])
 def test_a_width_is_said_so_that_all_readers_find_it(hidden):
-    for width in (256, 512, 1536, 11008, 14336, 28672, 53248):
+    for width in (256, 512, 1000, 1536, 11008, 14336, 28672, 53248):
         assert compute_ffn_width(Fields(describe_ffn(width, hidden)), hidden) == width
-    assert compute_ffn_width(Fields(describe_ffn(1000, hidden)), hidden) == 1000
 
 
 @pytest.mark.parametrize("blocks", [[block(ffn_mult=6.0) | {"ffn": {"no_op": False, "replace_with_linear": True}}], []])
@@ -154,9 +135,7 @@ def cut(dense: str, folder: Path, families: dict[str, tuple[int, int, str, Any]]
     plan = {name: {"width": w, "of": of, "keep": {layer: keep}} for name, (w, of, layer, keep) in families.items()}
     folder.mkdir(exist_ok=True)
     write_json(folder / "plan.json", {"format": "mptk-plan/1", "families": plan})
-    pruned = mptk.prune(dense, folder / "out", plan=str(folder / "plan.json"), target=TARGET, **HOW, **how)
-    assert pruned is not None
-    return pruned
+    return mptk.prune(dense, folder / "out", plan=str(folder / "plan.json"), target=TARGET, **HOW, **how)
 
 
 def ffn(layer: int, width: int) -> dict[str, tuple[int, int, str, Any]]:
@@ -172,9 +151,7 @@ def ragged(dense, laboratory):
 
 
 def test_a_ragged_cut_is_proven_and_says_its_widths(ragged):
-    stages = [row["stage"] for row in ragged.report.proof]
-    assert stages[:4] == ["config", "stored weights", "rewritten graph", "reloaded checkpoint"]
-    assert "ONNX Runtime decode" in stages
+    assert "ONNX Runtime decode" in [row["stage"] for row in ragged.report.proof]
     assert mptk.verify(ragged.place)
     config = json.loads((ragged.place / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == (TARGET, ["DeciLMForCausalLM"])
@@ -232,10 +209,8 @@ def test_each_layer_may_have_other_kv_heads_if_query_heads_are_equal(tmp_path):
     groups = [b["attention"]["n_heads_in_group"] for b in pruned.model.config.block_configs]
     assert (pruned.model.config.num_attention_heads, groups) == (4, [2, 1])
     assert all(row["ok"] for row in pruned.report.proof)
-    said = "this folder is not read by onnxruntime-genai: all layers must have the same number of KV heads"
-    assert [note for note in pruned.report.notes if "not read by" in note] == [
-        said
-    ]  # 4 heads of 16 are the hidden size
+    (note,) = [note for note in pruned.report.notes if "not read by" in note]  # 4 heads of 16 are the hidden size
+    assert note.startswith("this folder is not read by onnxruntime-genai: ")
 
 
 def test_query_heads_that_differ_are_refused(dense, tmp_path):
@@ -260,8 +235,7 @@ def test_a_plan_may_say_what_not_all_engines_read(dense, tmp_path):
 
 
 def test_the_programs_that_must_read_it_decide_the_widths(dense, tmp_path):
-    how = {"method": "magnitude", "target": TARGET, "layers": "free", "sparsity": 0.3, "tolerance": 0.02, "onnx": False}
-    found = mptk.prune(dense, tmp_path / "out", engines=("vllm", "llama.cpp"), **how, **HOW)
+    found = mptk.prune(dense, tmp_path / "out", engines=("vllm", "llama.cpp"), tolerance=0.02, **FREE)
     widths = {row["width"] for name, row in found.report.families.items() if name.startswith("ffn")}
     assert any(width % 256 for width in widths)
     assert not any(width % 32 for width in widths)
@@ -269,102 +243,85 @@ def test_the_programs_that_must_read_it_decide_the_widths(dense, tmp_path):
 
 
 def test_a_program_that_reads_no_cut_of_the_model_is_refused_before_any_work(tmp_path):
-    wide = testing.save_model(small(LlamaForCausalLM, LlamaConfig), tmp_path / "wide")  # 8 heads of 16 in hidden 64
+    wide = testing.save_model(small("llama"), tmp_path / "wide")  # 8 heads of 16 in hidden 64
     with expect_error(TargetError, name="engines"):
         mptk.prune(wide, tmp_path / "out", target=TARGET, method="magnitude", engines=("mlx-lm", "vllm"), **HOW)
 
 
 def test_by_default_only_what_all_engines_read_is_cut(dense, tmp_path):
-    how = {"method": "magnitude", "target": TARGET, "layers": "free", "sparsity": 0.3, "tolerance": 0.2, "onnx": False}
-    found = mptk.prune(dense, tmp_path / "out", **how, **HOW)
+    found = mptk.prune(dense, tmp_path / "out", tolerance=0.2, **FREE)
     widths = {name: row["width"] for name, row in found.report.families.items() if row["width"] < row["of"]}
     assert {name.partition(".")[0] for name in widths} == {"ffn"}
     assert not any(width % 256 for width in widths.values())
     with expect_error(TargetError, name="q_heads"):
-        mptk.prune(dense, tmp_path / "heads", families=("q_heads",), **how, **HOW)
+        mptk.prune(dense, tmp_path / "heads", families=("q_heads",), **FREE)
 
 
 def test_legal_widths_are_shown_without_weights(dense):
-    result = run_command("analyze", dense, "--target", TARGET, "--json", "-")
-    found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
-    assert found["ffn"] == [256, 512, 768, 1024]
-    assert found["q_heads"] == [3]
-    result = run_command("analyze", dense, "--target", TARGET, "--engines", "vllm", "--json", "-")
-    found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
-    assert found["ffn"] == [*range(32, 1025, 32)]
+    for more, step in (([], 256), (["--engines", "vllm"], 32)):
+        result = run_command("analyze", dense, "--target", TARGET, *more, "--json", "-")
+        found = {family["name"]: family["legal_widths"] for family in json.loads(result.stdout)["families"]}
+        assert found["ffn"] == [*range(step, 1025, step)]
+        assert found["q_heads"] == [3] or more
 
 
-def test_its_class_is_trained(dense, tmp_path):
-    how = {"method": "magnitude", "widths": {"ffn": 512}, "target": TARGET, "tolerance": 1.0, "onnx": False, **HOW}
-    found = mptk.prune(dense, tmp_path / "out", steps=2, batch=2, micro=2, rank=2, **how)
+def test_its_class_is_trained_and_its_folder_cut_again(dense, ragged, tmp_path):
+    how = {"method": "magnitude", "target": TARGET, "onnx": False, **HOW}
+    training = {"steps": 2, "batch": 2, "micro": 2, "rank": 2, "tolerance": 1.0}
+    found = mptk.prune(dense, tmp_path / "out", widths={"ffn": 512}, **training, **how)
     assert [row["stage"] for row in found.report.proof].count("trained model") == 1
     assert type(found.model).__name__ == "DeciLMForCausalLM"
-
-
-def test_its_folder_is_cut_again(ragged, tmp_path):
-    how = {"method": "magnitude", "target": TARGET, "sparsity": 0.3, "tolerance": 0.3, "onnx": False, **HOW}
-    again = mptk.prune(ragged.place, tmp_path / "out", **how)
+    again = mptk.prune(ragged.place, tmp_path / "again", sparsity=0.3, tolerance=0.3, **how)
     assert [each.ffn.ffn_mult for each in again.model.config.block_configs] == [8.0, 8.0]
 
 
-def small(kind: type[PreTrainedModel], config: Any, **more: Any) -> PreTrainedModel:
+def small(kind: str, **more: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    return kind(config(**{**SIZES, "num_hidden_layers": 1, **more})).eval()
+    config = AutoConfig.for_model(kind, **{**SIZES, "num_hidden_layers": 1, **more})
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "more"),
+    ("kind", "more"),
     [
-        (Qwen3ForCausalLM, Qwen3Config, {}),
-        (Qwen2ForCausalLM, Qwen2Config, {}),
-        (MistralForCausalLM, MistralConfig, {"sliding_window": 32}),
-        (LlamaForCausalLM, LlamaConfig, {"hidden_act": "gelu"}),
-        (GPT2LMHeadModel, GPT2Config, {"n_inner": 256}),
-        (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}),
+        ("qwen3", {}),
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": 32}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("gpt2", {"n_inner": 256}),
+        ("granite", {"logits_scaling": 4.0}),
     ],
 )
-def test_what_deci_cannot_hold_is_refused_before_any_work(kind, config, more, tmp_path):
-    model = small(kind, config, **more)
+def test_what_deci_cannot_hold_is_refused_before_any_work(kind, more, tmp_path):
+    model = small(kind, **more)
     dense = testing.save_model(model, tmp_path / "dense")
     with expect_error(TargetError, name=type(model).__name__):
         mptk.prune(dense, tmp_path / "out", target=TARGET, method="magnitude", **HOW)
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "more", "said"),
+    ("kind", "more", "said"),
+    [("mistral", {"sliding_window": None}, 0), ("llama", {"attention_bias": True, "rope_parameters": ROPE}, 1)],
+)
+def test_what_it_holds(kind, more, said, tmp_path):
+    model = testing.draw_weights(small(kind, num_hidden_layers=2, **more), 0.15)
+    found = cut(testing.save_model(model, tmp_path / "dense"), tmp_path, ffn(0, 256), onnx=False)
+    assert all(row["ok"] for row in found.report.proof)
+    assert sum("not read by TensorRT-LLM: attention must have no biases" in note for note in found.report.notes) == said
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
     [
-        (MistralForCausalLM, MistralConfig, {"sliding_window": None}, []),
-        (
-            LlamaForCausalLM,
-            LlamaConfig,
-            {"attention_bias": True, "rope_parameters": ROPE},
-            ["this folder is not read by TensorRT-LLM: attention must have no biases"],
-        ),
+        ("modeling_nemotron_nas.py", "import torch", "import  torch"),
+        ("config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.1'),
     ],
 )
-def test_what_it_holds(kind, config, more, said, tmp_path):
-    dense = testing.save_model(
-        testing.draw_weights(small(kind, config, num_hidden_layers=2, **more), 0.15), tmp_path / "dense"
-    )
-    found = cut(dense, tmp_path, ffn(0, 256), onnx=False)
-    assert all(row["ok"] for row in found.report.proof)
-    assert [note for note in found.report.notes if "biases" in note] == said
-
-
-def test_code_that_was_changed_is_refused(ragged, tmp_path):
+def test_code_or_a_config_that_was_changed_is_refused(ragged, tmp_path, file, old, new):
     folder = shutil.copytree(ragged.place, tmp_path / "copy")
-    code = folder / "modeling_nemotron_nas.py"
-    code.write_text(code.read_text() + "\n")
-    write_manifest(folder)
-    with expect_error(ProofError, name="config"):
-        mptk.verify(folder)
-
-
-def test_a_config_that_was_changed_is_refused(ragged, tmp_path):
-    folder = shutil.copytree(ragged.place, tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
-    config["rms_norm_eps"] = 0.1
-    write_json(folder / "config.json", config)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
     write_manifest(folder)
     with expect_error(ProofError, name="config"):
         mptk.verify(folder)

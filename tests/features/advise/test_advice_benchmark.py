@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.advice import SHARE, Compared, Study, fill, split
 from benchmarks.quality import rows_in
@@ -33,8 +33,7 @@ def test_a_tenth_of_a_text_is_held_out(tmp_path):
 def test_rows_are_computed_once(tmp_path):
     testing.save_model(testing.make_llama(max_position_embeddings=600), tmp_path / "dense")
     for seed, name in enumerate(("code", "prose")):
-        order = torch.randint(len(testing.WORDS), (9000,), generator=torch.Generator().manual_seed(seed)).tolist()
-        (tmp_path / f"{name}.txt").write_text(" ".join(testing.WORDS[i] for i in order))
+        (tmp_path / f"{name}.txt").write_text(" ".join(random.Random(seed).choices(testing.WORDS, k=9000)))
     held_out, rest = split({n: tmp_path / f"{n}.txt" for n in ("code", "prose")}, tmp_path / "work")
     study = Study(str(tmp_path / "dense"), held_out, rest, 8, 32, 2, 2, 2, tmp_path / "work")
     rows = fill(study, [0.357], 1.0, tmp_path / "rows.json")

@@ -41,9 +41,8 @@ def prune(dense: str, ids: torch.Tensor, out: Path, max_ms: float, **more: objec
 @pytest.fixture(scope="module")
 def whole(dense, ids):
     """Type → the predicted milliseconds of the dense model."""
-    found = mptk.advise(
-        dense, data=ids, max_decode_ms=1e6, progress=None, sparsities=[0.2], samples=8, length=32, align=8
-    )
+    asked = {"sparsities": [0.2], "samples": 8, "length": 32, "align": 8, "progress": None}
+    found = mptk.advise(dense, data=ids, max_decode_ms=1e6, **asked)
     return {way.type: way.ms["decode"] for way in found.ways if not way.sparsity}
 
 
@@ -64,9 +63,9 @@ def test_no_cut_is_made_if_a_type_meets_the_limit(dense, ids, whole, tmp_path):
 
 
 def test_the_dense_model_itself_may_meet_the_limit(dense, ids, whole, tmp_path):
+    """Then nothing is cut to find that out."""
     pruned, found = prune(dense, ids, tmp_path / "out", 2 * whole["float32"])
-    assert found.find_way().sparsity == pruned.report.sparsity == 0
-    assert len(found.ways) == len(TYPES), "nothing was cut"
+    assert (found.find_way().sparsity, pruned.report.sparsity, len(found.ways)) == (0, 0, len(TYPES))
 
 
 def test_the_smallest_cut_that_meets_the_limit_is_made(dense, ids, whole, tmp_path):
@@ -81,17 +80,7 @@ def test_the_smallest_cut_that_meets_the_limit_is_made(dense, ids, whole, tmp_pa
     assert {stage["stage"] for stage in report.proof} >= {f"{best.type} weights", f"{best.type} in use"}
     done("verify", str(tmp_path / "out"), "-q")
     # The same by the command line, by a recipe: it chooses anew.
-    words = (
-        "prune",
-        "--config",
-        str(tmp_path / "out/run.yaml"),
-        "--data",
-        "self",
-        "--out",
-        str(tmp_path / "again"),
-        "-q",
-    )
-    done(*words)
+    done("prune", "--config", tmp_path / "out/run.yaml", "--data", "self", "--out", tmp_path / "again", "-q")
     assert "Round or cut" in done("report", tmp_path / "again").stdout
     assert set(mptk.Pruned.open(tmp_path / "again").report.quantized) <= set(TYPES)
 
@@ -107,7 +96,6 @@ def test_a_limit_below_every_cut_names_the_fastest(dense, ids, tmp_path):
     with expect_error(BudgetError, name="max_ms") as refused:
         prune(dense, ids, tmp_path / "out", 1e-3)
     (fastest,) = refused.value.nearest
-    assert fastest > 1e-3
     prune(dense, ids, tmp_path / "out", fastest)
 
 
@@ -137,6 +125,5 @@ def test_other_commands_take_no_auto(dense, tmp_path):
         ["bench", dense, "--quantize", "auto"],
         ["prune", dense, "--ladder", "0.2,0.3", "--quantize", "auto", "--out", str(tmp_path / "out")],
     ):
-        refused = CliRunner().invoke(app, words).exception
-        assert isinstance(refused, InputError)
-        assert refused.name == "quantize"
+        with expect_error(InputError, name="quantize"):
+            CliRunner().invoke(app, words, catch_exceptions=False)

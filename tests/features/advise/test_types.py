@@ -49,19 +49,9 @@ def test_every_cut_is_there_in_every_type(advice):
 def test_size_and_loss_of_a_rounded_cut_are_those_of_its_graph(advice, laboratory, ids, tmp_path):
     """A cut as `prune` makes it, whose int8 graph is measured on the windows of the advice."""
     way = next(way for way in advice.ways if way.type == "int8" and way.sparsity == advice.division[0].sparsity)
-    fitted = {"method": "wanda", "reconstruct": True, "widths": dict(way.widths), "quantize": ("int8",)}
-    pruned = mptk.prune(
-        str(laboratory.open_model()),
-        tmp_path / "out",
-        sparsity=round(way.sparsity, 4),
-        data=ids[:8],
-        eval_data=ids[8:],
-        samples=8,
-        length=32,
-        align=8,
-        progress=None,
-        **fitted,
-    )
+    asked = {"method": "wanda", "reconstruct": True, "widths": dict(way.widths), "quantize": ("int8",), "samples": 8}
+    asked |= {"data": ids[:8], "eval_data": ids[8:], "length": 32, "align": 8, "progress": None}
+    pruned = mptk.prune(str(laboratory.open_model()), tmp_path / "out", sparsity=round(way.sparsity, 4), **asked)
     row = pruned.report.quantized["int8"]
     (figures,) = way.texts.values()
     assert row["quality"] == pytest.approx(float(torch.tensor(figures.loss).exp()), rel=0.01)
@@ -192,9 +182,15 @@ def test_a_context_sets_the_length_of_the_cache_in_decoding(laboratory, ids):
         assert other.ms["decode"] > way.ms["decode"]
 
 
-def test_only_a_comparison_makes_ways(laboratory):
-    with expect_error(InputError, name="measure"):
-        mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), measure=True, **ASKED)
+def test_what_is_no_comparison_of_a_decoder_is_refused(laboratory):
+    for kind, more, name in (
+        ("decoder", {"measure": True}, "measure"),
+        ("encoder", {"max_size": 1e6}, "types"),
+        ("decoder", {"types": ["fp16"]}, "fp16"),
+        ("decoder", {"max_decode_ms": 0.0}, "max_decode_ms"),
+    ):
+        with expect_error(InputError, name=name):
+            mptk.advise(str(laboratory.open_model(kind)), data=str(laboratory.open_data()), **ASKED, **more)
     with expect_error(InputError, nearest=(70,)):
         mptk.advise(make_llama(), data=torch.zeros(4, 32).long(), max_decode_ms=1.0, measure=True, **ASKED)
 
@@ -283,15 +279,13 @@ def test_the_command_names_the_way_and_how_to_make_it(laboratory, tmp_path, go_t
     go_to(tmp_path)
     model, data = str(laboratory.open_model()), str(laboratory.open_data())
     typed = f"--data {data} --samples 8 --length 32 --align 8 --eval-windows 4 --sparsities 20%,40%".split()
-    run = done(
-        "advise", model, *typed, "--max-decode-ms", "1e6", "--measure", "--json", "a.json", "--html", "a.html", "-q"
-    )
+    limit = ["--max-decode-ms", "1e6", "--measure"]
+    run = done("advise", model, *typed, *limit, "--json", "a.json", "--html", "a.html", "-q")
     *said, command = run.stdout.strip().splitlines()
     assert "Round or cut" in " ".join(said)
     page = Path("a.html").read_text()
-    assert all(
-        word in page for word in ("Round or cut", "decode, ms", "size, MB", "dense float32", "dense int8", "dense int4")
-    )
+    shown = ("Round or cut", "decode, ms", "size, MB", "dense float32", "dense int8", "dense int4")
+    assert all(word in page for word in shown)
     way = json.loads(Path("a.json").read_text())["way"]
     assert way["measured"]["ms"]["decode"] > 0
     assert shlex.split(command)[:3] == ["mptk", "prune" if way["sparsity"] else "export", model]
@@ -300,12 +294,3 @@ def test_the_command_names_the_way_and_how_to_make_it(laboratory, tmp_path, go_t
     dense = min(way["bytes"] for way in json.loads(Path("a.json").read_text())["ways"] if not way["sparsity"])
     run = done("advise", model, *typed, "--max-size", f"{(dense - 1) / 1000:.3f}KB", "-q")
     assert shlex.split(run.stdout.strip().splitlines()[-1])[1] == "prune"
-
-
-def test_types_are_of_text_decoders(laboratory):
-    with expect_error(InputError, name="types"):
-        mptk.advise(str(laboratory.open_model("encoder")), data=str(laboratory.open_data()), max_size=1e6, **ASKED)
-    with expect_error(InputError, name="fp16"):
-        mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), types=["fp16"], **ASKED)
-    with expect_error(InputError, name="max_decode_ms"):
-        mptk.advise(str(laboratory.open_model()), data=str(laboratory.open_data()), max_decode_ms=0.0, **ASKED)

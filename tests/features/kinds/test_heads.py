@@ -18,7 +18,6 @@ from mptk.features.kinds.series import read_series
 from mptk.io import load
 from mptk.ort.sessions import OrtGraph
 from mptk.plugins import load_parts
-from mptk.tasks import bind_task
 from mptk.tasks.inputs.images import Images
 from mptk.testing import expect_error
 from mptk.testing.kinds import ENCODER, ENCODER_SIZES
@@ -113,6 +112,7 @@ def test_finders_of_masks_have_a_task():
     assert MASKS.explain_refusal(t.Mask2FormerConfig(), {t.Mask2FormerForUniversalSegmentation}) is None
     assert MASKS.explain_refusal(t.MaskFormerConfig(), {t.MaskFormerForInstanceSegmentation}) is None
     assert MASKS.explain_refusal(t.DetrConfig(), {t.DetrForObjectDetection}) is not None
+    assert {name: load_parts("tasks")[name].name for name in FEATURE.tasks} == {name: name for name in FEATURE.tasks}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,11 +139,6 @@ def test_a_head_is_pruned_from_files_and_keeps_its_class(name, files, tmp_path):
         assert session.get_inputs()[0].shape[1:3] == [FRAMES, 3]
 
 
-def test_a_head_that_no_auto_class_lists_is_not_left_out(tmp_path):
-    MODELS["time-series-prediction"]().save_pretrained(tmp_path)
-    assert bind_task(load(str(tmp_path))).name == "time-series-prediction"
-
-
 @pytest.mark.parametrize(
     ("task", "shape"),
     [
@@ -163,7 +158,6 @@ def test_what_counts_is_the_distance_from_the_dense_model(task, shape):
     at = dense.clone().requires_grad_()
     task.compute_sensitivity(at, samples).backward()
     assert at.grad.abs().min() > 0
-    assert {name: load_parts("tasks")[name].name for name in FEATURE.tasks} == {name: name for name in FEATURE.tasks}
 
 
 def test_figures_are_means_over_positions():

@@ -129,31 +129,24 @@ def test_data_of_another_kind_is_said_before_any_work(laboratory, tmp_path, name
     assert stages[-1] == "load"
 
 
-@pytest.mark.parametrize(("name", "file"), [("image classifier", "broken.png"), ("speech", "broken.wav")])
-def test_a_file_that_is_no_image_or_no_sound(laboratory, tmp_path, name, file):
-    (tmp_path / file).write_bytes(b"neither")
-    loaded = load(str(laboratory.open_model(name)))
-    with expect_error(FileError, name=tmp_path / file):
-        bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings(name, data=str(tmp_path)))
-
-
-def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path):
+def test_a_file_that_is_no_image_or_no_sound_or_a_small_one_that_unpacks_to_a_huge_picture(laboratory, tmp_path):
+    for name, file in (("image classifier", tmp_path / "broken.png"), ("speech", tmp_path / "broken.wav")):
+        file.write_bytes(b"neither")
+        loaded = load(str(laboratory.open_model(name)))
+        with expect_error(FileError, name=file):
+            bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings(name, data=str(tmp_path)))
+        file.unlink()
     Image.new("1", (20_000, 8_000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 50_000
     with expect_error(FileError, name=tmp_path / "huge.png"):
         open_image(tmp_path / "huge.png")
 
 
-def test_a_kind_is_found_by_the_class(laboratory):
-    for name, kind in MODEL_KINDS.items():
-        assert bind_task(load(str(laboratory.open_model(name)))).name == kind.task
-
-
-@pytest.mark.parametrize(("causal", "kind"), [(False, "masked-lm"), (True, "causal-lm")])
-def test_a_class_that_does_both_is_what_its_config_says(causal, kind):
+def test_a_class_that_does_both_is_what_its_config_says():
     sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
-    model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
-    assert bind_task(Loaded(model, None, "it", Path())).name == kind
+    for causal, kind in ((False, "masked-lm"), (True, "causal-lm")):
+        model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
+        assert bind_task(Loaded(model, None, "it", Path())).name == kind
 
 
 def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(laboratory):
@@ -167,24 +160,15 @@ def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(la
         expected = -loaded.model(input_ids=hidden).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
     assert float(task.compute_loss(logits, samples)) == pytest.approx(float(expected.sum()), rel=1e-5)
     assert task.count_predictions(samples) == expected.numel()
-
-
-def test_a_tokenizer_without_a_mask_is_said(laboratory):
-    loaded = load(str(laboratory.open_model("masked language model")))
     loaded.tokenizer.mask_token = None
     with expect_error(FileError, name=loaded.source):
-        bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings("masked language model"))
+        task.draw_evaluation(loaded, laboratory.make_settings("masked language model"))
 
 
-def test_logits_after_a_masked_window_do_not_enter_its_loss():
-    """Perceiver gives logits of all its positions, however short the window."""
-    samples = mask_tokens(torch.arange(24).reshape(2, 12), 3)
-    logits = torch.randn(2, 20, 30)
+def test_perceiver_gives_logits_after_a_window_and_has_two_names_for_pictures():
+    """The logits do not enter the loss; ``inputs`` may be called ``pixel_values``, too."""
+    samples, logits = mask_tokens(torch.arange(24).reshape(2, 12), 3), torch.randn(2, 20, 30)
     assert MaskedLM().compute_loss(logits, samples) == MaskedLM().compute_loss(logits[:, :12], samples)
-
-
-def test_inputs_of_two_names_are_known_by_either():
-    """Perceiver calls its pictures ``inputs``, and takes them as ``pixel_values``, too."""
     model = tiny_model("image-classification", "perceiver").model
     assert list(choose_inputs(model).make_example(model)) == ["pixel_values"]
 
@@ -222,12 +206,8 @@ def test_a_trace_holds_the_size_of_images_if_all_have_it():
     size = like.inputs["pixel_values"].shape[2]
     traced = [trace_loaded(loaded, bind_task(loaded), EXECUTOR, like=each) for each in (like, larger, None)]
     assert [program.sizes.find_fixed_size(2) for program in traced] == [size, None, None]
-
-
-def test_data_of_two_sizes_leave_the_size_open():
-    small, large = (Samples({"pixel_values": torch.ones(1, 3, size, 16)}) for size in (16, 32))
-    assert has_same_sizes(small, small.repeat(2))
-    assert not has_same_sizes(small, large)
+    assert has_same_sizes(like, like.repeat(2))
+    assert not has_same_sizes(like, larger)
 
 
 def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(inside):

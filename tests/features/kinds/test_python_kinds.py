@@ -70,18 +70,12 @@ def test_samples_and_texts_are_the_same_data():
 
 
 class Convolutions(nn.Module):
-    """Batch norms between convolutions, and an image of class scores that is given twice."""
+    """Batch norms between convolutions, and class scores of their means."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 24, 3, padding=1),
-            nn.BatchNorm2d(24),
-            nn.ReLU(),
-            nn.Conv2d(24, 20, 3, padding=1),
-            nn.BatchNorm2d(20),
-            nn.ReLU(),
-        )
+        first, last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 20, 3, padding=1)
+        self.layers = nn.Sequential(first, nn.BatchNorm2d(24), nn.ReLU(), last, nn.BatchNorm2d(20), nn.ReLU())
         self.head = nn.Linear(20, 6)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -128,11 +122,8 @@ class Total(nn.Module):
         return self.down(self.up(x).relu()).sum()
 
 
-def test_outputs_without_samples_are_refused():
+def test_outputs_without_samples_and_samples_of_other_inputs_are_refused():
     with expect_error(ModelError, name="Total"):
         mptk.prune(Total(), example_inputs=torch.randn(4, 6), **SMALL)
-
-
-def test_samples_of_other_inputs_are_refused():
     with expect_error(DataError, name="input_ids"):
         mptk.prune(MODEL_KINDS["encoder"].make(), data=Samples({"words": ids()}), **SMALL)

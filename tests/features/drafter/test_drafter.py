@@ -29,18 +29,9 @@ from mptk.features.drafter.cut import STAGE
 from mptk.features.drafter.drafter import Drafter
 
 LAYERS, HIDDEN = 2, 48
-SIZES = {
-    "num_hidden_layers": LAYERS,
-    "vocab_size": 300,
-    "hidden_size": HIDDEN,
-    "max_position_embeddings": 128,
-    "intermediate_size": 80,
-    "moe_intermediate_size": 24,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 4,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+SIZES = {"num_hidden_layers": LAYERS, "vocab_size": 300, "hidden_size": HIDDEN, "max_position_embeddings": 128}
+SIZES |= {"intermediate_size": 80, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "num_attention_heads": 4}
+SIZES |= {"eos_token_id": 1, "bos_token_id": None}
 EXPERTS = {"n_routed_experts": 8, "first_k_dense_replace": 1}
 LATENT = {"q_lora_rank": 20, "kv_lora_rank": 28, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
 DEEPSEEK = {**EXPERTS, **LATENT, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1}

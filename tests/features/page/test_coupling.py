@@ -38,7 +38,7 @@ def layer_of(kind: str | PreTrainedConfig) -> Layer:
     return choose_layer(analysis, find_target("graph").find_legal(analysis, model, Alignment(1)))
 
 
-def test_units_go_from_what_makes_them_to_what_sums_over_them():
+def test_units_go_from_what_makes_them_to_what_sums_over_them_and_rows_follow():
     graph = build_flow(layer_of(ROTARY))
     how = {(one, other): data["how"] for one, other, data in graph.edges(data=True)}
     assert how[("module", "mlp.up_proj"), ("family", "ffn")] == MAKES
@@ -47,9 +47,7 @@ def test_units_go_from_what_makes_them_to_what_sums_over_them():
     assert how[(BEFORE, "hidden"), ("module", "input_layernorm")] == HOLDS
     assert how[("module", "mlp.down_proj"), (AFTER, "hidden")] == MAKES
 
-
-def test_rows_follow_the_units():
-    rows = [{name for _, name in row} for row in order_rows(build_flow(layer_of(ROTARY)))]
+    rows = [{name for _, name in row} for row in order_rows(graph)]
     assert rows[0] == {"hidden"}
     assert {"mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"} <= rows[1]
     assert "ffn" in rows[2]
@@ -64,12 +62,9 @@ def test_experts_are_one_module():
 
 
 def test_labels_tell_modules_apart():
-    names = ["attention.output.dense", "output.dense", "attention.self.query"]
-    assert shorten_labels(names) == {
-        "attention.output.dense": "attention.output.dense",
-        "output.dense": "output.dense",
-        "attention.self.query": "query",
-    }
+    labels = {"attention.output.dense": "attention.output.dense", "output.dense": "output.dense"}
+    labels |= {"attention.self.query": "query"}
+    assert shorten_labels([*labels]) == labels
     assert break_name("post_attention_layernorm") == "post_\nattention_\nlayernorm"
 
 

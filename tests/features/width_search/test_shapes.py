@@ -9,32 +9,27 @@ import json
 import random
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from commands import done
 from inside import Stopped
+from lab import fields
 from stops import stop_at
 
 import mptk
+from mptk.config import Learning, Training
 from mptk.errors import DataError, FileError, InputError, OutputError
+from mptk.features.width_search import SEARCH_MINUTES
 from mptk.features.width_search.search import choose_finalists, plan_search_rungs
 from mptk.features.width_search.shapes import Rung, Shape, Shapes, rank_shapes
+from mptk.features.width_search.stage import SearchStage
 from mptk.reading import make_typed
 from mptk.testing import MODEL_KINDS, WORDS, expect_error
 
-SETTINGS = mptk.Settings(
-    method="wanda",
-    reconstruct=True,
-    sparsity=0.35,
-    tolerance=0.03,
-    samples=8,
-    length=32,
-    align=8,
-    search_tokens=0,
-    search_finalists=3,
-    onnx=False,
-)
+FEW = {"sparsity": 0.35, "tolerance": 0.03, "samples": 8, "length": 32, "align": 8, "onnx": False}
+SETTINGS = mptk.Settings(method="wanda", reconstruct=True, search_tokens=0, search_finalists=3, **FEW)
 TRAINED = {"search_tokens": 1344, "batch": 2, "micro": 2}
 """Three shapes for three steps of 64 tokens each, then two of them for six more."""
 DENSE = {"kv_groups": 3, "q_heads": 2, "ffn": 80, "layers": 3}
@@ -142,29 +137,20 @@ def test_tokens_are_halved_over_rungs():
 
 
 def test_finalists_are_good_and_unlike_each_other():
-    shapes = [
-        shape(1.0, ffn=40),
-        shape(1.1, ffn=48),
-        shape(1.2, q_heads=1),
-        shape(1.3, 0.2, kv_groups=2),
-        shape(1.4, ffn=32),
-    ]
+    first, second, fifth = (shape(loss, ffn=ffn) for loss, ffn in ((1.0, 40), (1.1, 48), (1.4, 32)))
+    shapes = [first, second, shape(1.2, q_heads=1), shape(1.3, 0.2, kv_groups=2), fifth]
     assert choose_finalists(shapes, DENSE, 3) == [0, 2, 3]
     assert choose_finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
 
 
 def test_the_better_half_goes_on_and_the_best_of_it_wins(trained):
-    first, second, *others = trained.shapes
+    first, second, third, *_ = trained.shapes
     assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
     assert first.loss <= second.loss
-    assert max(s.rungs[0].loss for s in (first, second)) <= min(s.rungs[0].loss for s in others[:1])
-    assert all(after <= before for s in trained.shapes for before, after in zip(s.stages, s.stages[1:], strict=False))
-    assert any(after < before for s in (first, second) for before, after in zip(s.stages, s.stages[1:], strict=False))
-    assert sum(rung.tokens - before for s in trained.shapes for before, rung in spent(s)) == 1344
-
-
-def spent(shape: Shape) -> list[tuple[int, Rung]]:
-    return list(zip([0, *(rung.tokens for rung in shape.rungs)], shape.rungs, strict=False))
+    assert max(first.rungs[0].loss, second.rungs[0].loss) <= third.rungs[0].loss
+    assert all(after <= before for shape in trained.shapes for before, after in pairwise(shape.stages))
+    assert any(after < before for shape in (first, second) for before, after in pairwise(shape.stages))
+    assert sum(shape.rungs[-1].tokens for shape in trained.shapes if shape.rungs) == 1344
 
 
 def test_a_killed_search_loses_one_rung_of_one_shape(llama, settings, trained, tmp_path):
@@ -184,6 +170,17 @@ def test_a_killed_search_loses_one_rung_of_one_shape(llama, settings, trained, t
     assert found.shapes == trained.shapes
     assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_search_has_more_minutes_by_default_and_gets_a_third_of_the_tokens_of_training():
+    training = Training(batch=2, micro=2)
+    asked = mptk.Settings(search=True, search_finalists=2, length=32, learning=Learning(rank=2, training=training))
+    assert asked.default_minutes == SEARCH_MINUTES
+    (minutes,) = [each for each in mptk.Settings.declared if each.name == "minutes"]
+    assert f"({SEARCH_MINUTES} with --search)" in minutes.setting.help
+    assert SearchStage().choose_numbers(asked, 90 * 2 * 32) == {"search_tokens": 1920}
+    # Masks for two steps, recovery one.
+    assert SearchStage().choose_numbers(asked, 5 * 2 * 32) == {"search_tokens": 384}
 
 
 # ---- what is said ----
@@ -208,13 +205,9 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(llama, settings,
     assert command.startswith(f"mptk prune {llama} --sparsity 0.33 ")
     assert " --method wanda " in command
     run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
-    cut = {
-        f"{name}={f['width']}"
-        for name, f in mptk.Report.read("decoder-pruned").families.items()
-        if f["width"] < f["of"]
-    }
-    assert cut
-    assert cut <= {word for word in shlex.split(command) if "=" in word}
+    families = mptk.Report.read("decoder-pruned").families.items()
+    cut = {f"{name}={row['width']}" for name, row in families if row["width"] < row["of"]}
+    assert set() < cut <= {word for word in shlex.split(command) if "=" in word}
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1
     assert "--width" in page
@@ -233,14 +226,13 @@ def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(llama, sett
     assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in shapes)
     assert shapes[0]["widths"] == {name: report_width(found.report, name) for name in DENSE}
     losses = [each["reconstructed"] for each in shapes]
-    assert losses == sorted(losses)
     assert len(losses) == 3
+    assert losses == sorted(losses)
     assert "The search of the shape" in done("report", folder).output
     done("report", folder, "--html", page)
     assert page.read_text().count("Cost and quality of each shape") == 1
-    said = json.loads((folder / "report.json").read_text())
-    said["rows"]["search"]["shapes"][1]["widths"] = {"ffn": 3}
-    (folder / "report.json").write_text(json.dumps(said))
+    shapes[1]["widths"] = {"ffn": 3}
+    fields("report.json", rows__search__shapes=shapes)(folder)
     with expect_error(FileError):
         mptk.Report.read(folder)
 
@@ -249,8 +241,7 @@ def test_the_nearest_legal_cut_is_noted(llama, settings):
     more = {"families": ("ffn",), "reconstruct": False, "tolerance": 0.01, "eval_windows": 1, "progress": None}
     off = mptk.prune(llama, settings=settings, sparsity=0.3, **more).report
     assert off.sparsity == pytest.approx(0.286, abs=1e-3)
-    said = "no legal cut removes 30.0%; the nearest, 28.6%, was taken"
-    assert said in off.notes
+    assert "no legal cut removes 30.0%; the nearest, 28.6%, was taken" in off.notes
     exact = mptk.prune(llama, settings=settings, sparsity=off.sparsity, **more).report
     assert not any(note.startswith("no legal cut") for note in exact.notes)
 
@@ -269,13 +260,10 @@ def test_maskprune_searches_by_short_runs_of_itself(llama, settings):
 
 
 def test_a_search_with_nothing_to_choose_is_refused(llama, settings, tmp_path):
-    with expect_error(InputError, name="search"):
-        replace(settings, search=True, plan=str(tmp_path / "plan.json"))
-    with expect_error(InputError, name="search"):
-        replace(settings, search=True, larger="runs/a")
-    widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
     for more, kind, name in (
-        ({"widths": widths}, InputError, "widths"),
+        ({"plan": str(tmp_path / "plan.json")}, InputError, "search"),
+        ({"larger": "runs/a"}, InputError, "search"),
+        ({"widths": {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}}, InputError, "widths"),
         ({"search_tokens": 64}, DataError, "search_tokens"),
         ({"layers": "free", "target": "graph"}, InputError, "layers"),
         ({"layers": "0-1", "target": "graph"}, InputError, "layers"),

@@ -16,20 +16,17 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from commands import done
+from lab import fields
 from pictures import COLOURS, clip, clip_processor, write_captions, write_chats
 from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoModel,
     AutoProcessor,
-    Blip2ForImageTextRetrieval,
     CLIPConfig,
     CLIPModel,
-    CLIPTextModelWithProjection,
-    FlavaModel,
-    GroupViTModel,
-    OwlViTForObjectDetection,
     Siglip2ImageProcessor,
     SiglipConfig,
     SiglipModel,
@@ -91,18 +88,19 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(pruned):
     assert [d.stage for d in mptk.verify(pruned)] == stages
 
 
-def test_it_is_measured_as_its_report_says(world, pruned):
+def test_it_is_measured_as_its_report_says_and_both_show_the_retrieval(world, pruned):
     measured = mptk.evaluate(pruned, str(world / "pictures"), windows=6)
     assert measured["model"] == pytest.approx(mptk.Report.read(pruned).quality["pruned"], abs=1e-5)
     assert measured["dense"] == 1
+    for name, words in {"pruned": ["report"], "model": ["eval", "--data", world / "pictures"]}.items():
+        assert f"retrieval: 1.0000 dense, 1.0000 {name}" in done(*words, pruned).output
 
 
 def test_captions_are_padded_as_the_processor_pads_them(world, tmp_path):
     """And the tokenizer that was read with is not changed: the folder gets its file."""
     loaded = load(str(world / "clip"))
-    found = (
-        bind_task(loaded).draw_evaluation(loaded, Settings(eval_data=str(world / "chats.jsonl"), eval_windows=6)).inputs
-    )
+    asked = Settings(eval_data=str(world / "chats.jsonl"), eval_windows=6)
+    found = bind_task(loaded).draw_evaluation(loaded, asked).inputs
     texts = [f"is a all {colour}" for colour in COLOURS]
     pictures = [Image.open(world / "pictures" / f"{colour}.png") for colour in COLOURS]
     expected = clip_processor()(text=texts, images=pictures, padding=True, return_tensors="pt")
@@ -143,12 +141,6 @@ def test_quality_is_of_both_embeddings_and_of_the_nearest_text():
     assert found["pruned"] == pytest.approx((5 + apart) / 6, abs=1e-5)
 
 
-def test_eval_and_report_show_the_retrieval(world, pruned):
-    for name, words in {"pruned": ["report"], "model": ["eval", "--data", str(world / "pictures")]}.items():
-        result = done(*words, str(pruned))
-        assert f"retrieval: 1.0000 dense, 1.0000 {name}" in result.output
-
-
 def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world, pruned):
     """As transformers gives them, in optimum's names, with padded texts."""
     graph = ort.InferenceSession(pruned / "onnx" / "model.onnx")
@@ -176,9 +168,8 @@ def test_transformers_js_classifies_as_transformers_does(world, pruned):
     command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), str(picture), *texts]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    asked = AutoProcessor.from_pretrained(pruned)(
-        text=texts, images=Image.open(picture), padding=True, return_tensors="pt"
-    )
+    read = AutoProcessor.from_pretrained(pruned)
+    asked = read(text=texts, images=Image.open(picture), padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = AutoModel.from_pretrained(pruned)(**asked).logits_per_image.softmax(1)[0]
     assert json.loads(run.stdout) == pytest.approx(expected.tolist(), abs=1e-4)
@@ -212,62 +203,40 @@ def test_images_come_as_patches_if_the_class_reads_these(world, tmp_path):
     assert [*example] == ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes"]
     found = DUAL_ENCODER.compute_output(model, Samples(example))
     assert all(isinstance(x, Tensor) and len(x) == 2 and x.isfinite().all() for x in found)
-    Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path / "patches")
-    read = Images().prepare(
-        Loaded(model, None, "siglip2", tmp_path / "patches"), [world / "pictures" / "red.png"], lambda done, total: None
-    )
+    Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path)
+    loaded = Loaded(model, None, "siglip2", tmp_path)
+    read = Images().prepare(loaded, [world / "pictures" / "red.png"], lambda done, total: None)
     assert read["pixel_attention_mask"].sum() == read["spatial_shapes"].prod()
     assert {name: x.dtype for name, x in read.items()} == {name: example[name].dtype for name in read}
 
 
-def test_analyze_lists_the_towers(world, tmp_path):
-    done("analyze", str(world / "clip"), "--json", str(tmp_path / "a.json"), "-q")
-    parts = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["parts"]}
-    model = clip()
-    assert parts["vision_tower"]["parameters"] == sum(p.numel() for p in model.vision_model.parameters())
-    assert parts["text_tower"]["parameters"] == sum(p.numel() for p in model.text_model.parameters())
-    assert {"ffn.1", "text_model_layers"} <= set(parts["text_tower"]["families"])
+def test_a_class_is_taken_by_what_it_gives():
+    others = ("CLIPTextModelWithProjection", "OwlViTForObjectDetection", "Blip2ForImageTextRetrieval", "FlavaModel")
+    for names, taken in ((("CLIPModel", "GroupViTModel"), True), (others, False)):
+        for model_class in (getattr(transformers, name) for name in names):
+            assert (DUAL_ENCODER.explain_refusal(CLIPConfig(), {model_class}) is None) == taken, model_class
 
 
-@pytest.mark.parametrize(
-    ("model_class", "taken"),
-    [
-        (CLIPModel, True),
-        (GroupViTModel, True),
-        (CLIPTextModelWithProjection, False),
-        (OwlViTForObjectDetection, False),
-        (Blip2ForImageTextRetrieval, False),
-        (FlavaModel, False),
-    ],
-)
-def test_a_class_is_taken_by_what_it_gives(model_class, taken):
-    assert (DUAL_ENCODER.explain_refusal(CLIPConfig(), {model_class}) is None) == taken
-
-
-def _itself(folder: Path) -> str:
-    return "self"
-
-
-def _two_images(folder: Path) -> str:
+def write_two_images(folder: Path) -> str:
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "red"}]}]
     images = [str(folder / "pictures" / f"{colour}.png") for colour in COLOURS[:2]]
     (folder / "two.jsonl").write_text(json.dumps({"messages": turns, "images": images}))
     return str(folder / "two.jsonl")
 
 
-def _no_pad(folder: Path) -> str:
-    file = folder / "clip" / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
+def write_no_padding(folder: Path) -> str:
+    fields("tokenizer_config.json", pad_token=None)(folder / "clip")
     return str(folder / "pictures")
 
 
-@pytest.mark.parametrize(("spoil", "kind"), [(_itself, InputError), (_two_images, DataError), (_no_pad, FileError)])
-def test_wrong_data_is_refused(tmp_path, spoil, kind):
-    clip().save_pretrained(tmp_path / "clip")
-    clip_processor().save_pretrained(tmp_path / "clip")
-    write_captions(tmp_path / "pictures")
-    data = spoil(tmp_path)
-    loaded = load(str(tmp_path / "clip"))
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [(lambda folder: "self", InputError), (write_two_images, DataError), (write_no_padding, FileError)],
+)
+def test_wrong_data_is_refused(tmp_path, world, spoil, kind):
+    shutil.copytree(world, tmp_path / "world")
+    data = spoil(tmp_path / "world")
+    loaded = load(str(tmp_path / "world" / "clip"))
     with expect_error(kind):
         bind_task(loaded).draw_samples(loaded, Settings(data=data), 6, lambda done, total: None)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab import fields, raw_report
 from small_modules import Small
 from transformers import (
     AutoModelForCausalLM,
@@ -45,9 +46,8 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_dense(root: Path) -> None:
-    testing.save_model(
-        spread(testing.make_llama(layers=1, tied=False)), root / "dense", testing.make_tokenizer(begin=True)
-    )
+    model = spread(testing.make_llama(layers=1, tied=False))
+    testing.save_model(model, root / "dense", testing.make_tokenizer(begin=True))
     (root / "few.txt").write_text(TEXT)
     (root / "many.txt").write_text(OTHER)
 
@@ -87,16 +87,15 @@ def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     assert len(kept) % 2 == 0
     small, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
     assert small.get_input_embeddings().weight.shape[0] == small.lm_head.weight.shape[0] == len(kept) == len(words)
-    assert report.cost["dense"]["parameters"] == sum(
-        p.numel() for p in testing.make_llama(layers=1, tied=False).parameters()
-    )
-    assert report.cost["pruned"]["parameters"] == sum(p.numel() for p in small.parameters())
+    for name, model in (("dense", testing.make_llama(layers=1, tied=False)), ("pruned", small)):
+        assert report.cost[name]["parameters"] == sum(p.numel() for p in model.parameters())
     whole = AutoTokenizer.from_pretrained(dense)
     assert [kept[i] for i in words(WORDS).input_ids] == whole(WORDS).input_ids
     assert words.decode(words("lazy honey, é").input_ids, skip_special_tokens=True) == "lazy honey, é"
     assert (small.config.eos_token_id, words.eos_token_id) == (1, 1)
-    assert f"{len(kept)} of 300 tokens stay" in (pruned / CARD).read_text()
-    assert f"| vocabulary |  | 300 → {len(kept)} |" in (pruned / CARD).read_text()
+    card = (pruned / CARD).read_text()
+    assert f"{len(kept)} of 300 tokens stay" in card
+    assert f"| vocabulary |  | 300 → {len(kept)} |" in card
 
 
 def test_the_proof_compares_with_the_model_that_has_all_tokens(pruned):
@@ -139,17 +138,8 @@ def test_special_tokens_of_the_config_move_with_their_rows(dense, tmp_path):
 
 
 def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
-    trained = mptk.recover(
-        pruned,
-        progress=None,
-        data=str(dense.parent / "many.txt"),
-        steps=1,
-        batch=2,
-        micro=2,
-        length=24,
-        eval_windows=2,
-        eval_length=24,
-    )
+    training = {"steps": 1, "batch": 2, "micro": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
+    trained = mptk.recover(pruned, progress=None, data=str(dense.parent / "many.txt"), **training)
     assert trained.plan.conversions == Plan.load(pruned / "plan.json").conversions
     assert trained.report.rows["vocabulary"]["corpus"] == "the plan"
     again = mptk.prune(str(dense), **{**FEW, "plan": str(pruned / "plan.json"), "data": [TEXT]}, progress=None)
@@ -158,7 +148,7 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
     assert len(twice.tokenizer) == len(again.tokenizer)
 
 
-def test_encoder_decoders_lose_rows_too(laboratory):
+def test_encoder_decoders_and_masked_models_lose_rows_too_and_classifiers_keep_their_outputs(laboratory):
     folder = laboratory.open_model("encoder-decoder")
     whole, result = AutoModelForSeq2SeqLM.from_pretrained(folder), mptk.prune(str(folder), **ALONE)
     kept = list(tokens_of(result.plan))
@@ -166,10 +156,6 @@ def test_encoder_decoders_lose_rows_too(laboratory):
     ids, start = result.tokenizer(WORDS).input_ids, torch.tensor([[0, 5, 7]])
     there = logits(whole, [kept[i] for i in ids], decoder_input_ids=torch.tensor(kept)[start])
     assert torch.allclose(logits(result.model, ids, decoder_input_ids=start), there[:, kept], atol=1e-6)
-
-
-def test_masked_models_lose_rows_too():
-    torch.manual_seed(0)
     masked = spread(BertForMaskedLM(BertConfig(**ENCODER))).eval()
     words = testing.make_tokenizer()
     words.add_special_tokens({"mask_token": "<pad>"})
@@ -178,9 +164,6 @@ def test_masked_models_lose_rows_too():
     ids = result.tokenizer(WORDS).input_ids
     there = logits(masked, [kept[i] for i in ids])[:, kept]
     assert torch.allclose(logits(result.model, ids), there, atol=1e-5)
-
-
-def test_classifiers_keep_their_outputs(laboratory):
     result = mptk.prune(str(laboratory.open_model("text classifier")), **ALONE)
     assert result.model.get_input_embeddings().weight.shape[0] == len(result.tokenizer) < TOKEN_COUNT
     assert result.model.config.num_labels == CLASSES
@@ -188,10 +171,8 @@ def test_classifiers_keep_their_outputs(laboratory):
 
 def test_another_tokenizer_in_the_folder_is_seen(pruned, tmp_path):
     copy = shutil.copytree(pruned, tmp_path / "copy")
-    content = json.loads((copy / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
-    vocab["t"], vocab["h"] = vocab["h"], vocab["t"]
-    (copy / "tokenizer.json").write_text(json.dumps(content))
+    vocab = json.loads((copy / "tokenizer.json").read_text())["model"]["vocab"]
+    fields("tokenizer.json", model__vocab={**vocab, "t": vocab["h"], "h": vocab["t"]})(copy)
     write_manifest(copy)
     with expect_error(ProofError, name="config"):
         mptk.verify(copy)
@@ -210,30 +191,20 @@ def test_a_written_tokenizer_must_read_and_write_as_the_dense_one(tmp_path, part
     dense.add_tokens(["<Added>"])
     dense.save_pretrained(tmp_path)
     check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {part: value}))
+    fields("tokenizer.json", **{part: value})(tmp_path)
     with expect_error(ProofError, name="config"):
         check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
 
 
-def test_a_report_of_the_format_before_is_read(pruned, tmp_path):
+def test_a_report_of_the_format_before_is_read_and_one_that_names_other_tokens_not_believed(pruned, tmp_path):
     copy = shutil.copytree(pruned, tmp_path / "copy")
-    content = json.loads((copy / "report.json").read_text())
-    content |= {
-        "format": "mptk-report/1",
-        "search": {},
-        "kv_heads": {},
-        "vocabulary": content.pop("rows")["vocabulary"],
-    }
-    (copy / "report.json").write_text(json.dumps(content))
+    before = raw_report(copy)
+    rows = before.pop("rows")
+    before |= {"format": "mptk-report/1", "search": {}, "kv_heads": {}, "vocabulary": rows["vocabulary"]}
+    (copy / "report.json").write_text(json.dumps(before))
     assert mptk.Report.read(copy) == mptk.Report.read(pruned)
-
-
-def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):
-    copy = shutil.copytree(pruned, tmp_path / "copy")
-    content = json.loads((copy / "report.json").read_text())
-    content["rows"]["vocabulary"]["kept"] += 2
-    (copy / "report.json").write_text(json.dumps(content))
+    shutil.copy(pruned / "report.json", copy)
+    fields("report.json", rows__vocabulary__kept=rows["vocabulary"]["kept"] + 2)(copy)
     write_manifest(copy)
     with expect_error(FileError, name="vocabulary"):
         mptk.verify(copy)
@@ -254,11 +225,9 @@ def test_what_cannot_be_done_is_refused(dense, pruned, tmp_path):
         mptk.prune(testing.make_llama(layers=1), **{**ALONE, "data": "random"})
     with expect_error(InputError, name="vocabulary"):
         mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), vocabulary=[TEXT], progress=None)
-    other = Plan.load(pruned / "plan.json").to_json()
-    other["vocabulary"]["of"] = 999
-    (tmp_path / "plan.json").write_text(json.dumps(other))
+    shutil.copy(pruned / "plan.json", tmp_path)
+    fields("plan.json", vocabulary__of=999)(tmp_path)
     with expect_error(PlanError, name="vocabulary"):
         mptk.prune(str(dense), **{**FEW, "plan": str(tmp_path / "plan.json"), "data": [TEXT]}, progress=None)
-    plan = Plan.load(pruned / "plan.json")
     with expect_error(PlanError, name="vocabulary"):
-        mptk.rewrite(mptk.analyze(testing.make_llama(layers=1, tied=False)), plan)
+        mptk.rewrite(mptk.analyze(testing.make_llama(layers=1, tied=False)), Plan.load(pruned / "plan.json"))

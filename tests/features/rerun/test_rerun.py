@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from commands import done
+from lab import all_of, fields
 from typer.testing import CliRunner
 
 import mptk
@@ -17,7 +17,6 @@ from mptk import Report
 from mptk.cli.main import app
 from mptk.errors import ChangedError, FileError
 from mptk.features.rerun.api import repeat_run
-from mptk.files import write_json
 from mptk.publish.manifest import write_manifest
 from mptk.testing import expect_error
 
@@ -28,18 +27,8 @@ def made(laboratory):
     return laboratory.keep("rerun/made", lambda out: laboratory.prune("decoder", out))
 
 
-def change(folder: Path, file: str, **changes: Any) -> None:
-    """Other values in a JSON file; a dictionary is merged into the one that is there."""
-    content = json.loads((folder / file).read_text())
-    for name, value in changes.items():
-        content[name] = {**content[name], **value} if isinstance(value, dict) else value
-    write_json(folder / file, content)
-
-
 def find_differences(folder: Path, again: Path) -> set[str]:
-    rows = repeat_run(folder, again)
-    assert rows is not None
-    return {row["what"] for row in rows if not row["same"]}
+    return {row["what"] for row in repeat_run(folder, again) if not row["same"]}
 
 
 def test_rerun_gives_the_same_and_says_so(made, tmp_path):
@@ -53,7 +42,7 @@ def test_rerun_gives_the_same_and_says_so(made, tmp_path):
 def test_rerun_says_what_differs(made, tmp_path):
     other, text = shutil.copytree(made, tmp_path / "other"), tmp_path / "text.raw"
     text.write_text(" ".join(f"w{n * n % 95} w{n % 95}" for n in range(1500)))
-    change(other, "report.json", settings={"data": str(text)}, versions={"torch": "1.0"})
+    fields("report.json", settings__data=str(text), versions__torch="1.0")(other)
     with expect_error(ChangedError, name="report.json"):
         repeat_run(other, tmp_path / "again")
     write_manifest(other)
@@ -69,9 +58,7 @@ def test_rerun_says_what_differs(made, tmp_path):
 def test_rerun_compares_the_files_and_not_what_the_report_says_of_them(made, tmp_path):
     """Whoever changes a file can make the manifest fit, and other versions may give the same."""
     other = shutil.copytree(made, tmp_path / "other")
-    change(other, "config.json", rms_norm_eps=0.5)
-    change(other, "report.json", versions={"torch": "1.0"})
-    write_manifest(other)
+    all_of(fields("config.json", rms_norm_eps=0.5), fields("report.json", versions__torch="1.0"), write_manifest)(other)
     assert find_differences(other, tmp_path / "again") == {"torch", "written config.json"}
 
 
@@ -81,9 +68,8 @@ def test_a_recovery_is_repeated_too(laboratory, tmp_path):
 
 def test_a_report_does_not_choose_where_a_rerun_writes(made, tmp_path):
     copy = shutil.copytree(made, tmp_path / "copy")
-    asked = json.loads((copy / "report.json").read_text())["settings"]["learning"]
-    asked |= {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere"), "tracker": "wandb"}
-    change(copy, "report.json", settings={"learning": asked})
+    asked = {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere"), "tracker": "wandb"}
+    fields("report.json", **{f"settings__learning__{name}": value for name, value in asked.items()})(copy)
     write_manifest(copy)
     assert Report.read(copy).settings.learning.teacher_cache
     repeat_run(copy, tmp_path / "out")

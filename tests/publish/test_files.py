@@ -17,22 +17,17 @@ from forks import run_with_hook
 from mptk.errors import ChangedError, FileError, OutputError
 from mptk.files import format_json, make_staging, write_file, write_json, write_text, write_together
 from mptk.files.staging import LOCK
-from mptk.publish import manifest
 from mptk.publish.folder import publish
-from mptk.publish.manifest import check_manifest, copy_listed, read_manifest, update_manifest, write_manifest
+from mptk.publish.manifest import check_manifest, copy_listed, hash_file, read_manifest, update_manifest, write_manifest
 from mptk.testing import expect_error
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHERS = [
-    "mptk/cli/failure.py",
-    "mptk/run/estimate.py",
-    "mptk/targets/onnx.py",
-    "mptk/testing/laboratory.py",
-    "mptk/testing/plugins.py",
-    "passes/targets/onnx/tensors.py",
-]
-"""Two ask where temporary files go, two remove a folder in their own output, one opens a file without a name, one
-describes a plugin of a test."""
+
+
+def find_files(pattern: str) -> list[str]:
+    """The product's files that have a match."""
+    files = [file for package in ("mptk", "passes") for file in (ROOT / package).rglob("*.py")]
+    return sorted(str(file.relative_to(ROOT)) for file in files if re.search(pattern, file.read_text()))
 
 
 def test_json_has_null_for_what_is_no_number():
@@ -43,19 +38,9 @@ def test_json_has_null_for_what_is_no_number():
 
 @pytest.mark.features
 def test_all_json_is_written_by_the_one_helper():
-    writers = [
-        f"{path.relative_to(ROOT)}"
-        for package in ("mptk", "passes")
-        for path in (ROOT / package).rglob("*.py")
-        if re.search(r"json\.dumps?\(", path.read_text())
-    ]
-    assert sorted(writers) == [
-        "mptk/features/gguf/llama_cpp.py",
-        "mptk/files/places.py",
-        "mptk/files/replace.py",
-        "mptk/reading.py",
-        "mptk/targets/beside.py",
-    ]  # llama_cpp runs without mptk; but for replace and places the others look at values
+    expected = ["features/gguf/llama_cpp", "files/places", "files/replace", "reading", "targets/beside"]
+    # llama_cpp runs without mptk; but for replace and places the others look at values.
+    assert find_files(r"json\.dumps?\(") == [f"mptk/{name}.py" for name in expected]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -114,13 +99,13 @@ def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path):
 
 
 def test_files_are_renamed_into_their_place_by_the_one_helper():
-    writers = [
-        str(path.relative_to(ROOT))
-        for package in ("mptk", "passes")
-        for path in (ROOT / package).rglob("*.py")
-        if re.search(r"os\.replace\(|\.rename\(|temporary\.replace\(|tempfile|mkdtemp|rmtree", path.read_text())
-    ]
-    assert [name for name in sorted(writers) if not name.startswith("mptk/files/")] == sorted(OTHERS)
+    """Two others ask where temporary files go, two remove a folder in their own output, one opens a file without a
+    name, one describes a plugin of a test.
+    """
+    others = ["mptk/cli/failure", "mptk/run/estimate", "mptk/targets/onnx", "mptk/testing/laboratory"]
+    others += ["mptk/testing/plugins", "passes/targets/onnx/tensors"]
+    found = find_files(r"os\.replace\(|\.rename\(|temporary\.replace\(|tempfile|mkdtemp|rmtree")
+    assert [name for name in found if not name.startswith("mptk/files/")] == [f"{name}.py" for name in others]
 
 
 @pytest.fixture
@@ -132,14 +117,10 @@ def folder(tmp_path):
     return tmp_path / "out"
 
 
-def test_the_manifest_lists_every_file_with_its_digest(folder):
-    files = read_manifest(folder)
-    assert set(files) == {"onnx/model.onnx", "report.json"}
-    assert files["onnx/model.onnx"] == hashlib.sha256(b"graph").hexdigest()
+def test_the_manifest_lists_every_file_with_its_digest_and_every_difference_is_named(folder):
+    files = {"onnx/model.onnx": b"graph", "report.json": b"{}"}
+    assert read_manifest(folder) == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     check_manifest(folder)
-
-
-def test_every_difference_is_named(folder):
     (folder / "onnx" / "model.onnx").write_bytes(b"grape")
     with expect_error(ChangedError, name="onnx/model.onnx"):
         check_manifest(folder)
@@ -176,13 +157,13 @@ def test_a_file_is_digested_again_after_every_change(tmp_path):
     file.write_bytes(b"one")
     time.sleep(0.15)  # after which a digest is remembered
     for _ in range(2):
-        assert manifest.hash_file(file) == hashlib.sha256(b"one").hexdigest()
+        assert hash_file(file) == hashlib.sha256(b"one").hexdigest()
     state = file.stat()
     file.write_bytes(b"two")
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert manifest.hash_file(file) == hashlib.sha256(b"two").hexdigest()
+    assert hash_file(file) == hashlib.sha256(b"two").hexdigest()
     file.write_bytes(b"six")
-    assert manifest.hash_file(file) == hashlib.sha256(b"six").hexdigest()
+    assert hash_file(file) == hashlib.sha256(b"six").hexdigest()
 
 
 def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path):

@@ -50,8 +50,7 @@ def test_ordinary_text_of_any_script_stays_as_it_is():
 @pytest.mark.parametrize("kind", EVIL)
 def test_the_console_prints_it_as_text(kind, capsys):
     evil, shown = EVIL[kind]
-    table = Table(title=evil)
-    table.add_column(evil)
+    table = Table(evil, title=evil)
     table.add_row(evil)
     table.add_row(Text(evil))
     console = PlainConsole()
@@ -80,7 +79,7 @@ def write_evil_report(file: Path, evil: str) -> None:
     """Text that may be anything, in every field of the report that is text."""
     report = json.loads(file.read_text())
     report["model"] = report["settings"]["method"] = evil
-    report["notes"], report["files"] = [evil], [evil]
+    report["notes"] = report["files"] = [evil]
     report["families"][evil] = {"of": 8, "width": 4, "layers": 2}
     report["quality"] |= {"metric": evil, "protocol": evil}
     report["quantized"] = {evil: {"file": evil, "bytes": 7, "quality": 1.0}}

@@ -43,23 +43,17 @@ def test_what_was_cut_comes_first_and_dense_beside_pruned_in_each_type(report):
     assert [rows[1][1], rows[3][1]] == [scheme, scheme]
 
 
-@pytest.mark.parametrize(
-    ("metric", "dense", "pruned", "warned"),
-    [
+def test_a_large_loss_a_text_that_is_none_and_one_text_for_both_are_said(report):
+    for metric, dense, pruned, warned in (
         ("perplexity", 20.0, 20.5, False),
         ("perplexity", 20.0, 30.0, True),
         ("perplexity", 5000.0, 5000.0, True),
         ("agreement", 1.0, 0.99, False),
         ("agreement", 1.0, 0.8, True),
         ("agreement", 0.8, 0.9, False),
-    ],
-)
-def test_a_large_loss_and_a_text_that_is_none_are_said(report, metric, dense, pruned, warned):
-    quality = {**report.quality, "metric": metric, "dense": dense, "pruned": pruned}
-    assert bool(list_warnings(replace(report, quality=quality, data={}))) == warned
-
-
-def test_one_text_for_both_is_said(report):
+    ):
+        quality = {**report.quality, "metric": metric, "dense": dense, "pruned": pruned}
+        assert bool(list_warnings(replace(report, quality=quality, data={}))) == warned
     row = {"source": "a", "samples": 2, "inputs": {}}
     same = replace(report, quality={**report.quality, "pruned": report.quality["dense"]})
     assert list_warnings(replace(same, data={"calibration": row, "evaluation": row})) != []

@@ -44,33 +44,24 @@ class TestPerplexity:
         assert measured.value == pytest.approx(math.exp(total / 60), rel=1e-5)
         assert (measured.tokens, measured.windows, measured.length) == (60, 5, 13)
 
-    def test_uniform_prediction_gives_the_vocabulary(self):
+    def test_uniform_prediction_gives_the_vocabulary_and_a_hopeless_one_is_infinite(self):
         measured = evaluation.measure_perplexity(lambda t: torch.zeros(*t.shape, 37), windows() % 37, data="x")
         assert measured.value == pytest.approx(37, rel=1e-6)
+        ids, one_hot = torch.tensor([[3, 4, 5]]), torch.nn.functional.one_hot
+        measured = evaluation.measure_perplexity(lambda t: one_hot(t, 300).float() * 1e4, ids, data="x")
+        assert (measured.value, measured.nll) == (math.inf, pytest.approx(1e4))
 
-    def test_hopeless_prediction_is_infinite(self):
-        measured = evaluation.measure_perplexity(
-            lambda t: torch.nn.functional.one_hot(t, 300).float() * 1e4, torch.tensor([[3, 4, 5]]), data="x"
-        )
-        assert measured.value == math.inf
-        assert measured.nll == pytest.approx(1e4)
-
-    def test_protocol(self):
+    def test_protocol_and_progress(self):
         def logits(tokens):
             return torch.zeros(*tokens.shape, 300, dtype=torch.bfloat16)
 
-        measured = evaluation.measure_perplexity(logits, windows()[:3], data="wiki")
+        calls, ids = [], windows()[:3]
+        measured = evaluation.measure_perplexity(logits, ids, data="wiki", progress=lambda *at: calls.append(at))
         assert measured.protocol == (
             "wiki: 3 windows of 13 tokens, stride 13, in the text's order, "
             "first token of each not predicted, 36 predicted, bfloat16"
         )
-
-    def test_progress(self):
-        calls = []
-        evaluation.measure_perplexity(
-            lambda t: torch.zeros(*t.shape, 300), windows(), data="x", progress=lambda *at: calls.append(at)
-        )
-        assert calls == [(done, 5) for done in range(1, 6)]
+        assert calls == [(1, 3), (2, 3), (3, 3)]
 
     @pytest.mark.parametrize("shape", [(0, 13), (4, 1)])
     def test_nothing_to_predict(self, shape):
@@ -94,18 +85,14 @@ class TestZeroShot:
 
     def test_local_task(self, task):
         pytest.importorskip("lm_eval")
-        model, tokenizer = testing.make_llama(), testing.make_tokenizer()
-        model.save_pretrained(task / "toy")
-        tokenizer.save_pretrained(task / "toy")
-        results = evaluation.zero_shot(
-            str(task / "toy"), ["toy_task"], include_path=task, limit=4, trust=trust_by_caller(True)
-        )
+        toy, how = testing.save_model(testing.make_llama(), task / "toy"), {"include_path": task}
+        how["trust"] = trust_by_caller(True)
+        results = evaluation.zero_shot(toy, ["toy_task"], limit=4, **how)
         # Labels alternate while question and choices stay: exactly half of the first four are answered right.
         assert results["toy_task"]["acc,none"] == 0.5
         assert all(isinstance(value, float) for value in results["toy_task"].values())
-        names = ["toy_task", "nothing_like_it"]
         with expect_error(InputError, name="nothing_like_it"):
-            evaluation.zero_shot(str(task / "toy"), names, include_path=task, trust=trust_by_caller(True))
+            evaluation.zero_shot(toy, ["toy_task", "nothing_like_it"], **how)
 
     @pytest.fixture
     def harness(self, tmp_path):
@@ -140,9 +127,8 @@ class TestZeroShot:
         with expect_error(InputError, name="trust_remote_code"):
             evaluation.zero_shot(str(task), ["toy_task"], include_path=task)
         words = ["eval", "any", "--tasks", "toy_task", "--include-path", str(task)]
-        error = CliRunner().invoke(app, words).exception
-        assert isinstance(error, InputError)
-        assert error.name == "trust_remote_code"
+        with expect_error(InputError, name="trust_remote_code"):
+            CliRunner().invoke(app, words, catch_exceptions=False)
         assert not (task / "ran").exists()
 
     @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")

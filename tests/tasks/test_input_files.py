@@ -31,8 +31,7 @@ def folder(tmp_path_factory):
 
 
 def said(*words: object) -> str:
-    result = done(*words)
-    return str(result.output)
+    return done(*words).output
 
 
 @pytest.mark.features
@@ -69,16 +68,16 @@ def test_what_is_no_such_file_is_refused(folder, tmp_path):
     for name, value in {"data": "book.txt", "eval_data": "self", "vocabulary": "book.txt"}.items():
         with expect_error(InputError, name=name):
             mptk.prune(dense, inputs=inputs, method="wanda", progress=None, **{name: value})
-    (tmp_path / "no.safetensors").write_text("none")
-    with expect_error(FileError, name=tmp_path / "no.safetensors"):
-        mptk.prune(dense, inputs=str(tmp_path / "no.safetensors"), method="wanda", progress=None)
+    wrong = tmp_path / "no.safetensors"
+    wrong.write_text("none")
+    with expect_error(FileError, name=wrong):
+        mptk.prune(dense, inputs=str(wrong), method="wanda", progress=None)
     with expect_error(InputError, name="example_inputs"):
         mptk.prune(dense, inputs=inputs, example_inputs=IDS, method="wanda", progress=None)
-    words = str(tmp_path / "words.safetensors")
     for tensors in ({"input_ids": IDS, "labels": IDS[:3] + 1}, {"words": IDS}):
-        save_file(tensors, words)
+        save_file(tensors, wrong)
         with expect_error(DataError):
-            mptk.prune(dense, inputs=inputs, data=words, method="wanda", progress=None)
+            mptk.prune(dense, inputs=inputs, data=str(wrong), method="wanda", progress=None)
 
 
 class Gated(nn.Module):

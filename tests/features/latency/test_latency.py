@@ -127,11 +127,8 @@ def test_the_products_of_a_quantised_graph_are_those_of_its_file(scheme, tmp_pat
     mptk.export(LlamaForCausalLM(llama_config()), tmp_path, quantize=[scheme])
     (file,) = [file for file in tmp_path.glob("*.onnx") if file.name != "model.onnx"]
     names = ("K", "N", "bits", "block_size")
-    nodes = [
-        {a.name: a.i for a in node.attribute}
-        for node in onnx.load(file, load_external_data=False).graph.node
-        if node.op_type == BLOCK_MATMUL
-    ]
+    graph = onnx.load(file, load_external_data=False).graph
+    nodes = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == BLOCK_MATMUL]
     program = analyze(trace(LlamaForCausalLM(llama_config())))
     parts = [p for p in find_parts(program, *OBJECTIVES["decode"], scheme) if p.kind == BLOCK_MATMUL]
     found = [p.make_operator({}).sizes[1:] for p in parts for _ in range(p.count)]

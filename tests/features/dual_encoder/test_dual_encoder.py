@@ -16,21 +16,12 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+import transformers as t
 from commands import done
 from lab import fields
 from pictures import COLOURS, clip, clip_processor, write_captions, write_chats
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    CLIPConfig,
-    CLIPModel,
-    Siglip2ImageProcessor,
-    SiglipConfig,
-    SiglipModel,
-)
 
 import mptk
 from benchmarks.tiny_models import tiny_model
@@ -78,8 +69,8 @@ def pruned(world, laboratory):
 def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(pruned):
     report = mptk.Report.read(pruned)
     assert report.task == "dual-encoder"
-    small = AutoModel.from_pretrained(pruned)
-    assert type(small) is CLIPModel
+    small = t.AutoModel.from_pretrained(pruned)
+    assert type(small) is t.CLIPModel
     assert small.config.vision_config.intermediate_size < 80
     assert small.config.text_config.intermediate_size == 72
     assert torch.equal(small.logit_scale, clip().logit_scale)
@@ -153,9 +144,9 @@ def test_a_graph_gives_similarities_of_any_numbers_of_texts_and_images(world, pr
     texts = ["a picture that is all red", "a", "grey picture"]
     for colours in (["red"], ["red", "blue", "white", "black"]):
         images = [Image.open(world / "pictures" / f"{colour}.png") for colour in colours]
-        asked = AutoProcessor.from_pretrained(pruned)(text=texts, images=images, padding=True, return_tensors="pt")
+        asked = t.AutoProcessor.from_pretrained(pruned)(text=texts, images=images, padding=True, return_tensors="pt")
         with torch.no_grad():
-            expected = AutoModel.from_pretrained(pruned)(**asked)
+            expected = t.AutoModel.from_pretrained(pruned)(**asked)
         found = graph.run(None, {name: x.numpy() for name, x in asked.items()})
         for name, x in zip([*LOGITS, *EMBEDS], found, strict=True):
             assert np.abs(x - expected[name].numpy()).max() < 1e-5 * float(expected[name].abs().max()), name
@@ -168,21 +159,21 @@ def test_transformers_js_classifies_as_transformers_does(world, pruned):
     command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), str(picture), *texts]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    read = AutoProcessor.from_pretrained(pruned)
+    read = t.AutoProcessor.from_pretrained(pruned)
     asked = read(text=texts, images=Image.open(picture), padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = AutoModel.from_pretrained(pruned)(**asked).logits_per_image.softmax(1)[0]
+        expected = t.AutoModel.from_pretrained(pruned)(**asked).logits_per_image.softmax(1)[0]
     assert json.loads(run.stdout) == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def siglip() -> SiglipModel:
+def siglip() -> t.SiglipModel:
     """Text: hidden 40, 5 heads, ffn 72. Vision: hidden 48, 4 heads, ffn 80. It reads padding as text."""
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "intermediate_size": 72, "hidden_size": 40, "num_attention_heads": 5}
     text = {**sizes, "vocab_size": 30, "max_position_embeddings": 20, "projection_size": 48}
     vision = {**sizes, "hidden_size": 48, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     ends = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 1}
-    return SiglipModel(SiglipConfig(text_config={**text, **ends}, vision_config=vision)).eval()
+    return t.SiglipModel(t.SiglipConfig(text_config={**text, **ends}, vision_config=vision)).eval()
 
 
 def test_a_graph_says_nothing_of_padding_if_the_class_reads_it_as_text(tmp_path, pruned):
@@ -203,7 +194,7 @@ def test_images_come_as_patches_if_the_class_reads_these(world, tmp_path):
     assert [*example] == ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes"]
     found = DUAL_ENCODER.compute_output(model, Samples(example))
     assert all(isinstance(x, Tensor) and len(x) == 2 and x.isfinite().all() for x in found)
-    Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path)
+    t.Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path)
     loaded = Loaded(model, None, "siglip2", tmp_path)
     read = Images().prepare(loaded, [world / "pictures" / "red.png"], lambda done, total: None)
     assert read["pixel_attention_mask"].sum() == read["spatial_shapes"].prod()
@@ -213,8 +204,8 @@ def test_images_come_as_patches_if_the_class_reads_these(world, tmp_path):
 def test_a_class_is_taken_by_what_it_gives():
     others = ("CLIPTextModelWithProjection", "OwlViTForObjectDetection", "Blip2ForImageTextRetrieval", "FlavaModel")
     for names, taken in ((("CLIPModel", "GroupViTModel"), True), (others, False)):
-        for model_class in (getattr(transformers, name) for name in names):
-            assert (DUAL_ENCODER.explain_refusal(CLIPConfig(), {model_class}) is None) == taken, model_class
+        for model_class in (getattr(t, name) for name in names):
+            assert (DUAL_ENCODER.explain_refusal(t.CLIPConfig(), {model_class}) is None) == taken, model_class
 
 
 def write_two_images(folder: Path) -> str:

@@ -12,20 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 from commands import done
 from inside import Stopped
 from pictures import COLOURS, PATCHES, llava, processor, write_captions, write_chats, write_llava, write_qwen
 from PIL import Image
 from stops import stop_at
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 import mptk
 from benchmarks.tiny_models import tiny_model
@@ -86,7 +78,7 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(tower):
     assert report.task == "image-text-to-text"
     assert report.quality["metric"] == "perplexity"
     assert "4 samples, each with an image (3 x 32 x 32)" in report.quality["protocol"]
-    small = AutoModelForImageTextToText.from_pretrained(tower)
+    small = t.AutoModelForImageTextToText.from_pretrained(tower)
     assert small.config.vision_config.intermediate_size < 80
     unused = small.model.vision_tower.encoder.layers[-1]  # the class reads the last layer but one
     assert unused.mlp.fc1.out_features == small.config.vision_config.intermediate_size
@@ -97,8 +89,10 @@ def test_a_tower_is_cut_proven_and_loads_as_a_stock_folder(tower):
 
 
 def test_a_model_of_a_smaller_tower_writes_and_is_measured_as_its_report_says(world, tower):
-    small = AutoModelForImageTextToText.from_pretrained(tower)
-    inputs = AutoProcessor.from_pretrained(tower)(text="<image> a", images=torch.zeros(3, 32, 32), return_tensors="pt")
+    small = t.AutoModelForImageTextToText.from_pretrained(tower)
+    inputs = t.AutoProcessor.from_pretrained(tower)(
+        text="<image> a", images=torch.zeros(3, 32, 32), return_tensors="pt"
+    )
     assert small.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
     measured = mptk.evaluate(tower, str(world / "pictures"), windows=4, length=12)
     assert measured["model"] == pytest.approx(mptk.Report.read(tower).quality["pruned"], rel=1e-4)
@@ -209,7 +203,7 @@ def test_text_prunes_the_language_model_and_the_proof_shows_it_images(world, tmp
     assert stages[-2:] == ["reloaded with images", "ONNX Runtime with images"]
     assert "ONNX Runtime decode" in stages
     dense, small = (
-        AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        t.AutoModelForImageTextToText.from_pretrained(folder).state_dict()
         for folder in (world / "llava", tmp_path / "out")
     )
     narrower = {name for name, weight in small.items() if weight.shape != dense[name].shape}
@@ -262,9 +256,9 @@ def test_wrong_data_is_refused(tmp_path, spoil, data, kind, about):
 
 def test_an_encoder_decoder_and_a_decoder_are_other_kinds():
     task = ImageText()
-    assert task.explain_refusal(LlamaConfig(), {LlamaForCausalLM}) is not None
-    assert task.explain_refusal(T5Config(), {T5ForConditionalGeneration}) is not None
-    assert task.explain_refusal(llava().config, {LlavaForConditionalGeneration}) is None
+    assert task.explain_refusal(t.LlamaConfig(), {t.LlamaForCausalLM}) is not None
+    assert task.explain_refusal(t.T5Config(), {t.T5ForConditionalGeneration}) is not None
+    assert task.explain_refusal(llava().config, {t.LlavaForConditionalGeneration}) is None
     blind = tiny_model("causal-lm", "gemma4").model
     assert blind.config.vision_config is None
     assert task.explain_refusal(blind.config, {type(blind)}) is not None

@@ -12,16 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as t
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
-    ResNetConfig,
-    ResNetForImageClassification,
-    XLMConfig,
-    XLMWithLMHeadModel,
-)
 
 import mptk
 from benchmarks import zoo_end_to_end, zoo_training
@@ -145,7 +138,7 @@ def test_a_file_that_is_no_image_or_no_sound_or_a_small_one_that_unpacks_to_a_hu
 def test_a_class_that_does_both_is_what_its_config_says():
     sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
     for causal, kind in ((False, "masked-lm"), (True, "causal-lm")):
-        model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
+        model = t.XLMWithLMHeadModel(t.XLMConfig(**sizes, causal=causal))
         assert bind_task(Loaded(model, None, "it", Path())).name == kind
 
 
@@ -175,8 +168,8 @@ def test_perceiver_gives_logits_after_a_window_and_has_two_names_for_pictures():
 
 def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path):
     """Without its kernels a state space model loops over the positions; and it reads the weights of a layer itself."""
-    model = MambaForCausalLM(
-        MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0, bos_token_id=1)
+    model = t.MambaForCausalLM(
+        t.MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0, bos_token_id=1)
     )
     dense, out = str(tmp_path / "dense"), tmp_path / "out"
     model.save_pretrained(dense)
@@ -200,7 +193,7 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path):
 def test_a_trace_holds_the_size_of_images_if_all_have_it():
     """Height and width are symbolic for images of another size than the config's, and if nobody knows their size."""
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
-    loaded = Loaded(ResNetForImageClassification(ResNetConfig(**sizes)).eval(), None, "it", Path())
+    loaded = Loaded(t.ResNetForImageClassification(t.ResNetConfig(**sizes)).eval(), None, "it", Path())
     like = bind_task(loaded).make_example(loaded.model)
     larger = like.map(lambda x: x.repeat(1, 1, 2, 2))
     size = like.inputs["pixel_values"].shape[2]

@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as t
 from lab import fields, raw_report
 from small_modules import Small
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    PreTrainedModel,
-)
 
 import mptk
 from mptk import Plan, testing
@@ -39,7 +32,7 @@ FEW = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "align"
 ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT], "vocabulary": [TEXT]}
 
 
-def spread(model: PreTrainedModel) -> PreTrainedModel:
+def spread(model: t.PreTrainedModel) -> t.PreTrainedModel:
     """Weights of a size that shows a wrong row in the logits."""
     torch.manual_seed(0)
     return testing.draw_weights(model)
@@ -69,7 +62,7 @@ def pruned(dense, laboratory):
     return laboratory.keep("vocabulary/pruned", lambda out: prune_dense(dense, out))
 
 
-def logits(model: PreTrainedModel, ids: list[int], **more: torch.Tensor) -> torch.Tensor:
+def logits(model: t.PreTrainedModel, ids: list[int], **more: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), **more).logits[0]
 
@@ -85,11 +78,11 @@ def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     assert report.rows["vocabulary"]["of"] == 300
     assert report.rows["vocabulary"]["kept"] == len(kept) < 290
     assert len(kept) % 2 == 0
-    small, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
+    small, words = t.AutoModelForCausalLM.from_pretrained(pruned), t.AutoTokenizer.from_pretrained(pruned)
     assert small.get_input_embeddings().weight.shape[0] == small.lm_head.weight.shape[0] == len(kept) == len(words)
     for name, model in (("dense", testing.make_llama(layers=1, tied=False)), ("pruned", small)):
         assert report.cost[name]["parameters"] == sum(p.numel() for p in model.parameters())
-    whole = AutoTokenizer.from_pretrained(dense)
+    whole = t.AutoTokenizer.from_pretrained(dense)
     assert [kept[i] for i in words(WORDS).input_ids] == whole(WORDS).input_ids
     assert words.decode(words("lazy honey, é").input_ids, skip_special_tokens=True) == "lazy honey, é"
     assert (small.config.eos_token_id, words.eos_token_id) == (1, 1)
@@ -108,7 +101,7 @@ def test_the_proof_compares_with_the_model_that_has_all_tokens(pruned):
 def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
     result = mptk.prune(str(dense), **ALONE)
     kept, small = tokens_of(result.plan), result.model
-    whole, words = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    whole, words = t.AutoModelForCausalLM.from_pretrained(dense), t.AutoTokenizer.from_pretrained(dense)
     ids = result.tokenizer(WORDS).input_ids
     there = logits(whole, words(WORDS).input_ids)[:, list(kept)]
     assert torch.equal(logits(small, ids), there)
@@ -150,13 +143,13 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
 
 def test_encoder_decoders_and_masked_models_lose_rows_too_and_classifiers_keep_their_outputs(laboratory):
     folder = laboratory.open_model("encoder-decoder")
-    whole, result = AutoModelForSeq2SeqLM.from_pretrained(folder), mptk.prune(str(folder), **ALONE)
+    whole, result = t.AutoModelForSeq2SeqLM.from_pretrained(folder), mptk.prune(str(folder), **ALONE)
     kept = list(tokens_of(result.plan))
     assert len(kept) < whole.config.vocab_size
     ids, start = result.tokenizer(WORDS).input_ids, torch.tensor([[0, 5, 7]])
     there = logits(whole, [kept[i] for i in ids], decoder_input_ids=torch.tensor(kept)[start])
     assert torch.allclose(logits(result.model, ids, decoder_input_ids=start), there[:, kept], atol=1e-6)
-    masked = spread(BertForMaskedLM(BertConfig(**ENCODER))).eval()
+    masked = spread(t.BertForMaskedLM(t.BertConfig(**ENCODER))).eval()
     words = testing.make_tokenizer()
     words.add_special_tokens({"mask_token": "<pad>"})
     result = mptk.prune(masked, tokenizer=words, **ALONE)
@@ -190,10 +183,10 @@ def test_a_written_tokenizer_must_read_and_write_as_the_dense_one(tmp_path, part
     dense = testing.make_tokenizer()
     dense.add_tokens(["<Added>"])
     dense.save_pretrained(tmp_path)
-    check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
+    check_same_reading(dense, t.AutoTokenizer.from_pretrained(tmp_path), None)
     fields("tokenizer.json", **{part: value})(tmp_path)
     with expect_error(ProofError, name="config"):
-        check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
+        check_same_reading(dense, t.AutoTokenizer.from_pretrained(tmp_path), None)
 
 
 def test_a_report_of_the_format_before_is_read_and_one_that_names_other_tokens_not_believed(pruned, tmp_path):

@@ -92,7 +92,6 @@ class Gated(nn.Module):
 
 
 def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path):
-    torch.manual_seed(0)
     net, inputs = Gated().eval(), {"x": torch.randn(4, 8), "a": torch.randn(4, 6)}
     how = {"sparsity": 0.3, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None}
     mptk.prune(net, tmp_path / "small", example_inputs=inputs, **how)
@@ -100,7 +99,6 @@ def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path):
 
 
 def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path):
-    torch.manual_seed(0)
     size = {"vocab_size": 41, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
     model = EuroBertModel(EuroBertConfig(**size, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     how = {"sparsity": 0.2, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None, "onnx": True}

@@ -82,7 +82,6 @@ def test_every_family_has_a_curve_and_every_layer_a_figure(llama, ids):
 
 def test_the_division_cuts_what_costs_least(ids):
     """Half of the feed-forward units of each layer do nothing."""
-    torch.manual_seed(0)
     model = MODEL_KINDS["decoder"].make().eval()
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data[:, ::2] = 0
@@ -95,12 +94,12 @@ def test_the_division_cuts_what_costs_least(ids):
 
 
 def test_each_text_is_measured_by_itself(llama, tmp_path):
-    files = {}
-    for seed, name in enumerate(("code.txt", "prose.txt")):
-        files[name] = tmp_path / name
-        files[name].write_text(" ".join(random.Random(seed).choices(WORDS, k=900)))
-    both = mptk.advise(llama, data=",".join(map(str, files.values())), progress=None, **ASKED)
-    assert both.texts == [str(path) for path in files.values()]
+    files = [tmp_path / "code.txt", tmp_path / "prose.txt"]
+    for seed, file in enumerate(files):
+        file.write_text(" ".join(random.Random(seed).choices(WORDS, k=900)))
+    names = [*map(str, files)]
+    both = mptk.advise(llama, data=",".join(names), progress=None, **ASKED)
+    assert both.texts == names
     first, second = both.division[0].texts.values()
     assert first != second
 
@@ -133,11 +132,9 @@ def advice(*rows: tuple[float, dict[str, Figures]], tolerance: float = 0.1) -> A
 def test_an_advice_is_a_line_and_in_a_notebook_a_table_with_its_command():
     found = replace(advice((0.1, {"a": figures(0.01)}), (0.2, {"a": figures(0.4)})), command="mptk prune <m>")
     assert "10.0%" in repr(found)
-    assert len(repr(found)) < 200
     page = found._repr_html_()
     assert page.count("<tr>") == 3
     assert "<pre>mptk prune &lt;m&gt;</pre>" in page
-    assert "none" in repr(advice((0.1, {"a": figures(0.9)})))
 
 
 def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decides():
@@ -153,9 +150,7 @@ def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decide
     assert advice(*rows).find_safe("a").sparsity == 0.1
     assert advice(rows[1]).find_safe("a") is None
     assert advice(rows[1]).recommended is None
-
-
-def test_the_knee_is_below_the_chord():
+    # The knee is below the chord.
     rises = {0.1: 0.01, 0.2: 0.03, 0.3: 0.06, 0.4: 0.6, 0.5: 1.5}
     assert advice(*((s, {"a": figures(rise)}) for s, rise in rises.items())).knee.sparsity == 0.3
     assert advice((0.1, {"a": figures(0.1)}), (0.2, {"a": figures(0.2)})).knee is None
@@ -232,23 +227,18 @@ def test_other_cuts_lie_between_the_shares_of_trained_ones_and_their_line():
     # The line is below them here, as training taught the text, and above them at the other end.
     assert rises[0.1] == pytest.approx((0.1 - 0.1 * 5 / 6, 0.1 * 0.75))
     assert rises[0.5] == pytest.approx((1.6 * 0.5, 0.6 + 0.8 * 5 / 6))
-
-
-def test_training_is_not_taken_to_make_a_cut_worse():
+    # Training is not taken to make a cut worse.
     found = trained(advice(*CUTS), (0.4, {"a": nats(0.6)}), (0.5, {"a": nats(0.7)}))
     assert math.log1p(found.estimate_after(found.division[0], "a").most) == pytest.approx(0.1), "the line has 0.51"
+    # A range has two standard errors.
+    found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
+    after = found.estimate_after(found.division[0], "a")
+    assert [math.log1p(after.least), math.log1p(after.most)] == pytest.approx([0.2 - 0.1, 0.2 + 0.1])
 
 
 def test_the_smallest_cut_that_is_not_safe_and_the_largest_are_trained():
     for tolerance, expected in ((math.expm1(0.25), [0.3, 0.5]), (math.expm1(0.05), [0.1, 0.5]), (10.0, [0.5])):
         assert [p.sparsity for p in to_train(advice(*CUTS, tolerance=tolerance))] == expected
-
-
-def test_a_range_has_two_standard_errors():
-    found = trained(advice((0.2, {"a": nats(0.4, 0.05)}), (0.4, {"a": nats(0.8)})), (0.4, {"a": nats(0.4)}))
-    after = found.estimate_after(found.division[0], "a")
-    assert math.log1p(after.least) == pytest.approx(0.2 - 0.1)
-    assert math.log1p(after.most) == pytest.approx(0.2 + 0.1)
 
 
 def test_after_training_more_is_safe_and_the_most_decides():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import done
+from inside import Inside
 from transformers import AutoModelForCausalLM
 
 import mptk
@@ -119,23 +122,19 @@ def test_the_best_ways_are_made_and_the_best_of_these_is_advised(made):
         assert row[2:4] == [f"{way.ms['decode']:.2f}", f"{way.measured.ms['decode']:.2f}"]
 
 
-@pytest.fixture
-def take(inside):
-    """Says how many milliseconds the graphs of each round of measurements take."""
+def take(inside: Inside, turns: Iterator[float]) -> None:
+    """How many milliseconds the graphs of each round of measurements take."""
 
-    def take(turns):
-        def time(_, graphs, cases, **__):
-            ms = next(turns)
-            return [Measurement(name, cases[0], ms, 0, 0, 1, 1, 1, 1) for name in graphs]
+    def time(_: object, graphs: list[str], cases: list[Any], **__: object) -> list[Measurement]:
+        ms = next(turns)
+        return [Measurement(name, cases[0], ms, 0, 0, 1, 1, 1, 1) for name in graphs]
 
-        inside.around("mptk.features.advise.made.time_graphs", time)
-
-    return take
+    inside.around("mptk.features.advise.made.time_graphs", time)
 
 
 @pytest.mark.usefixtures("made_up_times")
-def test_ways_that_turn_out_too_slow_are_followed_by_others(rounds_badly, take):
-    take(iter([5.0, 1.0]))
+def test_ways_that_turn_out_too_slow_are_followed_by_others(rounds_badly, inside):
+    take(inside, iter([5.0, 1.0]))
     model, ids = rounds_badly
     found = mptk.advise(model, data=ids, max_decode_ms=4.0, **MADE)
     slow = [way for way in found.ways if way.measured is not None and way.measured.ms["decode"] == 5.0]
@@ -145,9 +144,9 @@ def test_ways_that_turn_out_too_slow_are_followed_by_others(rounds_badly, take):
 
 
 @pytest.mark.usefixtures("made_up_times")
-def test_if_nothing_meets_the_limit_the_cheapest_ways_are_made(rounds_badly, take):
+def test_if_nothing_meets_the_limit_the_cheapest_ways_are_made(rounds_badly, inside):
     """Predicted times may be too long."""
-    take(itertools.repeat(1e-6))
+    take(inside, itertools.repeat(1e-6))
     model, ids = rounds_badly
     found = mptk.advise(model, data=ids, max_decode_ms=1e-3, **MADE)
     assert sum(way.measured is not None for way in found.ways) >= 3
@@ -259,14 +258,11 @@ def test_what_the_next_steps_would_buy_and_cost():
     assert make_advice(Ceiling(decode_ms=40)).better_way is None
 
 
-def test_a_cut_that_seems_better_than_its_type_is_so_by_chance():
+def test_a_cut_that_seems_better_than_its_type_is_so_by_chance_and_one_that_a_type_beats_is_not_on_the_front():
     lucky = make_way("int8", 0.1, 9.5, 140, -0.01)
     found = replace(make_advice(Ceiling(decode_ms=20)), ways=(*WAYS, lucky))
     assert found.find_way() == WAYS[2]
     assert replace(found, limits=Ceiling(decode_ms=9.8)).find_way() == lucky
-
-
-def test_a_cut_in_float32_that_a_type_beats_is_not_on_the_front():
     front = [(way.type, way.sparsity) for way in make_advice(Ceiling()).front]
     assert front == [(FLOAT_TYPE, 0.0), ("int8", 0.0), ("int4", 0.0), ("int8", 0.2), ("int4", 0.2)]
 

@@ -47,13 +47,10 @@ def fields(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
 
 
-def test_each_architecture_has_a_tiny_model():
-    assert {name.partition(",")[0] for name in tiny.MODELS} == set(ARCHITECTURES)
-
-
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(name, tmp_path):
     """llama.cpp comes as a library with ``.[bench]``; without it only the numbers are counted."""
+    assert {name.partition(",")[0] for name in tiny.MODELS} == set(ARCHITECTURES)
     folder, file = tiny.save(name, tmp_path / "model"), tmp_path / "out.gguf"
     write(folder, file)
     own = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors if not tensor.name.startswith("rope_"))
@@ -150,15 +147,12 @@ def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen, tmp_path):
 
 
 def test_a_smaller_vocabulary_is_the_folders(qwen, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick jars of honey\n" * 40)
-    mptk.prune(str(qwen), tmp_path / "out", sparsity=0.0, vocabulary=str(text), tolerance=1.0, **HOW)
+    text = ["the quick jars of honey\n"] * 40
+    words = mptk.prune(str(qwen), tmp_path / "out", sparsity=0.0, vocabulary=text, tolerance=1.0, **HOW).tokenizer
     api.gguf(tmp_path / "out", tmp_path / "out.gguf")
-    words = models.load_tokenizer(str(tmp_path / "out"))
-    tokens = fields(tmp_path / "out.gguf")["tokenizer.ggml.tokens"]
-    assert tokens == words.convert_ids_to_tokens(range(len(tokens)))
-    assert len(tokens) < tiny.VOCAB
-    assert fields(tmp_path / "out.gguf")["qwen3.vocab_size"] == len(tokens)
+    read = fields(tmp_path / "out.gguf")
+    assert read["tokenizer.ggml.tokens"] == words.convert_ids_to_tokens(range(len(words)))
+    assert read["qwen3.vocab_size"] == len(words) < tiny.VOCAB
 
 
 # ---- what llama.cpp computes otherwise ----
@@ -182,11 +176,16 @@ def test_a_config_that_llama_cpp_does_not_compute(name, changes):
         architectures.find_architecture(config)
 
 
-def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path):
+def test_rotary_embeddings_that_llama_cpp_does_not_have_and_a_window_that_it_ignores(tmp_path):
     folder, rope = tiny.save("qwen3", tmp_path / "model"), {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     set_fields("config.json", rope_parameters=rope)(folder)
     with expect_error(TargetError, name="qwen3"):
         write(folder, tmp_path / "out.gguf")
+    folder = tiny.save("mistral", tmp_path / "windowed")
+    assert write(folder, tmp_path / "out.gguf").notes == []
+    set_fields("config.json", sliding_window=16)(folder)
+    (note,) = write(folder, tmp_path / "out.gguf").notes
+    assert "after 16 tokens its results differ" in note
 
 
 def test_heads_that_are_not_the_hidden_size(tmp_path):
@@ -197,14 +196,6 @@ def test_heads_that_are_not_the_hidden_size(tmp_path):
     halves = {name: columns if "o_proj" in name else rows for name in cut}
     with expect_error(TargetError, name="portable"):
         GgufFolder(tmp_path / "model", weights.with_edits(halves), Plan({}), config, None, "auto")
-
-
-def test_a_window_that_llama_cpp_ignores_is_said(tmp_path):
-    folder = tiny.save("mistral", tmp_path / "model")
-    assert write(folder, tmp_path / "out.gguf").notes == []
-    set_fields("config.json", sliding_window=16)(folder)
-    (note,) = write(folder, tmp_path / "out.gguf").notes
-    assert "after 16 tokens its results differ" in note
 
 
 # ---- tokenizers ----

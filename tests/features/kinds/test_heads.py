@@ -117,7 +117,6 @@ def test_finders_of_masks_have_a_task():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_head_is_pruned_from_files_and_keeps_its_class(name, files, tmp_path):
-    torch.manual_seed(0)
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "dense")
     if name in PROCESSORS:
@@ -150,7 +149,6 @@ def test_a_head_is_pruned_from_files_and_keeps_its_class(name, files, tmp_path):
     ],
 )
 def test_what_counts_is_the_distance_from_the_dense_model(task, shape):
-    torch.manual_seed(0)
     dense, other = torch.randn(shape), torch.randn(shape, requires_grad=True)
     samples = Samples({"x": torch.zeros(3, 1)}, dense)
     assert float(task.compute_loss(dense, samples)) == pytest.approx(0, abs=1e-6)
@@ -161,7 +159,6 @@ def test_what_counts_is_the_distance_from_the_dense_model(task, shape):
 
 
 def test_figures_are_means_over_positions():
-    torch.manual_seed(0)
     logits, reference = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
 
     def each(figure):

@@ -286,7 +286,6 @@ def test_an_image_model_in_float16_takes_the_processors_own_numbers(laboratory, 
 
 
 def test_a_live_model_is_exported(tmp_path):
-    torch.manual_seed(0)
     model = MODEL_KINDS["encoder"].make().eval()
     mptk.export(model, tmp_path, run="mine")
     check_file(tmp_path / "model.onnx", "graph")

@@ -36,7 +36,6 @@ DATA = {
 
 @pytest.mark.parametrize("name", list(DATA))
 def test_every_kind_is_pruned_in_memory(name):
-    torch.manual_seed(0)
     model = MODEL_KINDS[name].make()
     found = mptk.prune(model, data=DATA[name](), distil_epochs=1, **SMALL)
     assert (found.report.task, found.report.quality["metric"]) == (MODEL_KINDS[name].task, MODEL_KINDS[name].metric)

@@ -41,15 +41,12 @@ def test_two_processes_find_what_one_finds(tmp_path):
             assert file.metadata() == {"rank": "0", "refused": "sparsity", "fsdp": "fsdp_version"}
 
 
-def test_every_batch_has_one_process():
+def test_every_batch_has_one_process_and_a_process_alone_shares_nothing():
     for count in (1, 2, 3, 5):
         for batches in range(count, 12):
             parts = [Sharing(count, index).own(range(batches)) for index in range(count)]
             assert [b for part in parts for b in part] == list(range(batches))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_a_process_alone_shares_nothing():
     assert share_batches(3) == Sharing()
     ones = torch.ones(2)
     assert Sharing().sum_all(ones) is ones

@@ -62,16 +62,13 @@ def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(n
         assert difference < (ROUNDED if gelu else CLOSE)
 
 
-def test_the_layers_before_those_with_experts_are_counted(tmp_path):
+def test_layers_before_those_with_experts_are_counted_and_experts_that_llama_cpp_would_not_find_refused(tmp_path):
+    """It takes the width of shared experts, and the place of layers without experts, from other numbers."""
     made = write(tiny.save("glm4_moe", tmp_path / "model"), tmp_path / "out.gguf")
     assert [(layer.ffn, layer.experts) for layer in made.layers] == [(128, 0), (64, 4), (64, 4)]
     said = {"feed_forward_length": 128, "leading_dense_block_count": 1, "expert_feed_forward_length": 64}
     said |= {"expert_shared_count": 1, "expert_gating_func": library.ExpertGatingFuncType.SIGMOID}
     assert fields(tmp_path / "out.gguf").items() >= {f"glm4moe.{name}": value for name, value in said.items()}.items()
-
-
-def test_experts_that_llama_cpp_would_not_find_are_refused():
-    """It takes the width of shared experts, and the place of layers without experts, from other numbers."""
     base, dense = ARCHITECTURES["glm4_moe"], tiny.model("glm4_moe").state_dict()
 
     def held(state):

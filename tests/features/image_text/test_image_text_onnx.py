@@ -234,11 +234,6 @@ def test_browsers_take_int8_only_if_each_graph_has_it(pruned, tmp_path):
     assert build_js_config(tmp_path / "onnx")["dtype"] == "fp32"
 
 
-def test_graphs_in_float16_without_float32_ones_are_refused():
-    with expect_error(InputError, name="onnx_dtype"):
-        check_form(IMAGE_TEXT_FORM, Settings(onnx_dtype="float16"))
-
-
 def test_a_vision_encoder_takes_several_images_of_any_size_at_once(exported):
     model = AutoModelForImageTextToText.from_pretrained(exported / "qwen")
     encoder = ort.InferenceSession(exported / "out" / "onnx" / "vision_encoder.onnx")
@@ -264,7 +259,9 @@ def test_sizes_of_images_become_what_transformers_makes_of_them(model_type):
             assert torch.equal(lengths, expected.long()), name
 
 
-def test_an_encoder_that_makes_something_else_of_sizes_is_refused():
+def test_an_encoder_that_makes_something_else_of_sizes_is_refused_and_so_is_float16_without_float32():
+    with expect_error(InputError, name="onnx_dtype"):
+        check_form(IMAGE_TEXT_FORM, Settings(onnx_dtype="float16"))
     model = tiny_model(PICTURED, "qwen3_vl").model
     with expect_error(TargetError, name="Qwen3VLForConditionalGeneration"):
         make_grid_function(model, torch.tensor([[1, 4, 4]]))

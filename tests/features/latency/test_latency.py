@@ -205,11 +205,13 @@ def test_a_width_that_a_wider_one_beats_is_not_proposed(analysis):
     assert cost.share({"ffn": 40}) == cost.share({"ffn": 48}) == cost.share({"ffn": 56}), "as wide as costs the same"
 
 
-def test_shares_fall_between_those_of_the_neighbouring_widths(analysis):
+def test_shares_fall_between_those_of_the_neighbouring_widths_and_experts_have_none_by_shape(analysis):
     cost = CostModel(analysis, "latency", Latency(analysis, LADDERS, "decode", times))
     assert cost.share({}) == 1
     assert cost.share({"ffn": 40.5}) == pytest.approx((cost.share({"ffn": 40}) + cost.share({"ffn": 41})) / 2)
     assert cost.share({"ffn": 40}) < cost.share({"ffn": 40.5}) < cost.share({"ffn": 41})
+    with expect_error(AnalysisError):
+        Latency(analyze(trace(testing.make_decoder("mixtral", meta=True))), {}, "decode", times)
 
 
 @pytest.mark.parametrize("method", ["random", "maskprune"])
@@ -279,9 +281,3 @@ def test_command_line_says_what_is_budgeted(asked_prune):
         done("prune", "model", "--out", "out", *options.split())
         *_, s = asked_prune[-1]
         assert (s.budget, s.objective, s.max_ms, s.threads) == wanted
-
-
-def test_routed_experts_have_no_latency_by_shape():
-    experts = testing.make_decoder("mixtral", meta=True)
-    with expect_error(AnalysisError):
-        Latency(analyze(trace(experts)), {}, "decode", times)

@@ -107,13 +107,13 @@ def test_the_list_says_what_a_model_is_for_its_size_and_its_licence(index, run_w
     assert run_words("models") == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("toy", "base", "7 MB", "CC0-1.0"))
-    assert {each.kind for each in packaged.ALIASES.values()} <= {"base", "instruct", "encoder"}
 
 
 def test_every_alias_is_pinned():
     assert "smollm2-135m" in packaged.ALIASES
     for alias in packaged.ALIASES.values():
         assert alias.licence
+        assert alias.kind in ("base", "instruct", "encoder")
         assert len(bytes.fromhex(alias.sha256)) == 32
         for wheel in alias.wheels:
             assert len(bytes.fromhex(wheel.sha256)) == 32

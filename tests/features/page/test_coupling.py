@@ -42,13 +42,10 @@ def test_units_go_from_what_makes_them_to_what_sums_over_them_and_rows_follow():
     assert rows[4] == {"hidden"}
 
 
-def test_experts_are_one_module():
+def test_experts_are_one_module_and_labels_tell_modules_apart():
     modules = {edge.module for edge in layer_of(EXPERTS).edges}
     assert any("experts" in name for name in modules)
     assert not any(part.isdecimal() for name in modules for part in name.split("."))
-
-
-def test_labels_tell_modules_apart():
     labels = {"attention.output.dense": "attention.output.dense", "output.dense": "output.dense"}
     labels |= {"attention.self.query": "query"}
     assert coupling.shorten_labels([*labels]) == labels

@@ -64,11 +64,18 @@ def shape(loss: float, *after: float, parameters: float = 100.0, **widths: int) 
 # ---- what is tried and measured ----
 
 
-def test_every_combination_is_tried_and_blocks_are_among_them(trained):
+def test_every_combination_is_tried_the_better_half_goes_on_and_the_best_of_it_wins(trained):
     tried = [tuple(shape.widths[name] for name in ("kv_groups", "q_heads", "layers")) for shape in trained.shapes]
     assert len(set(tried)) == len(tried) == 7
     assert {shape.widths["layers"] for shape in trained.shapes} == {2, 3}
     assert all(abs(shape.sparsity - 0.35) <= 0.03 for shape in trained.shapes)
+    first, second, third, *_ = trained.shapes
+    assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
+    assert first.loss <= second.loss
+    assert max(first.rungs[0].loss, second.rungs[0].loss) <= third.rungs[0].loss
+    assert all(after <= before for shape in trained.shapes for before, after in pairwise(shape.stages))
+    assert any(after < before for shape in (first, second) for before, after in pairwise(shape.stages))
+    assert sum(shape.rungs[-1].tokens for shape in trained.shapes if shape.rungs) == 1344
 
 
 @pytest.mark.always
@@ -141,16 +148,6 @@ def test_finalists_are_good_and_unlike_each_other():
     shapes = [first, second, shape(1.2, q_heads=1), shape(1.3, 0.2, kv_groups=2), fifth]
     assert choose_finalists(shapes, DENSE, 3) == [0, 2, 3]
     assert choose_finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
-
-
-def test_the_better_half_goes_on_and_the_best_of_it_wins(trained):
-    first, second, third, *_ = trained.shapes
-    assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
-    assert first.loss <= second.loss
-    assert max(first.rungs[0].loss, second.rungs[0].loss) <= third.rungs[0].loss
-    assert all(after <= before for shape in trained.shapes for before, after in pairwise(shape.stages))
-    assert any(after < before for shape in (first, second) for before, after in pairwise(shape.stages))
-    assert sum(shape.rungs[-1].tokens for shape in trained.shapes if shape.rungs) == 1344
 
 
 def test_a_killed_search_loses_one_rung_of_one_shape(llama, settings, trained, tmp_path):

@@ -78,8 +78,7 @@ class Graphs:
         return {name: ort.InferenceSession(self.folder / "onnx" / name) for name in GRAPHS}
 
     def __call__(self, name: str, **inputs: Any) -> list[Any]:
-        found: list[Any] = self.sessions[name].run(None, {n: np.asarray(x) for n, x in inputs.items()})
-        return found
+        return self.sessions[name].run(None, {n: np.asarray(x) for n, x in inputs.items()})
 
     def embeddings(self, ids: Tensor, pixels: Tensor | None) -> Any:
         (embeds,) = self("embed_tokens.onnx", input_ids=ids)

@@ -40,7 +40,6 @@ def test_every_kind_is_pruned_in_memory(name):
     found = mptk.prune(model, data=DATA[name](), distil_epochs=1, **SMALL)
     assert (found.report.task, found.report.quality["metric"]) == (MODEL_KINDS[name].task, MODEL_KINDS[name].metric)
     assert [note for note in found.report.notes if note.startswith("local distillation made")]
-    assert all(row["ok"] for row in found.report.proof)
     assert type(found.model) is type(model)
     assert sum(p.numel() for p in found.model.parameters()) < sum(p.numel() for p in model.parameters())
 

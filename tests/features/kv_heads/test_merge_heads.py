@@ -158,7 +158,6 @@ def test_the_model_before_the_merge_is_imitated(method, dense, tmp_path, inside)
     assert {model.config.num_key_value_heads for model in imitated} == {2}
     assert len(imitated) == (2 if method == "maskprune" else 1)
     assert found.model.config.num_key_value_heads == 1
-    assert all(row["ok"] for row in found.report.proof)
 
 
 def test_it_is_recovered_and_cut_again_by_its_plan(cut, dense, tmp_path):

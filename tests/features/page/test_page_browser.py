@@ -49,8 +49,7 @@ def opened(page: str, width: int, folder: Path) -> dict[str, Any]:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert re.findall(r".*CONSOLE.*", run.stderr) == []
     (said,) = re.findall(r"<pre>(.+?)</pre>", run.stdout)
-    found: dict[str, Any] = json.loads(html.unescape(said))
-    return found
+    return json.loads(html.unescape(said))
 
 
 @pytest.fixture(scope="module", params=["report", "analysis"])

@@ -111,7 +111,7 @@ def bits4(nested: bool) -> Callable[[Tensor], Quantised]:
     def store(weight: Tensor) -> Quantised:
         blocks = weight.reshape(-1, 64)
         largest = blocks.abs().amax(1)
-        state: dict[str, Any] = {"blocksize": 64, "shape": list(weight.shape)}
+        state = {"blocksize": 64, "shape": list(weight.shape)}
         tensors = {"weight.quant_map": CODES, "weight.absmax": largest}
         if nested:
             state |= {"nested_blocksize": 256, "nested_offset": 0.01}

@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from commands import done
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
-from mptk.cli.main import app
 from mptk.errors import DataError, InputError
 from mptk.features.advise.advice import Advice, Figures, Point, Range, Recovery
 from mptk.features.advise.sweep import to_train
@@ -190,12 +188,6 @@ def test_the_command_says_what_is_safe_and_how_to_cut(llama, place):
 def test_bad_arguments_are_refused(llama, ids, keywords, kind, name):
     with expect_error(kind, name=name):
         mptk.advise(llama, **{"data": ids, "progress": None, **ASKED, **keywords})
-
-
-@pytest.mark.parametrize(("typed", "name"), [(["--sparsities", "0.1,half"], "sparsities"), (["--steps", "2"], "steps")])
-def test_a_share_is_a_number_or_a_percentage_and_only_calibration_takes_steps(llama, typed, name):
-    with expect_error(InputError, name=name):
-        CliRunner().invoke(app, ["advise", llama, *typed, "-q"], catch_exceptions=False)
 
 
 # ---- after training ----

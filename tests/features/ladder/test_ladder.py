@@ -216,7 +216,6 @@ def test_a_size_is_repeated_from_its_report_and_trained_further(trained, text, t
         ([0, 0.2], {}, InputError, "sparsities", ()),
         ([0.2, 1.0], {}, InputError, "sparsities", ()),
         ([0.2], {}, InputError, "sparsities", ()),
-        (SIZES, {"sparsity": 0.3}, InputError, "sparsity", ()),
         (SIZES, {"plan": "plan.json"}, InputError, "plan", ()),
         (SIZES, {"larger": "runs/a"}, InputError, "larger", ()),
         (SIZES, {"layers": "free", "target": "graph"}, InputError, "layers", ()),
@@ -263,9 +262,6 @@ def test_the_command_makes_a_ladder_and_report_shows_it_side_by_side(llama, text
         assert [line.split()[1] for line in each.splitlines() if line.startswith("│ 0.")] == ["0.2", "0.4"]
     done("report", tmp_path / "m", "--html", page)
     assert "0.4" in page.read_text()
-    for sizes, more, name in (("0.2,0.4", ["--sparsity", "0.3"], "sparsity"), ("0.2,x", [], "ladder")):
-        with expect_error(InputError, name=name):
-            CliRunner().invoke(app, [*base, sizes, *more], catch_exceptions=False)
 
 
 def test_ctrl_c_says_which_sizes_are_finished(llama, text, tmp_path, inside):

@@ -19,11 +19,9 @@ from lab import legalise_bare
 from made_up_times import milliseconds, times
 from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import mptk
 from mptk import FamilyPlan, Plan, analyze, testing, trace
-from mptk.cli.main import app
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import (
@@ -265,9 +263,6 @@ def test_settings_that_contradict_each_other_are_refused():
         mptk.Settings(objective="training")
     with expect_error(InputError, name="max_ms"):
         mptk.Settings(max_ms=3.0)
-    both = ["--max-decode-ms", "3", "--max-prefill-ms", "4"]
-    with expect_error(InputError, name="max_ms"):
-        CliRunner().invoke(app, ["prune", "model", "--out", "out", *both], catch_exceptions=False)
 
 
 def test_command_line_says_what_is_budgeted(asked_prune):

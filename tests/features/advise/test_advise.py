@@ -154,9 +154,6 @@ def test_the_largest_cut_below_the_tolerance_is_safe_and_the_weakest_text_decide
     assert advice((0.1, {"a": figures(0.1)}), (0.2, {"a": figures(0.2)})).knee is None
 
 
-# ---- the command ----
-
-
 def test_the_command_says_what_is_safe_and_how_to_cut(llama, place):
     typed = f"{TYPED} --sparsities 10%,0.3".split()
     run = done("advise", llama, *typed, "--html", "page.html", "--json", "a.json", "-q")

@@ -267,9 +267,6 @@ def test_a_cut_that_seems_better_than_its_type_is_so_by_chance_and_one_that_a_ty
     assert front == [(FLOAT_TYPE, 0.0), ("int8", 0.0), ("int4", 0.0), ("int8", 0.2), ("int4", 0.2)]
 
 
-# ---- the command ----
-
-
 @pytest.mark.usefixtures("made_up_times")
 def test_the_command_names_the_way_and_how_to_make_it(laboratory, tmp_path, go_to):
     go_to(tmp_path)

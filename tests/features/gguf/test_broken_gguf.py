@@ -109,9 +109,6 @@ def test_without_llama_cpp_a_note_says_so(written, monkeypatch):
     assert proof.notes
 
 
-# ---- the command ----
-
-
 def test_the_command_proves_a_gguf_file(written):
     file, folder = written.place, written.place.with_name("out")
     assert "GGUF fields" in done("verify", file, "--like", folder).output

@@ -119,9 +119,6 @@ def test_a_module_of_ones_own_has_a_ladder(tmp_path, more):
     assert all(stage.ok for each in found for stage in mptk.verify(each.place, model=net))
 
 
-# ---- what each size begins with ----
-
-
 @pytest.mark.parametrize("families", [("ffn", "q_heads", "kv_groups"), ("hidden",)])
 def test_units_are_chosen_from_what_the_larger_folder_computes(llama, text, trained, tmp_path, inside, families):
     """The model in dense shapes that is scored and fitted has the larger folder's logits, and its module, too."""
@@ -205,9 +202,6 @@ def test_a_size_is_repeated_from_its_report_and_trained_further(trained, text, t
     assert all(stage.ok for stage in mptk.verify(tmp_path / "more"))
 
 
-# ---- what is refused ----
-
-
 @pytest.mark.parametrize(
     ("sizes", "more", "refusal", "name", "nearest"),
     [
@@ -248,9 +242,6 @@ def test_a_folder_that_cannot_be_cut_further_is_refused(llama, gpt2, text, train
             mptk.prune(model, tmp_path / "out", larger=larger, **{**asked, **more})
     with expect_error(OutputError, name=place):
         mptk.prune(llama, place, larger=place, **asked)
-
-
-# ---- on the command line ----
 
 
 def test_the_command_makes_a_ladder_and_report_shows_it_side_by_side(llama, text, tmp_path):

@@ -128,9 +128,6 @@ def test_experts(text, tmp_path):
     assert all(stage.ok for stage in mptk.verify(found[-1].place))
 
 
-# ---- stopped and resumed ----
-
-
 def test_a_stopped_run_goes_on_to_the_same_weights(llama, text, shared, tmp_path):
     """Stopped during training, and again after the largest model was proven."""
     out = tmp_path / "m"
@@ -156,9 +153,6 @@ def test_its_recipe_repeats_it(shared, tmp_path):
     assert one == other
     with expect_error(FileError, name=place):
         repeat_run(place, tmp_path / "rerun")
-
-
-# ---- on the command line ----
 
 
 def test_the_commands(llama, text, tmp_path):
@@ -246,9 +240,6 @@ def test_names_in_a_manifest_lead_nowhere(shared, tmp_path):
     check_manifest(place)
 
 
-# ---- a step of training ----
-
-
 def linear(rows: int, scale: float = 1.0) -> torch.nn.Module:
     """The first ``rows`` hidden units of one module; ``scale`` changes the second layer."""
     torch.manual_seed(0)
@@ -307,9 +298,6 @@ def test_a_step_adds_up_the_gradients_of_all_sizes_of_which_the_smaller_imitate_
             assert parameter.grad.abs().max() > 0
         else:
             assert found.grad is None
-
-
-# ---- parts of files ----
 
 
 def test_a_file_is_restored_bit_for_bit_and_a_damaged_part_is_refused(tmp_path):

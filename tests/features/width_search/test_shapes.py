@@ -252,9 +252,6 @@ def test_maskprune_searches_by_short_runs_of_itself(llama, settings):
     assert {name: report_width(found.report, name) for name in best} == best
 
 
-# ---- what is refused ----
-
-
 def test_a_search_with_nothing_to_choose_is_refused(llama, settings, tmp_path):
     for more, name in (
         ({"larger": "runs/a"}, "search"),

@@ -30,60 +30,41 @@ from mptk.testing.kinds import CLASSES, TOKEN_COUNT
 ROWS = ["batch_size", "sequence_length"]
 READ = ["batch_size", "encoder_sequence_length"]
 WROTE = ["batch_size", "decoder_sequence_length"]
+CLASSED = ["batch_size", CLASSES]
 TOKENS = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ROWS)
-
 Shapes = dict[str, list[object]]
+PAST = ("past_decoder_sequence_length", "past_encoder_sequence_length")
+UNNAMED = 0
 
 
-def caches(prefix: str, layers: int, heads: int, dim: int, *lengths: object) -> Shapes:
+def caches(prefix: str, layers: int, *lengths: object) -> Shapes:
     """The shapes of both caches of each layer: of the text and of what is read, of these ``lengths``."""
     return {
-        f"{prefix}.{layer}.{side}.{part}": ["batch_size", heads, length, dim]
+        f"{prefix}.{layer}.{side}.{part}": ["batch_size", 3, length, 8]
         for layer in range(layers)
         for side, length in zip(("decoder", "encoder"), lengths, strict=True)
         for part in ("key", "value")
     }
 
 
-PAST = ("past_decoder_sequence_length", "past_encoder_sequence_length")
-UNNAMED = 0
-
-
-def text_parts(width: int) -> dict[str, Shapes]:
+def two_graphs(given: Shapes, read: list[object], width: int, layers: int, tokens: int, **mask: object) -> Any:
+    """Of an encoder that is given ``given`` and gives ``read``, and of a decoder with caches."""
+    decoder = {**mask, "input_ids": WROTE, "encoder_hidden_states": [*read, width]}
+    decoder |= {**caches("past_key_values", layers, *PAST), "logits": [*WROTE, tokens]}
     return {
-        "encoder_model.onnx": {"input_ids": READ, "attention_mask": READ, "last_hidden_state": [*READ, width]},
-        "decoder_model_merged.onnx": {
-            "encoder_attention_mask": READ,
-            "input_ids": WROTE,
-            "encoder_hidden_states": [*READ, width],
-            **caches("past_key_values", 2, 3, 8, *PAST),
-            "logits": [*WROTE, TOKEN_COUNT],
-            **caches("present", 2, 3, 8, UNNAMED, READ[1]),
-        },
+        "encoder_model.onnx": {**given, "last_hidden_state": [*read, width]},
+        "decoder_model_merged.onnx": {**decoder, **caches("present", layers, UNNAMED, read[1])},
     }
 
 
+MASKED = {"input_ids": READ, "attention_mask": READ}
 NAMES = {
     "encoder": lambda width: {"model.onnx": {**TOKENS, "last_hidden_state": [*ROWS, width]}},
-    "text classifier": lambda _: {"model.onnx": {**TOKENS, "logits": ["batch_size", CLASSES]}},
+    "text classifier": lambda _: {"model.onnx": {**TOKENS, "logits": CLASSED}},
     "masked language model": lambda _: {"model.onnx": {**TOKENS, "logits": [*ROWS, TOKEN_COUNT + 1]}},
-    "image classifier": lambda _: {
-        "model.onnx": {"pixel_values": ["batch_size", 3, 16, 16], "logits": ["batch_size", CLASSES]}
-    },
-    "encoder-decoder": text_parts,
-    "speech": lambda width: {
-        "encoder_model.onnx": {
-            "input_features": ["batch_size", 8, 100],
-            "last_hidden_state": ["batch_size", 50, width],
-        },
-        "decoder_model_merged.onnx": {
-            "input_ids": WROTE,
-            "encoder_hidden_states": ["batch_size", 50, width],
-            **caches("past_key_values", 1, 3, 8, *PAST),
-            "logits": [*WROTE, 97],
-            **caches("present", 1, 3, 8, UNNAMED, 50),
-        },
-    },
+    "image classifier": lambda _: {"model.onnx": {"pixel_values": ["batch_size", 3, 16, 16], "logits": CLASSED}},
+    "encoder-decoder": lambda width: two_graphs(MASKED, READ, width, 2, TOKEN_COUNT, encoder_attention_mask=READ),
+    "speech": lambda width: two_graphs({"input_features": ["batch_size", 8, 100]}, ["batch_size", 50], width, 1, 97),
 }
 
 

@@ -16,12 +16,13 @@ from commands import done
 from markdown_it import MarkdownIt
 from page_runs import HOSTILE, WORDS, Parsed, made
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import mptk
 from mptk import FamilyPlan, Plan
 from mptk.cli.main import app
+from mptk.config import Learning
 from mptk.errors import FileError, InputError
 from mptk.features.page.charts import draw_kept_chart, draw_trace_charts, map_kept_units
 from mptk.features.page.render import render_report_page
@@ -29,7 +30,7 @@ from mptk.files.outputs import check_file
 from mptk.report.runs import Run, explain_uncut, find_front, group_runs, name_folders, read_runs, shorten_model_name
 from mptk.report.sections import build_prune_view
 from mptk.report.view import Table, render_markdown
-from mptk.testing import expect_error, save_word_model
+from mptk.testing import expect_error
 
 
 @pytest.fixture(scope="module")
@@ -211,16 +212,11 @@ def test_names_are_as_short_as_they_can_be():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A tiny dense model, and two pruned folders of it: one learned, one not."""
-    root = tmp_path_factory.mktemp("page")
-    sizes = {"hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 97}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64}
-    dense = save_word_model(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), root / "dense")
-    common = {"sparsity": 0.3, "samples": 4, "length": 32, "align": 4, "onnx": False, "families": ("ffn",)}
-    mptk.prune(dense, root / "wanda", method="magnitude", **common)
-    mptk.prune(dense, root / "learned", method="maskprune", steps=4, **common)
-    return dense, [root / "wanda", root / "learned"]
+def folders(laboratory):
+    """A tiny dense model, and two pruned folders of it: one not learned, one learned."""
+    how = {"method": "maskprune", "learning": Learning(steps=4)}
+    learned = laboratory.keep("page/learned", lambda out: laboratory.prune("decoder", out, **how))
+    return str(laboratory.open_model()), [laboratory.open_pruned(), learned]
 
 
 def test_the_command_writes_one_page_about_several_folders(folders, tmp_path):
@@ -272,5 +268,5 @@ def test_analyze_draws_what_is_cut_together(folders, tmp_path):
     done("analyze", folders[0], "--html", str(file))
     page = Parsed(file.read_text())
     assert "which modules of model.layers.0 are cut together" in [v for n, v in page.attributes if n == "aria-label"]
-    assert "self_attn.o_proj.weight 36 × 48 0: hidden; 1: kv_groups, q_heads, v_dim" in page.text
+    assert "self_attn.o_proj.weight 48 × 60 0: hidden; 1: kv_groups, q_heads, v_dim" in page.text
     assert "feed-forward channels" in page.text

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,13 +59,13 @@ class ScaledValues(Conversion):
 
 
 @pytest.fixture(autouse=True)
-def install_scaling() -> Iterator[None]:
+def install_scaling():
     feature = Feature("scaling", "", conversions={ScaledValues.name: f"{__name__}:ScaledValues"})
     with testing.install_plugin({"mptk.features": {"scaling": feature}}):
         yield
 
 
-def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> None:
+def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path):
     dense = testing.make_llama(layers=1)
     Plan({}, conversions={"values": {"by": 4.0}}).save(tmp_path / "plan.json")
     found = mptk.prune(dense, tmp_path / "out", plan=str(tmp_path / "plan.json"), onnx=False, **MEASURED)
@@ -77,7 +76,7 @@ def test_a_conversion_of_its_own_is_made_written_and_proven(tmp_path: Path) -> N
     assert mptk.verify(tmp_path / "out", model=dense)
 
 
-def test_a_conversion_that_changes_the_model_is_not_proven(tmp_path: Path) -> None:
+def test_a_conversion_that_changes_the_model_is_not_proven(tmp_path):
     Plan({}, conversions={"values": {"by": 4.0, "back": 2.0}}).save(tmp_path / "plan.json")
     with expect_error(ProofError, name="scaled values"):
         mptk.prune(testing.make_llama(layers=1), plan=str(tmp_path / "plan.json"), **MEASURED)

@@ -24,7 +24,7 @@ from mptk.methods.maskprune.learner import adapt
 HERE = Path(__file__).parent
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "ACCELERATE_USE_CPU": "1"}
     command = [*launcher, str(HERE / "sharing_worker.py"), str(tmp_path)]
@@ -41,15 +41,12 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
             assert file.metadata() == {"rank": "0", "refused": "sparsity", "fsdp": "fsdp_version"}
 
 
-def test_every_batch_has_one_process() -> None:
+def test_every_batch_has_one_process_and_a_process_alone_shares_nothing():
     for count in (1, 2, 3, 5):
         for batches in range(count, 12):
             parts = [Sharing(count, index).own(range(batches)) for index in range(count)]
             assert [b for part in parts for b in part] == list(range(batches))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_a_process_alone_shares_nothing() -> None:
     assert share_batches(3) == Sharing()
     ones = torch.ones(2)
     assert Sharing().sum_all(ones) is ones
@@ -57,10 +54,9 @@ def test_a_process_alone_shares_nothing() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])
-def test_blocks_are_found_without_knowing_the_model_inside_an_adapter_too(architecture: str, block: str) -> None:
+def test_blocks_are_found_without_knowing_the_model_inside_an_adapter_too(architecture, block):
     model = testing.make_decoder(architecture)
     for wrapped in (model, adapt(model, 2, 0)):
-        assert [type(b).__name__ for b in processes.find_module_blocks(wrapped)] == [
-            block
-        ] * model.config.num_hidden_layers
+        found = [type(b).__name__ for b in processes.find_module_blocks(wrapped)]
+        assert found == [block] * model.config.num_hidden_layers
     assert processes.find_module_blocks(torch.nn.Linear(2, 2)) == []

@@ -6,12 +6,10 @@ It reaches for mptk.report.card: a card of made-up figures needs no run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -28,7 +26,7 @@ LICENCE = "---\nlicense: mit\nlanguage: [en]\ntags: [secret]\n---\nA dense model
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(tmp_path_factory):
     """A small llama that was pruned with ONNX, from a folder with a hostile name, a card and a licence file."""
     source = tmp_path_factory.mktemp("dense") / BASE
     testing.save_model(testing.make_llama(), source)
@@ -48,24 +46,27 @@ def tokens(text: str) -> list[str]:
     return [t.type for token in found for t in (token, *(token.children or ()))]
 
 
-def test_metadata_is_what_a_hub_wants_with_the_dense_models_licence(pruned: Path) -> None:
+def test_metadata_is_what_a_hub_wants_with_the_dense_models_licence(pruned):
     card = ModelCard.load(pruned / "README.md").data.to_dict()
-    assert card["license"] == "mit"
-    assert card["language"] == ["en"]
-    assert card["library_name"] == "transformers"
-    assert card["pipeline_tag"] == "text-generation"
+    said = {"license": "mit", "language": ["en"], "library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert {name: card[name] for name in said} == said
     assert {"pruned", "onnx"} <= set(card["tags"])
     assert "secret" not in card["tags"]
     assert "base_model" not in card  # a folder of this machine is no model of the hub
     assert (pruned / "LICENSE").read_text() == "be kind"
+    assert is_hub_id("HuggingFaceTB/SmolLM2-135M")
+    assert not any(is_hub_id(name) for name in ("smollm2-135m", "/models/a", "../a/b", "a/b.gguf/c", "a/-b", "a/b c"))
 
 
-def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Path) -> None:
+def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned):
     text, report = (pruned / "README.md").read_text(), Report.read(pruned)
     assert "README.md" in report.files
     check_manifest(pruned)
     assert str(pruned.parent) not in text
     assert str(Path(report.model).parent) not in text
+    found = tokens(text.split("\n---\n", 1)[1])
+    assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & set(found), "names stay text"
+    assert "table_open" in found
     for said in (
         "| `ffn` | 2 | 64 → 32 | 32, 64 | this width was given |",
         f"{report.cost['pruned']['parameters']:,.0f}",
@@ -75,57 +76,39 @@ def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Pa
         *(d["stage"] for d in report.proof),
     ):
         assert said in text
+    assert "training steps" not in text
+    assert "FAILED |" in render_results(replace(report, proof=[{**report.proof[0], "ok": False}]))
     assert all(d.ok for d in mptk.verify(pruned))
 
 
-def test_its_lines_of_python_run_in_the_folder(pruned: Path, go_to: Callable[[object], None], capsys) -> None:
+def test_its_lines_of_python_run_in_the_folder(pruned, go_to, capsys):
     go_to(pruned)
     ran = [block for block in blocks(pruned) if "onnxruntime_genai" not in block]
     assert len(ran) == 2
-    torch.manual_seed(0)
     for block in ran:
         exec(block, {})  # noqa: S102
     assert "input_ids" in capsys.readouterr().out
 
 
-def test_names_stay_text(pruned: Path) -> None:
-    found = tokens((pruned / "README.md").read_text().split("\n---\n", 1)[1])
-    assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & set(found)
-    assert "table_open" in found
-
-
 @pytest.mark.parametrize(
     "said", ["`", "``a`", "a|b", "<b>", "[x](y)", "# x\n---\n\n<b>", "\x1b[31m\u202e", "| `|` |", ""]
 )
-def test_any_text_is_text_and_one_cell(said: str) -> None:
+def test_any_text_is_text_and_one_cell(said):
     for plain in (tokens(f"A {format_code(said)} b"), tokens(f"A {render_text(said)} b")):
         assert set(plain) <= {"paragraph_open", "paragraph_close", "inline", "text", "text_special", "code_inline"}
     assert tokens(render_parts([Table("ll", ["a", "b"], [[Name(said), said]])])).count("td_open") == 2
 
 
-def test_a_card_of_a_hub_model_names_it() -> None:
-    assert is_hub_id("HuggingFaceTB/SmolLM2-135M")
-    assert not any(is_hub_id(name) for name in ("smollm2-135m", "/models/a", "../a/b", "a/b.gguf/c", "a/-b", "a/b c"))
-
-
 @pytest.mark.parametrize(
     "card", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n"]
 )
-def test_a_dense_card_that_says_nothing_readable_gives_no_licence(card: str, tmp_path: Path) -> None:
+def test_a_dense_card_that_says_nothing_readable_gives_no_licence(card, tmp_path):
     assert licence.read_licence(tmp_path) == {}
     (tmp_path / "README.md").write_text(card)
     assert licence.read_licence(tmp_path) == {}
 
 
-def test_a_licence_in_words_is_another_one() -> None:
+def test_a_licence_in_words_is_another_one():
     assert licence.make_licence_fields("Apache-2.0") == {"license": "apache-2.0"}
-    assert licence.make_licence_fields("Gemma Terms of Use") == {
-        "license": "other",
-        "license_name": "Gemma Terms of Use",
-    }
-
-
-def test_what_is_not_known_is_said(pruned: Path) -> None:
-    report = Report.read(pruned)
-    assert "training steps" not in (pruned / "README.md").read_text()
-    assert "FAILED |" in render_results(replace(report, proof=[{**report.proof[0], "ok": False}]))
+    terms = "Gemma Terms of Use"
+    assert licence.make_licence_fields(terms) == {"license": "other", "license_name": terms}

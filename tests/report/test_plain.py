@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from mptk.cli.app import COMMANDS, app, build_command, register_command
 from mptk.cli.console import PlainConsole
 from mptk.plain import escape_text
 from mptk.report.page.svg import inline_svg
-from mptk.testing import Laboratory
 from tests.bad_inputs.table import run
 
 ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
@@ -37,23 +35,22 @@ EVIL = {
 
 
 @pytest.fixture(autouse=True)
-def _no_bars() -> Iterator[None]:
+def _no_bars():
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
 
 
-def test_ordinary_text_of_any_script_stays_as_it_is() -> None:
+def test_ordinary_text_of_any_script_stays_as_it_is():
     text = "naïve café 漢字 \N{GRINNING FACE} نص\n\tline"
     assert escape_text(text) == text
     assert escape_text(text, lines=False).endswith(r"\n\tline")
 
 
 @pytest.mark.parametrize("kind", EVIL)
-def test_the_console_prints_it_as_text(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_prints_it_as_text(kind, capsys):
     evil, shown = EVIL[kind]
-    table = Table(title=evil)
-    table.add_column(evil)
+    table = Table(evil, title=evil)
     table.add_row(evil)
     table.add_row(Text(evil))
     console = PlainConsole()
@@ -64,7 +61,7 @@ def test_the_console_prints_it_as_text(kind: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("kind", EVIL)
-def test_names_in_errors(kind: str, tmp_path: Path) -> None:
+def test_names_in_errors(kind, tmp_path):
     evil, shown = EVIL[kind]
     name = evil.replace("/", "_")
     (tmp_path / name).mkdir()
@@ -82,7 +79,7 @@ def write_evil_report(file: Path, evil: str) -> None:
     """Text that may be anything, in every field of the report that is text."""
     report = json.loads(file.read_text())
     report["model"] = report["settings"]["method"] = evil
-    report["notes"], report["files"] = [evil], [evil]
+    report["notes"] = report["files"] = [evil]
     report["families"][evil] = {"of": 8, "width": 4, "layers": 2}
     report["quality"] |= {"metric": evil, "protocol": evil}
     report["quantized"] = {evil: {"file": evil, "bytes": 7, "quality": 1.0}}
@@ -96,7 +93,7 @@ def write_evil_report(file: Path, evil: str) -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize("kind", EVIL)
-def test_a_report_on_the_screen_and_as_a_page(kind: str, laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_report_on_the_screen_and_as_a_page(kind, laboratory, tmp_path):
     evil, shown = EVIL[kind]
     folder = laboratory.copy(laboratory.open_quantized(), tmp_path / "pruned")
     write_evil_report(folder / "report.json", evil)
@@ -117,7 +114,7 @@ def test_a_report_on_the_screen_and_as_a_page(kind: str, laboratory: Laboratory,
 
 
 @pytest.mark.parametrize("kind", sorted(EVIL.keys() - {"half"}))
-def test_a_picture_has_a_plain_name(kind: str) -> None:
+def test_a_picture_has_a_plain_name(kind):
     """Its label may be the name of a phase in metrics.jsonl."""
     evil, _ = EVIL[kind]
     drawn = inline_svg('<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>', f"losses of {evil}").text
@@ -125,7 +122,7 @@ def test_a_picture_has_a_plain_name(kind: str) -> None:
     assert ET.fromstring(drawn).get("aria-label") == f"losses of {escape_text(evil)}"
 
 
-def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys):
     """What is written out is longer than what it stands for, so it comes before the lines are broken."""
     evil = "\x1b]8;;" * 20
     console = PlainConsole()
@@ -135,7 +132,7 @@ def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.features
-def test_a_model_and_data_with_such_names(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_model_and_data_with_such_names(laboratory, tmp_path):
     name = "[_x]\x1b]8;;evil\x07\u202e"
     laboratory.copy(laboratory.open_model(), tmp_path / name)
     laboratory.copy(laboratory.open_data(), tmp_path / f"{name}.txt")
@@ -150,11 +147,11 @@ def test_a_model_and_data_with_such_names(laboratory: Laboratory, tmp_path: Path
 
 
 @pytest.fixture
-def wrong_command() -> Iterator[str]:
+def wrong_command():
     """The name of a command with a bug."""
     known = list(app.registered_commands)
 
-    def divide() -> None:
+    def divide():
         print(1 / 0)
 
     register_command("divide")(divide)
@@ -163,9 +160,7 @@ def wrong_command() -> Iterator[str]:
     app.registered_commands[:] = known
 
 
-def test_mptks_own_error_has_a_log_and_an_exit_code(
-    set_cache: Callable[[object], None], wrong_command: str, tmp_path: Path
-) -> None:
+def test_mptks_own_error_has_a_log_and_an_exit_code(set_cache, wrong_command, tmp_path):
     set_cache(tmp_path)
     result = run([wrong_command])
     assert result.code == 70

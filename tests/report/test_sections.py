@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from mptk.report.sections import LINE_LENGTH, build_course_table, draw_line
 
 
-def test_the_course_of_training_is_a_row_a_metric_from_the_first_to_the_last_step() -> None:
+def test_the_course_of_training_is_a_row_a_metric_from_the_first_to_the_last_step():
     rows = [{"phase": "masks", "step": n + 1, "loss": 9.0 - n, "z": None} for n in range(8)]
     rows[-1]["held-out"] = 3.25
     found = build_course_table(rows)
@@ -18,13 +16,8 @@ def test_the_course_of_training_is_a_row_a_metric_from_the_first_to_the_last_ste
     ]
 
 
-@pytest.mark.parametrize(
-    ("values", "drawn"),
-    [
-        ([2.0] * 3, "▁▁▁"),
-        ([0.0, 1.0, 0.0], "▁█▁"),
-        ([*[0.0] * 500, *[1.0] * 500], "▁" * (LINE_LENGTH // 2) + "█" * (LINE_LENGTH // 2)),
-    ],
-)
-def test_a_line_goes_from_the_lowest_to_the_highest_value(values: list[float], drawn: str) -> None:
-    assert draw_line(values) == drawn
+def test_a_line_goes_from_the_lowest_to_the_highest_value():
+    assert draw_line([2.0] * 3) == "▁▁▁"
+    assert draw_line([0.0, 1.0, 0.0]) == "▁█▁"
+    half = LINE_LENGTH // 2
+    assert draw_line([*[0.0] * 500, *[1.0] * 500]) == "▁" * half + "█" * half

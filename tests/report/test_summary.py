@@ -9,16 +9,15 @@ import pytest
 
 from mptk import Report
 from mptk.report.summary import build_summary, list_next_commands, list_warnings
-from mptk.testing import Laboratory
 
 
 @pytest.fixture
-def report(laboratory: Laboratory) -> Report:
+def report(laboratory):
     """Of a cut with an int8 graph."""
     return Report.read(laboratory.open_quantized())
 
 
-def test_a_run_ends_on_one_screen_that_a_log_can_show(laboratory: Laboratory, report: Report) -> None:
+def test_a_run_ends_on_one_screen_that_a_log_can_show(laboratory, report):
     """With the longest text: a latency as the budget, warnings of all kinds, notes."""
     cost = {name: {**row, "latency_ms": 12.5} for name, row in report.cost.items()}
     quality = {**report.quality, "metric": "perplexity", "dense": 12345.0, "pruned": 23456.0}
@@ -32,7 +31,7 @@ def test_a_run_ends_on_one_screen_that_a_log_can_show(laboratory: Laboratory, re
         assert "runs/m30" in lines[0]
 
 
-def test_what_was_cut_comes_first_and_dense_beside_pruned_in_each_type(report: Report) -> None:
+def test_what_was_cut_comes_first_and_dense_beside_pruned_in_each_type(report):
     lines = build_summary(report, Path("out"))
     cut = {name: row for name, row in report.families.items() if row["width"] < row["of"]}
     assert all(f"{name} {row['of']} → {row['width']}" in lines[1] for name, row in cut.items())
@@ -44,32 +43,24 @@ def test_what_was_cut_comes_first_and_dense_beside_pruned_in_each_type(report: R
     assert [rows[1][1], rows[3][1]] == [scheme, scheme]
 
 
-@pytest.mark.parametrize(
-    ("metric", "dense", "pruned", "warned"),
-    [
+def test_a_large_loss_a_text_that_is_none_and_one_text_for_both_are_said(report):
+    for metric, dense, pruned, warned in (
         ("perplexity", 20.0, 20.5, False),
         ("perplexity", 20.0, 30.0, True),
         ("perplexity", 5000.0, 5000.0, True),
         ("agreement", 1.0, 0.99, False),
         ("agreement", 1.0, 0.8, True),
         ("agreement", 0.8, 0.9, False),
-    ],
-)
-def test_a_large_loss_and_a_text_that_is_none_are_said(
-    report: Report, metric: str, dense: float, pruned: float, warned: bool
-) -> None:
-    quality = {**report.quality, "metric": metric, "dense": dense, "pruned": pruned}
-    assert bool(list_warnings(replace(report, quality=quality, data={}))) == warned
-
-
-def test_one_text_for_both_is_said(report: Report) -> None:
+    ):
+        quality = {**report.quality, "metric": metric, "dense": dense, "pruned": pruned}
+        assert bool(list_warnings(replace(report, quality=quality, data={}))) == warned
     row = {"source": "a", "samples": 2, "inputs": {}}
     same = replace(report, quality={**report.quality, "pruned": report.quality["dense"]})
     assert list_warnings(replace(same, data={"calibration": row, "evaluation": row})) != []
     assert list_warnings(replace(same, data={"calibration": row, "evaluation": {**row, "source": "b"}})) == []
 
 
-def test_the_next_commands_are_ones_that_can_be_typed(laboratory: Laboratory, report: Report) -> None:
+def test_the_next_commands_are_ones_that_can_be_typed(laboratory, report):
     poor = replace(report, quality={**report.quality, "metric": "perplexity", "dense": 20.0, "pruned": 60.0})
     first, second = list_next_commands(poor, Path("my runs/a"))
     assert first == "mptk report 'my runs/a'"

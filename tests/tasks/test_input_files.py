@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ IDS = torch.arange(24 * 6).reshape(24, 6) % 40
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A dense XLNet, which looks at later tokens, and its inputs: a few to trace with, more to calibrate on."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("xlnet")
@@ -32,12 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(*words: object) -> str:
-    result = done(*words)
-    return str(result.output)
+    return done(*words).output
 
 
 @pytest.mark.features
-def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
+def test_the_command_line_prunes_what_no_task_takes(folder):
     dense, small, inputs, more = (folder / n for n in ("dense", "small", "inputs.safetensors", "more.safetensors"))
     assert "ffn" in said("analyze", dense, "--inputs", inputs, "--json", folder / "analysis.json")
     cut = ["--method", "wanda", "--families", "ffn.3", "--width", "ffn.3=28", "--align", 4]
@@ -56,7 +54,7 @@ def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
     torch.testing.assert_close(loaded(IDS).logits, found.model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_masks_are_learned_on_it(folder: Path) -> None:
+def test_masks_are_learned_on_it(folder):
     learned = {"steps": 2, "batch": 2, "samples": 4, "align": 4, "families": ("ffn.3",), "mask_share": 0.5}
     given = {"inputs": str(folder / "inputs.safetensors"), "data": str(folder / "more.safetensors")}
     found = mptk.prune(str(folder / "dense"), sparsity=0.2, progress=None, **learned, **given)
@@ -65,21 +63,21 @@ def test_masks_are_learned_on_it(folder: Path) -> None:
 
 
 @pytest.mark.features
-def test_what_is_no_such_file_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_such_file_is_refused(folder, tmp_path):
     dense, inputs = str(folder / "dense"), str(folder / "inputs.safetensors")
     for name, value in {"data": "book.txt", "eval_data": "self", "vocabulary": "book.txt"}.items():
         with expect_error(InputError, name=name):
             mptk.prune(dense, inputs=inputs, method="wanda", progress=None, **{name: value})
-    (tmp_path / "no.safetensors").write_text("none")
-    with expect_error(FileError, name=tmp_path / "no.safetensors"):
-        mptk.prune(dense, inputs=str(tmp_path / "no.safetensors"), method="wanda", progress=None)
+    wrong = tmp_path / "no.safetensors"
+    wrong.write_text("none")
+    with expect_error(FileError, name=wrong):
+        mptk.prune(dense, inputs=str(wrong), method="wanda", progress=None)
     with expect_error(InputError, name="example_inputs"):
         mptk.prune(dense, inputs=inputs, example_inputs=IDS, method="wanda", progress=None)
-    words = str(tmp_path / "words.safetensors")
     for tensors in ({"input_ids": IDS, "labels": IDS[:3] + 1}, {"words": IDS}):
-        save_file(tensors, words)
+        save_file(tensors, wrong)
         with expect_error(DataError):
-            mptk.prune(dense, inputs=inputs, data=words, method="wanda", progress=None)
+            mptk.prune(dense, inputs=inputs, data=str(wrong), method="wanda", progress=None)
 
 
 class Gated(nn.Module):
@@ -93,16 +91,14 @@ class Gated(nn.Module):
         return self.last(self.first(x).relu() * self.gate(others["a"]))
 
 
-def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path):
     net, inputs = Gated().eval(), {"x": torch.randn(4, 8), "a": torch.randn(4, 6)}
     how = {"sparsity": 0.3, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None}
     mptk.prune(net, tmp_path / "small", example_inputs=inputs, **how)
     assert mptk.verify(tmp_path / "small", model=net)
 
 
-def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path):
     size = {"vocab_size": 41, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
     model = EuroBertModel(EuroBertConfig(**size, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     how = {"sparsity": 0.2, "tolerance": 0.1, "method": "wanda", "align": 4, "progress": None, "onnx": True}

@@ -17,19 +17,19 @@ from mptk.errors import BudgetError, InputError
 from mptk.features.advise.advice import Advice
 from mptk.features.advise.view import describe_ways
 from mptk.reading import make_typed
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 ASKED = {"quantize": "auto", "budget": "latency", "method": "wanda", "samples": 8, "length": 32, "align": 8}
 TYPES = ("float32", "int8", "int4")
 
 
 @pytest.fixture(scope="module")
-def dense(laboratory: Laboratory, made_up_times: None) -> str:
+def dense(laboratory, made_up_times):
     return str(laboratory.open_model())
 
 
 @pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
+def ids():
     return torch.randint(0, 97, (16, 32), generator=torch.Generator().manual_seed(3))
 
 
@@ -39,17 +39,14 @@ def prune(dense: str, ids: torch.Tensor, out: Path, max_ms: float, **more: objec
 
 
 @pytest.fixture(scope="module")
-def whole(dense: str, ids: torch.Tensor) -> dict[str, float]:
+def whole(dense, ids):
     """Type → the predicted milliseconds of the dense model."""
-    found = mptk.advise(
-        dense, data=ids, max_decode_ms=1e6, progress=None, sparsities=[0.2], samples=8, length=32, align=8
-    )
+    asked = {"sparsities": [0.2], "samples": 8, "length": 32, "align": 8, "progress": None}
+    found = mptk.advise(dense, data=ids, max_decode_ms=1e6, **asked)
     return {way.type: way.ms["decode"] for way in found.ways if not way.sparsity}
 
 
-def test_no_cut_is_made_if_a_type_meets_the_limit(
-    dense: str, ids: torch.Tensor, whole: dict[str, float], tmp_path: Path
-) -> None:
+def test_no_cut_is_made_if_a_type_meets_the_limit(dense, ids, whole, tmp_path):
     """Nor is anything trained."""
     assert max(whole["int8"], whole["int4"]) < whole["float32"]
     limit = (max(whole["int8"], whole["int4"]) + whole["float32"]) / 2
@@ -65,17 +62,13 @@ def test_no_cut_is_made_if_a_type_meets_the_limit(
     done("verify", str(tmp_path / "out"), "-q")
 
 
-def test_the_dense_model_itself_may_meet_the_limit(
-    dense: str, ids: torch.Tensor, whole: dict[str, float], tmp_path: Path
-) -> None:
+def test_the_dense_model_itself_may_meet_the_limit(dense, ids, whole, tmp_path):
+    """Then nothing is cut to find that out."""
     pruned, found = prune(dense, ids, tmp_path / "out", 2 * whole["float32"])
-    assert found.find_way().sparsity == pruned.report.sparsity == 0
-    assert len(found.ways) == len(TYPES), "nothing was cut"
+    assert (found.find_way().sparsity, pruned.report.sparsity, len(found.ways)) == (0, 0, len(TYPES))
 
 
-def test_the_smallest_cut_that_meets_the_limit_is_made(
-    dense: str, ids: torch.Tensor, whole: dict[str, float], tmp_path: Path
-) -> None:
+def test_the_smallest_cut_that_meets_the_limit_is_made(dense, ids, whole, tmp_path):
     limit = 0.9 * min(whole.values())
     pruned, found = prune(dense, ids, tmp_path / "out", limit)
     best, report = found.find_way(), pruned.report
@@ -87,33 +80,22 @@ def test_the_smallest_cut_that_meets_the_limit_is_made(
     assert {stage["stage"] for stage in report.proof} >= {f"{best.type} weights", f"{best.type} in use"}
     done("verify", str(tmp_path / "out"), "-q")
     # The same by the command line, by a recipe: it chooses anew.
-    words = (
-        "prune",
-        "--config",
-        str(tmp_path / "out/run.yaml"),
-        "--data",
-        "self",
-        "--out",
-        str(tmp_path / "again"),
-        "-q",
-    )
-    done(*words)
+    done("prune", "--config", tmp_path / "out/run.yaml", "--data", "self", "--out", tmp_path / "again", "-q")
     assert "Round or cut" in done("report", tmp_path / "again").stdout
     assert set(mptk.Pruned.open(tmp_path / "again").report.quantized) <= set(TYPES)
 
 
-def test_what_is_chosen_is_trained(dense: str, ids: torch.Tensor, whole: dict[str, float], tmp_path: Path) -> None:
+def test_what_is_chosen_is_trained(dense, ids, whole, tmp_path):
     pruned, found = prune(dense, ids, tmp_path / "out", 0.9 * min(whole.values()), steps=3, method="maskprune")
     assert found.find_way().sparsity > 0
     assert pruned.report.trained
     assert asdict(found.limits)["decode_ms"] == 0.9 * min(whole.values())
 
 
-def test_a_limit_below_every_cut_names_the_fastest(dense: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_a_limit_below_every_cut_names_the_fastest(dense, ids, tmp_path):
     with expect_error(BudgetError, name="max_ms") as refused:
         prune(dense, ids, tmp_path / "out", 1e-3)
     (fastest,) = refused.value.nearest
-    assert fastest > 1e-3
     prune(dense, ids, tmp_path / "out", fastest)
 
 
@@ -129,7 +111,7 @@ def test_a_limit_below_every_cut_names_the_fastest(dense: str, ids: torch.Tensor
         {"plan": "plan.json"},
     ],
 )
-def test_what_leaves_nothing_to_choose(dense: str, ids: torch.Tensor, tmp_path: Path, more: dict[str, object]) -> None:
+def test_what_leaves_nothing_to_choose(dense, ids, tmp_path, more):
     mptk.Plan({}).save(tmp_path / "plan.json")
     more = {name: str(tmp_path / value) if name == "plan" else value for name, value in more.items()}
     with expect_error(InputError, name="quantize"):
@@ -137,12 +119,11 @@ def test_what_leaves_nothing_to_choose(dense: str, ids: torch.Tensor, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_other_commands_take_no_auto(dense: str, tmp_path: Path) -> None:
+def test_other_commands_take_no_auto(dense, tmp_path):
     for words in (
         ["export", dense, "--quantize", "auto", "--out", str(tmp_path / "out")],
         ["bench", dense, "--quantize", "auto"],
         ["prune", dense, "--ladder", "0.2,0.3", "--quantize", "auto", "--out", str(tmp_path / "out")],
     ):
-        refused = CliRunner().invoke(app, words).exception
-        assert isinstance(refused, InputError)
-        assert refused.name == "quantize"
+        with expect_error(InputError, name="quantize"):
+            CliRunner().invoke(app, words, catch_exceptions=False)

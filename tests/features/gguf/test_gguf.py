@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from lab import fields as set_fields
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +27,7 @@ from mptk.features.gguf.weights import GgufWeights, arrange_weights
 from mptk.files.outputs import check_file
 from mptk.io import models
 from mptk.ir import Weights
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from mptk.trust import NO_CODE
 from tests.broken import gguf as gguf_files
 
@@ -48,13 +47,10 @@ def fields(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
 
 
-def test_each_architecture_has_a_tiny_model() -> None:
-    assert {name.partition(",")[0] for name in tiny.MODELS} == set(ARCHITECTURES)
-
-
 @pytest.mark.parametrize("name", tiny.MODELS)
-def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(name, tmp_path):
     """llama.cpp comes as a library with ``.[bench]``; without it only the numbers are counted."""
+    assert {name.partition(",")[0] for name in tiny.MODELS} == set(ARCHITECTURES)
     folder, file = tiny.save(name, tmp_path / "model"), tmp_path / "out.gguf"
     write(folder, file)
     own = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors if not tensor.name.startswith("rope_"))
@@ -66,44 +62,36 @@ def test_a_file_has_every_number_and_llama_cpp_computes_what_transformers_does(n
         assert difference < (ROUNDED if gelu else CLOSE)
 
 
-def test_the_layers_before_those_with_experts_are_counted(tmp_path: Path) -> None:
+def test_layers_before_those_with_experts_are_counted_and_experts_that_llama_cpp_would_not_find_refused(tmp_path):
+    """It takes the width of shared experts, and the place of layers without experts, from other numbers."""
     made = write(tiny.save("glm4_moe", tmp_path / "model"), tmp_path / "out.gguf")
     assert [(layer.ffn, layer.experts) for layer in made.layers] == [(128, 0), (64, 4), (64, 4)]
-    read = fields(tmp_path / "out.gguf")
-    names = ("feed_forward_length", "leading_dense_block_count", "expert_feed_forward_length", "expert_shared_count")
-    assert [read[f"glm4moe.{name}"] for name in names] == [128, 1, 64, 1]
-    assert read["glm4moe.expert_gating_func"] == library.ExpertGatingFuncType.SIGMOID
-
-
-def test_experts_that_llama_cpp_would_not_find_are_refused() -> None:
-    """It takes the width of shared experts, and the place of layers without experts, from other numbers."""
+    said = {"feed_forward_length": 128, "leading_dense_block_count": 1, "expert_feed_forward_length": 64}
+    said |= {"expert_shared_count": 1, "expert_gating_func": library.ExpertGatingFuncType.SIGMOID}
+    assert fields(tmp_path / "out.gguf").items() >= {f"glm4moe.{name}": value for name, value in said.items()}.items()
     base, dense = ARCHITECTURES["glm4_moe"], tiny.model("glm4_moe").state_dict()
 
-    def held(state: dict[str, torch.Tensor]) -> GgufWeights:
+    def held(state):
         return GgufWeights(arrange_weights(Weights(state), base, 32, tied=False), base, 32, "f32")
 
     assert held(dense).leading == 1
-    narrow = {
-        name: weight[:, :40] if "down_proj" in name else weight[:40]
-        for name, weight in dense.items()
-        if ".shared_experts." in name
-    }
-    with expect_error(TargetError, name="glm4moe"):
-        held(dense | narrow)
+    shared = {name: weight for name, weight in dense.items() if ".shared_experts." in name}
+    narrow = {name: weight[:, :40] if "down_proj" in name else weight[:40] for name, weight in shared.items()}
     swapped = {name.translate(str.maketrans("01", "10")) if ".mlp." in name else name: w for name, w in dense.items()}
-    with expect_error(TargetError, name="glm4moe"):
-        held(swapped)
+    for wrong in (dense | narrow, swapped):
+        with expect_error(TargetError, name="glm4moe"):
+            held(wrong)
 
 
 @pytest.fixture(scope="module")
-def qwen(laboratory: Laboratory) -> Path:
+def qwen(laboratory):
     return laboratory.keep("gguf/qwen3", lambda folder: tiny.save("qwen3", folder))
 
 
 @pytest.mark.parametrize(
     ("kind", "most"), [("q8_0", 0.004), ("q5_1", 0.02), ("q5_0", 0.04), ("q4_1", 0.04), ("q4_0", 0.07)]
 )
-def test_matrices_are_quantised(qwen: Path, kind: GgufType, most: float, tmp_path: Path) -> None:
+def test_matrices_are_quantised(qwen, kind, most, tmp_path):
     """``most``: the largest error of a number, of weights of standard deviation 0.1."""
     write(qwen, tmp_path / "out.gguf", kind)
     found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "out.gguf").tensors}
@@ -118,7 +106,7 @@ def test_matrices_are_quantised(qwen: Path, kind: GgufType, most: float, tmp_pat
     assert fields(tmp_path / "out.gguf")["general.file_type"] == library.LlamaFileType[f"MOSTLY_{kind.upper()}"]
 
 
-def test_rows_that_no_block_divides_are_float16(tmp_path: Path) -> None:
+def test_rows_that_no_block_divides_are_float16(tmp_path):
     model = tiny.model("qwen3")
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight[:, :40].clone())
@@ -138,7 +126,7 @@ HOW = {"method": "magnitude", "data": "random", "samples": 1, "length": 24, "eva
 
 
 @pytest.mark.always
-def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: Path) -> None:
+def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen, tmp_path):
     mptk.prune(str(qwen), tmp_path / "out", widths={"kv_groups": 1, "ffn": 64}, align=8, tolerance=1.0, **HOW)
     made = api.gguf(tmp_path / "out", tmp_path / "out.gguf")
     assert {(layer.heads, layer.groups, layer.ffn) for layer in made.layers} == {(2, 1, 64)}
@@ -155,16 +143,13 @@ def test_a_pruned_folder_needs_no_file_of_the_dense_model(qwen: Path, tmp_path: 
     assert difference.abs().max() < CLOSE
 
 
-def test_a_smaller_vocabulary_is_the_folders(qwen: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("the quick jars of honey\n" * 40)
-    mptk.prune(str(qwen), tmp_path / "out", sparsity=0.0, vocabulary=str(text), tolerance=1.0, **HOW)
+def test_a_smaller_vocabulary_is_the_folders(qwen, tmp_path):
+    text = ["the quick jars of honey\n"] * 40
+    words = mptk.prune(str(qwen), tmp_path / "out", sparsity=0.0, vocabulary=text, tolerance=1.0, **HOW).tokenizer
     api.gguf(tmp_path / "out", tmp_path / "out.gguf")
-    words = models.load_tokenizer(str(tmp_path / "out"))
-    tokens = fields(tmp_path / "out.gguf")["tokenizer.ggml.tokens"]
-    assert tokens == words.convert_ids_to_tokens(range(len(tokens)))
-    assert len(tokens) < tiny.VOCAB
-    assert fields(tmp_path / "out.gguf")["qwen3.vocab_size"] == len(tokens)
+    read = fields(tmp_path / "out.gguf")
+    assert read["tokenizer.ggml.tokens"] == words.convert_ids_to_tokens(range(len(words)))
+    assert read["qwen3.vocab_size"] == len(words) < tiny.VOCAB
 
 
 # ---- what llama.cpp computes otherwise ----
@@ -181,48 +166,40 @@ def test_a_smaller_vocabulary_is_the_folders(qwen: Path, tmp_path: Path) -> None
         ("smollm3", {"no_rope_layers": [1] * 5}),
     ],
 )
-def test_a_config_that_llama_cpp_does_not_compute(name: str, changes: dict[str, Any]) -> None:
+def test_a_config_that_llama_cpp_does_not_compute(name, changes):
     config = tiny.model(name).config
     config.update(changes)
     with expect_error(TargetError, name=changes.get("model_type", name)):
         architectures.find_architecture(config)
 
 
-def test_rotary_embeddings_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
-    folder = tiny.save("qwen3", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    (folder / "config.json").write_text(json.dumps(config))
+def test_rotary_embeddings_that_llama_cpp_does_not_have_and_a_window_that_it_ignores(tmp_path):
+    folder, rope = tiny.save("qwen3", tmp_path / "model"), {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    set_fields("config.json", rope_parameters=rope)(folder)
     with expect_error(TargetError, name="qwen3"):
         write(folder, tmp_path / "out.gguf")
-
-
-def test_heads_that_are_not_the_hidden_size(tmp_path: Path) -> None:
-    config = tiny.model("starcoder2").config
-    weights = open_pruned_weights(tiny.save("starcoder2", tmp_path / "model"), trust=NO_CODE)
-    halves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        name: (lambda tensor: tensor[:, :32]) if "o_proj" in name else (lambda tensor: tensor[:32])
-        for name in weights
-        if "q_proj" in name or name.endswith("o_proj.weight")
-    }
-    with expect_error(TargetError, name="portable"):
-        GgufFolder(tmp_path / "model", weights.with_edits(halves), Plan({}), config, None, "auto")
-
-
-def test_a_window_that_llama_cpp_ignores_is_said(tmp_path: Path) -> None:
-    folder = tiny.save("mistral", tmp_path / "model")
+    folder = tiny.save("mistral", tmp_path / "windowed")
     assert write(folder, tmp_path / "out.gguf").notes == []
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 16}))
+    set_fields("config.json", sliding_window=16)(folder)
     (note,) = write(folder, tmp_path / "out.gguf").notes
     assert "after 16 tokens its results differ" in note
+
+
+def test_heads_that_are_not_the_hidden_size(tmp_path):
+    config = tiny.model("starcoder2").config
+    weights = open_pruned_weights(tiny.save("starcoder2", tmp_path / "model"), trust=NO_CODE)
+    cut = [name for name in weights if "q_proj" in name or name.endswith("o_proj.weight")]
+    rows, columns = (lambda tensor: tensor[:32]), (lambda tensor: tensor[:, :32])
+    halves = {name: columns if "o_proj" in name else rows for name in cut}
+    with expect_error(TargetError, name="portable"):
+        GgufFolder(tmp_path / "model", weights.with_edits(halves), Plan({}), config, None, "auto")
 
 
 # ---- tokenizers ----
 
 
 @pytest.mark.parametrize("make", [tiny.tokenizer, gguf_files.spaced])
-def test_llama_cpp_reads_text_as_the_folder_does(make: Callable[[], PreTrainedTokenizerFast], tmp_path: Path) -> None:
+def test_llama_cpp_reads_text_as_the_folder_does(make, tmp_path):
     pytest.importorskip("xllamacpp")
     tiny.model("llama").save_pretrained(tmp_path / "model")
     make().save_pretrained(tmp_path / "model")
@@ -243,36 +220,29 @@ TEKKEN = (
 
 
 def split_by(regex: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(regex), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), bytewise])
+
+
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
 
 
 @pytest.mark.parametrize(
     ("splitter", "merged", "name"),
     [
         (pre_tokenizers.ByteLevel(add_prefix_space=False), False, "gpt-2"),
-        (
-            pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]),
-            False,
-            "smollm",
-        ),
+        (DIGITS, False, "smollm"),
         (split_by(QWEN), False, "qwen2"),
         (split_by(LLAMA), True, "llama-bpe"),
         (split_by(LLAMA), False, "dbrx"),
         (split_by(TEKKEN), True, "tekken"),
     ],
 )
-def test_how_text_is_split_has_a_name(splitter: Any, merged: bool, name: str, qwen: Path, tmp_path: Path) -> None:
+def test_how_text_is_split_has_a_name(splitter, merged, name, qwen, tmp_path):
     words = tiny.tokenizer()
     words.backend_tokenizer.pre_tokenizer = splitter
     words.save_pretrained(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["model"]["ignore_merges"] = merged
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    set_fields("tokenizer.json", model__ignore_merges=merged)(tmp_path)
     words = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     writer = library.GGUFWriter(tmp_path / "out.gguf", "qwen3")
     tokenizer.write_tokenizer(writer, tmp_path, words, tiny.VOCAB + 4)
@@ -289,11 +259,9 @@ def test_how_text_is_split_has_a_name(splitter: Any, merged: bool, name: str, qw
         {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
     ],
 )
-def test_a_tokenizer_that_llama_cpp_does_not_have(change: dict[str, Any], tmp_path: Path) -> None:
-    words = tiny.tokenizer()
-    words.save_pretrained(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+def test_a_tokenizer_that_llama_cpp_does_not_have(change, tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path)
+    set_fields("tokenizer.json", **change)(tmp_path)
     words = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     with expect_error(TargetError, name="like"):
         tokenizer.write_tokenizer(library.GGUFWriter(tmp_path / "out.gguf", "qwen3"), tmp_path, words, tiny.VOCAB)

@@ -19,17 +19,11 @@ from mptk.features.gguf import api
 from mptk.features.gguf.folder import GgufFolder, Pattern
 from mptk.features.gguf.weights import LayerWidths
 from mptk.ir import Weights
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from tests.broken import gguf as gguf_files
 
-HOW = {
-    "method": "magnitude",
-    "data": "random",
-    "samples": 1,
-    "length": 24,
-    "eval_windows": 1,
-    "eval_length": 24,
-}
+FEW = {"data": "random", "samples": 1, "length": 24, "eval_windows": 1, "eval_length": 24, "onnx": False}
+HOW = {"method": "magnitude", **FEW}
 
 
 def write_dense(folder: Path) -> None:
@@ -39,7 +33,7 @@ def write_dense(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense(laboratory: Laboratory) -> Path:
+def dense(laboratory):
     """A folder with a checkpoint, and its GGUF file in it."""
     return laboratory.keep("gguf/dense", write_dense)
 
@@ -51,67 +45,55 @@ def logits(model: str | Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("widths", [{"q_heads": 2, "ffn": 40}, {"layers": 2, "ffn": 32}])
-def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: dict[str, int], tmp_path: Path) -> None:
-    mptk.prune(str(dense), tmp_path / "out", widths=widths, align=8, tolerance=1.0, onnx=False, **HOW)
+def test_equal_layers_are_read_as_the_model_of_the_folder(dense, widths, tmp_path):
+    mptk.prune(str(dense), tmp_path / "out", widths=widths, align=8, tolerance=1.0, **HOW)
     layers = api.gguf(tmp_path / "out", tmp_path / "out.gguf", like=dense / "dense.gguf").layers
     config = mptk.load(str(tmp_path / "out")).model.config
-    assert (
-        layers
-        == [LayerWidths(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)]
-        * config.num_hidden_layers
-    )
+    equal = LayerWidths(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+    assert layers == [equal] * config.num_hidden_layers
     assert torch.equal(logits(tmp_path / "out.gguf"), logits(tmp_path / "out"))
     words = mptk.load(str(tmp_path / "out.gguf")).tokenizer
-    assert words is not None
     assert words(testing.SENTENCES).input_ids == testing.make_tokenizer()(testing.SENTENCES).input_ids
 
 
-def test_llama_cpp_does_not_fill_the_files_chat_template(tmp_path: Path) -> None:
+def test_llama_cpp_does_not_fill_the_files_chat_template(tmp_path):
     """It would fill it when it opens the file, without bounds: this one never ends."""
     words = testing.make_tokenizer()
     words.chat_template = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     testing.save_model(testing.make_llama(layers=1), tmp_path / "model", words)
-    mptk.prune(str(tmp_path / "model"), tmp_path / "out", widths={"ffn": 40}, align=8, onnx=False, **HOW)
+    mptk.prune(str(tmp_path / "model"), tmp_path / "out", widths={"ffn": 40}, align=8, **HOW)
     assert not api.gguf(tmp_path / "out", tmp_path / "out.gguf").notes
 
 
 def prune_layers(dense: Path, folder: Path) -> None:
-    widths = {"ffn.0": 40, "ffn.2": 24}
-    plan = {
-        name: {"width": width, "of": 64, "keep": {f"model.layers.{name[-1]}.mlp": f"0-{width - 1}"}}
-        for name, width in widths.items()
-    }
     folder.mkdir()
-    file = folder / "plan.json"
-    mptk.files.write_json(file, {"format": "mptk-plan/1", "families": plan})
-    how = {name: value for name, value in HOW.items() if name != "method"}
-    mptk.prune(str(dense), folder / "out", plan=str(file), target="graph", onnx=False, **how)
+    rows = {layer: (tuple(range(width)),) for layer, width in ((0, 40), (2, 24))}
+    plan = {f"ffn.{n}": FamilyPlan(len(kept[0]), 64, {f"model.layers.{n}.mlp": kept}) for n, kept in rows.items()}
+    Plan(plan).save(folder / "plan.json")
+    mptk.prune(str(dense), folder / "out", plan=str(folder / "plan.json"), target="graph", **FEW)
 
 
 @pytest.fixture(scope="module")
-def ragged(dense: Path, laboratory: Laboratory) -> mptk.Pruned:
+def ragged(dense, laboratory):
     """Feed-forward layers of 40, 64 and 24 channels."""
     return mptk.Pruned.open(laboratory.keep("gguf/ragged", lambda folder: prune_layers(dense, folder)) / "out")
 
 
-def test_other_layers_are_lists_of_the_architecture_that_has_them(
-    dense: Path, ragged: mptk.Pruned, tmp_path: Path
-) -> None:
+def test_other_layers_are_lists_of_the_architecture_that_has_them(dense, ragged, tmp_path):
     layers = api.gguf(ragged.place, tmp_path / "out.gguf", like=dense / "dense.gguf").layers
     read = GGUFReader(tmp_path / "out.gguf")
     fields = {name: field.contents() for name, field in read.fields.items()}
     assert fields["general.architecture"] == "deci"
     assert fields["deci.feed_forward_length"] == [layer.ffn for layer in layers] == [40, 64, 24]
     assert fields["deci.attention.head_count"] == [6] * 3
-    assert (
-        fields["deci.rope.freq_base"] == GGUFReader(dense / "dense.gguf").get_field("llama.rope.freq_base").contents()
-    )
+    whole = GGUFReader(dense / "dense.gguf")
+    assert fields["deci.rope.freq_base"] == whole.get_field("llama.rope.freq_base").contents()
     assert not [name for name in fields if name.startswith("llama.")]
     tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in read.tensors}
     weights = load_file(ragged.place / "model.safetensors")
     assert torch.equal(tensors["blk.2.ffn_down.weight"], weights["model.layers.2.mlp.down_proj.weight"])
     assert torch.equal(tensors["blk.2.attn_norm.weight"], weights["model.layers.2.input_layernorm.weight"])
-    assert len(tensors) == len(GGUFReader(dense / "dense.gguf").tensors)
+    assert len(tensors) == len(whole.tensors)
     proof = mptk.verify(tmp_path / "out.gguf", like=ragged.place, model=dense / "dense.gguf")
     assert [row.stage for row in proof] == ["GGUF fields", "GGUF tensors"]
     with expect_error(InputError, name="like"):
@@ -128,7 +110,7 @@ def test_other_layers_are_lists_of_the_architecture_that_has_them(
             mptk.verify(copy, like=ragged.place, model=dense / "dense.gguf")
 
 
-def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+def test_llama_cpp_computes_what_the_graph_does(dense, ragged, tmp_path):
     """Needs ``.[bench]``, which brings llama.cpp as a library. Its cache is of float32 here; half is its default."""
     xllamacpp = pytest.importorskip("xllamacpp")
     api.gguf(ragged.place, tmp_path / "out.gguf", like=dense / "dense.gguf")
@@ -147,8 +129,8 @@ def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned
         assert each["logprob"] == pytest.approx(float(expected[each["id"]]), abs=1e-4)
 
 
-def test_weights_keep_their_type(dense: Path, tmp_path: Path) -> None:
-    mptk.prune(str(dense), tmp_path / "half", widths={"ffn": 32}, tolerance=1.0, dtype="bfloat16", onnx=False, **HOW)
+def test_weights_keep_their_type(dense, tmp_path):
+    mptk.prune(str(dense), tmp_path / "half", widths={"ffn": 32}, tolerance=1.0, dtype="bfloat16", **HOW)
     api.gguf(tmp_path / "half", tmp_path / "half.gguf", like=dense / "dense.gguf")
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "half.gguf").tensors}
     assert tensors["blk.0.ffn_norm.weight"].tensor_type.name == "F32"
@@ -171,21 +153,14 @@ KEEP = FamilyPlan(8, 16, {"": (tuple(range(8)),)})
         ({}, {"v_dim": KEEP}, TargetError, "v_dim"),
     ],
 )
-def test_what_a_file_cannot_hold(
-    dense: Path,
-    ragged: mptk.Pruned,
-    change: dict[str, torch.Tensor],
-    families: dict,
-    kind: type[mptk.MptkError],
-    name: str | None,
-) -> None:
+def test_what_a_file_cannot_hold(dense, ragged, change, families, kind, name):
     weights = Weights(load_file(ragged.place / "model.safetensors") | change)
     pattern = Pattern(dense / "dense.gguf")
     with expect_error(kind, name=name or dense / "dense.gguf"):
         GgufFolder(ragged.place, weights, Plan(families), None, pattern, "auto")
 
 
-def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+def test_the_pattern_is_the_dense_models_file(dense, ragged, tmp_path):
     (tmp_path / "text.gguf").write_text("text")
     toys.write_gguf(testing.make_llama(layers=1, hidden_size=24), testing.make_tokenizer(), tmp_path / "narrow.gguf")
     toys.write_gguf(testing.make_llama(layers=2), testing.make_tokenizer(), tmp_path / "short.gguf")
@@ -195,7 +170,7 @@ def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, 
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_folder_that_was_changed_is_refused(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+def test_a_folder_that_was_changed_is_refused(dense, ragged, tmp_path):
     shutil.copytree(ragged.place, tmp_path / "copy")
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     save_file(weights | {"model.norm.weight": torch.zeros(48)}, tmp_path / "copy" / "model.safetensors")

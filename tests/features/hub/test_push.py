@@ -7,14 +7,11 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from commands import done, refused
 from forks import start_fork, wait_for_code
-from inside import Inside
 
 from mptk.errors import ChangedError, FileError, OutputError
 from mptk.features.hub.push import push_files
@@ -22,6 +19,7 @@ from mptk.publish.manifest import write_manifest
 from mptk.testing import expect_error
 
 CARD = "---\nlicense: mit\nbase_model: me/dense\ntags:\n- pruned\n---\n\n# A card\n"
+FILES = {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
 
 
 class Hub(ThreadingHTTPServer):
@@ -71,9 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.url}/me/small/commit/1"})
         else:
             asked = self.server.asked[self.path] = json.loads(body or b"{}")
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked.get("files", [])
-            ]
+            paths = [file["path"] for file in asked.get("files", [])]
+            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
             self.answer({"files": files, "url": f"{self.server.url}/me/small", "name": "me/small", "warnings": []})
 
     def answer(self, content: object, status: int = 200) -> None:
@@ -86,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Iterator[Hub]:
+def hub(monkeypatch, inside):
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     inside.bound("huggingface_hub.constants.ENDPOINT", server.url)
@@ -98,7 +95,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, inside: Inside) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     made = tmp_path / "small"
     (made / "onnx").mkdir(parents=True)
     (made / "README.md").write_text(CARD)
@@ -108,17 +105,14 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_every_file_of_the_folder_is_uploaded(hub: Hub, folder: Path) -> None:
+def test_every_file_of_the_folder_is_uploaded_also_to_a_private_repository_a_branch_and_with_a_message(hub, folder):
     run = done("push", str(folder), "me/small")
     assert "/me/small/commit/" in run.stdout
-    assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
+    assert set(hub.files) == FILES
     assert hub.files["onnx/model.onnx"] == b"graph"
     assert "small" in hub.summary
     assert "private" not in hub.asked["/api/repos/create"]
     assert any(path.endswith("/commit/main") for path in hub.asked)
-
-
-def test_a_private_repository_a_branch_and_a_message(hub: Hub, folder: Path) -> None:
     push_files(folder, "me/small", private=True, revision="v2", message="cut by a third")
     created = hub.asked["/api/repos/create"]
     assert created.get("private") is True or created.get("visibility") == "private"
@@ -126,19 +120,18 @@ def test_a_private_repository_a_branch_and_a_message(hub: Hub, folder: Path) -> 
     assert hub.summary == "cut by a third"
 
 
-def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub, folder, tmp_path):
     (folder / "config.json").write_text("{ }")
     with expect_error(ChangedError, name="config.json"):
         push_files(folder, "me/small")
     (tmp_path / "other").mkdir()
-    with expect_error(FileError):
-        push_files(tmp_path / "other", "me/small")
-    with expect_error(FileError):
-        push_files("a" * 300, "me/small")
+    for other in (tmp_path / "other", "a" * 300):
+        with expect_error(FileError):
+            push_files(other, "me/small")
     assert not hub.asked
 
 
-def test_a_refusal_names_the_repository(hub: Hub, folder: Path) -> None:
+def test_a_refusal_names_the_repository(hub, folder):
     hub.refuses = "/commit/"
     with expect_error(OutputError, name="me/small"):
         push_files(folder, "me/small")
@@ -152,7 +145,7 @@ def test_a_refusal_names_the_repository(hub: Hub, folder: Path) -> None:
     assert not hub.files
 
 
-def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub, folder: Path) -> None:
+def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub, folder):
     hub.stalls = True
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     sending = start_fork(lambda: push_files(folder, "me/small"))
@@ -163,14 +156,12 @@ def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     hub.stalls = False
     push_files(folder, "me/small")
-    assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
+    assert set(hub.files) == FILES
 
 
-def test_a_dry_run_lists_the_files_and_sends_nothing(hub: Hub, folder: Path) -> None:
+def test_a_dry_run_lists_the_files_and_sends_nothing(hub, folder):
     result = done("push", str(folder), "me/small", "--dry-run")
-    assert [line.split()[-1] for line in result.stdout.splitlines()[:-1]] == sorted(
-        ["README.md", "config.json", "mptk.json", "onnx/model.onnx"]
-    )
+    assert [line.split()[-1] for line in result.stdout.splitlines()[:-1]] == sorted(FILES)
     assert result.stdout.splitlines()[-1].endswith(f"in 4 files would go to {hub.url}/me/small")
     assert not hub.asked
     (folder / "config.json").write_text("{ }")

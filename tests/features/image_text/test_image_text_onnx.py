@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from commands import done
+from lab import fields, remove
 from pictures import IMAGE, PATCHES, processor, write_captions, write_llava, write_qwen
 from PIL import Image
 from torch import Tensor
@@ -35,7 +35,7 @@ from mptk import ProofError, Samples, Settings
 from mptk.api.graphs import export_folder
 from mptk.cli.main import app
 from mptk.compat.transformers import compute_vision_inputs
-from mptk.errors import DataError, FileError, InputError, MptkError, TargetError
+from mptk.errors import DataError, FileError, InputError, TargetError
 from mptk.features.image_text.form import IMAGE_TEXT_FORM
 from mptk.features.image_text.image_forms import FORMULAS, make_grid_function
 from mptk.ort.decoder import OrtDecoder
@@ -43,7 +43,7 @@ from mptk.proof.proof import find_windows
 from mptk.publish.manifest import write_manifest
 from mptk.tasks.onnx_export import check_form
 from mptk.tasks.runtimes import build_js_config
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 NODE = shutil.which("node")
 TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
@@ -78,8 +78,7 @@ class Graphs:
         return {name: ort.InferenceSession(self.folder / "onnx" / name) for name in GRAPHS}
 
     def __call__(self, name: str, **inputs: Any) -> list[Any]:
-        found: list[Any] = self.sessions[name].run(None, {n: np.asarray(x) for n, x in inputs.items()})
-        return found
+        return self.sessions[name].run(None, {n: np.asarray(x) for n, x in inputs.items()})
 
     def embeddings(self, ids: Tensor, pixels: Tensor | None) -> Any:
         (embeds,) = self("embed_tokens.onnx", input_ids=ids)
@@ -110,13 +109,13 @@ def prune_llava(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pruned(laboratory: Laboratory) -> Path:
+def pruned(laboratory):
     """A LLaVA whose language model, of one block with its cache, and vision tower are cut."""
     return laboratory.keep("vision/pruned", prune_llava) / "out"
 
 
 @pytest.fixture(scope="module")
-def stock(pruned: Path) -> Any:
+def stock(pruned):
     return AutoModelForImageTextToText.from_pretrained(pruned).eval()
 
 
@@ -130,7 +129,7 @@ def prompts() -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([pictured, plain]), mask, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_graphs_have_the_names_that_transformers_js_reads(pruned: Path, stock: Any) -> None:
+def test_the_graphs_have_the_names_that_transformers_js_reads(pruned, stock):
     assert (stock.config.vision_config.intermediate_size, stock.config.text_config.intermediate_size) == (64, 64)
     for name, session in Graphs(pruned).sessions.items():
         inputs, output = GRAPHS[name]
@@ -141,7 +140,14 @@ def test_the_graphs_have_the_names_that_transformers_js_reads(pruned: Path, stoc
     assert presents == ["present.0.key", "present.0.value"]
 
 
-def test_a_vision_tower_whose_class_leaves_out_the_last_block_keeps_it(pruned: Path, tmp_path: Path) -> None:
+def test_the_report_proves_the_graphs_with_and_without_images(pruned):
+    report = mptk.Report.read(pruned)
+    assert not report.notes
+    stages = {row["stage"]: row["ok"] for row in report.proof if "ONNX" in row["stage"]}
+    assert stages == {f"ONNX Runtime {stage}": True for stage in STAGES}
+
+
+def test_a_vision_tower_whose_class_leaves_out_the_last_block_keeps_it(pruned, tmp_path):
     """The graphs' own trace cannot follow."""
     asked = {**ASKED, "widths": {"vision_tower_layers": 1}, "families": ("vision_tower_layers",)}
     root = pruned.parent
@@ -150,16 +156,8 @@ def test_a_vision_tower_whose_class_leaves_out_the_last_block_keeps_it(pruned: P
     assert report.notes
 
 
-def test_the_report_proves_the_graphs_with_and_without_images(pruned: Path) -> None:
-    report = mptk.Report.read(pruned)
-    proof = report.proof
-    assert not report.notes
-    assert [row["stage"] for row in proof if "ONNX" in row["stage"]] == [f"ONNX Runtime {stage}" for stage in STAGES]
-    assert all(row["ok"] for row in proof)
-
-
 @pytest.mark.parametrize("pictures", [True, False])
-def test_the_graphs_compute_what_the_stock_class_does(pruned: Path, stock: Any, pictures: bool) -> None:
+def test_the_graphs_compute_what_the_stock_class_does(pruned, stock, pictures):
     """Rows with a picture and one without, padding, then steps with the cache."""
     ids, mask, pixels = prompts()
     if not pictures:
@@ -171,17 +169,16 @@ def test_the_graphs_compute_what_the_stock_class_does(pruned: Path, stock: Any, 
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_generate_continues_text_as_the_stock_class_does(pruned: Path, stock: Any) -> None:
+def test_generate_continues_text_as_the_stock_class_does(pruned, stock):
     words = AutoTokenizer.from_pretrained(pruned)
     given = words("a picture that", return_tensors="pt")
     written = stock.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
-    assert mptk.generate(pruned, "a picture that", max_new_tokens=4) == [
-        words.decode(written, skip_special_tokens=True)
-    ]
+    expected = words.decode(written, skip_special_tokens=True)
+    assert mptk.generate(pruned, "a picture that", max_new_tokens=4) == [expected]
 
 
 @pytest.mark.parametrize(("ending", "stage"), [("", "ONNX Runtime prefill"), ("_quantized", "int8 weights")])
-def test_verify_finds_a_wrong_vision_encoder(pruned: Path, tmp_path: Path, ending: str, stage: str) -> None:
+def test_verify_finds_a_wrong_vision_encoder(pruned, tmp_path, ending, stage):
     shutil.copytree(pruned, tmp_path / "out")
     data = tmp_path / "out" / "onnx" / f"vision_encoder{ending}.onnx_data"
     np.roll(np.fromfile(data, np.float32), 1).tofile(data)
@@ -192,17 +189,11 @@ def test_verify_finds_a_wrong_vision_encoder(pruned: Path, tmp_path: Path, endin
 
 @pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
 @pytest.mark.parametrize("dtype", ["fp32", "q8"])
-def test_transformers_js_writes_what_transformers_writes(pruned: Path, stock: Any, tmp_path: Path, dtype: str) -> None:
+def test_transformers_js_writes_what_transformers_writes(pruned, stock, tmp_path, dtype):
     ids, mask, pixels = (x[:2] for x in prompts())
     written = stock.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=6, do_sample=False)
-    asked = {
-        "ids": ids.tolist(),
-        "pixels": pixels.flatten().tolist(),
-        "dims": [*pixels.shape],
-        "tokens": 6,
-        "dtype": dtype,
-    }
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    asked = {"ids": ids.tolist(), "pixels": pixels.flatten().tolist(), "dims": [*pixels.shape], "tokens": 6}
+    (tmp_path / "asked.json").write_text(json.dumps({**asked, "dtype": dtype}))
     script = Path(__file__).with_name("transformers_js_images.mjs")
     command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), str(tmp_path / "asked.json")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -212,13 +203,11 @@ def test_transformers_js_writes_what_transformers_writes(pruned: Path, stock: An
 
 
 @pytest.mark.parametrize(("scheme", "ending", "near"), [("int8", "_quantized", 0.05), ("fp16", "_fp16", 1e-3)])
-def test_the_graphs_of_a_scheme_are_run_together(pruned: Path, scheme: str, ending: str, near: float) -> None:
+def test_the_graphs_of_a_scheme_are_run_together(pruned, scheme, ending, near):
     row = mptk.Report.read(pruned).quantized[scheme]
     files = [file for name in GRAPHS for file in (pruned / "onnx").glob(f"{Path(name).stem}{ending}.onnx*")]
     assert (len(files), row["bytes"]) == (2 * len(GRAPHS), sum(file.stat().st_size for file in files))
     decoder, whole = OrtDecoder(pruned / row["file"]), OrtDecoder(pruned)
-    assert decoder.embeddings is not None
-    assert whole.embeddings is not None
     ids, _, pixels = prompts()
     given = ids[:2], {"pixel_values": pixels}
     embeds, expected = decoder.embeddings(*given), whole.embeddings(*given)
@@ -228,14 +217,14 @@ def test_the_graphs_of_a_scheme_are_run_together(pruned: Path, scheme: str, endi
 
 
 @pytest.mark.usefixtures("quick_bench")
-def test_the_vision_encoder_is_timed_beside_the_decoder(pruned: Path) -> None:
+def test_the_vision_encoder_is_timed_beside_the_decoder(pruned):
     result = mptk.bench([str(pruned)], lengths=(8,), rounds=2)
     cases = ["prefill 8", "decode 8", "vision encoder"]
     assert [str(row.case) for row in result.rows] == [case for case in cases for _ in result.graphs]
     assert [graph.name for graph in result.graphs] == [str(pruned), f"{pruned} int8", f"{pruned} fp16"]
 
 
-def test_browsers_take_int8_only_if_each_graph_has_it(pruned: Path, tmp_path: Path) -> None:
+def test_browsers_take_int8_only_if_each_graph_has_it(pruned, tmp_path):
     """They load the int8 graphs unless the config names another type."""
     config = json.loads((pruned / "config.json").read_text())["transformers.js_config"]
     assert config == {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}
@@ -244,21 +233,12 @@ def test_browsers_take_int8_only_if_each_graph_has_it(pruned: Path, tmp_path: Pa
     assert build_js_config(tmp_path / "onnx")["dtype"] == "fp32"
 
 
-def test_graphs_in_float16_without_float32_ones_are_refused() -> None:
-    with expect_error(InputError, name="onnx_dtype"):
-        check_form(IMAGE_TEXT_FORM, Settings(onnx_dtype="float16"))
-
-
-def packed(grids: Tensor, width: int) -> Tensor:
-    return torch.randn(int(grids.prod(1).sum()), width, generator=torch.Generator().manual_seed(0))
-
-
-def test_a_vision_encoder_takes_several_images_of_any_size_at_once(exported: Path) -> None:
+def test_a_vision_encoder_takes_several_images_of_any_size_at_once(exported):
     model = AutoModelForImageTextToText.from_pretrained(exported / "qwen")
     encoder = ort.InferenceSession(exported / "out" / "onnx" / "vision_encoder.onnx")
     for sizes in ([[1, 4, 4]], [[1, 2, 6], [1, 12, 10], [1, 4, 2]]):
         grids = torch.tensor(sizes)
-        pixels = packed(grids, encoder.get_inputs()[0].shape[1] or 384)
+        pixels = torch.randn(int(grids.prod(1).sum()), encoder.get_inputs()[0].shape[1] or 384)
         with torch.no_grad():
             expected = torch.cat(list(model.get_image_features(pixels, grids, return_dict=True).pooler_output))
         found = encoder.run(None, {"pixel_values": pixels.numpy(), "image_grid_thw": grids.numpy()})[0]
@@ -266,9 +246,8 @@ def test_a_vision_encoder_takes_several_images_of_any_size_at_once(exported: Pat
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
-def test_sizes_of_images_become_what_transformers_makes_of_them(model_type: str) -> None:
-    model: Any = tiny_model(PICTURED, model_type).model
-    encoder = model.model.visual
+def test_sizes_of_images_become_what_transformers_makes_of_them(model_type):
+    encoder = tiny_model(PICTURED, model_type).model.model.visual
     for sizes in ([[1, 4, 4]], [[1, 2, 6], [1, 12, 10], [1, 30, 26]], [[1, 8, 8], [1, 8, 8]]):
         grids = torch.tensor(sizes)
         wanted = {n: x for n, x in compute_vision_inputs(encoder, grids).items() if isinstance(x, Tensor)}
@@ -279,17 +258,19 @@ def test_sizes_of_images_become_what_transformers_makes_of_them(model_type: str)
             assert torch.equal(lengths, expected.long()), name
 
 
-def test_an_encoder_that_makes_something_else_of_sizes_is_refused() -> None:
-    model: Any = tiny_model(PICTURED, "qwen3_vl").model
+def test_an_encoder_that_makes_something_else_of_sizes_is_refused_and_so_is_float16_without_float32():
+    with expect_error(InputError, name="onnx_dtype"):
+        check_form(IMAGE_TEXT_FORM, Settings(onnx_dtype="float16"))
+    model = tiny_model(PICTURED, "qwen3_vl").model
     with expect_error(TargetError, name="Qwen3VLForConditionalGeneration"):
         make_grid_function(model, torch.tensor([[1, 4, 4]]))
 
 
-def test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach() -> None:
+def test_a_proof_knows_the_windows_that_its_samples_and_their_padding_reach():
     """Padding between prompt and answer counts in a window: only the prompt of such rows can be compared."""
-    model: Any = tiny_model(PICTURED, "aya_vision").model
+    model = tiny_model(PICTURED, "aya_vision").model
     model.config.text_config.sliding_window = 20
-    compiled: Any = SimpleNamespace(prepared=SimpleNamespace(loaded=SimpleNamespace(model=model)))
+    compiled = SimpleNamespace(prepared=SimpleNamespace(loaded=SimpleNamespace(model=model)))
     found = {n: find_windows(compiled, Samples({"input_ids": torch.ones(1, n).long()})) for n in (12, 17, 30)}
     assert found == {12: (), 17: (20,), 30: (20,)}
 
@@ -301,13 +282,13 @@ def export_qwen(root: Path) -> None:
 
 
 @pytest.fixture
-def exported(laboratory: Laboratory) -> Path:
+def exported(laboratory):
     """A Qwen2-VL whose texts depend on the picture, its graphs, and pictures of two sizes."""
     return laboratory.keep("vision/exported", export_qwen)
 
 
 @pytest.mark.parametrize("pictures", [("small/red.png",), ("wide/grey.png",), ("wide/blue.png", "small/white.png")])
-def test_generate_writes_after_images_what_transformers_writes(exported: Path, pictures: tuple[str, ...]) -> None:
+def test_generate_writes_after_images_what_transformers_writes(exported, pictures):
     """In the chat template, with positions on three axes, and images of several sizes."""
     places = [exported / name for name in pictures]
     options = [word for place in places for word in ("--image", str(place))]
@@ -323,7 +304,7 @@ def test_generate_writes_after_images_what_transformers_writes(exported: Path, p
     assert f"{asked['input_ids'].shape[1]} prompt tokens" in run.stderr
 
 
-def test_without_a_template_the_token_of_the_image_comes_first(pruned: Path, stock: Any) -> None:
+def test_without_a_template_the_token_of_the_image_comes_first(pruned, stock):
     picture = pruned.parent / "pictures" / "blue.png"
     words = ["generate", str(pruned), "a picture", "--image", str(picture), "--max-new-tokens", "6"]
     run = done(*words)
@@ -332,48 +313,27 @@ def test_without_a_template_the_token_of_the_image_comes_first(pruned: Path, sto
     assert run.stdout.strip() == processor().decode(found, skip_special_tokens=True).strip()
 
 
-def _of_text(folder: Path) -> None:
+def read_text_only(folder: Path) -> None:
     """Put the graph of a decoder that reads token ids in place of the others."""
     shutil.rmtree(folder / "onnx")
     shutil.copytree(folder.parent / "text", folder, dirs_exist_ok=True)
 
 
-def _without_processor(folder: Path) -> None:
-    (folder / "processor_config.json").unlink()
-
-
-def _of_other_places(folder: Path) -> None:
-    processor(additional=3).save_pretrained(folder)
-
-
-def _of_another_size(folder: Path) -> None:
-    file = folder / "processor_config.json"
-    said = json.loads(file.read_text())
-    said["image_processor"] |= {"crop_size": {"height": 48, "width": 48}}
-    file.write_text(json.dumps(said))
-
-
 @pytest.mark.parametrize(
     ("spoil", "kind", "about"),
     [
-        (_of_another_size, DataError, "data"),
-        (_of_text, InputError, "image"),
-        (_without_processor, FileError, "out"),
-        (_of_other_places, FileError, "processor_config.json"),
+        (fields("processor_config.json", image_processor__crop_size={"height": 48, "width": 48}), DataError, "data"),
+        (read_text_only, InputError, "image"),
+        (remove("processor_config.json"), FileError, "out"),
+        (lambda folder: processor(additional=3).save_pretrained(folder), FileError, "processor_config.json"),
     ],
+    ids=["of another size", "of text", "without processor", "of other places"],
 )
-def test_images_that_cannot_be_read_are_refused(
-    laboratory: Laboratory,
-    pruned: Path,
-    tmp_path: Path,
-    spoil: Callable[[Path], None],
-    kind: type[MptkError],
-    about: str,
-) -> None:
+def test_images_that_cannot_be_read_are_refused(laboratory, pruned, tmp_path, spoil, kind, about):
     shutil.copytree(pruned, tmp_path / "out")
     laboratory.copy(laboratory.open_pruned(), tmp_path / "text")
     spoil(tmp_path / "out")
-    picture = pruned.parent / "pictures" / "blue.png"
-    error = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "a", "--image", str(picture)]).exception
-    assert isinstance(error, kind)
-    assert Path(error.name).name == about
+    command = ["generate", str(tmp_path / "out"), "a", "--image", str(pruned.parent / "pictures" / "blue.png")]
+    with expect_error(kind) as refused:
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert Path(refused.value.name).name == about

@@ -7,24 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import transformers as t
 from huggingface_hub import ModelCard
-from inside import Inside
 from PIL import Image
-from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
-    ResNetConfig,
-    ResNetForImageClassification,
-    XLMConfig,
-    XLMWithLMHeadModel,
-)
 
 import mptk
 from benchmarks import zoo_end_to_end, zoo_training
@@ -45,7 +35,7 @@ from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import choose_inputs
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import TEXT_LENGTH
-from mptk.testing import MODEL_KINDS, Laboratory, expect_error
+from mptk.testing import MODEL_KINDS, expect_error
 
 TAGS = {
     "encoder": "feature-extraction",
@@ -59,9 +49,7 @@ TAGS = {
 
 @pytest.mark.always
 @pytest.mark.parametrize("name", TAGS)
-def test_it_is_pruned_proven_and_measured_in_its_own_terms(
-    laboratory: Laboratory, go_to: Callable[[object], None], name: str
-) -> None:
+def test_it_is_pruned_proven_and_measured_in_its_own_terms(laboratory, go_to, name):
     out, kind = laboratory.open_pruned(name), MODEL_KINDS[name]
     go_to(out)
     report = mptk.Report.read(out)
@@ -87,13 +75,11 @@ def test_it_is_pruned_proven_and_measured_in_its_own_terms(
 
 
 @pytest.mark.parametrize(("name", "method"), [("encoder", "taylor"), ("speech", "flap")])
-def test_units_are_scored_by_the_loss_of_the_kind(
-    laboratory: Laboratory, tmp_path: Path, name: str, method: str
-) -> None:
+def test_units_are_scored_by_the_loss_of_the_kind(laboratory, tmp_path, name, method):
     assert all(row["ok"] for row in mptk.Report.read(laboratory.prune(name, tmp_path / "out", method=method)).proof)
 
 
-def test_a_model_that_is_not_cut_is_at_no_distance_and_its_gradients_do_not_vanish(laboratory: Laboratory) -> None:
+def test_a_model_that_is_not_cut_is_at_no_distance_and_its_gradients_do_not_vanish(laboratory):
     """Features and classes are compared with the dense model's own."""
     samples = Samples({"input_ids": torch.arange(24).reshape(2, 12)})
     for task, folder in ((Encoder(), "encoder"), (Classifier(), "text classifier")):
@@ -106,7 +92,7 @@ def test_a_model_that_is_not_cut_is_at_no_distance_and_its_gradients_do_not_vani
         assert model.get_input_embeddings().weight.grad.abs().max() > 1e-6
 
 
-def test_targets_end_with_the_text() -> None:
+def test_targets_end_with_the_text():
     ids = torch.tensor([[9, 5, 2, 0, 0], [9, 5, 6, 7, 8]])
     assert mask_after_end(ids, 2).tolist() == [[5, 2, IGNORED, IGNORED], [5, 6, 7, 8]]
     assert mask_after_end(ids, [7, 2])[1].tolist() == [5, 6, 7, IGNORED]
@@ -125,10 +111,8 @@ def test_targets_end_with_the_text() -> None:
         ("encoder-decoder", "self", ModelError),
     ],
 )
-def test_data_of_another_kind_is_said_before_any_work(
-    laboratory: Laboratory, tmp_path: Path, name: str, data: str, refusal: type[mptk.MptkError]
-) -> None:
-    stages: list[str] = []
+def test_data_of_another_kind_is_said_before_any_work(laboratory, tmp_path, name, data, refusal):
+    stages = []
     place = data if data == "self" else str(laboratory.open_data("speech").parent / data)
     asked = laboratory.make_settings(name, data=place)
     model = str(laboratory.open_model(name))
@@ -138,34 +122,27 @@ def test_data_of_another_kind_is_said_before_any_work(
     assert stages[-1] == "load"
 
 
-@pytest.mark.parametrize(("name", "file"), [("image classifier", "broken.png"), ("speech", "broken.wav")])
-def test_a_file_that_is_no_image_or_no_sound(laboratory: Laboratory, tmp_path: Path, name: str, file: str) -> None:
-    (tmp_path / file).write_bytes(b"neither")
-    loaded = load(str(laboratory.open_model(name)))
-    with expect_error(FileError, name=tmp_path / file):
-        bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings(name, data=str(tmp_path)))
-
-
-def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_or_no_sound_or_a_small_one_that_unpacks_to_a_huge_picture(laboratory, tmp_path):
+    for name, file in (("image classifier", tmp_path / "broken.png"), ("speech", tmp_path / "broken.wav")):
+        file.write_bytes(b"neither")
+        loaded = load(str(laboratory.open_model(name)))
+        with expect_error(FileError, name=file):
+            bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings(name, data=str(tmp_path)))
+        file.unlink()
     Image.new("1", (20_000, 8_000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 50_000
     with expect_error(FileError, name=tmp_path / "huge.png"):
         open_image(tmp_path / "huge.png")
 
 
-def test_a_kind_is_found_by_the_class(laboratory: Laboratory) -> None:
-    for name, kind in MODEL_KINDS.items():
-        assert bind_task(load(str(laboratory.open_model(name)))).name == kind.task
-
-
-@pytest.mark.parametrize(("causal", "kind"), [(False, "masked-lm"), (True, "causal-lm")])
-def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str) -> None:
+def test_a_class_that_does_both_is_what_its_config_says():
     sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
-    model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
-    assert bind_task(Loaded(model, None, "it", Path())).name == kind
+    for causal, kind in ((False, "masked-lm"), (True, "causal-lm")):
+        model = t.XLMWithLMHeadModel(t.XLMConfig(**sizes, causal=causal))
+        assert bind_task(Loaded(model, None, "it", Path())).name == kind
 
 
-def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(laboratory: Laboratory) -> None:
+def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(laboratory):
     loaded = load(str(laboratory.open_model("masked language model")))
     task, ids = bind_task(loaded), torch.randint(3, 97, (2, 17))
     hidden = ids.clone()
@@ -176,32 +153,23 @@ def test_the_quality_of_a_masked_language_model_counts_the_tokens_under_masks(la
         expected = -loaded.model(input_ids=hidden).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
     assert float(task.compute_loss(logits, samples)) == pytest.approx(float(expected.sum()), rel=1e-5)
     assert task.count_predictions(samples) == expected.numel()
-
-
-def test_a_tokenizer_without_a_mask_is_said(laboratory: Laboratory) -> None:
-    loaded = load(str(laboratory.open_model("masked language model")))
     loaded.tokenizer.mask_token = None
     with expect_error(FileError, name=loaded.source):
-        bind_task(loaded).draw_evaluation(loaded, laboratory.make_settings("masked language model"))
+        task.draw_evaluation(loaded, laboratory.make_settings("masked language model"))
 
 
-def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
-    """Perceiver gives logits of all its positions, however short the window."""
-    samples = mask_tokens(torch.arange(24).reshape(2, 12), 3)
-    logits = torch.randn(2, 20, 30)
+def test_perceiver_gives_logits_after_a_window_and_has_two_names_for_pictures():
+    """The logits do not enter the loss; ``inputs`` may be called ``pixel_values``, too."""
+    samples, logits = mask_tokens(torch.arange(24).reshape(2, 12), 3), torch.randn(2, 20, 30)
     assert MaskedLM().compute_loss(logits, samples) == MaskedLM().compute_loss(logits[:, :12], samples)
-
-
-def test_inputs_of_two_names_are_known_by_either() -> None:
-    """Perceiver calls its pictures ``inputs``, and takes them as ``pixel_values``, too."""
-    model: Any = tiny_model("image-classification", "perceiver").model
+    model = tiny_model("image-classification", "perceiver").model
     assert list(choose_inputs(model).make_example(model)) == ["pixel_values"]
 
 
-def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Path) -> None:
+def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path):
     """Without its kernels a state space model loops over the positions; and it reads the weights of a layer itself."""
-    model = MambaForCausalLM(
-        MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0, bos_token_id=1)
+    model = t.MambaForCausalLM(
+        t.MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0, bos_token_id=1)
     )
     dense, out = str(tmp_path / "dense"), tmp_path / "out"
     model.save_pretrained(dense)
@@ -222,40 +190,36 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
         export_folder(dense, tmp_path / "onnx")
 
 
-def test_a_trace_holds_the_size_of_images_if_all_have_it() -> None:
+def test_a_trace_holds_the_size_of_images_if_all_have_it():
     """Height and width are symbolic for images of another size than the config's, and if nobody knows their size."""
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
-    loaded = Loaded(ResNetForImageClassification(ResNetConfig(**sizes)).eval(), None, "it", Path())
+    loaded = Loaded(t.ResNetForImageClassification(t.ResNetConfig(**sizes)).eval(), None, "it", Path())
     like = bind_task(loaded).make_example(loaded.model)
     larger = like.map(lambda x: x.repeat(1, 1, 2, 2))
     size = like.inputs["pixel_values"].shape[2]
     traced = [trace_loaded(loaded, bind_task(loaded), EXECUTOR, like=each) for each in (like, larger, None)]
     assert [program.sizes.find_fixed_size(2) for program in traced] == [size, None, None]
+    assert has_same_sizes(like, like.repeat(2))
+    assert not has_same_sizes(like, larger)
 
 
-def test_data_of_two_sizes_leave_the_size_open() -> None:
-    small, large = (Samples({"pixel_values": torch.ones(1, 3, size, 16)}) for size in (16, 32))
-    assert has_same_sizes(small, small.repeat(2))
-    assert not has_same_sizes(small, large)
-
-
-def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(inside: Inside) -> None:
+def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(inside):
     inside.bound("mptk.ir.program.Program.length", 7)
     loaded = Loaded(MODEL_KINDS["encoder-decoder"].make().eval(), None, "it", Path())
     with expect_error(TraceError, name="T5ForConditionalGeneration"):
         trace_loaded(loaded, bind_task(loaded), EXECUTOR)
 
 
-def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_path: Path) -> None:
+def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_path):
     """Doge takes the best of its keys if there are more than it keeps."""
-    model: Any = tiny_model("causal-lm", "doge").model
+    model = tiny_model("causal-lm", "doge").model
     assert 2 < model.config.keep_window_size < TEXT_LENGTH
     model.save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
     assert trace_loaded(loaded, bind_task(loaded), EXECUTOR).user_inputs
 
 
-def test_a_type_of_the_zoo_passes_the_command_line() -> None:
+def test_a_type_of_the_zoo_passes_the_command_line():
     row = zoo_end_to_end.run_type("masked-lm", "albert")
     assert row["stage"] == "verified", row["reason"]
     row = zoo_training.run_type("masked-lm", "albert", ["recovery"])  # test_trained_kinds.py learns masks

@@ -5,9 +5,6 @@ It reaches for mptk.tasks and mptk.io.live: whether the kind is the right one.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -22,7 +19,7 @@ from mptk.targets.graph import WEIGHTS
 from mptk.tasks import bind_task
 from mptk.testing import MODEL_KINDS, SENTENCES, expect_error, make_llama, make_tokenizer
 
-SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "align": 2, "samples": 4}
+SMALL = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "align": 2, "samples": 4}
 SMALL |= {"length": 12, "eval_windows": 3, "eval_length": 12, "progress": None}
 
 
@@ -30,7 +27,7 @@ def ids(count: int = 4, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 97, (count, length))
 
 
-DATA: dict[str, Any] = {
+DATA = {
     "text classifier": lambda: {"input_ids": ids(), "labels": torch.arange(4)},
     "encoder-decoder": lambda: {"input_ids": ids()},
     "image classifier": lambda: [{"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.arange(2)}] * 3,
@@ -38,18 +35,16 @@ DATA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", list(DATA))
-def test_every_kind_is_pruned_in_memory(name: str) -> None:
-    torch.manual_seed(0)
+def test_every_kind_is_pruned_in_memory(name):
     model = MODEL_KINDS[name].make()
     found = mptk.prune(model, data=DATA[name](), distil_epochs=1, **SMALL)
     assert (found.report.task, found.report.quality["metric"]) == (MODEL_KINDS[name].task, MODEL_KINDS[name].metric)
     assert [note for note in found.report.notes if note.startswith("local distillation made")]
-    assert all(row["ok"] for row in found.report.proof)
     assert type(found.model) is type(model)
     assert sum(p.numel() for p in found.model.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-def test_example_inputs_make_a_module_of_a_transformers_model(tmp_path: Path) -> None:
+def test_example_inputs_make_a_module_of_a_transformers_model(tmp_path):
     """Its stock class still holds it, and what counts is the distance of its outputs."""
     model = MODEL_KINDS["encoder"].make()
     example = {"input_ids": ids(2, 9), "token_type_ids": torch.ones(2, 9, dtype=torch.int64)}
@@ -60,7 +55,7 @@ def test_example_inputs_make_a_module_of_a_transformers_model(tmp_path: Path) ->
     assert all(d.ok for d in mptk.verify(tmp_path / "out", model=str(tmp_path / "dense")))
 
 
-def test_samples_and_texts_are_the_same_data() -> None:
+def test_samples_and_texts_are_the_same_data():
     """Windows that the caller cuts are those that mptk cuts of the texts."""
     words = make_tokenizer()
     loaded = open_live(make_llama(layers=1), words)
@@ -73,25 +68,19 @@ def test_samples_and_texts_are_the_same_data() -> None:
 
 
 class Convolutions(nn.Module):
-    """Batch norms between convolutions, and an image of class scores that is given twice."""
+    """Batch norms between convolutions, and class scores of their means."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 24, 3, padding=1),
-            nn.BatchNorm2d(24),
-            nn.ReLU(),
-            nn.Conv2d(24, 20, 3, padding=1),
-            nn.BatchNorm2d(20),
-            nn.ReLU(),
-        )
+        first, last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 20, 3, padding=1)
+        self.layers = nn.Sequential(first, nn.BatchNorm2d(24), nn.ReLU(), last, nn.BatchNorm2d(20), nn.ReLU())
         self.head = nn.Linear(20, 6)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.head(self.layers(image).mean((2, 3)))
 
 
-def test_convolutions_and_their_statistics_are_cut(tmp_path: Path) -> None:
+def test_convolutions_and_their_statistics_are_cut(tmp_path):
     net = Convolutions()
     net(torch.randn(8, 3, 10, 10))  # running statistics that are not 0 and 1
     found = mptk.prune(net, tmp_path / "out", example_inputs=torch.randn(4, 3, 10, 10), **SMALL)
@@ -115,7 +104,7 @@ class Tabular(nn.Module):
         return self.down(self.up(self.table(columns).flatten(1)).relu()).squeeze(1)
 
 
-def test_whole_numbers_are_no_sequence(tmp_path: Path) -> None:
+def test_whole_numbers_are_no_sequence(tmp_path):
     net, columns = Tabular(), torch.randint(0, 11, (6, 60))
     found = mptk.prune(net, tmp_path / "out", example_inputs=columns, families="ffn", **SMALL)
     assert found.model(columns).shape == (6,)
@@ -131,11 +120,8 @@ class Total(nn.Module):
         return self.down(self.up(x).relu()).sum()
 
 
-def test_outputs_without_samples_are_refused() -> None:
+def test_outputs_without_samples_and_samples_of_other_inputs_are_refused():
     with expect_error(ModelError, name="Total"):
         mptk.prune(Total(), example_inputs=torch.randn(4, 6), **SMALL)
-
-
-def test_samples_of_other_inputs_are_refused() -> None:
     with expect_error(DataError, name="input_ids"):
         mptk.prune(MODEL_KINDS["encoder"].make(), data=Samples({"words": ids()}), **SMALL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from mptk import Plan
 from mptk.testing import draw_tokens
 
 SIZES = [0.2, 0.4, 0.6]
-ASKED: dict[str, Any] = {
+ASKED = {
     "method": "wanda",
     "samples": 4,
     "length": 32,

@@ -49,12 +49,11 @@ def opened(page: str, width: int, folder: Path) -> dict[str, Any]:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert re.findall(r".*CONSOLE.*", run.stderr) == []
     (said,) = re.findall(r"<pre>(.+?)</pre>", run.stdout)
-    found: dict[str, Any] = json.loads(html.unescape(said))
-    return found
+    return json.loads(html.unescape(said))
 
 
 @pytest.fixture(scope="module", params=["report", "analysis"])
-def page(request: pytest.FixtureRequest) -> tuple[str, int]:
+def page(request):
     """A page, and how many charts it has."""
     if request.param == "report":
         return render_report_page([made(run="a" * 70), made(run="b")]), 17
@@ -65,7 +64,7 @@ def page(request: pytest.FixtureRequest) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_every_chart_is_drawn_and_fits(page: tuple[str, int], width: int, tmp_path: Path) -> None:
+def test_every_chart_is_drawn_and_fits(page, width, tmp_path):
     found = opened(page[0], width, tmp_path)
     assert len(found["charts"]) == page[1]
     assert all(min(chart["width"], chart["height"], chart["drawn"]) > 20 for chart in found["charts"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lab import fields
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,9 +72,8 @@ def awq(weight: Tensor) -> Quantised:
     def shuffled(numbers: Tensor) -> Tensor:  # as AutoAWQ packs them
         return packed(numbers.T.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
 
-    return {"qweight": shuffled(q), "qzeros": shuffled(zero), "scales": scale.T.half().contiguous()}, back(
-        q, scale, zero
-    )
+    tensors = {"qweight": shuffled(q), "qzeros": shuffled(zero), "scales": scale.T.half().contiguous()}
+    return tensors, back(q, scale, zero)
 
 
 def fp8(weight: Tensor) -> Quantised:
@@ -111,7 +111,7 @@ def bits4(nested: bool) -> Callable[[Tensor], Quantised]:
     def store(weight: Tensor) -> Quantised:
         blocks = weight.reshape(-1, 64)
         largest = blocks.abs().amax(1)
-        state: dict[str, Any] = {"blocksize": 64, "shape": list(weight.shape)}
+        state = {"blocksize": 64, "shape": list(weight.shape)}
         tensors = {"weight.quant_map": CODES, "weight.absmax": largest}
         if nested:
             state |= {"nested_blocksize": 256, "nested_offset": 0.01}
@@ -131,72 +131,63 @@ def bits4(nested: bool) -> Callable[[Tensor], Quantised]:
     return store
 
 
-def compressed(scheme: Mapping[str, Any], form: str) -> Callable[[Tensor], Quantised]:
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    made, compressor = QuantizationScheme(**scheme), BaseCompressor.get_value_from_registry(form)
-
-    def store(weight: Tensor) -> Quantised:
-        q, scale, zero = in_groups(weight, 4)
-        given = {"weight": back(q, scale, zero), "weight_scale": scale, "weight_zero_point": (zero - 8).to(torch.int8)}
-        tensors = compressor.compress(given, made)
-        return dict(tensors), given["weight"]
-
-    return store
-
-
 PACKED = {
     "targets": ["Linear"],
     "weights": {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP},
 }
+
+
+def compressed(weight: Tensor) -> Quantised:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    q, scale, zero = in_groups(weight, 4)
+    given = {"weight": back(q, scale, zero), "weight_scale": scale, "weight_zero_point": (zero - 8).to(torch.int8)}
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    return dict(compressor.compress(given, QuantizationScheme(**PACKED))), given["weight"]
+
+
 ORDER = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
-CASES: dict[str, tuple[dict[str, Any], Callable[[], Callable[[Tensor], Quantised]]]] = {
-    "gptq, 4 bits": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP}, lambda: gptq(4, 1)),
-    "gptq, 3 bits": ({"quant_method": "gptq", "bits": 3, "group_size": GROUP}, lambda: gptq(3, 1)),
-    "gptq, 8 bits, act order": ({"quant_method": "gptq", "bits": 8, "group_size": GROUP}, lambda: gptq(8, 1, ORDER)),
-    "gptq, version 2": (
-        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
-        lambda: gptq(4, 0),
-    ),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, lambda: awq),
-    "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 16]}, lambda: fp8),
-    "fp8 by rows": ({"quant_method": "fbgemm_fp8"}, lambda: rowwise),
-    "bitsandbytes, 8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, lambda: by_row),
-    "bitsandbytes, 4 bits": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda: bits4(nested=False)),
-    "bitsandbytes, nested": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda: bits4(nested=True)),
+GPTQ, BITS = {"quant_method": "gptq", "group_size": GROUP}, {"quant_method": "bitsandbytes"}
+CASES = {
+    "gptq, 4 bits": ({**GPTQ, "bits": 4}, gptq(4, 1)),
+    "gptq, 3 bits": ({**GPTQ, "bits": 3}, gptq(3, 1)),
+    "gptq, 8 bits, act order": ({**GPTQ, "bits": 8}, gptq(8, 1, ORDER)),
+    "gptq, version 2": ({**GPTQ, "bits": 4, "checkpoint_format": "gptq_v2"}, gptq(4, 0)),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, awq),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 16]}, fp8),
+    "fp8 by rows": ({"quant_method": "fbgemm_fp8"}, rowwise),
+    "bitsandbytes, 8 bits": ({**BITS, "load_in_8bit": True}, by_row),
+    "bitsandbytes, 4 bits": ({**BITS, "load_in_4bit": True}, bits4(nested=False)),
+    "bitsandbytes, nested": ({**BITS, "load_in_4bit": True}, bits4(nested=True)),
     "compressed-tensors": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": PACKED}},
-        lambda: compressed(PACKED, "pack-quantized"),
+        compressed,
     ),
 }
 
 
 def write(folder: Path, settings: Mapping[str, Any], store: Callable[[Tensor], Quantised]) -> dict[str, Tensor]:
     """Write a quantised checkpoint of a tiny model. Returns the weights that it stands for."""
-    testing.save_model(
-        testing.make_llama(layers=1, tied=False, hidden_size=64, num_attention_heads=4, intermediate_size=128), folder
-    )
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    testing.save_model(testing.make_llama(layers=1, tied=False, **sizes), folder)
     state, tensors, meant = load_file(folder / "model.safetensors"), dict[str, Tensor](), dict[str, Tensor]()
     for name, weight in state.items():
         if "_proj.weight" not in name:
             tensors[name] = meant[name] = weight
             continue
         parts, meant[name] = store(weight)
-        tensors |= {
-            f"{name.removesuffix('weight')}{ending}": part.contiguous().clone() for ending, part in parts.items()
-        }
+        tensors |= {name.removesuffix("weight") + end: part.contiguous().clone() for end, part in parts.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": dict(settings)}))
+    fields("config.json", quantization_config=dict(settings))(folder)
     return meant
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_floats_that_a_quantised_checkpoint_stands_for(case: str, tmp_path: Path) -> None:
+def test_the_floats_that_a_quantised_checkpoint_stands_for(case, tmp_path):
     settings, store = CASES[case]
-    meant = write(tmp_path / "q", settings, store())
+    meant = write(tmp_path / "q", settings, store)
     loaded = models.load(str(tmp_path / "q"))
     assert settings["quant_method"] in loaded.note
     for name, weight in loaded.model.state_dict().items():
@@ -204,19 +195,11 @@ def test_the_floats_that_a_quantised_checkpoint_stands_for(case: str, tmp_path: 
     assert not hasattr(loaded.model.config, "quantization_config")
 
 
-def test_experts_in_mxfp4(tmp_path: Path) -> None:
+def test_experts_in_mxfp4(tmp_path):
     """A number is one of 16 (E2M1), 32 of them in a row share a power of two (E8M0), and the first is in the low bits."""
-    config = transformers.GptOssConfig(
-        hidden_size=64,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_local_experts=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=300,
-        layer_types=["full_attention"],
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
+    config = transformers.GptOssConfig(**sizes, layer_types=["full_attention"])
     transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "q")
     state = load_file(tmp_path / "q" / "model.safetensors")
     values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -230,35 +213,29 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
         state[f"{name}_blocks"] = (numbers[..., 0::2] + 16 * numbers[..., 1::2]).to(torch.uint8)
         state[f"{name}_scales"] = powers.to(torch.uint8)
     save_file(state, tmp_path / "q" / "model.safetensors", {"format": "pt"})
-    settings = json.loads((tmp_path / "q" / "config.json").read_text())
-    settings |= {"quantization_config": {"quant_method": "mxfp4"}}
-    (tmp_path / "q" / "config.json").write_text(json.dumps(settings))
+    fields("config.json", quantization_config={"quant_method": "mxfp4"})(tmp_path / "q")
     found = models.load(str(tmp_path / "q")).model.state_dict()
     assert len(meant) == 2
     for name, weight in meant.items():
         assert torch.equal(found[name], weight), name
 
 
-def test_pruned_to_a_float_model_with_a_note(tmp_path: Path) -> None:
-    settings, store = CASES["gptq, 4 bits"]
-    write(tmp_path / "q", settings, store())
-    text = tmp_path / "text.txt"
-    text.write_text(testing.SENTENCES * 8)
-    chosen = mptk.Settings(method="magnitude", sparsity=0.3, data=str(text), samples=4, length=16, eval_windows=1)
-    pruned = mptk.prune(tmp_path / "q", tmp_path / "out", chosen, align=8, onnx=False, eval_length=16)
+def test_pruned_to_a_float_model_with_a_note(tmp_path):
+    write(tmp_path / "q", *CASES["gptq, 4 bits"])
+    asked = {"method": "magnitude", "sparsity": 0.3, "data": [testing.SENTENCES] * 8, "samples": 4, "length": 16}
+    asked |= {"eval_windows": 1, "eval_length": 16, "align": 8, "onnx": False}
+    pruned = mptk.prune(tmp_path / "q", tmp_path / "out", **asked)
     assert any("is quantised (gptq)" in note for note in pruned.report.notes)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert mptk.verify(tmp_path / "out")
 
 
-def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
-    write(tmp_path / "q", {"quant_method": "hqq"}, by_row)
-    with expect_error(ModelError, name=tmp_path / "q"):
-        models.load(str(tmp_path / "q"))
+def test_what_cannot_be_read_is_refused_and_a_damaged_matrix_named(tmp_path):
+    write(tmp_path / "hqq", {"quant_method": "hqq"}, by_row)
+    with expect_error(ModelError, name=tmp_path / "hqq"):
+        models.load(str(tmp_path / "hqq"))
 
-
-def test_a_damaged_matrix_is_named(tmp_path: Path) -> None:
-    def short(weight: Tensor) -> Quantised:
+    def short(weight):
         tensors, meant = gptq(4, 1)(weight)
         return {**tensors, "scales": tensors["scales"][:, :-8]}, meant
 
@@ -268,10 +245,9 @@ def test_a_damaged_matrix_is_named(tmp_path: Path) -> None:
     assert refused.value.name.startswith("model.layers.0.")
 
 
-def test_the_floats_are_made_once_and_again_if_a_file_changes(tmp_path: Path) -> None:
-    settings, store = CASES["bitsandbytes, 8 bits"]
-    write(tmp_path / "q", settings, store())
+def test_the_floats_are_made_once_and_again_if_a_file_changes(tmp_path):
+    write(tmp_path / "q", *CASES["bitsandbytes, 8 bits"])
     first = models.load(str(tmp_path / "q")).path
     assert models.load(str(tmp_path / "q")).path == first
-    write(tmp_path / "q", CASES["awq"][0], awq)
+    write(tmp_path / "q", *CASES["awq"])
     assert models.load(str(tmp_path / "q")).path != first

@@ -11,15 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as t
+from lab import fields, raw_report
 from small_modules import Small
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    PreTrainedModel,
-)
 
 import mptk
 from mptk import Plan, testing
@@ -28,7 +22,7 @@ from mptk.features.vocabulary.convert import Tokens
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
 from mptk.targets.stock import check_same_reading
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from mptk.testing.kinds import CLASSES, ENCODER, TOKEN_COUNT
 
 WORDS = "the quick brown fox jumps "
@@ -38,22 +32,21 @@ FEW = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "align"
 ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT], "vocabulary": [TEXT]}
 
 
-def spread(model: PreTrainedModel) -> PreTrainedModel:
+def spread(model: t.PreTrainedModel) -> t.PreTrainedModel:
     """Weights of a size that shows a wrong row in the logits."""
     torch.manual_seed(0)
     return testing.draw_weights(model)
 
 
 def write_dense(root: Path) -> None:
-    testing.save_model(
-        spread(testing.make_llama(layers=1, tied=False)), root / "dense", testing.make_tokenizer(begin=True)
-    )
+    model = spread(testing.make_llama(layers=1, tied=False))
+    testing.save_model(model, root / "dense", testing.make_tokenizer(begin=True))
     (root / "few.txt").write_text(TEXT)
     (root / "many.txt").write_text(OTHER)
 
 
 @pytest.fixture(scope="module")
-def dense(laboratory: Laboratory) -> Path:
+def dense(laboratory):
     """A decoder whose head is not its embedding, and the texts."""
     return laboratory.keep("vocabulary/dense", write_dense) / "dense"
 
@@ -64,12 +57,12 @@ def prune_dense(dense: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pruned(dense: Path, laboratory: Laboratory) -> Path:
+def pruned(dense, laboratory):
     """The decoder with the tokens of a text, and 30 % of its blocks removed, with ONNX."""
     return laboratory.keep("vocabulary/pruned", lambda out: prune_dense(dense, out))
 
 
-def logits(model: PreTrainedModel, ids: list[int], **more: torch.Tensor) -> torch.Tensor:
+def logits(model: t.PreTrainedModel, ids: list[int], **more: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), **more).logits[0]
 
@@ -85,18 +78,17 @@ def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
     assert report.rows["vocabulary"]["of"] == 300
     assert report.rows["vocabulary"]["kept"] == len(kept) < 290
     assert len(kept) % 2 == 0
-    small, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
+    small, words = t.AutoModelForCausalLM.from_pretrained(pruned), t.AutoTokenizer.from_pretrained(pruned)
     assert small.get_input_embeddings().weight.shape[0] == small.lm_head.weight.shape[0] == len(kept) == len(words)
-    assert report.cost["dense"]["parameters"] == sum(
-        p.numel() for p in testing.make_llama(layers=1, tied=False).parameters()
-    )
-    assert report.cost["pruned"]["parameters"] == sum(p.numel() for p in small.parameters())
-    whole = AutoTokenizer.from_pretrained(dense)
+    for name, model in (("dense", testing.make_llama(layers=1, tied=False)), ("pruned", small)):
+        assert report.cost[name]["parameters"] == sum(p.numel() for p in model.parameters())
+    whole = t.AutoTokenizer.from_pretrained(dense)
     assert [kept[i] for i in words(WORDS).input_ids] == whole(WORDS).input_ids
     assert words.decode(words("lazy honey, é").input_ids, skip_special_tokens=True) == "lazy honey, é"
     assert (small.config.eos_token_id, words.eos_token_id) == (1, 1)
-    assert f"{len(kept)} of 300 tokens stay" in (pruned / CARD).read_text()
-    assert f"| vocabulary |  | 300 → {len(kept)} |" in (pruned / CARD).read_text()
+    card = (pruned / CARD).read_text()
+    assert f"{len(kept)} of 300 tokens stay" in card
+    assert f"| vocabulary |  | 300 → {len(kept)} |" in card
 
 
 def test_the_proof_compares_with_the_model_that_has_all_tokens(pruned):
@@ -109,7 +101,7 @@ def test_the_proof_compares_with_the_model_that_has_all_tokens(pruned):
 def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
     result = mptk.prune(str(dense), **ALONE)
     kept, small = tokens_of(result.plan), result.model
-    whole, words = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    whole, words = t.AutoModelForCausalLM.from_pretrained(dense), t.AutoTokenizer.from_pretrained(dense)
     ids = result.tokenizer(WORDS).input_ids
     there = logits(whole, words(WORDS).input_ids)[:, list(kept)]
     assert torch.equal(logits(small, ids), there)
@@ -139,17 +131,8 @@ def test_special_tokens_of_the_config_move_with_their_rows(dense, tmp_path):
 
 
 def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
-    trained = mptk.recover(
-        pruned,
-        progress=None,
-        data=str(dense.parent / "many.txt"),
-        steps=1,
-        batch=2,
-        micro=2,
-        length=24,
-        eval_windows=2,
-        eval_length=24,
-    )
+    training = {"steps": 1, "batch": 2, "micro": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
+    trained = mptk.recover(pruned, progress=None, data=str(dense.parent / "many.txt"), **training)
     assert trained.plan.conversions == Plan.load(pruned / "plan.json").conversions
     assert trained.report.rows["vocabulary"]["corpus"] == "the plan"
     again = mptk.prune(str(dense), **{**FEW, "plan": str(pruned / "plan.json"), "data": [TEXT]}, progress=None)
@@ -158,19 +141,15 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
     assert len(twice.tokenizer) == len(again.tokenizer)
 
 
-def test_encoder_decoders_lose_rows_too(laboratory: Laboratory):
+def test_encoder_decoders_and_masked_models_lose_rows_too_and_classifiers_keep_their_outputs(laboratory):
     folder = laboratory.open_model("encoder-decoder")
-    whole, result = AutoModelForSeq2SeqLM.from_pretrained(folder), mptk.prune(str(folder), **ALONE)
+    whole, result = t.AutoModelForSeq2SeqLM.from_pretrained(folder), mptk.prune(str(folder), **ALONE)
     kept = list(tokens_of(result.plan))
     assert len(kept) < whole.config.vocab_size
     ids, start = result.tokenizer(WORDS).input_ids, torch.tensor([[0, 5, 7]])
     there = logits(whole, [kept[i] for i in ids], decoder_input_ids=torch.tensor(kept)[start])
     assert torch.allclose(logits(result.model, ids, decoder_input_ids=start), there[:, kept], atol=1e-6)
-
-
-def test_masked_models_lose_rows_too():
-    torch.manual_seed(0)
-    masked = spread(BertForMaskedLM(BertConfig(**ENCODER))).eval()
+    masked = spread(t.BertForMaskedLM(t.BertConfig(**ENCODER))).eval()
     words = testing.make_tokenizer()
     words.add_special_tokens({"mask_token": "<pad>"})
     result = mptk.prune(masked, tokenizer=words, **ALONE)
@@ -178,9 +157,6 @@ def test_masked_models_lose_rows_too():
     ids = result.tokenizer(WORDS).input_ids
     there = logits(masked, [kept[i] for i in ids])[:, kept]
     assert torch.allclose(logits(result.model, ids), there, atol=1e-5)
-
-
-def test_classifiers_keep_their_outputs(laboratory: Laboratory):
     result = mptk.prune(str(laboratory.open_model("text classifier")), **ALONE)
     assert result.model.get_input_embeddings().weight.shape[0] == len(result.tokenizer) < TOKEN_COUNT
     assert result.model.config.num_labels == CLASSES
@@ -188,10 +164,8 @@ def test_classifiers_keep_their_outputs(laboratory: Laboratory):
 
 def test_another_tokenizer_in_the_folder_is_seen(pruned, tmp_path):
     copy = shutil.copytree(pruned, tmp_path / "copy")
-    content = json.loads((copy / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
-    vocab["t"], vocab["h"] = vocab["h"], vocab["t"]
-    (copy / "tokenizer.json").write_text(json.dumps(content))
+    vocab = json.loads((copy / "tokenizer.json").read_text())["model"]["vocab"]
+    fields("tokenizer.json", model__vocab={**vocab, "t": vocab["h"], "h": vocab["t"]})(copy)
     write_manifest(copy)
     with expect_error(ProofError, name="config"):
         mptk.verify(copy)
@@ -209,31 +183,21 @@ def test_a_written_tokenizer_must_read_and_write_as_the_dense_one(tmp_path, part
     dense = testing.make_tokenizer()
     dense.add_tokens(["<Added>"])
     dense.save_pretrained(tmp_path)
-    check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {part: value}))
+    check_same_reading(dense, t.AutoTokenizer.from_pretrained(tmp_path), None)
+    fields("tokenizer.json", **{part: value})(tmp_path)
     with expect_error(ProofError, name="config"):
-        check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
+        check_same_reading(dense, t.AutoTokenizer.from_pretrained(tmp_path), None)
 
 
-def test_a_report_of_the_format_before_is_read(pruned, tmp_path):
+def test_a_report_of_the_format_before_is_read_and_one_that_names_other_tokens_not_believed(pruned, tmp_path):
     copy = shutil.copytree(pruned, tmp_path / "copy")
-    content = json.loads((copy / "report.json").read_text())
-    content |= {
-        "format": "mptk-report/1",
-        "search": {},
-        "kv_heads": {},
-        "vocabulary": content.pop("rows")["vocabulary"],
-    }
-    (copy / "report.json").write_text(json.dumps(content))
+    before = raw_report(copy)
+    rows = before.pop("rows")
+    before |= {"format": "mptk-report/1", "search": {}, "kv_heads": {}, "vocabulary": rows["vocabulary"]}
+    (copy / "report.json").write_text(json.dumps(before))
     assert mptk.Report.read(copy) == mptk.Report.read(pruned)
-
-
-def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):
-    copy = shutil.copytree(pruned, tmp_path / "copy")
-    content = json.loads((copy / "report.json").read_text())
-    content["rows"]["vocabulary"]["kept"] += 2
-    (copy / "report.json").write_text(json.dumps(content))
+    shutil.copy(pruned / "report.json", copy)
+    fields("report.json", rows__vocabulary__kept=rows["vocabulary"]["kept"] + 2)(copy)
     write_manifest(copy)
     with expect_error(FileError, name="vocabulary"):
         mptk.verify(copy)
@@ -254,11 +218,9 @@ def test_what_cannot_be_done_is_refused(dense, pruned, tmp_path):
         mptk.prune(testing.make_llama(layers=1), **{**ALONE, "data": "random"})
     with expect_error(InputError, name="vocabulary"):
         mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), vocabulary=[TEXT], progress=None)
-    other = Plan.load(pruned / "plan.json").to_json()
-    other["vocabulary"]["of"] = 999
-    (tmp_path / "plan.json").write_text(json.dumps(other))
+    shutil.copy(pruned / "plan.json", tmp_path)
+    fields("plan.json", vocabulary__of=999)(tmp_path)
     with expect_error(PlanError, name="vocabulary"):
         mptk.prune(str(dense), **{**FEW, "plan": str(tmp_path / "plan.json"), "data": [TEXT]}, progress=None)
-    plan = Plan.load(pruned / "plan.json")
     with expect_error(PlanError, name="vocabulary"):
-        mptk.rewrite(mptk.analyze(testing.make_llama(layers=1, tied=False)), plan)
+        mptk.rewrite(mptk.analyze(testing.make_llama(layers=1, tied=False)), Plan.load(pruned / "plan.json"))

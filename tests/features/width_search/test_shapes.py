@@ -8,56 +8,49 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
 from commands import done
 from inside import Stopped
+from lab import fields
 from stops import stop_at
 
 import mptk
+from mptk.config import Learning, Training
 from mptk.errors import DataError, FileError, InputError, OutputError
+from mptk.features.width_search import SEARCH_MINUTES
 from mptk.features.width_search.search import choose_finalists, plan_search_rungs
 from mptk.features.width_search.shapes import Rung, Shape, Shapes, rank_shapes
+from mptk.features.width_search.stage import SearchStage
 from mptk.reading import make_typed
-from mptk.testing import MODEL_KINDS, WORDS, Laboratory, expect_error
+from mptk.testing import MODEL_KINDS, WORDS, expect_error
 
-SETTINGS = mptk.Settings(
-    method="wanda",
-    reconstruct=True,
-    sparsity=0.35,
-    tolerance=0.03,
-    samples=8,
-    length=32,
-    align=8,
-    search_tokens=0,
-    search_finalists=3,
-    onnx=False,
-)
+FEW = {"sparsity": 0.35, "tolerance": 0.03, "samples": 8, "length": 32, "align": 8, "onnx": False}
+SETTINGS = mptk.Settings(method="wanda", reconstruct=True, search_tokens=0, search_finalists=3, **FEW)
 TRAINED = {"search_tokens": 1344, "batch": 2, "micro": 2}
 """Three shapes for three steps of 64 tokens each, then two of them for six more."""
 DENSE = {"kv_groups": 3, "q_heads": 2, "ffn": 80, "layers": 3}
 
 
 @pytest.fixture(scope="module")
-def llama(laboratory: Laboratory) -> str:
+def llama(laboratory):
     return str(laboratory.open_model())
 
 
 @pytest.fixture(scope="module")
-def settings(laboratory: Laboratory) -> mptk.Settings:
+def settings(laboratory):
     said = " ".join(random.Random(0).choices(WORDS, k=6000))
     return replace(SETTINGS, data=str(laboratory.keep("width-search/text.txt", lambda file: file.write_text(said))))
 
 
 @pytest.fixture
-def trained(llama: str, settings: mptk.Settings, laboratory: Laboratory) -> Shapes:
+def trained(llama, settings, laboratory):
     """An unbroken search."""
 
-    def search(file: Path) -> None:
+    def search(file):
         found = mptk.shapes(llama, settings=settings, progress=None, **TRAINED)
         file.write_text(json.dumps(found.to_json()))
 
@@ -71,15 +64,22 @@ def shape(loss: float, *after: float, parameters: float = 100.0, **widths: int) 
 # ---- what is tried and measured ----
 
 
-def test_every_combination_is_tried_and_blocks_are_among_them(trained: Shapes) -> None:
+def test_every_combination_is_tried_the_better_half_goes_on_and_the_best_of_it_wins(trained):
     tried = [tuple(shape.widths[name] for name in ("kv_groups", "q_heads", "layers")) for shape in trained.shapes]
     assert len(set(tried)) == len(tried) == 7
     assert {shape.widths["layers"] for shape in trained.shapes} == {2, 3}
     assert all(abs(shape.sparsity - 0.35) <= 0.03 for shape in trained.shapes)
+    first, second, third, *_ = trained.shapes
+    assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
+    assert first.loss <= second.loss
+    assert max(first.rungs[0].loss, second.rungs[0].loss) <= third.rungs[0].loss
+    assert all(after <= before for shape in trained.shapes for before, after in pairwise(shape.stages))
+    assert any(after < before for shape in (first, second) for before, after in pairwise(shape.stages))
+    assert sum(shape.rungs[-1].tokens for shape in trained.shapes if shape.rungs) == 1344
 
 
 @pytest.mark.always
-def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, settings: mptk.Settings) -> None:
+def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama, settings):
     """Masked, and fitted: a block less and fewer channels, on the samples that nothing was fitted to."""
     ids, asked = torch.randint(2, 97, (13, 32)), replace(settings, sparsity=0.5)
     found = mptk.shapes(llama, settings=asked, data=ids, keep=("kv_groups", "q_heads"), progress=None)
@@ -105,9 +105,7 @@ def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, set
     ],
     ids=["more text than for calibration", "training holds out more"],
 )
-def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
-    llama: str, searching: dict[str, int], training: dict[str, int]
-) -> None:
+def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(llama, searching, training):
     given = {"data": "self", "search": True, "search_shapes": 2, "eval_windows": 1, "progress": None, **searching}
     found = mptk.prune(llama, settings=SETTINGS, **given, **training)
     ranked = mptk.shapes(llama, settings=SETTINGS, **{k: v for k, v in given.items() if k != "search"})
@@ -115,14 +113,11 @@ def test_prune_searches_on_the_text_that_the_model_wrote_for_shapes(
 
 
 @pytest.mark.usefixtures("made_up_times")
-def test_a_latency_is_a_budget_too(
-    llama: str, settings: mptk.Settings, tmp_path: Path, set_cache: Callable[[object], None]
-) -> None:
+def test_a_latency_is_a_budget_too(llama, settings, tmp_path, set_cache):
     set_cache(tmp_path / "cache")
     asked = {"budget": "latency", "sparsity": 0.3, "tolerance": 0.1, "search_shapes": 2}
     found = mptk.shapes(llama, settings=settings, progress=None, **asked)
     dense = found.dense.latency_ms
-    assert dense is not None
     assert len(found.shapes) == 2
     for shape in found.shapes:
         assert shape.cost == shape.latency_ms == pytest.approx((1 - shape.sparsity) * dense)
@@ -133,7 +128,7 @@ def test_a_latency_is_a_budget_too(
 # ---- halving ----
 
 
-def test_tokens_are_halved_over_rungs() -> None:
+def test_tokens_are_halved_over_rungs():
     settings = mptk.Settings(method="wanda", search=True, search_tokens=100_000, search_finalists=6, length=32)
     found = plan_search_rungs(settings, 64)
     assert [count for count, _ in found] == [6, 3, 2]
@@ -147,35 +142,14 @@ def test_tokens_are_halved_over_rungs() -> None:
         plan_search_rungs(replace(settings, method="maskprune", search_tokens=15359), 64)
 
 
-def test_finalists_are_good_and_unlike_each_other() -> None:
-    shapes = [
-        shape(1.0, ffn=40),
-        shape(1.1, ffn=48),
-        shape(1.2, q_heads=1),
-        shape(1.3, 0.2, kv_groups=2),
-        shape(1.4, ffn=32),
-    ]
+def test_finalists_are_good_and_unlike_each_other():
+    first, second, fifth = (shape(loss, ffn=ffn) for loss, ffn in ((1.0, 40), (1.1, 48), (1.4, 32)))
+    shapes = [first, second, shape(1.2, q_heads=1), shape(1.3, 0.2, kv_groups=2), fifth]
     assert choose_finalists(shapes, DENSE, 3) == [0, 2, 3]
     assert choose_finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
 
 
-def test_the_better_half_goes_on_and_the_best_of_it_wins(trained: Shapes) -> None:
-    first, second, *others = trained.shapes
-    assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
-    assert first.loss <= second.loss
-    assert max(s.rungs[0].loss for s in (first, second)) <= min(s.rungs[0].loss for s in others[:1])
-    assert all(after <= before for s in trained.shapes for before, after in zip(s.stages, s.stages[1:], strict=False))
-    assert any(after < before for s in (first, second) for before, after in zip(s.stages, s.stages[1:], strict=False))
-    assert sum(rung.tokens - before for s in trained.shapes for before, rung in spent(s)) == 1344
-
-
-def spent(shape: Shape) -> list[tuple[int, Rung]]:
-    return list(zip([0, *(rung.tokens for rung in shape.rungs)], shape.rungs, strict=False))
-
-
-def test_a_killed_search_loses_one_rung_of_one_shape(
-    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path
-) -> None:
+def test_a_killed_search_loses_one_rung_of_one_shape(llama, settings, trained, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=stop_at(("train shapes", 4)), **TRAINED)
@@ -194,10 +168,21 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_search_has_more_minutes_by_default_and_gets_a_third_of_the_tokens_of_training():
+    training = Training(batch=2, micro=2)
+    asked = mptk.Settings(search=True, search_finalists=2, length=32, learning=Learning(rank=2, training=training))
+    assert asked.default_minutes == SEARCH_MINUTES
+    (minutes,) = [each for each in mptk.Settings.declared if each.name == "minutes"]
+    assert f"({SEARCH_MINUTES} with --search)" in minutes.setting.help
+    assert SearchStage().choose_numbers(asked, 90 * 2 * 32) == {"search_tokens": 1920}
+    # Masks for two steps, recovery one.
+    assert SearchStage().choose_numbers(asked, 5 * 2 * 32) == {"search_tokens": 384}
+
+
 # ---- what is said ----
 
 
-def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
+def test_the_front_compares_a_shape_with_those_that_went_as_far():
     worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
     cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
     found = Shapes("m", "", "perplexity", shape(0.1), rank_shapes([worse, better, cheap, costly]))
@@ -206,9 +191,7 @@ def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
     assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
 
 
-def test_the_command_prints_a_table_and_what_prunes_to_the_best(
-    llama: str, settings: mptk.Settings, tmp_path: Path, go_to: Callable[[object], None]
-) -> None:
+def test_the_command_prints_a_table_and_what_prunes_to_the_best(llama, settings, tmp_path, go_to):
     go_to(tmp_path)
     typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --align 8 --keep q_heads"
     run = done("shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q")
@@ -218,13 +201,9 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(
     assert command.startswith(f"mptk prune {llama} --sparsity 0.33 ")
     assert " --method wanda " in command
     run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")
-    cut = {
-        f"{name}={f['width']}"
-        for name, f in mptk.Report.read("decoder-pruned").families.items()
-        if f["width"] < f["of"]
-    }
-    assert cut
-    assert cut <= {word for word in shlex.split(command) if "=" in word}
+    families = mptk.Report.read("decoder-pruned").families.items()
+    cut = {f"{name}={row['width']}" for name, row in families if row["width"] < row["of"]}
+    assert set() < cut <= {word for word in shlex.split(command) if "=" in word}
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1
     assert "--width" in page
@@ -235,9 +214,7 @@ def report_width(report: mptk.Report, name: str) -> int:
     return int(report.families[name]["width"]) if name in report.families else DENSE[name]
 
 
-def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(
-    llama: str, settings: mptk.Settings, tmp_path: Path
-) -> None:
+def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(llama, settings, tmp_path):
     folder, page = tmp_path / "small", tmp_path / "page.html"
     short = {"search_shapes": 3, "distil_epochs": 1, "eval_windows": 1}
     found = mptk.prune(llama, folder, settings=settings, search=True, progress=None, **short)
@@ -245,29 +222,27 @@ def test_prune_cuts_to_the_best_shape_and_a_report_shows_the_ranking(
     assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in shapes)
     assert shapes[0]["widths"] == {name: report_width(found.report, name) for name in DENSE}
     losses = [each["reconstructed"] for each in shapes]
-    assert losses == sorted(losses)
     assert len(losses) == 3
+    assert losses == sorted(losses)
     assert "The search of the shape" in done("report", folder).output
     done("report", folder, "--html", page)
     assert page.read_text().count("Cost and quality of each shape") == 1
-    said = json.loads((folder / "report.json").read_text())
-    said["rows"]["search"]["shapes"][1]["widths"] = {"ffn": 3}
-    (folder / "report.json").write_text(json.dumps(said))
+    shapes[1]["widths"] = {"ffn": 3}
+    fields("report.json", rows__search__shapes=shapes)(folder)
     with expect_error(FileError):
         mptk.Report.read(folder)
 
 
-def test_the_nearest_legal_cut_is_noted(llama: str, settings: mptk.Settings) -> None:
+def test_the_nearest_legal_cut_is_noted(llama, settings):
     more = {"families": ("ffn",), "reconstruct": False, "tolerance": 0.01, "eval_windows": 1, "progress": None}
     off = mptk.prune(llama, settings=settings, sparsity=0.3, **more).report
     assert off.sparsity == pytest.approx(0.286, abs=1e-3)
-    said = "no legal cut removes 30.0%; the nearest, 28.6%, was taken"
-    assert said in off.notes
+    assert "no legal cut removes 30.0%; the nearest, 28.6%, was taken" in off.notes
     exact = mptk.prune(llama, settings=settings, sparsity=off.sparsity, **more).report
     assert not any(note.startswith("no legal cut") for note in exact.notes)
 
 
-def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.Settings) -> None:
+def test_maskprune_searches_by_short_runs_of_itself(llama, settings):
     asked = {"method": "maskprune", "steps": 3, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
     asked |= {"search_finalists": 2, "search_tokens": 2 * 3 * 64}
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
@@ -277,22 +252,13 @@ def test_maskprune_searches_by_short_runs_of_itself(llama: str, settings: mptk.S
     assert {name: report_width(found.report, name) for name in best} == best
 
 
-# ---- what is refused ----
-
-
-def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.Settings, tmp_path: Path) -> None:
-    with expect_error(InputError, name="search"):
-        replace(settings, search=True, plan=str(tmp_path / "plan.json"))
-    with expect_error(InputError, name="search"):
-        replace(settings, search=True, larger="runs/a")
-    widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
-    for more, kind, name in (
-        ({"widths": widths}, InputError, "widths"),
-        ({"search_tokens": 64}, DataError, "search_tokens"),
-        ({"layers": "free", "target": "graph"}, InputError, "layers"),
-        ({"layers": "0-1", "target": "graph"}, InputError, "layers"),
+def test_a_search_with_nothing_to_choose_is_refused(llama, settings, tmp_path):
+    for more, name in (
+        ({"larger": "runs/a"}, "search"),
+        ({"widths": {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}}, "widths"),
+        ({"layers": "0-1", "target": "graph"}, "layers"),
     ):
-        with expect_error(kind, name=name):
+        with expect_error(InputError, name=name):
             mptk.prune(llama, settings=settings, search=True, progress=None, **more)
     with expect_error(InputError, name="search"):
         mptk.ladder(llama, tmp_path / "sizes", (0.2, 0.3), settings=settings, search=True, progress=None)

@@ -6,6 +6,7 @@ The terminal, the model card and the HTML page render the same views, so a figur
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -81,8 +82,8 @@ def build_prune_view(
     for row, view in list_row_views(report):
         found += view.build_sections(row)
     if report.splits:
-        # The method took the lowest loss, so the first row is the one that was taken.
-        tried = sorted(report.splits.items(), key=lambda split: split[1])
+        # The method took the lowest loss, so the first row is the one that was taken. In JSON null is no finite number.
+        tried = sorted(report.splits.items(), key=lambda split: math.inf if split[1] is None else split[1])
         rows = [
             [Name(f"{widths} (taken)" if not row else widths), format_figure(loss)]
             for row, (widths, loss) in enumerate(tried)

@@ -102,7 +102,7 @@ def test_each_text_is_measured_by_itself(llama, tmp_path):
     assert first != second
 
 
-def test_an_encoder_is_measured_on_single_texts(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_an_encoder_is_measured_on_single_texts(laboratory, tmp_path):
     (tmp_path / "lines.txt").write_text("\n".join(" ".join(WORDS[: 5 + i % 9]) for i in range(99)))
     found = mptk.advise(
         str(laboratory.open_model("encoder")),

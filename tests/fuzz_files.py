@@ -288,34 +288,38 @@ def main() -> None:
 
 def fuzz(root: Path, minutes: float, file: Path, fresh: bool) -> None:
     known = json.loads(file.read_text()) if file.is_file() and not fresh else {}
-    seconds, counts = known.get("seconds", 0.0), {}
-    for row in known.get("rows", []):
-        counts[row["reader"]] = Counter({name: n for name, n in row.items() if name not in ("reader", "commit")})
+    seconds, rows = known.get("seconds", 0.0), {row["reader"]: Counter(row) for row in known.get("rows", [])}
     findings, mended = known.get("findings", {}), known.get("mended", {})
+
+    def write() -> None:
+        about = {"seconds": round(seconds), "inputs": sum(row["inputs"] for row in rows.values())}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_result(
+            file, {**result_header(), **about, "findings": findings, "mended": mended}, [*map(dict, rows.values())]
+        )
+
     for name in list(findings):
         reader, _, seed = name.partition(":")
         if run_batch(reader, range(int(seed), int(seed) + 1), root).get(int(seed)) in ("read", "refused"):
             mended[name] = findings.pop(name)
+            write()
     while seconds < 60 * minutes:
-        reader = min(READERS, key=lambda name: counts.get(name, Counter())["seconds"])
-        count, began = counts.setdefault(reader, Counter()), time.monotonic()
-        first = count["inputs"]
+        reader = min(READERS, key=lambda name: rows.get(name, Counter())["seconds"])
+        row, began = rows.setdefault(reader, Counter(reader=reader)), time.monotonic()
+        row.pop("commit", None)  # its last inputs are of this one
+        first = row["inputs"]
         for seed, result in run_batch(reader, range(first, first + BATCH), root).items():
-            count[result if result in ("read", "refused") else "findings"] += 1
+            row[result if result in ("read", "refused") else "findings"] += 1
             if result not in ("read", "refused"):
                 findings[f"{reader}:{seed}"] = result
                 print(f"{reader}:{seed}  {result}", flush=True)
-        count["inputs"] = first + BATCH
+        row["inputs"] = first + BATCH
         took = time.monotonic() - began
-        count["seconds"] += round(took, 2)
+        row["seconds"] += round(took, 2)
         seconds += took
-        inputs = sum(c["inputs"] for c in counts.values())
-        about = {"seconds": round(seconds), "inputs": inputs, "findings": findings, "mended": mended}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_result(file, {**result_header(), **about}, [{"reader": name, **count} for name, count in counts.items()])
-    print(
-        f"{sum(c['inputs'] for c in counts.values()):,} inputs in {seconds / 60:.0f} minutes, {len(findings)} findings"
-    )
+        write()
+    inputs = sum(row["inputs"] for row in rows.values())
+    print(f"{inputs:,} inputs in {seconds / 60:.0f} minutes, {len(findings)} findings")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,17 @@ from mptk.ort.decoder import OrtDecoder
 
 TOLERANCE = 1e-4
 SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 6, "vocab_size": 97}
+
+
+class Apply(torch.nn.Module):
+    """A module that computes this."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 @torch.no_grad()

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 import torch
 from stock_specs import VOCAB, one_group, refused
 from torch import Tensor
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig
@@ -31,17 +29,14 @@ def test_a_refused_config_is_rehomed_in_a_class_with_equal_logits() -> None:
     refusal = refused(spec.probe({"q": 5}))
     state, tokens = spec.cut(keep), torch.randint(VOCAB, (2, 31))
     reference = reference_logits(refusal, state, tokens)
-    tried = []
 
     def check(stock: StockConfig) -> float:
-        tried.append(stock.model_class)
         model = stock.model_class(stock.config).eval()
         model.load_state_dict(state)
         with torch.no_grad():
             return (model(tokens).logits - reference).abs().max().item()
 
     found = find_other_class(refusal.config, spec.shapes({"q": 5}), check)
-    assert isinstance(found, StockConfig), str(found)
     assert found.model_class is not LlamaForCausalLM
     assert found.config.num_attention_heads == 5
     assert check(found) <= 1e-6

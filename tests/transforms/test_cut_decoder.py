@@ -25,10 +25,7 @@ def listing(analysis: Analysis) -> list[tuple[str, int, int, int]]:
 
 @pytest.mark.parametrize(
     ("kind", "families", "heads"),
-    [
-        (SLIDING, ("kv_groups", "q_heads", "v_dim", "ffn"), 1),
-        (FUSED, ("heads", "ffn"), 3),
-    ],
+    [(SLIDING, ("kv_groups", "q_heads", "v_dim", "ffn"), 1), (FUSED, ("heads", "ffn"), 3)],
 )
 def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_path):
     model = tiny_decoder(kind)

@@ -128,13 +128,11 @@ def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
     analysis = analyze_decoder(architecture)
     (depth,) = analysis.depths
     m, seen = torch.ones(1, depth.size, requires_grad=True), dict[int, Tensor]()
-    masks = masked(
-        model,
-        analysis,
-        ["layers"],
-        lambda name, i: m,
-        lambda name, i, each: seen.update({int(each.any(0).nonzero()): each}),
-    )
+
+    def note(name: str, i: int, each: Tensor) -> None:
+        seen[int(each.any(0).nonzero())] = each
+
+    masks = masked(model, analysis, ["layers"], lambda name, i: m, note)
     model(ids, use_cache=False).logits[0, -1].square().sum().backward()
     assert torch.allclose(sum(seen.values(), torch.zeros(())).sum(0), m.grad[0], rtol=1e-3, atol=1e-4)
     assert len(seen) == depth.size

@@ -36,8 +36,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 @pytest.mark.parametrize(
-    ("outer", "inner", "tolerance"),
-    [(BF16, BF16, 3e-2), (F64, F64, 1e-12), (F32, BF16, 2e-2), (F64, F16, 5e-3)],
+    ("outer", "inner", "tolerance"), [(BF16, BF16, 3e-2), (F64, F64, 1e-12), (F32, BF16, 2e-2), (F64, F16, 5e-3)]
 )
 def test_a_pruned_module_has_the_types_of_the_given_one(
     outer: torch.dtype, inner: torch.dtype, tolerance: float, tmp_path: Path

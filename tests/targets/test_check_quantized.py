@@ -28,9 +28,7 @@ TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
 
 @pytest.mark.parametrize("kind", [GROUPED, FUSED])
 @pytest.mark.parametrize("scheme", ONNX_SCHEMES)
-def test_what_was_quantised_is_near_the_float_weights(
-    decoder_graphs: Callable[[str], Path], kind: str, scheme: str
-) -> None:
+def test_quantised_weights_are_near(decoder_graphs: Callable[[str], Path], kind: str, scheme: str) -> None:
     graphs = graphs_of(decoder_graphs(kind))
     assert 0.3 < check_quantized(graphs["float"], graphs[scheme], scheme) <= 1
 

@@ -1,4 +1,4 @@
-"""The ONNX decoder against torch: prefill, decoding steps, padding, names, operators, files."""
+"""The ONNX decoder against torch: prefill, decoding steps, padding, names, operators, files, details of some models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import collections
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx_checks import SIZES, TOLERANCE, Apply, alone, cache_inputs, padded
 from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, SLIDING, graphs_of, tiny_decoder
-from transformers import AutoModelForCausalLM, BambaConfig, MambaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import TraceError
 from mptk.ir import Program
@@ -67,20 +68,6 @@ def test_several_tokens_after_a_cache(emitted):
     torch.testing.assert_close(torch.from_numpy(logits[0]), alone(emitted.model, ids[0])[6:], atol=TOLERANCE, rtol=0)
 
 
-def test_program_runs_in_torch_at_other_sizes(emitted):
-    """The traced step itself, at sizes other than the example's, with an empty past and with one token."""
-    torch.manual_seed(3)
-    ids = torch.randint(3, 97, (4, 8))
-    shapes = cache_shapes(emitted.model)
-    empty = [torch.zeros(4, s.heads, 0, dim) for s in shapes for dim in (s.key_dim, s.value_dim)]
-    positions, mask = torch.arange(8).expand(4, -1), torch.ones_like(ids)
-    with torch.no_grad():
-        _, *past = emitted.program(ids[:, :7], mask[:, :7], positions[:, :7], *empty)
-        logits, *_ = emitted.program(ids[:, 7:], mask, positions[:, 7:], *past)
-    for row in range(4):
-        torch.testing.assert_close(logits[row, -1], alone(emitted.model, ids[row])[-1], atol=TOLERANCE, rtol=0)
-
-
 def test_names_axes_and_metadata_follow_the_ecosystem(emitted):
     model = onnx.load(emitted.file, load_external_data=False)
     onnx.checker.check_model(emitted.file, full_check=True)
@@ -129,16 +116,6 @@ def test_tied_table_is_written_once(tmp_path):
     assert size <= file.with_name("model.onnx_data").stat().st_size + file.stat().st_size < size + 97 * 48 * 4
 
 
-def test_last_logits_only(tmp_path):
-    model = tiny_decoder(GROUPED, num_hidden_layers=1)
-    decoder = OrtDecoder(emit_onnx(trace_decoder(model, logits="last"), tmp_path), threads=1)
-    ids = torch.randint(3, 97, (2, 7))
-    logits = decoder.compute_logits(ids.numpy())
-    assert logits.shape == (2, 1, 97)
-    for row in range(2):
-        torch.testing.assert_close(torch.from_numpy(logits[row, 0]), alone(model, ids[row])[-1], atol=TOLERANCE, rtol=0)
-
-
 def test_trace_on_meta_gives_the_same_graph_and_leaves_the_model_as_it_was():
     real = tiny_decoder(GROUPED, num_hidden_layers=1)
     with torch.device("meta"):
@@ -154,8 +131,8 @@ def test_trace_on_meta_gives_the_same_graph_and_leaves_the_model_as_it_was():
 
 def test_model_with_another_state_is_refused():
     """Also a hybrid whose layers are all recurrent, which fails on its own cache."""
-    mamba = MambaConfig(hidden_size=48, state_size=6, num_hidden_layers=1, vocab_size=97)
-    bamba = BambaConfig(**SIZES, num_key_value_heads=2, mamba_n_heads=12, mamba_d_head=8)
+    mamba = AutoConfig.for_model("mamba", hidden_size=48, state_size=6, num_hidden_layers=1, vocab_size=97)
+    bamba = AutoConfig.for_model("bamba", **SIZES, num_key_value_heads=2, mamba_n_heads=12, mamba_d_head=8)
     for config in (mamba, bamba):
         model = AutoModelForCausalLM.from_config(config).eval()
         with expect_error(TraceError):
@@ -168,3 +145,40 @@ def test_step_that_computes_something_else_is_refused():
     model.model.norm = Apply(lambda x: x - x.mean(1, keepdim=True))
     with expect_error(TraceError, name=type(model).__name__):
         trace_decoder(model)
+
+
+POSITIONS = {"max_position_embeddings": 64}
+NEO = {"hidden_size": 48, "num_heads": 6, "num_layers": 1, "vocab_size": 97, "attention_types": [[["global"], 1]]}
+OTHERS: dict[str, PreTrainedConfig] = {
+    # It reserves the first positions for padding; the graph takes the usual ones, from 0.
+    "positions from 2": AutoConfig.for_model("roberta", **SIZES, **POSITIONS, is_decoder=True, pad_token_id=1),
+    # It attends by hand, slices its mask from a table, and caches keys after a change of dtype that changes nothing.
+    "a table as long as its positions": AutoConfig.for_model("gpt_neo", **NEO, **POSITIONS),
+    # scaled_dot_product_attention broadcasts it.
+    "one key head": AutoConfig.for_model(
+        "falcon", **SIZES, alibi=False, new_decoder_architecture=False, multi_query=True
+    ),
+    # Its mask reads all values before it attends; the cache is in Attention all the same.
+    "a mask made from cached values": AutoConfig.for_model("doge", **SIZES, num_key_value_heads=2, keep_window_size=4),
+    # Some get no token; the writes of the router keep the cache in Attention.
+    "experts": AutoConfig.for_model("mixtral", **SIZES, num_key_value_heads=2, num_local_experts=9, head_dim=10),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_padded_rows_decode_as_alone_with_the_cache_in_attention(kind, tmp_path):
+    """A row of 8 tokens and one of 5, padded on the left: prompt and one step."""
+    model = tiny_decoder(OTHERS[kind])
+    file = emit_onnx(trace_decoder(model), tmp_path)
+    attention = [["past_key_values.0.key", "past_key_values.0.value"]]
+    assert cache_inputs(file) == ([] if kind == "a table as long as its positions" else attention)
+    torch.manual_seed(1)
+    prompts = [torch.randint(3, 97, (length,)) for length in (8, 5)]
+    ids, mask = padded([prompt[:-1] for prompt in prompts], "left")
+    decoder = OrtDecoder(file, threads=1)
+    logits, cache = decoder.prefill(ids, mask)
+    last, _ = decoder.decode(np.stack([prompt[-1:].numpy() for prompt in prompts]), cache)
+    for row, prompt in enumerate(prompts):
+        expected = alone(model, prompt)
+        found = torch.from_numpy(np.concatenate([logits[row][mask[row] == 1], last[row]]))
+        torch.testing.assert_close(found, expected, atol=TOLERANCE * float(expected.abs().max()), rtol=0)

@@ -67,11 +67,8 @@ def feeds(model):
     given = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
     result = {name: RNG.standard_normal(shape, dtype=np.float32) for name, shape in given.items()}
     seen = np.broadcast_to(seen, given["mask"]).copy()
-    result["mask"] = (
-        seen
-        if model.graph.input[1].type.tensor_type.elem_type == BOOL
-        else np.where(seen, result["mask"], np.finfo(np.float32).min)
-    )
+    is_bool = model.graph.input[1].type.tensor_type.elem_type == BOOL
+    result["mask"] = seen if is_bool else np.where(seen, result["mask"], np.finfo(np.float32).min)
     return result
 
 

@@ -87,7 +87,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ONNX_SCHEMES)
-def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
+def test_it_is_quantised_and_checked_with_few_in_memory(
     scheme: str, written: Path, tmp_path: Path, inside: Inside
 ) -> None:
     """Three: queries, keys and values, which are smoothed by one scale."""
@@ -108,9 +108,7 @@ def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
 
 
 @pytest.mark.parametrize(("bits", "block", "inputs"), [(8, 16, 96), (8, 128, 80), (4, 32, 80)])
-def test_a_weight_rounded_in_parts_is_the_one_that_onnx_runtime_rounds_in_a_graph(
-    bits: int, block: int, inputs: int
-) -> None:
+def test_a_weight_rounded_in_parts_is_that_of_onnx_runtime(bits: int, block: int, inputs: int) -> None:
     outputs = 2 * tensors.PART // inputs + 5
     weight = RNG.standard_normal((inputs, outputs), dtype=np.float32)
     graph = helper.make_graph(

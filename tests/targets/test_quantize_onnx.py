@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
+from onnx_checks import padded
 from onnx_ir.passes import common
 from tiny_decoders import BIASED, FUSED, GROUPED, graphs_of, tiny_decoder
 
@@ -73,14 +75,11 @@ def test_a_left_padded_prompt_gets_the_logits_it_gets_alone(quantized):
     _, decoder = quantized
     apart = []
     for _ in range(4):
-        prompts = [RNG.integers(3, 97, length) for length in (9, 2, 5, 1, 7, 3, 8, 4)]
-        ids, mask = np.full((8, 9), 3), np.zeros((8, 9), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
-        together, _ = decoder.prefill(ids, mask)
-        for row, prompt in enumerate(prompts):
-            alone, _ = decoder.prefill(prompt[None])
-            apart.append(np.abs(together[row, 9 - len(prompt) :] - alone[0]).max() / np.abs(alone).max())
+        prompts = [torch.from_numpy(RNG.integers(3, 97, length)) for length in (9, 2, 5, 1, 7, 3, 8, 4)]
+        together, _ = decoder.prefill(*padded(prompts, "left"))
+        for prompt, row in zip(prompts, together, strict=True):
+            alone, _ = decoder.prefill(prompt[None].numpy())
+            apart.append(np.abs(row[9 - len(prompt) :] - alone[0]).max() / np.abs(alone).max())
     assert max(apart) < 0.02
     assert np.mean(np.array(apart) <= 1e-4) >= 0.9
 

@@ -158,9 +158,8 @@ def test_a_class_that_takes_no_symbols_is_refused_with_its_reason() -> None:
     assert (refusal.kind, refusal.reason) == ("constructor", "TypeError: a plain number, please")
 
 
-def test_reading_leaves_no_trace_and_torch_does_not_warn_of_what_symbols_leave_open(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_reading_leaves_no_trace_and_torch_does_not_warn(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of what symbols leave open."""
     for model in (llama().model, tiny_model("causal-lm", "inkling2_loop_text").model):
         before = model.config.to_dict()
         Reading(type(model), model.config)

@@ -178,7 +178,7 @@ def test_removed_blocks_are_counted_exactly_and_none_are_by_default(llama):
 
 
 def test_a_block_that_turns_its_input_least_goes_first(llama):
-    """The influence is 1 − cosine of what enters and leaves. Criteria for channels use it for blocks; it judges no others."""
+    """The influence is 1 − cosine of what enters and leaves. Criteria for channels use it for blocks; it judges no more."""
     with torch.no_grad():
         hidden = llama.model.model(IDS, output_hidden_states=True).hidden_states
     found = criteria.score_units(llama.analysis, "influence", IDS, families=["layers"])["layers"].flatten()

@@ -49,9 +49,7 @@ def test_a_pruned_module_has_the_types_of_the_given_one(
     assert {name: (p.dtype, p.requires_grad) for name, p in small.named_parameters()} == given
     assert is_near(small(draw_input(3, 4, dtype=outer)), eager(draw_input(3, 4, dtype=outer)), tolerance)
     stored = load_file(pruned.save(tmp_path / "out") / "model.safetensors")
-    assert {name: tensor.dtype for name, tensor in stored.items()} == {
-        name: dtype for name, (dtype, _) in given.items()
-    }
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {n: dtype for n, (dtype, _) in given.items()}
     assert all(d.ok for d in mptk.verify(tmp_path / "out", model=net))
     analysis = mptk.analyze(net, x)
     cut = mptk.rewrite(analysis, draw_plan(analysis)).module()

@@ -15,7 +15,6 @@ from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir import Analysis, Log, Program, resolve_plan
 from mptk.ir.program import count_parameters
 from mptk.testing import draw_plan, draw_tokens, make_decoder, measure_largest
-from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 
@@ -156,24 +155,3 @@ def test_sizes_and_constants_in_the_forward_follow() -> None:
         masked, cut = mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)
         for size in SIZES:
             assert measure_largest(masked(draw_tokens(*size) % 13), cut(draw_tokens(*size) % 13)) <= 1e-5
-
-
-def run(program: object, ids: Tensor, past: list[Tensor], tokens_before: int) -> list[Tensor]:
-    length = tokens_before + ids.shape[1]
-    positions = torch.arange(tokens_before, length).expand(len(ids), -1)
-    return list(program(ids, torch.ones(len(ids), length, dtype=torch.long), positions, *past))
-
-
-def test_a_decoder_step_is_cut_with_its_cache() -> None:
-    """Prefill, then three tokens on the cache, every family cut: cut = masked."""
-    analysis = analyze(trace_decoder(make_decoder("llama", num_hidden_layers=1)))
-    plan = draw_plan(analysis)
-    ids, results = draw_tokens(3, 9), []
-    for program in (mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)):
-        caches = [n.meta["val"].shape for n in program.list_placeholders() if n.name in program.user_inputs][3:]
-        empty = [torch.zeros(3, shape[1], 0, shape[3]) for shape in caches]
-        first, *past = run(program, ids[:, :6], empty, 0)
-        second, *_ = run(program, ids[:, 6:], past, 6)
-        results.append(torch.cat((first, second), 1))
-    assert measure_largest(*results) <= 1e-5
-    assert program.to_exported().example_inputs[0][3].shape[1] < analysis.program.exported.example_inputs[0][3].shape[1]

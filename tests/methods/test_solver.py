@@ -59,9 +59,7 @@ def lost(h: dict[str, Tensor], widths: dict[str, int]) -> float:
 @both_updates
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("budget", "steps"), [(0.8, 400), (0.6, 400), (0.4, 400), (0.6, 10)])
-def test_it_finds_the_best_widths_of_a_quadratic_and_meets_the_budget(
-    seed: int, budget: float, steps: int, masks: str
-) -> None:
+def test_it_finds_the_best_widths_and_meets_the_budget(seed: int, budget: float, steps: int, masks: str) -> None:
     h = curvatures(seed)
     solver = solve(h, budget, steps, masks=masks)
     assert resource(solver.compute_widths()) == pytest.approx(budget, abs=0.02)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lab import WINDOW, Lab
 from tiny_decoders import SLIDING, tiny_decoder
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 from mptk import trace
 from mptk.ir import make_token_samples
-from mptk.proof.proof import find_reach, make_proof_batches
+from mptk.proof.proof import make_proof_batches
 from mptk.protocols import Use
 from mptk.tasks.decoder_form import UNPADDED, decode_samples
 from passes.analysis.borders import find_config_borders, find_graph_borders, reach
@@ -119,8 +118,3 @@ def test_decoding_steps_cross_each_border_with_the_cache() -> None:
     assert found.outputs[0, :, 0].tolist() == list(range(40))
     ends = [cache + many for cache, many in counting.asked]
     assert ends == [*range(7, 17), 33, 34, 35, 38, 39, 40]
-
-
-def test_a_proof_goes_beyond_the_window_of_the_model(lab: Lab) -> None:
-    assert find_reach(lab.compiled).borders == (WINDOW,)
-    assert [batch.inputs["input_ids"].shape for batch in lab.batches] == [(3, 40), (1, 120)]

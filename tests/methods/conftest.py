@@ -7,23 +7,23 @@ import pytest
 
 @pytest.fixture(scope="session")
 def gqa():
-    import criteria_cases
+    from criteria_cases import make_case
 
-    return criteria_cases.grouped_queries()
+    return make_case("llama")
 
 
 @pytest.fixture(scope="session")
 def gpt2():
-    import criteria_cases
+    from criteria_cases import make_case
 
-    return criteria_cases.fused_heads()
+    return make_case("gpt2")
 
 
 @pytest.fixture(scope="session")
 def moe():
-    import criteria_cases
+    from criteria_cases import make_case
 
-    return criteria_cases.packed_experts()
+    return make_case("mixtral")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,6 @@ def llama(laboratory):
     from mptk.testing import save_word_model
 
     def make(folder):
-        config = llama_config()
-        config.tie_word_embeddings = True
-        save_word_model(LlamaForCausalLM(config), folder)
+        save_word_model(LlamaForCausalLM(llama_config(tie_word_embeddings=True)), folder)
 
     return str(laboratory.keep("methods/tied", make))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, silu
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mptk import analyze, testing, trace
 from mptk.ir import Analysis
@@ -32,9 +32,9 @@ class Case:
         return self.analysis.program.state[name].detach()
 
 
-def make_case(build: Callable[[], Any]) -> Case:
+def make_case(architecture: str) -> Case:
     torch.manual_seed(0)
-    model = build().eval()
+    model = AutoModelForCausalLM.from_config(testing.make_config(architecture)).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3) if p.ndim > 1 else p.data.add_(torch.randn_like(p) * 0.2)
     inputs: dict[str, Any] = {}
@@ -45,30 +45,17 @@ def make_case(build: Callable[[], Any]) -> Case:
 
         return hook
 
-    mixing = [
-        (n, m)
-        for n, m in model.named_modules()
-        if n.endswith("experts") or (getattr(m, "weight", nn.Parameter()).ndim == 2 and not isinstance(m, nn.Embedding))
-    ]
-    hooks = [m.register_forward_pre_hook(record(n)) for n, m in mixing]
+    def mixes(name: str, module: nn.Module) -> bool:
+        matrix = getattr(module, "weight", nn.Parameter()).ndim == 2
+        return name.endswith("experts") or (matrix and not isinstance(module, nn.Embedding))
+
+    hooks = [m.register_forward_pre_hook(record(n)) for n, m in model.named_modules() if mixes(n, m)]
     logits = model(WINDOWS, use_cache=False).logits
     cross_entropy(logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten()).backward()
     for hook in hooks:
         hook.remove()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     return Case(model, analyze(trace(model, dynamic=True)), inputs, grads)
-
-
-def grouped_queries() -> Case:
-    return make_case(lambda: LlamaForCausalLM(testing.make_config("llama")))
-
-
-def fused_heads() -> Case:
-    return make_case(lambda: GPT2LMHeadModel(testing.make_config("gpt2")))
-
-
-def packed_experts() -> Case:
-    return make_case(lambda: MixtralForCausalLM(testing.make_config("mixtral")))
 
 
 def norm(x: Tensor) -> Tensor:
@@ -117,7 +104,6 @@ def position_slopes(case: Case, name: str) -> Tensor:
     cross_entropy(logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten()).backward()
     hook.remove()
     (x,) = seen
-    assert x.grad is not None
     return (x.detach() * x.grad).flatten(0, 1) * WINDOWS.numel()
 
 

@@ -68,33 +68,21 @@ def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction() -
     assert all(found.isfinite().all() for found in scores.values())
 
 
-# ---- each criterion against its formula ----
+def test_wanda_sums_over_consumers_by_unit_and_scope_and_takes_producers_where_there_are_none(gqa: Case) -> None:
+    def sum_pairs(n: str) -> Tensor:
+        q = wanda(gqa, f"{n}.self_attn.q_proj").sum(1).view(KV_COUNT, Q, 2, HEAD_SIZE // 2).sum((0, 1, 2))
+        return (q + wanda(gqa, f"{n}.self_attn.k_proj").sum(1).view(KV_COUNT, 2, HEAD_SIZE // 2).sum((0, 1)))[None]
 
-
-def test_wanda_sums_over_consumers_by_unit_and_scope(gqa: Case) -> None:
     scores = criteria.score_units(gqa.analysis, "wanda", WINDOWS)
     attention = layers(lambda n: heads_of(wanda(gqa, f"{n}.self_attn.o_proj").sum(0)))
     assert_scores(scores["ffn"], layers(lambda n: wanda(gqa, f"{n}.mlp.down_proj").sum(0)[None]))
     assert_scores(scores["kv_groups"], attention.sum((2, 3))[:, None])
     assert_scores(scores["q_heads"], attention.sum(3))
     assert_scores(scores["v_dim"], attention.sum(2))
-
-
-def test_wanda_of_the_residual_width_sums_over_every_reader(gqa: Case) -> None:
+    assert_scores(scores["rotary_pairs"], layers(sum_pairs))
     readers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
-    expected = layers(lambda n: sum((wanda(gqa, f"{n}.{r}").sum(0) for r in readers), torch.zeros(HIDDEN_WIDTH))).sum(0)
-    expected = expected + wanda(gqa, "lm_head").sum(0)
-    assert_scores(
-        criteria.score_units(gqa.analysis, "wanda", WINDOWS, families=["hidden"])["hidden"], expected[None, None]
-    )
-
-
-def test_wanda_scores_units_without_a_consumer_by_their_producers(gqa: Case) -> None:
-    def pairs(n: str) -> Tensor:
-        q = wanda(gqa, f"{n}.self_attn.q_proj").sum(1).view(KV_COUNT, Q, 2, HEAD_SIZE // 2).sum((0, 1, 2))
-        return (q + wanda(gqa, f"{n}.self_attn.k_proj").sum(1).view(KV_COUNT, 2, HEAD_SIZE // 2).sum((0, 1)))[None]
-
-    assert_scores(criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"], layers(pairs))
+    hidden = layers(lambda n: torch.stack([wanda(gqa, f"{n}.{r}").sum(0) for r in readers]).sum(0)).sum(0)
+    assert_scores(scores["hidden"], (hidden + wanda(gqa, "lm_head").sum(0))[None, None])
 
 
 def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Case) -> None:
@@ -108,7 +96,7 @@ def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Cas
     assert_scores(scores["v_dim"], heads)
 
 
-def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case) -> None:
+def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case, moe: Case) -> None:
     scores = criteria.score_units(gqa.analysis, "taylor", WINDOWS, families=["ffn", "q_heads", "hidden"])
 
     def ffn(n: str) -> Tensor:
@@ -123,18 +111,20 @@ def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case)
     assert_scores(scores["q_heads"], layers(q_heads))
     hidden = torch.zeros(HIDDEN_WIDTH)
     for name, p in gqa.model.named_parameters():
-        if p.ndim == 1:
-            hidden += saliency(gqa, name)
-        else:
-            hidden += saliency(gqa, name).sum(1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0)
+        summed = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+        hidden += saliency(gqa, name) if p.ndim == 1 else saliency(gqa, name).sum(summed)
     assert_scores(scores["hidden"], hidden[None, None])
 
     def gpt2_ffn(n: str) -> Tensor:
         made = saliency(gpt2, f"{n}.mlp.c_fc.weight").sum(0) + saliency(gpt2, f"{n}.mlp.c_fc.bias")
         return (made + saliency(gpt2, f"{n}.mlp.c_proj.weight").sum(1))[None]
 
-    got = criteria.score_units(gpt2.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"]
-    assert_scores(got, layers(gpt2_ffn, "transformer.h"))
+    def moe_ffn(n: str) -> Tensor:
+        made = saliency(moe, f"{n}.mlp.experts.gate_up_proj").sum(2).view(EXPERTS, 2, FFN_SIZE).sum(1)
+        return made + saliency(moe, f"{n}.mlp.experts.down_proj").sum(1)
+
+    for case, expected in ((gpt2, layers(gpt2_ffn, "transformer.h")), (moe, layers(moe_ffn))):
+        assert_scores(criteria.score_units(case.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], expected)
 
 
 def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case, moe: Case) -> None:
@@ -151,8 +141,7 @@ def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case
         name = f"{n}.mlp.experts.down_proj"
         return (moe.weight(name) * moe.grads[name]).sum(1)
 
-    routed = fisher.measure_fisher(given(moe, "ffn")).slopes["ffn"]
-    assert_scores(routed.mean.float(), layers(experts))
+    assert_scores(fisher.measure_fisher(given(moe, "ffn")).slopes["ffn"].mean.float(), layers(experts))
 
 
 def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case) -> None:
@@ -168,9 +157,8 @@ def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case
 
     scores = criteria.score_units(gqa.analysis, "fisher", WINDOWS)
     assert_scores(scores["ffn"], layers(ffn))
-    assert_scores(
-        scores["rotary_pairs"], criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"]
-    )  # no consumer
+    by_wanda = criteria.score_units(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"]  # no consumer
+    assert_scores(scores["rotary_pairs"], by_wanda)
 
 
 def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) -> None:
@@ -186,9 +174,6 @@ def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) 
         return (made + moe.weight(f"{n}.mlp.experts.down_proj").square().sum(1)).sqrt()
 
     assert_scores(criteria.score_units(moe.analysis, "magnitude")["ffn"], layers(ffn))
-
-
-# ---- packed experts ----
 
 
 def test_each_experts_channels_are_scored_on_its_own_tokens(moe: Case) -> None:
@@ -208,14 +193,6 @@ def test_each_experts_channels_are_scored_on_its_own_tokens(moe: Case) -> None:
         return (wanda(moe, f"{n}.mlp.gate").sum(1) + own + expected(n, norm, 1).sum(1))[None]
 
     assert_scores(scores["experts"], layers(whole))
-
-
-def test_gradients_pass_through_packed_experts(moe: Case) -> None:
-    def ffn(n: str) -> Tensor:
-        made = saliency(moe, f"{n}.mlp.experts.gate_up_proj").sum(2).view(EXPERTS, 2, FFN_SIZE).sum(1)
-        return made + saliency(moe, f"{n}.mlp.experts.down_proj").sum(1)
-
-    assert_scores(criteria.score_units(moe.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], layers(ffn))
 
 
 class BlockDiagonal(nn.Module):
@@ -242,23 +219,15 @@ def test_blocks_of_a_batched_product_keep_their_own_statistics() -> None:
     assert_scores(criteria.score_units(analysis, "wanda", WINDOWS)[family.name], expected[None])
 
 
-# ---- statistics, seeds, progress ----
-
-
-def test_routed_moments_of_experts_with_no_rows_and_rows_of_no_expert() -> None:
+def test_moments_of_experts_with_no_rows_and_rows_of_no_expert_and_merged_about_a_large_mean() -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0], [100.0, 100.0]])
     moments = observe.compute_moments(x, 1, [0], torch.tensor([2, 2, 3], dtype=torch.int32))
     assert moments.count.tolist() == [[2], [0], [1]]
     assert moments.mean.tolist() == [[2, 4], [0, 0], [5, 5]]
     assert moments.deviation.tolist() == [[2, 8], [0, 0], [0, 0]]
-
-
-def test_merged_variance_survives_a_large_mean() -> None:
-    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4
-    x = x.float()
-    parts = [observe.compute_moments(part, 1, []) for part in x.split([7, 50, 3])]
-    merged = parts[0].merge(parts[1]).merge(parts[2])
-    torch.testing.assert_close(merged.deviation / 59, x.double().var(0), rtol=1e-3, atol=0)
+    x = (torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4).float()
+    one, two, three = (observe.compute_moments(part, 1, []) for part in x.split([7, 50, 3]))
+    torch.testing.assert_close(one.merge(two).merge(three).deviation / 59, x.double().var(0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", criteria.CRITERIA)
@@ -272,20 +241,16 @@ def test_scores_are_deterministic_and_cover_every_family(gqa: Case, moe: Case, n
 
 
 def test_random_follows_the_seed_and_nothing_else(gqa: Case) -> None:
-    all_families = criteria.score_units(gqa.analysis, "random", seed=4)
-    alone = criteria.score_units(gqa.analysis, "random", seed=4, families=["ffn"])
-    assert list(alone) == ["ffn"]
-    assert torch.equal(alone["ffn"], all_families["ffn"])
-    assert not torch.equal(alone["ffn"], criteria.score_units(gqa.analysis, "random", seed=5)["ffn"])
+    whole, other = (criteria.score_units(gqa.analysis, "random", seed=seed)["ffn"] for seed in (4, 5))
+    (alone,) = criteria.score_units(gqa.analysis, "random", seed=4, families=["ffn"]).values()
+    assert torch.equal(alone, whole)
+    assert not torch.equal(alone, other)
 
 
 def test_progress_counts_windows(gqa: Case) -> None:
     seen: list[tuple[int, int]] = []
     criteria.score_units(gqa.analysis, "wanda", WINDOWS, families=["ffn"], progress=lambda *counts: seen.append(counts))
     assert seen == [(66, 80), (80, 80)]
-
-
-# ---- select ----
 
 
 def test_select_keeps_the_best_of_each_scope_row_and_breaks_ties_by_index(gqa: Case) -> None:
@@ -323,7 +288,7 @@ def flapped(analysis: Analysis, widths: dict[str, int]) -> tuple[Plan, Compensat
     return plan, compensate(analysis, resolve_plan(analysis, plan), evidence)
 
 
-def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
+def test_compensation_moves_lost_means_into_biases_and_says_where_there_is_none(gqa: Case, gpt2: Case) -> None:
     plan, result = flapped(gpt2.analysis, {"ffn": 61, "v_dim": 7})
     assert result.statement == "FLAP bias compensation: applied to c_proj"
     assert len(result.state) == 2 * LAYER_COUNT
@@ -333,14 +298,11 @@ def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
             keep = plan.families[family].keep[label]
             size = FFN_SIZE if family == "ffn" else 8
             removed = [s * size + u for s, row in enumerate(keep) for u in range(size) if u not in row]
-            means, bias = gpt2.inputs[f"{layer}.{name}"].mean(0), f"{layer}.{name}.bias"
-            expected = gpt2.weight(bias) + means[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]
-            torch.testing.assert_close(result.state[bias], expected, rtol=1e-4, atol=1e-5)
+            lost = gpt2.inputs[f"{layer}.{name}"].mean(0)[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]
+            bias = f"{layer}.{name}.bias"
+            torch.testing.assert_close(result.state[bias], gpt2.weight(bias) + lost, rtol=1e-4, atol=1e-5)
     program = gpt2.analysis.program
     assert error(gpt2, program.with_state(result.state), plan) < 0.9 * error(gpt2, program, plan)
-
-
-def test_compensation_says_where_there_is_no_bias(gqa: Case) -> None:
     _, result = flapped(gqa.analysis, {"q_heads": 2, "ffn": 64})
     assert result.state == {}
     assert result.statement == "FLAP bias compensation: not applied, o_proj and down_proj have no bias"
@@ -360,9 +322,6 @@ def test_a_bias_used_twice_gets_the_mean_correction() -> None:
     means = torch.stack([x.mean(0) for x in seen]).mean(0)
     expected = model.outer.bias.detach() + model.outer.weight.detach()[:, removed] @ means[removed]
     torch.testing.assert_close(result.state["outer.bias"], expected, rtol=1e-4, atol=1e-6)
-
-
-# ---- errors ----
 
 
 class NoContraction(nn.Module):
@@ -406,10 +365,9 @@ def test_what_cannot_be_scored_or_selected_is_refused(gqa: Case, moe: Case) -> N
     with expect_error(InputError, name="kv_groups"):
         criteria.select_units(analysis, scores, {"kv_groups": 1})
     state = {n: t * torch.inf for n, t in analysis.program.state.items() if "down_proj" in n}
+    infinite = replace(analysis, program=analysis.program.with_state(state))
     with expect_error(ModelError, name="magnitude"):
-        criteria.score_units(
-            replace(analysis, program=analysis.program.with_state(state)), "magnitude", families=["ffn"]
-        )
+        criteria.score_units(infinite, "magnitude", families=["ffn"])
 
 
 def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
@@ -421,9 +379,6 @@ def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
         bare = SharedLayer()
     with expect_error(TraceError):
         criteria.score_units(analyze(trace(bare, (WINDOWS[:2],))), "magnitude")
-
-
-# ---- extension ----
 
 
 def test_the_criterion_of_the_docs_scores_as_they_say(gqa: Case) -> None:

@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from inside import Stopped
 from lab import legalise_bare
 from learning_runs import LEARNING as LONG
-from learning_runs import SETTINGS, TRAINING, metrics
+from learning_runs import SETTINGS, TRAINING, metrics, stop_at
 from second_device import DEVICE, SecondDevice, SecondTensor, live_bytes
 from torch import Tensor
 from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM
 
-from mptk import testing
+from mptk import analyze, testing, trace
 from mptk.compat.accelerate import separate_state
 from mptk.config import Learning
 from mptk.distributed.processes import make_replica
@@ -33,8 +33,6 @@ from mptk.progress import Progress, show_nothing
 from mptk.protocols import Analysed, Chosen, Prepared, RunFolder, SampleSets
 from mptk.tasks import CAUSAL_LM
 from mptk.testing import save_word_model
-from passes.analysis import group
-from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
 
 TEXT = make_token_samples(testing.draw_tokens(8, 32))
@@ -45,13 +43,10 @@ ADAPTED = 7
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    config = llama_config()
-    config.num_hidden_layers = 1
-    path = save_word_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
-    loaded = models.load(path)
-    analysis = group.analyze_program(trace.trace_to_program(loaded.model, dynamic=True))
+    model = LlamaForCausalLM(llama_config(num_hidden_layers=1))
+    loaded = models.load(save_word_model(model, tmp_path_factory.mktemp("llama")))
     asked = replace(SETTINGS, keep=("hidden",), compute_dtype="float32")
-    return legalise_bare(Analysed(loaded, CAUSAL_LM, analysis), asked)
+    return legalise_bare(Analysed(loaded, CAUSAL_LM, analyze(trace(loaded.model, dynamic=True))), asked)
 
 
 class Second(Accelerator):
@@ -76,24 +71,18 @@ def make_learner(
     return Learner(accelerator, prepared, TEXT, learning, work, progress)
 
 
-def train(
-    prepared: Prepared,
-    folder: Path,
-    learning: Learning = LEARNING,
-    device: torch.device = DEVICE,
-    progress: Progress = show_nothing,
-) -> Run:
+def train(prepared: Prepared, folder: Path, device: torch.device = DEVICE, progress: Progress = show_nothing) -> Run:
     """Both phases, or what of them ``folder`` does not hold. Recovery is of the whole model."""
     work = RunFolder(folder, {}, resume=True)
     with separate_state():
-        learner = make_learner(prepared, work, learning, device, progress)
+        learner = make_learner(prepared, work, LEARNING, device, progress)
         chosen = learner.learn(SampleSets(TEXT, TEXT, TEXT, ""))
-        recovered = learner.recover(make_replica(prepared.loaded.model), learning.steps - 1, TEXT[:2])
+        recovered = learner.recover(make_replica(prepared.loaded.model), LEARNING.steps - 1, TEXT[:2])
     return Run(chosen, recovered.weights, metrics(work.path))
 
 
 @pytest.fixture(scope="module")
-def on_the_host(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def host(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(prepared, tmp_path_factory.mktemp("host") / "out", device=torch.device("cpu"))
 
 
@@ -117,8 +106,8 @@ def require_same(one: Run, other: Run) -> None:
             assert torch.allclose(b[name], weight, rtol=1e-4, atol=1e-5), name
 
 
-def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_crosses_in_a_step(
-    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
+def test_a_run_gives_what_it_gives_host_and_only_text_crosses_in_a_step(
+    prepared: Prepared, host: Run, tmp_path: Path, second: SecondDevice
 ) -> None:
     crossed, before = [], 0
 
@@ -129,24 +118,18 @@ def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_cro
             crossed.append(set(second.crossed[before:]))
         before = len(second.crossed)
 
-    require_same(on_the_host, train(prepared, tmp_path / "out", progress=note))
+    require_same(host, train(prepared, tmp_path / "out", progress=note))
     assert crossed == [{("to the second device", (2, 32))}] * 5
 
 
-def test_a_run_goes_on_on_another_device(
-    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
-) -> None:
-    def stop(stage: str, done: int, total: int, figures: str = "") -> None:
-        if (stage, done) == ("masks", 3):
-            raise Stopped
-
+def test_a_run_goes_on_on_another_device(prepared: Prepared, host: Run, tmp_path: Path, second: SecondDevice) -> None:
     with pytest.raises(Stopped):
-        train(prepared, tmp_path / "out", progress=stop)
-    require_same(on_the_host, train(prepared, tmp_path / "out", device=torch.device("cpu")))
+        train(prepared, tmp_path / "out", progress=stop_at("masks", 3))
+    require_same(host, train(prepared, tmp_path / "out", device=torch.device("cpu")))
 
 
-def test_the_cached_teachers_targets_go_to_the_device_and_changed_weights_leave_it_one_by_one(
-    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
+def test_cached_targets_go_to_the_device_and_changed_weights_leave_it_one_by_one(
+    prepared: Prepared, host: Run, tmp_path: Path, second: SecondDevice
 ) -> None:
     cached, work = replace(LEARNING, teacher="cached"), RunFolder(tmp_path / "out", {}, resume=True)
     with separate_state():
@@ -157,15 +140,14 @@ def test_the_cached_teachers_targets_go_to_the_device_and_changed_weights_leave_
         for _, weight in collect_changed_weights(student, masks, prepared.analysis.program.state):
             live.append(live_bytes())
             del weight
-    assert metrics(work.path)[0]["loss"] == pytest.approx(on_the_host.rows[0]["loss"], rel=1e-2)
+    assert metrics(work.path)[0]["loss"] == pytest.approx(host.rows[0]["loss"], rel=1e-2)
     assert len(live) == 1 + ADAPTED
     assert max(live) - live[0] <= 3 * 80 * 48 * 4  # the weight, its sum and what the next one needs
 
 
 def test_a_replica_is_adapted_and_moved_alone_and_copies_no_weight() -> None:
     model = LlamaForCausalLM(llama_config())
-    weights = dict(model.named_parameters())
-    ids = torch.arange(12)[None]
+    weights, ids = dict(model.named_parameters()), torch.arange(12)[None]
     expected = model(ids).logits
     copy = make_replica(model)
     assert torch.equal(copy(ids).logits, expected)
@@ -191,8 +173,7 @@ def test_a_devices_tensors_meet_no_others() -> None:
 
 
 def test_a_cut_model_shares_the_weights_that_it_is_given_if_it_may_and_ties_them() -> None:
-    config = llama_config()
-    config.tie_word_embeddings = True
+    config = llama_config(tie_word_embeddings=True)
     given = {name: torch.randn_like(t) for name, t in LlamaForCausalLM(config).state_dict().items()}
     given["lm_head.weight"] = given["model.embed_tokens.weight"]
     stock = StockConfig(LlamaForCausalLM, config, {})

@@ -58,10 +58,9 @@ def case(name: str) -> Case:
     plan = draw_plan(analysis, [f.name for f in analysis.families if f.name.partition(".")[0] in INNER], share=0.6)
     members = [m for name in plan.families for group in analysis.family(name).groups for m in group.members]
     torch.manual_seed(1)
-    rows = [
-        torch.randn(12, *t.shape[1:]) if t.is_floating_point() else torch.randint(1, 97, (12, *t.shape[1:]))
-        for t in inputs[0]
-    ]
+    shapes = [(12, *t.shape[1:]) for t in inputs[0]]
+    floats = [t.is_floating_point() for t in inputs[0]]
+    rows = [torch.randn(s) if real else torch.randint(1, 97, s) for s, real in zip(shapes, floats, strict=True)]
     samples = Samples({str(i): t for i, t in enumerate(rows)})
     ends = frozenset(m.weight for m in members if m.role == "consumer")
     return Case(analysis, resolve_plan(analysis, plan), rewrite_program(analysis, plan), ends, samples)
@@ -136,13 +135,10 @@ def test_weights_that_blocks_share_are_not_trained_by_themselves() -> None:
     assert distil_blocks(analysis, cut, {"down.weight"}, {}, Samples({"x": torch.randn(2, 6)}), HOW) is None
 
 
-def test_a_cut_without_blocks_of_its_own_says_that_nothing_was_distilled() -> None:
+def test_a_cut_without_blocks_of_its_own_says_that_nothing_was_distilled_and_it_follows_reconstruction() -> None:
     """Minutes choose epochs before the families are known."""
     how = {"method": "wanda", "distil_epochs": 1, "align": 1, "sparsity": 0.25, "tolerance": 0.1, "progress": None}
     found = mptk.prune(Repeated().eval(), example_inputs=torch.randn(4, 6), **how)
     assert NO_BLOCK in found.report.notes
-
-
-def test_it_follows_reconstruction() -> None:
     with expect_error(InputError, name="distil_epochs"):
         mptk.Settings(reconstruct=False, distil_epochs=1)

@@ -14,12 +14,7 @@ import torch
 from commands import done
 from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers, routed
 from torch import Tensor
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-)
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import mptk
 from mptk import Plan, analyze, testing, trace
@@ -72,39 +67,33 @@ def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_n
 
 def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_path: Path) -> None:
     model = planted(testing.make_decoder("mixtral", num_hidden_layers=1))
-    options = ("--families", "experts", "--width", "experts=4")
-    kept = prune(model, tmp_path / "reap", "--method", "reap", *options)
+    kept = prune(model, tmp_path, "--method", "reap", "--families", "experts", "--width", "experts=4")
     assert kept == {(0, 1, 2, 4)}
+    analysis = analyze(trace(model, dynamic=True))
     for other in ("magnitude", "wanda"):
-        scores = criteria.score_units(analyze(trace(model, dynamic=True)), other, WINDOWS, families=["experts"])[
-            "experts"
-        ]
-        assert (scores.argmax(-1) == PLANTED).all()
+        scores = criteria.score_units(analysis, other, WINDOWS, families=["experts"])
+        assert (scores["experts"].argmax(-1) == PLANTED).all()
 
 
 def test_it_is_said_which_share_of_the_tokens_choices_is_lost(moe: Case) -> None:
-    reap, given = (
-        criteria.CRITERIA["reap"],
-        Calibration(moe.analysis, [moe.analysis.variable("experts")], make_token_samples(WINDOWS)),
-    )
-    scores, evidence = criteria.measure_and_score(reap, given)
-    cut = resolve_plan(moe.analysis, plan := criteria.select_units(moe.analysis, scores, {"experts": 3}))
+    reap, given = criteria.CRITERIA["reap"], make_token_samples(WINDOWS)
+    calibration = Calibration(moe.analysis, [moe.analysis.variable("experts")], given)
+    scores, evidence = criteria.measure_and_score(reap, calibration)
+    plan = criteria.select_units(moe.analysis, scores, {"experts": 3})
     kept = plan.families["experts"].keep
     chosen = {layer: moe.inputs[f"{layer}.experts" if layer.endswith("mlp") else layer][1] for layer in kept}
     lost = sum(int((~torch.isin(chosen[layer], torch.tensor(rows[0]))).sum()) for layer, rows in kept.items())
     share = lost / sum(each.numel() for each in chosen.values())
     assert 0 < share < 1
-    assert reap.compensate is not None
-    said = reap.compensate(moe.analysis, cut, evidence)
+    said = reap.compensate(moe.analysis, resolve_plan(moe.analysis, plan), evidence)
     assert said.statement == f"{share:.1%} of the router's choices on the calibration text fell on removed experts"
     assert said.state == {}
 
 
 def shared_expert() -> torch.nn.Module:
     sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 1}
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**{**SIZES, **sizes, "num_hidden_layers": 1}, shared_expert_intermediate_size=28)
-    ).eval()
+    sizes |= {"shared_expert_intermediate_size": 28, "num_hidden_layers": 1}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**SIZES, **sizes})).eval()
 
 
 def grouped() -> torch.nn.Module:
@@ -123,14 +112,6 @@ def test_groups_of_experts_keep_their_number_and_as_many_experts_as_a_token_has(
     assert within.name not in find_derived_families(analysis)
     scores = criteria.score_units(analysis, "reap", WINDOWS, families=[groups.name, within.name])
     assert_scores(scores[groups.name], scores[within.name].sum(-1)[:, None])
-
-
-def test_fewer_experts_than_a_token_has_are_refused(moe: Case) -> None:
-    assert moe.analysis.family("experts").minimum == moe.model.config.num_experts_per_tok
-    scores = criteria.score_units(moe.analysis, "random", families=["experts"])
-    plan = criteria.select_units(moe.analysis, scores, {"experts": 1})
-    with expect_error(PlanError, name="experts"):
-        mptk.rewrite(moe.analysis, plan)
 
 
 class Ungated(torch.nn.Module):
@@ -152,14 +133,17 @@ class Ungated(torch.nn.Module):
         return self.head(rows[back].view(-1, 2, 20).sum(1) * self.router(x).max(-1, keepdim=True).values)
 
 
-def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
+def test_what_reap_cannot_score_is_refused_with_the_way_out_and_fewer_experts_than_a_token_has(moe: Case) -> None:
     with expect_error(InputError, name="families"):
         criteria.score_units(moe.analysis, "reap", WINDOWS, families=["ffn", "hidden"])
-    model = Ungated()
-    analysis = analyze(trace(model, (WINDOWS,), dynamic=True))
+    analysis = analyze(trace(Ungated(), (WINDOWS,), dynamic=True))
     (family,) = (f for f in analysis.families if f.size == 5)
     with expect_error(AnalysisError, name=family.groups[0].layer):
         criteria.score_units(analysis, "reap", WINDOWS, families=[family.name])
+    assert moe.analysis.family("experts").minimum == moe.model.config.num_experts_per_tok
+    scores = criteria.score_units(moe.analysis, "random", families=["experts"])
+    with expect_error(PlanError, name="experts"):
+        mptk.rewrite(moe.analysis, criteria.select_units(moe.analysis, scores, {"experts": 1}))
 
 
 @pytest.mark.parametrize(
@@ -176,8 +160,7 @@ def test_other_mixtures_are_cut_trained_and_proven(
     build: Callable[[], torch.nn.Module], given: dict[str, Any], rank: int
 ) -> None:
     how = {"method": "wanda", "steps": 2, "batch": 2, "samples": 4, "length": 12, "eval_windows": 1, "eval_length": 12}
-    found = mptk.prune(
-        testing.draw_weights(build()), data=torch.randint(3, 90, (8, 12)), align=1, progress=None, **how | given
-    )
+    how |= {"data": torch.randint(3, 90, (8, 12)), "align": 1, "progress": None, **given}
+    found = mptk.prune(testing.draw_weights(build()), **how)
     assert found.report.recovery["rank"] == rank
     assert "trained model" in {row["stage"] for row in found.report.proof}

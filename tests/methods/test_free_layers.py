@@ -6,14 +6,17 @@ It reaches for mptk.methods.division.layers: a division of made-up curves has a 
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lab import legalise_bare
 from safetensors.torch import load_file, save_file
 from small_modules import Residual
 from transformers import LlamaForCausalLM
@@ -23,22 +26,19 @@ from mptk import Plan, analyze, testing, trace
 from mptk.compile.cut import find_changes
 from mptk.cost.model import CostModel
 from mptk.errors import BudgetError, FileError, InputError, PlanError
+from mptk.io import Loaded
 from mptk.ir import Analysis, resolve_plan
-from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide
+from mptk.methods.criteria import score_units, select_units
+from mptk.methods.division.layers import LEVELS, Curve, choose_levels, divide, plan_whole_ends
 from mptk.methods.division.selection import tie_layers
+from mptk.protocols import Analysed
+from mptk.tasks import CAUSAL_LM
 from mptk.testing import expect_error
 from mptk.trust import NO_CODE
 
 SHORT = {"eval_windows": 1, "eval_length": 24}
 SETTINGS = mptk.Settings(
-    method="wanda",
-    target="graph",
-    layers="free",
-    sparsity=0.214,
-    align=4,
-    samples=4,
-    length=24,
-    **SHORT,
+    method="wanda", target="graph", layers="free", sparsity=0.214, align=4, samples=4, length=24, **SHORT
 )
 
 
@@ -54,9 +54,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    found = mptk.prune(
-        checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 8, eval_data=[testing.SENTENCES]
-    )
+    texts = {"data": [testing.SENTENCES] * 8, "eval_data": [testing.SENTENCES]}
+    found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", **texts)
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
 
@@ -86,10 +85,12 @@ def test_it_is_proven_and_verified_with_its_graph_which_writes_text_as_the_cut_m
     assert text == testing.make_tokenizer().decode([token], skip_special_tokens=True)
 
 
-def test_a_family_that_the_division_leaves_whole_is_named_once() -> None:
-    found = prune_module(Blocks(), layers="free", widths={"ffn.1": 40})
-    assert found.report.families["ffn.1"] == {"of": 40, "width": 40, "layers": 2}
-    assert {"ffn.2.0", "ffn.2.1"} <= found.report.families.keys()
+def test_a_width_of_all_layers_stays_that_of_all_and_a_family_that_is_left_whole_is_named_once() -> None:
+    found = prune_module(Blocks(), layers="free", widths={"ffn.1": 24}, sparsity=0.3).report.families
+    assert {f["width"] for name, f in found.items() if name.startswith("ffn.1")} == {24}
+    found = prune_module(Blocks(), layers="free", widths={"ffn.1": 40}).report.families
+    assert found["ffn.1"] == {"of": 40, "width": 40, "layers": 2}
+    assert {"ffn.2.0", "ffn.2.1"} <= found.keys()
 
 
 @pytest.mark.features
@@ -107,9 +108,7 @@ def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.P
     """MaskPrune's choice of units at widths that its division of the layers gave, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
     asked = {"method": "maskprune", "steps": 4, "batch": 2, "micro": 2, "lr": 1e-3}
-    found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 16, onnx=False, **asked)
-    assert found is not None
-    return found
+    return mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 16, onnx=False, **asked)
 
 
 def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(learned: mptk.Pruned) -> None:
@@ -122,7 +121,6 @@ def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(learne
 
 
 def test_a_graph_is_trained_again(learned: mptk.Pruned) -> None:
-    assert learned.folder is not None
     asked = {"steps": 2, "batch": 2, "micro": 2, "lr": 1e-3, "length": 24, **SHORT}
     found = mptk.recover(learned.folder, None, data=[testing.SENTENCES] * 16, onnx=False, **asked)
     assert found.report.families == learned.report.families
@@ -131,14 +129,10 @@ def test_a_graph_is_trained_again(learned: mptk.Pruned) -> None:
 
 
 def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned: mptk.Pruned, tmp_path: Path) -> None:
-    assert learned.folder is not None
     folder = shutil.copytree(learned.folder, tmp_path / "copy")
-    weights = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    plan = Plan.load(folder / "plan.json")
-    model = LlamaForCausalLM.from_pretrained(checkpoint)
-    analysis = analyze(trace(model, dynamic=True))
-    cut, report = resolve_plan(analysis, plan), mptk.Report.read(folder)
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    analysis = analyze(trace(LlamaForCausalLM.from_pretrained(checkpoint), dynamic=True))
+    cut, report = resolve_plan(analysis, Plan.load(folder / "plan.json")), mptk.Report.read(folder)
     for damaged in (weights | {name: weights[name][:, 1:]}, {n: w for n, w in weights.items() if n != name}):
         save_file({n: w.contiguous() for n, w in damaged.items()}, folder / "model.safetensors")
         with expect_error(FileError, name=folder):
@@ -150,11 +144,6 @@ def test_a_budget_that_no_tried_width_meets_is_refused() -> None:
         prune_module(Residual({0, 2}, 3, 64), layers="free", sparsity=0.95, tolerance=0.01)
     (nearest,) = refused.value.nearest
     assert 0.9 < nearest < 0.95
-
-
-def test_a_width_of_all_layers_stays_that_of_all() -> None:
-    found = prune_module(Blocks(), layers="free", widths={"ffn.1": 24}, sparsity=0.3)
-    assert {f["width"] for name, f in found.report.families.items() if name.startswith("ffn.1")} == {24}
 
 
 @pytest.mark.features
@@ -213,30 +202,22 @@ def list_widths(module: torch.nn.Module, **asked: object) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("make", "asked", "layers"),
+    ("make", "asked", "layers", "widths"),
     [
-        (lambda: Residual(set(), 3, 64), {"keep": ("ffn.0",), "families": ("ffn",)}, {"ffn.1", "ffn.2"}),
-        (lambda: Blocks(), {"layers": "2-3", "families": ("ffn.1.1", "ffn.2")}, {"ffn.1.1", "ffn.2.1"}),
+        (lambda: Residual(set(), 3, 64), {"keep": ("ffn.0",), "families": ("ffn",)}, {"ffn.1", "ffn.2"}, 1),
+        (lambda: Blocks(), {"layers": "2-3", "families": ("ffn.1.1", "ffn.2")}, {"ffn.1.1", "ffn.2.1"}, 2),
     ],
     ids=["all but one", "both"],
 )
-def test_only_the_named_layers_are_cut_and_to_one_width(
-    make: Callable[[], torch.nn.Module], asked: dict, layers: set[str]
-) -> None:
+def test_only_the_named_layers_are_cut(make: Callable, asked: dict, layers: set, widths: int) -> None:
     found = list_widths(make(), **asked)
-    assert found.keys() == layers
-    assert len(set(found.values())) == (1 if "ffn.2" in layers else 2)
+    assert (found.keys(), len(set(found.values()))) == (layers, widths)
 
 
-def test_a_layer_with_a_width_of_its_own() -> None:
+def test_a_layer_has_a_width_of_its_own_and_free_layers_leave_out_those_that_are_kept() -> None:
+    """The one that would lose most is kept."""
     found = list_widths(Residual(set(), 3, 64), families=("ffn",), widths={"ffn.1": 60})
-    assert found.pop("ffn.1") == 60
-    assert len({found["ffn.0"], found["ffn.2"]}) == 1
-    assert found["ffn.0"] < 60
-
-
-def test_free_layers_leave_out_those_that_are_kept() -> None:
-    """The one that would lose most."""
+    assert found["ffn.0"] == found["ffn.2"] < found["ffn.1"] == 60
     found = list_widths(Residual({0, 2}, 3, 64), families=("ffn",), keep=("ffn.1",), layers="free")
     assert found.keys() <= {"ffn.0", "ffn.2"}
 
@@ -255,15 +236,13 @@ class Blocks(torch.nn.Module):
 
 
 def test_a_range_of_layers_counts_the_models_blocks() -> None:
-    how = {"layers": "3", "sparsity": 0.1, "tolerance": 0.1, "onnx": False, "progress": None}
-    found = mptk.prune(Blocks(), settings=SETTINGS, example_inputs=(torch.randn(16, 24),), **how)
+    found = prune_module(Blocks(), layers="3", tolerance=0.1)
     cut = {layer for family in found.plan.families.values() if family.width < family.of for layer in family.keep}
     assert {layer.split(".")[1] for layer in cut} == {"3"}
 
 
 def test_a_plan_names_no_unit_twice() -> None:
-    keep = {f"model.layers.{i}.mlp": "0-31" for i in range(3)}
-    whole = {"width": 32, "of": 64, "keep": keep}
+    whole = {"width": 32, "of": 64, "keep": {f"model.layers.{i}.mlp": "0-31" for i in range(3)}}
     layer = {"width": 16, "of": 64, "keep": {"model.layers.1.mlp": "0-15"}}
     plan = Plan.from_json({"format": "mptk-plan/1", "families": {"ffn": whole, "ffn.1": layer}})
     with expect_error(PlanError, name="ffn.1"):
@@ -278,11 +257,7 @@ def test_a_plan_names_no_unit_twice() -> None:
         ({"keep": ("ffn.1",)}, {"ffn": (0, 2), "ffn.1": (1,)}, {"ffn.1"}),
         ({"widths": {"ffn": 40, "ffn.1": 60}}, {"ffn": (0, 2), "ffn.1": (1,)}, set()),
         ({"families": ("ffn.1",)}, {"ffn": (1,), "ffn.0": (0,), "ffn.2": (2,)}, {"ffn.0", "ffn.2"}),
-        (
-            {"families": ("ffn.1",), "widths": {"ffn.1": 60}},
-            {"ffn.0": (0,), "ffn.1": (1,), "ffn.2": (2,)},
-            {"ffn.0", "ffn.2"},
-        ),
+        ({"families": ("ffn.1",), "widths": {"ffn.1": 60}}, {f"ffn.{i}": (i,) for i in range(3)}, {"ffn.0", "ffn.2"}),
     ],
 )
 def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whole: set[str]) -> None:
@@ -302,26 +277,21 @@ def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
 
 def test_no_other_division_loses_less() -> None:
     """Against all divisions of the same layers, with convex curves."""
-    cost = CostModel(analyse_llama())
-    steepness = {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
+    cost, steepness = CostModel(analyse_llama()), {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
     ladder = tuple(range(4, 65, 4))
+    levels = choose_levels(ladder)
 
-    def loss(name: str, width: float) -> float:
+    def lose(name: str, width: float) -> float:
         return steepness[name] * (1 - width / 64) ** 2
 
-    widths = choose_levels(ladder)
-    curves = {name: Curve(widths, tuple(loss(name, w) for w in widths)) for name in steepness}
+    def lose_all(widths: Mapping[str, float]) -> float:
+        return sum(lose(name, width) for name, width in widths.items())
+
+    curves = {name: Curve(levels, tuple(lose(name, w) for w in levels)) for name in steepness}
     found = divide(curves, dict.fromkeys(steepness, ladder), cost, 0.2)
-    best = min(
-        (
-            w
-            for w in itertools.product(widths, repeat=3)
-            if cost.compute_sparsity(dict(zip(steepness, w, strict=True))) >= 0.2
-        ),
-        key=lambda w: sum(loss(name, width) for name, width in zip(steepness, w, strict=True)),
-    )
+    every = (dict(zip(steepness, widths, strict=True)) for widths in itertools.product(levels, repeat=3))
     assert cost.compute_sparsity(found) == pytest.approx(0.2, abs=0.01)
-    assert sum(loss(n, w) for n, w in found.items()) <= sum(loss(n, w) for n, w in zip(steepness, best, strict=True))
+    assert lose_all(found) <= min(lose_all(widths) for widths in every if cost.compute_sparsity(widths) >= 0.2)
 
 
 def test_levels_are_legal_and_fall_from_the_whole() -> None:
@@ -336,3 +306,38 @@ def test_a_curve_that_rises_again_is_read_as_level() -> None:
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
     widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.compute_sparsity({"ffn.1": 16}))
     assert widths == {"ffn.0": 64, "ffn.1": 16}
+
+
+# ---- what whole first and last layers would have saved, which a run with equal layers says ----
+
+DEPTH = 6
+EQUAL = mptk.Settings(method="wanda", sparsity=0.3, align=1, samples=8, onnx=False)
+
+
+def note(strong: set[int]) -> str:
+    found = mptk.prune(Residual(strong, DEPTH, 48), None, EQUAL, example_inputs=(torch.randn(8, 24),))
+    return next((n for n in found.report.notes if "equal layers" in n), "")
+
+
+def test_it_is_said_only_if_the_first_and_last_layers_matter_most() -> None:
+    said = note({0, DEPTH - 1})
+    less, alike, whole = map(float, re.findall(r"\d+\.\d+", said))
+    assert less == pytest.approx(alike - whole, abs=0.011)
+    assert f"--layers 1-{DEPTH - 2} cuts so" in said
+    assert note({2, 3}) == ""  # whole ends would be worse
+
+
+def test_whole_ends_save_as_much_unless_the_user_gives_widths() -> None:
+    model = testing.make_llama(layers=DEPTH)
+    analysis = analyze(trace(model, dynamic=True))
+    dense = Analysed(Loaded(model, None, "llama", Path()), CAUSAL_LM, analysis)
+    asked = mptk.Settings(method="random", sparsity=0.2, align=1, families=("ffn",))
+    prepared = legalise_bare(dense, asked)
+    scores, equal = score_units(analysis, "random"), prepared.candidates[0].widths
+    plan = plan_whole_ends(prepared, scores, select_units(analysis, scores, equal))
+    assert set(plan.families) == {f"ffn.{layer}" for layer in range(1, DEPTH - 1)}
+    assert prepared.cost.compute_sparsity(equal) == pytest.approx(0.2, abs=0.01)
+    saved = [1 - width / 64 for width in plan.widths.values()]
+    assert sum(saved) / DEPTH == pytest.approx(1 - equal["ffn"] / 64, abs=0.01)
+    given = legalise_bare(dense, replace(asked, widths={"ffn": 34}))
+    assert plan_whole_ends(given, scores, select_units(analysis, scores, {"ffn": 34})) is None

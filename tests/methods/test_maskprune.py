@@ -19,7 +19,6 @@ from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, reconstruct_consumers
 from mptk.protocols import RunFolder
 from mptk.staged.staged import EXECUTOR, Executor
-from mptk.tasks import CAUSAL_LM
 from mptk.testing import draw_plan, expect_error
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
@@ -40,23 +39,18 @@ SHAPES = [(2, 5, 11), (2, 5, CHUNK // 4), (1, 2, CHUNK + 3)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", [LossWeights(lm=0.0), LossWeights(kl=0.0), LossWeights(lm=0.3, kl=1.7)])
-def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
-    shape: tuple[int, int, int], weights: LossWeights
-) -> None:
+def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(shape: tuple, weights: LossWeights) -> None:
     student, teacher = logits(0, *shape).requires_grad_(), logits(1, *shape) + 300
     ids = torch.randint(11, shape[:2], generator=torch.Generator().manual_seed(2))
     lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     kl = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1).mean()
     (expected,) = torch.autograd.grad(3 * (weights.lm * lm + weights.kl * kl), student)
-    targets = make_token_samples(ids).targets
-    assert targets is not None
-    found = compute_class_losses(student, targets, teacher, weights)
+    found = compute_class_losses(student, make_token_samples(ids).targets, teacher, weights)
     (seen,) = torch.autograd.grad(3 * found["loss"], student)
     # Torch's own sums in float32 lose digits over a million logits.
     assert found["loss"].item() == pytest.approx((weights.lm * lm + weights.kl * kl).item(), rel=1e-4)
-    assert {name: value.item() for name, value in found.items() if name != "loss"} == pytest.approx(
-        {name: value.item() for name, value in (("lm", lm), ("kl", kl)) if getattr(weights, name)}, rel=1e-4
-    )
+    parts = {name: value.item() for name, value in (("lm", lm), ("kl", kl)) if getattr(weights, name)}
+    assert {name: value.item() for name, value in found.items() if name != "loss"} == pytest.approx(parts, rel=1e-4)
     torch.testing.assert_close(seen, expected, rtol=1e-3, atol=min(1e-6, 1e-3 / shape[-1]))
 
 
@@ -97,14 +91,6 @@ def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -
     assert divergence(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_loss_of_windows_predicts_the_next_token() -> None:
-    sure = torch.full((1, 3, 5), -30.0)
-    sure[0, 0, 1] = sure[0, 1, 2] = 30.0
-    assert CAUSAL_LM.compute_loss(sure, make_token_samples(torch.tensor([[3, 1, 2]]))).item() == pytest.approx(
-        0.0, abs=1e-6
-    )
-
-
 def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
     h = logits(0, 2, 3, 7)
     assert compute_hidden_error([h], [h]).item() == 0
@@ -116,37 +102,39 @@ def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
     assert compute_hidden_error([near], [narrow]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:
-    model, windows = testing.make_decoder("llama"), make_token_samples(testing.draw_tokens(6, 9))
-    calls = []
+class Live:
+    """The dense model as a teacher, and how many windows it was asked for, each time."""
+
+    def __init__(self) -> None:
+        self.model, self.calls = testing.make_decoder("llama"), list[int]()
 
     @torch.no_grad()
-    def live(samples: Samples) -> Output:
-        calls.append(len(samples))
-        return model(*samples.tensors, use_cache=False).logits, None
+    def __call__(self, samples: Samples) -> Output:
+        self.calls.append(len(samples))
+        return self.model(*samples.tensors, use_cache=False).logits, None
 
+
+def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:
+    live, windows = Live(), make_token_samples(testing.draw_tokens(6, 9))
     student = logits(0, 2, 9, 97)
     exact = divergence(student, live(windows[torch.tensor([4, 1])])[0]).item()
-    calls.clear()
+    live.calls.clear()
     for rows in ([4, 1], [1, 4]):
         seen, states = CachedTeacher(live, tmp_path, k=96)(windows[torch.tensor(rows)])
         assert divergence(student.flip(0) if rows[0] == 1 else student, seen).item() == pytest.approx(exact, rel=2e-3)
         assert states is None
-    assert calls == [2]
+    assert live.calls == [2]
     CachedTeacher(live, tmp_path, k=96)(windows[1:3])  # in one batch whatever is there, for the same bits
     CachedTeacher(live, tmp_path, k=8)(windows[1:2])
-    assert calls == [2, 2, 1]
+    assert live.calls == [2, 2, 1]
 
 
 def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
     """As when it is in shards; else the other would wait for ever."""
-    model, windows, calls = testing.make_decoder("llama"), make_token_samples(testing.draw_tokens(2, 9)), []
-    live = torch.no_grad()(
-        lambda samples: calls.append(len(samples)) or (model(*samples.tensors, use_cache=False).logits, None)
-    )
+    live, windows = Live(), make_token_samples(testing.draw_tokens(2, 9))
     for asked in (True, True, False):
         CachedTeacher(live, tmp_path, wanted=lambda missing, asked=asked: asked)(windows)
-    assert calls == [2, 2]
+    assert live.calls == [2, 2]
 
 
 def test_a_fingerprint_tells_models_apart() -> None:
@@ -182,49 +170,43 @@ def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str, exe
         fitted = reconstruct_consumers(analysis, sites, cut, {}, make_token_samples(ids), executor=executor)
         found = mask(replace(analysis, program=analysis.program.with_state(fitted)), cut)(ids)
     assert (found - dense).norm() < 0.1 * (masked - dense).norm()
-    consumers = {m.weight for g in analysis.family("ffn").groups for m in g.members if m.role == "consumer"}
-    assert set(fitted) == consumers
+    assert set(fitted) == {m.weight for g in analysis.family("ffn").groups for m in g.members if m.role == "consumer"}
 
 
-@torch.no_grad()
-def test_few_rows_give_the_same_fit_as_their_products() -> None:
+def draw(*shapes: tuple[int, int]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    dense, x = torch.randn(11, 17, generator=generator), torch.randn(5, 17, generator=generator)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def fit(x: torch.Tensor, dense: torch.Tensor, keep: torch.Tensor, *, few: bool = False) -> torch.Tensor:
+    """The dense weights of a layer that reads ``x``, fitted to the inputs that stay."""
+    found = _Fit(keep, transposed=False, few=few)
+    for rows in x.chunk(3):
+        found.add(rows)
+    return found.solve(dense, dense * 1.1)
+
+
+def test_few_rows_give_the_same_fit_as_their_products() -> None:
+    dense, x = draw((11, 17), (5, 17))
     keep = torch.arange(17) % 3 > 0
-    found = []
-    for few in (True, False):
-        fit = _Fit(keep, transposed=False, few=few)
-        for row in x.split(2):
-            fit.add(row)
-        found.append(fit.solve(dense, dense * 1.1))
+    found = [fit(x, dense, keep, few=few) for few in (True, False)]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     assert not found[0][:, ~keep].any()
 
 
-@torch.no_grad()
 def test_one_huge_input_does_not_keep_a_layer_from_being_fitted() -> None:
     """As where a model makes its massive activations: the ridge follows the other inputs."""
-    generator = torch.Generator().manual_seed(0)
-    x, dense = torch.randn(400, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    x, dense = draw((400, 6), (11, 6))
     x[:, 5], x[0, 0] = x[:, 4], 3000.0  # the last is a copy, and goes
-    keep = torch.arange(6) < 5
-    fit = _Fit(keep, transposed=False, few=False)
-    fit.add(x)
-    left = x[1:] @ (fit.solve(dense, dense) - dense).T
+    left = x[1:] @ (fit(x, dense, torch.arange(6) < 5) - dense).T
     assert left.norm() < 0.3 * (x[1:, 5:] @ dense[:, 5:].T).norm()
 
 
 def test_more_text_lets_a_fit_go_further_from_the_dense_weights() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, dense = torch.randn(40, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    x, dense = draw((40, 6), (11, 6))
     x[:, 5] = x[:, 4]  # the last goes, and its copy can make up for it
-
-    def missed(times: int) -> float:
-        fit = _Fit(torch.arange(6) < 5, transposed=False, few=False)
-        fit.add(x.repeat(times, 1))
-        return float((x @ (fit.solve(dense, dense) - dense).T).norm())
-
-    assert missed(100) < 0.1 * missed(1)
+    more, less = ((x @ (fit(x.repeat(n, 1), dense, torch.arange(6) < 5) - dense).T).norm() for n in (100, 1))
+    assert more < 0.1 * less
 
 
 def test_activations_computed_again_change_no_gradient() -> None:
@@ -243,8 +225,7 @@ def test_activations_computed_again_change_no_gradient() -> None:
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
     rates = [schedule(step, 100, 0.05) for step in range(100)]
-    assert max(rates) == 1.0
-    assert rates[0] == pytest.approx(0.2)
+    assert (rates[0], max(rates)) == (pytest.approx(0.2), 1.0)
     assert rates[-1] < 0.001
 
 
@@ -255,10 +236,9 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
         work.save_checkpoint("masks", step, {"x": torch.tensor(float(step))})
         work.log("masks", step, {"loss": 0.5})
     assert len(list(work.path.glob("masks-*.safetensors"))) == 2
-    with expect_error(OutputError, name=work.path):
-        RunFolder(out, {"steps": 3}, resume=False)
-    with expect_error(OutputError, name=work.path):
-        RunFolder(out, {"steps": 4}, resume=True)
+    for steps, resume in ((3, False), (4, True)):
+        with expect_error(OutputError, name=work.path):
+            RunFolder(out, {"steps": steps}, resume=resume)
     again = RunFolder(out, {"steps": 3}, resume=True)
     step, state = again.read_latest("masks")
     assert (step, state["x"].item()) == (3, 3.0)

@@ -15,14 +15,8 @@ from torch import nn
 import mptk
 from mptk import testing
 from mptk.config import Training
-from mptk.methods.maskprune.train import (
-    MUON_RATE,
-    Muon,
-    count_product_tokens,
-    find_matrices,
-    make_optimizer,
-    make_orthogonal,
-)
+from mptk.methods.maskprune import train
+from mptk.methods.maskprune.train import Muon, find_matrices, make_optimizer
 
 TRAINED = replace(LEARNING, steps=6, rank=0, training=replace(TRAINING, lr=1e-4, optimizer="muon"))
 MUON = replace(SETTINGS, method="wanda", eval_windows=1, learning=TRAINED)
@@ -39,7 +33,7 @@ TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 def test_an_orthogonal_matrix_keeps_the_directions_and_makes_all_about_as_large(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    seen = left.T @ make_orthogonal(matrix) @ right.T
+    seen = left.T @ train.make_orthogonal(matrix) @ right.T
     assert (seen.diagonal() - 0.95).abs().max() < 0.35
     assert (seen - seen.diagonal().diag()).abs().max() < 0.02
 
@@ -73,7 +67,7 @@ def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
     model, twin = testing.make_decoder("llama"), testing.make_decoder("llama")
     model.model.norm.weight.requires_grad_(False)
     muon = make_optimizer(model, Training(lr=1e-3, optimizer="muon"))
-    assert [group["peak"] for group in muon.param_groups] == [MUON_RATE * 1e-3, 1e-3]
+    assert [group["peak"] for group in muon.param_groups] == [train.MUON_RATE * 1e-3, 1e-3]
     taken = [p for group in muon.param_groups for p in group["params"]]
     assert {id(p) for p in taken} == {id(p) for p in model.parameters() if p.requires_grad}
     both = muon, make_optimizer(twin, Training(lr=1e-3))
@@ -113,8 +107,7 @@ def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:
 
 def test_processes_with_shards_train_alike(llama: str, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = shard(llama, out, MUON_COMMAND)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(shard(llama, out, MUON_COMMAND), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["loss"] for row in metrics(out)] == pytest.approx([row["loss"] for row in metrics(whole)], rel=1e-3)
 
@@ -124,4 +117,5 @@ def test_adapters_are_trained_by_adamw() -> None:
     assert learning.of_masks(0.2).training.optimizer == "adamw"
     assert learning.of_recovery(frozen=True, size=0.2).training.optimizer == "adamw"
     assert learning.of_recovery(frozen=False, size=0.2).training.optimizer == "muon"
-    assert count_product_tokens(learning, hidden=100) > count_product_tokens(replace(learning, rank=4), hidden=100) == 0
+    counts = [train.count_product_tokens(each, hidden=100) for each in (learning, replace(learning, rank=4))]
+    assert counts[0] > counts[1] == 0

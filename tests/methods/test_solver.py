@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,20 +56,15 @@ def lost(h: dict[str, Tensor], widths: dict[str, int]) -> float:
     return sum(float(h[c].sort(-1).values[..., : SHAPES[c][2] - w].sum()) for c, w in widths.items())
 
 
-def all_widths() -> list[dict[str, int]]:
-    return [{"heads": h, "ffn": f} for h in range(1, SHAPES["heads"][2] + 1) for f in range(1, SHAPES["ffn"][2] + 1)]
-
-
 @both_updates
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("budget", "steps"), [(0.8, 400), (0.6, 400), (0.4, 400), (0.6, 10)])
-def test_it_finds_the_best_widths_of_a_quadratic_and_meets_the_budget(
-    seed: int, budget: float, steps: int, masks: str
-) -> None:
+def test_it_finds_the_best_widths_and_meets_the_budget(seed: int, budget: float, steps: int, masks: str) -> None:
     h = curvatures(seed)
     solver = solve(h, budget, steps, masks=masks)
     assert resource(solver.compute_widths()) == pytest.approx(budget, abs=0.02)
-    near = [w for w in all_widths() if abs(resource(w) - budget) <= 0.02]
+    every = [{"heads": h, "ffn": f} for h in range(1, SHAPES["heads"][2] + 1) for f in range(1, SHAPES["ffn"][2] + 1)]
+    near = [w for w in every if abs(resource(w) - budget) <= 0.02]
     best, worst = min(lost(h, w) for w in near), max(lost(h, w) for w in near)
     chosen = min(near, key=lambda w: sum(((w[c] - v) / SHAPES[c][2]) ** 2 for c, v in solver.compute_widths().items()))
     assert lost(h, chosen) <= (1.2 if steps > 10 else 1.3) * best, (solver.compute_widths(), chosen)
@@ -80,10 +76,13 @@ def test_a_given_width_is_held_and_the_rest_meets_the_budget(width: int) -> None
     solver = solve(curvatures(0), 0.6, given={"ffn": width})
     assert solver.compute_widths()["ffn"] == width
     assert resource(solver.compute_widths()) == pytest.approx(0.6, abs=0.02)
-    assert solve(curvatures(0), 0.6, steps=20, given={"ffn": width, "heads": 3}).compute_widths() == {
-        "ffn": width,
-        "heads": 3,
-    }
+    given = {"ffn": width, "heads": 3}
+    solver = solve(curvatures(0), 0.6, steps=20, given=given)
+    assert solver.compute_widths() == given
+    found = solver.collect_metrics()
+    assert "z" not in found, "no width is left that has a price"
+    assert found["y"] > 1
+    assert 0 < found["tail"] < 1
 
 
 @both_updates
@@ -96,10 +95,8 @@ def test_after_a_larger_cut_it_starts_there_and_takes_back_nothing(given: dict[s
         h["ffn"][layer, 0, layer : layer + 10] = 1.0
     begun = Solver(SHAPES, resource, 0.5, 400, given=given, stays=stays)
     assert torch.equal(begun.masks["ffn"], stays["ffn"].float())
-    assert (begun.compute_widths()["ffn"], begun.compute_target()) == (
-        30,
-        pytest.approx(resource({"heads": 8, "ffn": 30}), abs=0.02),
-    )
+    assert begun.compute_widths()["ffn"] == 30
+    assert begun.compute_target() == pytest.approx(resource({"heads": 8, "ffn": 30}), abs=0.02)
     solver = solve(h, 0.5, given=given, stays=stays, masks=masks)
     assert resource(solver.compute_widths()) == pytest.approx(0.5, abs=0.02)
     assert solver.compute_widths()["ffn"] <= 30
@@ -163,6 +160,30 @@ def test_the_proximal_step_is_the_least_of_its_sum_and_y_grows_with_what_it_leav
     assert y.tolist() == pytest.approx([1.5 + 2.0 / 10 * least**2], abs=1e-4)
 
 
+def rising(cost: Callable[[dict[str, float]], float]) -> Solver:
+    """Units of which each costs more than the one before it."""
+    solver = Solver({"ffn": (1, 1, 4)}, cost, 0.5, 10)
+    solver.masks["ffn"].grad = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    solver.observe(1000)
+    return solver
+
+
+def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
+    solver = rising(lambda widths: widths["ffn"] / 4)
+    values = solver.compute_saliency("ffn").clamp_min(0).flatten().sort().values
+    for removed, k in ((0.0, 0), (1.2, 2), (3.0, 3), (3.5, 3)):
+        solver.removed["ffn"] = removed
+        assert solver._predict_marginal("ffn") == pytest.approx(float(values[k]))
+
+
+def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves() -> None:
+    solver = rising(lambda widths: widths["ffn"] ** 2 / 16)
+    solver._move_widths(["ffn"])
+    assert solver.removed["ffn"] > 0
+    solver.removed["ffn"] = 0.0
+    assert solver.z == pytest.approx(solver._predict_marginal("ffn") / (2 * 4 / 16))
+
+
 def test_a_width_that_costs_more_y_is_cut_less() -> None:
     """The duals of a family's layers are part of the price of its next unit."""
     solver = Solver({"ffn": (2, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.5, 10)
@@ -179,54 +200,18 @@ def test_each_update_can_be_chosen() -> None:
     assert set(choices.names) == set(UPDATES)
 
 
-def test_metrics_have_no_price_if_all_widths_are_given() -> None:
-    found = solve(curvatures(0), 0.6, steps=20, given={"ffn": 20, "heads": 3}).collect_metrics()
-    assert "z" not in found
-    assert found["y"] > 1
-    assert 0 < found["tail"] < 1
-
-
-def test_a_given_width_is_reached_if_there_is_no_budget_to_meet() -> None:
-    solver = Solver(SHAPES, resource, 1.0, 10, given={"ffn": 30})
-    for m in solver.masks.values():
-        m.grad = torch.ones_like(m)
-    solver.step(1000)
-    assert solver.removed["ffn"] == 10
-
-
-def test_a_given_width_is_approached_as_the_budget_falls() -> None:
-    solver = Solver(SHAPES, resource, 0.6, 100, given={"ffn": 20})
-    for m in solver.masks.values():
-        m.grad = torch.ones_like(m)
-    solver.step(1000)
-    assert 0 < solver.removed["ffn"] < 20
-
-
-def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
-    solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.5, 10)
-    for m in solver.masks.values():
-        m.grad = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    solver.observe(1000)
-    values = solver.compute_saliency("ffn").clamp_min(0).flatten().sort().values
-    for removed, k in ((0.0, 0), (1.2, 2), (3.0, 3), (3.5, 3)):
-        solver.removed["ffn"] = removed
-        assert solver._predict_marginal("ffn") == pytest.approx(float(values[k]))
-
-
-def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves() -> None:
-    solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] ** 2 / 16, 0.5, 10)
-    for m in solver.masks.values():
-        m.grad = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    solver.observe(1000)
-    solver._move_widths(["ffn"])
-    removed, saved = solver.removed["ffn"], 2 * 4 / 16
-    solver.removed["ffn"] = 0.0
-    assert solver.z == pytest.approx(solver._predict_marginal("ffn") / saved)
-    assert removed > 0
+def test_a_given_width_is_approached_as_the_budget_falls_and_reached_if_there_is_none_to_meet() -> None:
+    free, falling = (Solver(SHAPES, resource, *how, given={"ffn": 20}) for how in ((1.0, 10), (0.6, 100)))
+    for solver in (free, falling):
+        for m in solver.masks.values():
+            m.grad = torch.ones_like(m)
+        solver.step(1000)
+    assert free.removed["ffn"] == 20
+    assert 0 < falling.removed["ffn"] < 20
 
 
 def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it() -> None:
-    def trace_of_z(cost: float) -> list[float]:
+    def list_prices(cost: float) -> list[float]:
         solver = Solver(SHAPES, lambda w: cost + 1e-3 * resource(w), 0.5, 40, Rates(width=0.0), ramp=0.0)
         solver.removed = dict.fromkeys(SHAPES, 3.0)
         prices = []
@@ -237,10 +222,10 @@ def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it() -> No
             prices.append(solver.z)
         return prices
 
-    above, below = trace_of_z(0.6), trace_of_z(0.4)
+    above, below = list_prices(0.6), list_prices(0.4)
     assert above == sorted(above)
-    assert above[0] < above[-1]
     assert below == sorted(below, reverse=True)
+    assert above[0] < above[-1]
     assert below[0] > below[-1] > 0
 
 
@@ -265,15 +250,12 @@ def test_a_restored_solver_continues_with_the_same_numbers() -> None:
         assert torch.equal(tensor, again.state()[name]), name
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+def test_a_gradient_that_is_not_finite_and_a_dual_that_diverges_stop_the_run() -> None:
     solver = Solver({"ffn": (1, 1, 3)}, lambda w: w["ffn"] / 3, 0.5, 10)
     solver.masks["ffn"].grad = torch.tensor([[[1.0, math.nan, 0.0]]])
     with expect_error(InputError):
         solver.step(10)
-
-
-def test_a_dual_that_diverges_stops_the_run() -> None:
-    """A cost that no width lowers: z rises until it is said."""
+    # A cost that no width lowers: z rises until it is said.
     solver = Solver({"ffn": (2, 1, 8)}, lambda _: 1.0, budget=0.5, steps=40, rates=Rates(price=1e4))
 
     def run() -> None:
@@ -301,12 +283,9 @@ def test_tokens_own_gradients_give_the_curvature_in_one_batch() -> None:
         assert (many.compute_curvature(c) / h[c]).log().abs().max() < 0.25
         assert (one.compute_curvature(c) / h[c]).log().abs().max() > 1
         assert not many.squares[c].any()
-
-
-def test_gradients_of_tokens_are_counted_for_each_scope() -> None:
-    solver, g = Solver({"heads": (1, 2, 3)}, lambda _: 1.0, 1.0, 10), torch.randn(5, 6)
-    solver.watch("heads", 0, g)
-    assert torch.allclose(solver.squares["heads"][0].flatten(), g.square().sum(0).to(solver.squares["heads"]))
+    solver, of_scopes = Solver({"heads": (1, 2, 3)}, lambda _: 1.0, 1.0, 10), torch.randn(5, 6)
+    solver.watch("heads", 0, of_scopes)
+    assert torch.allclose(solver.squares["heads"][0].flatten(), of_scopes.square().sum(0).to(solver.squares["heads"]))
 
 
 def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None:

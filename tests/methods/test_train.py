@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,31 +39,11 @@ class Drawing(nn.Module):
         return (self.head(x + self.noise * torch.randn(x.shape)),)
 
 
-def loop(
-    tmp_path: Path,
-    name: str,
-    *,
-    micro: int = 4,
-    noise: float = 0.0,
-    steps: int = 4,
-    watch: Watch | None = None,
-    limit: TimeLimit | None = None,
-) -> Loop:
+def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4, **how: Any) -> Loop:
+    """``how``: its watch and its limit."""
     training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
-    folder = RunFolder(tmp_path / name, {}, resume=True)
-    return Loop(
-        make_accelerator("no"),
-        Drawing(noise),
-        lambda _: (None, None),
-        CAUSAL_LM,
-        WINDOWS,
-        steps,
-        training,
-        phase="masks",
-        folder=folder,
-        watch=watch,
-        limit=limit,
-    )
+    given = make_accelerator("no"), Drawing(noise), lambda _: (None, None), CAUSAL_LM, WINDOWS, steps, training
+    return Loop(*given, phase="masks", folder=RunFolder(tmp_path / name, {}, resume=True), **how)
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -77,7 +58,6 @@ def test_random_numbers_go_on_where_a_stopped_run_left_them(tmp_path: Path) -> N
     def losses() -> list[float]:
         seen: list[float] = []
         one = loop(tmp_path, "run", noise=1.0)
-
         one.progress = lambda done, total, metrics: seen.append(metrics["loss"])
         one.run()
         return seen
@@ -97,13 +77,11 @@ class Told(Watch):
         super().add(step, self.told[step])
 
 
-def watching(
-    tmp_path: Path, losses: Sequence[float], *, steps: int = 4, limit: TimeLimit | None = None
-) -> tuple[Loop, list[Tensor]]:
+def watching(tmp_path: Path, losses: Sequence[float], **how: Any) -> tuple[Loop, list[Tensor]]:
     """A loop with these losses on held-out samples, and what its embedding was after each step, as at the start."""
     watch = Told(WINDOWS)
     watch.told = losses
-    one = loop(tmp_path, "watched", steps=steps, watch=watch, limit=limit)
+    one = loop(tmp_path, "watched", watch=watch, **how)
     weights = [one.parameters["embed.weight"].detach().clone()]
     one.progress = lambda *_: weights.append(one.parameters["embed.weight"].detach().clone())
     return one, weights
@@ -117,10 +95,8 @@ def watching(
         ([5.0, 6.0, 7.0, 8.0, 9.0], 0, ("5", "9", "4")),
     ],
 )
-def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_after(
-    tmp_path: Path, losses: list[float], kept: int, said: tuple[str, ...]
-) -> None:
-    """A note gives the step that is kept, the number of steps, and both losses."""
+def test_the_weights_of_the_least_held_out_loss_are_kept(tmp_path: Path, losses: list, kept: int, said: tuple) -> None:
+    """Before a stop and after. A note gives the step that is kept, the number of steps, and both losses."""
     one, weights = watching(tmp_path, losses)
     one.run()
     assert torch.equal(one.parameters["embed.weight"], weights[kept])
@@ -139,9 +115,8 @@ NEVER, LONG_AGO = 1e12, 0.0
 
 
 def limited(ends: float, *, least: int = 1, most: int = 40) -> TimeLimit:
-    return TimeLimit(
-        began=0.0, ends=ends, before=1.0, scoring=1.0, after=0.0, elastic=0.0, distilling=0.0, least=least, most=most
-    )
+    costs = {"before": 1.0, "scoring": 1.0, "after": 0.0, "elastic": 0.0, "distilling": 0.0}
+    return TimeLimit(began=0.0, ends=ends, **costs, least=least, most=most)
 
 
 def test_a_run_by_minutes_takes_as_many_steps_as_there_is_time_for(tmp_path: Path) -> None:
@@ -198,9 +173,8 @@ def test_rates_follow_the_size_of_the_weights(size: float, masks: float, lora: f
     found = Learning(steps=8)
     assert found.of_masks(size).training.lr == masks
     assert found.of_recovery(False, size).training.lr == full
-    assert (
-        found.of_recovery(True, size).training.lr == replace(found, rank=4).of_recovery(False, size).training.lr == lora
-    )
+    assert found.of_recovery(True, size).training.lr == lora
+    assert replace(found, rank=4).of_recovery(False, size).training.lr == lora
     given = replace(found, training=Training(lr=0.5))
     assert given.of_masks(size).training.lr == given.of_recovery(False, size).training.lr == 0.5
 

@@ -5,6 +5,8 @@ It reaches for mptk.ort: single steps of the decoder are compared.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -17,7 +19,7 @@ from mptk.api.graphs import export_folder, find_onnx_folder
 from mptk.errors import FileError
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import Sampling, TextGenerator, encode_prompts, generate_tokens
-from mptk.testing import expect_error, make_llama, make_tokenizer
+from mptk.testing import expect_error, make_llama, make_tokenizer, save_model
 
 PROMPTS = [[5, 9, 31, 7], [8], [40, 41, 42, 43, 44, 45, 46]]
 NEW = 12
@@ -26,13 +28,10 @@ QUANTIZED = {f"model_{ending}.{kind}" for ending in ("quantized", "q4") for kind
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense")
     model = make_llama(layers=1)
     for parameter in model.parameters():
         parameter.data.mul_(6)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return Path(save_model(model, tmp_path_factory.mktemp("dense")))
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +85,9 @@ def test_draws_repeat_with_their_seed_and_follow_the_distribution():
 
 
 def test_sampled_text_repeats_with_its_seed(decoder):
-    def run(seed: int) -> list:
-        return list(generate_tokens(decoder, PROMPTS, limit=6, sampling=Sampling(1.5, top_k=0), seed=seed))
-
-    assert run(1) == run(1) != run(2)
+    how = {"limit": 6, "sampling": Sampling(1.5, top_k=0)}
+    one, again, other = (list(generate_tokens(decoder, PROMPTS, **how, seed=seed)) for seed in (1, 1, 2))
+    assert one == again != other
 
 
 def test_the_exported_folder_has_what_consumers_look_for(source, folder):

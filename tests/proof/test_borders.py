@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lab import WINDOW, Lab
 from tiny_decoders import SLIDING, tiny_decoder
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 from mptk import trace
 from mptk.ir import make_token_samples
-from mptk.proof.proof import find_reach, make_proof_batches
+from mptk.proof.proof import make_proof_batches
 from mptk.protocols import Use
 from mptk.tasks.decoder_form import UNPADDED, decode_samples
 from passes.analysis.borders import find_config_borders, find_graph_borders, reach
-
-TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
 
 
 class Windowed(nn.Module):
@@ -40,7 +37,8 @@ class Windowed(nn.Module):
 
 
 def test_the_graph_tells_windows_chunks_and_buckets() -> None:
-    found = set(find_graph_borders(trace(Windowed(), (TOKENS,), dynamic=True)))
+    tokens = torch.arange(14).reshape(2, 7) % 11 + 1
+    found = set(find_graph_borders(trace(Windowed(), (tokens,), dynamic=True)))
     assert {17, 21, 4, 5} <= found
     assert 1234 not in found
 
@@ -85,17 +83,13 @@ def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
     assert short.note.endswith("--proof-length 98 covers it")
 
 
-def test_the_long_sequence_is_text_again_and_again() -> None:
+def test_a_long_row_is_text_again_and_again_and_there_are_three_short_ones_and_one_whatever_the_samples_are() -> None:
     windows = torch.arange(60).reshape(3, 20)
     short, long = (batch.inputs["input_ids"] for batch in make_proof_batches(make_token_samples(windows), 130))
     assert torch.equal(short, windows)
     assert torch.equal(long[0, :61], torch.tensor([*range(60), 0]))
     assert long.shape == (1, 130)
-
-
-def test_there_are_three_short_rows_and_one_row_whatever_the_samples_are() -> None:
-    windows = torch.arange(40).reshape(2, 20)
-    short, one = (batch.inputs["input_ids"] for batch in make_proof_batches(make_token_samples(windows), 12))
+    short, one = (batch.inputs["input_ids"] for batch in make_proof_batches(make_token_samples(windows[:2]), 12))
     assert torch.equal(short, windows[[0, 1, 0]])
     assert torch.equal(one, windows[:1])
 
@@ -111,21 +105,16 @@ class Counting:
     def make_empty(self, batch: int) -> int:
         return 0
 
-    def step(self, ids: object, mask: object, cache: int, positions: None) -> tuple[object, int]:
-        many = ids.shape[1]  # type: ignore[attr-defined]
-        self.asked.append((cache, many))
-        return torch.arange(cache, cache + many).float().reshape(1, -1, 1).numpy(), cache + many
+    def step(self, ids: Tensor, mask: object, cache: int, positions: None) -> tuple[object, int]:
+        self.asked.append((cache, ids.shape[1]))
+        after = cache + ids.shape[1]
+        return torch.arange(cache, after).float().reshape(1, -1, 1).numpy(), after
 
 
 def test_decoding_steps_cross_each_border_with_the_cache() -> None:
     counting, samples = Counting(), make_token_samples(torch.zeros(1, 40, dtype=torch.long))
-    found = decode_samples(UNPADDED, counting, Use([10, 12, 39]), samples)  # type: ignore[arg-type]
+    found = decode_samples(UNPADDED, counting, Use([10, 12, 39]), samples)
     assert found.places.tolist() == [list(range(40))]
     assert found.outputs[0, :, 0].tolist() == list(range(40))
     ends = [cache + many for cache, many in counting.asked]
     assert ends == [*range(7, 17), 33, 34, 35, 38, 39, 40]
-
-
-def test_a_proof_goes_beyond_the_window_of_the_model(lab: Lab) -> None:
-    assert find_reach(lab.compiled).borders == (WINDOW,)
-    assert [batch.inputs["input_ids"].shape for batch in lab.batches] == [(3, 40), (1, 120)]

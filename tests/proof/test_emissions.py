@@ -34,9 +34,6 @@ def test_a_graph_that_is_wrong(lab: Lab, name: str) -> None:
         lab.prove(lab.copy(at(FLOAT, change), forged=False), None, ONNX)
 
 
-# ---- files beside the graphs and the weights ----
-
-
 def swap_ids(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     ids = content["model"]["vocab"]
@@ -71,9 +68,6 @@ def test_a_file_that_is_wrong(lab: Lab, name: str) -> None:
     edit, right = FILES[name]
     with expect_error(ProofError, name="config", nearest=right):
         lab.prove(lab.copy(edit, forged=False))
-
-
-# ---- what is optional ----
 
 
 def scales_doubled(scheme_file: str) -> Edit:

@@ -50,6 +50,7 @@ def test_the_folder_is_sound_and_its_proof_goes_beyond_the_window(lab: Lab) -> N
 
 LAYER = "model.layers.1"
 FFN, ATTENTION = f"{LAYER}.mlp", f"{LAYER}.self_attn"
+UP = f"{FFN}.up_proj.weight"
 Inject = Callable[[Compiled], Compiled]
 
 
@@ -91,13 +92,10 @@ CUTS: dict[str, tuple[Inject, str]] = {
     "permuted head": (other_weight(f"{ATTENTION}.q_proj.weight", swap_heads), "rewritten graph"),
     "wrong K group": (other_weight(f"{ATTENTION}.k_proj.weight", swap_heads), "rewritten graph"),
     "wrong V group": (other_weight(f"{ATTENTION}.v_proj.weight", swap_heads), "rewritten graph"),
-    "a weight of NaN": (other_weight(f"{FFN}.up_proj.weight", lambda w: w * torch.nan), "stored weights"),
+    "a weight of NaN": (other_weight(UP, lambda w: w * torch.nan), "stored weights"),
     "mask not applied": (without_masks, "rewritten graph"),
     "stale shape constant": (cut_wrongly(other_constant), "rewritten graph"),
-    "norms folded twice": (
-        other_weight("model.norm.weight", lambda w: w * (len(w) / 48) ** 0.5),
-        "rewritten graph",
-    ),
+    "norms folded twice": (other_weight("model.norm.weight", lambda w: w * (len(w) / 48) ** 0.5), "rewritten graph"),
 }
 
 
@@ -156,43 +154,33 @@ def test_logits_show_a_wrong_config_too(lab: Lab, name: str) -> None:
 # ---- training ----
 
 
-def swap_rows(weight: Tensor) -> Tensor:
-    return weight[[1, 0, *range(2, len(weight))]]
-
-
 TRAINED: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "adapters merged with 1.01": lambda weights: {name: 1.01 * weight for name, weight in weights.items()},
     "recovery dropped": lambda weights: {},
-    "rows swapped after recovery": lambda weights: {
-        **weights, f"{FFN}.up_proj.weight": swap_rows(weights[f"{FFN}.up_proj.weight"])
-    },
-}  # fmt: skip
+    "rows swapped after recovery": lambda weights: weights | {UP: weights[UP][[1, 0, *range(2, len(weights[UP]))]]},
+}
 
 
 @pytest.fixture(scope="module")
-def trained(lab: Lab) -> tuple[Recovered, SampleSets]:
+def trained(lab: Lab) -> Recovered:
     """What training gives: weights in the cut's shapes, and their outputs on the proof's samples."""
-    sets, program = lab.sets, lab.compiled.program
+    program = lab.compiled.program
     held = {name: program.state[name] for name in program.state if name.endswith("proj.weight")}
     new = {name: weight + 0.01 * torch.randn(weight.shape) for name, weight in held.items()}
-    return Recovered(
-        new, Witness("trained model", program.with_state(new)(*sets.proof.tensors), TOLERANCE), None, 1
-    ), sets
+    outputs = program.with_state(new)(*lab.sets.proof.tensors)
+    return Recovered(new, Witness("trained model", outputs, TOLERANCE), None, 1)
 
 
-@pytest.mark.parametrize("name", [None, *TRAINED])
-def test_weights_that_are_not_the_trained_ones(
-    lab: Lab, trained: tuple[Recovered, SampleSets], name: str | None
-) -> None:
-    found, sets = trained
-    run = lab.make_run()
-    if name is None:
-        adopted, (difference,) = adopt_weights(lab.compiled, found, sets, run)
-        assert set(adopted.chosen.trained) == set(found.weights)
-        assert difference.ok
-        return
+@pytest.mark.parametrize("name", TRAINED)
+def test_weights_that_are_not_the_trained_ones(lab: Lab, trained: Recovered, name: str) -> None:
     with expect_error(ProofError, name="trained model"):
-        adopt_weights(lab.compiled, replace(found, weights=TRAINED[name](found.weights)), sets, run)
+        adopt_weights(lab.compiled, replace(trained, weights=TRAINED[name](trained.weights)), lab.sets, lab.make_run())
+
+
+def test_the_trained_weights_are_taken(lab: Lab, trained: Recovered) -> None:
+    adopted, (difference,) = adopt_weights(lab.compiled, trained, lab.sets, lab.make_run())
+    assert set(adopted.chosen.trained) == set(trained.weights)
+    assert difference.ok
 
 
 @dataclass
@@ -207,10 +195,10 @@ class Learning(Method):
         return replace(self.chosen, witness=Witness("learned masks", outputs, TOLERANCE))
 
 
-def test_a_choice_that_is_not_the_learned_one(lab: Lab, trained: tuple[Recovered, SampleSets]) -> None:
+def test_a_choice_that_is_not_the_learned_one(lab: Lab) -> None:
     base = replace(lab.compiled.prepared, method=Learning(lab.compiled.chosen), planned=None)
     with expect_error(ProofError, name="learned masks"):
-        choose_units(str(lab.dense), base, trained[1], lab.make_run())
+        choose_units(str(lab.dense), base, lab.sets, lab.make_run())
 
 
 # ---- a published folder ----
@@ -226,10 +214,6 @@ def other_plan(folder: Path) -> None:
     Plan({**plan.families, "ffn": replace(ffn, keep=keep)}, plan.meta).save(folder / "plan.json")
 
 
-def told_plan(folder: Path) -> None:
-    fields("report.json", plan_sha256=Plan.load(folder / "plan.json").digest)(folder)
-
-
 def louder(folder: Path) -> None:
     """The ONNX graph's weights are 1 % larger."""
     file = folder / "onnx" / "model.onnx_data"
@@ -241,10 +225,6 @@ def unknown_tokens(folder: Path) -> None:
     save_file({"input_ids": torch.full((1, 40), 97)}, folder / PROVEN_ON)
 
 
-def zero(name: str, tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor)
-
-
 def nudged(name: str, tensor: Tensor) -> Tensor:
     """One value of a token's embedding, which the proof's tokens need not hold."""
     if name.endswith("embed_tokens.weight"):
@@ -252,7 +232,7 @@ def nudged(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def add_file(folder: Path) -> None:
+def more_files(folder: Path) -> None:
     (folder / "extra.txt").touch()
 
 
@@ -261,56 +241,50 @@ def quantised(scheme: str, ending: str, damage: Damage) -> Edit:
     return lambda folder: damaged(folder / "onnx" / f"model{ENDINGS[scheme]}.onnx", ending, damage) and None
 
 
+tell = partial(fields, "report.json")
+ZERO = weights(lambda name, tensor: torch.zeros_like(tensor))
+NO_DATA, NO_ONNX = remove("onnx/model.onnx_data"), remove("onnx")
+OTHER_BYTE = quantised("int8", "linear_2.smooth.1_Q8", one_code)
 PLAIN: dict[str, tuple[Edit, str]] = {
-    "data file missing": (remove("onnx/model.onnx_data"), "onnx/model.onnx_data"),
-    "onnx folder deleted": (remove("onnx"), "onnx/model.onnx"),
+    "data file missing": (NO_DATA, "onnx/model.onnx_data"),
+    "onnx folder deleted": (NO_ONNX, "onnx/model.onnx"),
     "tokenizer changed": (fields("tokenizer_config.json", eos_token="w1"), "tokenizer_config.json"),
     "plan edited": (other_plan, "plan.json"),
-    "report edited": (fields("report.json", sparsity=0.9), "report.json"),
-    "file added": (add_file, "extra.txt"),
-    "one byte of an int8 block": (
-        quantised("int8", "linear_2.smooth.1_Q8", one_code),
-        "onnx/model_quantized.onnx_data",
-    ),
+    "report edited": (tell(sparsity=0.9), "report.json"),
+    "file added": (more_files, "extra.txt"),
+    "one byte of an int8 block": (OTHER_BYTE, "onnx/model_quantized.onnx_data"),
 }
 FORGED: dict[str, tuple[Edit, type[MptkError], str]] = {
-    "data file missing": (remove("onnx/model.onnx_data"), FileError, "onnx/model.onnx_data"),
-    "onnx folder deleted": (remove("onnx"), FileError, "onnx/model.onnx"),
+    "data file missing": (NO_DATA, FileError, "onnx/model.onnx_data"),
+    "onnx folder deleted": (NO_ONNX, FileError, "onnx/model.onnx"),
     "onnx folder deleted, list edited": (remove("onnx", told=True), FileError, "settings.onnx"),
     "onnx of other weights": (louder, ProofError, "ONNX Runtime prefill"),
     "int8 file deleted": (remove("onnx/model_quantized.onnx"), FileError, "onnx/model_quantized.onnx"),
-    "file added": (add_file, FileError, "files"),
+    "file added": (more_files, FileError, "files"),
     "weights changed": (weights(nudged, told=False), ChangedError, "report.json"),
     "weights and digest changed": (weights(nudged), ProofError, "stored weights"),
-    "weights zeroed, called a graph": (
-        all_of(weights(zero), fields("report.json", settings__target="graph")),
-        FileError,
-        "settings.target",
-    ),
+    "weights zeroed, called a graph": (all_of(ZERO, tell(settings__target="graph")), FileError, "settings.target"),
     "weights zeroed, made a graph": (
-        all_of(
-            weights(zero),
-            remove("config.json", told=True),
-            fields("report.json", settings__target="graph", config_changes={}),
-        ),
+        all_of(ZERO, remove("config.json", told=True), tell(settings__target="graph", config_changes={})),
         ProofError,
         "lm_head.weight",
     ),
-    "families": (fields("report.json", families__ffn__width=80), FileError, "families"),
-    "sparsity": (fields("report.json", sparsity=0.9), FileError, "sparsity"),
-    "cost": (fields("report.json", cost__pruned__flops=1), FileError, "cost.pruned"),
-    "called trained": (fields("report.json", trained=["model.norm.weight"]), FileError, "trained"),
-    "changes": (fields("report.json", config_changes={}), FileError, "config_changes"),
-    "quantised": (
-        fields("report.json", quantized={"int8": {"file": "onnx/model_quantized.onnx", "bytes": 9}}),
-        FileError,
-        "quantized",
-    ),
+    "families": (tell(families__ffn__width=80), FileError, "families"),
+    "sparsity": (tell(sparsity=0.9), FileError, "sparsity"),
+    "cost": (tell(cost__pruned__flops=1), FileError, "cost.pruned"),
+    "called trained": (tell(trained=["model.norm.weight"]), FileError, "trained"),
+    "changes": (tell(config_changes={}), FileError, "config_changes"),
+    "quantised": (tell(quantized={}), FileError, "quantized"),
+    "size of a quantised graph": (tell(quantized__int8__bytes=9), FileError, "quantized.int8.bytes"),
     "tokens": (unknown_tokens, FileError, PROVEN_ON),
-    "a word less": (fields("report.json", cost=None), FileError, "report.json"),
-    "another dense model": (fields("report.json", model_sha256="0" * 64), InputError, "model"),
+    "a word less": (tell(cost=None), FileError, "report.json"),
+    "another dense model": (tell(model_sha256="0" * 64), InputError, "model"),
     "plan": (other_plan, FileError, "plan_sha256"),
-    "plan and its digest": (all_of(other_plan, told_plan), ProofError, "stored weights"),
+    "plan and its digest": (
+        all_of(other_plan, lambda folder: tell(plan_sha256=Plan.load(folder / "plan.json").digest)(folder)),
+        ProofError,
+        "stored weights",
+    ),
     "words to transformers.js": (
         fields("config.json", **{"transformers.js_config": {"use_external_data_format": False}}),
         ProofError,
@@ -358,7 +332,7 @@ def no_graph(folder: Path) -> None:
 
 
 QUANTISED: dict[str, tuple[Edit, str]] = {
-    "one byte of an int8 block": (quantised("int8", "linear_2.smooth.1_Q8", one_code), "int8 weights"),
+    "one byte of an int8 block": (OTHER_BYTE, "int8 weights"),
     "garbage int8 block": (quantised("int8", "linear_2.smooth.1_Q8", garbage_block), "int8 weights"),
     "int4 scales doubled": (quantised("int4", "linear_2.smooth.1_scales", lambda a: a * 2), "int4 weights"),
     "int8 file of noise": (noise, "int8 weights"),

@@ -36,9 +36,8 @@ IN_RUNS = {
 @pytest.mark.always
 @pytest.mark.parametrize("name", IN_RUNS)
 def test_a_graph_that_is_wrong_in_one_use(lab: Lab, name: str) -> None:
-    folder = lab.copy(at(FLOAT, CONDITIONS[name]), forged=False)
     with expect_error(ProofError, name=IN_RUNS[name]):
-        lab.prove(folder, None, ONNX)
+        lab.prove(lab.copy(at(FLOAT, CONDITIONS[name]), forged=False), None, ONNX)
 
 
 @pytest.mark.always
@@ -55,9 +54,6 @@ def test_an_int8_graph_that_is_not_what_quantising_gives(lab: Lab, name: str) ->
     change = WRITTEN[name] if name in WRITTEN else GRAPHS[name][0]
     with expect_error(ProofError, name="int8 weights"):
         lab.prove(lab.copy(at("int8 decoder", change), forged=False), None, ONNX)
-
-
-# ---- what only a graph that is written again shows ----
 
 
 @pytest.mark.parametrize("name", ["wrong from position 600", "logits of noise 1e-6"])
@@ -96,9 +92,6 @@ def test_every_length_of_the_cache_every_number_of_rows_and_of_new_tokens_is_met
     assert {63, 64, 65, 127, 128, 129} <= set(np.cumsum(long))
 
 
-# ---- graphs that are compared without a run ----
-
-
 def graph(name: str = "a", second: str = "b", more: float = 1.0) -> ir.Model:
     """``y = table[ids] + more``, whose values are named otherwise."""
     table = numpy_helper.from_array(np.arange(12, dtype=np.float32).reshape(4, 3) + 1, "table")
@@ -110,9 +103,7 @@ def graph(name: str = "a", second: str = "b", more: float = 1.0) -> ir.Model:
     ]
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])
-    model = helper.make_model(helper.make_graph(nodes, "g", [ids], [y], [table, scale]))
-    assert isinstance(model, onnx.ModelProto)
-    return ir.from_proto(model)
+    return ir.from_proto(helper.make_model(helper.make_graph(nodes, "g", [ids], [y], [table, scale])))
 
 
 def test_names_of_values_do_not_matter_and_numbers_of_scalars_do() -> None:
@@ -124,9 +115,8 @@ def test_a_swapped_row_of_a_table_is_found_and_named() -> None:
     found = graph()
     weight = found.graph.initializers["table"].const_value.numpy()
     assert compare_with_weights(found, [("w", weight)]) == ""
-    assert (
-        compare_with_weights(found, [("w", weight[[0, 1, 3, 2]])]) == "row 2 of the constant table is not the one of w"
-    )
+    said = compare_with_weights(found, [("w", weight[[0, 1, 3, 2]])])
+    assert said == "row 2 of the constant table is not the one of w"
     assert compare_with_weights(found, [("w", 2 * weight)]) == ""
     assert find_differing_row(weight, weight * np.float32(1 + 1e-7)) is None
     assert find_differing_row(weight, weight[[0, 2, 1, 3]]) == 1

@@ -21,14 +21,7 @@ from mptk.publish.manifest import write_manifest
 from mptk.testing import Laboratory, expect_error, make_decoder, save_word_model
 
 SETTINGS = mptk.Settings(
-    method="magnitude",
-    widths={"ffn": 64},
-    families=("ffn",),
-    samples=2,
-    length=16,
-    onnx=False,
-    eval_length=16,
-    align=8,
+    method="magnitude", widths={"ffn": 64}, families=("ffn",), samples=2, length=16, onnx=False, eval_length=16, align=8
 )
 CONFIG = """
 from transformers import LlamaConfig
@@ -90,6 +83,11 @@ def own_pruned(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def copy(own_pruned: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(own_pruned, tmp_path / "copy")
+
+
 def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -> None:
     assert {"modeling_own.py", "configuration_own.py"} <= set(Report.read(own_pruned).files)
     model = models.load(str(own_pruned), trust_remote_code=True).model
@@ -99,12 +97,8 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -
 
 
 @pytest.mark.parametrize("name", ["extra.txt", "plan.json"])
-def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(
-    name: str, own: Path, own_pruned: Path, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(name: str, own: Path, copy: Path) -> None:
     """The dense model's own code touches a file. The error says what happened, and to verify the folder again."""
-    copy = tmp_path / "copy"
-    shutil.copytree(own_pruned, copy)
     (own.parent / "touched").write_text(str(copy / name))
     with expect_error(ChangedError, name=copy):
         mptk.verify(copy, trust_remote_code=True)
@@ -120,11 +114,7 @@ def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Pat
     assert not (own.parent / "ran").exists()
 
 
-def test_code_that_is_not_the_dense_models_is_not_run_however_much_the_user_trusts_that(
-    own: Path, own_pruned: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(own_pruned, copy)
+def test_code_that_is_not_the_dense_models_is_not_run_even_if_that_is_trusted(copy: Path, tmp_path: Path) -> None:
     with (copy / "modeling_own.py").open("a") as file:
         file.write(f"\nPath({str(tmp_path / 'evil')!r}).touch()\n")
     write_manifest(copy)
@@ -134,9 +124,7 @@ def test_code_that_is_not_the_dense_models_is_not_run_however_much_the_user_trus
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_code_of_another_repository_is_not_fetched(own_pruned: Path, tmp_path: Path, name: str) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(own_pruned, copy)
+def test_code_of_another_repository_is_not_fetched(copy: Path, name: str) -> None:
     code = {"AutoConfig": "evil/repo--own.OwnConfig", "AutoTokenizer": [None, "evil/repo--own.OwnTokenizer"]}
     write_json(copy / name, json.loads((copy / name).read_text()) | {"auto_map": code})
     write_manifest(copy)
@@ -160,12 +148,7 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
     ],
 )
 def test_what_the_report_names_is_neither_fetched_nor_believed(
-    laboratory: Laboratory,
-    tmp_path: Path,
-    set_cache: Callable[[object], None],
-    named: str,
-    kind: type[MptkError],
-    about: str,
+    laboratory: Laboratory, tmp_path: Path, set_cache: Callable, named: str, kind: type[MptkError], about: str
 ) -> None:
     other, copy = tmp_path / "OTHER", tmp_path / "copy"
     shutil.copytree(laboratory.open_model(), other)

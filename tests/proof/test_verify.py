@@ -57,14 +57,10 @@ def proof(part: float, change: float = 0.0):
 
 
 @torch.no_grad()
-def test_a_model_that_rounding_moves_is_given_its_own_tolerance() -> None:
+def test_a_model_that_rounding_moves_is_given_its_own_tolerance_and_a_wrong_unit_is_still_found() -> None:
     found = proof(1e-3)
     assert TOLERANCE < found.relative < found.tolerance <= WIDEST
     assert found.ok
-
-
-@torch.no_grad()
-def test_a_wrong_unit_is_still_found() -> None:
     found = proof(1e-3, change=0.05)
     assert found.tolerance <= WIDEST < found.relative
 
@@ -77,7 +73,7 @@ def test_a_sound_model_keeps_the_tolerance_of_float32() -> None:
     assert not found.ok
 
 
-def test_no_number_is_an_infinite_difference_wherever_it_is() -> None:
+def test_no_number_and_a_difference_from_zeros_are_infinite_and_all_numbers_are_compared() -> None:
     reference = torch.ones(1, 4, 5)
     for broken in (float("nan"), float("inf")):
         logits = reference.clone()
@@ -86,6 +82,13 @@ def test_no_number_is_an_infinite_difference_wherever_it_is() -> None:
             found = compare_outputs("stage", one, other, 1.0)
             assert not found.ok
             assert found.max_abs == math.inf
+    zeros = torch.zeros(1, 2, 3)
+    assert compare_outputs("zeros", zeros, zeros, TOLERANCE).relative == 0
+    found = compare_outputs("zeros", zeros + 1e-9, zeros, TOLERANCE)
+    assert (found.relative, found.max_abs, found.ok) == (math.inf, pytest.approx(1e-9), False)
+    for one in (torch.tensor(2.0), torch.tensor([2.0, 1.0])):
+        assert compare_outputs("loss", one, one, TOLERANCE).relative == 0
+        assert compare_outputs("loss", 2 * one, one, TOLERANCE).relative == 1
 
 
 def test_a_stage_that_cannot_be_computed_has_failed_with_the_reason() -> None:
@@ -100,7 +103,7 @@ def test_a_widened_tolerance_says_so_wherever_it_is_shown() -> None:
     assert found.widened.startswith("widened from 5e-05: rounding alone moves the logits by ")
     console = Console(width=200, file=io.StringIO())
     console.print(build_proof_view([found.to_dict()]))
-    assert "ok, widened from 5e-05: rounding alone moves" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ok, widened from 5e-05: rounding alone moves" in console.file.getvalue()
     assert "widened" not in proof(1.0).to_dict()
 
 
@@ -114,21 +117,6 @@ def test_the_worst_batch_counts() -> None:
     for batches in ((BATCH, bad), (bad, BATCH)):
         (found,) = prove(model, {"stage": (run_with(run), TOLERANCE)}, *batches)
         assert not found.ok
-
-
-def test_numbers_and_vectors_are_compared_whole() -> None:
-    for one in (torch.tensor(2.0), torch.tensor([2.0, 1.0])):
-        assert compare_outputs("loss", one, one, TOLERANCE).relative == 0
-        assert compare_outputs("loss", 2 * one, one, TOLERANCE).relative == 1
-
-
-def test_a_difference_from_zeros_is_infinite_and_zeros_from_zeros_are_none() -> None:
-    zeros = torch.zeros(1, 2, 3)
-    assert compare_outputs("zeros", zeros, zeros, TOLERANCE).relative == 0
-    found = compare_outputs("zeros", zeros + 1e-9, zeros, TOLERANCE)
-    assert found.relative == float("inf")
-    assert found.max_abs == pytest.approx(1e-9)
-    assert not found.ok
 
 
 def test_a_tolerance_is_widened_to_ten_roundings_and_no_further_than_the_widest() -> None:

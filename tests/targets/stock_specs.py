@@ -9,29 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
@@ -114,51 +92,57 @@ class Spec:
         return Stock(self.model, self.families, self.fixed, self.shapes, **options)
 
 
+def build(kind: str, **values: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{"vocab_size": VOCAB, **values}))
+
+
 def sizes(hidden: int, **more: Any) -> dict[str, Any]:
-    return {"hidden_size": hidden, "num_hidden_layers": 3, "vocab_size": VOCAB, **more}
+    """Of a decoder of three layers with 6 heads and 80 channels."""
+    own = {"num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 80}
+    return {"hidden_size": hidden, **own, **more}
 
 
-def gated(hidden: int, ffn: int, **more: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
-    """Rules of a decoder with grouped queries and a gated feed-forward."""
+def grouped(hidden: int, **more: Any) -> dict[str, Any]:
+    """The same with 2 key-value heads of 10 channels."""
+    return sizes(hidden, num_key_value_heads=2, **{"head_dim": 10, **more})
+
+
+def gated(hidden: int, head: int = 10, **more: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    """Rules of a decoder with grouped queries of this size and a gated feed-forward."""
+    q, kv = ("kv", "q", head), ("kv", head)
     return {
         **more,
-        r"q_proj.weight": (Q, hidden),
-        r"[kv]_proj.weight": (KV, hidden),
-        r"o_proj.weight": (hidden, Q),
-        r"q_proj.bias": (Q,),
-        r"[kv]_proj.bias": (KV,),
+        r"q_proj.weight": (q, hidden),
+        r"[kv]_proj.weight": (kv, hidden),
+        r"o_proj.weight": (hidden, q),
+        r"q_proj.bias": (q,),
+        r"[kv]_proj.bias": (kv,),
         r"(gate|up)_proj.weight": ("ffn", hidden),
         r"down_proj.weight": (hidden, "ffn"),
     }
-
-
-def heads(**more: Any) -> dict[str, Any]:
-    return {"num_attention_heads": 6, "num_key_value_heads": 2, **more}
 
 
 GROUPED = {"kv": 2, "q": 3, "ffn": 80}
 
 
 def llama() -> Spec:
-    config = LlamaConfig(**sizes(48, intermediate_size=80, head_dim=10, tie_word_embeddings=True, **heads()))
-    return Spec(LlamaForCausalLM(config), GROUPED, [48, 10, VOCAB], gated(48, 80))
+    return Spec(build("llama", **grouped(48, tie_word_embeddings=True)), GROUPED, [48, 10, VOCAB], gated(48))
 
 
 def one_group() -> Spec:
-    config = LlamaConfig(**sizes(48, intermediate_size=80, head_dim=10, **heads(num_key_value_heads=1)))
-    return Spec(LlamaForCausalLM(config), {"kv": 1, "q": 6, "ffn": 80}, [48, 10, VOCAB], gated(48, 80))
+    model = build("llama", **grouped(48) | {"num_key_value_heads": 1})
+    return Spec(model, {"kv": 1, "q": 6, "ffn": 80}, [48, 10, VOCAB], gated(48))
 
 
 def qwen2() -> Spec:
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes(60, intermediate_size=80, **heads())))
+    model = build("qwen2", **sizes(60, num_key_value_heads=2))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    return Spec(model, GROUPED, [60, 10, VOCAB], gated(60, 80))
+    return Spec(model, GROUPED, [60, 10, VOCAB], gated(60))
 
 
 def qwen2_hidden() -> Spec:
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes(60, intermediate_size=80, rms_norm_eps=0.01, **heads())))
     rules = {
         r"q_proj.weight": (60, "hidden"),
         r"[kv]_proj.weight": (20, "hidden"),
@@ -168,39 +152,37 @@ def qwen2_hidden() -> Spec:
         r"norm.weight": ("hidden",),
         r"(embed_tokens|lm_head)": (VOCAB, "hidden"),
     }
+    model = build("qwen2", **sizes(60, num_key_value_heads=2, rms_norm_eps=0.01))
     return Spec(model, {"hidden": 60}, [80, 10, 6, 2, VOCAB], rules)
 
 
 def qwen3() -> Spec:
-    config = Qwen3Config(**sizes(44, intermediate_size=80, head_dim=10, **heads()))
-    return Spec(Qwen3ForCausalLM(config), GROUPED, [44, 10, VOCAB], gated(44, 80))
+    return Spec(build("qwen3", **grouped(44)), GROUPED, [44, 10, VOCAB], gated(44))
 
 
 def gemma3() -> Spec:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    config = Gemma3TextConfig(**sizes(42, intermediate_size=80, head_dim=10, layer_types=layers, **heads()))
-    return Spec(Gemma3ForCausalLM(config), GROUPED, [42, 10, VOCAB], gated(42, 80))
+    model = build("gemma3_text", **grouped(42, layer_types=layers))
+    return Spec(model, GROUPED, [42, 10, VOCAB], gated(42))
 
 
 def phi3() -> Spec:
-    config = Phi3Config(**sizes(60, intermediate_size=80, pad_token_id=0, **heads()))
     fused = {r"qkv_proj": ([Q, KV, KV], 60), r"gate_up_proj": (["ffn", "ffn"], 60)}
-    return Spec(Phi3ForCausalLM(config), GROUPED, [60, 10, VOCAB], gated(60, 80, **fused))
+    model = build("phi3", **sizes(60, num_key_value_heads=2, pad_token_id=0))
+    return Spec(model, GROUPED, [60, 10, VOCAB], gated(60, **fused))
 
 
 def mixtral() -> Spec:
-    config = MixtralConfig(**sizes(48, intermediate_size=80, head_dim=10, num_local_experts=5, **heads()))
     moe = {
         r"mlp.gate": ("experts", 48),
         r"gate_up_proj": ("experts", ["ffn", "ffn"], 48),
         r"experts.down_proj": ("experts", 48, "ffn"),
     }
-    return Spec(MixtralForCausalLM(config), {**GROUPED, "experts": 5}, [48, 10, VOCAB], gated(48, 80, **moe))
+    model = build("mixtral", **grouped(48, num_local_experts=5))
+    return Spec(model, {**GROUPED, "experts": 5}, [48, 10, VOCAB], gated(48, **moe))
 
 
 def gpt2() -> Spec:
-    config = GPT2Config(n_embd=48, n_layer=3, n_head=4, n_positions=37, vocab_size=VOCAB)
-    model = GPT2LMHeadModel(config)
     q = ("heads", 12)
     rules = {
         r"c_attn.weight": ("hidden", [q, q, q]),
@@ -213,11 +195,11 @@ def gpt2() -> Spec:
         r"wpe": (37, "hidden"),
         r"wte|lm_head": (VOCAB, "hidden"),
     }
+    model = build("gpt2", n_embd=48, n_layer=3, n_head=4, n_positions=37)
     return Spec(model, {"heads": 4, "ffn": 192, "hidden": 48}, [12, 37, VOCAB], rules)
 
 
 def opt() -> Spec:
-    more = {"ffn_dim": 80, "num_attention_heads": 4, "max_position_embeddings": 37, "word_embed_proj_dim": 48}
     q = ("heads", 12)
     rules = {
         r"[qkv]_proj.weight": (q, 48),
@@ -227,11 +209,12 @@ def opt() -> Spec:
         r"fc1.bias": ("ffn",),
         r"fc2.weight": (48, "ffn"),
     }
-    return Spec(OPTForCausalLM(OPTConfig(**sizes(48, **more))), {"heads": 4, "ffn": 80}, [12, 48, VOCAB], rules)
+    more = {"ffn_dim": 80, "num_attention_heads": 4, "max_position_embeddings": 37, "word_embed_proj_dim": 48}
+    model = build("opt", hidden_size=48, num_hidden_layers=3, **more)
+    return Spec(model, {"heads": 4, "ffn": 80}, [12, 48, VOCAB], rules)
 
 
 def gpt_neox() -> Spec:
-    config = GPTNeoXConfig(**sizes(48, intermediate_size=80, num_attention_heads=4))
     rules = {
         r"query_key_value.weight": (("heads", 36), 48),
         r"query_key_value.bias": (("heads", 36),),
@@ -240,7 +223,8 @@ def gpt_neox() -> Spec:
         r"dense_h_to_4h.bias": ("ffn",),
         r"dense_4h_to_h.weight": (48, "ffn"),
     }
-    return Spec(GPTNeoXForCausalLM(config), {"heads": 4, "ffn": 80}, [12, 48, VOCAB], rules)
+    model = build("gpt_neox", **sizes(48) | {"num_attention_heads": 4})
+    return Spec(model, {"heads": 4, "ffn": 80}, [12, 48, VOCAB], rules)
 
 
 def t5() -> Spec:

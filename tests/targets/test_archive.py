@@ -29,7 +29,6 @@ from mptk.targets.archive import ARCHIVE
 from mptk.testing import expect_error
 from tests.damage import mutated
 
-ROOT = Path(__file__).parents[2]
 PLAIN = """
 import sys, torch
 from safetensors.torch import load_file
@@ -78,9 +77,7 @@ X = torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def pruned() -> mptk.Pruned:
-    found = mptk.prune(Odd(), sparsity=0.33, tolerance=0.1, example_inputs=X, progress=None)
-    assert found is not None
-    return found
+    return mptk.prune(Odd(), sparsity=0.33, tolerance=0.1, example_inputs=X, progress=None)
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +86,14 @@ def folder(pruned: mptk.Pruned, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_a_new_process_opens_it_with_plain_torch_and_with_mptk(pruned: mptk.Pruned, folder: Path, fresh: Fresh) -> None:
-    small = copy.deepcopy(pruned.model)
+    small, x, inputs = copy.deepcopy(pruned.model), torch.randn(3, 3, 12, 8), folder.parent / "x.safetensors"
     torch.save(small, folder.parent / "whole.pt")
-    x = torch.randn(3, 3, 12, 8)
-    found = small(x)
-    save_file({"x": x, "y": found["y"].detach(), "h": found["h"].detach()}, folder.parent / "x.safetensors")
-    done = fresh.run(PLAIN, folder, folder.parent / "x.safetensors")
+    save_file({"x": x, **{name: found.detach() for name, found in small(x).items()}}, inputs)
+    done = fresh.run(PLAIN, folder, inputs)
     assert done.code == 0, done.err
 
 
-def test_an_opened_module_is_the_one_that_was_saved(pruned: mptk.Pruned, folder: Path) -> None:
+def test_an_opened_module_is_the_one_that_was_saved_and_can_be_pruned_again(pruned: mptk.Pruned, folder: Path) -> None:
     opened, small = mptk.Pruned.open(folder).model, pruned.model
     assert {n: t.shape for n, t in opened.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}
     assert opened.state_dict().keys() == Odd().state_dict().keys()
@@ -112,24 +107,16 @@ def test_an_opened_module_is_the_one_that_was_saved(pruned: mptk.Pruned, folder:
         opened(torch.randn(1, 3, 8, 4))
     opened.train()(given)["y"].sum().backward()
     assert opened.tied.weight.grad is not None
-
-
-def test_it_can_be_pruned_again(folder: Path) -> None:
-    again = mptk.prune(mptk.Pruned.open(folder).model, sparsity=0.25, tolerance=0.1, example_inputs=X, progress=None)
-    assert again.model.first.weight.shape[0] < mptk.Pruned.open(folder).model.first.weight.shape[0]
+    again = mptk.prune(opened, sparsity=0.25, tolerance=0.1, example_inputs=X, progress=None)
+    assert again.model.first.weight.shape[0] < opened.first.weight.shape[0]
 
 
 def test_an_archive_of_other_outputs_fails_the_proof(folder: Path, tmp_path: Path) -> None:
-    wrong = changed(folder, lambda name, part: replaced(name, part, "relu.def", "sin.def"))
-    assert wrong != (folder / ARCHIVE).read_bytes()
     copied = shutil.copytree(folder, tmp_path / "copy")
-    (copied / ARCHIVE).write_bytes(wrong)
+    (copied / ARCHIVE).write_bytes(changed(folder, lambda name, part: replaced(name, part, "relu.def", "sin.def")))
     update_manifest(copied, ARCHIVE)
     with expect_error(ProofError, name=ARCHIVE):
         mptk.verify(copied, model=Odd())
-
-
-# ---- what could run code ----
 
 
 def changed(folder: Path, change: Callable[[str, bytes], bytes], **more: bytes) -> bytes:
@@ -187,12 +174,11 @@ def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> N
         warnings.simplefilter("error")
         read_archive(file)
     assert not ran.exists()
-    file.write_bytes(changed(folder, lambda _, part: part, **{"data/weights/model.pt": evil}))
-    with expect_error(FileError, name=file):
-        read_archive(file)
-    file.write_bytes(file.read_bytes()[:2000])
-    with expect_error(FileError, name=file):
-        read_archive(file)
+    more = changed(folder, lambda _, part: part, **{"data/weights/model.pt": evil})
+    for wrong in (more, more[:2000]):
+        file.write_bytes(wrong)
+        with expect_error(FileError, name=file):
+            read_archive(file)
 
 
 def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> None:
@@ -229,9 +215,6 @@ def test_only_sizes_are_expressions(text: str, holds: bool) -> None:
     assert is_size_expression(text) is holds
 
 
-# ---- ONNX ----
-
-
 class Several(nn.Module):
     """Two outputs of any number of samples and of steps."""
 
@@ -246,12 +229,10 @@ class Several(nn.Module):
 
 
 def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> None:
-    found = mptk.prune(
-        Several(), tmp_path / "out", sparsity=0.25, tolerance=0.1, example_inputs=torch.randn(2, 5, 6), progress=None
-    )
+    inputs = {"example_inputs": torch.randn(2, 5, 6)}
+    found = mptk.prune(Several(), tmp_path / "out", sparsity=0.25, tolerance=0.1, progress=None, **inputs)
     assert {row["stage"] for row in found.report.proof} >= {ARCHIVE, "ONNX Runtime"}
-    again = mptk.export(found.model, tmp_path / "again", example_inputs=torch.randn(2, 5, 6))
-    x = torch.randn(3, 7, 6)
+    again, x = mptk.export(found.model, tmp_path / "again", **inputs), torch.randn(3, 7, 6)
     for folder in (tmp_path / "out" / "onnx", again):
         graph = OrtGraph(folder / "model.onnx")
         assert [value.name for value in graph.session.get_outputs()] == ["output_0", "output_1"]

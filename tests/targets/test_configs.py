@@ -31,16 +31,13 @@ def write(
     dense = testing.make_decoder(model) if isinstance(model, str) else model
     dense.save_pretrained(folder / "dense")
     loaded = models.load(str(folder / "dense"))
-    config = copy.deepcopy(loaded.model.config)
-    old = {field: getattr(config, field) for field in changed or {}}
-    for field, value in (changed or {}).items():
+    config, state = copy.deepcopy(loaded.model.config), loaded.model.state_dict()
+    changes = {field: (getattr(config, field), value) for field, value in (changed or {}).items()}
+    for field, (_, value) in changes.items():
         setattr(config, field, value)
-    changes = {field: (old[field], value) for field, value in (changed or {}).items()} if listed else {}
-    stock = StockConfig(type(loaded.model), config, changes)
+    stock = StockConfig(type(loaded.model), config, changes if listed else {})
     (folder / "out").mkdir()
-    write_checkpoint(
-        loaded.model.state_dict(), stock, loaded.model, None, folder / "out", portable=make_portable_config
-    )
+    write_checkpoint(state, stock, loaded.model, None, folder / "out", portable=make_portable_config)
     return Written(stock, loaded, config, loaded.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The ONNX decoder against torch: prefill, decoding steps, padding, names, operators, files."""
+"""The ONNX decoder against torch: prefill, decoding steps, padding, names, operators, files, details of some models."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import collections
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_checks import SIZES, TOLERANCE, alone, padded
+from onnx_checks import SIZES, TOLERANCE, Apply, alone, cache_inputs, padded
 from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, SLIDING, graphs_of, tiny_decoder
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    BambaConfig,
-    MambaConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import TraceError
 from mptk.ir import Program
@@ -51,12 +46,10 @@ def test_each_row_of_a_padded_batch_gets_the_logits_it_gets_alone(emitted, side)
     prompts = [torch.randint(3, 97, (length,)) for length in LENGTHS]
     new = torch.randint(3, 97, (len(prompts), STEPS))
     ids, mask = padded(prompts, side)
-
     logits, cache = emitted.decoder.prefill(ids, mask)
     for row, prompt in enumerate(prompts):
         found = torch.from_numpy(logits[row][mask[row] == 1])
         torch.testing.assert_close(found, alone(emitted.model, prompt), atol=TOLERANCE, rtol=0)
-
     if emitted.kind == SLIDING and side == "right":
         return  # the window spans cache slots, so padding between prompt and new tokens shortens it, in torch as well
     for step in range(STEPS):
@@ -73,24 +66,6 @@ def test_several_tokens_after_a_cache(emitted):
     _, cache = emitted.decoder.prefill(ids[:, :6].numpy())
     logits, _ = emitted.decoder.decode(ids[:, 6:].numpy(), cache)
     torch.testing.assert_close(torch.from_numpy(logits[0]), alone(emitted.model, ids[0])[6:], atol=TOLERANCE, rtol=0)
-
-
-def test_program_runs_in_torch_at_other_sizes(emitted):
-    """The traced step itself, at sizes other than the example's, with an empty past and with one token."""
-    torch.manual_seed(3)
-    ids = torch.randint(3, 97, (4, 8))
-    empty = [
-        torch.zeros(4, shape.heads, 0, dim)
-        for shape in cache_shapes(emitted.model)
-        for dim in (shape.key_dim, shape.value_dim)
-    ]
-    positions = torch.arange(8).expand(4, -1)
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        _, *past = emitted.program(ids[:, :7], mask[:, :7], positions[:, :7], *empty)
-        logits, *_ = emitted.program(ids[:, 7:], mask, positions[:, 7:], *past)
-    for row in range(4):
-        torch.testing.assert_close(logits[row, -1], alone(emitted.model, ids[row])[-1], atol=TOLERANCE, rtol=0)
 
 
 def test_names_axes_and_metadata_follow_the_ecosystem(emitted):
@@ -114,16 +89,15 @@ def test_names_axes_and_metadata_follow_the_ecosystem(emitted):
     assert emitted.decoder.metadata == {"plan_sha256": "0a1b"}
     assert {entry.domain for entry in model.opset_import} == {""}
     assert sorted(p.name for p in emitted.file.parent.glob("model.*")) == ["model.onnx", "model.onnx_data"]
+    assert not [word for word in (b"site-packages", b".py") if word in emitted.file.read_bytes()], "a place in the code"
 
 
 def test_cache_is_folded_into_attention(emitted):
     graph = onnx.load(emitted.file, load_external_data=False).graph
-    attention = [node for node in graph.node if node.op_type == "Attention"]
-    assert [list(node.input[4:6]) for node in attention] == [
-        [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"] for layer in (0, 1)
-    ]
+    caches = [[f"past_key_values.{layer}.{part}" for part in ("key", "value")] for layer in (0, 1)]
+    assert cache_inputs(emitted.file) == caches
     heads = {GROUPED: [2, 2], SLIDING: []}.get(emitted.kind, [6, 6])
-    flat = [a.i for node in attention for a in node.attribute if a.name == "q_num_heads"]
+    flat = [a.i for node in graph.node for a in node.attribute if a.name == "q_num_heads"]
     assert flat == heads, "with nothing between projection and attention, no transposes; a group's queries are rows"
     count = collections.Counter(node.op_type for node in graph.node)
     expected = {
@@ -135,12 +109,6 @@ def test_cache_is_folded_into_attention(emitted):
     assert {name: count[name] for name in expected} == expected
 
 
-def test_no_path_or_stack_trace_of_this_machine_is_in_the_file(emitted):
-    content = emitted.file.read_bytes()
-    assert b"site-packages" not in content
-    assert b".py" not in content
-
-
 def test_tied_table_is_written_once(tmp_path):
     model = tiny_decoder(GROUPED, num_hidden_layers=1, tie_word_embeddings=True)
     file = emit_onnx(trace_decoder(model), tmp_path)
@@ -148,39 +116,23 @@ def test_tied_table_is_written_once(tmp_path):
     assert size <= file.with_name("model.onnx_data").stat().st_size + file.stat().st_size < size + 97 * 48 * 4
 
 
-def test_last_logits_only(tmp_path):
-    model = tiny_decoder(GROUPED, num_hidden_layers=1)
-    decoder = OrtDecoder(emit_onnx(trace_decoder(model, logits="last"), tmp_path), threads=1)
-    ids = torch.randint(3, 97, (2, 7))
-    logits = decoder.compute_logits(ids.numpy())
-    assert logits.shape == (2, 1, 97)
-    for row in range(2):
-        torch.testing.assert_close(torch.from_numpy(logits[row, 0]), alone(model, ids[row])[-1], atol=TOLERANCE, rtol=0)
-
-
-def test_trace_on_meta_gives_the_same_graph():
+def test_trace_on_meta_gives_the_same_graph_and_leaves_the_model_as_it_was():
     real = tiny_decoder(GROUPED, num_hidden_layers=1)
     with torch.device("meta"):
         model = type(real)(real.config).eval()
-    program = trace_decoder(model)
+    program, names = trace_decoder(model), {name: id(parameter) for name, parameter in real.named_parameters()}
     assert [n.target for n in program.graph.graph.nodes] == [n.target for n in trace_decoder(real).graph.graph.nodes]
+    assert not any(module.training for module in real.modules())
+    assert {name: id(parameter) for name, parameter in real.named_parameters()} == names
     with expect_error(TraceError):
         emit_onnx(program, Path("never-made"))
     assert not Path("never-made").exists()
 
 
-def test_trace_leaves_the_model_as_it_was():
-    model = tiny_decoder(FUSED)
-    names = {name: id(parameter) for name, parameter in model.named_parameters()}
-    trace_decoder(model)
-    assert not any(module.training for module in model.modules())
-    assert {name: id(parameter) for name, parameter in model.named_parameters()} == names
-
-
 def test_model_with_another_state_is_refused():
     """Also a hybrid whose layers are all recurrent, which fails on its own cache."""
-    mamba = MambaConfig(hidden_size=48, state_size=6, num_hidden_layers=1, vocab_size=97)
-    bamba = BambaConfig(**SIZES, num_key_value_heads=2, mamba_n_heads=12, mamba_d_head=8)
+    mamba = AutoConfig.for_model("mamba", hidden_size=48, state_size=6, num_hidden_layers=1, vocab_size=97)
+    bamba = AutoConfig.for_model("bamba", **SIZES, num_key_value_heads=2, mamba_n_heads=12, mamba_d_head=8)
     for config in (mamba, bamba):
         model = AutoModelForCausalLM.from_config(config).eval()
         with expect_error(TraceError):
@@ -189,12 +141,44 @@ def test_model_with_another_state_is_refused():
 
 def test_step_that_computes_something_else_is_refused():
     """A mean over the tokens of a call is another one when they come in two calls."""
-
-    class Centred(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x - x.mean(1, keepdim=True)
-
     model = tiny_decoder(GROUPED, num_hidden_layers=1)
-    model.model.norm = Centred()
+    model.model.norm = Apply(lambda x: x - x.mean(1, keepdim=True))
     with expect_error(TraceError, name=type(model).__name__):
         trace_decoder(model)
+
+
+POSITIONS = {"max_position_embeddings": 64}
+NEO = {"hidden_size": 48, "num_heads": 6, "num_layers": 1, "vocab_size": 97, "attention_types": [[["global"], 1]]}
+OTHERS: dict[str, PreTrainedConfig] = {
+    # It reserves the first positions for padding; the graph takes the usual ones, from 0.
+    "positions from 2": AutoConfig.for_model("roberta", **SIZES, **POSITIONS, is_decoder=True, pad_token_id=1),
+    # It attends by hand, slices its mask from a table, and caches keys after a change of dtype that changes nothing.
+    "a table as long as its positions": AutoConfig.for_model("gpt_neo", **NEO, **POSITIONS),
+    # scaled_dot_product_attention broadcasts it.
+    "one key head": AutoConfig.for_model(
+        "falcon", **SIZES, alibi=False, new_decoder_architecture=False, multi_query=True
+    ),
+    # Its mask reads all values before it attends; the cache is in Attention all the same.
+    "a mask made from cached values": AutoConfig.for_model("doge", **SIZES, num_key_value_heads=2, keep_window_size=4),
+    # Some get no token; the writes of the router keep the cache in Attention.
+    "experts": AutoConfig.for_model("mixtral", **SIZES, num_key_value_heads=2, num_local_experts=9, head_dim=10),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_padded_rows_decode_as_alone_with_the_cache_in_attention(kind, tmp_path):
+    """A row of 8 tokens and one of 5, padded on the left: prompt and one step."""
+    model = tiny_decoder(OTHERS[kind])
+    file = emit_onnx(trace_decoder(model), tmp_path)
+    attention = [["past_key_values.0.key", "past_key_values.0.value"]]
+    assert cache_inputs(file) == ([] if kind == "a table as long as its positions" else attention)
+    torch.manual_seed(1)
+    prompts = [torch.randint(3, 97, (length,)) for length in (8, 5)]
+    ids, mask = padded([prompt[:-1] for prompt in prompts], "left")
+    decoder = OrtDecoder(file, threads=1)
+    logits, cache = decoder.prefill(ids, mask)
+    last, _ = decoder.decode(np.stack([prompt[-1:].numpy() for prompt in prompts]), cache)
+    for row, prompt in enumerate(prompts):
+        expected = alone(model, prompt)
+        found = torch.from_numpy(np.concatenate([logits[row][mask[row] == 1], last[row]]))
+        torch.testing.assert_close(found, expected, atol=TOLERANCE * float(expected.abs().max()), rtol=0)

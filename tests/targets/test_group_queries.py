@@ -16,9 +16,10 @@ RNG = np.random.default_rng(0)
 HEADS, GROUPS, DIM, WIDTH, BATCH, TOKENS, PAST = 6, 2, 4, 9, 2, 3, 5
 
 
-def attention(
-    *, flat=True, bias=False, rotary=False, extra=False, per_head=False, kind=TensorProto.BOOL, groups=GROUPS
-):
+BOOL = TensorProto.BOOL
+
+
+def attention(*, flat=True, bias=False, rotary=False, extra=False, per_head=False, kind=BOOL, groups=GROUPS):
     """``x``, a mask and a past → Attention → projection. ``extra``: what the query comes from is an output as well."""
     sizes = {"q": HEADS, "k": groups, "v": groups}
     weights = {f"w{name}": RNG.standard_normal((WIDTH, heads * DIM), dtype=np.float32) for name, heads in sizes.items()}
@@ -50,9 +51,8 @@ def attention(
     nodes.append(helper.make_node("MatMul", [result, "wo"], ["y"]))
     shapes = {"x": [BATCH, TOKENS, WIDTH], "mask": [BATCH, HEADS if per_head else 1, TOKENS, PAST + TOKENS]}
     shapes |= {name: [BATCH, groups, PAST, DIM] for name in ("pk", "pv")}
-    inputs = [
-        helper.make_tensor_value_info(n, kind if n == "mask" else TensorProto.FLOAT, s) for n, s in shapes.items()
-    ]
+    kinds = {"mask": kind}
+    inputs = [helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), s) for n, s in shapes.items()]
     names = ["y", "nk", "nv", *(["q"] if extra else [])]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     held = [numpy_helper.from_array(array, name) for name, array in weights.items()]
@@ -66,39 +66,35 @@ def feeds(model):
     seen[0, 0, 1] = False
     given = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
     result = {name: RNG.standard_normal(shape, dtype=np.float32) for name, shape in given.items()}
-    bool_mask = model.graph.input[1].type.tensor_type.elem_type == TensorProto.BOOL
     seen = np.broadcast_to(seen, given["mask"]).copy()
-    result["mask"] = seen if bool_mask else np.where(seen, result["mask"], np.finfo(np.float32).min)
+    is_bool = model.graph.input[1].type.tensor_type.elem_type == BOOL
+    result["mask"] = seen if is_bool else np.where(seen, result["mask"], np.finfo(np.float32).min)
     return result
 
 
 def run(model, given):
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, given)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, given)
 
 
 @pytest.mark.parametrize(
-    ("grouped", "form"),
+    ("grouped", "form", "rows"),
     [
-        (True, {}),
-        (True, {"bias": True}),
-        (True, {"rotary": True}),
-        (True, {"bias": True, "rotary": True, "kind": TensorProto.FLOAT}),
-        (True, {"flat": False}),
-        (True, {"flat": False, "extra": True}),
-        (False, {"extra": True}),
-        (False, {"per_head": True}),
-        (False, {"groups": HEADS}),
-        (False, {"rows": False}),
+        (True, {}, True),
+        (True, {"bias": True}, True),
+        (True, {"rotary": True}, True),
+        (True, {"bias": True, "rotary": True, "kind": TensorProto.FLOAT}, True),
+        (True, {"flat": False}, True),
+        (True, {"flat": False, "extra": True}, True),
+        (False, {"extra": True}, True),
+        (False, {"per_head": True}, True),
+        (False, {"groups": HEADS}, True),
+        (False, {}, False),
     ],
 )
-def test_results_stay_and_heads_are_grouped_where_the_form_is_there(grouped, form):
-    rows = form.get("rows", True)
-    form = {name: value for name, value in form.items() if name != "rows"}
+def test_results_stay_and_heads_are_grouped_where_the_form_is_there(grouped, form, rows):
     model = attention(**form)
-    given = feeds(model)
+    given, changed = feeds(model), ir.from_proto(model)
     expected = run(model, given)
-    changed = ir.from_proto(model)
     GroupQueriesPass(rows)(changed)
     proto = ir.to_proto(changed)
     onnx.checker.check_model(proto, full_check=True)
@@ -113,16 +109,13 @@ def test_results_stay_and_heads_are_grouped_where_the_form_is_there(grouped, for
 
 def test_the_mask_is_made_once_for_all_layers():
     model = attention()
-    again = onnx.ModelProto()
-    again.CopyFrom(model)
-    merged = onnx.compose.merge_models(model, onnx.compose.add_prefix(again, "second."), io_map=[("y", "second.x")])
+    merged = onnx.compose.merge_models(model, onnx.compose.add_prefix(model, "second."), io_map=[("y", "second.x")])
     for node in merged.graph.node:
         node.input[:] = ["mask" if name == "second.mask" else name for name in node.input]
     del merged.graph.input[[i.name for i in merged.graph.input].index("second.mask")]
     changed = ir.from_proto(onnx.shape_inference.infer_shapes(merged, data_prop=True))
     GroupQueriesPass()(changed)
-    masks = {node.inputs[3].name for node in changed.graph if node.op_type == "Attention"}
-    assert len(masks) == 1
+    assert len({node.inputs[3].name for node in changed.graph if node.op_type == "Attention"}) == 1
     assert sum(node.op_type == "Where" for node in changed.graph) == 1
 
 
@@ -132,7 +125,6 @@ def test_a_node_that_nothing_uses_is_refused_and_so_is_a_graph_without_attention
     with pytest.raises(ir.passes.PreconditionError):
         GroupQueriesPass()(changed)
     changed.opset_imports[""] = 22
-    with pytest.raises(ir.passes.PreconditionError):
-        FoldKVPass()(changed)
-    with pytest.raises(ir.passes.PreconditionError):
-        FusePass()(changed)
+    for step in (FoldKVPass(), FusePass()):
+        with pytest.raises(ir.passes.PreconditionError):
+            step(changed)

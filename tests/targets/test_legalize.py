@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from lab import legalise_bare
+from small_modules import Small
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
@@ -32,14 +34,11 @@ def llama(**changes: int) -> LlamaForCausalLM:
 def small():
     model = llama()
     analysis = analyze(trace(model))
-    return (
-        analysis,
-        CostModel(analysis),
-        legalize.find_stock_widths(analysis, legalize.discover(analysis, model), Alignment(32)),
-    )
+    legal = legalize.find_stock_widths(analysis, legalize.discover(analysis, model), Alignment(32))
+    return analysis, CostModel(analysis), legal
 
 
-def test_cost_counts_what_the_module_holds(small):
+def test_cost_counts_what_the_module_holds_and_of_a_cut_what_a_model_built_so_would(small):
     _, cost, _ = small
     model = llama()
     assert cost.dense.parameters == sum(p.numel() for p in model.parameters())
@@ -48,10 +47,6 @@ def test_cost_counts_what_the_module_holds(small):
     assert cost.dense.bytes == 4 * cost.dense.parameters
     linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
     assert cost.dense.flops == 2 * linear
-
-
-def test_cost_of_a_cut_is_that_of_a_model_built_so(small):
-    _, cost, _ = small
     cut = llama(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
     assert cost({"kv_groups": 2, "ffn": 64}).parameters == sum(p.numel() for p in cut.parameters())
 
@@ -92,13 +87,9 @@ def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
     for c in found:
         assert all(width in target.ladders[name] for name, width in c.widths.items())
         assert c.sparsity == pytest.approx(1 - cost(c.widths).block / cost.dense.block)
-    brute = min(
-        abs(cost.compute_sparsity({"kv_groups": k, "q_heads": q, "ffn": f}) - sparsity)
-        for k in (1, 2, 3)
-        for q in (1, 2)
-        for f in (32, 64, 96, 128, 160)
-    )
-    assert distances[0] == pytest.approx(brute)
+    every = itertools.product((1, 2, 3), (1, 2), (32, 64, 96, 128, 160))
+    cuts = [dict(zip(("kv_groups", "q_heads", "ffn"), widths, strict=True)) for widths in every]
+    assert distances[0] == pytest.approx(min(abs(cost.compute_sparsity(cut) - sparsity) for cut in cuts))
 
 
 @pytest.mark.parametrize("sparsity", [0.35, 0.5])
@@ -107,16 +98,11 @@ def test_no_combination_is_left_out_because_a_list_is_short(small, sparsity):
     _, cost, target = small
     found = legalize.find_candidates(cost, target, ["kv_groups", "q_heads", "ffn"], sparsity)
     chosen = legalize.choose_candidates(found, sparsity, 0.1, ["ffn"], 100)
-    pairs = [(c.widths["kv_groups"], c.widths["q_heads"]) for c in chosen]
-    assert len(set(pairs)) == len(pairs)
-    assert set(pairs) == {
-        (c.widths["kv_groups"], c.widths["q_heads"]) for c in found if abs(c.sparsity - sparsity) <= 0.1
-    }
+    near = {(c.widths["kv_groups"], c.widths["q_heads"]) for c in found if abs(c.sparsity - sparsity) <= 0.1}
+    assert sorted((c.widths["kv_groups"], c.widths["q_heads"]) for c in chosen) == sorted(near)
     for c in chosen:
-        widths = [{**c.widths, "ffn": ffn} for ffn in target.ladders["ffn"]]
-        assert abs(c.sparsity - sparsity) == pytest.approx(
-            min(abs(cost.compute_sparsity(w) - sparsity) for w in widths)
-        )
+        others = (cost.compute_sparsity({**c.widths, "ffn": ffn}) for ffn in target.ladders["ffn"])
+        assert abs(c.sparsity - sparsity) == pytest.approx(min(abs(other - sparsity) for other in others))
 
 
 def test_few_candidates_are_far_from_each_other():
@@ -129,20 +115,15 @@ def test_few_candidates_are_far_from_each_other():
     assert len(legalize.choose_candidates(line, 0.5, 0.1, ["ffn"])) == 10
 
 
-def test_an_impossible_budget_names_the_nearest(small):
+def test_the_nearest_cut_is_taken_if_it_is_within_two_percent_and_named_if_it_is_not(small):
     _, cost, target = small
-    found = legalize.find_candidates(cost, target, ["ffn"], 0.97)
-    with expect_error(BudgetError, name="sparsity") as refused:
-        legalize.choose_candidates(found, 0.97, 0.01, ["ffn"], 4)
-    assert refused.value.nearest[0] == cost.compute_sparsity({"ffn": 32})
-
-
-def test_the_nearest_cut_is_taken_if_it_is_within_two_percent():
     line = [legalize.Candidate({"ffn": 100 - n}, n / 100, 0.0) for n in (28, 34, 50)]
     assert [c.widths["ffn"] for c in legalize.choose_candidates(line, 0.295, 0.01, ["ffn"])] == [72]
-    with expect_error(BudgetError, name="sparsity") as refused:
-        legalize.choose_candidates(line, 0.307, 0.01, ["ffn"])
-    assert refused.value.nearest[0] == 0.28
+    found = legalize.find_candidates(cost, target, ["ffn"], 0.97)
+    for given, sparsity, nearest in ((line, 0.307, 0.28), (found, 0.97, cost.compute_sparsity({"ffn": 32}))):
+        with expect_error(BudgetError, name="sparsity") as refused:
+            legalize.choose_candidates(given, sparsity, 0.01, ["ffn"], 4)
+        assert refused.value.nearest[0] == nearest
 
 
 @pytest.mark.parametrize(
@@ -174,19 +155,13 @@ def test_another_divisor_is_refused(text):
 
 
 def test_a_family_has_a_divisor_of_its_own(small):
-    analysis, _, _ = small
-    ladders = legalize.find_graph_widths(analysis, read_alignment("ffn=80,hidden=16")).ladders
-    assert ladders["ffn"] == (80, 160)
-    assert ladders["hidden"] == (16, 32, 48)
-    every = legalize.find_graph_widths(analysis, read_alignment("ffn=96")).ladders["ffn"]
-    assert every == tuple(range(1, 161))  # 160 is no multiple either
-    assert legalize.find_graph_widths(analysis, read_alignment("h100")).ladders["ffn"] == (
-        32,
-        64,
-        96,
-        128,
-        160,
-    )  # 5 · 32
+    def find_ladders(align: str) -> dict[str, tuple[int, ...]]:
+        return legalize.find_graph_widths(small[0], read_alignment(align)).ladders
+
+    own = find_ladders("ffn=80,hidden=16")
+    assert (own["ffn"], own["hidden"]) == ((80, 160), (16, 32, 48))
+    assert find_ladders("ffn=96")["ffn"] == tuple(range(1, 161))  # 160 is no multiple either
+    assert find_ladders("h100")["ffn"] == (32, 64, 96, 128, 160)  # 5 · 32
 
 
 def test_heads_stay_divisible_by_the_devices_that_share_them():
@@ -227,16 +202,8 @@ def written() -> torch.Tensor:
 )
 def test_a_constant_of_one_number_is_no_table_that_the_class_would_compute_anew(constant, refused):
     """A recurrence begins with zeros; of those a class makes as many as it has channels."""
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = torch.nn.Linear(6, 12), torch.nn.Linear(12, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(self.up(x).relu() + constant())
-
-    analysis = analyze(trace(Layer().eval(), [torch.randn(2, 6)]))
+    net = Small(lambda h, down: (h.relu() + constant()) @ down, 12, down=(12, 6))
+    analysis = analyze(trace(net.eval(), [torch.randn(2, 7)]))
     (family,) = analysis.families
     assert (family.name in find_derived_families(analysis)) == refused
 

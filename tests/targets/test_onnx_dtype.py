@@ -20,16 +20,8 @@ from mptk.ort.decoder import OrtDecoder
 from mptk.testing import expect_error
 from passes.pipelines import quantize_onnx
 
-SETTINGS = Settings(
-    sparsity=0.314,
-    method="magnitude",
-    samples=4,
-    length=32,
-    align=4,
-    eval_windows=2,
-    eval_length=32,
-    onnx_dtype="float16",
-)
+SHORT = {"samples": 4, "length": 32, "eval_windows": 2, "eval_length": 32}
+SETTINGS = Settings(sparsity=0.314, method="magnitude", align=4, onnx_dtype="float16", **SHORT)
 
 
 @pytest.mark.parametrize("kind", [GROUPED, FUSED])
@@ -48,9 +40,8 @@ def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bfloat16")
-    testing.save_model(testing.make_llama(layers=1).to(torch.bfloat16), folder, testing.make_tokenizer(begin=True))
-    return str(folder)
+    model, text = testing.make_llama(layers=1).to(torch.bfloat16), testing.make_tokenizer(begin=True)
+    return testing.save_model(model, tmp_path_factory.mktemp("bfloat16"), text)
 
 
 def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path) -> None:
@@ -65,11 +56,9 @@ def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path)
 
 
 def test_what_onnx_runtime_does_not_run_is_refused(tmp_path: Path) -> None:
-    for dtype in ("bfloat16", "float64"):
+    for dtype, quantize in (("bfloat16", ()), ("float64", ()), ("float16", ("int8",))):
         with expect_error(InputError, name="onnx_dtype"):
-            Settings(onnx_dtype=dtype)
-    with expect_error(InputError, name="onnx_dtype"):
-        Settings(onnx_dtype="float16", quantize=("int8",))
+            Settings(onnx_dtype=dtype, quantize=quantize)
     with expect_error(ModelError):
         mptk.export(tiny_decoder(GROUPED, num_hidden_layers=1).bfloat16(), tmp_path / "out", onnx_dtype="float16")
     assert not list(tmp_path.glob("out/*"))
@@ -78,9 +67,8 @@ def test_what_onnx_runtime_does_not_run_is_refused(tmp_path: Path) -> None:
 def test_angles_of_far_positions_are_not_rounded(tmp_path: Path) -> None:
     """float16 has steps of 2 beyond 2048, a third of a turn."""
     model = tiny_decoder(GROUPED, max_position_embeddings=8192)
-    half, whole = (
-        OrtDecoder(mptk.export(model, tmp_path / d, onnx_dtype=d), threads=1) for d in ("float16", "float32")
-    )
+    types = ("float16", "float32")
+    half, whole = (OrtDecoder(mptk.export(model, tmp_path / d, onnx_dtype=d), threads=1) for d in types)
     ids = np.arange(3, 9)[None]
     found, expected = (decoder.decode(ids, decoder.make_filled(1, 3001))[0] for decoder in (half, whole))
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()

@@ -40,8 +40,7 @@ class Alive:
         self.now = self.most = self.made = 0
 
     def add(self, array: object) -> None:
-        self.made += 1
-        self.now += 1
+        self.made, self.now = self.made + 1, self.now + 1
         self.most = max(self.most, self.now)
         weakref.finalize(array, self._end)
 
@@ -67,13 +66,6 @@ def constants(file: Path) -> dict[str, np.ndarray]:
     return {c.name: numpy_helper.to_array(c) for c in onnx.load(file).graph.initializer}
 
 
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype
-        assert found[name].tobytes() == array.tobytes(), name
-
-
 @pytest.mark.parametrize(("kind", "sizes"), [(GROUPED, {"hidden_size": 96}), (FUSED, {"n_inner": 200})])
 def test_a_graph_is_written_with_one_weight_in_memory(kind: str, sizes: dict[str, int], tmp_path: Path) -> None:
     """And gives the model's logits."""
@@ -95,7 +87,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ONNX_SCHEMES)
-def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
+def test_it_is_quantised_and_checked_with_few_in_memory(
     scheme: str, written: Path, tmp_path: Path, inside: Inside
 ) -> None:
     """Three: queries, keys and values, which are smoothed by one scale."""
@@ -116,9 +108,7 @@ def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
 
 
 @pytest.mark.parametrize(("bits", "block", "inputs"), [(8, 16, 96), (8, 128, 80), (4, 32, 80)])
-def test_a_weight_rounded_in_parts_is_the_one_that_onnx_runtime_rounds_in_a_graph(
-    bits: int, block: int, inputs: int
-) -> None:
+def test_a_weight_rounded_in_parts_is_that_of_onnx_runtime(bits: int, block: int, inputs: int) -> None:
     outputs = 2 * tensors.PART // inputs + 5
     weight = RNG.standard_normal((inputs, outputs), dtype=np.float32)
     graph = helper.make_graph(
@@ -134,14 +124,12 @@ def test_a_weight_rounded_in_parts_is_the_one_that_onnx_runtime_rounds_in_a_grap
     quantizer.process()
     expected = [numpy_helper.to_array(c) for c in quantizer.model.model.graph.initializer]
     found = round_to_blocks(weight, bits, block)
-    assert len(found) == len(expected) == (2 if bits == 8 else 3)
-    for array, other in zip(found, expected, strict=True):
-        assert array.tobytes() == other.tobytes()
+    assert len(found) == (2 if bits == 8 else 3)
+    assert [array.tobytes() for array in found] == [array.tobytes() for array in expected]
 
 
-def test_float16_weights_are_those_of_onnx_runtimes_converter(tmp_path: Path) -> None:
-    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED)), tmp_path)
-    full, half = constants(source), constants(quantize_onnx(source, "fp16"))
+def test_float16_weights_are_those_of_onnx_runtimes_converter(written: Path) -> None:
+    full, half = constants(written), constants(quantize_onnx(written, "fp16"))
     large = [name for name, array in full.items() if array.size > 2000]
     assert len(large) >= 10
     for name in large:
@@ -167,5 +155,7 @@ def test_a_bfloat16_state_is_written_in_the_type_of_the_graph(tmp_path: Path) ->
         constants(emit_onnx(replace(program, state=Weights(state)), tmp_path / name))
         for name, state in (("stored", rounded_state), ("float32", full))
     )
-    assert_same(found, expected)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (found[name].dtype, found[name].tobytes()) == (array.dtype, array.tobytes()), name
     assert torch.float32 not in {t.dtype for n, t in rounded_state.items() if "weight" in n}

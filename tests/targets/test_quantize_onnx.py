@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
+from onnx_checks import padded
 from onnx_ir.passes import common
 from tiny_decoders import BIASED, FUSED, GROUPED, graphs_of, tiny_decoder
 
@@ -73,14 +75,11 @@ def test_a_left_padded_prompt_gets_the_logits_it_gets_alone(quantized):
     _, decoder = quantized
     apart = []
     for _ in range(4):
-        prompts = [RNG.integers(3, 97, length) for length in (9, 2, 5, 1, 7, 3, 8, 4)]
-        ids, mask = np.full((8, 9), 3), np.zeros((8, 9), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
-        together, _ = decoder.prefill(ids, mask)
-        for row, prompt in enumerate(prompts):
-            alone, _ = decoder.prefill(prompt[None])
-            apart.append(np.abs(together[row, 9 - len(prompt) :] - alone[0]).max() / np.abs(alone).max())
+        prompts = [torch.from_numpy(RNG.integers(3, 97, length)) for length in (9, 2, 5, 1, 7, 3, 8, 4)]
+        together, _ = decoder.prefill(*padded(prompts, "left"))
+        for prompt, row in zip(prompts, together, strict=True):
+            alone, _ = decoder.prefill(prompt[None].numpy())
+            apart.append(np.abs(row[9 - len(prompt) :] - alone[0]).max() / np.abs(alone).max())
     assert max(apart) < 0.02
     assert np.mean(np.array(apart) <= 1e-4) >= 0.9
 
@@ -88,14 +87,11 @@ def test_a_left_padded_prompt_gets_the_logits_it_gets_alone(quantized):
 def test_no_table_or_product_stays_float32(graphs):
     """Neither the embedding, nor the output projection, nor a product with a weight, for each kind of decoder."""
     for scheme in ("int8", "int4"):
-        model = onnx.load(graphs[scheme])
-        large = {
-            w.name for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT and w.dims[1:] == [48]
-        }
-        positions = {w.name for w in model.graph.initializer if w.dims[:1] in ([64], [66])}
-        assert not large - positions
-        weights = {w.name for w in model.graph.initializer}
-        assert not [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and set(n.input) & weights]
+        graph = onnx.load(graphs[scheme]).graph
+        large = [w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and w.dims[1:] == [48]]
+        assert all(w.dims[0] in (64, 66) for w in large), "tables of positions"
+        weights = {w.name for w in graph.initializer}
+        assert not [n for n in graph.node if n.op_type in ("MatMul", "Gemm") and set(n.input) & weights]
 
 
 def test_a_tied_table_is_stored_once_and_names_stay(tmp_path):
@@ -113,15 +109,12 @@ def test_a_tied_table_is_stored_once_and_names_stay(tmp_path):
     assert source.is_file()
 
 
-def test_a_product_with_few_inputs_has_one_block_that_holds_them(source):
-    model = onnx.load(quantize_onnx(source, "int8"), load_external_data=False)
-    sizes = {
-        tuple(a.i for name in ("K", "block_size") for a in node.attribute if a.name == name)
-        for node in model.graph.node
-        if node.op_type == "MatMulNBits"
-    }
-    assert sizes
-    assert all(max(LEAST_BLOCK, inputs) <= block <= max(LEAST_BLOCK, 2 * inputs - 1) for inputs, block in sizes)
+def test_a_product_with_few_inputs_has_one_block_that_holds_them(graphs):
+    nodes = onnx.load(graphs["int8"], load_external_data=False).graph.node
+    products = [{a.name: a.i for a in node.attribute} for node in nodes if node.op_type == "MatMulNBits"]
+    assert products
+    for p in products:
+        assert max(LEAST_BLOCK, p["K"]) <= p["block_size"] <= max(LEAST_BLOCK, 2 * p["K"] - 1)
 
 
 def weights(model) -> dict[int, np.ndarray]:
@@ -129,7 +122,7 @@ def weights(model) -> dict[int, np.ndarray]:
     return {id(node): node.inputs[1].const_value.numpy().copy() for node in products}
 
 
-def changed_weights(model, before) -> int:
+def count_changes(model, before) -> int:
     after = weights(model)
     return sum(not np.array_equal(array, after[node]) for node, array in before.items())
 
@@ -158,9 +151,8 @@ def test_smoothing_changes_no_logits_and_is_done_for_all_norms_that_products_alo
     smoothed = [".smooth." in n.inputs[1].name for n in model.graph if n.op_type.endswith("Normalization")]
     assert sum(smoothed) == 4
     assert not smoothed[-1]
-    assert changed_weights(model, before) == sum(
-        node.op_type == "MatMul" and ".smooth." in node.inputs[1].name for node in model.graph
-    )
+    products = [node for node in model.graph if node.op_type == "MatMul" and ".smooth." in node.inputs[1].name]
+    assert count_changes(model, before) == len(products)
     assert_same_logits(model, source, tmp_path)
     assert not list(source.parent.glob(".*"))
 
@@ -190,7 +182,7 @@ def test_balancing_changes_no_logits_and_is_done_for_gated_products_alone(source
     before = weights(model)
     gated = any(node.op_type == "RMSNormalization" for node in model.graph)
     assert BalancePass()(model).modified == gated
-    assert changed_weights(model, before) == (6 if gated else 0)
+    assert count_changes(model, before) == (6 if gated else 0)
     assert_same_logits(model, source, tmp_path)
 
 
@@ -277,20 +269,15 @@ def test_rows_are_rounded_to_the_nearest_step():
     assert not back[:, 40:].any()
 
 
-def test_an_unknown_scheme_is_named_and_nothing_is_written(decoder_graphs, tmp_path):
+def test_an_unknown_scheme_is_named_and_nothing_is_written_and_logging_is_left_as_it_was(decoder_graphs, tmp_path):
     shutil.copytree(decoder_graphs(BIASED), tmp_path, dirs_exist_ok=True)
-    source = graphs_of(tmp_path)["float"]
-    before = sorted(tmp_path.iterdir())
+    source, before = graphs_of(tmp_path)["float"], sorted(tmp_path.iterdir())
     with expect_error(InputError, name="int3", nearest=["int8", "int4", "fp16"]):
         quantize_onnx(source, "int3")
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_logging_is_left_as_it_was(decoder_graphs, tmp_path):
-    shutil.copytree(decoder_graphs(FUSED), tmp_path, dirs_exist_ok=True)
-    before = logging.root.level, logging.root.handlers[:], logging.root.manager.disable
-    quantize_onnx(graphs_of(tmp_path)["float"], "int4")
-    assert (logging.root.level, logging.root.handlers[:], logging.root.manager.disable) == before
+    logs = logging.root.level, logging.root.handlers[:], logging.root.manager.disable
+    quantize_onnx(source, "int4")
+    assert (logging.root.level, logging.root.handlers[:], logging.root.manager.disable) == logs
 
 
 @pytest.fixture(scope="module")
@@ -299,11 +286,7 @@ def tied(tmp_path_factory):
     return emit_onnx(trace_decoder(model), tmp_path_factory.mktemp("tied"))
 
 
-@pytest.mark.parametrize(
-    "step",
-    [BlockWeightsPass(8, Path()), LookUpInBlocksPass(Path()), PlainProductsPass()],
-    ids=lambda p: type(p).__name__,
-)
+@pytest.mark.parametrize("step", [BlockWeightsPass(8, Path()), LookUpInBlocksPass(Path()), PlainProductsPass()])
 def test_what_a_pass_leaves_in_float32_is_refused(tied, step):
     model = read_float(tied)
     if not isinstance(step, PlainProductsPass):

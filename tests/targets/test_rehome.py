@@ -7,14 +7,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import done
+from stock_specs import VOCAB, one_group, refused
 from toy_checkpoints import llama_config
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import mptk
 from mptk import Report
 from mptk.errors import BudgetError, TargetError
 from mptk.testing import save_word_model
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.rehome import find_other_class
 
 FEW = {"method": "magnitude", "samples": 2, "length": 16, "eval_windows": 1, "eval_length": 16, "onnx": False}
 REFUSED = {"widths": {"kv_groups": 3}, "families": ("kv_groups",)}
@@ -37,7 +41,7 @@ def rehomed(llama, tmp_path_factory) -> Path:
     return out
 
 
-def test_the_folder_loads_as_another_class_with_the_cut_shapes(rehomed):
+def test_the_folder_loads_as_another_class_with_the_cut_shapes_and_is_proven_so(rehomed):
     config = json.loads((rehomed / "config.json").read_text())
     assert config["model_type"] != "llama"
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (6, 3, 6)
@@ -47,14 +51,11 @@ def test_the_folder_loads_as_another_class_with_the_cut_shapes(rehomed):
     assert not isinstance(model, LlamaForCausalLM)
     assert model.model.layers[1].self_attn.q_proj.weight.shape == (36, 40)
     report = Report.read(rehomed)
-    assert report.config_changes["model_type"] == ["llama", config["model_type"]]
-    assert any(type(model).__name__ in note and "LlamaConfig" in note for note in report.notes)
-
-
-def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed):
-    stages = [d["stage"] for d in Report.read(rehomed).proof]
+    stages = [d["stage"] for d in report.proof]
     assert "reloaded checkpoint" in stages
     assert [d.stage for d in mptk.verify(rehomed)] == stages
+    assert report.config_changes["model_type"] == ["llama", config["model_type"]]
+    assert any(type(model).__name__ in note and "LlamaConfig" in note for note in report.notes)
 
 
 def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, rehomed, tmp_path):
@@ -94,3 +95,40 @@ def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path):
         del MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[Registered]  # transformers has no public way back
     for name in ("config.json", "model.safetensors"):
         assert filecmp.cmp(tmp_path / "out" / name, rehomed / name, shallow=False)
+
+
+def test_the_other_class_computes_what_the_refused_config_would() -> None:
+    """The model itself does not mind what its config refuses."""
+    torch.manual_seed(0)
+    spec, keep = one_group(), {"q": [0, 1, 3, 4, 5]}
+    refusal = refused(spec.probe({"q": 5}))
+    state, tokens = spec.cut(keep), torch.randint(VOCAB, (2, 31))
+
+    @torch.no_grad()
+    def compute_logits(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> torch.Tensor:
+        model = model_class(config).eval()
+        model.load_state_dict(state)
+        return model(tokens).logits
+
+    reference = compute_logits(LlamaForCausalLM, refusal.config)
+
+    def check(stock: StockConfig) -> float:
+        return (compute_logits(stock.model_class, stock.config) - reference).abs().max().item()
+
+    found = find_other_class(refusal.config, spec.shapes({"q": 5}), check)
+    assert found.model_class is not LlamaForCausalLM
+    assert found.config.num_attention_heads == 5
+    assert check(found) <= 1e-6
+    assert (reference - spec.masked_logits(keep, tokens)).abs().max() < 1e-5
+    assert found.changes["model_type"] == ("llama", found.config.model_type)
+    assert getattr(found.config, "sliding_window", None) is None
+
+
+def test_a_class_with_other_logits_is_no_home() -> None:
+    spec = one_group()
+    config, shapes = refused(spec.probe({"q": 5})).config, spec.shapes({"q": 5})
+    result = refused(find_other_class(config, shapes, lambda stock: 0.25))
+    assert result.kind == "numeric"
+    assert "0.25" in result.reason
+    strange = {**shapes, "extra.weight": (3,)}
+    assert refused(find_other_class(config, strange, lambda stock: 0.0)).kind == "names"

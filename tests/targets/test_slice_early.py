@@ -32,17 +32,13 @@ def graph_of(*, axis: int = 2, bias: bool = True, flat: bool = False, twice: boo
         nodes.append(helper.make_node("Transpose", ["split"], [value := "heads"], perm=[0, 2, 1, 3]))
     nodes.append(helper.make_node("Slice", [value, "start", "end", "axes"], ["sliced"]))
     nodes.append(helper.make_node("Add", ["sliced", "one"], ["y"]))
-    shapes = {"x": [ROWS, WIDTH] if flat else [BATCH, ROWS, WIDTH], "start": [1]}
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT64 if name == "start" else TensorProto.FLOAT, shape)
-        for name, shape in shapes.items()
-    ]
+    shape = [ROWS, WIDTH] if flat else [BATCH, ROWS, WIDTH]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    inputs.append(helper.make_tensor_value_info("start", TensorProto.INT64, [1]))
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ["y", *[value] * twice]]
     held = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    model = helper.make_model(
-        helper.make_graph(nodes, "g", inputs, outputs, held), opset_imports=[helper.make_opsetid("", 23)]
-    )
-    return onnx.shape_inference.infer_shapes(model)
+    graph = helper.make_graph(nodes, "g", inputs, outputs, held)
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]))
 
 
 def run(model: onnx.ModelProto, start: int) -> np.ndarray:

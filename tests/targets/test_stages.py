@@ -12,20 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForImageClassification,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    CvtConfig,
-    CvtForImageClassification,
-    PreTrainedModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+import transformers
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 import mptk
 from mptk import FamilyPlan, Plan
@@ -38,32 +26,19 @@ from mptk.testing import expect_error
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite_program
 
+pytestmark = pytest.mark.features
 SMALL = {"method": "magnitude", "data": "random", "samples": 1, "eval_windows": 1, "align": 1, "onnx": False}
 
 
-def convnext(*hidden: int) -> ConvNextForImageClassification:
-    depths = [2] * len(hidden)
-    config = ConvNextConfig(
-        num_stages=len(hidden), hidden_sizes=list(hidden), depths=depths, image_size=32, num_labels=7
-    )
-    return ConvNextForImageClassification(config).eval()
+def build(kind: str, **config: Any) -> PreTrainedModel:
+    """A class of transformers, by its name."""
+    model_class = getattr(transformers, kind)
+    return model_class(model_class.config_class(**config)).eval()
 
 
-def resnet() -> ResNetForImageClassification:
-    sizes = {"embedding_size": 10, "hidden_sizes": [16, 24], "depths": [2, 2]}
-    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=7)).eval()
-
-
-def swin() -> SwinForImageClassification:
-    sizes = {"embed_dim": 30, "depths": [2, 2], "num_heads": [3, 6], "window_size": 2, "image_size": 32}
-    return SwinForImageClassification(SwinConfig(**sizes, num_labels=7)).eval()
-
-
-def cvt() -> CvtForImageClassification:
-    """A second stage needs two layers: the class reads a list of its layers by the stage."""
-    sizes = {"embed_dim": [10, 24], "num_heads": [1, 2], "depth": [1, 2], "cls_token": [False, True]}
-    config = CvtConfig(**sizes, num_labels=7)
-    return CvtForImageClassification(config).eval()
+def convnext(*hidden: int) -> PreTrainedModel:
+    sizes = {"num_stages": len(hidden), "hidden_sizes": list(hidden), "depths": [2] * len(hidden), "image_size": 32}
+    return build("ConvNextForImageClassification", **sizes, num_labels=7)
 
 
 def found(model: PreTrainedModel) -> Any:
@@ -81,7 +56,6 @@ def found(model: PreTrainedModel) -> Any:
     return SimpleNamespace(analysis=analysis, legal=legal, widths=widths, kept=kept, sizes=sizes)
 
 
-@pytest.mark.features
 def test_entries_of_one_value_belong_to_their_stages() -> None:
     """The feed-forwards of two stages of one width are one family, so both entries follow it."""
     stages = found(convnext(12, 12))
@@ -91,7 +65,6 @@ def test_entries_of_one_value_belong_to_their_stages() -> None:
     assert config.changes == {"hidden_sizes": ([12, 12], [9, 9])}
 
 
-@pytest.mark.features
 def test_a_stage_is_cut_alone() -> None:
     stages = found(convnext(12, 20))
     assert set(stages.legal.together) == {frozenset({f"channels.{i}", f"ffn.{i}"}) for i in (1, 2)}
@@ -101,17 +74,13 @@ def test_a_stage_is_cut_alone() -> None:
     assert config.changes == {"hidden_sizes": ([12, 20], [12, 9])}
 
 
-@pytest.mark.features
 def test_a_width_of_which_the_class_makes_all_others() -> None:
-    model = swin()
-    stages = found(model)
+    sizes = {"embed_dim": 30, "depths": [2, 2], "num_heads": [3, 6], "window_size": 2, "image_size": 32}
+    stages = found(build("SwinForImageClassification", **sizes, num_labels=7))
     (group,) = stages.legal.together
     assert group == {f"{kind}.{stage}" for kind in ("channels", "heads", "ffn") for stage in (1, 2)}
-    assert {name: stages.legal.ladders[name] for name in ("channels.1", "heads.1", "ffn.2")} == {
-        "channels.1": (10, 20, 30),
-        "heads.1": (1, 2, 3),
-        "ffn.2": (80, 160, 240),
-    }
+    expected = {"channels.1": (10, 20, 30), "heads.1": (1, 2, 3), "ffn.2": (80, 160, 240)}
+    assert {name: stages.legal.ladders[name] for name in expected} == expected
     assert "attention scale" in stages.widths["qk_dim.1"]["refused"]
     widths = {name: stages.legal.ladders[name][-2] for name in group}
     plan = Plan({n: FamilyPlan(w, stages.sizes[n], stages.kept(n, w)) for n, w in widths.items()})
@@ -124,30 +93,28 @@ def test_a_width_of_which_the_class_makes_all_others() -> None:
         torch.testing.assert_close(logits, cut.program(images))
 
 
-@pytest.mark.features
 def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
-    refused = found(cvt()).legal.refused
-    assert refused["channels.1"] == (
-        "it can only be cut together with channels.2, which must stay: "
-        "the stock class would derive another attention scale"
-    )
+    """Cvt; its second stage needs two layers, as the class reads a list of its layers by the stage."""
+    sizes = {"embed_dim": [10, 24], "num_heads": [1, 2], "depth": [1, 2], "cls_token": [False, True]}
+    refused = found(build("CvtForImageClassification", **sizes, num_labels=7)).legal.refused
+    other = "the stock class would derive another attention scale"
+    assert refused["channels.1"] == f"it can only be cut together with channels.2, which must stay: {other}"
     assert "scale: it changes from" in refused["heads"]
 
 
-@pytest.mark.features
 def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:
     """T5 scales what its head reads by d_model ** -0.5."""
     sizes = {"vocab_size": 97, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_heads": 3, "num_layers": 1}
     tied, apart = (
-        found(T5ForConditionalGeneration(T5Config(**sizes, **more))) for more in ({}, {"tie_word_embeddings": False})
+        found(build("T5ForConditionalGeneration", **sizes, **more)) for more in ({}, {"tie_word_embeddings": False})
     )
     assert tied.legal.refused["hidden"].startswith("the stock class would derive another scale (aten.mul.Tensor in")
     assert "hidden" not in apart.legal.refused
 
 
-@pytest.mark.features
 def test_the_cut_folder_is_loaded_by_its_own_class(tmp_path: Path) -> None:
-    model = resnet()
+    sizes = {"embedding_size": 10, "hidden_sizes": [16, 24], "depths": [2, 2]}
+    model = build("ResNetForImageClassification", **sizes, num_labels=7)
     mptk.prune(model, sparsity=0.4, tolerance=0.2, families=("channels.2", "conv.1"), **SMALL).save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_sizes"] != [16, 24]
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -156,7 +123,6 @@ def test_the_cut_folder_is_loaded_by_its_own_class(tmp_path: Path) -> None:
     assert "reloaded checkpoint" in [stage.stage for stage in mptk.verify(tmp_path / "out", model=model)]
 
 
-@pytest.mark.features
 def test_a_family_without_its_partner_is_refused_by_name() -> None:
     with expect_error(TargetError, name="ffn.2", nearest=["channels.2"]):
         mptk.prune(convnext(12, 20), sparsity=0.3, families=("ffn.2",), **SMALL)

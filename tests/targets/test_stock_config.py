@@ -5,67 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import stock_specs
 import torch
-from stock_specs import (
-    VOCAB,
-    Keep,
-    Spec,
-    changed,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    heads,
-    llama,
-    mixtral,
-    opt,
-    phi3,
-    qwen2,
-    qwen2_hidden,
-    qwen3,
-    refused,
-    sizes,
-)
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from stock_specs import VOCAB, Keep, Spec, build, changed, grouped, llama, qwen2, qwen2_hidden, refused
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import ModelError
 from mptk.testing import expect_error
-from passes.targets.stock.config import StockConfig, probe_config
+from passes.targets.stock.config import probe_config
 from passes.targets.stock.equations import find_growth
 
 DRAWN = {"kv": [1], "q": [0, 2], "ffn": [*range(3, 33), *range(50, 60)]}
-EXACT: dict[Any, tuple[Keep, dict[str, Any]]] = {
-    llama: (DRAWN, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}),
-    qwen2: (DRAWN, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40, "head_dim": 10}),
-    qwen3: (DRAWN, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}),
-    gemma3: (DRAWN, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}),
-    phi3: (DRAWN, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40, "head_dim": 10}),
-    mixtral: (DRAWN, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}),
-    gpt2: ({"ffn": range(5, 45)}, {"n_inner": 40}),
-    opt: ({"ffn": range(5, 45)}, {"ffn_dim": 40}),
-    gpt_neox: ({"ffn": range(5, 45)}, {"intermediate_size": 40}),
+GROUPS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}
+EXACT: dict[str, tuple[Keep, dict[str, Any]]] = {
+    **dict.fromkeys(("llama", "qwen3", "gemma3", "mixtral"), (DRAWN, GROUPS)),
+    **dict.fromkeys(("qwen2", "phi3"), (DRAWN, GROUPS | {"head_dim": 10})),
+    "gpt2": ({"ffn": range(5, 45)}, {"n_inner": 40}),
+    "opt": ({"ffn": range(5, 45)}, {"ffn_dim": 40}),
+    "gpt_neox": ({"ffn": range(5, 45)}, {"intermediate_size": 40}),
 }
 
 
-@pytest.mark.parametrize("make", EXACT, ids=lambda make: make.__name__)
-def test_the_stock_class_computes_the_masked_model(make: Any) -> None:
-    keep, expected = EXACT[make]
+@pytest.mark.parametrize("name", EXACT)
+def test_the_stock_class_computes_the_masked_model(name: str) -> None:
+    keep, expected = EXACT[name]
     torch.manual_seed(0)
-    spec = make()
+    spec = getattr(stock_specs, name)()
     widths = {name: len(units) for name, units in keep.items()}
-    found = spec.probe(widths)
-    assert changed(found) == expected
+    assert changed(spec.probe(widths)) == expected
     stock = spec.discover()
-    assert changed(stock.build_config(widths)) == expected
+    found = stock.build_config(widths)
+    assert changed(found) == expected
     assert set(keep) & stock.refusals.keys() == set()
-
-    small = found.model_class(stock.build_config(widths).config).eval()
+    small = found.model_class(found.config).eval()
     small.load_state_dict(spec.cut(keep))
     tokens = torch.randint(VOCAB, (2, 9))
     with torch.no_grad():
@@ -78,15 +50,12 @@ def test_the_stock_class_computes_the_masked_model(make: Any) -> None:
 def test_an_implicit_head_size_is_written_down_only_where_it_is_needed() -> None:
     spec = qwen2()
     assert changed(spec.probe({"ffn": 40})) == {"intermediate_size": 40}
-    found = spec.probe({"q": 2})
-    assert isinstance(found, StockConfig)
-    assert found.changes == {"head_dim": (None, 10), "num_attention_heads": (6, 4)}
+    assert spec.probe({"q": 2}).changes == {"head_dim": (None, 10), "num_attention_heads": (6, 4)}
 
 
 def test_value_size_has_no_field() -> None:
     rules = {r"v_proj.weight": ((2, "v"), 48), r"o_proj.weight": (48, (6, "v"))}
-    config = LlamaConfig(**sizes(48, intermediate_size=80, head_dim=10, **heads()))
-    spec = Spec(LlamaForCausalLM(config), {"v": 10}, [48, 2, 6, 80, VOCAB], rules)
+    spec = Spec(build("llama", **grouped(48)), {"v": 10}, [48, 2, 6, 80, VOCAB], rules)
     refusal = refused(spec.probe({"v": 8}))
     assert (refusal.kind, refusal.reason) == ("shape", "no field sets the sizes of v and no others")
     assert "v" in spec.discover().refusals
@@ -98,8 +67,7 @@ def test_rotary_pairs_fit_the_shapes_but_are_another_function() -> None:
         r"[kv]_proj.weight": ((2, 2, "pairs"), 48),
         r"o_proj.weight": (48, (6, 2, "pairs")),
     }
-    config = LlamaConfig(**sizes(48, intermediate_size=80, head_dim=10, **heads()))
-    spec = Spec(LlamaForCausalLM(config), {"pairs": 5}, [48, 2, 6, 80, VOCAB], rules)
+    spec = Spec(build("llama", **grouped(48)), {"pairs": 5}, [48, 2, 6, 80, VOCAB], rules)
     refused(spec.probe({"pairs": 4}))
     refusal = spec.discover().refusals["pairs"]
     assert refusal.kind == "numeric"
@@ -112,9 +80,7 @@ def test_a_cut_norm_takes_its_new_eps() -> None:
     keep = {"hidden": [*range(2, 20), *range(25, 47)]}
     found = spec.discover().build_config({"hidden": 40}, scalars={0.01: 0.01 * 60 / 40})
     assert changed(found) == {"hidden_size": 40, "head_dim": 10, "rms_norm_eps": 0.01 * 60 / 40}
-    assert isinstance(found, StockConfig)
     assert spec.model.config.rms_norm_eps == 0.01
-
     state = {name: t * (60 / 40) ** 0.5 if "norm" in name else t for name, t in spec.cut(keep).items()}
     small = found.model_class(found.config).eval()
     small.load_state_dict(state)
@@ -124,22 +90,14 @@ def test_a_cut_norm_takes_its_new_eps() -> None:
 
 
 def test_a_field_of_an_inner_config() -> None:
-    text = LlamaConfig(**sizes(48, intermediate_size=80, head_dim=10, **heads())).to_dict()
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 36,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 14,
-        "patch_size": 7,
-    }
+    text = AutoConfig.for_model("llama", vocab_size=VOCAB, **grouped(48)).to_dict()
+    vision = {"model_type": "clip_vision_model", "image_size": 14, "patch_size": 7}
+    vision |= {"hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=7)
     rules = {r"language_model.*(gate|up)_proj": ("ffn", 48), r"language_model.*down_proj": (48, "ffn")}
     spec = Spec(LlavaForConditionalGeneration(config), {"ffn": 80}, [48, 36, 56, 10, VOCAB], rules)
     found = spec.probe({"ffn": 64})
     assert changed(found) == {"text_config.intermediate_size": 64}
-    assert isinstance(found, StockConfig)
     assert found.config.text_config.intermediate_size == 64
 
 
@@ -154,45 +112,33 @@ class Listed(PreTrainedModel):
 
     def __init__(self, config: ListedConfig) -> None:
         super().__init__(config)
-        assert config.ffn_sizes is not None
         self.layers = torch.nn.ModuleList(torch.nn.Linear(config.hidden_size, n) for n in config.ffn_sizes)
         self.post_init()
 
 
 def test_a_list_of_layer_sizes() -> None:
     model = Listed(ListedConfig(ffn_sizes=[20, 28, 20, 28]))
-    rules = {
-        r"layers.[02].weight": ("narrow", 12),
-        r"layers.[02].bias": ("narrow",),
-        r"layers.[13].weight": ("wide", 12),
-        r"layers.[13].bias": ("wide",),
-    }
+    rules = {rf"layers.{at}.weight": (name, 12) for at, name in (("[02]", "narrow"), ("[13]", "wide"))}
+    rules |= {r"layers.[02].bias": ("narrow",), r"layers.[13].bias": ("wide",)}
     spec = Spec(model, {"narrow": 20, "wide": 28}, [12], rules)
-    found = spec.probe({"narrow": 15})
-    assert isinstance(found, StockConfig)
-    assert found.changes == {"ffn_sizes": ([20, 28, 20, 28], [15, 28, 15, 28])}
+    assert spec.probe({"narrow": 15}).changes == {"ffn_sizes": ([20, 28, 20, 28], [15, 28, 15, 28])}
     assert changed(spec.discover().build_config({"narrow": 15, "wide": 21})) == {"ffn_sizes": [15, 21, 15, 21]}
 
 
-def test_a_cut_of_some_layers_only_is_refused() -> None:
+def test_a_cut_of_some_layers_only_and_other_names_are_refused() -> None:
     spec = llama()
+    kind, config = type(spec.model), spec.model.config
     target = {n: s if ".1." in n else spec.old[n] for n, s in spec.shapes({"ffn": 40}).items()}
     grown = find_growth(spec.old, {"ffn": 80}, spec.shapes)
-    result = probe_config(type(spec.model), spec.model.config, target, grown, {"ffn": (80, 40)}, [2, 3, 48, 10])
-    refusal = refused(result)
-    assert refusal.kind == "shape"
-    assert refusal.reason == "it would be (40, 48), but the cut leaves (80, 48)"
-
-
-def test_other_names_are_refused() -> None:
-    spec = llama()
+    refusal = refused(probe_config(kind, config, target, grown, {"ffn": (80, 40)}, [2, 3, 48, 10]))
+    assert (refusal.kind, refusal.reason) == ("shape", "it would be (40, 48), but the cut leaves (80, 48)")
     target = {**spec.old, "extra.weight": (3,)}
-    refusal = refused(probe_config(type(spec.model), spec.model.config, target, {}, {"ffn": (80, 40)}, []))
+    refusal = refused(probe_config(kind, config, target, {}, {"ffn": (80, 40)}, []))
     assert (refusal.kind, refusal.where) == ("names", "extra.weight")
 
 
 def test_a_class_that_its_own_config_does_not_build() -> None:
-    config = LlamaConfig(**sizes(48, **heads()))
-    config.hidden_act = "no-such-function"
+    model = build("llama", **grouped(48))
+    model.config.hidden_act = "no-such-function"
     with expect_error(ModelError):
-        probe_config(LlamaForCausalLM, config, {}, {}, {}, [])
+        probe_config(type(model), model.config, {}, {}, {}, [])

@@ -8,12 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from stock_specs import Spec, changed, gpt2, gpt_neox, llama, mixtral, one_group, opt, qwen2, refused, t5
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-)
+from stock_specs import Spec, changed, gated, gpt2, gpt_neox, llama, mixtral, one_group, opt, qwen2, refused, t5
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from benchmarks.tiny_models import tiny_model
 from mptk import analyze, trace
@@ -25,15 +21,11 @@ def ladder(stock: Stock, family: str, widths: Iterable[int], **others: int) -> l
     return [width for width in widths if stock.check_widths({**others, family: width}) is None]
 
 
-def test_a_field_is_the_product_of_two_families() -> None:
+def test_a_field_is_the_product_of_two_families_and_experts_are_one() -> None:
     stock = llama().discover()
     assert stock.refusals == {}
     assert changed(stock.build_config({"kv": 1, "q": 2})) == {"num_attention_heads": 2, "num_key_value_heads": 1}
-
-
-def test_experts_are_one_field() -> None:
-    stock = mixtral().discover()
-    assert changed(stock.build_config({"experts": 3})) == {"num_local_experts": 3}
+    assert changed(mixtral().discover().build_config({"experts": 3})) == {"num_local_experts": 3}
 
 
 def test_the_ladder_is_what_the_config_class_accepts() -> None:
@@ -41,8 +33,7 @@ def test_the_ladder_is_what_the_config_class_accepts() -> None:
     assert ladder(stock, "q", range(1, 7)) == [1, 2, 3, 4, 6]
     assert ladder(stock, "ffn", range(8, 81, 24), q=4) == [8, 32, 56, 80]
     refusal = refused(stock.check_widths({"q": 5}))
-    assert refusal.kind == "validator"
-    assert refusal.where == "LlamaConfig.validate_architecture"
+    assert (refusal.kind, refusal.where) == ("validator", "LlamaConfig.validate_architecture")
     assert "hidden size (48) is not a multiple of the number of attention heads (5)" in refusal.reason
 
 
@@ -117,25 +108,11 @@ class Counted(LlamaForCausalLM):
 
 
 def test_widths_of_a_deep_model_are_asked_without_building_it() -> None:
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     with torch.device("meta"):
-        model = Counted(config)
-    rules = {
-        r"q_proj.weight": (("kv", "q", 64), 576),
-        r"[kv]_proj.weight": (("kv", 64), 576),
-        r"o_proj.weight": (576, ("kv", "q", 64)),
-        r"(gate|up)_proj.weight": ("ffn", 576),
-        r"down_proj.weight": (576, "ffn"),
-    }
-    stock = Spec(model, {"kv": 3, "q": 3, "ffn": 1536}, [64, 576, 49152], rules).discover()
+        model = Counted(LlamaConfig(**sizes, **heads))
+    stock = Spec(model, {"kv": 3, "q": 3, "ffn": 1536}, [64, 576, 49152], gated(576, head=64)).discover()
     built = Counted.built
     for kv, q in itertools.product((1, 2, 3), (1, 2, 3)):  # 576 is a multiple of every product
         assert stock.check_widths({"kv": kv, "q": q}) is None

@@ -121,9 +121,8 @@ def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
 
     stock = spec.discover(forward=forward)
     assert "shape '[-1, 2, 5]' is invalid" in refused(stock.check_widths({"half": 4})).reason
-    assert spec.discover(forward=never).check_widths({"half": 4}) is None, (
-        "the class before the cut does not run, either"
-    )
+    # The class before the cut does not run, either.
+    assert spec.discover(forward=never).check_widths({"half": 4}) is None
 
 
 def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is() -> None:
@@ -156,19 +155,14 @@ def test_a_class_that_takes_no_symbols_is_refused_with_its_reason() -> None:
     kind = toy(inner)
     spec = Spec(kind(ToyConfig()), {"width": 12}, [2], {"up": ((2, "width"), "width")})
     refusal = refused(spec.discover().check_widths({"width": 8}))
-    assert refusal.kind == "constructor"
-    assert refusal.reason == "TypeError: a plain number, please"
+    assert (refusal.kind, refusal.reason) == ("constructor", "TypeError: a plain number, please")
 
 
-def test_torch_does_not_warn_of_what_symbols_leave_open(capfd: pytest.CaptureFixture[str]) -> None:
-    model = tiny_model("causal-lm", "inkling2_loop_text").model
-    Reading(type(model), model.config)
+def test_reading_leaves_no_trace_and_torch_does_not_warn(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of what symbols leave open."""
+    for model in (llama().model, tiny_model("causal-lm", "inkling2_loop_text").model):
+        before = model.config.to_dict()
+        Reading(type(model), model.config)
+        assert model.config.to_dict() == before
+        assert "int" not in vars(__import__(type(model).__module__, fromlist=["_"]))
     assert "evaluate_expr" not in capfd.readouterr().err
-
-
-def test_reading_leaves_no_trace() -> None:
-    model = llama().model
-    before = model.config.to_dict()
-    Reading(type(model), model.config)
-    assert model.config.to_dict() == before
-    assert "int" not in vars(__import__(type(model).__module__, fromlist=["_"]))

@@ -49,12 +49,8 @@ def found() -> tuple[Analysis, LegalWidths]:
 
 
 def cut(config: PreTrainedConfig, **changes: int) -> StockConfig:
-    old = {name: getattr(config, name) for name in changes}
-    return StockConfig(
-        LlamaForCausalLM,
-        type(config).from_dict(config.to_dict() | changes),
-        {name: (old[name], new) for name, new in changes.items()},
-    )
+    smaller = type(config).from_dict(config.to_dict() | changes)
+    return StockConfig(LlamaForCausalLM, smaller, {n: (getattr(config, n), new) for n, new in changes.items()})
 
 
 def test_a_size_that_programs_derive() -> None:
@@ -69,9 +65,8 @@ def test_a_size_that_programs_derive() -> None:
 
 def test_a_number_that_the_dense_config_leaves_open() -> None:
     config = GPT2Config(n_embd=48, n_head=4)
-    assert find_broken_programs(cut(config, n_inner=100), config) == [
-        "programs that derive n_inner, which the dense config leaves open, as llama.cpp's converter"
-    ]
+    (said,) = find_broken_programs(cut(config, n_inner=100), config)
+    assert said == "programs that derive n_inner, which the dense config leaves open, as llama.cpp's converter"
 
 
 def test_programs_that_read_the_size_of_a_head_only_for_some_models() -> None:
@@ -105,14 +100,11 @@ def test_by_default_only_what_travels_is_cut() -> None:
     assert explain_uncut(report, "kv_groups") == f"cutting it breaks {HEADS}"
 
 
-def test_a_budget_that_only_heads_could_meet_names_the_option() -> None:
+def test_a_budget_that_only_heads_could_meet_names_the_option_which_cuts_them_too() -> None:
     with expect_error(BudgetError, name="sparsity") as refused:
         mptk.prune(derivable(), sparsity=0.75, **HOW)
     assert refused.value.nearest
     assert "portable=False" in refused.value.remedy
-
-
-def test_no_portable_cuts_heads_by_default_too() -> None:
     report = mptk.prune(derivable(), portable=False, sparsity=0.75, tolerance=0.1, **HOW).report
     assert any(report.families[name]["width"] < report.families[name]["of"] for name in ("kv_groups", "q_heads"))
     assert f"this cut breaks {HEADS}; see docs/deploy.md" in report.notes
@@ -133,12 +125,8 @@ def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> No
     analysis = api.analyze(model)
     legal = find_target("stock").find_legal(analysis, model, Alignment(2))
     assert "ffn" in legal.breaks
-    assert legalize.choose_default_families(
-        analysis.make_variables(), legalize.keep_portable_families(analysis, legal)
-    ) == ["ffn"]
-
-
-# ---- the programs that must read the result ----
+    portable = legalize.keep_portable_families(analysis, legal)
+    assert legalize.choose_default_families(analysis.make_variables(), portable) == ["ffn"]
 
 
 def test_only_what_the_named_programs_read_is_legal(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_decoders import FUSED, SLIDING, tiny_decoder
+from tiny_decoders import FUSED, GROUPED, SLIDING, tiny_decoder
 from transformers import BloomConfig
 
 import mptk
@@ -23,23 +23,15 @@ def listing(analysis: Analysis) -> list[tuple[str, int, int, int]]:
     return [(f.name, f.size, f.scopes, len(f.groups)) for f in analysis.families]
 
 
-@pytest.mark.parametrize(
-    ("kind", "families", "heads"),
-    [
-        (SLIDING, ("kv_groups", "q_heads", "v_dim", "ffn"), 1),
-        (FUSED, ("heads", "ffn"), 3),
-    ],
-)
-def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_path):
+@pytest.mark.parametrize(("kind", "heads"), [(GROUPED, 1), (SLIDING, 1), (FUSED, 3)])
+def test_plan_cuts_decoder_and_plain_forward_alike(kind, heads, tmp_path):
     model = tiny_decoder(kind)
     plain, decoder = analyze(trace(model, dynamic=True)), analyze(trace_decoder(model))
     assert listing(plain) == listing(decoder)
-
-    plan = draw_plan(plain, families, share=0.5)
+    plan = draw_plan(plain, share=0.5)
     reference, step = mptk.rewrite(plain, plan), mptk.rewrite(decoder, plan)
     caches = [node.meta["val"] for node in step.list_placeholders() if node.name in step.user_inputs[3:]]
     assert [value.shape[1] for value in caches] == [heads] * 4
-
     runtime = OrtDecoder(emit_onnx(step, tmp_path), threads=1)
     ids = torch.randint(3, 97, (2, 9))
     with torch.no_grad():

@@ -39,15 +39,18 @@ from passes.targets.choose_blocks import choose_blocks
 from passes.targets.legalize import discover
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 4}
-LLAMA = LlamaConfig(
-    **SIZES, num_key_value_heads=3, head_dim=8, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True
-)
+OTHERS = {"num_key_value_heads": 3, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True}
+T5_SIZES = {"vocab_size": 97, "d_model": 24, "d_kv": 8, "d_ff": 40}
 IDS = torch.tensor([[5, 9, 2, 31, 8, 4, 11]])
 
 
 def random_model(model):
     torch.manual_seed(0)
     return testing.draw_weights(model, 0.15).eval()
+
+
+def make_llama(layers=4):
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **OTHERS, "num_hidden_layers": layers}))
 
 
 def keeping(analysis, *units, name="layers"):
@@ -58,12 +61,9 @@ def keeping(analysis, *units, name="layers"):
 
 @pytest.fixture(scope="module")
 def llama():
-    model = random_model(LlamaForCausalLM(LLAMA))
+    model = random_model(make_llama())
     analysis = mptk.analyze(mptk.trace(model, dynamic=True))
     return SimpleNamespace(model=model, analysis=analysis, stock=discover(analysis, model))
-
-
-# ---- what is found ----
 
 
 @pytest.mark.parametrize(
@@ -71,25 +71,18 @@ def llama():
     [
         (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES, use_parallel_residual=True), "gpt_neox.layers"),
         (BertModel, BertConfig(**SIZES), "encoder.layer"),
-        (
-            T5EncoderModel,
-            T5Config(vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_heads=3, num_layers=4),
-            "encoder.block",
-        ),
+        (T5EncoderModel, T5Config(**T5_SIZES, num_heads=3, num_layers=4), "encoder.block"),
     ],
 )
 def test_blocks_are_found_in_parallel_with_norms_behind_and_with_a_shared_bias(model, config, inner):
     """Two branches beside each other, a norm after each addition, a first block that others read from."""
     analysis = mptk.analyze(mptk.trace(random_model(model(config)), [IDS]))
     family = analysis.family("layers")
-    assert family.groups[0].layer == inner
-    assert family.size == 4
-    if model is T5EncoderModel:
-        assert list(family.stack.stay) == [0]
+    assert (family.groups[0].layer, family.size) == (inner, 4)
+    assert list(family.stack.stay) == ([0] if model is T5EncoderModel else [])
+    if family.stack.stay:
         with expect_error(PlanError, name="layers"):
             mptk.rewrite(analysis, keeping(analysis, 1, 2))
-    else:
-        assert family.stack.stay == {}
     found = cut_and_compare(analysis, keeping(analysis, 0, 3), [IDS])
     assert found.error < 1e-5 < 1e-2 < found.moved
 
@@ -103,12 +96,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.inner(x).relu()
-
-
-def test_a_product_may_enter_a_block():
-    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Block(), Block()))
-    (family,) = mptk.analyze(mptk.trace(net, [torch.randn(3, 4)])).depths
-    assert (family.groups[0].layer, family.size, family.stack.stay) == ("1", 2, {})
 
 
 class Scaled(Block):
@@ -134,12 +121,13 @@ class Overwriting(Block):
         return x.add_(self.inner(x).relu())
 
 
-@pytest.mark.parametrize("kind", [Scaled, Corrected])
-def test_a_block_may_write_into_its_own_memory_alone(kind):
+@pytest.mark.parametrize("kind", [Block, Scaled, Corrected])
+def test_a_product_may_enter_a_block_which_may_write_into_its_own_memory_alone(kind):
     x = torch.randn(3, 4)
     net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(kind(), kind(), kind()), nn.Linear(8, 5))
     analysis = mptk.analyze(mptk.trace(net, [x]))
-    assert analysis.stacks[0].stay == {}
+    (family,) = analysis.depths
+    assert (family.groups[0].layer, family.size, family.stack.stay) == ("1", 3, {})
     found = cut_and_compare(analysis, keeping(analysis, 0, 2), [x])
     assert found.error < 1e-5 < 1e-2 < found.moved
     net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Overwriting(), Overwriting()), nn.Linear(8, 5))
@@ -147,7 +135,7 @@ def test_a_block_may_write_into_its_own_memory_alone(kind):
 
 
 class Plain(nn.Module):
-    """Modules without an addition: it is done outside of them, or not at all."""
+    """Modules without an addition: it is done outside of them and no part of them, or not at all."""
 
     def __init__(self, adds):
         super().__init__()
@@ -162,11 +150,7 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_modules_that_do_not_add_to_their_input_are_no_blocks(adds):
-    """An addition outside the modules is no part of them: what they return is not their input and more."""
     assert not mptk.analyze(mptk.trace(Plain(adds), [torch.randn(3, 8)])).depths
-
-
-# ---- masked and cut ----
 
 
 def test_the_cut_equals_the_mask_with_channels_too(llama):
@@ -176,29 +160,25 @@ def test_the_cut_equals_the_mask_with_channels_too(llama):
     both = Plan({**plan.families, "ffn": channels})
     found = cut_and_compare(llama.analysis, both, [IDS])
     assert found.error < 1e-5 < 1e-2 < found.moved
-    small = mptk.rewrite(llama.analysis, both)
-    names = set(small.state_dict())
-    assert {n.split(".")[2] for n in names if n.startswith("model.layers.")} == {"0", "1"}
-    dense = llama.model.state_dict()
-    assert torch.equal(
-        small.state["model.layers.1.mlp.up_proj.weight"], dense["model.layers.3.mlp.up_proj.weight"][3:27]
-    )
+    small, dense = mptk.rewrite(llama.analysis, both).state_dict(), llama.model.state_dict()
+    assert {name.split(".")[2] for name in small if name.startswith("model.layers.")} == {"0", "1"}
+    up = "model.layers.{}.mlp.up_proj.weight".format
+    assert torch.equal(small[up(1)], dense[up(3)][3:27])
 
 
-def test_removed_blocks_are_counted_exactly(llama):
+def test_removed_blocks_are_counted_exactly_and_none_are_by_default(llama):
     cost = CostModel(llama.analysis)
     block = sum(p.numel() for p in llama.model.model.layers[0].parameters())
     assert cost.dense.parameters - cost.of(keeping(llama.analysis, 0, 2)).parameters == 2 * block
     assert cost({"layers": 2}).parameters == cost.of(keeping(llama.analysis, 0, 2)).parameters
     assert cost.compute_sparsity({"layers": 3}) == pytest.approx(0.25)
     assert cost({"layers": 3}).flops < cost.dense.flops
-
-
-# ---- what is chosen ----
+    assert "layers" not in [family.name for family in llama.analysis.families]
+    assert resolve_plan(llama.analysis, keeping(llama.analysis, 0, 1, 2, 3)).removes is False
 
 
 def test_a_block_that_turns_its_input_least_goes_first(llama):
-    """The influence is 1 − cosine of what enters and leaves, and every criterion for channels uses it for blocks."""
+    """The influence is 1 − cosine of what enters and leaves. Criteria for channels use it for blocks; it judges no more."""
     with torch.no_grad():
         hidden = llama.model.model(IDS, output_hidden_states=True).hidden_states
     found = criteria.score_units(llama.analysis, "influence", IDS, families=["layers"])["layers"].flatten()
@@ -208,6 +188,8 @@ def test_a_block_that_turns_its_input_least_goes_first(llama):
     assert torch.equal(both["layers"].flatten(), found)
     kept = choose_blocks(llama.analysis.stacks[0], found.tolist(), 3, llama.stock)
     assert set(range(4)) - set(kept) == {int(found.argmin())}
+    with expect_error(AnalysisError, name="ffn"):
+        criteria.score_units(llama.analysis, "influence", IDS, families=["ffn"])
 
 
 def test_greedy_removes_the_block_without_which_the_loss_is_lowest(llama):
@@ -227,53 +209,41 @@ def test_greedy_removes_the_block_without_which_the_loss_is_lowest(llama):
     assert [int(unit) for unit in found.argsort()][3:] == left
 
 
-def test_influence_judges_no_channels(llama):
-    with expect_error(AnalysisError, name="ffn"):
-        criteria.score_units(llama.analysis, "influence", IDS, families=["ffn"])
-
-
 def test_flap_corrects_no_bias_if_only_blocks_go():
     """It scores no block, so it has measured nothing to correct with."""
-    model = random_model(LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 2})))
+    model = random_model(make_llama(layers=2))
     short = {"data": IDS.repeat(4, 1), "onnx": False, "eval_windows": 1, "tolerance": 0.2, "widths": {"layers": 1}}
     found = mptk.prune(model, method="flap", families=("layers",), progress=None, **short)
     assert found.report.families["layers"]["width"] == 1
     assert all(row["ok"] for row in found.report.proof)
 
 
-# ---- the main job ----
-
-
 def test_prune_removes_blocks_from_checkpoint_and_graph(tmp_path):
     """A folder with fewer blocks and narrower feed-forward layers, with ONNX."""
-    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 3})
-    source, small = save_word_model(LlamaForCausalLM(config), tmp_path / "dense"), tmp_path / "small"
+    source, small = save_word_model(make_llama(layers=3), tmp_path / "dense"), tmp_path / "small"
     settings = replace(SETTINGS, families=("layers", "ffn"), widths={"layers": 2}, sparsity=0.4, tolerance=0.1)
     report = mptk.prune(source, small, settings).report
     assert report.families["layers"] == {"of": 3, "width": 2, "layers": 1}
     assert report.families["ffn"]["width"] < 40
     assert report.config_changes["num_hidden_layers"] == [3, 2]
     assert {d["stage"] for d in report.proof if d["ok"]} >= {"reloaded checkpoint", "ONNX Runtime decode"}
-    model = AutoModelForCausalLM.from_pretrained(small)
-    assert len(model.model.layers) == 2
+    assert len(AutoModelForCausalLM.from_pretrained(small).model.layers) == 2
     assert OrtDecoder(small).past == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
     plan = json.loads((small / "plan.json").read_text())["families"]["layers"]
     assert (plan["width"], plan["of"], list(plan["keep"])) == (2, 3, ["model.layers"])
 
 
-TRAINING = Training(batch=4, micro=2, lr=3e-3)
 LEARNED = mptk.Settings(
     method="maskprune",
     **{"families": ("layers", "ffn"), "sparsity": 0.5, "tolerance": 0.1, "align": 8, "onnx": False},
     **{"samples": 8, "length": 32, "eval_windows": 1},
-    learning=Learning(steps=4, mask_share=0.5, rank=4, training=TRAINING),
+    learning=Learning(steps=4, mask_share=0.5, rank=4, training=Training(batch=4, micro=2, lr=3e-3)),
 )
 
 
 def test_maskprune_divides_a_budget_among_blocks_and_channels_or_keeps_a_given_depth(tmp_path):
     """The blocks that turn their input least go, as many as the learned masks say."""
-    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 3})
-    source, out = save_word_model(LlamaForCausalLM(config), tmp_path / "dense"), tmp_path / "small"
+    source, out = save_word_model(make_llama(layers=3), tmp_path / "dense"), tmp_path / "small"
     report = mptk.prune(source, out, LEARNED).report
     assert report.sparsity == pytest.approx(0.5, abs=0.1)
     assert all(d["ok"] for d in report.proof)
@@ -287,9 +257,3 @@ def test_maskprune_divides_a_budget_among_blocks_and_channels_or_keeps_a_given_d
     given = replace(LEARNED, widths={"layers": 2, "ffn": 24})
     report = mptk.prune(source, settings=given).report
     assert (report.families["layers"]["width"], report.families["ffn"]["width"]) == (2, 24)
-
-
-def test_depth_is_left_alone_unless_it_is_named(llama):
-    """What is cut by default has no blocks in it."""
-    assert "layers" not in [family.name for family in llama.analysis.families]
-    assert resolve_plan(llama.analysis, keeping(llama.analysis, 0, 1, 2, 3)).removes is False

@@ -20,6 +20,11 @@ from passes.transforms.insert_masks import InsertedMasks, find_disturbance, find
 from passes.transforms.masked_reference import mask
 
 
+def shapes(analysis: Analysis) -> dict[tuple[str, int], tuple[int, int]]:
+    """(family, layer) → [scopes, size]."""
+    return {(f.name, i): (f.scopes, f.size) for f in analysis.families for i in range(len(f.groups))}
+
+
 def families(analysis: Analysis) -> list[str]:
     return [f.name for f in analysis.families if find_disturbance(analysis, f.name) is None]
 
@@ -58,8 +63,7 @@ def test_hard_masks_compute_what_the_masked_program_computes_and_ones_change_no_
         seen = logits(twin, ids)
         assert (seen - dense).abs().max() > 1e-3, family
         assert (seen - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item()), family
-    sizes = {f.name: (f.scopes, f.size) for f in analysis.families}
-    masked(model, analysis, families(analysis), lambda name, layer: torch.ones(sizes[name]))
+    masked(model, analysis, families(analysis), lambda name, layer: torch.ones(shapes(analysis)[name, layer]))
     assert torch.equal(logits(model, ids), dense)
 
 
@@ -68,11 +72,7 @@ def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(archit
     model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     analysis = analyze_decoder(architecture)
     generator = torch.Generator().manual_seed(0)
-    values = {
-        (f.name, i): torch.rand(f.scopes, f.size, generator=generator)
-        for f in analysis.families
-        for i in range(len(f.groups))
-    }
+    values = {key: torch.rand(shape, generator=generator) for key, shape in shapes(analysis).items()}
     adapted = adapt(model, 3, seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -128,13 +128,11 @@ def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
     analysis = analyze_decoder(architecture)
     (depth,) = analysis.depths
     m, seen = torch.ones(1, depth.size, requires_grad=True), dict[int, Tensor]()
-    masks = masked(
-        model,
-        analysis,
-        ["layers"],
-        lambda name, i: m,
-        lambda name, i, each: seen.update({int(each.any(0).nonzero()): each}),
-    )
+
+    def note(name: str, i: int, each: Tensor) -> None:
+        seen[int(each.any(0).nonzero())] = each
+
+    masks = masked(model, analysis, ["layers"], lambda name, i: m, note)
     model(ids, use_cache=False).logits[0, -1].square().sum().backward()
     assert torch.allclose(sum(seen.values(), torch.zeros(())).sum(0), m.grad[0], rtol=1e-3, atol=1e-4)
     assert len(seen) == depth.size
@@ -157,11 +155,7 @@ def test_gradients_seen_position_by_position_are_those_of_masks_at_that_position
     model, ids = testing.make_decoder(architecture), testing.draw_tokens(1, 5)
     analysis = analyze_decoder(architecture)
     names = families(analysis)
-    masks = {
-        (f.name, i): torch.ones(f.scopes, f.size, requires_grad=True)
-        for f in analysis.families
-        for i in range(len(f.groups))
-    }
+    masks = {key: torch.ones(shape, requires_grad=True) for key, shape in shapes(analysis).items()}
     seen: dict[tuple[str, int], Tensor] = {}
     inserted = masked(
         model, analysis, names, lambda name, i: masks[name, i], lambda name, i, each: seen.update({(name, i): each})

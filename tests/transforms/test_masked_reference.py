@@ -21,10 +21,8 @@ def with_masked_weights(analysis: Analysis, cut: Cut) -> Program:
     program = mask(analysis, cut)
     for keep in program.graph.buffers():
         keep.fill_(True)
-    dims = analysis.weights
-    return replace(
-        program, state={n: t * cut.mask_tensor(dims[n]) if n in dims else t for n, t in program.state.items()}
-    )
+    dims, state = analysis.weights, program.state.items()
+    return replace(program, state={n: t * cut.mask_tensor(dims[n]) if n in dims else t for n, t in state})
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])

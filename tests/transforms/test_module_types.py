@@ -36,8 +36,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 @pytest.mark.parametrize(
-    ("outer", "inner", "tolerance"),
-    [(BF16, BF16, 3e-2), (F64, F64, 1e-12), (F32, BF16, 2e-2), (F64, F16, 5e-3)],
+    ("outer", "inner", "tolerance"), [(BF16, BF16, 3e-2), (F64, F64, 1e-12), (F32, BF16, 2e-2), (F64, F16, 5e-3)]
 )
 def test_a_pruned_module_has_the_types_of_the_given_one(
     outer: torch.dtype, inner: torch.dtype, tolerance: float, tmp_path: Path
@@ -50,9 +49,7 @@ def test_a_pruned_module_has_the_types_of_the_given_one(
     assert {name: (p.dtype, p.requires_grad) for name, p in small.named_parameters()} == given
     assert is_near(small(draw_input(3, 4, dtype=outer)), eager(draw_input(3, 4, dtype=outer)), tolerance)
     stored = load_file(pruned.save(tmp_path / "out") / "model.safetensors")
-    assert {name: tensor.dtype for name, tensor in stored.items()} == {
-        name: dtype for name, (dtype, _) in given.items()
-    }
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {n: dtype for n, (dtype, _) in given.items()}
     assert all(d.ok for d in mptk.verify(tmp_path / "out", model=net))
     analysis = mptk.analyze(net, x)
     cut = mptk.rewrite(analysis, draw_plan(analysis)).module()

@@ -11,6 +11,7 @@ from torch import nn
 import mptk
 from mptk import testing
 from mptk.errors import TraceError
+from mptk.ir import Program
 from mptk.testing import draw_plan, expect_error
 
 
@@ -35,7 +36,7 @@ class Net(nn.Module):
 INPUTS = {"x": torch.randn(3, 6), "shift": torch.randn(3, 6)}
 
 
-def cut(module: nn.Module) -> mptk.ir.program.Program:  # type: ignore[name-defined]
+def cut(module: nn.Module) -> Program:
     analysis = mptk.analyze(module, INPUTS)
     return mptk.rewrite(analysis, draw_plan(analysis, [analysis.families[0].name], share=0.5))
 
@@ -45,7 +46,7 @@ def program():
     return cut(Net())
 
 
-def test_it_has_the_cut_weights_under_the_old_names(program) -> None:
+def test_it_has_the_cut_weights_under_the_old_names_and_says_what_is_missing(program) -> None:
     small = program.module()
     assert set(small.state_dict()) == set(Net().state_dict())
     assert small.up.weight.shape == (11, 6)
@@ -55,6 +56,10 @@ def test_it_has_the_cut_weights_under_the_old_names(program) -> None:
     outputs, expected = small(**INPUTS), program(*INPUTS.values())
     assert all(torch.equal(one, other) for one, other in zip(outputs.values(), expected, strict=True))
     assert torch.equal(small(INPUTS["x"], shift=INPUTS["shift"])["first"], outputs["first"])
+    with pytest.raises(TypeError, match="x, shift"):
+        small(INPUTS["x"])
+    with expect_error(TraceError):
+        mptk.trace(Net().to("meta"), INPUTS).module()
 
 
 def test_it_trains_and_shares_nothing_with_the_dense_model() -> None:
@@ -95,12 +100,3 @@ def test_a_transformers_model_keeps_its_names_and_ties() -> None:
     assert set(small.state_dict()) == set(model.state_dict())
     assert small.lm_head.weight is small.model.embed_tokens.weight
     assert torch.equal(small(input_ids=ids), program(ids))
-
-
-def test_what_is_missing_is_said(program) -> None:
-    with pytest.raises(TypeError, match="x, shift"):
-        program.module()(INPUTS["x"])
-    with torch.device("meta"):
-        bare = Net()
-    with expect_error(TraceError):
-        mptk.trace(bare, INPUTS).module()

@@ -149,7 +149,7 @@ def difference(mutant: Mutant) -> str:
 # ---- testing them ----
 
 
-def test_one(copy: Path, mutant: Mutant, reaching: set[str], worker: Popen[str]) -> tuple[str, str]:
+def test_one(copy, mutant, reaching, worker):
     """``killed``, ``survived`` or ``ran too long``, and the suite that noticed it: quick, rest, or none."""
     file, original = copy / mutant.path, (ROOT / mutant.path).read_text()
     file.write_text(mutated(mutant))

@@ -18,7 +18,7 @@ from transformers import (
 
 import mptk
 from mptk.io import data
-from mptk.testing import Laboratory, make_config, save_word_model
+from mptk.testing import make_config, save_word_model
 
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, align=8)
 
@@ -29,12 +29,12 @@ def llama_config(**changes: Any) -> PreTrainedConfig:
 
 
 @pytest.fixture(scope="module")
-def llama(laboratory: Laboratory) -> str:
+def llama(laboratory):
     return str(laboratory.open_model())
 
 
 @pytest.fixture(scope="module")
-def gpt2(laboratory: Laboratory) -> str:
+def gpt2(laboratory):
     """A decoder whose heads have no size in its config."""
     sizes = {"n_embd": 48, "n_inner": 80, "n_layer": 2, "n_head": 6, "vocab_size": 97, "n_positions": 64}
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)

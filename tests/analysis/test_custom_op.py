@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -96,20 +96,20 @@ INPUT = torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(autouse=True)
-def rules_restored() -> Iterator[None]:
+def rules_restored():
     before = dict(RULES)
     yield
     RULES.clear()
     RULES.update(before)
 
 
-def test_an_op_without_a_rule_is_named_with_its_module_and_the_remedy() -> None:
+def test_an_op_without_a_rule_is_named_with_its_module_and_the_remedy():
     program = trace(make(put_through_gate), (INPUT,))
     with expect_error(AnalysisError, name="mptk_test.gated.default"):
         analyze(program)
 
 
-def test_a_registered_rule_makes_its_axes_cuttable() -> None:
+def test_a_registered_rule_makes_its_axes_cuttable():
     rule("mptk_test::gated")(gated_rule)
     analysis = analyze(trace(make(put_through_gate), (INPUT,)))
     (family,) = analysis.families
@@ -119,7 +119,7 @@ def test_a_registered_rule_makes_its_axes_cuttable() -> None:
     assert dict(prove(analysis, (INPUT,))) == {family.name: ""}
 
 
-def test_without_zero_a_sum_behind_the_op_refuses_the_axis() -> None:
+def test_without_zero_a_sum_behind_the_op_refuses_the_axis():
     rule("mptk_test::gated")(gated_rule)
     analysis = analyze(trace(make(sum_after_gate), (INPUT,)))
     assert not analysis.families
@@ -130,14 +130,14 @@ def test_without_zero_a_sum_behind_the_op_refuses_the_axis() -> None:
     assert list(dict(prove(analysis, (INPUT,))).values()) == [""]
 
 
-def test_an_opaque_op_freezes_both_sides() -> None:
+def test_an_opaque_op_freezes_both_sides():
     rule("mptk_test::gated")(opaque)
     analysis = analyze(trace(make(put_through_gate), (INPUT,)))
     assert not analysis.families
     assert all("keeps no axes apart" in " ".join(b.reasons) for b in analysis.blocked if b.size == 13)
 
 
-def test_a_constant_given_by_name_is_cut_with_the_rest() -> None:
+def test_a_constant_given_by_name_is_cut_with_the_rest():
     def shifted_rule(ctx: RuleContext, node: fx.Node, x: Value, *, by: Value) -> Dims:
         ctx.unify(x.dims[-1], by.dims[0], node)
         return x.dims
@@ -148,7 +148,7 @@ def test_a_constant_given_by_name_is_cut_with_the_rest() -> None:
     assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}
 
 
-def test_what_a_rule_notes_is_there_when_its_call_is_cut() -> None:
+def test_what_a_rule_notes_is_there_when_its_call_is_cut():
     def counted_rule(ctx: RuleContext, node: fx.Node, x: Value, channels: int) -> Result:
         return Result(x.dims, Counted(x.dims[-1]))
 
@@ -158,7 +158,7 @@ def test_what_a_rule_notes_is_there_when_its_call_is_cut() -> None:
     assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}
 
 
-def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place() -> None:
+def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place():
     """A rule that forgets to resize."""
     rule("mptk_test::counted", zero="keep")(lambda ctx, node, x, channels: x.dims)
     found = analyze(trace(make(count), (INPUT,)))
@@ -167,7 +167,7 @@ def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place() -> None:
     assert refused.value.name.startswith("mptk_test.counted.default in the model")
 
 
-def test_positions_stay_positions_only_of_an_op_that_carries_them() -> None:
+def test_positions_stay_positions_only_of_an_op_that_carries_them():
     def moved_rule(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
         return x.dims
 

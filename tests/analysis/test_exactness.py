@@ -45,7 +45,7 @@ def reasons(found: Analysis, size: int) -> str:
     return "; ".join(reason for b in found.blocked if b.size == size for reason in b.reasons)
 
 
-def test_the_control_is_offered() -> None:
+def test_the_control_is_offered():
     assert offered(prove(block(torch.relu), IDS)) == {HIDDEN, INNER}
 
 
@@ -72,7 +72,7 @@ NOT_EXACT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("name", NOT_EXACT)
-def test_an_axis_whose_cut_would_change_the_result_is_refused_with_the_reason(name: str) -> None:
+def test_an_axis_whose_cut_would_change_the_result_is_refused_with_the_reason(name):
     function, reason = NOT_EXACT[name]
     found = prove(block(function), IDS)
     assert INNER not in offered(found)
@@ -92,12 +92,12 @@ class Snake(nn.Module):
 
 
 @pytest.mark.parametrize("times", [lambda a: 1 / a, lambda a: a.abs().rsqrt(), lambda a: a.log(), lambda a: a**-2.0])
-def test_a_weight_that_something_is_divided_by_is_cut_with_what_it_divides(times: Callable[[Tensor], Tensor]) -> None:
+def test_a_weight_that_something_is_divided_by_is_cut_with_what_it_divides(times):
     """It keeps its numbers in the masked model, where they multiply a zero."""
     assert offered(prove(block(Snake(times)), IDS)) == {HIDDEN, INNER}
 
 
-def test_what_is_not_zero_by_the_other_weights_is_not_divided() -> None:
+def test_what_is_not_zero_by_the_other_weights_is_not_divided():
     def forward(m: Made, ids: Tensor) -> Tensor:
         x = m.up(m.embed(ids))
         return m.head(m.down(x * (x.exp() / m.alpha).sum(-1, keepdim=True)))
@@ -134,14 +134,14 @@ class Written(Joined):
 X = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_buffer_of_zeros_blocks_no_head_size() -> None:
+def test_a_buffer_of_zeros_blocks_no_head_size():
     assert offered(prove(Joined(), X)) == {2, 5}
     assert offered(prove(Joined(persistent=True), X)) == {2, 5}
     assert offered(analyze(trace(Joined().to("meta"), (X,)))) == {2}
 
 
 @pytest.mark.parametrize("make", [lambda: Joined(0.3), Written])
-def test_a_buffer_that_is_not_zero_or_is_written_blocks_it(make: Callable[[], nn.Module]) -> None:
+def test_a_buffer_that_is_not_zero_or_is_written_blocks_it(make):
     found = analyze(trace(make().eval(), (X,)))
     assert offered(found) == {2}
     assert "summed over while not zero" in reasons(found, 5)
@@ -157,13 +157,13 @@ def on_embedding(middle: Callable[[Tensor], Tensor]) -> Made:
     return Made(forward, **layers(), **({"middle": middle} if isinstance(middle, nn.Module) else {}))
 
 
-def test_layer_norm_as_an_op_has_kept_statistics_and_by_hand_has_not() -> None:
+def test_layer_norm_as_an_op_has_kept_statistics_and_by_hand_has_not():
     assert offered(prove(on_embedding(nn.LayerNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
     assert offered(prove(on_embedding(nn.RMSNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
     assert offered(prove(on_embedding(centred), IDS)) == {INNER}
 
 
-def test_positions_that_are_the_output_cannot_be_cut() -> None:
+def test_positions_that_are_the_output_cannot_be_cut():
     found = analyze(trace(Made(lambda m, ids: m.up(m.embed(ids)).argmax(-1), **layers()), (IDS,)))
     assert INNER not in offered(found)
     assert "it is the model's output" in reasons(found, INNER)
@@ -184,7 +184,7 @@ def route(k: int, offset: int = 0) -> Made:
     return Made(forward, embed=nn.Embedding(VOCAB, HIDDEN), head=nn.Linear(HIDDEN, OUT), **parts)
 
 
-def test_experts_are_one_family_of_at_least_as_many_as_are_chosen() -> None:
+def test_experts_are_one_family_of_at_least_as_many_as_are_chosen():
     found = prove(route(2), IDS)
     experts = next(f for f in found.families if f.size == 6)
     assert experts.minimum == 2
@@ -192,17 +192,17 @@ def test_experts_are_one_family_of_at_least_as_many_as_are_chosen() -> None:
     assert offered(found) == {6, HIDDEN, INNER}
 
 
-def test_experts_looked_up_by_a_computed_position_stay() -> None:
+def test_experts_looked_up_by_a_computed_position_stay():
     found = prove(route(2, offset=1), IDS)
     assert offered(found) == {HIDDEN, INNER}
     assert "its positions are computed with" in reasons(found, 6)
 
 
-def test_a_router_that_takes_all_experts_leaves_no_choice() -> None:
+def test_a_router_that_takes_all_experts_leaves_no_choice():
     assert 6 not in offered(prove(route(6), IDS))
 
 
-def test_a_constant_that_is_written_through_a_view_is_followed() -> None:
+def test_a_constant_that_is_written_through_a_view_is_followed():
     def forward(m: Made, ids: Tensor) -> Tensor:
         x, buffer = m.up(m.embed(ids)), torch.zeros(2, 7, INNER)
         view = buffer[:, 1:]
@@ -214,7 +214,7 @@ def test_a_constant_that_is_written_through_a_view_is_followed() -> None:
     assert "summed over while not zero" in reasons(found, INNER)
 
 
-def test_constants_do_not_tie_the_layers_that_use_them() -> None:
+def test_constants_do_not_tie_the_layers_that_use_them():
     def forward(m: Made, ids: Tensor) -> Tensor:
         x, table = m.embed(ids), torch.linspace(0.5, 1.5, INNER)
         for layer in m.layers:
@@ -226,7 +226,7 @@ def test_constants_do_not_tie_the_layers_that_use_them() -> None:
     assert [g.layer for g in ffn.groups] == ["layers.0", "layers.1"]
 
 
-def test_a_choice_varies_only_along_a_factor_that_encloses_it_everywhere() -> None:
+def test_a_choice_varies_only_along_a_factor_that_encloses_it_everywhere():
     """Heads in the order [channel, head] in one weight and [head, channel] in the other."""
 
     def forward(m: Made, ids: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def test_a_choice_varies_only_along_a_factor_that_encloses_it_everywhere() -> No
     assert all(f.scopes == 1 for f in found.families)
 
 
-def test_a_choice_may_vary_along_two_dimensions() -> None:
+def test_a_choice_may_vary_along_two_dimensions():
     """Each expert's own heads: a head's channel may vary along the expert (another dimension) and the head.
 
     A choice that does not vary serves every scope.
@@ -274,7 +274,7 @@ def remember(function: Callable[[Tensor], Tensor], *, returns: bool = True) -> M
 CACHED = IDS, torch.zeros(2, 3, INNER)
 
 
-def test_a_cache_is_zero_only_where_all_that_is_added_to_it_is() -> None:
+def test_a_cache_is_zero_only_where_all_that_is_added_to_it_is():
     keeps, fills = (
         analyze(export_program(MadeOfMore(lambda m, *given: m.module(*given), module=remember(function)), CACHED))
         for function in (torch.relu, torch.exp)
@@ -284,7 +284,7 @@ def test_a_cache_is_zero_only_where_all_that_is_added_to_it_is() -> None:
     assert "summed over while not zero" in reasons(fills, INNER)
 
 
-def test_an_input_that_is_no_cache_cannot_be_cut() -> None:
+def test_an_input_that_is_no_cache_cannot_be_cut():
     """The same program but for the cache's way out."""
     found = analyze(trace(remember(torch.relu, returns=False), CACHED))
     assert offered(found) == {HIDDEN}

@@ -157,7 +157,7 @@ GOLDEN: dict[str, tuple[str, Golden]] = {
 
 
 @EACH
-def test_members_and_the_exact_positions_of_their_units(architecture: str) -> None:
+def test_members_and_the_exact_positions_of_their_units(architecture):
     layers, golden = GOLDEN[architecture]
     families = {f.name: f for f in analyze_decoder(architecture).families}
     assert families.keys() == {"hidden", *golden}
@@ -175,7 +175,7 @@ def test_members_and_the_exact_positions_of_their_units(architecture: str) -> No
 
 
 @EACH
-def test_the_residual_width_has_every_dimension_of_its_size_that_is_nothing_else(architecture: str) -> None:
+def test_the_residual_width_has_every_dimension_of_its_size_that_is_nothing_else(architecture):
     layers, golden = GOLDEN[architecture]
     found = analyze_decoder(architecture)
     others = {f"{layers}{i}.{m}" for members in golden.values() for m in members for i in range(LAYER_COUNT)}
@@ -191,7 +191,7 @@ def test_the_residual_width_has_every_dimension_of_its_size_that_is_nothing_else
 
 
 @EACH
-def test_every_axis_of_every_weight_is_offered_or_blocked_with_a_reason(architecture: str) -> None:
+def test_every_axis_of_every_weight_is_offered_or_blocked_with_a_reason(architecture):
     found = analyze_decoder(architecture)
     offered = {g.axis for f in found.families for g in f.groups}
     blocked = {w for b in found.blocked for w in b.weights}
@@ -205,7 +205,7 @@ def test_every_axis_of_every_weight_is_offered_or_blocked_with_a_reason(architec
 
 
 @EACH
-def test_families_cut_at_random_equal_the_masked_model(architecture: str) -> None:
+def test_families_cut_at_random_equal_the_masked_model(architecture):
     """All together, and of three architectures each by itself."""
     found = analyze_decoder(architecture)
     single = found.families if architecture in ("llama", "gpt2", "mixtral") else ()
@@ -220,7 +220,7 @@ def analyze_half_mixtral() -> Analysis:
     return analyze(trace(make_decoder("mixtral").bfloat16(), (draw_tokens(),)))
 
 
-def test_experts_in_bfloat16_take_another_op() -> None:
+def test_experts_in_bfloat16_take_another_op():
     """The same families; equal up to the format's rounding."""
     found = analyze_half_mixtral()
     assert "aten._grouped_mm.default" in {name_op(n) for n in found.facts.results}
@@ -228,7 +228,7 @@ def test_experts_in_bfloat16_take_another_op() -> None:
     assert listing(found) == listing(analyze_decoder("mixtral"))
 
 
-def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_float32_trace_needs_none() -> None:
+def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_float32_trace_needs_none():
     """The class calls torch's kernel, in whatever type its checkpoint is loaded."""
     given = analyze_decoder("mixtral"), make_decoder("mixtral"), read_alignment("1")
     legal, free = find_target("stock").find_legal(*given), find_target("graph").find_legal(*given).ladders
@@ -240,7 +240,7 @@ def test_a_stock_class_of_experts_gets_rows_of_multiples_of_16_bytes_though_a_fl
         assert found.model_class(found.config).bfloat16()(draw_tokens()).logits.isfinite().all()
 
 
-def test_the_rows_of_a_grouped_product_stay_whole_multiples_of_16_bytes() -> None:
+def test_the_rows_of_a_grouped_product_stay_whole_multiples_of_16_bytes():
     found = analyze_half_mixtral()
     assert {f.name: f.multiple for f in found.families if f.multiple > 1} == {"hidden": 8, "ffn": 8}
     difference = cut_and_compare(found, draw_plan(found), (draw_tokens(),))
@@ -251,7 +251,7 @@ def test_the_rows_of_a_grouped_product_stay_whole_multiples_of_16_bytes() -> Non
 
 
 @EACH
-def test_masks_and_slices_follow_the_positions(architecture: str) -> None:
+def test_masks_and_slices_follow_the_positions(architecture):
     """Of each weight, a mask made from the units' positions alone; a slice is what the mask leaves, in order."""
     found = analyze_decoder(architecture)
     for family in found.families:
@@ -306,11 +306,11 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize(("variant", "architecture"), [(v, a) for v, chosen in CHOSEN.items() for a in chosen])
-def test_families_do_not_depend_on_how_the_model_was_traced(architecture: str, variant: str) -> None:
+def test_families_do_not_depend_on_how_the_model_was_traced(architecture, variant):
     assert listing(analyze(VARIANTS[variant](architecture))) == listing(analyze_decoder(architecture))
 
 
-def test_a_mask_input_changes_nothing() -> None:
+def test_a_mask_input_changes_nothing():
     ids = draw_tokens()
     padding = torch.ones_like(ids)
     padding[0, :3] = 0
@@ -322,7 +322,7 @@ EQUAL |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 8)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptneox"])
-def test_equal_sizes_are_not_mixed_up(architecture: str) -> None:
+def test_equal_sizes_are_not_mixed_up(architecture):
     """hidden = heads·head size = ffn = vocabulary, and heads = head size: the same members by family."""
 
     def members(found: Analysis) -> dict[str, list[set[tuple[str, int]]]]:
@@ -340,7 +340,7 @@ def test_equal_sizes_are_not_mixed_up(architecture: str) -> None:
 # ---- that these tests can fail ----
 
 
-def test_query_heads_of_the_wrong_group_are_found_out() -> None:
+def test_query_heads_of_the_wrong_group_are_found_out():
     """As if KV head 0 stood for query rows 0-9: the mistake of a tool that does not see the groups."""
     found = analyze_decoder("llama")
     plan = Plan({"kv_groups": FamilyPlan(1, 2, {g.layer: ((1,),) for g in found.family("kv_groups").groups})})

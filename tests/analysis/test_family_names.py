@@ -43,20 +43,20 @@ def test_the_list_has_all_names_that_the_analysis_gives():
 @pytest.mark.parametrize(
     ("name", "meant"), [("fnn", "ffn"), ("kv_group", "kv_groups"), ("fnn.3", "ffn.3"), ("layer", "layers")]
 )
-def test_a_misspelt_family_is_found_before_the_model_is_opened(name: str, meant: str):
+def test_a_misspelt_family_is_found_before_the_model_is_opened(name, meant):
     with pytest.raises(InputError) as error:
         mptk.prune("no/such", widths={name: 8})
     assert (error.value.name, error.value.nearest) == (name, (meant,))
 
 
 @pytest.mark.parametrize("name", ["encoder_layers", "ffn.7", "vocab", "hidden.1", "of_my_own"])
-def test_other_names_are_left_to_the_analysis(name: str):
+def test_other_names_are_left_to_the_analysis(name):
     with pytest.raises(mptk.MptkError) as error:
         mptk.prune("no/such", widths={name: 8})
     assert error.value.name != name
 
 
-def test_an_axis_that_stays_has_the_name_of_what_it_is() -> None:
+def test_an_axis_that_stays_has_the_name_of_what_it_is():
     encoder, classifier = (mptk.analyze(MODEL_KINDS[kind].make()) for kind in ("encoder", "text classifier"))
     found = {weight: axis.name for axis in encoder.blocked for weight in axis.weights}
     table = "embeddings.word_embeddings.weight"
@@ -70,7 +70,7 @@ def test_an_axis_that_stays_has_the_name_of_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_rows_of_a_table_are_the_vocabulary_of_a_tied_head_too(tied: bool) -> None:
+def test_the_rows_of_a_table_are_the_vocabulary_of_a_tied_head_too(tied):
     found = {
         w: axis.name for axis in mptk.analyze(testing.make_llama(tied=tied, layers=1)).blocked for w in axis.weights
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import timm
@@ -107,12 +106,12 @@ class UNet(nn.Module):
         return self.last(y)  # type: ignore[no-any-return]
 
 
-def test_llama2c_style() -> None:
+def test_llama2c_style():
     analysis = analysed(Llama2C(), TOKENS)
     assert {2, 3, 40, 48} <= sizes(analysis)
 
 
-def test_unet_skip_concatenation() -> None:
+def test_unet_skip_concatenation():
     analysis = analysed(UNet(), IMAGE)
     assert sizes(analysis) == {10, 14, 12, 9}
     (skip,) = next(f for f in analysis.families if f.size == 10).groups
@@ -144,7 +143,7 @@ TORCHVISION: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision(name: str) -> None:
+def test_torchvision(name):
     torch.manual_seed(0)
     analysed(TORCHVISION[name](), IMAGE)
 
@@ -157,12 +156,12 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm(name: str) -> None:
+def test_timm(name):
     torch.manual_seed(0)
     analysed(TIMM[name](), IMAGE)
 
 
-def test_what_is_written_of_them_is_the_small_model(tmp_path: Path) -> None:
+def test_what_is_written_of_them_is_the_small_model(tmp_path):
     torch.manual_seed(0)
     net, asked = TORCHVISION["convnext"](), {"sparsity": 0.3, "tolerance": 0.3, "progress": None}
     pruned = mptk.prune(net, tmp_path / "out", method="magnitude", example_inputs=IMAGE, **asked)

@@ -52,9 +52,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("kernel", [0, 3])
 @pytest.mark.parametrize(("wrap", "sizes"), WRAPPERS.values(), ids=WRAPPERS)
-def test_a_computed_weight_is_cut_as_it_is_masked(
-    wrap: Callable[[nn.Module], nn.Module], sizes: list[int], kernel: int
-) -> None:
+def test_a_computed_weight_is_cut_as_it_is_masked(wrap, sizes, kernel):
     module = make(wrap, kernel).eval()
     program = trace(module, (X,))
     with torch.no_grad():
@@ -67,7 +65,7 @@ def test_a_computed_weight_is_cut_as_it_is_masked(
         assert difference.error < 1e-6 * max(10, difference.moved)
 
 
-def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
+def test_a_cut_weight_norm_is_that_of_a_smaller_module():
     """Independent of what the masked program says: rows of v and g, columns of the next layer's v."""
     module = make(parametrizations.weight_norm).eval()
     found = analyze(trace(module, (X,)))

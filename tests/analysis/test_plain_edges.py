@@ -43,13 +43,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[mptk.MptkError], str]] = 
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_what_cannot_be_pruned_is_refused_by_name(kind: str) -> None:
+def test_what_cannot_be_pruned_is_refused_by_name(kind):
     make, error, name = REFUSED[kind]
     with expect_error(error, name=name):
         mptk.prune(make(), sparsity=0.5, example_inputs=X, progress=None)
 
 
-def test_an_unbatched_transposed_convolution_is_cut() -> None:
+def test_an_unbatched_transposed_convolution_is_cut():
     """Convolutions of one sample at a time, as [channels, length]."""
 
     def forward(m: Made, x: Tensor) -> Tensor:
@@ -69,9 +69,7 @@ def recur(kind: type[nn.RNNBase], **options: int) -> Made:
 @pytest.mark.parametrize(
     ("kind", "options", "gates"), [(nn.LSTM, {}, 4), (nn.GRU, {"num_layers": 2, "bidirectional": True}, 3)]
 )
-def test_the_hidden_units_of_a_recurrent_layer_are_cut(
-    kind: type[nn.RNNBase], options: dict[str, int], gates: int
-) -> None:
+def test_the_hidden_units_of_a_recurrent_layer_are_cut(kind, options, gates):
     pruned = mptk.prune(recur(kind, **options), sparsity=0.5, tolerance=0.1, example_inputs=X, progress=None)
     (width,) = pruned.plan.widths.values()
     assert pruned.model.get_parameter("layer.weight_hh_l0").shape == (gates * width, width)
@@ -79,7 +77,7 @@ def test_the_hidden_units_of_a_recurrent_layer_are_cut(
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(nn.DataParallel(m))])
-def test_a_wrapped_module_is_pruned_as_the_module_in_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_wrapped_module_is_pruned_as_the_module_in_it(wrap):
     module = three()
     alone, wrapped = (mptk.prune(m, sparsity=0.5, example_inputs=X, progress=None) for m in (module, wrap(module)))
     assert wrapped.plan == alone.plan
@@ -89,7 +87,7 @@ def test_a_wrapped_module_is_pruned_as_the_module_in_it(wrap: Callable[[nn.Modul
     assert mptk.rewrite(analysis, wrapped.plan).state.keys() == module.state_dict().keys()
 
 
-def test_no_remedy_names_the_target_that_is_in_use() -> None:
+def test_no_remedy_names_the_target_that_is_in_use():
     with expect_error(BudgetError) as refused:
         mptk.prune(three(), sparsity=0.29, tolerance=0.001, example_inputs=X, progress=None)
     assert "graph" not in refused.value.remedy
@@ -99,7 +97,7 @@ def between(up: nn.Module, down: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(up=up, relu=nn.ReLU(), down=down))
 
 
-def test_channels_of_convolutions_are_no_feed_forward_width() -> None:
+def test_channels_of_convolutions_are_no_feed_forward_width():
     mixed = Made(
         lambda m, x: m.down(m.depthwise(m.up(x).transpose(1, 2)).transpose(1, 2).relu()),
         up=nn.Linear(6, 16),
@@ -117,7 +115,7 @@ def test_channels_of_convolutions_are_no_feed_forward_width() -> None:
         assert [family.name for family in mptk.analyze(mptk.trace(net, torch.randn(sizes))).families] == [name]
 
 
-def test_units_without_a_narrower_aligned_width_are_named() -> None:
+def test_units_without_a_narrower_aligned_width_are_named():
     module = recur(nn.GRU, bidirectional=True)  # 24 channels
     with expect_error(TargetError, name="graph"):
         mptk.prune(module, sparsity=0.3, tolerance=0.2, align=24, example_inputs=X, progress=None)
@@ -125,7 +123,7 @@ def test_units_without_a_narrower_aligned_width_are_named() -> None:
 
 
 @pytest.mark.parametrize("method", ["wanda", "fisher", "taylor"])
-def test_layers_under_vmap_are_scored_as_without_it(method: str) -> None:
+def test_layers_under_vmap_are_scored_as_without_it(method):
     asked = {"example_inputs": X, "method": method, "sparsity": 0.25, "align": 1, "seed": 0}
     cut = [
         mptk.prune(Made(body, net=three()), **asked)
@@ -147,7 +145,7 @@ def ensemble() -> Made:
     return Made(forward, nets=nn.ModuleList(three() for _ in range(3)))
 
 
-def test_weights_that_vmap_takes_apart_are_cut_by_scores_that_need_no_activations() -> None:
+def test_weights_that_vmap_takes_apart_are_cut_by_scores_that_need_no_activations():
     with expect_error(AnalysisError):
         mptk.prune(ensemble(), example_inputs=X, method="wanda", sparsity=0.25, align=1)
     cut = mptk.prune(ensemble(), example_inputs=X, method="taylor", sparsity=0.25, align=1)

@@ -30,19 +30,19 @@ OTHERS = {2: "without family", 8: "without family", 16: "refused", 23: "without 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_program_is_cut_right_or_refused_by_name(seed: int) -> None:
+def test_a_program_is_cut_right_or_refused_by_name(seed):
     """`python -m tests.fuzz --program DESCRIPTION` makes the description of a failure smaller."""
     outcome = check(seeded(seed))
     assert outcome.verdict == OTHERS.get(seed, "proven"), f"{outcome.cause}\n  {seeded(seed)}"
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_module_with_python_in_its_forward_is_cut_right_or_refused(seed: int) -> None:
+def test_a_module_with_python_in_its_forward_is_cut_right_or_refused(seed):
     outcome = eager_modules.check(eager_modules.described(seed))
     assert outcome.verdict in (eager_modules.EQUAL, eager_modules.REFUSED), outcome.cause
 
 
-def test_a_description_is_one_line_that_gives_the_program_back() -> None:
+def test_a_description_is_one_line_that_gives_the_program_back():
     for seed in range(50):
         program = seeded(seed)
         assert "\n" not in repr(program)

@@ -46,7 +46,7 @@ def analyze_group(group: str) -> tuple[Cases, Analysis]:
 
 @pytest.mark.always
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_is_offered_around_each_op_is_what_its_case_says_and_cuts_exactly(group: str) -> None:
+def test_what_is_offered_around_each_op_is_what_its_case_says_and_cuts_exactly(group):
     cases, analysis = analyze_group(group)
     # A branch's families are those whose members lie in it.
     offered: dict[str, list[int]] = {name: [] for name in cases.branches}
@@ -88,7 +88,7 @@ NOT_TRACED = {
 
 
 @pytest.mark.always
-def test_every_rule_is_of_an_op_and_traced_by_a_case() -> None:
+def test_every_rule_is_of_an_op_and_traced_by_a_case():
     for name in RULES:
         if name.startswith("torch."):  # a function of torch that export keeps, as those of torch.vmap
             assert callable(pkgutil.resolve_name(name))
@@ -107,6 +107,6 @@ def lines(rule: Callable[..., object]) -> int:
     return sum(not line.lstrip().startswith("#") for line in source[source.index("def ") :].splitlines())
 
 
-def test_every_rule_is_short_and_says_its_axis_equation() -> None:
+def test_every_rule_is_short_and_says_its_axis_equation():
     rules = {rule.propagate for rule in (*RULES.values(), POINTWISE)}
     assert [r for r in rules if lines(r) >= 15 or not r.__doc__] == []

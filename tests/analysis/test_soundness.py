@@ -146,13 +146,11 @@ BODIES: list[tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], list[int]]
 
 
 @pytest.mark.parametrize(("body", "shapes", "sizes"), BODIES, ids=lambda each: getattr(each, "__name__", ""))
-def test_units_are_offered_only_if_their_cut_is_exact(
-    body: Callable[..., Tensor], shapes: dict[str, tuple[int, ...]], sizes: list[int]
-) -> None:
+def test_units_are_offered_only_if_their_cut_is_exact(body, shapes, sizes):
     assert offered(prove(Small(body, **shapes))) == sizes
 
 
-def test_a_saved_buffer_is_cut_like_a_weight() -> None:
+def test_a_saved_buffer_is_cut_like_a_weight():
     """Through two operators it scales the units."""
 
     def forward(m: Made, x: Tensor) -> Tensor:
@@ -172,7 +170,7 @@ attend = F.scaled_dot_product_attention
 
 
 @pytest.mark.parametrize(("causal", "sizes"), [(False, [6, 8, 9]), (True, [6, 8])])
-def test_learned_queries_can_be_cut_but_not_under_a_causal_mask(causal: bool, sizes: list[int]) -> None:
+def test_learned_queries_can_be_cut_but_not_under_a_causal_mask(causal, sizes):
     """9 learned queries attend to the text."""
 
     def forward(m: Made, x: Tensor) -> Tensor:
@@ -183,7 +181,7 @@ def test_learned_queries_can_be_cut_but_not_under_a_causal_mask(causal: bool, si
     assert offered(prove(Made(forward, queries=nn.Parameter(torch.randn(9, 6)), **parts))) == sizes
 
 
-def test_constants_given_by_name_lose_heads_too() -> None:
+def test_constants_given_by_name_lose_heads_too():
     """A constant mask with a row for each head, given by name, and so an added constant."""
     slopes = torch.tensor([0.5, 0.1, 2.0])
 
@@ -196,7 +194,7 @@ def test_constants_given_by_name_lose_heads_too() -> None:
     assert 3 in offered(prove(Made(forward, qkv=nn.Linear(WIDTH, 3 * 3 * 8), head=nn.Linear(3 * 8, OUT))))
 
 
-def test_the_models_input_can_be_the_query() -> None:
+def test_the_models_input_can_be_the_query():
     def forward(m: Made, x: Tensor) -> Tensor:
         return m.head(attend(x[:, None], m.key(x)[:, None], m.value(x)[:, None])[:, 0])
 
@@ -204,7 +202,7 @@ def test_the_models_input_can_be_the_query() -> None:
     assert offered(prove(Made(forward, **parts))) == [8]
 
 
-def test_positions_of_tokens_are_no_family() -> None:
+def test_positions_of_tokens_are_no_family():
     """Token and position embeddings, attention by hand, the last token's output."""
 
     def forward(m: Made, ids: Tensor) -> Tensor:
@@ -218,7 +216,7 @@ def test_positions_of_tokens_are_no_family() -> None:
     assert offered(prove(Made(forward, **parts), torch.arange(10).reshape(2, 5))) == [10, 10, HIDDEN]
 
 
-def test_rows_of_removed_channels_are_not_masked_whole() -> None:
+def test_rows_of_removed_channels_are_not_masked_whole():
     """Channels of a head attend to its channels (XCiT): one axis is both dimensions of the scores."""
 
     def forward(m: Made, x: Tensor) -> Tensor:
@@ -229,7 +227,7 @@ def test_rows_of_removed_channels_are_not_masked_whole() -> None:
     assert offered(prove(Made(forward, qkv=nn.Linear(WIDTH, 3 * 2 * 6), out=nn.Linear(2 * 6, OUT)))) == [2, 6]
 
 
-def test_a_softmax_is_zero_along_one_of_two_dimensions_of_an_axis() -> None:
+def test_a_softmax_is_zero_along_one_of_two_dimensions_of_an_axis():
     """Heads attend to heads, and their results are summed: a removed head asks, too."""
 
     def forward(m: Made, x: Tensor) -> Tensor:
@@ -251,7 +249,7 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRAPS)
-def test_every_output_is_the_callers(name: str) -> None:
+def test_every_output_is_the_callers(name):
     def forward(m: Made, x: Tensor) -> Any:
         h = m.up(x)
         return WRAPS[name](m.head(h), h)
@@ -265,7 +263,7 @@ def test_every_output_is_the_callers(name: str) -> None:
 # ---- other layouts ----
 
 
-def test_weights_of_heads_are_cut_in_heads_and_channels_at_once() -> None:
+def test_weights_of_heads_are_cut_in_heads_and_channels_at_once():
     """Three heads with a weight each, twice."""
 
     def forward(m: Made, x: Tensor) -> Tensor:
@@ -277,7 +275,7 @@ def test_weights_of_heads_are_cut_in_heads_and_channels_at_once() -> None:
     assert offered(prove(made)) == [3, 5, 6, 8]
 
 
-def test_a_dimension_that_is_cut_to_one_is_not_squeezed_away() -> None:
+def test_a_dimension_that_is_cut_to_one_is_not_squeezed_away():
     def body(h: Tensor, w: Tensor) -> Tensor:
         return (h.unsqueeze(1).squeeze() * w).sum(-1)
 
@@ -285,7 +283,7 @@ def test_a_dimension_that_is_cut_to_one_is_not_squeezed_away() -> None:
     assert cut_and_compare(analysis, draw_plan(analysis, share=0.1), (X,)).error <= 1e-5
 
 
-def test_a_variance_keeps_more_positions_than_its_correction() -> None:
+def test_a_variance_keeps_more_positions_than_its_correction():
     def body(h: Tensor, w: Tensor) -> Tensor:
         return h.var(-1, keepdim=True) @ w
 

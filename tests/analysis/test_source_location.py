@@ -37,9 +37,7 @@ ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(testing.de
         ("mixtral", {"num_experts_per_tok": 5}, EMBEDDING | ROUTERS | HEAD),  # no expert is to spare
     ],
 )
-def test_a_reason_names_the_module_and_the_line_of_the_models_own_file(
-    architecture: str, changes: dict[str, int], lines: dict[str, str]
-) -> None:
+def test_a_reason_names_the_module_and_the_line_of_the_models_own_file(architecture, changes, lines):
     model = testing.make_decoder(architecture, **changes)
     source = str(inspect.getsourcefile(type(model)))
     found = reasons(analyze(trace(model, (testing.draw_tokens(),))))
@@ -62,19 +60,19 @@ class Misread(nn.Module):
         return self.down(y)  # type: ignore[no-any-return]
 
 
-def test_views_that_do_not_fit_have_a_place_too() -> None:
+def test_views_that_do_not_fit_have_a_place_too():
     found = reasons(analyze(trace(Misread(), (torch.ones(2, 5),))))
     (misread,) = {r["line"]: r for r in found if "cuts across its boundaries" in r["why"]}.values()
     assert (misread["module"], misread["file"]) == ("the model", "test_source_location.py")
     assert "y.view(-1, 4, 3) +" in linecache.getline(__file__, int(misread["line"]))
 
 
-def test_a_model_of_torchs_modules_alone_has_torchs_lines() -> None:
+def test_a_model_of_torchs_modules_alone_has_torchs_lines():
     found = reasons(analyze(trace(nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 7)), (torch.ones(2, 5),))))
     assert {(r["module"], r["file"]) for r in found} == {("0", "linear.py"), ("2", "linear.py")}
 
 
-def test_what_is_reached_follows_each_way_once() -> None:
+def test_what_is_reached_follows_each_way_once():
     sources = {"a": ["b", "c"], "b": ["d"], "c": ["d"], "d": ["b"], "e": ["a"]}
     assert find_reachable(["a"], sources.__getitem__) == {"a", "b", "c", "d"}
     assert find_reachable([], sources.__getitem__) == set()

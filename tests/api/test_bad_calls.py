@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import pytest
 import torch
 
 import mptk
-from tests.bad_inputs.calls import CALLS, Call, Parts
+from tests.bad_inputs.calls import CALLS, Parts
 from tests.bad_inputs.table import listing
 
 REMEDY = re.compile(r"[;:,.(] ?\S|give|do not use|check|write|choose|see|add|remove", re.I)
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Parts:
+def parts(tiny_folders, tmp_path_factory):
     return Parts(dict(tiny_folders), tmp_path_factory.mktemp("calls"))
 
 
@@ -29,7 +27,7 @@ def state(parts: Parts) -> list[tuple[str, torch.Tensor, bool]]:
 
 @pytest.mark.features
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
-def test_bad_call(call: Call, parts: Parts, go_to: Callable[[object], None]) -> None:
+def test_bad_call(call, parts, go_to):
     go_to(parts.root)
     before, files = state(parts), listing(parts.root)
     with pytest.raises(call.kind) as told:

@@ -71,7 +71,7 @@ def of_a_decorator(net: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("body", [without, without_between, lambda net, x: net.out(net.down(of_a_decorator(net, x)))])
-def test_a_part_without_gradients_stays_without(body: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_part_without_gradients_stays_without(body, tmp_path):
     pruned, oracle = prune(body, tmp_path / "out")
     expected = gradients(oracle)
     assert not [note for note in pruned.report.notes if "gradients" in note]
@@ -112,12 +112,12 @@ def doubled(net: Any, x: Tensor) -> Tensor:
         (doubled, r"a hook on the gradient of a tensor \(test_calls.py:\d+\)"),
     ],
 )
-def test_a_backward_that_no_graph_holds_is_said_with_its_line(body: Callable[..., Any], said: str) -> None:
+def test_a_backward_that_no_graph_holds_is_said_with_its_line(body, said):
     (note,) = (note for note in prune(body)[0].report.notes if note.startswith("gradients: "))
     assert re.search(said, note), note
 
 
-def test_a_wrong_gradient_fails_the_proof(inside: Any) -> None:
+def test_a_wrong_gradient_fails_the_proof(inside):
     inside.around(
         "mptk.proof.proof.cut_gradients", lambda real, *given: {name: g * 2 for name, g in real(*given).items()}
     )
@@ -132,7 +132,7 @@ def test_a_wrong_gradient_fails_the_proof(inside: Any) -> None:
         (lambda net, x: net.out(net.down(net.up(x))) * (2 if x.requires_grad else 1), True),
     ],
 )
-def test_a_branch_on_gradients_is_refused_on_the_other_side(body: Any, leaf: bool) -> None:
+def test_a_branch_on_gradients_is_refused_on_the_other_side(body, leaf):
     pruned, oracle = prune(body)
     assert [note for note in pruned.report.notes if note.startswith("gradients: ")]
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_a_branch_on_gradients_is_refused_on_the_other_side(body: Any, leaf: boo
 # ---- types and strides ----
 
 
-def test_inputs_of_other_types_and_strides_are_refused() -> None:
+def test_inputs_of_other_types_and_strides_are_refused():
     def by_type(net: Any, x: Tensor) -> Tensor:
         return net.out(net.down(net.up(x.float() * (3 if x.dtype == torch.bool else 1))))
 
@@ -168,7 +168,7 @@ def test_inputs_of_other_types_and_strides_are_refused() -> None:
     torch.testing.assert_close(free.model(strided), oracle(strided))
 
 
-def test_a_converted_module_takes_inputs_of_its_type_or_says_why_not() -> None:
+def test_a_converted_module_takes_inputs_of_its_type_or_says_why_not():
     free, _ = prune(lambda net, x: net.out(net.down(net.up(x))))
     with expect_error(DataError, name="x"):
         free.model(X.double())
@@ -200,7 +200,7 @@ class ByName(Net):
         return self.out(self.down(self.up(x))) * scale
 
 
-def test_inputs_by_position_and_by_name_are_forwards_own(tmp_path: Path) -> None:
+def test_inputs_by_position_and_by_name_are_forwards_own(tmp_path):
     """The second argument by position is not the second of the example."""
     scale = torch.rand(3, 1, 1)
     given = {"x": X, "scale": scale}
@@ -240,7 +240,7 @@ CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def test_outputs_come_back_as_forward_returned_them(tmp_path: Path) -> None:
+def test_outputs_come_back_as_forward_returned_them(tmp_path):
     """All containers at once, as the parts of a dict."""
     pruned, oracle = prune(
         lambda net, x: {name: make(net.out(net.down(net.up(x)))) for name, make in CONTAINERS.items()}, tmp_path / "out"
@@ -255,7 +255,7 @@ def test_outputs_come_back_as_forward_returned_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a tuple of one", "a dataclass"])
-def test_a_container_is_the_whole_output(name: str) -> None:
+def test_a_container_is_the_whole_output(name):
     make = CONTAINERS[name]
     pruned, oracle = prune(lambda net, x: make(net.out(net.down(net.up(x)))))
     found, expected = pruned.model(X), oracle(X)
@@ -279,7 +279,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def test_an_output_that_no_graph_gives_back_is_refused_by_name() -> None:
+def test_an_output_that_no_graph_gives_back_is_refused_by_name():
     class Odd:
         def __init__(self, y: Tensor) -> None:
             self.y = y
@@ -336,12 +336,12 @@ class Counting(Net):
 
 
 @pytest.mark.parametrize(("body", "name"), [(counted, "CALLS"), (listed, "SEEN"), (closed_over(), "body.calls")])
-def test_state_outside_of_a_module_is_refused_by_name(body: Any, name: str) -> None:
+def test_state_outside_of_a_module_is_refused_by_name(body, name):
     with expect_error(TraceError, name=name):
         prune(body)
 
 
-def test_state_of_a_class_and_of_a_hook_is_refused_by_name() -> None:
+def test_state_of_a_class_and_of_a_hook_is_refused_by_name():
     plain = lambda net, x: net.out(net.down(net.up(x)))  # noqa: E731
     with expect_error(TraceError, name="body"):
         prune(Ticking())

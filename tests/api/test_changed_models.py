@@ -61,7 +61,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_module_is_named_that_computes_otherwise_than_its_class(change: str) -> None:
+def test_the_module_is_named_that_computes_otherwise_than_its_class(change):
     model = testing.make_llama()
     make, path = CHANGES[change]
     make(model)
@@ -69,14 +69,14 @@ def test_the_module_is_named_that_computes_otherwise_than_its_class(change: str)
         prune(model)
 
 
-def test_a_graph_holds_the_hook_that_a_class_does_not() -> None:
+def test_a_graph_holds_the_hook_that_a_class_does_not():
     model = testing.make_llama(layers=1)
     hooked(model)
     small = prune(model, target="graph", onnx=False).model
     assert torch.isfinite(small(IDS)).all()
 
 
-def test_a_proof_that_fails_by_little_names_the_module_too() -> None:
+def test_a_proof_that_fails_by_little_names_the_module_too():
     model = testing.make_llama()
     model.model.layers[0].mlp.register_forward_hook(lambda module, given, result: result * 1.003)
     with expect_error(ModelError, name="model.layers.0.mlp"):
@@ -84,7 +84,7 @@ def test_a_proof_that_fails_by_little_names_the_module_too() -> None:
 
 
 @pytest.mark.parametrize("there_and_back", [False, True])
-def test_a_model_that_was_converted_to_half_precision_by_hand(there_and_back: bool) -> None:
+def test_a_model_that_was_converted_to_half_precision_by_hand(there_and_back):
     """``.to`` rounds the rotary frequencies, which the class of the folder makes anew."""
     model = testing.draw_weights(testing.make_llama(max_position_embeddings=512), 0.3).to(torch.bfloat16)
     model = model.float() if there_and_back else model
@@ -94,7 +94,7 @@ def test_a_model_that_was_converted_to_half_precision_by_hand(there_and_back: bo
     assert small.model.dtype is (torch.float32 if there_and_back else torch.bfloat16)
 
 
-def test_a_module_in_two_layers_is_cut_once() -> None:
+def test_a_module_in_two_layers_is_cut_once():
     model = testing.make_llama()
     model.model.layers[1].mlp = model.model.layers[0].mlp
     small = prune(model, families=("ffn",)).model
@@ -124,19 +124,19 @@ class Harmless(Net):
 
 
 @pytest.mark.parametrize("module", [Dropped, Written])
-def test_two_runs_that_differ_are_said_before_any_work(module: type[Net]) -> None:
+def test_two_runs_that_differ_are_said_before_any_work(module):
     with expect_error(TraceError, name=module.__name__):
         mptk.prune(module().eval(), sparsity=0.3, align="1", example_inputs=X, progress=None)
 
 
-def test_a_cut_of_a_module_that_draws_is_not_called_wrong() -> None:
+def test_a_cut_of_a_module_that_draws_is_not_called_wrong():
     analysis = mptk.analyze(Dropped().eval(), (X,))
     plan = mptk.Plan({"ffn": mptk.FamilyPlan(20, 40, {"": (tuple(range(20)),)})})
     with expect_error(TraceError, name="the module"):
         mptk.rewrite(analysis, plan)
 
 
-def test_what_draws_or_writes_without_effect_is_pruned() -> None:
+def test_what_draws_or_writes_without_effect_is_pruned():
     assert mptk.prune(Harmless().eval(), sparsity=0.3, align="1", tolerance=0.3, example_inputs=X, progress=None)
 
 
@@ -149,7 +149,7 @@ class Sum(Net):
 
 
 @pytest.mark.parametrize("given", [(X, X), (X, X[:]), {"x": X, "y": X}], ids=["twice", "a view", "by name"])
-def test_one_tensor_for_two_inputs_is_two_inputs(given: Any) -> None:
+def test_one_tensor_for_two_inputs_is_two_inputs(given):
     net, other = Sum().eval(), torch.randn_like(X)
     program = mptk.trace(net, given)
     assert torch.equal(program(X, other), net(X, other))
@@ -158,7 +158,7 @@ def test_one_tensor_for_two_inputs_is_two_inputs(given: Any) -> None:
     assert small.model(X, other).shape == (3, 6, 4)
 
 
-def test_a_hook_that_reads_its_inputs_by_position_gets_them() -> None:
+def test_a_hook_that_reads_its_inputs_by_position_gets_them():
     net = Net().eval()
     net.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
     net.register_forward_hook(lambda module, given, result: result + given[0].mean())

@@ -8,7 +8,6 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from fresh import Fresh
 from gguf import GGUFReader
 from small_modules import Net
 from torch import nn
@@ -47,7 +46,7 @@ with torch.no_grad():
 """
 
 
-def test_a_trained_module_is_saved_and_a_new_process_opens_it(fresh: Fresh, tmp_path: Path) -> None:
+def test_a_trained_module_is_saved_and_a_new_process_opens_it(fresh, tmp_path):
     pruned = prune_net(onnx=False)
     before = pruned.report
     train(pruned.model, X)
@@ -68,7 +67,7 @@ def test_a_trained_module_is_saved_and_a_new_process_opens_it(fresh: Fresh, tmp_
     assert all(d.ok for d in mptk.verify(folder, model=Net()))
 
 
-def test_a_module_that_was_opened_is_trained_and_saved_without_its_dense_module(tmp_path: Path) -> None:
+def test_a_module_that_was_opened_is_trained_and_saved_without_its_dense_module(tmp_path):
     prune_net(tmp_path / "out")
     opened = mptk.Pruned.open(tmp_path / "out")
     train(opened.model, X)
@@ -85,7 +84,7 @@ def test_a_module_that_was_opened_is_trained_and_saved_without_its_dense_module(
     assert all(d.ok for d in mptk.verify(folder, model=Net()))
 
 
-def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as_gguf(tmp_path: Path) -> None:
+def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as_gguf(tmp_path):
     testing.make_llama(layers=1).save_pretrained(tmp_path / "dense")
     testing.make_tokenizer().save_pretrained(tmp_path / "dense")
     ids = torch.randint(3, 300, (6, 24))
@@ -114,7 +113,7 @@ def test_a_trained_transformers_model_is_saved_measured_recovered_and_written_as
     assert mptk.evaluate(again, ids, length=24, progress=None)["model"] == pytest.approx(trained["model"], rel=1e-2)
 
 
-def test_adapters_must_be_merged_first_and_no_path_of_a_temporary_folder_is_in_a_result(tmp_path: Path) -> None:
+def test_adapters_must_be_merged_first_and_no_path_of_a_temporary_folder_is_in_a_result(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     pruned = mptk.prune(testing.make_llama(layers=1), data=torch.randint(3, 300, (4, 24)), onnx=False, **SMALL)

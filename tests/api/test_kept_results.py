@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mptk import testing
 from mptk.errors import ChangedError, FileError, InputError, OutputError
 from mptk.features.gguf.api import gguf
 from mptk.publish.manifest import check_manifest, hash_weight_files, write_manifest
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
 IDS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -39,25 +39,25 @@ def measure_net(pruned: mptk.Pruned | Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def dense(laboratory: Laboratory) -> Path:
+def dense(laboratory):
     """A decoder whose embedding and head are one weight."""
     return laboratory.keep("kept/tied", lambda folder: testing.save_model(testing.make_llama(), folder))
 
 
 @pytest.fixture(scope="module")
-def first(dense: Path, laboratory: Laboratory) -> Path:
+def first(dense, laboratory):
     return laboratory.keep("kept/pruned", lambda out: mptk.prune(dense, out, data=IDS, **SMALL))
 
 
 @pytest.fixture
-def folder(first: Path, tmp_path: Path) -> Path:
+def folder(first, tmp_path):
     """A pruned decoder of this test's own."""
     shutil.copytree(first, tmp_path / "pruned")
     return tmp_path / "pruned"
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, go_to: Callable[[object], None]) -> Iterator[Path]:
+def elsewhere(tmp_path, go_to):
     """A folder that is the current one; the test leaves it."""
     (tmp_path / "here").mkdir()
     go_to(tmp_path / "here")
@@ -120,9 +120,7 @@ CHANGES: dict[str, tuple[Callable[[mptk.Pruned], object], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_no_folder_holds_is_refused_by_the_same_name_in_every_use(
-    change: str, first: Path, tmp_path: Path
-) -> None:
+def test_what_no_folder_holds_is_refused_by_the_same_name_in_every_use(change, first, tmp_path):
     pruned = mptk.Pruned.open(first)
     make, name = CHANGES[change]
     _ = pruned.model
@@ -134,7 +132,7 @@ def test_what_no_folder_holds_is_refused_by_the_same_name_in_every_use(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_changes_no_result_is_no_change(first: Path, tmp_path: Path) -> None:
+def test_what_changes_no_result_is_no_change(first, tmp_path):
     pruned = mptk.Pruned.open(first)
     assert pruned.tokenizer is pruned.tokenizer
     pruned.tokenizer(["a", "the cat"], truncation=True, max_length=3, padding=True)
@@ -150,7 +148,7 @@ def test_what_changes_no_result_is_no_change(first: Path, tmp_path: Path) -> Non
         pruned.tokenizer = None
 
 
-def test_a_converted_model_counts_with_its_numbers_everywhere(tmp_path: Path) -> None:
+def test_a_converted_model_counts_with_its_numbers_everywhere(tmp_path):
     pruned = prune_net()
     exact = measure_net(pruned)["model"]
     pruned.model.half()
@@ -166,7 +164,7 @@ def test_a_converted_model_counts_with_its_numbers_everywhere(tmp_path: Path) ->
     assert measure_net(other)["model"] == pytest.approx(exact, rel=1e-6)
 
 
-def test_a_dense_model_that_changed_is_no_reference(dense: Path, tmp_path: Path) -> None:
+def test_a_dense_model_that_changed_is_no_reference(dense, tmp_path):
     module = Net().eval()
     pruned = prune_net(model=module)
     with torch.no_grad():
@@ -198,7 +196,7 @@ def test_a_dense_model_that_changed_is_no_reference(dense: Path, tmp_path: Path)
         uses(named, tmp_path)["evaluate"]()
 
 
-def test_a_result_whose_files_went_or_were_damaged_is_not_passed_on(folder: Path, tmp_path: Path) -> None:
+def test_a_result_whose_files_went_or_were_damaged_is_not_passed_on(folder, tmp_path):
     cleaned = prune_net()
     (cleaned.proven / "model.safetensors").unlink()
     for call in (lambda: cleaned.model, lambda: measure_net(cleaned), lambda: cleaned.save(tmp_path / "copy")):
@@ -216,7 +214,7 @@ def test_a_result_whose_files_went_or_were_damaged_is_not_passed_on(folder: Path
     assert sorted(each.name for each in tmp_path.iterdir()) == ["pruned"]
 
 
-def test_a_folder_without_the_weights_of_its_report_is_refused(folder: Path) -> None:
+def test_a_folder_without_the_weights_of_its_report_is_refused(folder):
     (folder / "model.safetensors").unlink()
     write_manifest(folder)  # as an earlier mptk did when it saved a result whose weights were gone
     for call in (lambda: mptk.Pruned.open(folder), lambda: check_manifest(folder)):
@@ -224,7 +222,7 @@ def test_a_folder_without_the_weights_of_its_report_is_refused(folder: Path) -> 
             call()
 
 
-def test_only_what_was_proven_is_copied_and_another_result_is_not_taken_for_it(folder: Path, tmp_path: Path) -> None:
+def test_only_what_was_proven_is_copied_and_another_result_is_not_taken_for_it(folder, tmp_path):
     opened = mptk.Pruned.open(folder)
     (folder / "notes.txt").write_text("mine")
     copied = opened.save(tmp_path / "copy")
@@ -237,9 +235,7 @@ def test_only_what_was_proven_is_copied_and_another_result_is_not_taken_for_it(f
         uses(opened, tmp_path)["evaluate"]()
 
 
-def test_relative_names_hold_when_the_current_folder_changes(
-    dense: Path, elsewhere: Path, go_to: Callable[[object], None]
-) -> None:
+def test_relative_names_hold_when_the_current_folder_changes(dense, elsewhere, go_to):
     shutil.copytree(dense, "m")
     Path("t.txt").write_text("the cat sat on the mat and went home again. " * 200)
     pruned = mptk.prune("m", "small", data="t.txt", **SMALL)
@@ -262,7 +258,7 @@ def test_relative_names_hold_when_the_current_folder_changes(
     assert (elsewhere / "later" / "report.json").is_file()
 
 
-def test_a_copy_and_a_pickle_say_what_to_do_instead() -> None:
+def test_a_copy_and_a_pickle_say_what_to_do_instead():
     pruned = prune_net()
     for make in (copy.copy, copy.deepcopy, pickle.dumps):
         with expect_error(InputError):
@@ -271,7 +267,7 @@ def test_a_copy_and_a_pickle_say_what_to_do_instead() -> None:
     assert copy.deepcopy(analysis).families == analysis.families
 
 
-def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
+def test_calls_of_three_threads_take_turns(dense, first):
     nets = [Net().eval() for _ in range(3)]
     pruned = mptk.Pruned.open(first)
     found: list[object] = []
@@ -295,7 +291,7 @@ def test_calls_of_three_threads_take_turns(dense: Path, first: Path) -> None:
     assert set(found) == expected
 
 
-def test_what_the_caller_set_in_torch_does_not_count(first: Path) -> None:
+def test_what_the_caller_set_in_torch_does_not_count(first):
     before = measure_net(prune_net())["model"]
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         with torch.device("cpu"):
@@ -315,6 +311,6 @@ def test_what_the_caller_set_in_torch_does_not_count(first: Path) -> None:
     assert all(row["ok"] for row in recovered.report.proof)
 
 
-def test_a_graph_with_its_tokenizer_beside_it_writes_text(tmp_path: Path) -> None:
+def test_a_graph_with_its_tokenizer_beside_it_writes_text(tmp_path):
     mptk.export(testing.make_llama(), tmp_path / "onnx", tokenizer=testing.make_tokenizer())
     assert len(mptk.generate(tmp_path / "onnx", "the cat", max_new_tokens=2)) == 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mptk
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 
 class Reader(HTMLParser):
@@ -35,12 +34,12 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def pruned(laboratory: Laboratory) -> mptk.Pruned:
+def pruned(laboratory):
     return mptk.Pruned.open(laboratory.open_pruned())
 
 
 @pytest.mark.features
-def test_results_are_a_line_and_a_table(laboratory: Laboratory, pruned: mptk.Pruned) -> None:
+def test_results_are_a_line_and_a_table(laboratory, pruned):
     shown = [pruned, pruned.report, pruned.plan, mptk.analyze(str(laboratory.open_model()))]
     cut = pruned.report.narrower_widths
     assert cut
@@ -55,7 +54,7 @@ def test_results_are_a_line_and_a_table(laboratory: Laboratory, pruned: mptk.Pru
     assert len(repr(pruned.plan.families)) <= 400
 
 
-def test_what_a_model_is_called_is_no_html(pruned: mptk.Pruned) -> None:
+def test_what_a_model_is_called_is_no_html(pruned):
     named = replace(pruned.report, model="<script>alert(1)</script>", quality={})
     page = Reader(named._repr_html_())
     assert "script" not in page.tags
@@ -63,7 +62,7 @@ def test_what_a_model_is_called_is_no_html(pruned: mptk.Pruned) -> None:
     assert "nan" not in repr(named)
 
 
-def test_a_mistake_is_one_line_in_ipython(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_in_ipython(capsys, tmp_path):
     with expect_error(mptk.InputError, name="sparsity") as refused:
         mptk.Settings(sparsity=2.0)
     assert refused.value._render_traceback_() == [f"InputError: {refused.value}"]

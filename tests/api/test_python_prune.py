@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from inside import Inside
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -24,7 +20,7 @@ from mptk import Settings, testing
 from mptk.config import IN_MEMORY
 from mptk.errors import FileError, InputError, ProofError
 from mptk.ir import PassResult, ProgramModule
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 SMALL = {"sparsity": 0.3, "align": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
 SMALL |= {"progress": None, "onnx": False}
@@ -32,7 +28,7 @@ TEXTS = [testing.SENTENCES, "seven wizards mix blue jars of honey while the fox 
 
 
 @pytest.fixture(scope="module")
-def pruned() -> mptk.Pruned:
+def pruned():
     """A live model, pruned with texts in memory; nothing is written."""
     found = mptk.prune(
         testing.make_llama(layers=1), method="magnitude", data=TEXTS, tokenizer=testing.make_tokenizer(), **SMALL
@@ -42,7 +38,7 @@ def pruned() -> mptk.Pruned:
     return found
 
 
-def test_a_model_in_memory_stays_as_it_is() -> None:
+def test_a_model_in_memory_stays_as_it_is():
     model = testing.make_llama(layers=1).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     mptk.prune(model, method="taylor", data=torch.randint(3, 300, (4, 24)), **SMALL)
@@ -59,9 +55,7 @@ def test_a_model_in_memory_stays_as_it_is() -> None:
         ("ffn", {"masks": "hard"}, {"rank": 0, "lr": 3e-5}),
     ],
 )
-def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(
-    family: str, given: dict[str, Any], used: dict[str, Any]
-) -> None:
+def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(family, given, used):
     """All weights by default, and adapters where norms follow the cut."""
     model = testing.make_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -73,7 +67,7 @@ def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_it_gives_a_stock_model_that_trains(pruned: mptk.Pruned) -> None:
+def test_it_gives_a_stock_model_that_trains(pruned):
     assert isinstance(pruned.model, LlamaForCausalLM)
     assert pruned.model.config.intermediate_size == pruned.report.families["ffn"]["width"] < 64
     assert pruned.plan.widths["ffn"] == pruned.model.config.intermediate_size
@@ -86,7 +80,7 @@ def test_it_gives_a_stock_model_that_trains(pruned: mptk.Pruned) -> None:
     assert "sparsity" in repr(pruned)
 
 
-def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path: Path) -> None:
+def test_it_is_saved_as_prune_writes_and_verified(pruned, tmp_path):
     folder = pruned.save(tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(folder).config.intermediate_size == pruned.plan.widths["ffn"]
     with expect_error(FileError):
@@ -103,9 +97,7 @@ def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path:
     assert len(opened.model.state_dict()) == len(pruned.model.state_dict())
 
 
-def test_without_a_folder_nothing_stays_and_half_precision_stays(
-    tmp_path: Path, go_to: Callable[[object], None]
-) -> None:
+def test_without_a_folder_nothing_stays_and_half_precision_stays(tmp_path, go_to):
     """Weights are computed with in float32 and stored as they were."""
     go_to(tmp_path)
     model = testing.make_llama(layers=1).to(torch.bfloat16)
@@ -121,9 +113,7 @@ def test_without_a_folder_nothing_stays_and_half_precision_stays(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_tokenizer_is_found_where_the_model_came_from_and_settings_and_keywords_go_together(
-    laboratory: Laboratory, tmp_path: Path
-) -> None:
+def test_the_tokenizer_is_found_where_the_model_came_from_and_settings_and_keywords_go_together(laboratory, tmp_path):
     dense = laboratory.open_model()
     settings = Settings(method="magnitude", **{n: v for n, v in SMALL.items() if n != "progress"})
     model, texts = LlamaForCausalLM.from_pretrained(dense), [laboratory.open_data().read_text()]
@@ -135,7 +125,7 @@ def test_the_tokenizer_is_found_where_the_model_came_from_and_settings_and_keywo
     assert not found.report.settings.onnx
 
 
-def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> None:
+def test_it_recovers_and_is_measured(pruned, tmp_path):
     asked = {"steps": 2, "rank": 2, "batch": 2, "micro": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
     better = mptk.recover(pruned, tmp_path / "out", data=TEXTS, onnx=False, progress=None, **asked)
     assert better.plan.digest == pruned.plan.digest
@@ -151,7 +141,7 @@ def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> Non
         mptk.recover(pruned, sparsity=0.5)
 
 
-def test_it_writes_text(pruned: mptk.Pruned) -> None:
+def test_it_writes_text(pruned):
     (text,) = mptk.generate(pruned, "the quick", max_new_tokens=4)
     inputs = testing.make_tokenizer()("the quick", return_tensors="pt")
     expected = pruned.model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False)[
@@ -192,7 +182,7 @@ EXAMPLE = (torch.randn(3, 7, 12), torch.rand(3, 1, 1))
 
 
 @pytest.mark.parametrize("method", ["wanda", "taylor", "flap", "magnitude", "random"])
-def test_any_module_is_pruned(method: str) -> None:
+def test_any_module_is_pruned(method):
     net = Net()
     loader = DataLoader(TensorDataset(torch.randn(10, 7, 12), torch.rand(10, 1, 1), torch.arange(10)), batch_size=4)
     found = mptk.prune(net, example_inputs=EXAMPLE, data=loader, method=method, sparsity=0.3, align=4, onnx=False)
@@ -211,7 +201,7 @@ def test_any_module_is_pruned(method: str) -> None:
     assert small.blocks[1].up.weight.grad is not None
 
 
-def test_a_module_is_verified_with_itself(tmp_path: Path) -> None:
+def test_a_module_is_verified_with_itself(tmp_path):
     net = Net()
     found = mptk.prune(net, tmp_path / "out", example_inputs={"x": EXAMPLE[0], "scale": EXAMPLE[1]}, progress=None)
     assert found.report.settings.method == "wanda"
@@ -224,7 +214,7 @@ def test_a_module_is_verified_with_itself(tmp_path: Path) -> None:
     assert measured["model"] == pytest.approx(found.report.quality["pruned"], abs=1e-5)
 
 
-def test_a_new_head_of_zeros_hides_no_wrong_cut(inside: Inside) -> None:
+def test_a_new_head_of_zeros_hides_no_wrong_cut(inside):
     net = Net()
     nn.init.zeros_(net.head.weight)
     nn.init.zeros_(net.head.bias)
@@ -254,12 +244,12 @@ class HeadOnly(nn.Module):
         return self.net(x, scale)[0]
 
 
-def test_one_sample_is_enough_and_sizes_stay_free() -> None:
+def test_one_sample_is_enough_and_sizes_stay_free():
     found = mptk.prune(Net(), example_inputs=(EXAMPLE[0][:1], EXAMPLE[1][:1]), onnx=False, progress=None)
     assert found.model(torch.randn(5, 9, 12), torch.rand(5, 1, 1))[0].shape == (5, 9, 5)
 
 
-def test_a_pruned_module_is_pruned_again_and_measured_alone() -> None:
+def test_a_pruned_module_is_pruned_again_and_measured_alone():
     net = Net()
     asked = {"example_inputs": EXAMPLE, "align": 4, "tolerance": 0.05, "onnx": False}
     first = mptk.prune(net, sparsity=0.2, **asked)

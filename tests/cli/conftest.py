@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from command_lines import Files, Result
-from inside import Inside
 from transformers.utils import logging
 
 from mptk.testing import make_llama, make_tokenizer
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+def files(tmp_path_factory):
     """A checkpoint of 2 layers, 2 key/value heads for 3 queries each, 64 channels; and a text it can read."""
     folder = tmp_path_factory.mktemp("cli")
     model = make_llama()
@@ -28,7 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Iterator[None]:
+def surroundings():
     """No bars of transformers, as ``main`` sets it."""
     logging.disable_progress_bar()
     yield
@@ -36,7 +34,7 @@ def surroundings() -> Iterator[None]:
 
 
 @pytest.fixture
-def mptk(inside: Inside, run_words: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def mptk(inside, run_words, capsys):
     """Runs a command line in this process, as the console script does."""
 
     def run(*arguments: str | Path) -> Result:

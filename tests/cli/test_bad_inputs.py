@@ -6,20 +6,18 @@ Rows call the parser of options or the reader of a file. Some go through the who
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import pytest
 
 from mptk.errors import MptkError
 from tests.bad_inputs import COMMANDS, ROWS
-from tests.bad_inputs.table import Place, Row, find_subject, listing, lose_patience, run
+from tests.bad_inputs.table import Place, find_subject, listing, lose_patience, run
 
 REMEDY = re.compile(r"[;:,.] ?\S|give|do not use|check|write|choose|see|add|remove", re.I)
 
 
 @pytest.fixture(scope="module")
-def sources(tiny_folders: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
+def sources(tiny_folders):
     """The folders that rows copy by links, so that a row could write into them."""
     folders = [folder for folder in tiny_folders.values() if folder.is_dir()]
     before = list(map(listing, folders))
@@ -29,7 +27,7 @@ def sources(tiny_folders: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
 
 @pytest.mark.features
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_bad_input(row: Row, sources: Mapping[str, Path], tmp_path: Path, go_to: Callable[[object], None]) -> None:
+def test_bad_input(row, sources, tmp_path, go_to):
     place = Place(tmp_path, sources)
     for step in row.prepare:
         step(place)
@@ -48,9 +46,7 @@ def test_bad_input(row: Row, sources: Mapping[str, Path], tmp_path: Path, go_to:
 
 @pytest.mark.features
 @pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.name)
-def test_bad_input_of_a_command(
-    row: Row, sources: Mapping[str, Path], tmp_path: Path, go_to: Callable[[object], None]
-) -> None:
+def test_bad_input_of_a_command(row, sources, tmp_path, go_to):
     """One line on stderr, the exit code, no traceback, nothing changed."""
     place = Place(tmp_path, sources)
     for step in row.prepare:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_lines import SHORT, Files, Result
+from command_lines import SHORT, Result
 from safetensors.torch import load_file, save_file
 
 from mptk.publish.manifest import check_manifest
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def pruned(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def pruned(files, tmp_path_factory):
     """``mptk prune`` where no terminal is."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     options = ["--data", files.text, "--eval-windows", "5", "--eval-length", "24", *SHORT]

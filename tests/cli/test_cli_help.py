@@ -36,13 +36,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("command", NAMES)
-def test_help_fits_80_columns_and_cuts_no_name(command: str) -> None:
+def test_help_fits_80_columns_and_cuts_no_name(command):
     said = CliRunner().invoke(commands, [command, "--help"], env={"COLUMNS": "80"}).stdout
     assert "…" not in said
     assert max(map(len, said.splitlines())) <= 80
 
 
-def test_help_lists_every_command_below_what_it_is_for() -> None:
+def test_help_lists_every_command_below_what_it_is_for():
     said = CliRunner().invoke(commands, ["--help"], env={"COLUMNS": "80"}).stdout
     at = [
         said.index(text) for text in ("Prune a model", "analyze ", "prune ", "Check the result", "report ", "Use the")
@@ -54,7 +54,7 @@ def test_help_lists_every_command_below_what_it_is_for() -> None:
 
 
 @pytest.mark.features
-def test_the_names_of_choices_are_those_that_are_there() -> None:
+def test_the_names_of_choices_are_those_that_are_there():
     assert tuple(list_methods()) == METHODS.names
     assert tuple(list_targets()) == TARGET_CHOICES.names
     assert set(SCHEMES.names) - set(SCHEMES.alone) == set(pipelines.ONNX_SCHEMES)
@@ -76,20 +76,20 @@ def test_the_names_of_choices_are_those_that_are_there() -> None:
         (["recover", "m", "--out", "o", "--teacher", "dead"], ["--teacher", "live, cached"]),
     ],
 )
-def test_a_value_that_is_not_known_is_a_usage_error(arguments: list[str], said: list[str]) -> None:
+def test_a_value_that_is_not_known_is_a_usage_error(arguments, said):
     result = CliRunner().invoke(commands, arguments, env={"COLUMNS": "300"})
     assert result.exit_code == 2
     assert all(words in result.stderr for words in said), result.stderr
 
 
-def test_devices_have_numbers() -> None:
+def test_devices_have_numbers():
     assert Settings(device="cuda:3").device == "cuda:3"
     for wrong in ("cuda:x", "cpu:0"):
         with expect_error(InputError, name="device"):
             Settings(device=wrong)
 
 
-def test_plugins_are_accepted_and_completed() -> None:
+def test_plugins_are_accepted_and_completed():
     with testing.install_plugin({"mptk.methods": {"sparsegpt": MASKPRUNE}}):
         assert make_choice_arguments(METHODS)["parser"]("sparsegpt") == "sparsegpt"
         assert make_choice_arguments(METHODS)["autocompletion"]("s") == ["sparsegpt"]
@@ -108,7 +108,7 @@ def complete(line: str) -> list[str]:
     return run.stdout.split()
 
 
-def test_completion() -> None:
+def test_completion():
     assert complete("mptk prune m --method wa") == ["wanda"]
     assert complete("mptk prune m --quantize int8,") == ["int8,int4", "int8,fp16"]
     assert complete("mptk prune m --quantize a") == ["auto"]
@@ -119,7 +119,7 @@ def test_completion() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_command_has_short_help_and_an_example_that_parses(name: str) -> None:
+def test_each_command_has_short_help_and_an_example_that_parses(name):
     result = CliRunner().invoke(commands, [name, "-h"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
     assert result.exit_code == 0
     shown = [line.strip() for line in result.stdout.splitlines() if line.strip().startswith("mptk ")]
@@ -129,7 +129,7 @@ def test_each_command_has_short_help_and_an_example_that_parses(name: str) -> No
     assert "-v" in result.stdout
 
 
-def test_options_of_prune_are_in_groups() -> None:
+def test_options_of_prune_are_in_groups():
     text = CliRunner().invoke(commands, ["prune", "-h"], env={"TERMINAL_WIDTH": "120"}).stdout
     titles = [line.split()[1:-1] for line in text.splitlines() if line.startswith("╭─")]
     names = [" ".join(word for word in title if set(word) != {"─"}) for title in titles]
@@ -139,7 +139,7 @@ def test_options_of_prune_are_in_groups() -> None:
 # ---- output ----
 
 
-def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, go_to) -> None:
+def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, go_to):
     go_to(tmp_path)
     result = mptk("analyze", files.model, "--json", "-")
     assert json.loads(result.stdout)["format"] == "mptk-analysis/1"
@@ -149,7 +149,7 @@ def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk) -> None:
+def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk):
     assert mptk("analyze", files.model).stderr
     assert mptk("analyze", files.model, "-q").stderr == ""
     assert "Traceback" not in mptk("analyze", "./none").stderr
@@ -159,7 +159,7 @@ def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk) 
 
 
 @pytest.mark.features
-def test_tables_fit_a_log_and_lose_no_letter(files) -> None:
+def test_tables_fit_a_log_and_lose_no_letter(files):
     environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mptk", "models"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -172,7 +172,7 @@ def test_tables_fit_a_log_and_lose_no_letter(files) -> None:
     assert any("https://ai.google.dev/gemma/terms" in column for column in columns)
 
 
-def test_no_bars_of_other_libraries(tmp_path: Path) -> None:
+def test_no_bars_of_other_libraries(tmp_path):
     code = (
         "import sys; sys.argv = ['mptk', 'models']\nfrom mptk.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
         "from tqdm.auto import tqdm\nlist(tqdm(range(3), desc='Converting'))"
@@ -182,14 +182,14 @@ def test_no_bars_of_other_libraries(tmp_path: Path) -> None:
     assert "Converting" not in run.stderr
 
 
-def test_brackets_in_a_name_are_no_markup(mptk) -> None:
+def test_brackets_in_a_name_are_no_markup(mptk):
     assert "./[/x][bold]y" in mptk("analyze", "./[/x][bold]y").error
 
 
 # ---- Ctrl-C ----
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path: Path, go_to) -> None:
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path, go_to):
     go_to(tmp_path)
     inside.stop("mptk.targets.stock.write_checkpoint", error=KeyboardInterrupt)
     result = mptk("prune", files.model, "--out", "out", "--data", files.text, *SHORT, "--no-onnx")
@@ -199,7 +199,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(mptk, files, inside, tmp_path
     )
 
 
-def test_ctrl_c_elsewhere_also_if_a_library_turns_it_into_an_error_of_its_own(mptk, files, inside) -> None:
+def test_ctrl_c_elsewhere_also_if_a_library_turns_it_into_an_error_of_its_own(mptk, files, inside):
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -224,7 +224,7 @@ def test_ctrl_c_elsewhere_also_if_a_library_turns_it_into_an_error_of_its_own(mp
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_signal_after_the_last_word_changes_nothing() -> None:
+def test_a_signal_after_the_last_word_changes_nothing():
     code = """
 import atexit, os, signal, sys
 from mptk.cli.main import main

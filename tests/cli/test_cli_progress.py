@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-from pathlib import Path
 
 from rich.console import Console
 
@@ -63,7 +62,7 @@ def test_steps_belong_to_the_stage_that_they_are_in():
     ]
 
 
-def test_an_export_says_how_far_it_is(tmp_path: Path):
+def test_an_export_says_how_far_it_is(tmp_path):
     said = []
     with enter_stage(lambda *words: said.append(words), "export"):
         export(testing.make_llama(), tmp_path, quantize=["int8"])

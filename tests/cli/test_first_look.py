@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ import mptk
 from mptk.config import with_keywords
 from mptk.errors import FileError, InputError, KeywordError
 from mptk.io import check_folder_named, check_model_name, check_sources
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 TYPE = """
 import json, sys
@@ -86,7 +85,7 @@ MISTAKES = (
 )
 
 
-def test_no_simple_mistake_waits_for_torch(tmp_path: Path) -> None:
+def test_no_simple_mistake_waits_for_torch(tmp_path):
     (tmp_path / "recipe.yaml").write_text("sparsty: 0.3\n")
     (tmp_path / "some.txt").write_text("text\n")
     (tmp_path / "empty.txt").touch()
@@ -115,7 +114,7 @@ def test_no_simple_mistake_waits_for_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_the_first_line_names_what_is_read_and_comes_before_torch(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_the_first_line_names_what_is_read_and_comes_before_torch(laboratory, tmp_path):
     model, pruned, text = (str(path) for path in (laboratory.open_model(), laboratory.open_pruned(), "text.txt"))
     (tmp_path / text).write_text("text\n" * 99)
     out = ["--data", text, "--out", "x"]
@@ -140,7 +139,7 @@ def test_the_first_line_names_what_is_read_and_comes_before_torch(laboratory: La
     assert [lines[0] for lines in said[len(commands) :]] == ["torch"] * len(silent)
 
 
-def test_what_a_name_can_be_is_told_without_a_hub(tmp_path: Path) -> None:
+def test_what_a_name_can_be_is_told_without_a_hub(tmp_path):
     for name in ("smollm2-135m", "gpt2", "someone/some-model", str(tmp_path)):
         check_model_name(name)
     with expect_error(FileError, name="smolm2-135m") as refused:
@@ -151,7 +150,7 @@ def test_what_a_name_can_be_is_told_without_a_hub(tmp_path: Path) -> None:
             check_model_name(name)
 
 
-def test_a_folder_is_told_from_a_dense_model(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_folder_is_told_from_a_dense_model(laboratory, tmp_path):
     check_folder_named(laboratory.open_pruned(), "prune")
     check_folder_named(laboratory.open_ladder(), "prune")
     check_folder_named(laboratory.open_model(), "export")
@@ -159,14 +158,14 @@ def test_a_folder_is_told_from_a_dense_model(laboratory: Laboratory, tmp_path: P
         check_folder_named(laboratory.open_model(), "prune")
 
 
-def test_only_what_must_be_text_is_looked_into(tmp_path: Path) -> None:
+def test_only_what_must_be_text_is_looked_into(tmp_path):
     for name in ("inputs.safetensors", "sound.wav", "table.json"):
         (tmp_path / name).write_bytes(bytes(range(256)))
         check_sources(str(tmp_path / name))
     check_sources("self", "wikitext2", "someone/data:train", None)
 
 
-def test_python_takes_what_the_command_line_takes_and_says_what_was_meant() -> None:
+def test_python_takes_what_the_command_line_takes_and_says_what_was_meant():
     assert with_keywords(mptk.Settings(), {"sparsity": "30%"}).sparsity == 0.3
     with expect_error(InputError, name="sparsity"):
         with_keywords(mptk.Settings(), {"sparsity": "much"})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from benchmarks.tiny_models import tiny_model
@@ -16,7 +13,7 @@ SIZES = ("--samples", "4", "--eval-windows", "2", "--eval-length", "12", "--alig
 
 @pytest.mark.usefixtures("quick_bench")
 @pytest.mark.parametrize("mapping", KINDS)
-def test_six_commands(mapping: str, tmp_path: Path, run_words: Callable[..., int]) -> None:
+def test_six_commands(mapping, tmp_path, run_words):
     dense, out, graphs = tmp_path / "dense", tmp_path / "out", tmp_path / "graphs"
     tiny_model(mapping, KINDS[mapping]).model.save_pretrained(dense)
     read = ("--data", "random", "--length", "12")

@@ -34,7 +34,7 @@ def imported(program: str, tmp_path: Path) -> set[str]:
     "arguments",
     ["--help", "--version", "models", "ops --help", "prune --help", "analyze --help", "eval --help", "bench --help"],
 )
-def test_a_command_that_needs_no_model_imports_no_heavy_library(arguments: str, tmp_path: Path) -> None:
+def test_a_command_that_needs_no_model_imports_no_heavy_library(arguments, tmp_path):
     program = f"sys.argv = ['mptk', *{arguments.split()!r}]; from mptk.cli.main import main; main()"
     assert imported(program, tmp_path) == set()
 
@@ -47,16 +47,16 @@ def test_a_command_that_needs_no_model_imports_no_heavy_library(arguments: str, 
         "from mptk import Settings; Settings()",
     ],
 )
-def test_an_import_that_needs_no_model_imports_no_heavy_library(statement: str, tmp_path: Path) -> None:
+def test_an_import_that_needs_no_model_imports_no_heavy_library(statement, tmp_path):
     assert imported(statement, tmp_path) == set()
 
 
-def test_what_is_heavy_is_seen(tmp_path: Path) -> None:
+def test_what_is_heavy_is_seen(tmp_path):
     assert imported("import numpy", tmp_path) == {"numpy"}
 
 
 @pytest.mark.features
-def test_the_public_names_are_all_that_is_listed() -> None:
+def test_the_public_names_are_all_that_is_listed():
     assert dir(mptk) == sorted(mptk.__all__)
     assert all(getattr(mptk, name) is not None for name in mptk.__all__)
     assert not hasattr(mptk, "anything_else")

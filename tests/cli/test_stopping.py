@@ -11,11 +11,10 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from inside import Inside
 
 import mptk.cli.main  # noqa: F401  # it registers the commands, before these tests register their own
 from mptk import MptkError
@@ -27,7 +26,7 @@ NUMBERS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 @pytest.fixture(autouse=True)
-def _not_ignored() -> Iterator[None]:
+def _not_ignored():
     """A shell that starts something with & lets it ignore SIGINT."""
     before = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in NUMBERS}
     yield
@@ -36,7 +35,7 @@ def _not_ignored() -> Iterator[None]:
 
 
 @pytest.fixture
-def run_work(run_words: Callable[..., int]) -> Iterator[Callable[[Callable[[], None]], int]]:
+def run_work(run_words):
     """The exit code of a command that does what is given."""
     known = list(app.registered_commands)
 
@@ -84,11 +83,11 @@ def in_a_library(number: int) -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("drop", [in_a_callback, in_a_destructor])
 def test_a_signal_whose_exception_python_drops_stops_the_command(
-    run_work: Callable[[Callable[[], None]], int],
-    drop: Callable[[int], None],
-    name: str,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    run_work,
+    drop,
+    name,
+    capfd,
+):
     went_on = []
 
     def work() -> None:
@@ -102,9 +101,7 @@ def test_a_signal_whose_exception_python_drops_stops_the_command(
     assert said == ("interrupted" if name == "SIGINT" else "terminated") + "; nothing was published\n"
 
 
-def test_a_signal_that_a_library_drops_is_seen_at_the_next_word(
-    run_work: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_that_a_library_drops_is_seen_at_the_next_word(run_work, capfd):
     went_on = []
 
     def work() -> None:
@@ -117,18 +114,14 @@ def test_a_signal_that_a_library_drops_is_seen_at_the_next_word(
     assert capfd.readouterr().err == "terminated; nothing was published\n"
 
 
-def test_a_signal_that_was_dropped_until_the_end_is_no_success(
-    run_work: Callable[[Callable[[], None]], int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_that_was_dropped_until_the_end_is_no_success(run_work, capfd):
     assert run_work(lambda: in_a_library(signal.SIGINT)) == 130
     assert capfd.readouterr().err == "interrupted; the command had already finished\n"
     assert run_work(lambda: None) == 0  # the next command knows of no signal
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_signal_while_options_are_read_is_said_too(
-    run_work: Callable[[Callable[[], None]], int], inside: Inside, name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_while_options_are_read_is_said_too(run_work, inside, name, capfd):
     def signalled(*_: object) -> bool:
         os.kill(os.getpid(), getattr(signal, name))
         return False
@@ -143,8 +136,8 @@ def test_a_signal_while_options_are_read_is_said_too(
 
 
 def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
-    run_work: Callable[[Callable[[], None]], int],
-) -> None:
+    run_work,
+):
     logged = io.StringIO()
     log = logging.getLogger("library")
     log.addHandler(logging.StreamHandler(logged))
@@ -162,7 +155,7 @@ def test_a_library_that_takes_a_signal_for_its_own_error_logs_nothing(
     assert logged.getvalue() == "later\n"
 
 
-def test_another_error_that_python_drops_is_shown_as_ever(run_work: Callable[[Callable[[], None]], int]) -> None:
+def test_another_error_that_python_drops_is_shown_as_ever(run_work):
     seen: list[object] = []
     before, sys.unraisablehook = sys.unraisablehook, lambda found: seen.append(found.exc_type)
 
@@ -214,7 +207,7 @@ CLOSED = "", "<&-", ">&-", "2>&-", "2>/dev/full", "<&- >&- 2>&-", ">&- 2>/dev/fu
 
 
 @pytest.mark.parametrize("streams", [*CLOSED, ">/dev/full"])
-def test_streams_that_are_closed_or_full_end_nothing(streams: str, tmp_path: Path) -> None:
+def test_streams_that_are_closed_or_full_end_nothing(streams, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     run = run_line(f"set -o pipefail; {sys.executable} program.py {streams}", tmp_path)
     assert run.returncode == (streams == ">/dev/full"), run.stderr
@@ -228,7 +221,7 @@ def test_streams_that_are_closed_or_full_end_nothing(streams: str, tmp_path: Pat
         assert " ".join(run.stdout.split()).count("the result") == 2000  # lines break where the terminal ends
 
 
-def test_help_and_a_bad_option_need_no_streams(tmp_path: Path) -> None:
+def test_help_and_a_bad_option_need_no_streams(tmp_path):
     for line, code in (("--help >&-", 0), ("--help >/dev/full", 1), ("nonsense 2>&-", 2)):
         run = run_line(f"{sys.executable} -m mptk {line}", tmp_path)
         assert (run.returncode, "Traceback" in run.stderr) == (code, False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from mptk.config import Learning, LossWeights, Training, find_settings, list_ref
 from mptk.config.recipe import build_recipe
 from mptk.errors import InputError, MptkError, OutputError
 from mptk.publish.manifest import hash_weight_files
-from mptk.testing import Laboratory
 
 ONLY_TEXT = Training(losses=LossWeights(lm=0.5))
 OTHER = api.Settings(
@@ -43,7 +41,7 @@ OTHER = api.Settings(
 
 
 @pytest.fixture
-def asked(asked_prune: list[Any], tmp_path: Path, go_to: Callable[[object], None]) -> list[Any]:
+def asked(asked_prune, tmp_path, go_to):
     """Collects what `prune` is asked for, in place of a run, in a folder with the data that recipes here name."""
     go_to(tmp_path)
     for name in ("a.jsonl", "a.txt", "b.txt"):
@@ -67,7 +65,7 @@ def check_refusal(kind: type[MptkError], name: str, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [api.Settings(), OTHER], ids=["defaults", "others"])
-def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp_path: Path, asked: list[Any]) -> None:
+def test_the_recipe_of_settings_gives_these_settings(settings, tmp_path, asked):
     path = write(tmp_path / "run.yaml", **build_recipe("dense", settings))
     result = run("prune", "--config", path, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, (result.output, result.exception)
@@ -76,7 +74,7 @@ def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp
     assert found == settings
 
 
-def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
+def test_the_command_line_wins(tmp_path, asked):
     path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32})
     assert run("prune", "other", "--config", path, "--sparsity", "0.2", "--onnx", "--out", "p").exit_code == 0
     ((model, out, settings),) = asked
@@ -84,7 +82,7 @@ def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
     assert (settings.steps, settings.seed, settings.widths) == (9, 3, {"ffn": 32})
 
 
-def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> None:
+def test_latencies_dashes_and_a_bare_no(tmp_path, asked):
     (tmp_path / "a.yaml").write_text("model: m\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n")
     assert run("prune", "--config", str(tmp_path / "a.yaml"), "--out", "o").exit_code == 0
     settings = asked[0][2]
@@ -95,14 +93,14 @@ def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> Non
     assert asked[1][2] == settings
 
 
-def test_a_recipe_names_no_other(tmp_path: Path) -> None:
+def test_a_recipe_names_no_other(tmp_path):
     """Other faults: tests/bad_inputs/plans.py."""
     path = write(tmp_path / "a.yaml", config="other.yaml")
     check_refusal(InputError, "config", "prune", "m", "--out", "o", "--config", path)
 
 
 @pytest.mark.features
-def test_every_option_is_a_key_of_the_recipe() -> None:
+def test_every_option_is_a_key_of_the_recipe():
     learning = replace(OTHER.learning, teacher_cache="cache", mask_share=0.3, rank=8)
     learning = replace(learning, training=replace(learning.training, lr=0.1))
     full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", kv_heads=1, learning=learning)
@@ -117,7 +115,7 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "overwrite", "teacher_cache"])
-def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any]) -> None:
+def test_what_no_file_may_decide(name, tmp_path, asked):
     (tmp_path / "a.yaml").write_text(f"model: m\nteacher: cached\nsteps: 2\n{name}: true\n")
     arguments = ["prune", "--config", str(tmp_path / "a.yaml"), "--out", "o"]
     check_refusal(InputError, name.replace("-", "_"), *arguments)
@@ -125,7 +123,7 @@ def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any]) ->
 
 
 @pytest.mark.parametrize("out", ["/tmp/elsewhere", "../beside", ".", "inside/../../beside", "link/o"])
-def test_a_recipe_writes_only_below_the_current_folder(out: str, tmp_path: Path, asked: list[Any]) -> None:
+def test_a_recipe_writes_only_below_the_current_folder(out, tmp_path, asked):
     (tmp_path / "link").symlink_to(tmp_path.parent)
     check_refusal(InputError, "out", "prune", "--config", write(tmp_path / "a.yaml", model="m", out=out))
     assert asked == []
@@ -136,7 +134,7 @@ def test_a_recipe_writes_only_below_the_current_folder(out: str, tmp_path: Path,
 # ---- real runs ----
 
 
-def test_each_run_writes_its_recipe(laboratory: Laboratory) -> None:
+def test_each_run_writes_its_recipe(laboratory):
     made = laboratory.open_pruned()
     written = read_recipe(made / "run.yaml")
     assert (written["model"], written["data"]) == (str(laboratory.open_model()), str(laboratory.open_data()))
@@ -145,7 +143,7 @@ def test_each_run_writes_its_recipe(laboratory: Laboratory) -> None:
     assert not written.keys() & list_refused(api.Settings)
 
 
-def test_a_recipe_repeats_its_run_beside_files_of_the_user(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_recipe_repeats_its_run_beside_files_of_the_user(laboratory, tmp_path):
     first = laboratory.open_recovered()
     assert read_recipe(first / "run.yaml")["folder"] == str(laboratory.open_pruned())
     out = laboratory.copy(first, tmp_path / "out")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -59,7 +57,7 @@ class Oven(Record):
 
 
 @pytest.fixture
-def baked() -> Iterator[list[Oven]]:
+def baked():
     """What the command ``bake`` was asked for."""
     known, asked = list(app.registered_commands), list[Oven]()
 
@@ -75,11 +73,11 @@ def baked() -> Iterator[list[Oven]]:
 
 
 @pytest.fixture
-def run(baked: list[Oven]) -> Callable[..., Any]:
+def run(baked):
     return lambda *words: CliRunner().invoke(app, ["bake", *words], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
 
 
-def test_options(baked: list[Oven], run: Callable[..., Any]) -> None:
+def test_options(baked, run):
     assert run().exit_code == 0
     words = "--heat 1 --rack low --space 2kB --width tin=3 --width cup=4 --fan --no-light --seed 7 --grains rye,oat"
     assert run(*words.split()).exit_code == 0
@@ -89,7 +87,7 @@ def test_options(baked: list[Oven], run: Callable[..., Any]) -> None:
     assert second == Oven(1.0, "low", 2000, {"tin": 3, "cup": 4}, fan=True, light=False, seed=7, dough=dough)
 
 
-def test_help(run: Callable[..., Any]) -> None:
+def test_help(run):
     shown = run("--help").stdout
     assert all(words in shown for words in ("How hot.", "[top|low]", "[rye,oat]", "--no-light", "default: 0.5"))
     assert "--no-fan" not in shown
@@ -98,13 +96,13 @@ def test_help(run: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("words", "shown"), [("--heat 2", "--heat"), ("--rack tip", "top"), ("--grains rye,oad", "oat")]
 )
-def test_values_that_are_typed_wrong(words: str, shown: str, run: Callable[..., Any]) -> None:
+def test_values_that_are_typed_wrong(words, shown, run):
     result = run(*words.split())
     assert result.exit_code == 2
     assert shown in result.stderr
 
 
-def test_an_option_that_would_do_nothing(run: Callable[..., Any]) -> None:
+def test_an_option_that_would_do_nothing(run):
     assert run("--heat", "0").exit_code == 0
     refused = run("--heat", "0", "--rack", "low").exception
     assert isinstance(refused, InputError)
@@ -112,7 +110,7 @@ def test_an_option_that_would_do_nothing(run: Callable[..., Any]) -> None:
     assert refused.remedy == "give --heat, or leave it out"
 
 
-def test_recipes(baked: list[Oven], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_recipes(baked, run, tmp_path):
     oven = Oven(0.0, "low", 2000, {"tin": 3}, light=False, dough=Dough(("rye",)))
     kept = collect_recorded(oven, "bake")
     assert kept["space"] == "2000B"
@@ -124,7 +122,7 @@ def test_recipes(baked: list[Oven], run: Callable[..., Any], tmp_path: Path) -> 
     assert (baked[0], baked[1].heat) == (oven, 1.0)
 
 
-def test_keywords() -> None:
+def test_keywords():
     found = with_keywords(Oven(), {"rack": "low", "grains": "rye", "seed": 3, "heat": 1})
     assert found == Oven(1, "low", seed=3, dough=Dough(("rye",), 3))
     assert with_keywords(found, {"dough": Dough(seed=1), "grains": ["oat"]}).dough == Dough(("oat",), 1)
@@ -143,13 +141,13 @@ def test_keywords() -> None:
         ({"dough": 3, "grains": "rye"}, "dough", None),
     ],
 )
-def test_keywords_that_are_refused(values: dict[str, Any], name: str, nearest: list[str] | None) -> None:
+def test_keywords_that_are_refused(values, name, nearest):
     with expect_error(InputError, name=name) as refused:
         with_keywords(Oven(), values)
     assert nearest is None or refused.value.nearest[0] == nearest[0]
 
 
-def test_what_a_file_kept_is_checked() -> None:
+def test_what_a_file_kept_is_checked():
     oven = Oven(space=3, dough=Dough(("rye",)))
     kept = asdict(oven)
     kept["dough"]["grains"] = ["rye"]  # as JSON has it
@@ -159,11 +157,11 @@ def test_what_a_file_kept_is_checked() -> None:
             from_json(Oven, kept | wrong, "oven")
 
 
-def test_the_docstring_lists_the_settings() -> None:
+def test_the_docstring_lists_the_settings():
     assert "- ``heat``: How hot." in str(Oven.__doc__)
 
 
-def test_options_of_two_features_for_one_command_are_refused_together() -> None:
+def test_options_of_two_features_for_one_command_are_refused_together():
     ran = list[str]()
 
     def large(model: str, large: bool = False) -> None:

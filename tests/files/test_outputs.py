@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,7 +35,7 @@ def outputs_of(command: str) -> dict[str, OutputOption]:
     return {name: part for name, each in parts.items() for part in each if isinstance(part, OutputOption)}
 
 
-def test_each_path_is_known_as_what_is_read_or_written() -> None:
+def test_each_path_is_known_as_what_is_read_or_written():
     for command, parameters in COMMANDS.items():
         written = outputs_of(command)
         for name, each in parameters.items():
@@ -73,7 +73,7 @@ def words_of(command: str, given: dict[str, list[Path]]) -> list[object]:
 
 
 @pytest.mark.parametrize(("command", "output", "operand"), list(cases()))
-def test_no_output_replaces_what_the_command_reads(command: str, output: str, operand: str, tmp_path: Path) -> None:
+def test_no_output_replaces_what_the_command_reads(command, output, operand, tmp_path):
     suffix = {"plot": ".png", "GGUF": ".gguf"}.get(outputs_of(command)[output].content, "")
     source, file = tmp_path / "source", tmp_path / f"source{suffix}"
     if operand in FOLDERS or (operand == "model" and command != "recover"):
@@ -99,14 +99,14 @@ def check_refusal(place: Path, *words: object) -> None:
 
 
 @pytest.mark.features
-def test_outputs_of_one_command_are_apart(tmp_path: Path) -> None:
+def test_outputs_of_one_command_are_apart(tmp_path):
     model, page, inner = tmp_path / "model", tmp_path / "page", tmp_path / "o" / "s.json"
     model.mkdir()
     check_refusal(page, "analyze", model, "--json", page, "--html", page)
     check_refusal(inner, "shapes", model, "--out", tmp_path / "o", "--json", inner)
 
 
-def test_a_file_is_replaced_only_if_mptk_wrote_it_or_on_request(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_if_mptk_wrote_it_or_on_request(tmp_path):
     file = tmp_path / "ops.json"
     file.write_text("mine")
     check_refusal(file, "ops", "--json", file)
@@ -124,7 +124,7 @@ def test_a_file_is_replaced_only_if_mptk_wrote_it_or_on_request(tmp_path: Path) 
     check_refusal(link, "ops", "--json", link, "--overwrite")
 
 
-def test_a_plan_replaces_only_plans(tmp_path: Path) -> None:
+def test_a_plan_replaces_only_plans(tmp_path):
     plan, file = mptk.Plan({}), tmp_path / "plan.json"
     for _ in range(2):
         plan.save(file)
@@ -138,12 +138,12 @@ def test_a_plan_replaces_only_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["advice", "analysis", "bench", "eval", "ops", "rerun", "shapes"])
-def test_results_of_commands_replace_each_other(kind: str, tmp_path: Path) -> None:
+def test_results_of_commands_replace_each_other(kind, tmp_path):
     write_json(tmp_path / "result.json", {"format": f"mptk-{kind}/1", "rows": [1] * 10**5})
     check_file(tmp_path / "result.json", "JSON")
 
 
-def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
+def test_python_replaces_no_graph_of_others(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\x08 of somebody")
     with expect_error(OutputError, name=tmp_path / "model.onnx"):
         mptk.export(testing.make_llama(), tmp_path)
@@ -161,9 +161,7 @@ def test_python_replaces_no_graph_of_others(tmp_path: Path) -> None:
         ("shapes", {"out": "model/shapes", "sparsity": 0.3}),
     ],
 )
-def test_keywords_in_python_are_outputs_too(
-    call: str, given: dict[str, Any], tmp_path: Path, go_to: Callable[[object], None]
-) -> None:
+def test_keywords_in_python_are_outputs_too(call, given, tmp_path, go_to):
     go_to(tmp_path)
     testing.save_model(testing.make_llama(layers=1), Path("model"))
     Path("out").mkdir()
@@ -176,7 +174,7 @@ def test_keywords_in_python_are_outputs_too(
 
 
 @pytest.mark.features
-def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path) -> None:
+def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path):
     """There it would replace a part of the ladder, or be a file that was added: either makes the ladder unusable."""
     ladder = tmp_path / "ladder"
     with publish(ladder) as new:
@@ -188,7 +186,7 @@ def test_a_size_of_a_ladder_is_not_written_into_it(tmp_path: Path) -> None:
         assert "overwrite" not in str(refused.value)
 
 
-def test_files_behind_links_of_a_folder_are_inputs(tmp_path: Path) -> None:
+def test_files_behind_links_of_a_folder_are_inputs(tmp_path):
     blob, snapshot = tmp_path / "blobs" / "abc", tmp_path / "snapshot"
     for folder in (blob.parent, snapshot):
         folder.mkdir()

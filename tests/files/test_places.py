@@ -36,7 +36,7 @@ from mptk.protocols import RunFolder, check_unfinished, read_kept_settings
 from mptk.protocols.run_folder import RUN_MARK
 from mptk.publish.folder import amend, publish
 from mptk.staged.spool import Spool
-from mptk.testing import Laboratory, expect_error, make_llama, make_tokenizer
+from mptk.testing import expect_error, make_llama, make_tokenizer
 
 ANOTHER = 1000
 """The number of a user who is not this one."""
@@ -44,7 +44,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become ano
 
 
 @pytest.fixture
-def victim(tmp_path: Path) -> Path:
+def victim(tmp_path):
     """A private folder of this user."""
     folder = tmp_path / "private"
     (folder / "new").mkdir(mode=0o700, parents=True)
@@ -103,9 +103,7 @@ def fails(place: Path, act: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("use", [published, renewed, left, amended, filed, fails])
-def test_a_link_that_is_planted_during_a_run_leads_nowhere(
-    use: Callable[[Path, Callable[[], None]], None], tmp_path: Path, victim: Path
-) -> None:
+def test_a_link_that_is_planted_during_a_run_leads_nowhere(use, tmp_path, victim):
     """Nothing is removed through it, and nothing is published of what was written elsewhere."""
     place = tmp_path / "place"
     place.mkdir()
@@ -121,7 +119,7 @@ def test_a_link_that_is_planted_during_a_run_leads_nowhere(
     assert sum(path.is_symlink() for path in place.iterdir()) == 1, "it is left as it is"
 
 
-def test_a_folder_above_that_is_exchanged_during_a_run_leads_nowhere(tmp_path: Path, victim: Path) -> None:
+def test_a_folder_above_that_is_exchanged_during_a_run_leads_nowhere(tmp_path, victim):
     """By its owner, or by a group's member: nothing is published of what was written elsewhere, nothing is removed."""
 
     def act() -> None:
@@ -136,7 +134,7 @@ def test_a_folder_above_that_is_exchanged_during_a_run_leads_nowhere(tmp_path: P
     assert list_names(tmp_path / "away") == []
 
 
-def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(tmp_path: Path, victim: Path) -> None:
+def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(tmp_path, victim):
     exchanged: list[str] = []
 
     def exchange(event: str, given: tuple[Any, ...]) -> None:
@@ -153,7 +151,7 @@ def test_a_new_hidden_folder_that_is_exchanged_at_once_is_not_taken(tmp_path: Pa
     require_untouched(next(path for path in tmp_path.iterdir() if path.name.startswith(".mptk-")))
 
 
-def test_a_folder_that_is_exchanged_while_it_is_discarded_stays(tmp_path: Path, victim: Path) -> None:
+def test_a_folder_that_is_exchanged_while_it_is_discarded_stays(tmp_path, victim):
     def exchange(event: str, given: tuple[Any, ...]) -> None:
         if event == "os.rename" and given[0] == "run":
             os.rename(tmp_path / "run", tmp_path / "away")
@@ -173,7 +171,7 @@ TAKEN = (0o775, 0), (0o1777, 0), (0o755, 4321)
 
 @as_root
 @pytest.mark.parametrize(("mode", "group"), [(0o777, 0), (0o772, 0), (0o775, 4321), *TAKEN])
-def test_a_folder_that_others_can_write_in_is_refused_before_any_work(tmp_path: Path, mode: int, group: int) -> None:
+def test_a_folder_that_others_can_write_in_is_refused_before_any_work(tmp_path, mode, group):
     """Not one whose sticky bit keeps others from renaming, nor one of the own group."""
     place = tmp_path / "place"
     place.mkdir()
@@ -188,7 +186,7 @@ def test_a_folder_that_others_can_write_in_is_refused_before_any_work(tmp_path: 
     assert list_names(place) == []
 
 
-def test_a_folder_above_that_all_can_write_in_is_refused_too(tmp_path: Path) -> None:
+def test_a_folder_above_that_all_can_write_in_is_refused_too(tmp_path):
     (tmp_path / "all" / "mine").mkdir(parents=True)
     (tmp_path / "all").chmod(0o777)
     with expect_error(MachineError, name=tmp_path / "all"):
@@ -196,7 +194,7 @@ def test_a_folder_above_that_all_can_write_in_is_refused_too(tmp_path: Path) -> 
     assert list_names(tmp_path / "all" / "mine") == []
 
 
-def test_temporary_files_are_refused_where_others_can_exchange_them(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_temporary_files_are_refused_where_others_can_exchange_them(laboratory, tmp_path):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o777)
     model, settings, ran = str(laboratory.open_model()), laboratory.make_settings(), list[PassRecord]()
@@ -214,7 +212,7 @@ def test_temporary_files_are_refused_where_others_can_exchange_them(laboratory: 
 
 
 @as_root
-def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp_path: Path, victim: Path) -> None:
+def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp_path, victim):
     """One file is made elsewhere if its folder is open to others: the command's result is not lost."""
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)  # the other user must get there
@@ -243,7 +241,7 @@ def test_another_user_who_exchanges_a_file_while_it_is_written_gains_nothing(tmp
 # ---- which calls follow paths ----
 
 
-def test_a_run_removes_and_renames_by_no_path(tmp_path: Path) -> None:
+def test_a_run_removes_and_renames_by_no_path(tmp_path):
     """Seen by the interpreter's audit events: of publishing, replacing, discarding, single files and tidying."""
     kill_fork_after(lambda: hold(tmp_path / "left"))
     seen: list[str] = []
@@ -281,7 +279,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path: Path, name: str) -> None:
+def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path, name):
     """Whatever it holds; nor is an unfinished run of a version that had no marks."""
     out, run = tmp_path / "out", tmp_path / "out.run"
     (run / "plots").mkdir(parents=True)
@@ -300,7 +298,7 @@ def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path: Path, name: s
     assert content(run) == before
 
 
-def test_a_folder_that_comes_during_a_run_is_not_taken_for_its_own(tmp_path: Path) -> None:
+def test_a_folder_that_comes_during_a_run_is_not_taken_for_its_own(tmp_path):
     folder = RunFolder(tmp_path / "out", {}, resume=False)
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "thesis.txt").write_text("mine")
@@ -310,7 +308,7 @@ def test_a_folder_that_comes_during_a_run_is_not_taken_for_its_own(tmp_path: Pat
     assert content(tmp_path / "out.run") == {"thesis.txt": "mine"}
 
 
-def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path: Path) -> None:
+def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path):
     """It was moved to another disk, or renamed to be kept: it is not replaced, but it can be resumed."""
     one_shot = to_json(Settings(learning=Learning(steps=0)))
     RunFolder(tmp_path / "out", one_shot, resume=False).save("text", {"ids": torch.ones(2)})
@@ -325,7 +323,7 @@ def test_a_copy_of_an_unfinished_run_is_one_only_by_the_users_word(tmp_path: Pat
     assert list_names(tmp_path) == []
 
 
-def test_the_folder_of_a_run_is_marked_before_it_has_its_name(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_is_marked_before_it_has_its_name(tmp_path):
     def stop(event: str, given: tuple[Any, ...]) -> None:
         if event == "open" and str(given[0]).endswith(RUN_MARK):
             raise Stopped
@@ -339,7 +337,7 @@ def test_the_folder_of_a_run_is_marked_before_it_has_its_name(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("lock", [None, "", "mine", '{"pid": 1, "host": "h", "command": "c"}'])
-def test_a_hidden_folder_of_the_user_is_neither_emptied_nor_removed(tmp_path: Path, lock: str | None) -> None:
+def test_a_hidden_folder_of_the_user_is_neither_emptied_nor_removed(tmp_path, lock):
     """Also if it holds a file with the name of mptk's lock, as an earlier version's did."""
     folders = [tmp_path / name for name in (".out.mptk", ".mptk-x", ".mptk-0123456789ab")]
     for folder in folders:
@@ -354,7 +352,7 @@ def test_a_hidden_folder_of_the_user_is_neither_emptied_nor_removed(tmp_path: Pa
     assert content(tmp_path) == before
 
 
-def test_a_mark_is_of_one_folder(tmp_path: Path) -> None:
+def test_a_mark_is_of_one_folder(tmp_path):
     """What a process left that was killed is removed, and a copy of it that the user made is not."""
     kill_fork_after(lambda: hold(tmp_path / "out"))
     shutil.copytree(tmp_path / ".out.mptk", tmp_path / ".mine.mptk")
@@ -364,7 +362,7 @@ def test_a_mark_is_of_one_folder(tmp_path: Path) -> None:
     assert list_names(tmp_path) == [".mine.mptk"]
 
 
-def test_hidden_folders_are_private(tmp_path: Path) -> None:
+def test_hidden_folders_are_private(tmp_path):
     before = os.umask(0)
     try:
         with make_staging(tmp_path) as made, claim_place(tmp_path / "out") as held:
@@ -377,7 +375,7 @@ def test_hidden_folders_are_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["{}.run", ".{}.mptk"])
-def test_a_command_refuses_the_users_folder_before_any_work(laboratory: Laboratory, tmp_path: Path, name: str) -> None:
+def test_a_command_refuses_the_users_folder_before_any_work(laboratory, tmp_path, name):
     llama, settings, ran = str(laboratory.open_model()), laboratory.make_settings(), list[PassRecord]()
     asked = {"data": settings.data, "samples": 4, "length": 32, "onnx": False, "progress": None}
     out = tmp_path / "out"
@@ -403,7 +401,7 @@ def test_a_command_refuses_the_users_folder_before_any_work(laboratory: Laborato
 # ---- the rungs of a ladder ----
 
 
-def test_a_ladder_locks_all_rungs_while_it_works(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_ladder_locks_all_rungs_while_it_works(laboratory, tmp_path):
     """At its begin, and after the first rung."""
     out, refused = tmp_path / "m", dict[int, bool]()
     places = (out, out / "0.1", out / "0.2")
@@ -429,7 +427,7 @@ def test_a_ladder_locks_all_rungs_while_it_works(laboratory: Laboratory, tmp_pat
     assert [path.name for path in tmp_path.rglob("*mptk") if path.is_dir()] == []
 
 
-def test_what_a_killed_ladder_left_goes_with_the_next_command_that_names_it(tmp_path: Path) -> None:
+def test_what_a_killed_ladder_left_goes_with_the_next_command_that_names_it(tmp_path):
     """Whatever the command, also if it only names the ladder's folder or one of its rungs."""
     for named in ("m", "m/0.2"):
         (tmp_path / "m" / "0.2").mkdir(parents=True, exist_ok=True)
@@ -439,7 +437,7 @@ def test_what_a_killed_ladder_left_goes_with_the_next_command_that_names_it(tmp_
         assert left == ["0.2"], named
 
 
-def test_what_a_killed_command_left_goes_with_one_whose_recipe_is_refused(tmp_path: Path) -> None:
+def test_what_a_killed_command_left_goes_with_one_whose_recipe_is_refused(tmp_path):
     kill_fork_after(lambda: [hold(tmp_path / "m")])
     assert (tmp_path / ".m.mptk").is_dir()
     (tmp_path / "run.yaml").write_text("no options")
@@ -450,7 +448,7 @@ def test_what_a_killed_command_left_goes_with_one_whose_recipe_is_refused(tmp_pa
 # ---- a cleaner of temporary files ----
 
 
-def test_a_temporary_folder_that_goes_during_a_run_is_one_clear_error(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_temporary_folder_that_goes_during_a_run_is_one_clear_error(laboratory, tmp_path):
     def clean(record: PassRecord) -> None:
         if record.name == "write stock":
             shutil.rmtree(tmp_path / ".out.mptk")
@@ -460,7 +458,7 @@ def test_a_temporary_folder_that_goes_during_a_run_is_one_clear_error(laboratory
         mptk.prune(str(laboratory.open_model()), tmp_path / "out", settings, on_stage=clean)
 
 
-def test_files_that_go_from_a_temporary_folder_are_one_clear_error(tmp_path: Path) -> None:
+def test_files_that_go_from_a_temporary_folder_are_one_clear_error(tmp_path):
     """Also the first of them, while the folder is still there."""
     value = {"value": torch.ones(1 << 16)}  # here: torch can start no threads in a fork
 
@@ -484,9 +482,7 @@ def test_files_that_go_from_a_temporary_folder_are_one_clear_error(tmp_path: Pat
 
 
 @pytest.mark.features
-def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_error(
-    laboratory: Laboratory, tmp_path: Path, set_cache: Callable[[object], None]
-) -> None:
+def test_an_entry_of_the_cache_that_goes_during_a_run_is_one_clear_error(laboratory, tmp_path, set_cache):
     set_cache(tmp_path / "cache")
     write_gguf(make_llama(layers=1), make_tokenizer(), tmp_path / "toy.gguf")
 

@@ -8,7 +8,6 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def others(folder: Path) -> dict[str, str]:
 # ---- one at a time ----
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     out = tmp_path / "deep" / "out"
     with keep_fork(lambda: hold(out)), expect_error(OutputError, name=out), publish(out):
         pass
@@ -53,13 +52,13 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
     assert (list_names(tmp_path / "deep"), list_names(out)) == (["out"], ["file", "mptk.json"])
 
 
-def test_a_thread_may_claim_again_what_it_has_and_an_empty_parent_goes(tmp_path: Path) -> None:
+def test_a_thread_may_claim_again_what_it_has_and_an_empty_parent_goes(tmp_path):
     with claim_place(tmp_path / "new" / "out") as one, claim_place(tmp_path / "new" / "out") as two:
         assert one is two
     assert list_names(tmp_path) == []
 
 
-def test_eight_processes_fill_one_cache_and_write_one_output(tmp_path: Path) -> None:
+def test_eight_processes_fill_one_cache_and_write_one_output(tmp_path):
     def work() -> None:
         def build(path: Path) -> None:
             with (tmp_path / "built").open("a") as file:
@@ -87,9 +86,7 @@ def test_eight_processes_fill_one_cache_and_write_one_output(tmp_path: Path) -> 
 # ---- after a kill ----
 
 
-def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
-    tmp_path: Path, set_cache: Callable[[object], None]
-) -> None:
+def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(tmp_path, set_cache):
     set_cache(tmp_path / "cache")
     places = [tmp_path / place for place in ("cache", "cache/onnx", "cache/gguf/some", "tmp", "runs")]
     for place in places:
@@ -118,7 +115,7 @@ def test_what_killed_processes_left_is_removed_and_what_the_living_use_stays(
     assert all((place / "other").is_dir() for place in places)
 
 
-def test_a_process_killed_before_it_had_its_lock_leaves_nothing_either(tmp_path: Path) -> None:
+def test_a_process_killed_before_it_had_its_lock_leaves_nothing_either(tmp_path):
     (tmp_path / ".mptk-0123").mkdir()
     (tmp_path / ".mine.mptk").mkdir()
     (tmp_path / ".mine.mptk" / "thesis.txt").write_text("irreplaceable")
@@ -133,7 +130,7 @@ def without_exchange(event: str, given: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path, renamed: bool) -> None:
+def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path, renamed):
     """Where the system cannot exchange two names at once: before the new folder gets its name, and after."""
     out, last = tmp_path / "out", False
     write(out, "earlier")
@@ -159,7 +156,7 @@ def test_killed_between_two_renames_the_earlier_output_comes_back(tmp_path: Path
     assert (out / "file").read_text() == ("new" if renamed else "earlier")
 
 
-def test_without_locks_of_the_system_a_dead_owners_folder_is_free_and_a_living_ones_is_not(tmp_path: Path) -> None:
+def test_without_locks_of_the_system_a_dead_owners_folder_is_free_and_a_living_ones_is_not(tmp_path):
     def refuse(event: str, given: tuple[Any, ...]) -> None:
         if event == "fcntl.flock":
             raise OSError(errno.ENOSYS, "Function not implemented")
@@ -178,7 +175,7 @@ def test_without_locks_of_the_system_a_dead_owners_folder_is_free_and_a_living_o
     assert run_with_hook(refuse, work) == 0
 
 
-def test_a_fork_removes_nothing_of_its_parent(tmp_path: Path) -> None:
+def test_a_fork_removes_nothing_of_its_parent(tmp_path):
     mine = make_staging(tmp_path)
     assert wait_for_code(start_fork(mine.close)) == 0
     assert mine.folder.is_dir()
@@ -189,7 +186,7 @@ def test_a_fork_removes_nothing_of_its_parent(tmp_path: Path) -> None:
 # ---- what a folder gets, and what it keeps ----
 
 
-def test_amending_replaces_the_folder_at_once_or_not_at_all(tmp_path: Path) -> None:
+def test_amending_replaces_the_folder_at_once_or_not_at_all(tmp_path):
     out = tmp_path / "out"
     with publish(out) as new:
         (new / "onnx").mkdir()
@@ -217,7 +214,7 @@ def test_amending_replaces_the_folder_at_once_or_not_at_all(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_rights_are_those_that_the_umask_leaves(tmp_path: Path, mask: int) -> None:
+def test_rights_are_those_that_the_umask_leaves(tmp_path, mask):
     before = os.umask(mask)
     try:
         with publish(tmp_path / "out") as new:
@@ -232,7 +229,7 @@ def test_rights_are_those_that_the_umask_leaves(tmp_path: Path, mask: int) -> No
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-def test_a_folder_goes_from_one_moment_to_the_next(tmp_path: Path) -> None:
+def test_a_folder_goes_from_one_moment_to_the_next(tmp_path):
     (tmp_path / "run" / "a").mkdir(parents=True)
     seen: list[bool] = []
 
@@ -252,7 +249,7 @@ def test_a_folder_goes_from_one_moment_to_the_next(tmp_path: Path) -> None:
 # ---- links and sources ----
 
 
-def test_no_planted_link_is_followed(tmp_path: Path) -> None:
+def test_no_planted_link_is_followed(tmp_path):
     """Nor is a folder of somebody else's taken for ours."""
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "file").write_text("theirs")
@@ -276,7 +273,7 @@ def test_no_planted_link_is_followed(tmp_path: Path) -> None:
     assert list_names(tmp_path / "victim") == ["file"]
 
 
-def test_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
+def test_a_pipe_is_written_as_it_is(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = start_fork(lambda: write_text(tmp_path / "pipe", "x"))
     assert (tmp_path / "pipe").read_text() == "x"
@@ -284,7 +281,7 @@ def test_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["pipe"]
 
 
-def test_what_is_read_is_never_replaced(tmp_path: Path, go_to: Callable[[object], None]) -> None:
+def test_what_is_read_is_never_replaced(tmp_path, go_to):
     go_to(tmp_path)
     write(tmp_path / "out", "model")
     for source in ("out", "out/file", str(tmp_path / "out")):
@@ -301,7 +298,7 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, go_to: Callable[[object]
 
 @pytest.mark.parametrize("call", ["os.mkdir", "os.rename", "open"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_what_the_system_refuses_leaves_the_earlier_output(tmp_path: Path, number: int, call: str) -> None:
+def test_what_the_system_refuses_leaves_the_earlier_output(tmp_path, number, call):
     write(tmp_path / "out", "earlier")
 
     def refuse(event: str, given: tuple[Any, ...]) -> None:
@@ -319,7 +316,7 @@ def test_what_the_system_refuses_leaves_the_earlier_output(tmp_path: Path, numbe
     assert list_names(tmp_path) == ["out"]
 
 
-def test_an_error_about_another_file_names_that(tmp_path: Path) -> None:
+def test_an_error_about_another_file_names_that(tmp_path):
     def read(path: Path) -> None:
         with publish(tmp_path / "out"):
             path.read_text()
@@ -333,7 +330,7 @@ def test_an_error_about_another_file_names_that(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
+def output(tmp_path):
     with publish(tmp_path / "out") as new:
         (new / "onnx").mkdir()
         (new / "onnx" / "model.onnx").write_text("1")
@@ -348,7 +345,7 @@ def again(folder: Path, *, overwrite: bool = False) -> None:
 
 
 @pytest.mark.parametrize("change", [others, lambda folder: (folder / "README.md").write_text("my own words")])
-def test_an_output_with_work_of_the_user_is_refused(output: Path, change: Callable[[Path], object]) -> None:
+def test_an_output_with_work_of_the_user_is_refused(output, change):
     """Also if it is a file of mptk's that they changed."""
     change(output)
     before = {path: path.is_file() and path.read_text() for path in output.rglob("*")}
@@ -358,7 +355,7 @@ def test_an_output_with_work_of_the_user_is_refused(output: Path, change: Callab
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_overwrite_leaves_files_of_the_user_where_they_are(output: Path, exchange: bool) -> None:
+def test_overwrite_leaves_files_of_the_user_where_they_are(output, exchange):
     mine = others(output)
     (output / "README.md").write_text("changed")
     for _ in range(2):
@@ -376,7 +373,7 @@ def test_overwrite_leaves_files_of_the_user_where_they_are(output: Path, exchang
     assert list_names(output.parent) == ["out"]
 
 
-def test_a_file_that_comes_during_a_run_stays(output: Path) -> None:
+def test_a_file_that_comes_during_a_run_stays(output):
     with publish(output) as new:
         (new / "README.md").write_text("2")
         (output / "NOTES.txt").write_text("mine")
@@ -384,7 +381,7 @@ def test_a_file_that_comes_during_a_run_stays(output: Path) -> None:
     assert (output / "README.md").read_text() == "2"
 
 
-def test_a_file_of_the_user_is_not_overwritten_by_one_of_that_name(output: Path) -> None:
+def test_a_file_of_the_user_is_not_overwritten_by_one_of_that_name(output):
     (output / "plan.json").write_text("mine")
     with expect_error(OutputError, name=output / "plan.json"), publish(output, overwrite=True) as new:
         (new / "plan.json").write_text("2")
@@ -396,7 +393,7 @@ def test_a_file_of_the_user_is_not_overwritten_by_one_of_that_name(output: Path)
 @pytest.mark.parametrize(
     "marker", ['{"format": "mptk-output/1"}', '{"format": "mptk-output/1", "files": []}', "{}", None]
 )
-def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str | None, overwrite: bool) -> None:
+def test_a_marker_that_lists_nothing_makes_no_output(tmp_path, marker, overwrite):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "thesis.txt").write_text("irreplaceable")
@@ -410,7 +407,7 @@ def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str
 # ---- the cache of exports ----
 
 
-def test_content_and_not_times_names_an_export(tmp_path: Path) -> None:
+def test_content_and_not_times_names_an_export(tmp_path):
     times, seen = time.time_ns(), list[str]()
     (tmp_path / "config.json").write_text("{}")
     for value in (1.0, 2.0, 1.0):
@@ -423,7 +420,7 @@ def test_content_and_not_times_names_an_export(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def exported(tmp_path: Path, set_cache: Callable[[object], None]) -> Callable[[], Path]:
+def exported(tmp_path, set_cache):
     """Gives the cached export of a model, whose graph is in truth the word ``graph``."""
     set_cache(tmp_path / "cache")
 
@@ -452,9 +449,7 @@ def rewritten(folder: Path) -> None:
     ],
     ids=["cut short", "lost", "added", "no manifest", "open to others"],
 )
-def test_a_damaged_or_foreign_export_is_made_anew(
-    exported: Callable[[], Path], damage: Callable[[Path], object]
-) -> None:
+def test_a_damaged_or_foreign_export_is_made_anew(exported, damage):
     folder = exported()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     damage(folder)
@@ -464,7 +459,7 @@ def test_a_damaged_or_foreign_export_is_made_anew(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
-def test_an_export_of_another_user_is_refused(exported: Callable[[], Path]) -> None:
+def test_an_export_of_another_user_is_refused(exported):
     mine = exported()
     assert mine.name.endswith(f"-{os.geteuid()}")
     os.chown(mine, 4321, -1)

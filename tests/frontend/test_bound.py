@@ -26,7 +26,7 @@ def busy(*, swallows: bool = False) -> None:
             assert swallows
 
 
-def test_what_computes_too_long_is_stopped_whatever_it_catches() -> None:
+def test_what_computes_too_long_is_stopped_whatever_it_catches():
     before = signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(Late), limit_processor_time(0.1, "the trace"):
         busy(swallows=True)
@@ -34,7 +34,7 @@ def test_what_computes_too_long_is_stopped_whatever_it_catches() -> None:
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
-def test_what_ends_in_time_is_left_alone_and_so_is_another_thread() -> None:
+def test_what_ends_in_time_is_left_alone_and_so_is_another_thread():
     with limit_processor_time(60, "the trace"):
         found = [1]
     with pytest.raises(ValueError, match="its own"), limit_processor_time(60, "the trace"):
@@ -60,7 +60,7 @@ class Endless(nn.Sequential):
         return super().forward(x)
 
 
-def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size() -> None:
+def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size():
     loaded = open_live(Endless(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)))
     program = trace_module(loaded, Samples({"x": torch.randn(2, 5, 8)}), seconds=0.2)
     assert "0.2 s" in program.limits.note

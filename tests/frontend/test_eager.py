@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,7 +72,7 @@ ONE_BY_ONE, BY_NUMBER, EVERY_THIRD = (FIXED[name][0] for name in ("one by one", 
 
 
 @pytest.mark.parametrize("fixed", FIXED)
-def test_what_the_trace_fixed_is_said_and_refused_at_the_call(fixed: str) -> None:
+def test_what_the_trace_fixed_is_said_and_refused_at_the_call(fixed):
     body, example, refused, taken, name, noted = FIXED[fixed]
     net = Net(body)
     pruned = prune_live(net, draw_input(*example))
@@ -86,7 +85,7 @@ def test_what_the_trace_fixed_is_said_and_refused_at_the_call(fixed: str) -> Non
         small(draw_input(*refused))
 
 
-def test_a_line_that_fixed_several_conditions_is_said_once() -> None:
+def test_a_line_that_fixed_several_conditions_is_said_once():
     def count(net: Any, h: Tensor) -> Tensor:
         return net.down(h * sum(2 if h.shape[1] > k else 3 for k in range(2, 6)))
 
@@ -95,7 +94,7 @@ def test_a_line_that_fixed_several_conditions_is_said_once() -> None:
 
 
 @pytest.mark.parametrize("fixed", ["centred", "long or short"])
-def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed: str) -> None:
+def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed):
     body, example, refused, taken, name, _ = FIXED[fixed]
     net = Net(body).eval()
     analysis = mptk.analyze(mptk.trace(net, draw_input(*example), dynamic=True))
@@ -106,7 +105,7 @@ def test_a_program_that_is_rewritten_by_hand_refuses_the_same(fixed: str) -> Non
         small(draw_input(*refused))
 
 
-def test_sizes_that_tensors_carry_stay_open() -> None:
+def test_sizes_that_tensors_carry_stay_open():
     def open_(net: Any, h: Tensor) -> Tensor:
         rows = h.reshape(h.shape[0] * h.shape[1], -1) / h.shape[1]
         return net.down(
@@ -121,7 +120,7 @@ def test_sizes_that_tensors_carry_stay_open() -> None:
         assert is_near(small(draw_input(*sizes)), eager(draw_input(*sizes)))
 
 
-def test_a_static_trace_takes_the_sizes_of_its_example_only() -> None:
+def test_a_static_trace_takes_the_sizes_of_its_example_only():
     analysis = mptk.analyze(Net(lambda net, h: net.down(h)), draw_input(2, 6))
     small = mptk.rewrite(analysis, draw_plan(analysis)).module()
     assert small(draw_input(2, 6)).shape == (2, 6, WIDTH)
@@ -145,7 +144,7 @@ class Chosen(nn.Module):
         return self.down(h.gather(1, ids[:, :, None].expand(-1, -1, INNER)))
 
 
-def test_a_size_of_1_that_other_inputs_must_have_too_is_open() -> None:
+def test_a_size_of_1_that_other_inputs_must_have_too_is_open():
     """One sample beside several ids, or one row beside ids of several, is refused by the module itself."""
     net, ids = Chosen(), torch.arange(15).view(3, 5) % 6
     pruned = mptk.prune(net, example_inputs=(draw_input(3, 6), ids), **QUICK)
@@ -167,14 +166,14 @@ class Two(nn.Module):
         return self.down(self.up(x).relu() + self.up(y)) / x.shape[1]
 
 
-def test_two_inputs_of_one_length_must_agree() -> None:
+def test_two_inputs_of_one_length_must_agree():
     pruned = mptk.prune(Two(), example_inputs=(draw_input(2, 6), draw_input(2, 6)), **QUICK)
     assert pruned.model(draw_input(3, 5), draw_input(3, 5)).shape == (3, 5, WIDTH)
     with expect_error(DataError, name="y.shape[1]"):
         pruned.model(draw_input(3, 5), draw_input(3, 1))
 
 
-def test_a_module_of_one_batch_is_calibrated_proven_and_verified_in_such_batches(tmp_path: Path) -> None:
+def test_a_module_of_one_batch_is_calibrated_proven_and_verified_in_such_batches(tmp_path):
     net = Net(ONE_BY_ONE)
     pruned = prune_live(net, draw_input(3, 6), method="wanda", data=draw_input(7, 6))
     assert pruned.report.data["calibration"]["samples"] == 6
@@ -184,7 +183,7 @@ def test_a_module_of_one_batch_is_calibrated_proven_and_verified_in_such_batches
         prune_live(Net(BY_NUMBER), draw_input(2, 6), data=draw_input(4, 5))
 
 
-def test_what_a_first_trace_fixed_holds_for_a_module_that_is_pruned_twice() -> None:
+def test_what_a_first_trace_fixed_holds_for_a_module_that_is_pruned_twice():
     first = prune_live(Net(EVERY_THIRD), draw_input(2, 6), sparsity=0.2)
     second = prune_live(first.model, draw_input(2, 6), sparsity=0.3)
     assert second.model(draw_input(3, 9)).shape == (3, 9, WIDTH)
@@ -192,7 +191,7 @@ def test_what_a_first_trace_fixed_holds_for_a_module_that_is_pruned_twice() -> N
         second.model(draw_input(2, 7))
 
 
-def test_where_no_trace_with_open_sizes_works_fewer_are_left_open() -> None:
+def test_where_no_trace_with_open_sizes_works_fewer_are_left_open():
     class Images(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -235,7 +234,7 @@ def running(net: Any, h: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("body", [assigned, written])
-def test_a_buffer_that_forward_changes_is_the_same_at_each_call(body: Callable[..., Tensor]) -> None:
+def test_a_buffer_that_forward_changes_is_the_same_at_each_call(body):
     net = Net(body)
     pruned = prune_live(net, draw_input(2, 6))
     small, eager = pruned.model, zero_removed(net, pruned)
@@ -268,7 +267,7 @@ def remembers(net: Any, h: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("body", "name"), [(grows, "mean"), (counts, "calls"), (only_counts, "calls"), (remembers, "seen")]
 )
-def test_other_state_is_refused_by_name(body: Callable[..., Tensor], name: str) -> None:
+def test_other_state_is_refused_by_name(body, name):
     with expect_error(TraceError, name=name):
         prune_live(Net(body), draw_input(2, 6))
     analysis = mptk.analyze(Net(body), draw_input(2, 6))
@@ -288,7 +287,7 @@ def state_of(net: nn.Module) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("body", [written, assigned, running, counts])
-def test_the_given_module_stays_as_it_is(body: Callable[..., Tensor]) -> None:
+def test_the_given_module_stays_as_it_is(body):
     net = Net(body).train()
     net.up.weight.requires_grad_(False)
     net.down.eval()
@@ -324,7 +323,7 @@ class Cached(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
 
 
-def test_a_static_cache_stays_as_it_is_and_fills_in_the_pruned_module() -> None:
+def test_a_static_cache_stays_as_it_is_and_fills_in_the_pruned_module():
     net, ids = Cached(), torch.arange(10).reshape(2, 5)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     pruned = prune_live(net, ids, families="ffn")

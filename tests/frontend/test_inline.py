@@ -61,7 +61,7 @@ MODES = {"off": off, "gradients": torch.enable_grad, "nested": Nested}
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_region_computes_what_the_module_does_and_can_be_cut(mode: Callable[[], object], dynamic: bool) -> None:
+def test_a_region_computes_what_the_module_does_and_can_be_cut(mode, dynamic):
     module = Region(mode).eval()
     program = trace(module, (X,), dynamic=dynamic)
     assert not [n for n in program.graph.graph.nodes if "higher_order" in str(n.target)]
@@ -74,7 +74,7 @@ def test_a_region_computes_what_the_module_does_and_can_be_cut(mode: Callable[[]
     assert difference.error < 1e-5 < 1e-3 < difference.moved
 
 
-def test_a_regions_calls_keep_their_module_and_line() -> None:
+def test_a_regions_calls_keep_their_module_and_line():
     nodes = trace(Region(off), (X,)).graph.graph.nodes
     places = [str(SourceLocation(n)) for n in nodes if "linear" in str(n.target)]
     assert [p.rsplit(":", 1)[0] for p in places] == [
@@ -82,7 +82,7 @@ def test_a_regions_calls_keep_their_module_and_line() -> None:
     ]
 
 
-def test_a_regions_result_may_be_the_output() -> None:
+def test_a_regions_result_may_be_the_output():
     def forward(m: Made, x: Tensor) -> Tensor:
         with off():
             return m.layer(x)
@@ -94,13 +94,13 @@ def test_a_regions_result_may_be_the_output() -> None:
 
 
 @pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: Nested("cuda")])
-def test_autocast_that_is_on_or_off_for_another_device_is_refused_by_name(mode: Callable[[], object]) -> None:
+def test_autocast_that_is_on_or_off_for_another_device_is_refused_by_name(mode):
     with expect_error(TraceError) as refused:
         trace(Region(mode), (X,))
     assert refused.value.name.startswith("aten.to.dtype in the model, test_inline.py:")
 
 
-def test_control_flow_that_depends_on_values_is_refused_by_name() -> None:
+def test_control_flow_that_depends_on_values_is_refused_by_name():
     def forward(m: Made, x: Tensor) -> Tensor:
         h = m.layer(x)
         with off():

@@ -46,7 +46,7 @@ class Net(nn.Module):
         return x[..., [-2, 1, 0]]
 
 
-def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> None:
+def test_the_program_computes_what_the_module_does_and_shares_its_weights():
     net = Net().eval()
     program = trace_to_program(net, (X,))
     assert measure_largest(program(X), net(X)) == 0
@@ -58,7 +58,7 @@ def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> N
     assert measure_largest(program(X), net(X)) == 0
 
 
-def test_weights_have_the_modules_own_names_and_an_exported_program_its_own() -> None:
+def test_weights_have_the_modules_own_names_and_an_exported_program_its_own():
     net = Net()
     program = trace_to_program(net, (X,))
     ((alias, name),) = program.aliases.items()
@@ -75,7 +75,7 @@ def test_weights_have_the_modules_own_names_and_an_exported_program_its_own() ->
     assert ours == [name.removeprefix("module.") for name in theirs] != theirs
 
 
-def test_a_module_without_weights_stays_as_it_is_and_its_buffers_are_told_apart() -> None:
+def test_a_module_without_weights_stays_as_it_is_and_its_buffers_are_told_apart():
     with torch.device("meta"):
         net = Net()
     before = {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]}
@@ -85,7 +85,7 @@ def test_a_module_without_weights_stays_as_it_is_and_its_buffers_are_told_apart(
     assert {"norm.running_mean", "norm.running_var"} <= program.state.keys(), "though they have one shape"
 
 
-def test_a_model_without_weights_stays_without() -> None:
+def test_a_model_without_weights_stays_without():
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "num_key_value_heads": 8}
     with torch.device("meta"):
         big = LlamaForCausalLM(LlamaConfig(**shape))
@@ -96,7 +96,7 @@ def test_a_model_without_weights_stays_without() -> None:
     assert {n for n, _ in big.named_parameters()} == set(program.parameters)
 
 
-def test_index_constants_keep_their_values_without_weights() -> None:
+def test_index_constants_keep_their_values_without_weights():
     """An index list in the forward: on meta tensors its values would be lost."""
     with torch.device("meta"):
         net = Made(lambda m, x: m.up(x)[..., [-2, 3], :], up=nn.Linear(6, 6))
@@ -106,7 +106,7 @@ def test_index_constants_keep_their_values_without_weights() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_modules_mode_is_left_as_it_was(training: bool) -> None:
+def test_the_modules_mode_is_left_as_it_was(training):
     net = Net().train(training)
     net.norm.eval()
     trace_to_program(net, (X,))
@@ -114,7 +114,7 @@ def test_the_modules_mode_is_left_as_it_was(training: bool) -> None:
     assert not net.norm.training
 
 
-def test_dropout_is_off_also_for_a_module_in_training() -> None:
+def test_dropout_is_off_also_for_a_module_in_training():
     net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.9)).train()
     program = trace_to_program(net, (X,))
     assert measure_largest(program(X), net.eval()(X)) == 0
@@ -130,7 +130,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_every_tensor_of_the_result_is_an_output(kind: str) -> None:
+def test_every_tensor_of_the_result_is_an_output(kind):
     """What does not reach the result is dropped; of what a transformers model returns, the first tensor is the result."""
     net = Made(lambda m, x: OUTPUTS[kind](m.first(x), m.second(x)), first=nn.Linear(6, 4), second=nn.Linear(6, 3))
     program = trace_to_program(net, (X,))
@@ -143,7 +143,7 @@ def test_every_tensor_of_the_result_is_an_output(kind: str) -> None:
         assert users == set(program.parameters)
 
 
-def test_a_dynamic_program_runs_at_other_sizes() -> None:
+def test_a_dynamic_program_runs_at_other_sizes():
     net = make_decoder("llama", num_hidden_layers=1)
     program = trace_to_program(net, (draw_tokens(),), dynamic=True)
     assert program.length is None
@@ -153,13 +153,13 @@ def test_a_dynamic_program_runs_at_other_sizes() -> None:
     assert trace_to_program(net, dynamic=(0,)).length == 7
 
 
-def test_missing_inputs_are_asked_for() -> None:
+def test_missing_inputs_are_asked_for():
     with expect_error(InputError, name="example_inputs"):
         trace_to_program(Net())
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_control_flow_on_data_is_refused_and_the_module_left_whole(device: str) -> None:
+def test_control_flow_on_data_is_refused_and_the_module_left_whole(device):
     with torch.device(device):
         net = Made(lambda m, x: (y := m.up(x)) * (1 if y.sum() > 0 else -1), up=nn.Linear(6, 6))
     with expect_error(TraceError, name="Made"):
@@ -168,7 +168,7 @@ def test_control_flow_on_data_is_refused_and_the_module_left_whole(device: str) 
     assert net.training
 
 
-def test_a_forward_without_a_cache_argument_is_given_none() -> None:
+def test_a_forward_without_a_cache_argument_is_given_none():
     """Though the module has a config as models of transformers have."""
     net = nn.Linear(6, 4)
     net.config = "any"
@@ -183,7 +183,7 @@ def divide_images(_: Made, images: Tensor) -> Tensor:
         return torch.cat(list(torch.cat(parts)))
 
 
-def test_a_trace_with_lists_of_images_holds_for_any_number() -> None:
+def test_a_trace_with_lists_of_images_holds_for_any_number():
     program = trace_to_program(Made(divide_images), torch.randn(3, 2, 4, 4), dynamic=(0,))
     assert not program.sizes.fixed
     assert "aten.index" not in program.graph.code  # no image is left out
@@ -203,6 +203,6 @@ class Stated(nn.Module):
         return x + self.weight + self.plain + torch.tensor([float(x.shape[0])] * 3)
 
 
-def test_the_state_of_a_module_has_no_constants_of_its_trace() -> None:
+def test_the_state_of_a_module_has_no_constants_of_its_trace():
     one, other = (trace_to_program(Stated(weight), torch.zeros(rows, 3)) for weight, rows in ((1.0, 2), (2.0, 5)))
     assert other.with_state(one.collect_module_state())(torch.zeros(5, 3))[0].tolist() == [1 + 10 + 5] * 3

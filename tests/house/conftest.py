@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mptk.testing import Laboratory
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,6 +29,6 @@ def install_all(site: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def site(laboratory: Laboratory) -> Path:
+def site(laboratory):
     """A folder with mptk and both examples, as pip installs them. To be read only."""
     return laboratory.keep("site", install_all)

@@ -48,7 +48,7 @@ print(testing.make_llama(layers=1).generate(torch.tensor([[5]]), max_new_tokens=
 
 
 @pytest.mark.parametrize("program", [MPTK_FIRST, TRANSFORMERS_FIRST], ids=["mptk first", "transformers first"])
-def test_a_broken_package_that_mptk_does_not_need_ends_no_run(program: str, tmp_path: Path) -> None:
+def test_a_broken_package_that_mptk_does_not_need_ends_no_run(program, tmp_path):
     for name in ("torchaudio", "soundfile", "torchao"):
         broken(tmp_path, name)
     broken(tmp_path, "mlx", f"ImportError({LIBRARY!r}, name='mlx')")
@@ -58,7 +58,7 @@ def test_a_broken_package_that_mptk_does_not_need_ends_no_run(program: str, tmp_
         assert f"{name} is installed, but does not import ({LIBRARY}); mptk goes on without it" in run.stderr
 
 
-def test_another_broken_package_is_named_in_one_line(tmp_path: Path) -> None:
+def test_another_broken_package_is_named_in_one_line(tmp_path):
     broken(tmp_path, "sklearnish")
     program = "import sys; sys.argv = ['mptk', 'passes']\nimport mptk.cli.models\n"
     program += "def load():\n    import sklearnish\nfrom mptk.cli import main\nimport mptk.cli.app as app\n"
@@ -70,6 +70,6 @@ def test_another_broken_package_is_named_in_one_line(tmp_path: Path) -> None:
     assert "bug" not in run.stderr
 
 
-def test_a_library_of_an_extension_that_is_missing_is_named_by_its_package() -> None:
+def test_a_library_of_an_extension_that_is_missing_is_named_by_its_package():
     with expect_error(PackageError, name="mlx"), explain_errors():
         raise ImportError("libmlx.so: cannot open", name="mlx.core")

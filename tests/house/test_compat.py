@@ -24,7 +24,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from inside import Inside
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, fx, nn
@@ -73,7 +72,7 @@ def changed(library: str, what: str) -> str:
 # ---- torch ----
 
 
-def test_a_mapped_function_is_traced_between_the_calls_that_hide_and_show_its_samples() -> None:
+def test_a_mapped_function_is_traced_between_the_calls_that_hide_and_show_its_samples():
     class Mapped(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.vmap(lambda row: row.relu())(x)
@@ -98,7 +97,7 @@ class Branching(nn.Module):
         return rows.reshape(2, -1, 1) if x.shape[1] > 4 else rows
 
 
-def test_what_a_mapped_function_sees_is_read_with_its_samples_last() -> None:
+def test_what_a_mapped_function_sees_is_read_with_its_samples_last():
     seen = list[Tensor]()
 
     def see(x: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ def test_what_a_mapped_function_sees_is_read_with_its_samples_last() -> None:
     assert compat.move_samples_last(x) is x
 
 
-def test_a_trace_tells_what_it_assumed_of_sizes_and_where() -> None:
+def test_a_trace_tells_what_it_assumed_of_sizes_and_where():
     shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     with compat.record_locations():
         program = torch.export.export(Branching(), (torch.ones(2, 6),), dynamic_shapes=shapes)
@@ -129,7 +128,7 @@ def value(program: torch.export.ExportedProgram) -> torch.Tensor:
     return found
 
 
-def test_traced_values_are_fake_tensors_of_a_fake_mode() -> None:
+def test_traced_values_are_fake_tensors_of_a_fake_mode():
     with compat.FakeTensorMode() as mode:
         made = torch.ones(3, 5) @ torch.ones(5, 7)
     assert isinstance(made, compat.FakeTensor), changed("torch", "what FakeTensorMode makes")
@@ -138,7 +137,7 @@ def test_traced_values_are_fake_tensors_of_a_fake_mode() -> None:
     assert mode.from_tensor(torch.ones(2)).device.type == "cpu", changed("torch", "FakeTensorMode.from_tensor")
 
 
-def test_a_traced_call_is_an_op_overload_with_a_schema() -> None:
+def test_a_traced_call_is_an_op_overload_with_a_schema():
     add = torch.ops.aten.add_.Tensor
     assert isinstance(add, compat.OpOverload), changed("torch", "OpOverload")
     signature = compat.find_schema(add)
@@ -151,7 +150,7 @@ def test_a_traced_call_is_an_op_overload_with_a_schema() -> None:
     assert compat.find_schema(len) is None
 
 
-def test_a_symbolic_size_has_a_hint_and_an_expression() -> None:
+def test_a_symbolic_size_has_a_hint_and_an_expression():
     size = value(exported(dynamic=True)).shape[0]
     assert isinstance(size, torch.SymInt)
     assert compat.find_size_hint(size) == 7, changed("torch", "SymInt.node.hint")
@@ -164,7 +163,7 @@ def two_fifths(value: int) -> int:
     return int(value / 5 * 2)
 
 
-def test_sizes_of_modules_are_expressions_of_symbols() -> None:
+def test_sizes_of_modules_are_expressions_of_symbols():
     symbols = Symbols()
     (a, width), (b, heads) = symbols.integer("width", 12), symbols.integer("heads", 1)
     with symbols.build_symbolically(__name__):
@@ -189,25 +188,25 @@ def test_sizes_of_modules_are_expressions_of_symbols() -> None:
         hash(width)
 
 
-def test_nested_inputs_are_flattened_and_mapped() -> None:
+def test_nested_inputs_are_flattened_and_mapped():
     assert compat.tree_leaves(((1, {"a": 2}), [3])) == [1, 2, 3], changed("torch", "tree_leaves")
     assert compat.tree_map(lambda x: -x, (1, {"a": 2})) == (-1, {"a": -2}), changed("torch", "tree_map")
 
 
-def test_a_relation_of_sizes_can_be_stated() -> None:
+def test_a_relation_of_sizes_can_be_stated():
     compat.check(True)
     with pytest.raises(RuntimeError):
         compat.check(False)
 
 
-def test_python_kernels_take_symbolic_sizes() -> None:
+def test_python_kernels_take_symbolic_sizes():
     example = value(exported(dynamic=True))
     with example.fake_mode, compat.enable_python_dispatcher():
         assert compat.tree_leaves(torch.relu(example).shape)[1] == 3, changed("torch", "enable_python_dispatcher")
 
 
 @pytest.mark.parametrize("wrap", [lambda program: program, compat.mark_undecomposed], ids=["built", "undecomposed"])
-def test_an_exported_program_can_be_built_of_other_weights(wrap: object) -> None:
+def test_an_exported_program_can_be_built_of_other_weights(wrap):
     old = exported(dynamic=True)
     state = {name: nn.Parameter(torch.full_like(t, 2.0)) for name, t in old.state_dict.items()}
     new = compat.build_exported(
@@ -217,7 +216,7 @@ def test_an_exported_program_can_be_built_of_other_weights(wrap: object) -> None
     assert torch.equal(run(torch.ones(4, 5)), torch.full((4, 3), 12.0)), changed("torch", "ExportedProgram")
 
 
-def test_an_undecomposed_program_stays_as_it_is() -> None:
+def test_an_undecomposed_program_stays_as_it_is():
     old = exported()
     program = compat.mark_undecomposed(old)
     assert program.run_decompositions({}) is program
@@ -226,7 +225,7 @@ def test_an_undecomposed_program_stays_as_it_is() -> None:
     assert any("aten.linear.default" in origin for origin in origins), changed("torch", "how the exporter decomposes")
 
 
-def test_the_exporter_is_quiet_for_a_time() -> None:
+def test_the_exporter_is_quiet_for_a_time():
     name = "torch.onnx._internal.exporter._registration"
     assert find_spec(name) is not None, changed("torch", f"the logger {name}")
     logger = logging.getLogger(name)
@@ -235,14 +234,14 @@ def test_the_exporter_is_quiet_for_a_time() -> None:
     assert logger.isEnabledFor(logging.WARNING)
 
 
-def test_what_operators_gave_is_not_kept() -> None:
+def test_what_operators_gave_is_not_kept():
     with compat.stop_operator_cache():
         mode = compat.FakeTensorMode()
     assert mode.cache_enabled is False, changed("torch", "fake_tensor_cache_enabled")
     assert compat.FakeTensorMode().cache_enabled, changed("torch", "fake_tensor_cache_enabled")
 
 
-def test_sources_of_generated_code_are_forgotten() -> None:
+def test_sources_of_generated_code_are_forgotten():
     before = fx.symbolic_trace(torch.nn.ReLU())
     with compat.forget_sources():
         within = fx.symbolic_trace(torch.nn.ReLU())
@@ -252,13 +251,13 @@ def test_sources_of_generated_code_are_forgotten() -> None:
     assert within(torch.ones(1)) == 1
 
 
-def test_a_trace_leaves_nothing_behind() -> None:
+def test_a_trace_leaves_nothing_behind():
     program = mptk.trace(torch.nn.Linear(2, 3), [torch.ones(1, 2)])
     assert not linecache.getlines(program.graph.forward.__code__.co_filename)
     assert all(not n.meta["val"].fake_mode.cache_enabled for n in program.graph.graph.nodes if "val" in n.meta)
 
 
-def test_a_trace_is_gone_when_its_program_is() -> None:
+def test_a_trace_is_gone_when_its_program_is():
     """But for the last one, which torch keeps."""
 
     class Own(torch.nn.Linear):  # the tests remember traces of known classes
@@ -276,13 +275,13 @@ def test_a_trace_is_gone_when_its_program_is() -> None:
 # ---- transformers ----
 
 
-def test_transformers_asks_once_whether_an_optional_package_is_there() -> None:
+def test_transformers_asks_once_whether_an_optional_package_is_there():
     said = changed("transformers", "how it remembers which packages are installed")
     assert hasattr(import_utils.is_torchaudio_available, "cache_clear"), said
     assert generic._is_mlx_available is import_utils.is_mlx_available(), said
 
 
-def test_auto_classes_say_which_classes_they_have() -> None:
+def test_auto_classes_say_which_classes_they_have():
     config = LlamaConfig()
     said = changed("transformers", "auto classes' _model_mapping")
     assert find_auto_classes("AutoModelForCausalLM", config) == (LlamaForCausalLM,), said
@@ -290,7 +289,7 @@ def test_auto_classes_say_which_classes_they_have() -> None:
     assert len(find_auto_classes("AutoModel", FunnelConfig())) > 1, said
 
 
-def test_a_config_forgets_where_it_came_from() -> None:
+def test_a_config_forgets_where_it_came_from():
     config = LlamaConfig()
     vars(config)["_model_name_or_path"] = "a title"
     forget_source(config)
@@ -298,14 +297,14 @@ def test_a_config_forgets_where_it_came_from() -> None:
     assert "a title" not in config.to_json_string(use_diff=False)
 
 
-def test_names_that_are_left_out_when_a_model_is_loaded_are_known() -> None:
+def test_names_that_are_left_out_when_a_model_is_loaded_are_known():
     with torch.device("meta"):
         model = Glm4MoeForCausalLM(Glm4MoeConfig(num_hidden_layers=1))
     said = changed("transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected")
     assert any(re.search(name, "model.layers.46.enorm.weight") for name in list_ignored_weights(model)), said
 
 
-def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
+def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays():
     outer: list[str] = []
     inner: list[str] = []
     config = LlamaConfig()
@@ -321,7 +320,7 @@ def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
     assert "__getattr__" not in vars(PreTrainedConfig)
 
 
-def test_a_model_is_made_without_settings_of_generation_from_its_config() -> None:
+def test_a_model_is_made_without_settings_of_generation_from_its_config():
     config = testing.make_decoder("llama", meta=True).config
     config.max_length = 7
     with without_generation(), torch.device("meta"):
@@ -329,7 +328,7 @@ def test_a_model_is_made_without_settings_of_generation_from_its_config() -> Non
     assert GenerationConfig.from_model_config(config).max_length == 7
 
 
-def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside: Inside) -> None:
+def test_weights_are_read_later_than_the_model_is_loaded(tmp_path, inside):
     (model := testing.make_decoder("mixtral")).save_pretrained(tmp_path / "model")
     inside.bound("transformers.modeling_utils.safe_open", None)
     files = Files()
@@ -348,7 +347,7 @@ def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside:
 # ---- accelerate ----
 
 
-def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before() -> None:
+def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before():
     with separate_state():
         mine = Accelerator(cpu=True, mixed_precision="bf16")
         with separate_state():
@@ -361,7 +360,7 @@ def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before() -> N
 # ---- peft ----
 
 
-def test_peft_refuses_lora_where_kernels_read_a_weight() -> None:
+def test_peft_refuses_lora_where_kernels_read_a_weight():
     model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4))
     refused = {name.rpartition(".")[2] for name, _ in model.named_modules() if is_lora_refused(model, name)}
     assert refused == {"conv1d", "out_proj"}, changed("peft", "_check_lora_target_modules_mamba")
@@ -369,14 +368,14 @@ def test_peft_refuses_lora_where_kernels_read_a_weight() -> None:
     assert not is_lora_refused(testing.make_decoder("llama"), "model.layers.0.self_attn.out_proj")
 
 
-def test_adapters_are_in_the_layers_that_are_named() -> None:
+def test_adapters_are_in_the_layers_that_are_named():
     adapted = adapt(tiny_model("causal-lm", "deepseek_v3").model, 2, 0)
     layers = {name for name, module in unwrap_adapters(adapted).named_modules() if isinstance(module, LoraLayer)}
     assert "model.layers.1.mlp.shared_experts.gate_proj" in layers, changed("peft", "no conversion of names")
     assert not any(name.endswith("experts") for name in layers)
 
 
-def test_adapters_are_off_for_a_time_and_stay_trainable() -> None:
+def test_adapters_are_off_for_a_time_and_stay_trainable():
     model = testing.make_decoder("llama")
     tokens = testing.draw_tokens(2, 7)
     dense = model(tokens).logits
@@ -395,7 +394,7 @@ def test_adapters_are_off_for_a_time_and_stay_trainable() -> None:
 # ---- onnxruntime ----
 
 
-def test_a_session_takes_and_gives_its_own_tensors() -> None:
+def test_a_session_takes_and_gives_its_own_tensors():
     text = "agraph (float[2, N] x, float[2, N] y) => (float[2, N] sum, float[2, N] difference) "
     graph = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 20]>' + text + "{ sum = Add(x, y) difference = Sub(x, y) }"
@@ -410,7 +409,7 @@ def test_a_session_takes_and_gives_its_own_tensors() -> None:
     assert (again[0].numpy() == 10).all()
 
 
-def test_the_quantiser_leaves_logging_alone() -> None:
+def test_the_quantiser_leaves_logging_alone():
     """In a process of its own: a module is imported once."""
     program = (
         "import logging; from mptk.compat.onnxruntime import import_matmul_quantizer; module = import_matmul_quantizer();"
@@ -485,11 +484,11 @@ def foreign_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
         "torch.export.ExportedProgram(root=graph)",
     ],
 )
-def test_a_private_name_is_seen(line: str) -> None:
+def test_a_private_name_is_seen(line):
     assert list(foreign_names(ast.parse(line)))
 
 
-def test_private_names_of_other_libraries_are_in_compat_alone() -> None:
+def test_private_names_of_other_libraries_are_in_compat_alone():
     files = [p for package in ("mptk", "passes") for p in (ROOT / package).rglob("*.py")]
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}"

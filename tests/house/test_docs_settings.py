@@ -6,7 +6,6 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import get_args, get_type_hints
 
 import pytest
@@ -19,7 +18,7 @@ PAGES = [PAGE, (ROOT / "docs" / "deploy.md").read_text()]
 
 
 @pytest.fixture(scope="module")
-def tables() -> ModuleType:
+def tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,7 +26,7 @@ def tables() -> ModuleType:
 
 
 @pytest.mark.features
-def test_tables_are_those_of_the_code(tables: ModuleType) -> None:
+def test_tables_are_those_of_the_code(tables):
     assert [tables.written(page) for page in PAGES] == PAGES, f"run {sys.executable} docs/tables.py"
     assert {name for page in PAGES for name in re.findall(r"^<!-- (\w+) -->$", page, re.MULTILINE)} == {
         *tables.TABLES,
@@ -36,7 +35,7 @@ def test_tables_are_those_of_the_code(tables: ModuleType) -> None:
 
 
 @pytest.mark.features
-def test_keywords_of_functions_are_the_settings_of_the_code(tables: ModuleType) -> None:
+def test_keywords_of_functions_are_the_settings_of_the_code(tables):
     written = {name: (ROOT / name).read_text() for name in tables.KEYWORDS}
     assert {name: tables.declare_keywords(each) for name, each in tables.KEYWORDS.items()} == written
     for each in (each for functions in tables.KEYWORDS.values() for each in functions if not each.common):
@@ -46,7 +45,7 @@ def test_keywords_of_functions_are_the_settings_of_the_code(tables: ModuleType) 
         assert {"device", "length", "trust_remote_code"} <= {*typed.__annotations__} <= {*list_names(Settings)}
 
 
-def test_environment_variables_that_the_code_names_are_there() -> None:
+def test_environment_variables_that_the_code_names_are_there():
     files = [path.read_text() for folder in ("mptk", "passes") for path in (ROOT / folder).rglob("*.py")]
     readers = [source for source in files if re.search(r"os\.environ|from_env", source)]
     named = {name for source in readers for name in re.findall(r"\"([A-Z]+(?:_[A-Z]+)+|COLUMNS|RANK)\"", source)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ flipped.register_fake(torch.empty_like)
 
 
 @pytest.fixture
-def wrong_rule() -> Iterator[None]:
+def wrong_rule():
     """A rule that calls the units of ``flipped``'s result those of its operand, though they stand the other way round."""
     before = dict(RULES)
 
@@ -67,13 +66,13 @@ def wrong_rule() -> Iterator[None]:
         ("chan", "channels", lambda: mptk.rewrite(mptk.analyze(net(), X), mptk.Plan({"chan": PART}))),
     ],
 )
-def test_a_name_that_is_not_known_has_the_nearest(name: str, nearest: str, call: Callable[[], object]) -> None:
+def test_a_name_that_is_not_known_has_the_nearest(name, nearest, call):
     with pytest.raises(MptkError) as refused:
         call()
     assert (refused.value.name, refused.value.nearest[0]) == (name, nearest)
 
 
-def test_a_setting_is_named_as_in_python() -> None:
+def test_a_setting_is_named_as_in_python():
     """Not as on the command line; a number has no nearest."""
     with expect_error(mptk.InputError, name="sparsity", nearest=()):
         mptk.Settings(sparsity=2.0)
@@ -81,7 +80,7 @@ def test_a_setting_is_named_as_in_python() -> None:
         mptk.prune("x", teacher="cached", hidden_loss=1.0)
 
 
-def test_the_budgets_that_can_be_reached() -> None:
+def test_the_budgets_that_can_be_reached():
     asked = {"align": 8, "tolerance": 1e-4}
     with expect_error(mptk.BudgetError, name="sparsity", nearest=(0.5, 0.0)) as refused:
         prune(sparsity=0.29, **asked)
@@ -92,7 +91,7 @@ def test_the_budgets_that_can_be_reached() -> None:
         prune(widths={"channels": 99})
 
 
-def test_a_wrong_rule_is_found_by_the_proof(wrong_rule: None) -> None:
+def test_a_wrong_rule_is_found_by_the_proof(wrong_rule):
     analysis = mptk.analyze(Flipped(*net()), X)
     (name,) = [family.name for family in analysis.all_families]
     (layer,) = [group.layer for group in analysis.variable(name).groups]
@@ -106,7 +105,7 @@ CLASSES = [value for name in mptk.__all__ if name.endswith("Error") for value in
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_copy_and_another_sentence_keep_class_and_fields(kind: type[MptkError]) -> None:
+def test_a_copy_and_another_sentence_keep_class_and_fields(kind):
     error = kind("no such width; give another one; or none", name="width", nearest=[8, 16])
     for other in (error, copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):  # noqa: S301
         assert type(other) is kind
@@ -119,7 +118,7 @@ def test_a_copy_and_another_sentence_keep_class_and_fields(kind: type[MptkError]
     assert (other.name, other.nearest, other.remedy) == ("width", (8, 16), "")
 
 
-def test_the_helper_notices_another_class_and_another_name() -> None:
+def test_the_helper_notices_another_class_and_another_name():
     for kind, name in ((mptk.DataError, None), (mptk.InputError, "budget")):
         with pytest.raises((AssertionError, mptk.InputError)), expect_error(kind, name=name):
             mptk.Settings(sparsity=2.0)

@@ -19,7 +19,7 @@ def run(fresh: Fresh, site: Path, *words: object) -> str:
     return done.out
 
 
-def test_a_feature_of_another_package(fresh: Fresh, site: Path, tmp_path: Path) -> None:
+def test_a_feature_of_another_package(fresh, site, tmp_path):
     dense = Path(testing.save_model(testing.make_llama(), tmp_path / "dense"))
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
         for file in dense.iterdir():

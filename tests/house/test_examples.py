@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
 
 import nbformat
-import pytest
-from fresh import Fresh
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "prune_in_a_notebook.ipynb"
 
 
-def test_the_script_prunes_both_kinds_of_models(
-    tmp_path: Path, go_to: Callable[[object], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script_prunes_both_kinds_of_models(tmp_path, go_to, capsys):
     go_to(tmp_path)
     run_path(str(EXAMPLES / "prune_in_python.py"), run_name="__main__")
     said = capsys.readouterr().out
@@ -29,7 +24,7 @@ def test_the_script_prunes_both_kinds_of_models(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_notebook_runs_and_shows_its_progress() -> None:
+def test_the_notebook_runs_and_shows_its_progress():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     run = NotebookClient(
@@ -44,7 +39,7 @@ def test_the_notebook_runs_and_shows_its_progress() -> None:
     assert "plan.json" in said
 
 
-def test_the_notebook_installs_mptk_only_where_it_is_missing(fresh: Fresh, tmp_path: Path) -> None:
+def test_the_notebook_installs_mptk_only_where_it_is_missing(fresh, tmp_path):
     """In place of Python, a program that writes what it was asked for."""
     first = next(cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
     python, asked = tmp_path / "python", tmp_path / "asked"

@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from fresh import COMMAND, Done, Fresh
+from fresh import COMMAND, Done
 
 from mptk import testing
 from mptk.config import CoreSettings
@@ -34,7 +34,7 @@ PARTS = tuple(each.name for each in fields(Feature) if each.name not in NOT_PART
 Run = Callable[..., Done]
 
 
-def test_each_folder_is_named_by_an_entry_point_and_by_nothing_else() -> None:
+def test_each_folder_is_named_by_an_entry_point_and_by_nothing_else():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = project["entry-points"]["mptk.features"]
     assert named == {name: f"mptk.features.{name}:FEATURE" for name in FOLDERS}
@@ -42,12 +42,12 @@ def test_each_folder_is_named_by_an_entry_point_and_by_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_what_features_name_is_there(kind: str) -> None:
+def test_what_features_name_is_there(kind):
     assert all(part is not None for part in load_parts(kind).values())
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_feature_says_what_it_is_for_and_where_that_is_described(name: str) -> None:
+def test_a_feature_says_what_it_is_for_and_where_that_is_described(name):
     module = importlib.import_module(f"mptk.features.{name}")
     feature: Feature = module.FEATURE
     said = inspect.getdoc(module) or ""
@@ -58,7 +58,7 @@ def test_a_feature_says_what_it_is_for_and_where_that_is_described(name: str) ->
 
 
 @pytest.mark.parametrize("feature", [each for each in list_features().values() if each.settings], ids=lambda f: f.name)
-def test_settings_of_a_feature_stand_below_one_of_the_core(feature: Feature) -> None:
+def test_settings_of_a_feature_stand_below_one_of_the_core(feature):
     core = {each.name for each in fields(CoreSettings)}
     assert feature.settings is not None
     for each in fields(feature.settings):
@@ -75,7 +75,7 @@ def bring(package: str = "mine", /, name: str = "mine", **parts: dict[str, str])
     return testing.install_plugin({"mptk.features": {name: Feature(name, "", **parts)}}, package=package)
 
 
-def test_a_feature_adds_a_method_and_a_target() -> None:
+def test_a_feature_adds_a_method_and_a_target():
     with bring(methods={"mine": "mptk.methods:MASKPRUNE"}, targets={"other": "mptk.targets:STOCK_TARGET"}):
         assert find_method("mine") is MASKPRUNE
         assert list(list_targets())[-1] == "graph"
@@ -85,7 +85,7 @@ def test_a_feature_adds_a_method_and_a_target() -> None:
     assert "mine" not in list_methods()
 
 
-def test_no_feature_replaces_what_another_or_the_core_brings() -> None:
+def test_no_feature_replaces_what_another_or_the_core_brings():
     for kind, name, list_named, refused in (
         ("targets", "nemotron-nas", list_targets, "nemotron_nas"),
         ("targets", "stock", list_targets, "mine"),
@@ -95,7 +95,7 @@ def test_no_feature_replaces_what_another_or_the_core_brings() -> None:
             list_named()
 
 
-def test_two_packages_with_a_feature_of_one_name_are_refused() -> None:
+def test_two_packages_with_a_feature_of_one_name_are_refused():
     with bring("one", "same"), bring("two", "same"), expect_error(PackageError, name="same"):
         list_features()
     with bring("one", "same"), bring("one", "same"):
@@ -106,7 +106,7 @@ def test_two_packages_with_a_feature_of_one_name_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tree(tmp_path_factory):
     """A copy of the product without its features."""
     made = tmp_path_factory.mktemp("tree")
     for package in ("mptk", "passes"):
@@ -115,7 +115,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tree: Path, fresh: Fresh) -> Run:
+def run(tree, fresh):
     """Run a program, or a command line of mptk, on the copy."""
 
     def run(*words: object, code: str = COMMAND) -> Done:
@@ -144,7 +144,7 @@ print(json.dumps([cost["pruned"]["parameters"] < cost["dense"]["parameters"] for
 """
 
 
-def test_the_core_stands_by_itself(run: Run, tmp_path: Path) -> None:
+def test_the_core_stands_by_itself(run, tmp_path):
     decoder = testing.save_model(testing.make_llama(layers=1), tmp_path / "decoder")
     encoder = testing.save_model(testing.MODEL_KINDS["encoder"].make(), tmp_path / "encoder")
     done = run(decoder, encoder, tmp_path / "out", code=CORE)
@@ -170,7 +170,7 @@ mptk.prune("x", kv_heads=1)
 """
 
 
-def test_what_is_not_installed_is_said_in_one_sentence(run: Run) -> None:
+def test_what_is_not_installed_is_said_in_one_sentence(run):
     done = run(code=LINES)
     assert [line for line in done.out.splitlines() if line.startswith("code")] == ["code 2", "code 2", "code 0"]
     said = done.err.replace("\n", " ")
@@ -179,7 +179,7 @@ def test_what_is_not_installed_is_said_in_one_sentence(run: Run) -> None:
     assert "kv_heads" in done.out
 
 
-def test_a_feature_is_taken_away_and_put_back_by_moving_its_folder(run: Run, tree: Path) -> None:
+def test_a_feature_is_taken_away_and_put_back_by_moving_its_folder(run, tree):
     place = tree / "mptk" / "features"
     (tree / "taken").mkdir()
     place.mkdir()

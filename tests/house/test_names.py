@@ -16,7 +16,7 @@ MOST = {"participle": 0, "noun": 111, "in several files": 0}
 
 
 @pytest.mark.features
-def test_functions_are_named_by_what_they_do() -> None:
+def test_functions_are_named_by_what_they_do():
     counts, homes = Counter[str](), defaultdict[str, set[Path]](set)
     for file in [file for top in ("mptk", "passes") for file in (ROOT / top).rglob("*.py")]:
         tree = ast.parse(file.read_text())
@@ -51,7 +51,7 @@ def find_kind(name: str) -> str:
     return "participle" if first in IRREGULAR or (first.endswith("ed") and len(first) > 4) else "noun"
 
 
-def test_the_reading_path_is_short() -> None:
+def test_the_reading_path_is_short():
     page = (ROOT / "docs/architecture.md").read_text()
     path = re.findall(r"^\d+\. `([\w/.]+)`:", page, re.MULTILINE)
     assert 8 <= len(path) <= 12

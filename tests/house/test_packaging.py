@@ -13,23 +13,21 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grimp
 import networkx as nx
 import pytest
-from fresh import Fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mptk", "passes")
 
 
 @pytest.fixture(scope="module")
-def project() -> dict[str, Any]:
+def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_badges_say_what_the_project_declares(project: dict[str, Any]) -> None:
+def test_badges_say_what_the_project_declares(project):
     mark = "Programming Language :: Python :: 3."
     minors = sorted(int(each.removeprefix(mark)) for each in project["project"]["classifiers"] if each.startswith(mark))
     said = {
@@ -75,7 +73,7 @@ def defined(tree: ast.Module) -> Iterator[str]:
             yield from (each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name))
 
 
-def test_one_name_is_one_thing() -> None:
+def test_one_name_is_one_thing():
     """A search for a class or a constant finds one definition. A few short names may have two."""
     places = Counter(
         name
@@ -89,7 +87,7 @@ def test_one_name_is_one_thing() -> None:
     assert len(twice) < 10, twice
 
 
-def test_wheel_holds_every_file_of_both_packages_and_shadows_nothing(site: Path) -> None:
+def test_wheel_holds_every_file_of_both_packages_and_shadows_nothing(site):
     for package in PACKAGES:
         files = [p for p in (ROOT / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
         missing = [str(f.relative_to(ROOT)) for f in files if not (site / f.relative_to(ROOT)).is_file()]
@@ -104,7 +102,7 @@ def test_wheel_holds_every_file_of_both_packages_and_shadows_nothing(site: Path)
     assert {owner for name in PACKAGES for owner in others.get(name, ["mptk"])} == {"mptk"}
 
 
-def test_module_and_console_script_are_one_command(fresh: Fresh, site: Path, project: dict[str, Any]) -> None:
+def test_module_and_console_script_are_one_command(fresh, site, project):
     (entry,) = (e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "mptk")
     assert entry.value == "mptk.cli.main:main"
     code = "import runpy; runpy.run_module('mptk', run_name='__main__')"
@@ -112,7 +110,7 @@ def test_module_and_console_script_are_one_command(fresh: Fresh, site: Path, pro
 
 
 @pytest.mark.network
-def test_the_steps_of_the_cpu_image_make_a_command_that_works(tmp_path: Path) -> None:
+def test_the_steps_of_the_cpu_image_make_a_command_that_works(tmp_path):
     """Its RUN lines, without Docker: in an environment of their own, and outside of the checkout."""
     steps = re.findall(r"^RUN (.+)", (ROOT / "docker/cpu.Dockerfile").read_text(), re.MULTILINE)
     assert len(steps) == 3
@@ -131,7 +129,7 @@ def test_the_steps_of_the_cpu_image_make_a_command_that_works(tmp_path: Path) ->
         subprocess.run(placed, shell=True, cwd=tmp_path, env=environment, check=True)
 
 
-def test_every_one_can_be_the_first_import(fresh: Fresh, site: Path) -> None:
+def test_every_one_can_be_the_first_import(fresh, site):
     """``passes`` imports mptk's data types and the API imports ``passes``: no order may close a circle.
 
     Only modules on such a circle can depend on the order. A package is imported before its modules: what it imports of
@@ -173,11 +171,11 @@ for name in names:
     assert result.code == 0, result.err
 
 
-def test_installed_version_is_the_projects(project: dict[str, Any]) -> None:
+def test_installed_version_is_the_projects(project):
     assert importlib.metadata.version("mptk") == project["project"]["version"]
 
 
-def test_imports_are_declared(project: dict[str, Any]) -> None:
+def test_imports_are_declared(project):
     extras = project["project"]["optional-dependencies"]
     core = {normal(r) for r in project["project"]["dependencies"]}
     everything = core | {normal(r) for extra in extras.values() for r in extra}
@@ -193,14 +191,14 @@ def test_imports_are_declared(project: dict[str, Any]) -> None:
     assert not undeclared("examples", core)
 
 
-def test_dependencies_are_ranges_with_a_lower_bound(project: dict[str, Any]) -> None:
+def test_dependencies_are_ranges_with_a_lower_bound(project):
     extras = project["project"]["optional-dependencies"]
     requirements = [*project["project"]["dependencies"], *(r for extra in extras.values() for r in extra)]
     assert [r for r in requirements if ">=" not in r or "==" in r or "@" in r] == []
 
 
 @pytest.mark.features
-def test_contracts_cover_every_module(project: dict[str, Any]) -> None:
+def test_contracts_cover_every_module(project):
     """A new module of mptk must stand in a layer, or it would escape the contract."""
     house, *_ = project["tool"]["importlinter"]["contracts"]
     layers = {name for layer in house["layers"] for name in layer.split(" | ")}

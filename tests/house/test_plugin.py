@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
-from fresh import Fresh
 
 from mptk import Report, testing
 
@@ -14,14 +12,12 @@ COMMON = ["--samples", "4", "--length", "32", "--align", "4", "--no-onnx", "--sp
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(tmp_path_factory):
     words = testing.make_tokenizer(begin=True)
     return testing.save_model(testing.make_llama(), tmp_path_factory.mktemp("model"), words)
 
 
-def test_criterion_and_target_prune_and_verify_from_the_command_line(
-    fresh: Fresh, site: Path, model: str, tmp_path: Path
-) -> None:
+def test_criterion_and_target_prune_and_verify_from_the_command_line(fresh, site, model, tmp_path):
     out = tmp_path / "out"
     assert "mptk_example.gate" in fresh.command("ops", paths=[site]).out
     options = ["--method", "peak", "--target", "npz", "--out", str(out), *COMMON]
@@ -63,12 +59,12 @@ print(torch.allclose(found.flatten(), peaks))
 """
 
 
-def test_rule_makes_its_operator_prunable_and_the_criterion_measures_it(fresh: Fresh, site: Path) -> None:
+def test_rule_makes_its_operator_prunable_and_the_criterion_measures_it(fresh, site):
     members = ["by.bias", "by.weight", "down.weight", "up.bias", "up.weight"]
     assert fresh.run(ANALYSED, paths=[site]).out.split("\n")[:2] == [f"10 {members}", "True"]
 
 
-def test_a_plugin_that_does_not_load_is_one_line(fresh: Fresh, site: Path, tmp_path: Path) -> None:
+def test_a_plugin_that_does_not_load_is_one_line(fresh, site, tmp_path):
     for place in site.glob("mptk_example*"):
         shutil.copytree(place, tmp_path / place.name)
     (tmp_path / "mptk_example" / "target.py").unlink()

@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWNED = PROJECT | {"urls": {"Repository": "https://example.org/me/mptk"}}
 
 
-def test_every_extra_for_users_is_tried() -> None:
+def test_every_extra_for_users_is_tried():
     assert set(IMPORTS) == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}
     assert choose_extras("all") == list(IMPORTS)
     assert choose_extras("eval,images") == ["eval", "images"]
@@ -33,11 +33,11 @@ def test_every_extra_for_users_is_tried() -> None:
         ("## [{}] - unreleased\n", PROJECT, 2),
     ],
 )
-def test_what_the_owner_must_still_write_is_said(changelog: str, project: dict[str, object], faults: int) -> None:
+def test_what_the_owner_must_still_write_is_said(changelog, project, faults):
     assert len(list_faults(changelog.format(PROJECT["version"]), project)) == faults
 
 
-def test_the_commands_name_the_version() -> None:
+def test_the_commands_name_the_version():
     said = list_commands(OWNED, "1.2.3")
     assert "git push origin v1.2.3" in said
     assert "twine upload dist/*" in said

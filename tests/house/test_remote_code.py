@@ -80,7 +80,7 @@ pytestmark = [pytest.mark.features, pytest.mark.usefixtures("own_modules")]
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sound(tmp_path_factory):
     """A pruned folder with graphs, and a ladder whose sizes share weights."""
     base = tmp_path_factory.mktemp("sound")
     testing.save_word_model(testing.make_llama(layers=1), base / "dense")
@@ -92,7 +92,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(params=FORMS)
-def hostile(request: pytest.FixtureRequest, sound: dict[str, Path], tmp_path: Path) -> Path:
+def hostile(request, sound, tmp_path):
     """A copy of a published folder with planted code, beside which ``ran`` appears if the code runs."""
     folder = tmp_path / "hostile"
     shutil.copytree(sound["ladder" if request.param == "ladder" else "pruned"], folder)
@@ -133,7 +133,7 @@ READ_NO_FOLDER = {"features", "fetch", "models", "ops", "passes"}
 
 
 @pytest.mark.usefixtures("quick_bench")
-def test_no_command_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
+def test_no_command_runs_what_a_folder_brings(hostile, tmp_path):
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     assert known == COMMANDS.keys() | READ_NO_FOLDER
     for name, words in COMMANDS.items():
@@ -182,7 +182,7 @@ LOAD_NO_FOLDER = {"FamilyPlan", "Plan", "Samples", "Settings", "__version__", "f
 
 
 @pytest.mark.usefixtures("quick_bench")
-def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) -> None:
+def test_no_function_runs_what_a_folder_brings(hostile, tmp_path):
     assert set(mptk.__all__) == FUNCTIONS.keys() | LOAD_NO_FOLDER
     for name, call in FUNCTIONS.items():
         with suppress(MptkError, Stopped):
@@ -193,7 +193,7 @@ def test_no_function_runs_what_a_folder_brings(hostile: Path, tmp_path: Path) ->
 # ---- the door ----
 
 
-def test_the_word_is_in_no_file_and_in_no_copy(sound: dict[str, Path]) -> None:
+def test_the_word_is_in_no_file_and_in_no_copy(sound):
     for file in sound["pruned"].rglob("*"):
         if file.suffix in (".json", ".yaml", ".md"):
             assert TRUE not in file.read_text(), file
@@ -254,7 +254,7 @@ class Words(ast.NodeVisitor):
         self.generic_visit(node)
 
 
-def test_only_the_callers_keyword_and_option_make_the_word() -> None:
+def test_only_the_callers_keyword_and_option_make_the_word():
     words = {file: Words(file) for package in ("mptk", "passes") for file in (ROOT / package).rglob("*.py")}
     assert {file.relative_to(ROOT).as_posix(): each.found for file, each in words.items() if each.found} == DOORS
     assert all(given.endswith(".allows_code") for each in words.values() for given in each.given)
@@ -264,7 +264,7 @@ def test_only_the_callers_keyword_and_option_make_the_word() -> None:
 
 
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_a_config_names_no_kernel_of_a_hub(name: str, tmp_path: Path) -> None:
+def test_a_config_names_no_kernel_of_a_hub(name, tmp_path):
     testing.save_word_model(testing.make_llama(), tmp_path / "model")
     merge(tmp_path / "model" / "config.json", **{name: "someone/attention"})
     assert "someone/attention" in (said := refused("analyze", tmp_path / "model"))

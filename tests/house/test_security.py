@@ -36,7 +36,7 @@ def read_promises() -> list[tuple[str, str, str]]:
     return found
 
 
-def test_each_promise_has_a_test_that_exists() -> None:
+def test_each_promise_has_a_test_that_exists():
     promises, there = read_promises(), list_tests()
     assert len(promises) >= 30
     for promise, _, tests in promises:
@@ -50,7 +50,7 @@ def test_each_promise_has_a_test_that_exists() -> None:
             assert json.loads((ROOT / "benchmarks" / "results" / RESULTS[command]).read_text()), promise
 
 
-def test_each_place_that_keeps_a_promise_exists() -> None:
+def test_each_place_that_keeps_a_promise_exists():
     for promise, place, _ in read_promises():
         named = re.findall(r"`(mptk/[^`]+)`", place)
         assert [name for name in named if not (ROOT / name).exists()] == [], promise

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mptk.errors import InputError
-from mptk.testing import MODEL_KINDS, Laboratory, draw_tokens, expect_error, make_decoder
+from mptk.testing import MODEL_KINDS, draw_tokens, expect_error, make_decoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 
 
-def test_the_tests_of_the_page_pass(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_the_tests_of_the_page_pass(laboratory, tmp_path):
     (block,) = re.findall(r"```python\n(import mptk\n.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(block, names)  # noqa: S102
@@ -23,7 +23,7 @@ def test_the_tests_of_the_page_pass(laboratory: Laboratory, tmp_path: Path) -> N
         test(laboratory, tmp_path / str(number))
 
 
-def test_a_folder_is_made_once_and_a_copy_is_apart(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_folder_is_made_once_and_a_copy_is_apart(laboratory, tmp_path):
     made: list[Path] = []
 
     def make(path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_folder_is_made_once_and_a_copy_is_apart(laboratory: Laboratory, tmp_p
     assert (laboratory.open_model() / "config.json").is_file()
 
 
-def test_a_model_is_the_same_each_time() -> None:
+def test_a_model_is_the_same_each_time():
     first, again = (make_decoder("llama")(draw_tokens()).logits for _ in range(2))
     assert first.equal(again)
     assert set(MODEL_KINDS) > {"decoder", "encoder", "speech"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -68,7 +67,7 @@ def open_files() -> int:
 
 
 @pytest.mark.parametrize("template", BOMBS.values(), ids=BOMBS)
-def test_no_template_takes_more_than_its_time_and_memory(template: str) -> None:
+def test_no_template_takes_more_than_its_time_and_memory(template):
     before, children, used = open_files(), psutil.Process().children(), resource.getrusage(resource.RUSAGE_CHILDREN)
     bounds = Bounds(seconds=0.25, memory=1 << 27)
     with ChatTemplate(tokenizer(template), bounds) as filled, expect_error(DataError, name="x"):
@@ -80,7 +79,7 @@ def test_no_template_takes_more_than_its_time_and_memory(template: str) -> None:
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, GEMMA, OTHER])
-def test_other_templates_write_what_they_wrote(template: str) -> None:
+def test_other_templates_write_what_they_wrote(template):
     owner: Any = tokenizer(template)
     with ChatTemplate(owner) as filled:
         for asks in (False, True):
@@ -90,14 +89,14 @@ def test_other_templates_write_what_they_wrote(template: str) -> None:
             assert filled.encode(TURNS, "x", "y", add_generation_prompt=asks) == ids
 
 
-def test_a_library_that_runs_out_of_memory_in_it_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_library_that_runs_out_of_memory_in_it_writes_nothing(capfd):
     long = tokenizer("a b " * (1 << 22))
     with ChatTemplate(long, Bounds(memory=1 << 26)) as filled, expect_error(DataError, name="x"):
         filled.encode(TURNS, "x", "y")
     assert capfd.readouterr().err == ""
 
 
-def test_a_chat_after_a_refused_one_is_filled() -> None:
+def test_a_chat_after_a_refused_one_is_filled():
     """And each chat has its own time: a file may hold any number of them."""
     once = "{% for a in range(99999) %}{% endfor %}" * 5 + "{{ messages[0].content }}"
     refusing = tokenizer("{% if messages | length > 1 %}{{ 1 / 0 }}{% endif %}" + once)
@@ -107,13 +106,13 @@ def test_a_chat_after_a_refused_one_is_filled() -> None:
         assert {filled.render(TURNS[:1], "x", "y") for _ in range(30)} == {TURNS[0]["content"]}
 
 
-def test_a_process_that_gets_no_processor_time_is_stopped() -> None:
+def test_a_process_that_gets_no_processor_time_is_stopped():
     bounds = Bounds(waiting=0.2)
     with ChatTemplate(tokenizer(BOMBS["loops"]), bounds) as filled, expect_error(DataError, name="x"):
         filled.render(TURNS, "x", "y")
 
 
-def test_a_command_ends_in_one_line(laboratory: testing.Laboratory, tmp_path: Path) -> None:
+def test_a_command_ends_in_one_line(laboratory, tmp_path):
     model = laboratory.copy(laboratory.open_model(), tmp_path / "model")
     for file in model.glob("*token*"):
         file.unlink()

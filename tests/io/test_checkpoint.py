@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ CASES: list[tuple[PreTrainedConfig, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("config", "old"), CASES, ids=["plain", "scaled", "partial", "two bases"])
-def test_rotary_settings_in_both_spellings(config: PreTrainedConfig, old: dict[str, Any], tmp_path: Path) -> None:
+def test_rotary_settings_in_both_spellings(config, old, tmp_path):
     model = AutoModelForCausalLM.from_config(config).eval()
     save_checkpoint(model, None, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -66,13 +65,13 @@ def test_rotary_settings_in_both_spellings(config: PreTrainedConfig, old: dict[s
         assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
-def test_config_without_rotary_embedding_is_as_it_was() -> None:
+def test_config_without_rotary_embedding_is_as_it_was():
     config = LlamaConfig(**SIZES)
     config.rope_parameters = None
     assert not {"rope_theta", "rope_scaling"} & make_portable_config(json.loads(config.to_json_string())).keys()
 
 
-def test_tokenizer(tmp_path: Path) -> None:
+def test_tokenizer(tmp_path):
     tokenizer = testing.make_tokenizer(begin=True)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
     tokenizer.chat_template = "{{ messages[0]['content'] }}!"
@@ -97,7 +96,7 @@ NAMED = {"default": "{{ a }}", "rag": "{{ b }}"}
     ("template", "written"),
     [("{{ a }}", "{{ a }}"), (NAMED, [{"name": n, "template": t} for n, t in NAMED.items()])],
 )
-def test_both_places_of_a_chat_template_say_the_same(template: Any, written: object, tmp_path: Path) -> None:
+def test_both_places_of_a_chat_template_say_the_same(template, written, tmp_path):
     tokenizer = testing.make_tokenizer()
     tokenizer.chat_template = template
     save_tokenizer(tokenizer, tmp_path)
@@ -109,19 +108,19 @@ def test_both_places_of_a_chat_template_say_the_same(template: Any, written: obj
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template
 
 
-def test_an_unknown_token_is_no_begin(tmp_path: Path) -> None:
+def test_an_unknown_token_is_no_begin(tmp_path):
     tokenizer = testing.make_word_tokenizer()  # its unknown token is the begin, and no text begins with it otherwise
     save_tokenizer(tokenizer, tmp_path)
     assert "add_bos_token" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
-def test_only_nested_configs_are_given_older_spellings() -> None:
+def test_only_nested_configs_are_given_older_spellings():
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     content = {"text_config": rope, "notes": rope, "kind_config": "plain"}
     assert make_portable_config(content) == {**content, "text_config": {**rope, "rope_theta": 5.0}}
 
 
-def test_a_rotary_type_that_has_no_older_spelling_is_read_as_it_was(tmp_path: Path) -> None:
+def test_a_rotary_type_that_has_no_older_spelling_is_read_as_it_was(tmp_path):
     """Gemma 4's full attention; its class takes the older spelling for a base that is missing."""
     config = tiny_model("causal-lm", "gemma4_text").model.config
     assert config.rope_parameters["full_attention"]["rope_type"] == "proportional"
@@ -130,7 +129,7 @@ def test_a_rotary_type_that_has_no_older_spelling_is_read_as_it_was(tmp_path: Pa
 
 
 @pytest.mark.parametrize("same_features", [True, False])
-def test_what_pools_features_is_copied_if_their_number_stays(same_features: bool, tmp_path: Path) -> None:
+def test_what_pools_features_is_copied_if_their_number_stays(same_features, tmp_path):
     source, folder = tmp_path / "source", tmp_path / "folder"
     for name in ("preprocessor_config.json", "1_Pooling/config.json"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +139,7 @@ def test_what_pools_features_is_copied_if_their_number_stays(same_features: bool
     assert (folder / "1_Pooling" / "config.json").is_file() == same_features
 
 
-def test_what_stands_beside_weights_is_copied_with_them(tmp_path: Path) -> None:
+def test_what_stands_beside_weights_is_copied_with_them(tmp_path):
     """A module that was loaded from a folder is written whole: as it is, its features have as many channels."""
     names = ("preprocessor_config.json", "modules.json", "1_Pooling/config.json", "modeling_mine.py")
     source, folder = tmp_path / "source", tmp_path / "copy"

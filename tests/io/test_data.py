@@ -6,15 +6,13 @@ It reaches for mptk.io.data: a run does not show its windows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from toy_checkpoints import texts
-from transformers import BertConfig, BertModel, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 from mptk import testing
 from mptk.errors import InputError, ModelError
@@ -24,24 +22,24 @@ from mptk.testing import expect_error
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model():
     return testing.make_llama()
 
 
 class TestLoadText:
     @pytest.mark.parametrize("column", ["text", "story"])
-    def test_rows_are_documents(self, tmp_path: Path, column: str) -> None:
+    def test_rows_are_documents(self, tmp_path, column):
         rows = [{column: "one", "stars": 3}, {column: " ", "stars": 4}, {column: "two\nlines", "stars": 5}]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
         for name in ("a.jsonl", "a.parquet"):
             assert texts(str(tmp_path / name)) == ["one", "two\nlines"]
 
-    def test_text_column_goes_before_others(self, tmp_path: Path) -> None:
+    def test_text_column_goes_before_others(self, tmp_path):
         (tmp_path / "a.jsonl").write_text(json.dumps({"title": "t", "text": "body"}))
         assert texts(str(tmp_path / "a.jsonl")) == ["body"]
 
-    def test_folder_holds_all_its_files(self, tmp_path: Path) -> None:
+    def test_folder_holds_all_its_files(self, tmp_path):
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "1.txt").write_text("second\n\nhalf")
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "first"}))
@@ -50,7 +48,7 @@ class TestLoadText:
 
 
 class TestTokenWindows:
-    def test_the_stream_is_cut_without_overlap(self) -> None:
+    def test_the_stream_is_cut_without_overlap(self):
         tokenizer = testing.make_tokenizer()
         whole = tokenizer(testing.SENTENCES).input_ids
         windows = data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=None)
@@ -58,20 +56,20 @@ class TestTokenWindows:
         assert windows.shape == (len(whole) // 7, 7)
         assert windows.flatten().tolist() == whole[: windows.numel()]
 
-    def test_end_of_sequence_between_documents(self) -> None:
+    def test_end_of_sequence_between_documents(self):
         tokenizer = testing.make_tokenizer()
         fox, dog = tokenizer("the fox").input_ids, tokenizer("lazy dog").input_ids
         windows = data.make_token_windows(["the fox", "lazy dog"], tokenizer, len(fox) + 1 + len(dog), seed=None)
         assert windows.tolist() == [[*fox, tokenizer.eos_token_id, *dog]]
 
-    def test_begin_of_sequence_where_the_tokenizer_sets_it(self) -> None:
+    def test_begin_of_sequence_where_the_tokenizer_sets_it(self):
         tokenizer = testing.make_tokenizer(begin=True)
         windows = data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=None)
         assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
         text = tokenizer(testing.SENTENCES).input_ids[1:]
         assert windows[:, 1:].flatten().tolist() == text[: len(windows) * 6]
 
-    def test_seed_chooses_windows(self) -> None:
+    def test_seed_chooses_windows(self):
         tokenizer = testing.make_tokenizer()
         ordered = data.make_token_windows([testing.SENTENCES], tokenizer, 7, seed=None).tolist()
         first, same, other = (
@@ -85,7 +83,7 @@ class TestTokenWindows:
 
 
 class TestSelfSampled:
-    def test_shape_start_and_seed(self, model: LlamaForCausalLM) -> None:
+    def test_shape_start_and_seed(self, model):
         tokenizer = testing.make_tokenizer(begin=True)
         state = torch.get_rng_state()
         first, same, other = (
@@ -99,13 +97,13 @@ class TestSelfSampled:
         assert not torch.equal(first[0], first[3])
         assert set(first[:, 0].tolist()) == {tokenizer.bos_token_id}
 
-    def test_more_rows_begin_with_the_same_ones(self, model: LlamaForCausalLM) -> None:
+    def test_more_rows_begin_with_the_same_ones(self, model):
         few = sample_text(model, None, count=3, length=11, seed=1)
         more = sample_text(model, None, count=7, length=11, seed=1, batch_size=2)
         assert torch.equal(more[:3], few)
         assert len({tuple(row) for row in more.tolist()}) == 7
 
-    def test_follows_the_models_own_distribution(self) -> None:
+    def test_follows_the_models_own_distribution(self):
         # A head that knows three tokens, the end of sequence (1) among them, at 20, 30 and 50 %.
         model = testing.make_llama(tied=False)
         with torch.no_grad():
@@ -119,7 +117,7 @@ class TestSelfSampled:
         assert share == pytest.approx([0.2, 0.3, 0.5], abs=0.04)
         assert model.generation_config.top_k == 1
 
-    def test_without_begin_of_sequence(self, model: LlamaForCausalLM) -> None:
+    def test_without_begin_of_sequence(self, model):
         sample = sample_text(testing.make_llama(), testing.make_tokenizer(), count=2, length=5, seed=0)
         assert set(sample[:, 0].tolist()) == {model.config.bos_token_id}
         lone = testing.make_llama()
@@ -127,14 +125,14 @@ class TestSelfSampled:
         starts = sample_text(lone, None, count=9, length=4, seed=0)[:, 0]
         assert len(set(starts.tolist())) > 1
 
-    def test_progress_ends_at_the_total(self, model: LlamaForCausalLM) -> None:
+    def test_progress_ends_at_the_total(self, model):
         calls: list[tuple[int, int]] = []
         sample_text(model, None, count=5, length=6, seed=0, batch_size=2, progress=lambda *at: calls.append(at))
         assert calls == sorted(calls)
         assert calls[-1] == (30, 30)
         assert len(calls) > 10
 
-    def test_encoder_cannot(self) -> None:
+    def test_encoder_cannot(self):
         encoder = BertModel(
             BertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=1, vocab_size=50)
         )
@@ -143,9 +141,7 @@ class TestSelfSampled:
 
 
 class TestCalibration:
-    def test_self_samples_only_what_no_run_before_has(
-        self, model: LlamaForCausalLM, tmp_path: Path, set_cache: Callable[[object], None]
-    ) -> None:
+    def test_self_samples_only_what_no_run_before_has(self, model, tmp_path, set_cache):
         set_cache(tmp_path)
 
         def ask(count: int) -> tuple[torch.Tensor, int]:
@@ -161,13 +157,13 @@ class TestCalibration:
         assert torch.equal(five, sample_text(model, None, count=5, length=9, seed=0))
         assert torch.equal(two, five[:2])
 
-    def test_text(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    def test_text(self, model, tmp_path):
         (tmp_path / "a.txt").write_text(testing.SENTENCES)
         windows = data.load_calibration_windows(model, testing.make_tokenizer(), str(tmp_path / "a.txt"), 3, 9, seed=4)
         assert torch.equal(windows, data.make_token_windows([testing.SENTENCES], testing.make_tokenizer(), 9, 3, 4))
         with expect_error(ModelError, name="tokenizer"):
             data.load_calibration_windows(model, None, str(tmp_path / "a.txt"), 3, 9)
 
-    def test_longer_than_the_models_positions(self, model: LlamaForCausalLM) -> None:
+    def test_longer_than_the_models_positions(self, model):
         with expect_error(InputError, name="windows of 71 tokens", nearest=[70]):
             data.load_calibration_windows(model, testing.make_tokenizer(), count=3, length=71)

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from inside import Inside
 
-from mptk import MptkError, Report, testing
+from mptk import MptkError, Report
 from mptk.errors import FileError, ModelError
 from mptk.io import Loader, models
 from mptk.io.loaders import PLAIN_CHECKPOINTS, choose_loader, list_loaders
@@ -22,7 +21,7 @@ Bring = Callable[[Mapping[str, Loader]], None]
 
 
 @pytest.fixture
-def bring(inside: Inside) -> Bring:
+def bring(inside):
     """Says which loaders the installed packages have."""
     return lambda loaders: inside.gives("mptk.io.loaders.load_parts", loaders)
 
@@ -45,7 +44,7 @@ class High(Low):
     endings = (".high", ".both")
 
 
-def test_of_two_that_take_a_model_the_one_with_the_higher_priority_has_it(bring: Bring, tmp_path: Path) -> None:
+def test_of_two_that_take_a_model_the_one_with_the_higher_priority_has_it(bring, tmp_path):
     bring({"low": Low(), "high": High()})
     (tmp_path / "both").mkdir()
     for place in (tmp_path / "both", tmp_path / "A.Both"):
@@ -57,7 +56,7 @@ def test_of_two_that_take_a_model_the_one_with_the_higher_priority_has_it(bring:
 
 
 @pytest.mark.features
-def test_a_part_of_a_pipeline_is_not_a_quantised_checkpoint(tmp_path: Path) -> None:
+def test_a_part_of_a_pipeline_is_not_a_quantised_checkpoint(tmp_path):
     pytest.importorskip("diffusers")
     both = write_config(tmp_path / "both", _class_name="UNet2DModel", quantization_config={"quant_method": "gptq"})
     assert choose_loader(both).library == "diffusers"
@@ -66,7 +65,7 @@ def test_a_part_of_a_pipeline_is_not_a_quantised_checkpoint(tmp_path: Path) -> N
 
 
 @pytest.mark.features
-def test_every_loader_leaves_a_plain_checkpoint_to_transformers(laboratory: testing.Laboratory) -> None:
+def test_every_loader_leaves_a_plain_checkpoint_to_transformers(laboratory):
     assert len(list_loaders()) >= 4
     assert choose_loader(laboratory.open_model()) is PLAIN_CHECKPOINTS
 
@@ -84,7 +83,7 @@ class Named(Loader):
         return self.file
 
 
-def test_what_no_feature_reads_is_refused_by_name(bring: Bring, laboratory: testing.Laboratory, tmp_path: Path) -> None:
+def test_what_no_feature_reads_is_refused_by_name(bring, laboratory, tmp_path):
     file = tmp_path / "toy.gguf"
     file.write_bytes(b"GGUF")
     bring({"names": Named(file)})
@@ -109,6 +108,6 @@ def test_what_no_feature_reads_is_refused_by_name(bring: Bring, laboratory: test
         Report.read("smollm2-135m")
 
 
-def test_without_features_a_plain_checkpoint_is_loaded(bring: Bring, laboratory: testing.Laboratory) -> None:
+def test_without_features_a_plain_checkpoint_is_loaded(bring, laboratory):
     bring({})
     assert models.load(str(laboratory.open_model())).path == laboratory.open_model()

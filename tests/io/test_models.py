@@ -19,7 +19,6 @@ import pytest
 import torch
 import transformers
 import transformers.dynamic_module_utils
-from inside import Inside
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -48,12 +47,12 @@ IDS = torch.arange(3, 40)[None]
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+def _cache(tmp_path, set_cache):
     set_cache(tmp_path / "cache")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     path = tmp_path / "toy"
     testing.save_model(testing.make_llama(), path)
     return path
@@ -65,7 +64,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 class TestFolder:
-    def test_weights_and_tokenizer(self, folder: Path) -> None:
+    def test_weights_and_tokenizer(self, folder):
         loaded = models.load(str(folder))
         assert torch.equal(logits(loaded.model), logits(testing.make_llama()))
         assert loaded.tokenizer is not None
@@ -75,11 +74,11 @@ class TestFolder:
         assert models.load(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
         assert models.build_skeleton(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 
-    def test_without_tokenizer(self, tmp_path: Path) -> None:
+    def test_without_tokenizer(self, tmp_path):
         testing.make_llama().save_pretrained(tmp_path / "bare")
         assert models.load(str(tmp_path / "bare")).tokenizer is None
 
-    def test_skeleton_is_the_model_without_weights(self, folder: Path) -> None:
+    def test_skeleton_is_the_model_without_weights(self, folder):
         (folder / "model.safetensors").unlink()
         skeleton = models.build_skeleton(str(folder))
         assert {p.device.type for p in skeleton.parameters()} == {"meta"}
@@ -101,7 +100,7 @@ class Touch:
 
 class TestNothingRuns:
     @pytest.mark.parametrize("named", [False, True])
-    def test_pickles_are_refused(self, folder: Path, tmp_path: Path, named: bool) -> None:
+    def test_pickles_are_refused(self, folder, tmp_path, named):
         """In place of the weights, and beside them, if the config names one."""
         name = "adapter_model.bin" if named else "pytorch_model.bin"
         (folder / name).write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
@@ -115,7 +114,7 @@ class TestNothingRuns:
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.usefixtures("own_modules")
-    def test_the_models_own_code(self, folder: Path, tmp_path: Path) -> None:
+    def test_the_models_own_code(self, folder, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
         config |= {"model_type": "own", "auto_map": code, "architectures": ["OwnForCausalLM"]}
@@ -151,14 +150,14 @@ CLASSES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_class_that_the_checkpoint_was_saved_from(name: str, tmp_path: Path) -> None:
+def test_class_that_the_checkpoint_was_saved_from(name, tmp_path):
     model = CLASSES[name]()
     model.save_pretrained(tmp_path)
     assert type(models.load(str(tmp_path)).model) is type(model)
     assert type(models.build_skeleton(str(tmp_path))) is type(model)
 
 
-def test_a_size_that_the_class_gives_may_say_that_there_is_no_limit(tmp_path: Path) -> None:
+def test_a_size_that_the_class_gives_may_say_that_there_is_no_limit(tmp_path):
     config = transformers.XLNetConfig(d_model=24, n_head=3, d_inner=40, n_layer=1, vocab_size=50)
     config.save_pretrained(tmp_path)
     assert config.max_position_embeddings == -1
@@ -166,7 +165,7 @@ def test_a_size_that_the_class_gives_may_say_that_there_is_no_limit(tmp_path: Pa
 
 
 class TestHub:
-    def test_id(self, tmp_path: Path, inside: Inside) -> None:
+    def test_id(self, tmp_path, inside):
         inside.bound("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         repo = tmp_path / "hub" / "models--someone--toy"
         (repo / "refs").mkdir(parents=True)
@@ -178,13 +177,13 @@ class TestHub:
         assert loaded.path == repo / "snapshots" / ("0" * 40)
 
     @pytest.mark.parametrize("name", ["someone/nothing", "no/such/folder", "smolm2-135m"])
-    def test_nothing_of_that_name(self, name: str) -> None:
+    def test_nothing_of_that_name(self, name):
         with expect_error(FileError, name=name) as refused:
             models.load(name)
         assert "\n" not in str(refused.value)
 
 
-def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Path) -> None:
+def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path):
     """A mixture's experts are made of several weights of the file; a program may outlive its model."""
     model = testing.make_decoder("mixtral")
     model.save_pretrained(tmp_path)
@@ -197,7 +196,7 @@ def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Pa
 
 
 @pytest.mark.parametrize("load", [models.load, partial(models.open_weights, resident=Resident(0))])
-def test_a_weight_of_another_shape_than_the_configs_is_named(load: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_weight_of_another_shape_than_the_configs_is_named(load, tmp_path):
     model = testing.make_decoder("llama")
     model.config.intermediate_size += 1
     model.save_pretrained(tmp_path)
@@ -213,7 +212,7 @@ def read_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def test_opening_touches_no_page_of_a_weight_and_reading_gives_pages_back(tmp_path: Path) -> None:
+def test_opening_touches_no_page_of_a_weight_and_reading_gives_pages_back(tmp_path):
     config = LlamaConfig(
         hidden_size=512, intermediate_size=20_000, num_hidden_layers=6, vocab_size=128, num_attention_heads=4
     )
@@ -243,7 +242,7 @@ def test_opening_touches_no_page_of_a_weight_and_reading_gives_pages_back(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["buffers", "tied", "renamed", "converted", "split"])
-def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, tmp_path: Path) -> None:
+def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind, tmp_path):
     torch.manual_seed(0)
     if kind == "buffers":
         sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "num_labels": 3}
@@ -271,7 +270,7 @@ def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, 
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opened(tmp_path: Path) -> None:
+def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opened(tmp_path):
     torch.manual_seed(0)
     layers = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     config = MarianConfig(vocab_size=31, d_model=12, max_position_embeddings=16, pad_token_id=30, **layers)
@@ -288,7 +287,7 @@ def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opene
 @pytest.mark.parametrize(
     ("mapping", "kind", "buffer"), [("masked-lm", "modernvbert", "rotary"), ("causal-lm", "falcon_h1", "mup_vector")]
 )
-def test_buffers_that_no_file_has_are_there_when_opened(tmp_path: Path, mapping: str, kind: str, buffer: str) -> None:
+def test_buffers_that_no_file_has_are_there_when_opened(tmp_path, mapping, kind, buffer):
     """The rotary frequencies of a model in a model; a vector that the model makes, and each of its layers holds."""
     model: Any = tiny_model(mapping, kind).model
     model.save_pretrained(tmp_path)
@@ -298,7 +297,7 @@ def test_buffers_that_no_file_has_are_there_when_opened(tmp_path: Path, mapping:
     assert all(torch.equal(found[name], held) for name, held in model.named_buffers())
 
 
-def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> None:
+def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path):
     """dots3.note has more heads in layers of a window. transformers refuses to read the number of the whole model."""
     kinds = ["indexed_attention", "sliding_attention"]
     config = transformers.Dots3NoteTextConfig(num_hidden_layers=2, layer_types=kinds, n_routed_experts=8)
@@ -308,7 +307,7 @@ def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> N
     assert (whole, window) == (128, 64)
 
 
-def test_a_file_that_is_cut_short_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_short_is_an_error_and_no_end_of_the_process(tmp_path):
     """Its weights are mapped: to touch what is no longer there is a SIGBUS."""
     testing.make_llama().save_pretrained(tmp_path)
     weights = models.open_weights(str(tmp_path), Resident(1 << 30)).weights

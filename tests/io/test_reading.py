@@ -27,7 +27,7 @@ class Outer:
     by_step: Mapping[int, float | None] = field(default_factory=dict)
 
 
-def test_a_file_gives_the_value_that_was_written() -> None:
+def test_a_file_gives_the_value_that_was_written():
     said = {"inner": {"share": 1, "later": 3}, "names": ["a"], "by_step": {"5": None, "7": 0.1}}
     assert make_typed(Outer, said) == Outer(Inner(1.0), ("a",), {5: None, 7: 0.1})
 
@@ -50,14 +50,14 @@ def test_a_file_gives_the_value_that_was_written() -> None:
         ({"inner": {"share": 1}, "by_step": {"x" * 999: 1}}, "by_step.xxx"),
     ],
 )
-def test_what_does_not_fit_is_named(said: object, place: str) -> None:
+def test_what_does_not_fit_is_named(said, place):
     with pytest.raises(ValueError, match=r"^.+$") as raised:
         make_typed(Outer, said)
     assert str(raised.value).startswith(place)
     assert len(str(raised.value)) < 4 * LONGEST
 
 
-def test_a_small_file_takes_little_memory_however_large_it_may_be(tmp_path: Path) -> None:
+def test_a_small_file_takes_little_memory_however_large_it_may_be(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 1000)
     tracemalloc.start()
     assert len(read_bytes(tmp_path / "a", FileError, 1 << 31)) == 1000

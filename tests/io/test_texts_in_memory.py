@@ -55,7 +55,7 @@ class Table(Series):
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded():
     return open_live(testing.make_llama(), testing.make_tokenizer())
 
 
@@ -80,32 +80,32 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_texts_of_every_form_are_read_as_a_list_of_them_is(form: str, loaded: Loaded) -> None:
+def test_texts_of_every_form_are_read_as_a_list_of_them_is(form, loaded):
     assert torch.equal(windows(loaded, FORMS[form]()), windows(loaded, TEXTS))
 
 
-def test_no_more_of_an_endless_text_is_read_than_windows_are_chosen_from(loaded: Loaded) -> None:
+def test_no_more_of_an_endless_text_is_read_than_windows_are_chosen_from(loaded):
     assert windows(loaded, itertools.cycle(TEXTS), seed=0).shape == (3, 8)
 
 
 @pytest.mark.parametrize("empty", [list, tuple, lambda: iter(()), lambda: ROWS.select([])])
-def test_empty_data_is_said_to_be_empty(empty: Callable[[], Any], loaded: Loaded) -> None:
+def test_empty_data_is_said_to_be_empty(empty, loaded):
     with expect_error(DataError, name="data"):
         windows(loaded, empty())
 
 
-def test_rows_without_text_are_refused(loaded: Loaded) -> None:
+def test_rows_without_text_are_refused(loaded):
     with expect_error(DataError, name="data"):
         windows(loaded, ROWS.remove_columns("text"))
 
 
-def test_rows_of_tensors_are_inputs_as_before(loaded: Loaded) -> None:
+def test_rows_of_tensors_are_inputs_as_before(loaded):
     ids = torch.arange(3, 51).view(6, 8)
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     assert torch.equal(windows(loaded, rows), ids[:3])
 
 
-def test_texts_beside_a_vocabulary_may_be_of_a_data_set_and_are_not_lost_to_a_look() -> None:
+def test_texts_beside_a_vocabulary_may_be_of_a_data_set_and_are_not_lost_to_a_look():
     check_texts(data=ROWS, eval_data=ROWS["text"])
     texts: Iterator[str] = iter(TEXTS)
     with expect_error(InputError, name="data"):

@@ -37,7 +37,7 @@ from mptk.ir.axes import ZERO, find_occurrences
 # ---- constructors ----
 
 
-def test_constructors_flatten_and_sizes_without_a_choice_are_constants() -> None:
+def test_constructors_flatten_and_sizes_without_a_choice_are_constants():
     assert make_axis(0) is ZERO
     assert make_axis(1) is ONE
     assert isinstance(make_axis(2), Axis)
@@ -55,7 +55,7 @@ def test_constructors_flatten_and_sizes_without_a_choice_are_constants() -> None
 # ---- unification ----
 
 
-def test_axes_merge_and_keep_what_was_known_of_either() -> None:
+def test_axes_merge_and_keep_what_was_known_of_either():
     a, b = Axis(6), Axis(6)
     freeze(a, "first")
     freeze(b, "second")
@@ -70,7 +70,7 @@ def test_axes_merge_and_keep_what_was_known_of_either() -> None:
     assert merged.minimum == 3
 
 
-def test_an_axis_takes_the_finer_form() -> None:
+def test_an_axis_takes_the_finer_form():
     a, b, c, d = Axis(24), Axis(2), Axis(3), Axis(4)
     unify(a, make_product((b, c, d)))
     assert shape(a) == "(a2·b3·c4)"
@@ -80,7 +80,7 @@ def test_an_axis_takes_the_finer_form() -> None:
     assert shape(e) == "(a2·b3·c4)"
 
 
-def test_products_split_at_each_others_borders() -> None:
+def test_products_split_at_each_others_borders():
     a, b = make_product((Axis(4), Axis(6))), make_product((Axis(8), Axis(3)))
     unify(a, b)
     assert shape(a) == shape(b) == "(a4·b2·c3)"
@@ -91,7 +91,7 @@ def test_products_split_at_each_others_borders() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "same"), [((3, 4, 5), (2, 6, 5), 2), ((5, 4, 3), (5, 6, 2), 0)], ids=["the end", "the front"]
 )
-def test_products_align_from_the_side_that_fits(one: tuple[int, ...], other: tuple[int, ...], same: int) -> None:
+def test_products_align_from_the_side_that_fits(one, other, same):
     a, b = (make_product(tuple(map(Axis, sizes))) for sizes in (one, other))
     unify(a, b)
     assert resolve(a.factors[same]) is resolve(b.factors[same])
@@ -100,14 +100,14 @@ def test_products_align_from_the_side_that_fits(one: tuple[int, ...], other: tup
     assert frozen(*(factor for term in (a, b) for i, factor in enumerate(term.factors) if i != same))
 
 
-def test_sums_split_at_each_others_borders() -> None:
+def test_sums_split_at_each_others_borders():
     a, b = concat((Axis(4), Axis(6))), concat((Axis(7), Axis(3)))
     unify(a, b)
     assert shape(a) == shape(b) == "(a4 + b3 + c3)"
     assert free(a, b)
 
 
-def test_a_sum_of_products_is_a_product() -> None:
+def test_a_sum_of_products_is_a_product():
     """[kv·hd + kv·hd] = (n·hd): the segments' rows are rows of the product."""
     kv, q, hd, rows, inner = Axis(2), Axis(6), Axis(8), Axis(8), Axis(8)
     fused = concat((make_product((q, hd)), make_product((kv, Axis(8)))))
@@ -118,7 +118,7 @@ def test_a_sum_of_products_is_a_product() -> None:
     assert free(fused)
 
 
-def test_a_number_read_in_two_orders_is_frozen() -> None:
+def test_a_number_read_in_two_orders_is_frozen():
     whole = Axis(6)
     unify(whole, make_product((Axis(2), Axis(3))))
     assert free(whole)
@@ -126,7 +126,7 @@ def test_a_number_read_in_two_orders_is_frozen() -> None:
     assert frozen(whole)
 
 
-def test_occurs_check() -> None:
+def test_occurs_check():
     a = Axis(4)
     b = concat((a, ZERO, ZERO))
     unify(a, b)
@@ -136,7 +136,7 @@ def test_occurs_check() -> None:
     assert frozen(c)
 
 
-def test_misaligned_terms_are_frozen_on_both_sides_with_the_place() -> None:
+def test_misaligned_terms_are_frozen_on_both_sides_with_the_place():
     a, b = make_product((Axis(4), Axis(6))), make_product((Axis(6), Axis(4)))
     unify(a, b, "view_7")
     assert frozen(a, b)
@@ -147,7 +147,7 @@ def test_misaligned_terms_are_frozen_on_both_sides_with_the_place() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_order_of_unifications_does_not_matter(order: tuple[int, ...]) -> None:
+def test_the_order_of_unifications_does_not_matter(order):
     whole, rows, columns = Axis(24), make_product((Axis(4), Axis(6))), make_product((Axis(2), Axis(12)))
     pairs = [(whole, rows), (whole, columns), (rows, columns)]
     for i in order:
@@ -158,7 +158,7 @@ def test_the_order_of_unifications_does_not_matter(order: tuple[int, ...]) -> No
 # ---- layouts of models ----
 
 
-def test_rotate_half_ties_the_two_halves() -> None:
+def test_rotate_half_ties_the_two_halves():
     """cat(−x[d/2:], x[:d/2]) + x·cos: the two halves are one axis."""
     head = Axis(8)
     first, second = split_sum(head, 4) or []
@@ -167,7 +167,7 @@ def test_rotate_half_ties_the_two_halves() -> None:
     assert free(head)
 
 
-def test_partial_rotary_ties_the_rotated_part_alone() -> None:
+def test_partial_rotary_ties_the_rotated_part_alone():
     head = Axis(10)
     turned, passed = split_sum(head, 4) or []
     first, second = split_sum(turned, 2) or []
@@ -175,7 +175,7 @@ def test_partial_rotary_ties_the_rotated_part_alone() -> None:
     assert shape(head) == "(a2 + a2 + b6)"
 
 
-def test_interleaved_fused_projection() -> None:
+def test_interleaved_fused_projection():
     """heads·(q + k + v): view [heads, 3·hd], chunk in three, then rotary pairs in q and k."""
     rows = Axis(72)
     heads, width = Axis(3), Axis(24)
@@ -190,7 +190,7 @@ def test_interleaved_fused_projection() -> None:
     assert free(rows)
 
 
-def test_grouped_fused_projection() -> None:
+def test_grouped_fused_projection():
     """kv·((n + 1 + 1)·hd), picked by q = [:-2], k = [-2], v = [-1]: q, k and v share the head's channels by layout."""
     rows = Axis(2 * 5 * 8)
     kv, slots, hd = Axis(2), Axis(5), Axis(8)
@@ -205,7 +205,7 @@ def test_grouped_fused_projection() -> None:
     assert resolve(q).size == 3
 
 
-def test_fused_projection_of_segments() -> None:
+def test_fused_projection_of_segments():
     """[heads·hd + kv·hd + kv·hd] cut at segment borders, then viewed by head."""
     rows = Axis(6 * 8 + 2 * 8 + 2 * 8)
     q, rest = split_sum(rows, 48) or []
@@ -221,7 +221,7 @@ def test_fused_projection_of_segments() -> None:
 # ---- splitting ----
 
 
-def test_a_cut_inside_a_unit_is_refused() -> None:
+def test_a_cut_inside_a_unit_is_refused():
     term = make_product((Axis(3), Axis(8)))
     assert split_sum(term, 12) is None
     assert [shape(p) for p in split_sum(term, 16) or []] == ["(a2·b8)", "a8"]
@@ -229,11 +229,11 @@ def test_a_cut_inside_a_unit_is_refused() -> None:
     assert [shape(p) for p in split_sum(term, 24) or []] == ["((a2 + 1)·b8)", "0"]
 
 
-def test_a_cut_inside_the_first_of_several_segments_leaves_the_others_in_order() -> None:
+def test_a_cut_inside_the_first_of_several_segments_leaves_the_others_in_order():
     assert [shape(p) for p in split_sum(concat((Axis(4), Axis(2), Axis(3))), 1) or []] == ["1", "(a3 + b2 + c3)"]
 
 
-def test_a_factor_that_does_not_divide_is_refused() -> None:
+def test_a_factor_that_does_not_divide_is_refused():
     assert split_product(Axis(10), 4, last=True) is None
     assert split_product(concat((Axis(4), Axis(6))), 4, last=True) is None
     assert split_product(ZERO, 0, last=True) is None
@@ -243,7 +243,7 @@ def test_a_factor_that_does_not_divide_is_refused() -> None:
     assert [shape(p) for p in split_product(term, 8, last=False) or []] == ["(a4·b2)", "a3"]
 
 
-def test_what_must_stay_falls_on_the_largest_axis() -> None:
+def test_what_must_stay_falls_on_the_largest_axis():
     a, b = Axis(4), Axis(6)
     whole = Axis(24)
     require_size(whole, 5)
@@ -254,7 +254,7 @@ def test_what_must_stay_falls_on_the_largest_axis() -> None:
     assert (c.minimum, d.minimum) == (4, 6)
 
 
-def test_multiples_fall_on_every_segment_and_on_one_factor() -> None:
+def test_multiples_fall_on_every_segment_and_on_one_factor():
     a, b, c, d = Axis(80), Axis(3), Axis(16), Axis(12)
     require_multiple(concat((a, a)), 8)
     assert a.multiple == 8
@@ -266,7 +266,7 @@ def test_multiples_fall_on_every_segment_and_on_one_factor() -> None:
     assert (b.multiple, d.multiple) == (8, 8)
 
 
-def test_enclosing_factors() -> None:
+def test_enclosing_factors():
     a, b, c = Axis(2), Axis(3), Axis(4)
     assert is_nested(make_product((a, b)), a, b)
     assert not is_nested(make_product((b, a)), a, b)
@@ -283,7 +283,7 @@ sizes = st.sampled_from([2, 3, 4, 6, 8, 12, 24, 36])
 
 @given(size=sizes, data=st.data())
 @settings(max_examples=100)
-def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size: int, data: st.DataObject) -> None:
+def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size, data):
     """Sound: where the terms differ, no axis at that position may be cut."""
     a, b = data.draw(terms(size)), data.draw(terms(size))
     unify(a, b)
@@ -296,7 +296,7 @@ def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size: int
 
 @given(size=sizes, data=st.data())
 @settings(max_examples=100)
-def test_unifying_again_changes_nothing(size: int, data: st.DataObject) -> None:
+def test_unifying_again_changes_nothing(size, data):
     a, b = data.draw(terms(size)), data.draw(terms(size))
     unify(a, b)
     before = shape(concat((a, b))), [bool(leaf.frozen) for leaf in list_axes(a)]
@@ -307,7 +307,7 @@ def test_unifying_again_changes_nothing(size: int, data: st.DataObject) -> None:
 
 @given(size=sizes, data=st.data())
 @settings(max_examples=100)
-def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
+def test_coordinates_are_those_of_enumeration(size, data):
     term = data.draw(terms(size, depth=3))
     found = find_occurrences(term)
     for position, expected in enumerate(enumerate_positions(term)):
@@ -316,7 +316,7 @@ def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) ->
 
 @given(size=sizes, data=st.data())
 @settings(max_examples=80)
-def test_units_lie_where_enumeration_says(size: int, data: st.DataObject) -> None:
+def test_units_lie_where_enumeration_says(size, data):
     term = data.draw(terms(size, depth=3))
     choices = list(dict.fromkeys(list_axes(term)))
     if not choices:
@@ -345,7 +345,7 @@ def pairs_hold(pairs: tuple[tuple[Axis, int], ...], a: Axis) -> bool:
 
 @given(size=sizes, data=st.data())
 @settings(max_examples=100)
-def test_sizes_after_a_cut_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
+def test_sizes_after_a_cut_are_those_of_enumeration(size, data):
     """Keep the first units of each axis: the positions all whose coordinates stay."""
     term = data.draw(terms(size, depth=3))
     new = {leaf: data.draw(st.integers(1, leaf.size)) for leaf in dict.fromkeys(list_axes(term))}
@@ -355,7 +355,7 @@ def test_sizes_after_a_cut_are_those_of_enumeration(size: int, data: st.DataObje
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_what_ops_accept_stays_with_an_axis_that_takes_another_form(number: int) -> None:
+def test_what_ops_accept_stays_with_an_axis_that_takes_another_form(number):
     a, pair = make_axis(4 * 3), make_product((make_axis(4), make_axis(3)))
     require_size(a, number)
     require_multiple(a, number)
@@ -364,14 +364,14 @@ def test_what_ops_accept_stays_with_an_axis_that_takes_another_form(number: int)
     assert max(leaf.multiple for leaf in list_axes(pair)) == number
 
 
-def test_coordinates_along_an_axis_are_counted() -> None:
+def test_coordinates_along_an_axis_are_counted():
     a, b = make_axis(4), make_axis(3)
     assert count_coordinates((a, make_product((a, b))), each=True) == {a: 2, b: 1}
     assert count_coordinates((concat((a, a)), b), each=True) == {a: 1, b: 1}
     assert count_coordinates((concat((make_product((a, a)), a)),), each=True) == {a: 2}
 
 
-def test_terms_print_as_equations() -> None:
+def test_terms_print_as_equations():
     a, b = Axis(4), Axis(3)
     assert repr(make_product((a, b))) == f"({a.id}(4)·{b.id}(3))"
     assert repr(concat((a, b))) == f"[{a.id}(4) + {b.id}(3)]"

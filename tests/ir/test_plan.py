@@ -28,7 +28,7 @@ def body(**changes: Any) -> dict[str, Any]:
     return {"format": PLAN_FORMAT, "families": {"heads": family | changes}}
 
 
-def test_ranges_and_lists_by_hand_and_a_row_for_each_scope() -> None:
+def test_ranges_and_lists_by_hand_and_a_row_for_each_scope():
     plan = Plan.from_json(body())
     assert plan.families["heads"].keep == {"layers.0": ((0, 1, 4),), "layers.1": ((2, 3, 5),)}
     assert plan.widths == {"heads": 3}
@@ -51,11 +51,11 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @given(plan=plans())
 @settings(max_examples=40)
-def test_json_gives_the_plan_back(plan: Plan) -> None:
+def test_json_gives_the_plan_back(plan):
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
-def test_the_file_is_short_and_stable(tmp_path: Path) -> None:
+def test_the_file_is_short_and_stable(tmp_path):
     path = tmp_path / "plan.json"
     plan = Plan.from_json(body(), source="x")
     plan.save(path)
@@ -83,7 +83,7 @@ WRONG_ROWS = (
     ],
     ids=str,
 )
-def test_a_wrong_family_is_refused_with_the_place(changes: dict[str, Any], place: str) -> None:
+def test_a_wrong_family_is_refused_with_the_place(changes, place):
     with expect_error(PlanError, name=f"plan: {place}"):
         Plan.from_json(body(**changes))
 
@@ -99,7 +99,7 @@ def test_a_wrong_family_is_refused_with_the_place(changes: dict[str, Any], place
         ({"format": PLAN_FORMAT, "families": {}, "meta": [1]}, "plan"),
     ],
 )
-def test_a_wrong_plan_is_refused(data: Any, place: str) -> None:
+def test_a_wrong_plan_is_refused(data, place):
     with expect_error(PlanError, name=place):
         Plan.from_json(data)
 
@@ -126,7 +126,7 @@ def fitting(analysis: Analysis) -> dict[str, Any]:
     return {"format": PLAN_FORMAT, "families": families}
 
 
-def test_a_plan_that_fits() -> None:
+def test_a_plan_that_fits():
     analysis = analyze_mixtral()
     cut = resolve_plan(analysis, Plan.from_json(fitting(analysis)))
     group = analysis.family("q_heads").groups[0]
@@ -151,7 +151,7 @@ UNFIT: dict[str, tuple[list[str], Any, str]] = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_plan_that_does_not_fit_the_model_is_refused(name: str) -> None:
+def test_a_plan_that_does_not_fit_the_model_is_refused(name):
     path, value, family = UNFIT[name]
     data = fitting(analyze_mixtral())
     place = data["families"]
@@ -163,7 +163,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(name: str) -> None:
     assert bool(refused.value.nearest) == (name == "unknown family")
 
 
-def test_the_documented_examples_are_plans() -> None:
+def test_the_documented_examples_are_plans():
     examples = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(), re.S)
     assert examples
     for example in examples:
@@ -176,7 +176,7 @@ TOKENS = {"width": 4, "of": 9, "keep": "0-2,5"}
 
 
 @pytest.mark.features
-def test_conversions_are_read_as_they_were_written() -> None:
+def test_conversions_are_read_as_they_were_written():
     plan = Plan({}, conversions={"vocabulary": TOKENS, "kv_heads": HEADS})
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
@@ -194,6 +194,6 @@ def test_conversions_are_read_as_they_were_written() -> None:
         ("kv_head", HEADS, "kv_head"),
     ],
 )
-def test_a_wrong_entry_of_a_conversion_is_refused(name: str, entry: object, place: str) -> None:
+def test_a_wrong_entry_of_a_conversion_is_refused(name, entry, place):
     with expect_error(PlanError, name=place):
         read_plan_conversions(Plan.from_json({**Plan({}).to_json(), name: entry}))

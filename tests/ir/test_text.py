@@ -44,7 +44,7 @@ def shown(analysis: Analysis, after: str | None = None, **widths: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def gated() -> Analysis:
+def gated():
     return analysed(make_gated(), torch.ones(2, 3, dtype=torch.long))
 
 
@@ -70,15 +70,15 @@ return %linear_3
 """
 
 
-def test_a_traced_program_names_its_axes(gated: Analysis) -> None:
+def test_a_traced_program_names_its_axes(gated):
     assert shown(gated) == TRACED
 
 
-def test_rewriting_changes_sizes_alone(gated: Analysis) -> None:
+def test_rewriting_changes_sizes_alone(gated):
     assert shown(gated, "rewrite", ffn=7) == TRACED.replace("ffn(10)", "ffn(7)")
 
 
-def test_folding_moves_a_norms_scale_out_of_the_graph(gated: Analysis) -> None:
+def test_folding_moves_a_norms_scale_out_of_the_graph(gated):
     rewritten, folded = (shown(gated, step, hidden=4).splitlines() for step in ("rewrite", "fold norms"))
     assert rewritten[9:11] == [
         "%rms_norm : [batch, seq, hidden(4)] = aten.rms_norm(%embedding, [4], norm.weight, 0.0015)",
@@ -88,7 +88,7 @@ def test_folding_moves_a_norms_scale_out_of_the_graph(gated: Analysis) -> None:
     assert folded == whole.splitlines()
 
 
-def test_masking_keeps_every_size_and_masks_the_softmax() -> None:
+def test_masking_keeps_every_size_and_masks_the_softmax():
     """5 → 8 → softmax over the 8 → 3."""
     layers = {"up": nn.Linear(5, 8, bias=False), "head": nn.Linear(8, 3, bias=False)}
     analysis = analysed(Made(lambda m, x: m.head(m.up(x).softmax(-1)), **layers), torch.ones(2, 5))
@@ -108,7 +108,7 @@ def test_masking_keeps_every_size_and_masks_the_softmax() -> None:
     )
 
 
-def test_lowering_for_onnx_leaves_no_write_no_cast_and_no_complex_number() -> None:
+def test_lowering_for_onnx_leaves_no_write_no_cast_and_no_complex_number():
     """Channels in pairs, as complex numbers, doubled. A write in place to a fresh tensor, and a cast to its own type."""
 
     def forward(m: Made, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ return %mul_tensor
 """
 
 
-def test_products_of_axes_and_source_lines_of_a_model_without_weights() -> None:
+def test_products_of_axes_and_source_lines_of_a_model_without_weights():
     text = mptk.show(make_decoder("llama", meta=True, num_hidden_layers=1), source=True)
     lines = dict(line.split(" : ", 1) for line in text.splitlines() if " : " in line)
     assert lines["model.layers.0.mlp.up_proj.weight"] == "[ffn(80), hidden(48)]"
@@ -143,19 +143,19 @@ def test_products_of_axes_and_source_lines_of_a_model_without_weights() -> None:
     assert "  # modeling_llama.py:" in lines["%linear"]
 
 
-def test_a_static_program_shows_sizes() -> None:
+def test_a_static_program_shows_sizes():
     text = mptk.show(trace(make_gated(), (torch.ones(2, 3, dtype=torch.long),)))
     assert "%add : [2, 3, hidden(6)] = " in text
 
 
-def test_an_axis_is_not_named_if_its_size_is_another(gated: Analysis) -> None:
+def test_an_axis_is_not_named_if_its_size_is_another(gated):
     (ffn,) = gated.family("ffn").groups
     text = describe_program(gated.program, gated, {ffn.axis: 7})
     assert "up.weight : [10, hidden(6)]" in text
     assert "ffn" not in text
 
 
-def test_an_unknown_pass_is_named_with_those_there_are(gated: Analysis) -> None:
+def test_an_unknown_pass_is_named_with_those_there_are(gated):
     with expect_error(InputError, name="fold") as refused:
         mptk.show(gated.program, after="fold", plan=Plan({}))
     assert sorted(refused.value.nearest) == ["fold norms", "mask", "remove blocks", "rewrite", "store"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from inside import Inside
 
 from benchmarks import gpu, scale, scale_checkpoint
 from benchmarks.gpu import JOBS, Stages, do, main
@@ -16,7 +15,7 @@ SIZES = {"layers": 2, "hidden": 64, "ffn": 320, "heads": 4, "kv_heads": 2, "voca
 
 
 @pytest.fixture
-def work(tmp_path: Path, inside: Inside) -> Path:
+def work(tmp_path, inside):
     """A folder with the checkpoint of the quick run, of which jobs run in this process."""
     scale_checkpoint.make_checkpoint(tmp_path / "tiny", scale_checkpoint.config_of(**SIZES), characters=20_000)
 
@@ -35,7 +34,7 @@ def run(work: Path, *, jobs: str) -> list[scale.Row]:
     return scale.rows_in(file)
 
 
-def test_every_job_runs_by_stages_and_is_not_run_again(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_job_runs_by_stages_and_is_not_run_again(work, capsys):
     jobs = [job for job in JOBS if job != "taylor"]  # as wanda
     rows = run(work, jobs=",".join(jobs))
     assert [row["row"] for row in rows] == jobs
@@ -49,7 +48,7 @@ def test_every_job_runs_by_stages_and_is_not_run_again(work: Path, capsys: pytes
     assert run(work, jobs=",".join(jobs)) == rows, "with the seconds of the first run"
 
 
-def test_a_devices_peak_belongs_to_the_stage_that_reached_it() -> None:
+def test_a_devices_peak_belongs_to_the_stage_that_reached_it():
     class Memory:
         peak, now = 0, 5
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from mptk import testing
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_rows_are_computed_once(tmp_path: Path) -> None:
+def test_rows_are_computed_once(tmp_path):
     testing.save_model(testing.make_llama(max_position_embeddings=600, intermediate_size=320), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 400)
     text = str(tmp_path / "text.txt")
@@ -36,7 +35,7 @@ WAYS = (("separate", 6, (0.3, 40.0), (0.2, 10.0)), ("cascaded", 3, (0.2, 5.0), (
 
 
 @pytest.fixture
-def rows() -> list[dict[str, Any]]:
+def rows():
     """Two sizes in separate runs, and in a ladder of half of the steps: half and twice as bad, of C4 half and 8 times."""
     asked = [(way, steps, s, v) for way, steps, *ends in WAYS for s, v in ends]
     made = [
@@ -48,13 +47,13 @@ def rows() -> list[dict[str, Any]]:
     return [{"way": "dense", "seed": 0, "sparsity": 0.0, **dict.fromkeys(TEXTS, 8.0)}, *made]
 
 
-def test_a_line_a_way(rows: list[dict[str, Any]]) -> None:
+def test_a_line_a_way(rows):
     separate, cascaded = table(rows)[2:]
     assert separate == "| separate | 0 | 3,072 | 1.5 | 10.0 | 10.0 | 40.0 | 40.0 | +0.0% | +0.0% |"
     assert cascaded == "| cascaded | 0 | 1,536 | 1.5 | 5.0 | 5.0 | 80.0 | 320.0 | +0.0% | +100.0% |"
 
 
-def test_each_seed_is_compared_with_its_own_separate_runs_and_the_mean_is_of_all(rows: list[dict[str, Any]]) -> None:
+def test_each_seed_is_compared_with_its_own_separate_runs_and_the_mean_is_of_all(rows):
     better = {"separate": 1.0, "cascaded": 0.5, "dense": 1.0}
     other = [r | {"seed": 1} | {name: r[name] * better[r["way"]] for name in TEXTS} for r in rows]
     lines = table(rows + other)
@@ -65,6 +64,6 @@ def test_each_seed_is_compared_with_its_own_separate_runs_and_the_mean_is_of_all
     assert lines[-1].startswith("| cascaded | 1,536 | -29.3% | +41.4% |")
 
 
-def test_the_page_has_the_table_of_the_rows() -> None:
+def test_the_page_has_the_table_of_the_rows():
     page, rows = (ROOT / "benchmarks/ladder.md").read_text(), rows_in(ROOT / "benchmarks/results/ladder.json")
     assert "\n".join(table(rows)) in page

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from inside import Inside, changed
+from inside import changed
 
 from benchmarks import quality
 from benchmarks.quality_text import HELD_OUT, PIECE, write_mixture
@@ -19,7 +19,7 @@ def texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path: Path) -> None:
+def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path):
     source = tmp_path / "text"
     source.mkdir()
     c4 = source / "c4.jsonl"
@@ -35,7 +35,7 @@ def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path: Path) ->
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def place(tmp_path):
     """A folder with the text of a benchmark of a toy model."""
     testing.save_model(testing.make_llama(max_position_embeddings=600), tmp_path / "dense")
     text = "the quick brown fox jumps over a lazy dog. " * 40
@@ -55,7 +55,7 @@ def rows(place: Path, methods: str, widths: str = "", tokens: int = 0) -> list[d
     return [row for row in quality.rows_in(file) if row["method"] != "dense"]
 
 
-def test_a_row_is_computed_once_and_at_other_widths_again(place: Path) -> None:
+def test_a_row_is_computed_once_and_at_other_widths_again(place):
     rows(place, "magnitude", widths="ffn=32")
     found = rows(place, "magnitude")
     assert [row["given"] for row in found] == [{"ffn": 32}, {}]
@@ -66,7 +66,7 @@ def test_a_row_is_computed_once_and_at_other_widths_again(place: Path) -> None:
     assert [row["mark"] for row in rows(place, "magnitude", widths="ffn=32")] == [1, 1]
 
 
-def test_an_interrupted_row_goes_on_where_it_was(place: Path, inside: Inside) -> None:
+def test_an_interrupted_row_goes_on_where_it_was(place, inside):
     rows(place, "magnitude")  # the dense row, too
     with changed() as stopping:
         stopping.stop("benchmarks.quality.measure", error=KeyboardInterrupt)

@@ -21,7 +21,7 @@ SMALL = {"shard_bytes": 30_000, "characters": 2000}
 EMBEDDING, BLOCK = 301 * 48, 48 * 48 * 2 + 48 * 16 * 2 + 3 * 48 * 96 + 2 * 48
 
 
-def test_a_synthetic_checkpoint_is_a_stock_one_in_bf16(tmp_path: Path) -> None:
+def test_a_synthetic_checkpoint_is_a_stock_one_in_bf16(tmp_path):
     make_checkpoint(tmp_path, config_of(**SIZES), **SMALL)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
@@ -36,7 +36,7 @@ def test_a_synthetic_checkpoint_is_a_stock_one_in_bf16(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json").widths == {"ffn": 32}
 
 
-def test_a_seed_gives_the_same_files_and_another_seed_others(tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_files_and_another_seed_others(tmp_path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_checkpoint(tmp_path / folder, config_of(**SIZES), seed, **SMALL)
     for file in ("model-00001-of-00007.safetensors", "plan.json", "text.txt"):
@@ -44,14 +44,14 @@ def test_a_seed_gives_the_same_files_and_another_seed_others(tmp_path: Path) -> 
         assert (tmp_path / "a" / file).read_bytes() == same != other
 
 
-def test_the_sizes_that_bounds_are_made_of() -> None:
+def test_the_sizes_that_bounds_are_made_of():
     sizes = scale_checkpoint.shape_of(scale_checkpoint.skeleton(config_of(**SIZES)))
     parameters = 2 * EMBEDDING + 3 * BLOCK + 48
     held = {"block_bytes": 4 * BLOCK, "tensor_bytes": 4 * EMBEDDING}
     assert sizes == {"parameters": parameters, "bytes": 2 * parameters, **held}
 
 
-def test_memory_of_a_command_and_of_its_children_is_seen(tmp_path: Path) -> None:
+def test_memory_of_a_command_and_of_its_children_is_seen(tmp_path):
     hold = "import time; held = b'x' * 150_000_000; time.sleep(1)"
     both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait()"
     alone = measured(["-c", hold], tmp_path / "log", threads=1)
@@ -61,13 +61,13 @@ def test_memory_of_a_command_and_of_its_children_is_seen(tmp_path: Path) -> None
     assert "failed" not in alone
 
 
-def test_a_failed_command_says_so(tmp_path: Path) -> None:
+def test_a_failed_command_says_so(tmp_path):
     row = measured(["-c", "raise SystemExit('no such thing')"], tmp_path / "log", threads=1)
     assert row["failed"] == "exit 1: no such thing"
     assert "analyze tiny failed: exit 1: no such thing" in table([row | {"row": "analyze", "shape": "tiny"}])
 
 
-def test_a_copy_writes_as_many_bytes_as_it_is_told(tmp_path: Path) -> None:
+def test_a_copy_writes_as_many_bytes_as_it_is_told(tmp_path):
     for name, size in (("a", 3_000_000), ("b", 2_000_000)):
         (tmp_path / name).write_bytes(name.encode() * size)
     scratch, kept = tmp_path / "copy", tmp_path / "kept"
@@ -88,7 +88,7 @@ class IdleBench(scale.Bench):
         return super().run("-c pass", **how)
 
 
-def test_the_bound_is_a_gigabyte_and_three_blocks(tmp_path: Path) -> None:
+def test_the_bound_is_a_gigabyte_and_three_blocks(tmp_path):
     row = IdleBench(tmp_path, 1, "", None, 1, "").command("analyze", "tiny")
     assert row["bound_bytes"] == 2_500_000_000
     assert row["peak_ratio"] == pytest.approx(row["peak_bytes"] / 2.5e9, abs=1e-3)

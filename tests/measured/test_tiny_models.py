@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from benchmarks.tiny_recipe import Recipe, recipes
 from benchmarks.tiny_roles import LABELS, role
 
 
-def test_every_type_of_the_mappings_is_listed() -> None:
+def test_every_type_of_the_mappings_is_listed():
     assert model_types("causal-lm") == list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert model_types("masked-lm") == list(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     assert model_types("seq2seq") == list(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
@@ -43,11 +42,11 @@ ROLES = {
 }
 
 
-def test_roles_are_read_from_the_words_of_a_name() -> None:
+def test_roles_are_read_from_the_words_of_a_name():
     assert {kind: {role(name) for name in names.split()} for kind, names in ROLES.items()} == {k: {k} for k in ROLES}
 
 
-def test_recipes_give_up_few_liberties_first() -> None:
+def test_recipes_give_up_few_liberties_first():
     given_up = [sum(vars(recipe).values()) for recipe in recipes()]
     assert given_up[0] == 0
     assert given_up == sorted(given_up)
@@ -55,7 +54,7 @@ def test_recipes_give_up_few_liberties_first() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_next", "deepseek_v32", "granitemoehybrid", "llama4_text"])
-def test_few_layers_show_every_kind_of_layer(model_type: str) -> None:
+def test_few_layers_show_every_kind_of_layer(model_type):
     default = CONFIG_MAPPING[model_type]()
     config = next(filter(None, (_config(model_type, recipe) for recipe in recipes())))
     for name in ("layer_types", "mlp_layer_types"):
@@ -72,7 +71,7 @@ def _config(model_type: str, recipe: Recipe):  # type: ignore[no-untyped-def]
         return None
 
 
-def test_sizes_are_pairwise_different() -> None:
+def test_sizes_are_pairwise_different():
     tiny = tiny_model("causal-lm", "qwen3_moe")
     config = tiny.model.config
     names = "hidden_size num_key_value_heads head_dim num_attention_heads intermediate_size moe_intermediate_size "
@@ -85,14 +84,14 @@ def test_sizes_are_pairwise_different() -> None:
     assert tiny.recipe == Recipe()
 
 
-def test_a_relation_that_the_model_needs_is_found() -> None:
+def test_a_relation_that_the_model_needs_is_found():
     tiny = tiny_model("causal-lm", "mamba2")
     config = tiny.model.config
     assert config.num_heads * config.head_dim == config.expand * config.hidden_size
     assert tiny.recipe == Recipe(relations=True)
 
 
-def test_nested_configs_share_the_sizes_that_they_share_by_default() -> None:
+def test_nested_configs_share_the_sizes_that_they_share_by_default():
     config = tiny_config(CONFIG_MAPPING["gemma3"], Recipe())
     assert config.text_config.hidden_size != config.vision_config.hidden_size
     assert config.text_config.num_hidden_layers <= 4
@@ -100,20 +99,20 @@ def test_nested_configs_share_the_sizes_that_they_share_by_default() -> None:
     assert config.image_token_index < config.text_config.vocab_size
 
 
-def test_features_of_images_get_the_width_of_the_text_model() -> None:
+def test_features_of_images_get_the_width_of_the_text_model():
     """Ovis2's default config has 1536 channels for them, and a text model of 4096."""
     config = tiny_model("image-text-to-text", "ovis2").model.config
     assert config.hidden_size == config.get_text_config().hidden_size
 
 
-def test_layers_that_cut_out_masks_have_one_width_and_their_backbone_its_own_heads() -> None:
+def test_layers_that_cut_out_masks_have_one_width_and_their_backbone_its_own_heads():
     config = tiny_config(CONFIG_MAPPING["mask2former"], Recipe())
     assert {config.feature_size, config.mask_feature_size, config.hidden_dim} == {96}
     heads = tiny_config(CONFIG_MAPPING["maskformer"], Recipe()).backbone_config.num_heads
     assert [*heads] == [*CONFIG_MAPPING["maskformer"]().backbone_config.num_heads]
 
 
-def test_a_detector_has_widths_that_its_backbone_gives_and_shows_classes_and_boxes() -> None:
+def test_a_detector_has_widths_that_its_backbone_gives_and_shows_classes_and_boxes():
     tiny = tiny_model("object-detection", "rt_detr")
     assert tiny.wrapper(*tiny.inputs).shape == (BATCH, 8 * (LABELS + 4))
     assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
@@ -125,7 +124,7 @@ SHAPES |= dict.fromkeys(("convnext", "swin"), ("image-classification", BATCH, LA
 
 
 @pytest.mark.parametrize("model_type", SHAPES)
-def test_every_parameter_matters_and_the_logits_come_out(model_type: str) -> None:
+def test_every_parameter_matters_and_the_logits_come_out(model_type):
     mapping, *shape = SHAPES[model_type]
     tiny = tiny_model(mapping, model_type)
     assert not tiny.model.training
@@ -140,20 +139,20 @@ def test_every_parameter_matters_and_the_logits_come_out(model_type: str) -> Non
     assert sum(p.numel() for p in tiny.model.parameters()) < 2_000_000
 
 
-def test_a_last_relu_leaves_most_of_the_output() -> None:
+def test_a_last_relu_leaves_most_of_the_output():
     """Without the other sign of its last convolution, most depths of this model are 0."""
     tiny = tiny_model("depth-estimation", "depth_anything")
     assert (tiny.wrapper(*tiny.inputs) > 0).float().mean() > 0.5
 
 
-def test_a_backbone_gives_as_many_states_as_the_head_takes() -> None:
+def test_a_backbone_gives_as_many_states_as_the_head_takes():
     config = tiny_config(CONFIG_MAPPING["depth_anything"], Recipe())
     assert len(config.backbone_config.out_indices) == len(config.neck_hidden_sizes) == 4
     assert config.backbone_config.num_hidden_layers == 4
     assert config.reassemble_hidden_size == config.backbone_config.hidden_size
 
 
-def test_running_statistics_are_no_identity() -> None:
+def test_running_statistics_are_no_identity():
     tiny = tiny_model("image-classification", "resnet")
     statistics = {n: b for n, b in tiny.model.named_buffers() if "running" in n}
     assert statistics
@@ -161,13 +160,13 @@ def test_running_statistics_are_no_identity() -> None:
     assert all(b.min() > 0 for n, b in statistics.items() if n.endswith("running_var"))
 
 
-def test_the_seed_decides_the_weights() -> None:
+def test_the_seed_decides_the_weights():
     first, same, other = (tiny_model("causal-lm", "llama", seed) for seed in (0, 0, 1))
     assert torch.equal(first.wrapper(*first.inputs), same.wrapper(*same.inputs))
     assert not torch.equal(first.model.lm_head.weight, other.model.lm_head.weight)  # type: ignore[union-attr]
 
 
-def test_a_model_that_cannot_run_from_tokens_says_why() -> None:
+def test_a_model_that_cannot_run_from_tokens_says_why():
     with pytest.raises(CannotBuild, match="shared_kv_states") as caught:
         tiny_model("causal-lm", "gemma4_unified_assistant")
     assert caught.value.stage == "forward"
@@ -179,14 +178,14 @@ def hang_or_die(mapping: str, model_type: str) -> dict[str, Any]:
     os._exit(3)
 
 
-def test_a_crash_and_a_hang_are_rows() -> None:
+def test_a_crash_and_a_hang_are_rows():
     pairs = [("causal-lm", "dies"), ("causal-lm", "hangs")]
     rows = {row["type"]: row for row in sweep(pairs, 2, hang_or_die, limit_s=5)}
     assert rows["dies"]["reason"] == "the process died with exit code 3"
     assert rows["hangs"]["reason"] == "ran past 5 s"
 
 
-def test_the_command_writes_a_row_per_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_row_per_type(tmp_path, capsys):
     main(mapping="causal-lm", types="gpt2,opt", jobs=1, json_file=tmp_path / "rows.json")
     assert "causal-lm: 2 of 2 export" in capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from inside import Inside
 
 from benchmarks import zoo, zoo_depth, zoo_heads
 from benchmarks.tiny_models import tiny_model
@@ -25,7 +24,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize(("mapping", "model_type"), TYPES, ids=[name for _, name in TYPES])
-def test_type_is_proven(mapping: str, model_type: str) -> None:
+def test_type_is_proven(mapping, model_type):
     tiny = tiny_model(mapping, model_type)
     zoo.calibrate(tiny)
     results = dict(zoo.prove(analyze(trace(tiny.wrapper, tiny.inputs)), tiny.inputs))
@@ -33,7 +32,7 @@ def test_type_is_proven(mapping: str, model_type: str) -> None:
     assert len(results) > 3  # "all" beside the families
 
 
-def test_a_wrong_cut_is_caught(inside: Inside) -> None:
+def test_a_wrong_cut_is_caught(inside):
     """Were the cut program another one (here: units drawn anew), no family but those of few choices would pass."""
 
     def other_units(real: object, analysis: Analysis, plan: Plan, *, check: bool) -> Program:
@@ -47,7 +46,7 @@ def test_a_wrong_cut_is_caught(inside: Inside) -> None:
     assert results["all"].startswith("wrong by")
 
 
-def test_plans_draw_units_anew_for_each_layer_and_row() -> None:
+def test_plans_draw_units_anew_for_each_layer_and_row():
     tiny = tiny_model("causal-lm", "llama")
     analysis = analyze(trace(tiny.wrapper, tiny.inputs))
     plan = random_plan(analysis.families, random.Random(0))
@@ -57,13 +56,13 @@ def test_plans_draw_units_anew_for_each_layer_and_row() -> None:
     assert all(len(rows) == scoped.scopes for rows in plan.families[scoped.name].keep.values())
 
 
-def test_a_type_that_cannot_be_built_gives_its_reason() -> None:
+def test_a_type_that_cannot_be_built_gives_its_reason():
     row = zoo.run_type("causal-lm", "jetmoe")
     assert row["stage"] != "proven"
     assert "depends on data" in row["reason"]
 
 
-def test_stock_column_names_the_validator_and_reloads() -> None:
+def test_stock_column_names_the_validator_and_reloads():
     """LlamaConfig wants hidden_size to be a multiple of the heads, MixtralConfig does not ask."""
     row = zoo.run_type("causal-lm", "llama")
     assert row["stage"] == "proven", row["reason"]
@@ -81,7 +80,7 @@ def test_stock_column_names_the_validator_and_reloads() -> None:
     assert gpt2["heads"]["reloaded"] == ""
 
 
-def test_the_depth_sweep_says_what_a_class_holds_and_why_a_type_has_no_blocks() -> None:
+def test_the_depth_sweep_says_what_a_class_holds_and_why_a_type_has_no_blocks():
     gpt2 = zoo_depth.run_type("causal-lm", "gpt2")
     assert (gpt2["stage"], gpt2["reason"]) == ("held", "")
     assert gpt2["depths"]["layers"]["proof"] == ""
@@ -92,7 +91,7 @@ def test_the_depth_sweep_says_what_a_class_holds_and_why_a_type_has_no_blocks() 
     assert resnet["reason"].endswith("encoder.stages is not an input plus what it adds, of the same axes")
 
 
-def test_the_depth_sweep_catches_a_wrong_cut(inside: Inside) -> None:
+def test_the_depth_sweep_catches_a_wrong_cut(inside):
     def other_blocks(real: object, analysis: Analysis, plan: Plan, **options: bool) -> Program:
         kept = {name: analysis.family(name).size - 1 for name in plan.families}
         last = {name: {m: (tuple(range(kept[name])),) for m in f.keep} for name, f in plan.families.items()}
@@ -104,6 +103,6 @@ def test_the_depth_sweep_catches_a_wrong_cut(inside: Inside) -> None:
     assert "wrong by" in row["reason"]
 
 
-def test_kv_heads_of_a_type_are_merged() -> None:
+def test_kv_heads_of_a_type_are_merged():
     row = zoo_heads.run_type("causal-lm", "qwen3")
     assert (row["stage"], row["keys"], row["values"]) == ("merged", "mean", "fit"), row

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from inside import Inside
 from torch import Tensor
 
 from benchmarks import zoo_onnx
 from mptk.ir import Program
 
 
-def test_equal_row_says_what_was_cut_and_folded() -> None:
+def test_equal_row_says_what_was_cut_and_folded():
     row = zoo_onnx.run_type("causal-lm", "codegen")  # its config names no padding token
     assert row["stage"] == "equal", row["reason"]
     assert row["folded"] == row["layers"] > 1
@@ -19,7 +18,7 @@ def test_equal_row_says_what_was_cut_and_folded() -> None:
     assert row["difference"] <= zoo_onnx.TOLERANCE
 
 
-def test_a_wrong_token_is_caught(inside: Inside) -> None:
+def test_a_wrong_token_is_caught(inside):
     """One logit of one row in the last decoding step is off."""
 
     def wrong(outputs: list[Tensor]) -> list[Tensor]:
@@ -32,13 +31,13 @@ def test_a_wrong_token_is_caught(inside: Inside) -> None:
     assert row["reason"].startswith("ONNX Runtime differs from torch by")
 
 
-def test_recurrent_model_gives_the_reason_of_the_exporter() -> None:
+def test_recurrent_model_gives_the_reason_of_the_exporter():
     row = zoo_onnx.run_type("causal-lm", "mamba")
     assert row["stage"] == "build"
     assert "only if every layer caches its keys and values" in row["reason"]
 
 
-def test_padding_that_only_the_traced_step_sees_is_a_fault(inside: Inside) -> None:
+def test_padding_that_only_the_traced_step_sees_is_a_fault(inside):
     """A step that takes padding for tokens; the model itself does not."""
 
     def blind(right: Callable[..., list[Tensor]], run: object, *args: object) -> list[Tensor]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from fresh import Fresh
 
 from mptk import Plan, Report, Settings, prune
 from mptk.compat.accelerate import separate_state
 from mptk.config import Learning
 from mptk.distributed.processes import make_accelerator, prepare_training
 from mptk.run.minutes import fill_in
-from mptk.testing import Laboratory
 
 
 def share_kept(one: Plan, other: Plan) -> float:
@@ -28,7 +25,7 @@ def share_kept(one: Plan, other: Plan) -> float:
     )
 
 
-def test_a_run_keeps_nearly_the_same_units_and_is_proven(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_run_keeps_nearly_the_same_units_and_is_proven(laboratory, tmp_path):
     exact = laboratory.prune("decoder", tmp_path / "exact", reconstruct=True)
     plan, report = Plan.load(exact / "plan.json"), Report.read(exact)
     how = {"compute_dtype": "bfloat16", "families": tuple(plan.families), "widths": dict(plan.widths)}
@@ -40,14 +37,14 @@ def test_a_run_keeps_nearly_the_same_units_and_is_proven(laboratory: Laboratory,
     assert all(row["ok"] and row["tolerance"] <= 1e-4 for row in found.proof)
 
 
-def test_training_takes_the_type_too_unless_a_precision_is_given() -> None:
+def test_training_takes_the_type_too_unless_a_precision_is_given():
     settings = Settings(compute_dtype="bfloat16", learning=Learning(steps=4))
     assert fill_in(settings).learning.precision == "bf16"
     assert fill_in(replace(settings, learning=Learning(precision="fp16"))).learning.precision == "fp16"
     assert fill_in(replace(settings, compute_dtype="float32")).learning.precision == "no"
 
 
-def test_a_module_that_is_trained_gives_what_it_computed() -> None:
+def test_a_module_that_is_trained_gives_what_it_computed():
     """accelerate would make its logits float32, and their gradient bfloat16 again."""
     with separate_state("cpu"):
         net = torch.nn.Linear(4, 4)
@@ -77,7 +74,7 @@ print(count_faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
-def test_freed_memory_is_used_again(fresh: Fresh) -> None:
+def test_freed_memory_is_used_again(fresh):
     """Memory that comes from the system has a page fault for each 4 KB, or for each 2 MB. A tensor has 64 MB."""
     done = fresh.run(FREED)
     assert done.code == 0, done.err
@@ -90,7 +87,7 @@ class Float(torch.nn.Module):
         return x.float()
 
 
-def test_a_pruned_module_runs_in_an_autocast() -> None:
+def test_a_pruned_module_runs_in_an_autocast():
     """The trace notes the type that a conversion starts from, which an autocast changes."""
     net = torch.nn.Sequential(torch.nn.Linear(8, 12), Float(), torch.nn.Linear(12, 4))
     x = torch.randn(3, 8)

@@ -59,7 +59,7 @@ class Queries(nn.Module):
         return read
 
 
-def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction() -> None:
+def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction():
     """Perceiver's queries: their value is not known without inputs."""
     analysis = analyze(trace(Queries(), (torch.randn(2, 4, 5),), dynamic=True))
     names = [analysis.program.weights.get(site.weight.name) for site in find_sites(analysis)]
@@ -68,7 +68,7 @@ def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction() -
     assert all(found.isfinite().all() for found in scores.values())
 
 
-def test_wanda_sums_over_consumers_by_unit_and_scope_and_takes_producers_where_there_are_none(gqa: Case) -> None:
+def test_wanda_sums_over_consumers_by_unit_and_scope_and_takes_producers_where_there_are_none(gqa):
     def sum_pairs(n: str) -> Tensor:
         q = wanda(gqa, f"{n}.self_attn.q_proj").sum(1).view(KV_COUNT, Q, 2, HEAD_SIZE // 2).sum((0, 1, 2))
         return (q + wanda(gqa, f"{n}.self_attn.k_proj").sum(1).view(KV_COUNT, 2, HEAD_SIZE // 2).sum((0, 1)))[None]
@@ -85,7 +85,7 @@ def test_wanda_sums_over_consumers_by_unit_and_scope_and_takes_producers_where_t
     assert_scores(scores["hidden"], (hidden + wanda(gqa, "lm_head").sum(0))[None, None])
 
 
-def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Case) -> None:
+def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2):
     def columns(name: str) -> Tensor:
         return gpt2.inputs[name].var(0) * gpt2.weight(f"{name}.weight").square().sum(1)  # Conv1D: [in, out]
 
@@ -96,7 +96,7 @@ def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Cas
     assert_scores(scores["v_dim"], heads)
 
 
-def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case, moe: Case) -> None:
+def test_taylor_is_weight_times_gradient_over_all_members(gqa, gpt2, moe):
     scores = criteria.score_units(gqa.analysis, "taylor", WINDOWS, families=["ffn", "q_heads", "hidden"])
 
     def ffn(n: str) -> Tensor:
@@ -127,7 +127,7 @@ def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case,
         assert_scores(criteria.score_units(case.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], expected)
 
 
-def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case, moe: Case) -> None:
+def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa, moe):
     slopes = fisher.measure_fisher(given(gqa, "ffn", "kv_groups", "q_heads")).slopes
     by_head = layers(lambda n: heads_of(pull(gqa, f"{n}.self_attn.o_proj")))
     assert_scores(slopes["ffn"].mean.float(), layers(lambda n: pull(gqa, f"{n}.mlp.down_proj")[None]))
@@ -144,7 +144,7 @@ def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case
     assert_scores(fisher.measure_fisher(given(moe, "ffn")).slopes["ffn"].mean.float(), layers(experts))
 
 
-def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case) -> None:
+def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa):
     def ffn(n: str) -> Tensor:
         each = position_slopes(gqa, f"{n}.mlp.down_proj").double()
         g = each.mean(0)
@@ -161,7 +161,7 @@ def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case
     assert_scores(scores["rotary_pairs"], by_wanda)
 
 
-def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) -> None:
+def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2, moe):
     def heads(n: str) -> Tensor:
         fused = gpt2.weight(f"{n}.attn.c_attn.weight").square().sum(0) + gpt2.weight(f"{n}.attn.c_attn.bias").square()
         projection = gpt2.weight(f"{n}.attn.c_proj.weight").square().sum(1)
@@ -176,7 +176,7 @@ def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) 
     assert_scores(criteria.score_units(moe.analysis, "magnitude")["ffn"], layers(ffn))
 
 
-def test_each_experts_channels_are_scored_on_its_own_tokens(moe: Case) -> None:
+def test_each_experts_channels_are_scored_on_its_own_tokens(moe):
     scores = criteria.score_units(moe.analysis, "wanda", WINDOWS, families=["ffn", "experts"])
     flap = criteria.score_units(moe.analysis, "flap", WINDOWS, families=["ffn"])["ffn"]
 
@@ -208,7 +208,7 @@ class BlockDiagonal(nn.Module):
         return torch.einsum("btgk,gko->bto", x, self.blocks)
 
 
-def test_blocks_of_a_batched_product_keep_their_own_statistics() -> None:
+def test_blocks_of_a_batched_product_keep_their_own_statistics():
     torch.manual_seed(0)
     model = BlockDiagonal().eval()
     analysis = analyze(trace(model, (WINDOWS[:2],), dynamic=True))
@@ -219,7 +219,7 @@ def test_blocks_of_a_batched_product_keep_their_own_statistics() -> None:
     assert_scores(criteria.score_units(analysis, "wanda", WINDOWS)[family.name], expected[None])
 
 
-def test_moments_of_experts_with_no_rows_and_rows_of_no_expert_and_merged_about_a_large_mean() -> None:
+def test_moments_of_experts_with_no_rows_and_rows_of_no_expert_and_merged_about_a_large_mean():
     x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0], [100.0, 100.0]])
     moments = observe.compute_moments(x, 1, [0], torch.tensor([2, 2, 3], dtype=torch.int32))
     assert moments.count.tolist() == [[2], [0], [1]]
@@ -231,7 +231,7 @@ def test_moments_of_experts_with_no_rows_and_rows_of_no_expert_and_merged_about_
 
 
 @pytest.mark.parametrize("name", criteria.CRITERIA)
-def test_scores_are_deterministic_and_cover_every_family(gqa: Case, moe: Case, name: str) -> None:
+def test_scores_are_deterministic_and_cover_every_family(gqa, moe, name):
     criterion = criteria.CRITERIA[name]
     analysis = (moe if name == "reap" else gqa).analysis
     first, second = (criteria.score_units(analysis, name, WINDOWS) for _ in range(2))
@@ -240,20 +240,20 @@ def test_scores_are_deterministic_and_cover_every_family(gqa: Case, moe: Case, n
         assert torch.equal(first[family.name], second[family.name])
 
 
-def test_random_follows_the_seed_and_nothing_else(gqa: Case) -> None:
+def test_random_follows_the_seed_and_nothing_else(gqa):
     whole, other = (criteria.score_units(gqa.analysis, "random", seed=seed)["ffn"] for seed in (4, 5))
     (alone,) = criteria.score_units(gqa.analysis, "random", seed=4, families=["ffn"]).values()
     assert torch.equal(alone, whole)
     assert not torch.equal(alone, other)
 
 
-def test_progress_counts_windows(gqa: Case) -> None:
+def test_progress_counts_windows(gqa):
     seen: list[tuple[int, int]] = []
     criteria.score_units(gqa.analysis, "wanda", WINDOWS, families=["ffn"], progress=lambda *counts: seen.append(counts))
     assert seen == [(66, 80), (80, 80)]
 
 
-def test_select_keeps_the_best_of_each_scope_row_and_breaks_ties_by_index(gqa: Case) -> None:
+def test_select_keeps_the_best_of_each_scope_row_and_breaks_ties_by_index(gqa):
     scores = {
         "q_heads": torch.tensor([[[1.0, 3.0, 2.0], [5.0, 0.0, 9.0]], [[2.0, 2.0, 2.0], [0.0, 1.0, 1.0]]]),
         "ffn": torch.arange(FFN_SIZE).float().expand(LAYER_COUNT, 1, FFN_SIZE),
@@ -288,7 +288,7 @@ def flapped(analysis: Analysis, widths: dict[str, int]) -> tuple[Plan, Compensat
     return plan, compensate(analysis, resolve_plan(analysis, plan), evidence)
 
 
-def test_compensation_moves_lost_means_into_biases_and_says_where_there_is_none(gqa: Case, gpt2: Case) -> None:
+def test_compensation_moves_lost_means_into_biases_and_says_where_there_is_none(gqa, gpt2):
     plan, result = flapped(gpt2.analysis, {"ffn": 61, "v_dim": 7})
     assert result.statement == "FLAP bias compensation: applied to c_proj"
     assert len(result.state) == 2 * LAYER_COUNT
@@ -308,7 +308,7 @@ def test_compensation_moves_lost_means_into_biases_and_says_where_there_is_none(
     assert result.statement == "FLAP bias compensation: not applied, o_proj and down_proj have no bias"
 
 
-def test_a_bias_used_twice_gets_the_mean_correction() -> None:
+def test_a_bias_used_twice_gets_the_mean_correction():
     torch.manual_seed(0)
     model = SharedLayer().eval()
     analysis = analyze(trace(model, (WINDOWS[:2],), dynamic=True))
@@ -335,7 +335,7 @@ class NoContraction(nn.Module):
         return (self.embed(ids) * self.scale).sum(-1)
 
 
-def test_a_family_that_no_weight_mixes_has_magnitude_only() -> None:
+def test_a_family_that_no_weight_mixes_has_magnitude_only():
     analysis = analyze(trace(NoContraction(), (WINDOWS[:2],), dynamic=True))
     (family,) = analysis.families
     with expect_error(AnalysisError, name=family.name):
@@ -345,7 +345,7 @@ def test_a_family_that_no_weight_mixes_has_magnitude_only() -> None:
         criteria.score_units(analysis, "taylor", WINDOWS)
 
 
-def test_what_cannot_be_scored_or_selected_is_refused(gqa: Case, moe: Case) -> None:
+def test_what_cannot_be_scored_or_selected_is_refused(gqa, moe):
     analysis = gqa.analysis
     with expect_error(InputError, name="wand") as refused:
         criteria.score_units(analysis, "wand")
@@ -370,7 +370,7 @@ def test_what_cannot_be_scored_or_selected_is_refused(gqa: Case, moe: Case) -> N
         criteria.score_units(infinite, "magnitude", families=["ffn"])
 
 
-def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
+def test_programs_of_fixed_sizes_or_without_weights_are_refused():
     fixed = analyze(trace(SharedLayer(), (WINDOWS[:2],)))
     with expect_error(DataError):
         criteria.score_units(fixed, "wanda", WINDOWS)
@@ -381,7 +381,7 @@ def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
         criteria.score_units(analyze(trace(bare, (WINDOWS[:2],))), "magnitude")
 
 
-def test_the_criterion_of_the_docs_scores_as_they_say(gqa: Case) -> None:
+def test_the_criterion_of_the_docs_scores_as_they_say(gqa):
     page = (Path(__file__).parents[2] / "docs" / "criteria.md").read_text()
     example = page.split("```python\n")[-1].split("```")[0]
     made: dict[str, Any] = {}

@@ -5,7 +5,7 @@ It reaches for mptk.methods.maskprune: the second device is no device for a comm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ ADAPTED = 7
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory):
     model = LlamaForCausalLM(llama_config(num_hidden_layers=1))
     loaded = models.load(save_word_model(model, tmp_path_factory.mktemp("llama")))
     asked = replace(SETTINGS, keep=("hidden",), compute_dtype="float32")
@@ -82,12 +82,12 @@ def train(prepared: Prepared, folder: Path, device: torch.device = DEVICE, progr
 
 
 @pytest.fixture(scope="module")
-def host(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def host(prepared, tmp_path_factory):
     return train(prepared, tmp_path_factory.mktemp("host") / "out", device=torch.device("cpu"))
 
 
 @pytest.fixture
-def second() -> Iterator[SecondDevice]:
+def second():
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # else ``Module.to`` replaces the parameters
     with SecondDevice() as device:
@@ -106,9 +106,7 @@ def require_same(one: Run, other: Run) -> None:
             assert torch.allclose(b[name], weight, rtol=1e-4, atol=1e-5), name
 
 
-def test_a_run_gives_what_it_gives_host_and_only_text_crosses_in_a_step(
-    prepared: Prepared, host: Run, tmp_path: Path, second: SecondDevice
-) -> None:
+def test_a_run_gives_what_it_gives_host_and_only_text_crosses_in_a_step(prepared, host, tmp_path, second):
     crossed, before = [], 0
 
     def note(stage: str, done: int, total: int, figures: str = "") -> None:
@@ -122,15 +120,13 @@ def test_a_run_gives_what_it_gives_host_and_only_text_crosses_in_a_step(
     assert crossed == [{("to the second device", (2, 32))}] * 5
 
 
-def test_a_run_goes_on_on_another_device(prepared: Prepared, host: Run, tmp_path: Path, second: SecondDevice) -> None:
+def test_a_run_goes_on_on_another_device(prepared, host, tmp_path, second):
     with pytest.raises(Stopped):
         train(prepared, tmp_path / "out", progress=stop_at("masks", 3))
     require_same(host, train(prepared, tmp_path / "out", device=torch.device("cpu")))
 
 
-def test_cached_targets_go_to_the_device_and_changed_weights_leave_it_one_by_one(
-    prepared: Prepared, host: Run, tmp_path: Path, second: SecondDevice
-) -> None:
+def test_cached_targets_go_to_the_device_and_changed_weights_leave_it_one_by_one(prepared, host, tmp_path, second):
     cached, work = replace(LEARNING, teacher="cached"), RunFolder(tmp_path / "out", {}, resume=True)
     with separate_state():
         learner = make_learner(prepared, work, cached, DEVICE)
@@ -145,7 +141,7 @@ def test_cached_targets_go_to_the_device_and_changed_weights_leave_it_one_by_one
     assert max(live) - live[0] <= 3 * 80 * 48 * 4  # the weight, its sum and what the next one needs
 
 
-def test_a_replica_is_adapted_and_moved_alone_and_copies_no_weight() -> None:
+def test_a_replica_is_adapted_and_moved_alone_and_copies_no_weight():
     model = LlamaForCausalLM(llama_config())
     weights, ids = dict(model.named_parameters()), torch.arange(12)[None]
     expected = model(ids).logits
@@ -160,7 +156,7 @@ def test_a_replica_is_adapted_and_moved_alone_and_copies_no_weight() -> None:
     assert all(p.data_ptr() != weights[name].data_ptr() for name, p in hollow.named_parameters())
 
 
-def test_a_devices_tensors_meet_no_others() -> None:
+def test_a_devices_tensors_meet_no_others():
     solver = Solver({"ffn": (2, 1, 5)}, lambda _: 1.0, 0.5, 10)
     with SecondDevice() as second:
         there = torch.ones(3, 5, device=DEVICE)
@@ -172,7 +168,7 @@ def test_a_devices_tensors_meet_no_others() -> None:
         assert second.crossed == [("to the host", (3, 5))]
 
 
-def test_a_cut_model_shares_the_weights_that_it_is_given_if_it_may_and_ties_them() -> None:
+def test_a_cut_model_shares_the_weights_that_it_is_given_if_it_may_and_ties_them():
     config = llama_config(tie_word_embeddings=True)
     given = {name: torch.randn_like(t) for name, t in LlamaForCausalLM(config).state_dict().items()}
     given["lm_head.weight"] = given["model.embed_tokens.weight"]

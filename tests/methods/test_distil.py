@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def case(name: str) -> Case:
 
 
 @pytest.mark.parametrize("name", ["decoder", "mixture", "encoder and decoder", "images"])
-def test_a_cut_model_comes_nearer_to_the_dense_one(name: str) -> None:
+def test_a_cut_model_comes_nearer_to_the_dense_one(name):
     cut = case(name)
     found = cut.distil()
     assert len(found.errors) >= 2
@@ -75,7 +74,7 @@ def test_a_cut_model_comes_nearer_to_the_dense_one(name: str) -> None:
     assert cut.error(found.weights) < 0.97 * cut.error({})
 
 
-def test_what_stays_makes_up_for_a_whole_block_that_goes() -> None:
+def test_what_stays_makes_up_for_a_whole_block_that_goes():
     cut, (depth, *_) = case("decoder"), case("decoder").analysis.depths
     kept = tuple(unit for unit in range(depth.size) if unit)
     without = Plan({depth.name: FamilyPlan(depth.size - 1, depth.size, {depth.stack.module: (kept,)})})
@@ -90,14 +89,14 @@ def test_what_stays_makes_up_for_a_whole_block_that_goes() -> None:
     assert cut.error(found.weights) < 0.97 * cut.error({})
 
 
-def test_a_block_that_training_makes_worse_stays_as_it_was() -> None:
+def test_a_block_that_training_makes_worse_stays_as_it_was():
     cut = case("images")
     found = cut.distil(Schedule(epochs=2, rate=50.0))
     assert all(after == before for before, after in found.errors)
     assert all(torch.equal(found.weights[name], cut.small.state[name]) for name in found.weights)
 
 
-def test_stages_in_files_and_blocks_that_were_kept_give_the_same(tmp_path: Path) -> None:
+def test_stages_in_files_and_blocks_that_were_kept_give_the_same(tmp_path):
     cut = case("decoder")
 
     def run(executor: Executor = EXECUTOR) -> Distilled:
@@ -128,14 +127,14 @@ class Repeated(nn.Module):
         return x
 
 
-def test_weights_that_blocks_share_are_not_trained_by_themselves() -> None:
+def test_weights_that_blocks_share_are_not_trained_by_themselves():
     analysis = analyze(trace(Repeated().eval(), (torch.randn(2, 6),)))
     (family,) = [f for f in analysis.families if f.size == 10]
     cut = resolve_plan(analysis, draw_plan(analysis, [family.name]))
     assert distil_blocks(analysis, cut, {"down.weight"}, {}, Samples({"x": torch.randn(2, 6)}), HOW) is None
 
 
-def test_a_cut_without_blocks_of_its_own_says_that_nothing_was_distilled_and_it_follows_reconstruction() -> None:
+def test_a_cut_without_blocks_of_its_own_says_that_nothing_was_distilled_and_it_follows_reconstruction():
     """Minutes choose epochs before the families are known."""
     how = {"method": "wanda", "distil_epochs": 1, "align": 1, "sparsity": 0.25, "tolerance": 0.1, "progress": None}
     found = mptk.prune(Repeated().eval(), example_inputs=torch.randn(4, 6), **how)

@@ -5,14 +5,12 @@ It reaches for passes.targets.derived, which numbers of experts are legal, and f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from commands import done
-from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers, routed
+from criteria_cases import EXPERTS, WINDOWS, assert_scores, layers, routed
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -50,7 +48,7 @@ def prune(model: torch.nn.Module, folder: Path, *options: str) -> set[tuple[int,
     return {row for rows in family.keep.values() for row in rows}
 
 
-def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_norm(moe: Case) -> None:
+def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_norm(moe):
     def scores(n: str) -> Tensor:
         _, chosen, weights = moe.inputs[f"{n}.mlp.experts"][:3]
         down = moe.weight(f"{n}.mlp.experts.down_proj")
@@ -65,7 +63,7 @@ def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_n
     assert_scores(found["ffn"], criteria.score_units(moe.analysis, "wanda", WINDOWS, families=["ffn"])["ffn"])
 
 
-def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_path: Path) -> None:
+def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_path):
     model = planted(testing.make_decoder("mixtral", num_hidden_layers=1))
     kept = prune(model, tmp_path, "--method", "reap", "--families", "experts", "--width", "experts=4")
     assert kept == {(0, 1, 2, 4)}
@@ -75,7 +73,7 @@ def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_
         assert (scores["experts"].argmax(-1) == PLANTED).all()
 
 
-def test_it_is_said_which_share_of_the_tokens_choices_is_lost(moe: Case) -> None:
+def test_it_is_said_which_share_of_the_tokens_choices_is_lost(moe):
     reap, given = criteria.CRITERIA["reap"], make_token_samples(WINDOWS)
     calibration = Calibration(moe.analysis, [moe.analysis.variable("experts")], given)
     scores, evidence = criteria.measure_and_score(reap, calibration)
@@ -103,7 +101,7 @@ def grouped() -> torch.nn.Module:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **sizes, **ranks, **more})).eval()
 
 
-def test_groups_of_experts_keep_their_number_and_as_many_experts_as_a_token_has() -> None:
+def test_groups_of_experts_keep_their_number_and_as_many_experts_as_a_token_has():
     """A class divides its experts into groups by a number that no weight shows: only each group's experts are cut."""
     analysis = analyze(trace(grouped(), dynamic=True))
     groups, within = (analysis.family(name) for name in ("experts.1", "experts.2"))
@@ -133,7 +131,7 @@ class Ungated(torch.nn.Module):
         return self.head(rows[back].view(-1, 2, 20).sum(1) * self.router(x).max(-1, keepdim=True).values)
 
 
-def test_what_reap_cannot_score_is_refused_with_the_way_out_and_fewer_experts_than_a_token_has(moe: Case) -> None:
+def test_what_reap_cannot_score_is_refused_with_the_way_out_and_fewer_experts_than_a_token_has(moe):
     with expect_error(InputError, name="families"):
         criteria.score_units(moe.analysis, "reap", WINDOWS, families=["ffn", "hidden"])
     analysis = analyze(trace(Ungated(), (WINDOWS,), dynamic=True))
@@ -156,9 +154,7 @@ def test_what_reap_cannot_score_is_refused_with_the_way_out_and_fewer_experts_th
     ],
     ids=["latent queries", "shared expert", "learned"],
 )
-def test_other_mixtures_are_cut_trained_and_proven(
-    build: Callable[[], torch.nn.Module], given: dict[str, Any], rank: int
-) -> None:
+def test_other_mixtures_are_cut_trained_and_proven(build, given, rank):
     how = {"method": "wanda", "steps": 2, "batch": 2, "samples": 4, "length": 12, "eval_windows": 1, "eval_length": 12}
     how |= {"data": torch.randint(3, 90, (8, 12)), "align": 1, "progress": None, **given}
     found = mptk.prune(testing.draw_weights(build()), **how)

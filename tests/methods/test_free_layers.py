@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -43,7 +43,7 @@ SETTINGS = mptk.Settings(
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkpoint(tmp_path_factory):
     """Its middle layer adds almost nothing, so the widths of its layers will differ."""
     model = testing.draw_weights(testing.make_llama(layers=3))
     with torch.no_grad():
@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
+def pruned(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "out"
     texts = {"data": [testing.SENTENCES] * 8, "eval_data": [testing.SENTENCES]}
     found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", **texts)
@@ -60,7 +60,7 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     return found
 
 
-def test_the_layer_that_matters_least_loses_most() -> None:
+def test_the_layer_that_matters_least_loses_most():
     samples = torch.randn(16, 24)
     found = mptk.prune(Residual({0, 2}, 3, 64), settings=SETTINGS, example_inputs=(samples,), onnx=False)
     widths = {name: family["width"] for name, family in found.report.families.items() if family["of"] == 64}
@@ -71,7 +71,7 @@ def test_the_layer_that_matters_least_loses_most() -> None:
     assert not [note for note in found.report.notes if "equal layers" in note]
 
 
-def test_it_is_proven_and_verified_with_its_graph_which_writes_text_as_the_cut_model_does(pruned: mptk.Pruned) -> None:
+def test_it_is_proven_and_verified_with_its_graph_which_writes_text_as_the_cut_model_does(pruned):
     assert pruned.folder is not None
     stages = {row["stage"]: row["ok"] for row in pruned.report.proof}
     assert all(stages.values())
@@ -85,7 +85,7 @@ def test_it_is_proven_and_verified_with_its_graph_which_writes_text_as_the_cut_m
     assert text == testing.make_tokenizer().decode([token], skip_special_tokens=True)
 
 
-def test_a_width_of_all_layers_stays_that_of_all_and_a_family_that_is_left_whole_is_named_once() -> None:
+def test_a_width_of_all_layers_stays_that_of_all_and_a_family_that_is_left_whole_is_named_once():
     found = prune_module(Blocks(), layers="free", widths={"ffn.1": 24}, sparsity=0.3).report.families
     assert {f["width"] for name, f in found.items() if name.startswith("ffn.1")} == {24}
     found = prune_module(Blocks(), layers="free", widths={"ffn.1": 40}).report.families
@@ -94,7 +94,7 @@ def test_a_width_of_all_layers_stays_that_of_all_and_a_family_that_is_left_whole
 
 
 @pytest.mark.features
-def test_its_plan_cuts_the_same_model_again_for_a_graph_only(checkpoint: str, pruned: mptk.Pruned) -> None:
+def test_its_plan_cuts_the_same_model_again_for_a_graph_only(checkpoint, pruned):
     asked = {"plan": str(pruned.folder / "plan.json"), "data": [testing.SENTENCES] * 8, "onnx": False, **SHORT}
     again = mptk.prune(checkpoint, target="graph", **asked)
     assert again.report.families == pruned.report.families
@@ -104,14 +104,14 @@ def test_its_plan_cuts_the_same_model_again_for_a_graph_only(checkpoint: str, pr
 
 
 @pytest.fixture(scope="module")
-def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
+def learned(checkpoint, tmp_path_factory):
     """MaskPrune's choice of units at widths that its division of the layers gave, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
     asked = {"method": "maskprune", "steps": 4, "batch": 2, "micro": 2, "lr": 1e-3}
     return mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[testing.SENTENCES] * 16, onnx=False, **asked)
 
 
-def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(learned: mptk.Pruned) -> None:
+def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(learned):
     assert learned.report.sparsity == pytest.approx(SETTINGS.sparsity, abs=SETTINGS.tolerance)
     assert learned.report.recovery["rank"] == 0
     assert set(learned.report.splits) == {"equal layers", "free layers"}
@@ -120,7 +120,7 @@ def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(learne
     assert all(stages.values())
 
 
-def test_a_graph_is_trained_again(learned: mptk.Pruned) -> None:
+def test_a_graph_is_trained_again(learned):
     asked = {"steps": 2, "batch": 2, "micro": 2, "lr": 1e-3, "length": 24, **SHORT}
     found = mptk.recover(learned.folder, None, data=[testing.SENTENCES] * 16, onnx=False, **asked)
     assert found.report.families == learned.report.families
@@ -128,7 +128,7 @@ def test_a_graph_is_trained_again(learned: mptk.Pruned) -> None:
     assert any(not moved[name].equal(weight) for name, weight in learned.model.state_dict().items())
 
 
-def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned: mptk.Pruned, tmp_path: Path) -> None:
+def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint, learned, tmp_path):
     folder = shutil.copytree(learned.folder, tmp_path / "copy")
     weights, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
     analysis = analyze(trace(LlamaForCausalLM.from_pretrained(checkpoint), dynamic=True))
@@ -139,7 +139,7 @@ def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned
             find_changes(analysis, cut, folder, report, trust=NO_CODE)
 
 
-def test_a_budget_that_no_tried_width_meets_is_refused() -> None:
+def test_a_budget_that_no_tried_width_meets_is_refused():
     with expect_error(BudgetError, name="sparsity") as refused:
         prune_module(Residual({0, 2}, 3, 64), layers="free", sparsity=0.95, tolerance=0.01)
     (nearest,) = refused.value.nearest
@@ -160,7 +160,7 @@ def test_a_budget_that_no_tried_width_meets_is_refused() -> None:
         ({"families": ("ffn.1",), "layers": "1", "keep": ("ffn.1",)}, "keep"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(checkpoint: str, tmp_path: Path, change: dict, name: str) -> None:
+def test_what_cannot_be_divided_is_refused(checkpoint, tmp_path, change, name):
     with expect_error(InputError, name=name):
         mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[testing.SENTENCES], **change)
 
@@ -183,7 +183,7 @@ def analyse_llama() -> Analysis:
         ({"families": ("ffn.1",), "keep": ("ffn",)}, "ffn.1"),
     ],
 )
-def test_layers_that_contradict_the_model_or_each_other_are_refused(asked: dict, name: str) -> None:
+def test_layers_that_contradict_the_model_or_each_other_are_refused(asked, name):
     with expect_error(InputError, name=name):
         tie_layers(analyse_llama(), mptk.Settings(method="wanda", target="graph", **asked))
 
@@ -209,12 +209,12 @@ def list_widths(module: torch.nn.Module, **asked: object) -> dict[str, int]:
     ],
     ids=["all but one", "both"],
 )
-def test_only_the_named_layers_are_cut(make: Callable, asked: dict, layers: set, widths: int) -> None:
+def test_only_the_named_layers_are_cut(make, asked, layers, widths):
     found = list_widths(make(), **asked)
     assert (found.keys(), len(set(found.values()))) == (layers, widths)
 
 
-def test_a_layer_has_a_width_of_its_own_and_free_layers_leave_out_those_that_are_kept() -> None:
+def test_a_layer_has_a_width_of_its_own_and_free_layers_leave_out_those_that_are_kept():
     """The one that would lose most is kept."""
     found = list_widths(Residual(set(), 3, 64), families=("ffn",), widths={"ffn.1": 60})
     assert found["ffn.0"] == found["ffn.2"] < found["ffn.1"] == 60
@@ -235,13 +235,13 @@ class Blocks(torch.nn.Module):
         return x
 
 
-def test_a_range_of_layers_counts_the_models_blocks() -> None:
+def test_a_range_of_layers_counts_the_models_blocks():
     found = prune_module(Blocks(), layers="3", tolerance=0.1)
     cut = {layer for family in found.plan.families.values() if family.width < family.of for layer in family.keep}
     assert {layer.split(".")[1] for layer in cut} == {"3"}
 
 
-def test_a_plan_names_no_unit_twice() -> None:
+def test_a_plan_names_no_unit_twice():
     whole = {"width": 32, "of": 64, "keep": {f"model.layers.{i}.mlp": "0-31" for i in range(3)}}
     layer = {"width": 16, "of": 64, "keep": {"model.layers.1.mlp": "0-15"}}
     plan = Plan.from_json({"format": "mptk-plan/1", "families": {"ffn": whole, "ffn.1": layer}})
@@ -260,7 +260,7 @@ def test_a_plan_names_no_unit_twice() -> None:
         ({"families": ("ffn.1",), "widths": {"ffn.1": 60}}, {f"ffn.{i}": (i,) for i in range(3)}, {"ffn.0", "ffn.2"}),
     ],
 )
-def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whole: set[str]) -> None:
+def test_settings_tie_layers(asked, tied, whole):
     found = tie_layers(analyse_llama(), mptk.Settings(method="wanda", target="graph", **asked))
     assert {v.name: v.layers for v in found.variables.values() if v.family.name == "ffn"} == tied
     assert {name for name in found.whole if name.startswith("ffn")} == whole
@@ -268,14 +268,14 @@ def test_settings_tie_layers(asked: dict, tied: dict[str, tuple[int, ...]], whol
     assert found.keep == ()
 
 
-def test_tied_layers_cost_what_they_cost_one_by_one() -> None:
+def test_tied_layers_cost_what_they_cost_one_by_one():
     found = tie_layers(analyse_llama(), mptk.Settings(method="wanda", target="graph", layers="1-2"))
     cost = CostModel(analyse_llama())
     assert cost.tie(found.variables).compute_sparsity({"ffn": 32}) == cost.compute_sparsity({"ffn.1": 32, "ffn.2": 32})
     assert cost.compute_sparsity({"ffn": 32}) == cost.compute_sparsity({f"ffn.{i}": 32 for i in range(3)})
 
 
-def test_no_other_division_loses_less() -> None:
+def test_no_other_division_loses_less():
     """Against all divisions of the same layers, with convex curves."""
     cost, steepness = CostModel(analyse_llama()), {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
     ladder = tuple(range(4, 65, 4))
@@ -294,13 +294,13 @@ def test_no_other_division_loses_less() -> None:
     assert lose_all(found) <= min(lose_all(widths) for widths in every if cost.compute_sparsity(widths) >= 0.2)
 
 
-def test_levels_are_legal_and_fall_from_the_whole() -> None:
+def test_levels_are_legal_and_fall_from_the_whole():
     assert choose_levels(range(4, 65, 4)) == (64, *(round(64 * share) for share in LEVELS))
     assert choose_levels([1, 2, 3]) == (3, 2, 1)
     assert choose_levels([7]) == (7,)
 
 
-def test_a_curve_that_rises_again_is_read_as_level() -> None:
+def test_a_curve_that_rises_again_is_read_as_level():
     """Noise may make a narrower layer seem better than a wider one."""
     cost = CostModel(analyse_llama())
     curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
@@ -319,7 +319,7 @@ def note(strong: set[int]) -> str:
     return next((n for n in found.report.notes if "equal layers" in n), "")
 
 
-def test_it_is_said_only_if_the_first_and_last_layers_matter_most() -> None:
+def test_it_is_said_only_if_the_first_and_last_layers_matter_most():
     said = note({0, DEPTH - 1})
     less, alike, whole = map(float, re.findall(r"\d+\.\d+", said))
     assert less == pytest.approx(alike - whole, abs=0.011)
@@ -327,7 +327,7 @@ def test_it_is_said_only_if_the_first_and_last_layers_matter_most() -> None:
     assert note({2, 3}) == ""  # whole ends would be worse
 
 
-def test_whole_ends_save_as_much_unless_the_user_gives_widths() -> None:
+def test_whole_ends_save_as_much_unless_the_user_gives_widths():
     model = testing.make_llama(layers=DEPTH)
     analysis = analyze(trace(model, dynamic=True))
     dense = Analysed(Loaded(model, None, "llama", Path()), CAUSAL_LM, analysis)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def errors(
 @pytest.mark.parametrize(
     ("gone", "rows", "left"), [((1,), 40_000, 0.02), ((1, 2), 40_000, 0.02), ((1, 3), 40_000, 0.02), ((1, 2), 3, 0.3)]
 )
-def test_what_the_layer_before_a_gap_can_add_is_not_lost(gone: tuple[int, ...], rows: int, left: float) -> None:
+def test_what_the_layer_before_a_gap_can_add_is_not_lost(gone, rows, left):
     """All that removed blocks add is a sum of the units of the block before; the ridge falls with the rows."""
     x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(1))
     analysis = built(alike(4), [x])
@@ -97,7 +96,7 @@ def test_what_the_layer_before_a_gap_can_add_is_not_lost(gone: tuple[int, ...], 
         ("gemma3", None),
     ],
 )
-def test_the_layer_is_found_in_the_graph(architecture: str, layer: str | None) -> None:
+def test_the_layer_is_found_in_the_graph(architecture, layer):
     """A mixture has a matrix for each expert, and behind a norm the sum is not linear in the weight."""
     model, ids = testing.make_decoder(architecture), testing.draw_tokens(8, 20)
     analysis = built(model, [ids])
@@ -120,7 +119,7 @@ class Tapped(nn.Module):
         return self.layers[2](self.layers[1](before)) * before.tanh()
 
 
-def test_a_layer_whose_result_is_read_past_the_gap_stays_as_it_is_and_so_does_a_gap_at_the_start() -> None:
+def test_a_layer_whose_result_is_read_past_the_gap_stays_as_it_is_and_so_does_a_gap_at_the_start():
     analysis = built(Tapped(), [torch.randn(4, 5)])
     gone = [find_gaps(analysis, resolve_plan(analysis, Plan(without(analysis, unit)))) for unit in (1, 2)]
     assert [len(gaps) for gaps in gone] == [0, 1]
@@ -129,7 +128,7 @@ def test_a_layer_whose_result_is_read_past_the_gap_stays_as_it_is_and_so_does_a_
     assert [len(gaps) for gaps in gone] == [0, 1]
 
 
-def test_encoder_and_decoder_have_gaps_of_their_own() -> None:
+def test_encoder_and_decoder_have_gaps_of_their_own():
     torch.manual_seed(0)
     config = T5Config(vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_heads=3, num_layers=3, decoder_start_token_id=0)
     model, ids = T5ForConditionalGeneration(config).eval(), testing.draw_tokens(8, 9)
@@ -140,7 +139,7 @@ def test_encoder_and_decoder_have_gaps_of_their_own() -> None:
 
 
 @torch.no_grad()
-def test_a_gap_and_a_narrower_layer_before_it_are_made_up_for_at_once() -> None:
+def test_a_gap_and_a_narrower_layer_before_it_are_made_up_for_at_once():
     """Each unit that goes is the double of one that stays, as in the removed block."""
     x = torch.randn(4000, 5, generator=torch.Generator().manual_seed(1))
     net = alike(3)
@@ -155,7 +154,7 @@ def test_a_gap_and_a_narrower_layer_before_it_are_made_up_for_at_once() -> None:
         assert after < 0.02 * before
 
 
-def test_a_folder_whose_gap_is_made_up_for_is_proven(tmp_path: Path) -> None:
+def test_a_folder_whose_gap_is_made_up_for_is_proven(tmp_path):
     source = save_word_model(make_llama(layers=3), tmp_path / "dense")
     settings = replace(SETTINGS, method="influence", sparsity=0.3, tolerance=0.1, onnx=False, samples=16)
     plain = mptk.prune(source, None, replace(settings, reconstruct=False)).report

@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -34,21 +33,21 @@ import mptk
 from mptk import Report, testing, verify
 from mptk.config import LossWeights
 from mptk.errors import AnalysisError, InputError, PackageError
-from mptk.testing import Laboratory, expect_error, save_word_model
+from mptk.testing import expect_error, save_word_model
 
 STAGES = ["learned masks", "trained model", "config", "stored weights", "rewritten graph", "reloaded checkpoint"]
 BRIEF = replace(SETTINGS, learning=replace(LEARNING, steps=4))
 
 
 @pytest.fixture(scope="module")
-def learned(llama, tmp_path_factory) -> Path:
+def learned(llama, tmp_path_factory):
     """An unbroken run."""
     out = tmp_path_factory.mktemp("learned") / "out"
     mptk.prune(llama, out, SETTINGS)
     return out
 
 
-def test_masks_are_learned_and_the_folder_is_an_ordinary_model(learned: Path) -> None:
+def test_masks_are_learned_and_the_folder_is_an_ordinary_model(learned):
     report = Report.read(learned)
     assert report.sparsity == pytest.approx(0.35, abs=0.01)
     assert all(d["relative"] <= d["tolerance"] for d in report.proof)
@@ -63,7 +62,7 @@ def test_masks_are_learned_and_the_folder_is_an_ordinary_model(learned: Path) ->
     assert verify(learned)
 
 
-def test_a_run_stopped_again_and_again_ends_with_the_same_bits(llama: str, learned: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(llama, learned, tmp_path):
     out, settings = tmp_path / "out", replace(SETTINGS, resume=True)
     for stage, done in (("masks", 3), ("recovery", 3), ("prove", 0)):
         with pytest.raises(Stopped):
@@ -87,7 +86,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
             each.send_signal(signal.SIGKILL)
 
 
-def test_sharded_processes_that_are_killed_go_on_and_end_as_one(llama: str, learned: Path, tmp_path: Path) -> None:
+def test_sharded_processes_that_are_killed_go_on_and_end_as_one(llama, learned, tmp_path):
     out, run = tmp_path / "out", tmp_path / "out.run"
     with pytest.raises(Stopped):
         mptk.prune(llama, out, SETTINGS, progress=stop_at("masks", 4))
@@ -108,7 +107,7 @@ def test_sharded_processes_that_are_killed_go_on_and_end_as_one(llama: str, lear
     require_same(learned, out)
 
 
-def test_half_precision_learns_much_the_same_and_it_is_proven(llama: str, learned: Path, tmp_path: Path) -> None:
+def test_half_precision_learns_much_the_same_and_it_is_proven(llama, learned, tmp_path):
     settings = replace(BRIEF, learning=replace(BRIEF.learning, precision="bf16"))
     report = mptk.prune(llama, tmp_path / "out", settings).report
     first, exact = metrics(tmp_path / "out")[0]["loss"], metrics(learned)[0]["loss"]
@@ -119,7 +118,7 @@ def test_half_precision_learns_much_the_same_and_it_is_proven(llama: str, learne
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_configuration_that_fails_leaves_nothing_in_the_way(llama: str, tmp_path: Path) -> None:
+def test_a_configuration_that_fails_leaves_nothing_in_the_way(llama, tmp_path):
     wanting = replace(SETTINGS, learning=replace(LEARNING, steps=2, tracker="wandb"))
     with expect_error(PackageError, name="wandb"):
         mptk.prune(llama, tmp_path / "out", wanting)
@@ -127,14 +126,14 @@ def test_a_configuration_that_fails_leaves_nothing_in_the_way(llama: str, tmp_pa
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_a_trackers_files_come_with_the_folder(llama: str, tmp_path: Path) -> None:
+def test_a_trackers_files_come_with_the_folder(llama, tmp_path):
     settings = replace(LEARNING, steps=2, tracker="tensorboard")
     mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method="magnitude", learning=settings))
     (file,) = (tmp_path / "out" / "tracker").glob("events.*")
     assert b"recovery/loss" in file.read_bytes()
 
 
-def test_all_weights_can_be_trained_a_shared_one_too(llama: str, tmp_path: Path) -> None:
+def test_all_weights_can_be_trained_a_shared_one_too(llama, tmp_path):
     learning = replace(LEARNING, steps=2, rank=0)
     report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method="magnitude", learning=learning)).report
     assert {"lm_head.weight", "model.embed_tokens.weight"} & set(report.trained)
@@ -148,7 +147,7 @@ def test_all_weights_can_be_trained_a_shared_one_too(llama: str, tmp_path: Path)
     assert worse.weights_sha256 == report.weights_sha256
 
 
-def test_a_folder_can_be_recovered_alone(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_folder_can_be_recovered_alone(laboratory, tmp_path):
     pruned = laboratory.open_pruned()
     training = replace(TRAINING, lr=1e-3, losses=LossWeights(lm=0.0))
     settings = replace(SETTINGS, learning=replace(LEARNING, steps=24, training=training))
@@ -159,7 +158,7 @@ def test_a_folder_can_be_recovered_alone(laboratory: Laboratory, tmp_path: Path)
     assert verify(tmp_path / "recovered")
 
 
-def test_budgets_count_what_they_say_and_kept_families_stay_whole_and_given_widths_stay(llama: str) -> None:
+def test_budgets_count_what_they_say_and_kept_families_stay_whole_and_given_widths_stay(llama):
     settings = replace(BRIEF, budget="flops", sparsity=0.21, keep=("kv_groups", "q_heads"))
     report = mptk.prune(llama, None, settings).report
     dense, pruned = (report.cost[k]["flops"] for k in ("dense", "pruned"))
@@ -170,7 +169,7 @@ def test_budgets_count_what_they_say_and_kept_families_stay_whole_and_given_widt
     assert report.sparsity == pytest.approx(0.37, abs=0.01)
 
 
-def test_flaps_biases_go_through_recovery(tmp_path: Path) -> None:
+def test_flaps_biases_go_through_recovery(tmp_path):
     gpt2 = save_word_model(testing.make_decoder("gpt2", pad_token_id=None), tmp_path / "gpt2")
     how = {"method": "flap", "families": ("ffn",), "widths": {"ffn": 48}, "learning": replace(LEARNING, steps=2)}
     report = mptk.prune(gpt2, tmp_path / "out", replace(SETTINGS, **how)).report
@@ -178,7 +177,7 @@ def test_flaps_biases_go_through_recovery(tmp_path: Path) -> None:
     assert verify(tmp_path / "out")
 
 
-def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
+def test_experts_stay_whole_unless_they_are_asked_for(tmp_path):
     values = {**llama_config(num_hidden_layers=1).to_dict(), "num_local_experts": 4, "num_experts_per_tok": 2}
     config = MixtralConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
     mixtral = save_word_model(MixtralForCausalLM(config), tmp_path / "mixtral")
@@ -197,7 +196,7 @@ AGAIN = {"target": "graph", "learning": replace(LEARNING, rank=0, gradient_check
     ("change", "name"),
     [(AGAIN, "gradient_checkpointing"), ({"target": "graph", **HIDDEN}, "rank"), (HIDDEN, "rank")],
 )
-def test_what_cannot_be_learned_is_said_early(llama: str, tmp_path: Path, change: dict[str, Any], name: str) -> None:
+def test_what_cannot_be_learned_is_said_early(llama, tmp_path, change, name):
     with expect_error(InputError, name=name):
         mptk.prune(llama, tmp_path / "out", replace(SETTINGS, **change))
     assert list(tmp_path.iterdir()) == []

@@ -39,7 +39,7 @@ SHAPES = [(2, 5, 11), (2, 5, CHUNK // 4), (1, 2, CHUNK + 3)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", [LossWeights(lm=0.0), LossWeights(kl=0.0), LossWeights(lm=0.3, kl=1.7)])
-def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(shape: tuple, weights: LossWeights) -> None:
+def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(shape, weights):
     student, teacher = logits(0, *shape).requires_grad_(), logits(1, *shape) + 300
     ids = torch.randint(11, shape[:2], generator=torch.Generator().manual_seed(2))
     lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -55,7 +55,7 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(shape: tuple, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_logits_have_the_losses_and_the_gradient_of_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+def test_narrow_logits_have_the_losses_and_the_gradient_of_the_same_numbers_in_float32(dtype):
     """The loss is scaled after it, as float16 needs: by then no part of its gradient may be 0."""
     shape, scale = SHAPES[1], 2.0**16
     student, teacher = logits(0, *shape).to(dtype).requires_grad_(), logits(1, *shape).to(dtype)
@@ -69,7 +69,7 @@ def test_narrow_logits_have_the_losses_and_the_gradient_of_the_same_numbers_in_f
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(shape: tuple[int, int, int]) -> None:
+def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(shape):
     student, short = logits(0, *shape).requires_grad_(), shorten_logits(logits(1, *shape), 3)
     logs = log_softmax(student, -1)
     top = logs.gather(-1, short.tokens)
@@ -81,7 +81,7 @@ def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(shape: tu
     torch.testing.assert_close(torch.autograd.grad(found, student)[0], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -> None:
+def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it():
     student, teacher = logits(0, 2, 5, 40), logits(1, 2, 5, 40)
     full = divergence(student, teacher).item()
     values = [divergence(student, shorten_logits(teacher, k)).item() for k in (1, 5, 20, 39)]
@@ -91,7 +91,7 @@ def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -
     assert divergence(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
+def test_hidden_error_is_relative_to_the_teachers_spread():
     h = logits(0, 2, 3, 7)
     assert compute_hidden_error([h], [h]).item() == 0
     mean = h.mean((0, 1)).expand_as(h)
@@ -114,7 +114,7 @@ class Live:
         return self.model(*samples.tensors, use_cache=False).logits, None
 
 
-def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:
+def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path):
     live, windows = Live(), make_token_samples(testing.draw_tokens(6, 9))
     student = logits(0, 2, 9, 97)
     exact = divergence(student, live(windows[torch.tensor([4, 1])])[0]).item()
@@ -129,7 +129,7 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
     assert live.calls == [2, 2, 1]
 
 
-def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
+def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path):
     """As when it is in shards; else the other would wait for ever."""
     live, windows = Live(), make_token_samples(testing.draw_tokens(2, 9))
     for asked in (True, True, False):
@@ -137,7 +137,7 @@ def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it
     assert live.calls == [2, 2]
 
 
-def test_a_fingerprint_tells_models_apart() -> None:
+def test_a_fingerprint_tells_models_apart():
     one, other = testing.make_decoder("llama"), testing.make_decoder("llama")
     assert hash_model_weights(one) == hash_model_weights(other)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_a_fingerprint_tells_models_apart() -> None:
     ("architecture", "executor"),
     [("llama", Executor(stage=9_000, borders=0)), ("phi3", EXECUTOR), ("gpt2", EXECUTOR), ("opt", EXECUTOR)],
 )
-def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str, executor: Executor) -> None:
+def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture, executor):
     """If every removed unit is the double of a kept one, nothing need be lost; much text, for a small ridge."""
     model, ids = testing.make_decoder(architecture), testing.draw_tokens(200, 40)
     analysis = analyze(trace(model, dynamic=True))
@@ -186,7 +186,7 @@ def fit(x: torch.Tensor, dense: torch.Tensor, keep: torch.Tensor, *, few: bool =
     return found.solve(dense, dense * 1.1)
 
 
-def test_few_rows_give_the_same_fit_as_their_products() -> None:
+def test_few_rows_give_the_same_fit_as_their_products():
     dense, x = draw((11, 17), (5, 17))
     keep = torch.arange(17) % 3 > 0
     found = [fit(x, dense, keep, few=few) for few in (True, False)]
@@ -194,7 +194,7 @@ def test_few_rows_give_the_same_fit_as_their_products() -> None:
     assert not found[0][:, ~keep].any()
 
 
-def test_one_huge_input_does_not_keep_a_layer_from_being_fitted() -> None:
+def test_one_huge_input_does_not_keep_a_layer_from_being_fitted():
     """As where a model makes its massive activations: the ridge follows the other inputs."""
     x, dense = draw((400, 6), (11, 6))
     x[:, 5], x[0, 0] = x[:, 4], 3000.0  # the last is a copy, and goes
@@ -202,14 +202,14 @@ def test_one_huge_input_does_not_keep_a_layer_from_being_fitted() -> None:
     assert left.norm() < 0.3 * (x[1:, 5:] @ dense[:, 5:].T).norm()
 
 
-def test_more_text_lets_a_fit_go_further_from_the_dense_weights() -> None:
+def test_more_text_lets_a_fit_go_further_from_the_dense_weights():
     x, dense = draw((40, 6), (11, 6))
     x[:, 5] = x[:, 4]  # the last goes, and its copy can make up for it
     more, less = ((x @ (fit(x.repeat(n, 1), dense, torch.arange(6) < 5) - dense).T).norm() for n in (100, 1))
     assert more < 0.1 * less
 
 
-def test_activations_computed_again_change_no_gradient() -> None:
+def test_activations_computed_again_change_no_gradient():
     ids, found = testing.draw_tokens(), []
     for again in (False, True):
         model, calls = testing.make_decoder("llama"), list[int]()
@@ -223,13 +223,13 @@ def test_activations_computed_again_change_no_gradient() -> None:
     torch.testing.assert_close(gradients, expected)
 
 
-def test_the_rate_rises_and_falls_to_nothing() -> None:
+def test_the_rate_rises_and_falls_to_nothing():
     rates = [schedule(step, 100, 0.05) for step in range(100)]
     assert (rates[0], max(rates)) == (pytest.approx(0.2), 1.0)
     assert rates[-1] < 0.001
 
 
-def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
+def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path):
     out = tmp_path / "out"
     work = RunFolder(out, {"steps": 3}, resume=False)
     for step in (1, 2, 3):
@@ -246,6 +246,6 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
     assert len((again.path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_masks_take_eight_steps_of_many_a_tenth_and_of_few_two_fifths() -> None:
+def test_masks_take_eight_steps_of_many_a_tenth_and_of_few_two_fifths():
     assert [Learning(steps=n).mask_steps for n in (3, 12, 20, 80, 200)] == [2, 5, 8, 8, 8]
     assert Learning(steps=12, mask_share=0.5).mask_steps == 6

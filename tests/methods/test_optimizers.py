@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)])
-def test_an_orthogonal_matrix_keeps_the_directions_and_makes_all_about_as_large(shape: tuple[int, int]) -> None:
+def test_an_orthogonal_matrix_keeps_the_directions_and_makes_all_about_as_large(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     seen = left.T @ train.make_orthogonal(matrix) @ right.T
@@ -38,7 +37,7 @@ def test_an_orthogonal_matrix_keeps_the_directions_and_makes_all_about_as_large(
     assert (seen - seen.diagonal().diag()).abs().max() < 0.02
 
 
-def test_its_steps_are_those_of_torch() -> None:
+def test_its_steps_are_those_of_torch():
     start = torch.linspace(-1, 1, 24).reshape(4, 6)
     own, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     both = Muon([own], [], 0.1), torch.optim.Muon([other], 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -52,7 +51,7 @@ def test_its_steps_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-def test_the_graph_of_a_model_has_the_matrices_of_the_model_and_no_table_is_one(architecture: str) -> None:
+def test_the_graph_of_a_model_has_the_matrices_of_the_model_and_no_table_is_one(architecture):
     model = testing.make_decoder(architecture)
     flat = {name for name, p in model.named_parameters() if p.ndim == 2}
     tables = {name for name in flat if name.endswith(TABLES)}
@@ -63,7 +62,7 @@ def test_the_graph_of_a_model_has_the_matrices_of_the_model_and_no_table_is_one(
         assert {name for name, p in each.named_parameters() if id(p) in chosen} == flat - tables
 
 
-def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
+def test_the_rest_is_trained_by_adamw_and_each_has_its_rate():
     model, twin = testing.make_decoder("llama"), testing.make_decoder("llama")
     model.model.norm.weight.requires_grad_(False)
     muon = make_optimizer(model, Training(lr=1e-3, optimizer="muon"))
@@ -80,14 +79,14 @@ def test_the_rest_is_trained_by_adamw_and_each_has_its_rate() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(llama, tmp_path_factory):
     """An unbroken run."""
     out = tmp_path_factory.mktemp("muon") / "out"
     mptk.prune(llama, out, MUON)
     return out
 
 
-def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, whole: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama, whole, tmp_path):
     broken = tmp_path / "broken"
     with pytest.raises(Stopped):
         mptk.prune(llama, broken, MUON, progress=stop_at("recovery", 3))
@@ -98,21 +97,21 @@ def test_a_run_stopped_in_recovery_ends_with_the_same_bits(llama: str, whole: Pa
     assert last < first
 
 
-def test_a_graph_is_trained_too(llama: str, tmp_path: Path) -> None:
+def test_a_graph_is_trained_too(llama, tmp_path):
     report = mptk.prune(llama, tmp_path / "out", replace(MUON, target="graph")).report
     first, *_, last = report.recovery["losses"].values()
     assert last < first
     assert all(stage["ok"] for stage in report.proof)
 
 
-def test_processes_with_shards_train_alike(llama: str, whole: Path, tmp_path: Path) -> None:
+def test_processes_with_shards_train_alike(llama, whole, tmp_path):
     out = tmp_path / "out"
     done = subprocess.run(shard(llama, out, MUON_COMMAND), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["loss"] for row in metrics(out)] == pytest.approx([row["loss"] for row in metrics(whole)], rel=1e-3)
 
 
-def test_adapters_are_trained_by_adamw() -> None:
+def test_adapters_are_trained_by_adamw():
     learning = replace(LEARNING, rank=None, training=Training(optimizer="muon"))
     assert learning.of_masks(0.2).training.optimizer == "adamw"
     assert learning.of_recovery(frozen=True, size=0.2).training.optimizer == "adamw"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ def unpack(weight: Tensor, bits: int, block: int) -> Tensor:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("inputs", [20, 64, 100, 300])
-def test_weights_are_rounded_as_onnx_runtime_rounds_them(bits: int, inputs: int) -> None:
+def test_weights_are_rounded_as_onnx_runtime_rounds_them(bits, inputs):
     weight = torch.randn(6, inputs)
     weight[1], weight[2], weight[3] = 0, weight[2].abs(), -weight[3].abs()
     _, block = choose_format(bits, inputs, logits=False)
@@ -43,7 +42,7 @@ def test_weights_are_rounded_as_onnx_runtime_rounds_them(bits: int, inputs: int)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_inside_each_product_has_rounded_weights_whose_gradient_the_exact_ones_get(kind: str) -> None:
+def test_inside_each_product_has_rounded_weights_whose_gradient_the_exact_ones_get(kind):
     model = testing.make_decoder(kind)
     exact = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = testing.draw_tokens()
@@ -64,7 +63,7 @@ def test_inside_each_product_has_rounded_weights_whose_gradient_the_exact_ones_g
         torch.testing.assert_close(gradients[name], p.grad)
 
 
-def test_a_run_trains_the_rounded_weights_and_writes_the_exact_ones(llama: str, tmp_path: Path) -> None:
+def test_a_run_trains_the_rounded_weights_and_writes_the_exact_ones(llama, tmp_path):
     settings = replace(SETTINGS, method="wanda", onnx=True, quantize=("int4",), learning=AWARE)
     aware = mptk.prune(llama, tmp_path / "aware", settings)
     plain = mptk.prune(llama, tmp_path / "plain", replace(settings, learning=replace(AWARE, quantize_aware=False)))
@@ -80,12 +79,12 @@ def test_a_run_trains_the_rounded_weights_and_writes_the_exact_ones(llama: str, 
 
 
 @pytest.mark.parametrize(("quantize", "rank"), [((), 0), (("fp16",), 0), (("int8", "int4"), 0), (("int4",), 4)])
-def test_it_needs_one_graph_and_all_weights(quantize: tuple[str, ...], rank: int) -> None:
+def test_it_needs_one_graph_and_all_weights(quantize, rank):
     with expect_error(InputError, name="quantize_aware"):
         replace(SETTINGS, onnx=True, learning=replace(AWARE, rank=rank or None), quantize=quantize)
 
 
-def test_a_graph_has_no_layers_to_round(llama: str, tmp_path: Path) -> None:
+def test_a_graph_has_no_layers_to_round(llama, tmp_path):
     settings = replace(SETTINGS, method="wanda", onnx=True, quantize=("int4",), learning=AWARE, target="graph")
     with expect_error(InputError, name="quantize_aware"):
         mptk.prune(llama, tmp_path / "out", settings)

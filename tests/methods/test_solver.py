@@ -59,7 +59,7 @@ def lost(h: dict[str, Tensor], widths: dict[str, int]) -> float:
 @both_updates
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("budget", "steps"), [(0.8, 400), (0.6, 400), (0.4, 400), (0.6, 10)])
-def test_it_finds_the_best_widths_and_meets_the_budget(seed: int, budget: float, steps: int, masks: str) -> None:
+def test_it_finds_the_best_widths_and_meets_the_budget(seed, budget, steps, masks):
     h = curvatures(seed)
     solver = solve(h, budget, steps, masks=masks)
     assert resource(solver.compute_widths()) == pytest.approx(budget, abs=0.02)
@@ -72,7 +72,7 @@ def test_it_finds_the_best_widths_and_meets_the_budget(seed: int, budget: float,
 
 
 @pytest.mark.parametrize("width", [10, 36])
-def test_a_given_width_is_held_and_the_rest_meets_the_budget(width: int) -> None:
+def test_a_given_width_is_held_and_the_rest_meets_the_budget(width):
     solver = solve(curvatures(0), 0.6, given={"ffn": width})
     assert solver.compute_widths()["ffn"] == width
     assert resource(solver.compute_widths()) == pytest.approx(0.6, abs=0.02)
@@ -87,7 +87,7 @@ def test_a_given_width_is_held_and_the_rest_meets_the_budget(width: int) -> None
 
 @both_updates
 @pytest.mark.parametrize("given", [{}, {"ffn": 12}])
-def test_after_a_larger_cut_it_starts_there_and_takes_back_nothing(given: dict[str, int], masks: str) -> None:
+def test_after_a_larger_cut_it_starts_there_and_takes_back_nothing(given, masks):
     """Of every layer other units are gone, and their removal would cost most."""
     h, stays = curvatures(0), {c: torch.ones(s, dtype=torch.bool) for c, s in SHAPES.items()}
     for layer in range(3):
@@ -105,7 +105,7 @@ def test_after_a_larger_cut_it_starts_there_and_takes_back_nothing(given: dict[s
 
 
 @both_updates
-def test_it_removes_the_units_that_cost_least(masks: str) -> None:
+def test_it_removes_the_units_that_cost_least(masks):
     h = curvatures(0)
     solver = solve(h, 0.6, masks=masks)
     for c in SHAPES:
@@ -121,7 +121,7 @@ def test_it_removes_the_units_that_cost_least(masks: str) -> None:
             assert m[~tail].mean() > 0.95
 
 
-def test_all_layers_and_scope_rows_lose_the_same_number_of_units() -> None:
+def test_all_layers_and_scope_rows_lose_the_same_number_of_units():
     solver = Solver({"q": (2, 3, 6)}, lambda w: w["q"] / 6, 0.5, 60)
     g = torch.Generator().manual_seed(0)
     for _ in range(60):
@@ -131,7 +131,7 @@ def test_all_layers_and_scope_rows_lose_the_same_number_of_units() -> None:
 
 
 @both_updates
-def test_a_removed_unit_comes_back_once_the_loss_needs_it(masks: str) -> None:
+def test_a_removed_unit_comes_back_once_the_loss_needs_it(masks):
     solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.75, 20, masks=masks)
     worth = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]) * 1e-3
     gone = []
@@ -149,7 +149,7 @@ def test_a_removed_unit_comes_back_once_the_loss_needs_it(masks: str) -> None:
     assert m.max() == 1
 
 
-def test_the_proximal_step_is_the_least_of_its_sum_and_y_grows_with_what_it_leaves() -> None:
+def test_the_proximal_step_is_the_least_of_its_sum_and_y_grows_with_what_it_leaves():
     """argmin_x ½ (x − m)² + η y x², by search; without a gradient y rises by η_y · mean m² of the tail."""
     m, tail, nothing = torch.full((1, 1, 4), 0.8), torch.tensor([[[True, True, False, False]]]), torch.zeros(1, 1, 4)
     update = Proximal(Rates(proximal=5.0, dual=2.0), 10)
@@ -168,7 +168,7 @@ def rising(cost: Callable[[dict[str, float]], float]) -> Solver:
     return solver
 
 
-def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
+def test_the_price_of_a_unit_is_that_of_the_next_one_to_go():
     solver = rising(lambda widths: widths["ffn"] / 4)
     values = solver.compute_saliency("ffn").clamp_min(0).flatten().sort().values
     for removed, k in ((0.0, 0), (1.2, 2), (3.0, 3), (3.5, 3)):
@@ -176,7 +176,7 @@ def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
         assert solver._predict_marginal("ffn") == pytest.approx(float(values[k]))
 
 
-def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves() -> None:
+def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves():
     solver = rising(lambda widths: widths["ffn"] ** 2 / 16)
     solver._move_widths(["ffn"])
     assert solver.removed["ffn"] > 0
@@ -184,7 +184,7 @@ def test_the_first_price_is_what_the_next_unit_costs_over_what_it_saves() -> Non
     assert solver.z == pytest.approx(solver._predict_marginal("ffn") / (2 * 4 / 16))
 
 
-def test_a_width_that_costs_more_y_is_cut_less() -> None:
+def test_a_width_that_costs_more_y_is_cut_less():
     """The duals of a family's layers are part of the price of its next unit."""
     solver = Solver({"ffn": (2, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.5, 10)
     solver.masks["ffn"].grad = torch.ones(2, 1, 4)
@@ -194,13 +194,13 @@ def test_a_width_that_costs_more_y_is_cut_less() -> None:
     assert solver._predict_marginal("ffn") == pytest.approx(2 * before)
 
 
-def test_each_update_can_be_chosen() -> None:
+def test_each_update_can_be_chosen():
     (choices,) = [each.setting.choices for each in Learning.declared if each.path == "masks"]
     assert choices is not None
     assert set(choices.names) == set(UPDATES)
 
 
-def test_a_given_width_is_approached_as_the_budget_falls_and_reached_if_there_is_none_to_meet() -> None:
+def test_a_given_width_is_approached_as_the_budget_falls_and_reached_if_there_is_none_to_meet():
     free, falling = (Solver(SHAPES, resource, *how, given={"ffn": 20}) for how in ((1.0, 10), (0.6, 100)))
     for solver in (free, falling):
         for m in solver.masks.values():
@@ -210,7 +210,7 @@ def test_a_given_width_is_approached_as_the_budget_falls_and_reached_if_there_is
     assert 0 < falling.removed["ffn"] < 20
 
 
-def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it() -> None:
+def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it():
     def list_prices(cost: float) -> list[float]:
         solver = Solver(SHAPES, lambda w: cost + 1e-3 * resource(w), 0.5, 40, Rates(width=0.0), ramp=0.0)
         solver.removed = dict.fromkeys(SHAPES, 3.0)
@@ -229,7 +229,7 @@ def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it() -> No
     assert below[0] > below[-1] > 0
 
 
-def test_masks_at_one_are_passed_on_unchanged_with_their_gradient() -> None:
+def test_masks_at_one_are_passed_on_unchanged_with_their_gradient():
     solver = Solver({"ffn": (1, 1, 3)}, lambda w: 1.0, 0.5, 10)
     applied = solver.get_mask("ffn", 0)
     assert torch.equal(applied, torch.ones(1, 3))
@@ -237,7 +237,7 @@ def test_masks_at_one_are_passed_on_unchanged_with_their_gradient() -> None:
     assert solver.masks["ffn"].grad.tolist() == [[[1.0, -2.0, 3.0]]]
 
 
-def test_a_restored_solver_continues_with_the_same_numbers() -> None:
+def test_a_restored_solver_continues_with_the_same_numbers():
     h = curvatures(2)
     whole = solve(h, 0.6, steps=20)
     again = Solver(SHAPES, resource, 0.6, 20)
@@ -250,7 +250,7 @@ def test_a_restored_solver_continues_with_the_same_numbers() -> None:
         assert torch.equal(tensor, again.state()[name]), name
 
 
-def test_a_gradient_that_is_not_finite_and_a_dual_that_diverges_stop_the_run() -> None:
+def test_a_gradient_that_is_not_finite_and_a_dual_that_diverges_stop_the_run():
     solver = Solver({"ffn": (1, 1, 3)}, lambda w: w["ffn"] / 3, 0.5, 10)
     solver.masks["ffn"].grad = torch.tensor([[[1.0, math.nan, 0.0]]])
     with expect_error(InputError):
@@ -267,7 +267,7 @@ def test_a_gradient_that_is_not_finite_and_a_dual_that_diverges_stop_the_run() -
         run()
 
 
-def test_tokens_own_gradients_give_the_curvature_in_one_batch() -> None:
+def test_tokens_own_gradients_give_the_curvature_in_one_batch():
     tokens, h, g = 1000, curvatures(0), torch.Generator().manual_seed(2)
     one, many = Solver(SHAPES, resource, 0.5, 10), Solver(SHAPES, resource, 0.5, 10)
     for c, (layers, scopes, size) in SHAPES.items():
@@ -288,7 +288,7 @@ def test_tokens_own_gradients_give_the_curvature_in_one_batch() -> None:
     assert torch.allclose(solver.squares["heads"][0].flatten(), of_scopes.square().sum(0).to(solver.squares["heads"]))
 
 
-def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None:
+def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better():
     g = torch.Generator().manual_seed(5)
     h = torch.rand(3, 1, 400, generator=g).mul(6).exp() * 1e-3
 
@@ -316,7 +316,7 @@ def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None
 
 
 @both_updates
-def test_blocks_go_in_their_order_and_those_that_stay_never(masks: str) -> None:
+def test_blocks_go_in_their_order_and_those_that_stay_never(masks):
     """How many go follows from their worth, and which from the order that was given."""
     h = {"layers": torch.tensor([[[4.0, 1.0, 2.0, 3.0, 5.0]]]) * 1e-3}
     solver = Solver({"layers": (1, 1, 5)}, lambda w: w["layers"] / 5, 0.6, 40, blocks={"layers": [3]}, masks=masks)
@@ -337,7 +337,7 @@ def test_blocks_go_in_their_order_and_those_that_stay_never(masks: str) -> None:
     assert int((~solver.mark_tail("layers")).nonzero()[0, 2]) == 3
 
 
-def test_what_a_run_remembers_of_its_gradients_does_not_depend_on_its_steps() -> None:
+def test_what_a_run_remembers_of_its_gradients_does_not_depend_on_its_steps():
     """At the end of d, which starts at 0, the same part of a gradient that stays as it was."""
     found = []
     for steps in (4, 8, 80):

@@ -47,14 +47,14 @@ def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-def test_a_step_is_of_its_batch_however_that_is_divided(tmp_path: Path, micro: int) -> None:
+def test_a_step_is_of_its_batch_however_that_is_divided(tmp_path, micro):
     whole, _ = loop(tmp_path, "whole")._step(0)
     parts, _ = loop(tmp_path, "parts", micro=micro)._step(0)
     for name in ("loss", "lm", "gradient"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-5)
 
 
-def test_random_numbers_go_on_where_a_stopped_run_left_them(tmp_path: Path) -> None:
+def test_random_numbers_go_on_where_a_stopped_run_left_them(tmp_path):
     def losses() -> list[float]:
         seen: list[float] = []
         one = loop(tmp_path, "run", noise=1.0)
@@ -95,7 +95,7 @@ def watching(tmp_path: Path, losses: Sequence[float], **how: Any) -> tuple[Loop,
         ([5.0, 6.0, 7.0, 8.0, 9.0], 0, ("5", "9", "4")),
     ],
 )
-def test_the_weights_of_the_least_held_out_loss_are_kept(tmp_path: Path, losses: list, kept: int, said: tuple) -> None:
+def test_the_weights_of_the_least_held_out_loss_are_kept(tmp_path, losses, kept, said):
     """Before a stop and after. A note gives the step that is kept, the number of steps, and both losses."""
     one, weights = watching(tmp_path, losses)
     one.run()
@@ -119,7 +119,7 @@ def limited(ends: float, *, least: int = 1, most: int = 40) -> TimeLimit:
     return TimeLimit(began=0.0, ends=ends, **costs, least=least, most=most)
 
 
-def test_a_run_by_minutes_takes_as_many_steps_as_there_is_time_for(tmp_path: Path) -> None:
+def test_a_run_by_minutes_takes_as_many_steps_as_there_is_time_for(tmp_path):
     """The rate of the last step shows that the rate of learning falls to its end over the steps that are taken."""
 
     def run(name: str, limit: TimeLimit | None, steps: int) -> tuple[int, float, Tensor]:
@@ -139,7 +139,7 @@ def test_a_run_by_minutes_takes_as_many_steps_as_there_is_time_for(tmp_path: Pat
     assert torch.equal(weights, whole)
 
 
-def test_a_run_by_minutes_ends_when_the_held_out_loss_has_stopped_falling(tmp_path: Path) -> None:
+def test_a_run_by_minutes_ends_when_the_held_out_loss_has_stopped_falling(tmp_path):
     losses = [5.0, 4.0, *[4.1] * 60]
     one, weights = watching(tmp_path, losses, steps=30, limit=limited(NEVER, most=30))
     one.run()
@@ -152,7 +152,7 @@ def test_a_run_by_minutes_ends_when_the_held_out_loss_has_stopped_falling(tmp_pa
     assert typed.steps == 14, "steps that the user gave are taken"
 
 
-def test_a_step_that_is_not_finite_stops_the_run_and_leaves_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_its_last_checkpoint(tmp_path):
     loop(tmp_path, "run", steps=2).run()
     with expect_error(InputError, name="lr"):
         loop(tmp_path, "run", noise=float("inf")).run()
@@ -161,7 +161,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_its_last_checkpoint(
     assert state["parameter.embed.weight"].isfinite().all()
 
 
-def test_the_held_out_loss_is_that_of_all_windows(tmp_path: Path) -> None:
+def test_the_held_out_loss_is_that_of_all_windows(tmp_path):
     one = loop(tmp_path, "held", watch=Watch(WINDOWS))
     with torch.no_grad():
         (losses,) = one._compute_losses(WINDOWS)
@@ -169,7 +169,7 @@ def test_the_held_out_loss_is_that_of_all_windows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "masks", "lora", "full"), [(0.19, 1e-3, 3e-3, 3e-4), (0.0395, 2e-4, 6e-4, 6e-5)])
-def test_rates_follow_the_size_of_the_weights(size: float, masks: float, lora: float, full: float) -> None:
+def test_rates_follow_the_size_of_the_weights(size, masks, lora, full):
     found = Learning(steps=8)
     assert found.of_masks(size).training.lr == masks
     assert found.of_recovery(False, size).training.lr == full
@@ -179,7 +179,7 @@ def test_rates_follow_the_size_of_the_weights(size: float, masks: float, lora: f
     assert given.of_masks(size).training.lr == given.of_recovery(False, size).training.lr == 0.5
 
 
-def test_the_size_of_weights_is_the_median_of_the_matrices() -> None:
+def test_the_size_of_weights_is_the_median_of_the_matrices():
     module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4))
     with torch.no_grad():
         for i, value in ((0, 0.01), (1, 7.0), (2, -3.0), (3, 0.2)):

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from commands import done
-from inside import Inside
 
 import mptk
 from mptk import Samples
@@ -22,7 +21,7 @@ from mptk.errors import MachineError
 from mptk.ort.sessions import HOST, list_providers, locate_memory, open_session
 from mptk.protocols import Compiled, Proven, find_session_device
 from mptk.targets import ONNX
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 GPU = "CUDAExecutionProvider"
 THERE = torch.device("cuda", 1)
@@ -39,7 +38,7 @@ EVERYTHING = ("TensorrtExecutionProvider", GPU, "CoreMLExecutionProvider", "Open
         ("xpu:1", "OpenVINOExecutionProvider", {"device_type": "GPU.1", "precision": "FP32"}),
     ],
 )
-def test_a_device_has_its_provider_if_it_is_there(device: str, first: str, options: dict) -> None:
+def test_a_device_has_its_provider_if_it_is_there(device, first, options):
     assert list_providers(torch.device(device), EVERYTHING) == [(first, options), (HOST, {})]
     assert list_providers(torch.device(device), ["AzureExecutionProvider", HOST]) == [(HOST, {})]
     assert list_providers(torch.device("cpu"), EVERYTHING) == [(HOST, {})]
@@ -52,14 +51,14 @@ class Told(tuple):
         return self
 
 
-def test_the_cache_stays_on_a_gpu_that_runs_the_graph() -> None:
+def test_the_cache_stays_on_a_gpu_that_runs_the_graph():
     assert locate_memory(Told([GPU, HOST]), torch.device("cuda", 2)) == ("cuda", 2)
     assert locate_memory(Told([HOST]), torch.device("cuda", 2)) == ("cpu", 0)
     assert locate_memory(Told([HOST]), torch.device("cpu")) == ("cpu", 0)
 
 
 @pytest.fixture
-def providers(inside: Inside) -> list[str]:
+def providers(inside):
     """What ONNX Runtime says that it has."""
     there = [GPU, HOST]
     inside.gives("onnxruntime.get_available_providers", there)
@@ -67,7 +66,7 @@ def providers(inside: Inside) -> list[str]:
 
 
 @pytest.fixture
-def asked(providers: list[str], inside: Inside) -> Asked:
+def asked(providers, inside):
     """A GPU that exists only for ONNX Runtime: what each session is asked for. The CPU runs it."""
     found: Asked = []
 
@@ -80,18 +79,18 @@ def asked(providers: list[str], inside: Inside) -> Asked:
 
 
 @pytest.fixture
-def machine(asked: Asked, inside: Inside) -> None:
+def machine(asked, inside):
     """A GPU that is torch's first device, too."""
     inside.gives("mptk.protocols.execution.find_device", THERE)
 
 
 @pytest.fixture(scope="module")
-def folder(laboratory: Laboratory) -> Path:
+def folder(laboratory):
     return laboratory.open_pruned()
 
 
 @pytest.mark.usefixtures("machine")
-def test_a_device_without_a_provider_is_refused(providers: list[str]) -> None:
+def test_a_device_without_a_provider_is_refused(providers):
     assert find_session_device("cuda") == find_session_device("auto") == THERE
     providers.remove(GPU)
     with expect_error(MachineError, name="device"):
@@ -100,7 +99,7 @@ def test_a_device_without_a_provider_is_refused(providers: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("machine", "quick_bench")
-def test_every_session_is_on_the_device(folder: Path, laboratory: Laboratory, asked: Asked, inside: Inside) -> None:
+def test_every_session_is_on_the_device(folder, laboratory, asked, inside):
     short = ("--length", "16", "--windows", "1")
     inside.around("mptk.ort.bench.Roofline", lambda real, threads, _: real(threads))
     for words in (
@@ -118,7 +117,7 @@ def test_every_session_is_on_the_device(folder: Path, laboratory: Laboratory, as
     assert result.providers == [HOST], "what the session says, not what it was asked for"
 
 
-def test_the_proof_says_what_ran_it(laboratory: Laboratory, tmp_path: Path, asked: Asked, inside: Inside) -> None:
+def test_the_proof_says_what_ran_it(laboratory, tmp_path, asked, inside):
     """Programs stay on the CPU here; the target is told that the run has a GPU."""
     proven: list[dict[str, object]] = []
 
@@ -145,7 +144,7 @@ def test_the_proof_says_what_ran_it(laboratory: Laboratory, tmp_path: Path, aske
     assert set(ran.values()) == {None}
 
 
-def test_open_session_takes_threads_and_entries(folder: Path) -> None:
+def test_open_session_takes_threads_and_entries(folder):
     session = open_session(str(folder / "onnx" / "model.onnx"), threads=1, entries={"session.use_env_allocators": "0"})
     assert session.get_session_options().intra_op_num_threads == 1
     assert re.match(r"\w+ExecutionProvider", session.get_providers()[0])

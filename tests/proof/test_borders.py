@@ -36,7 +36,7 @@ class Windowed(nn.Module):
         return (seen * (bias + noise * 0)) @ self.embed(ids)
 
 
-def test_the_graph_tells_windows_chunks_and_buckets() -> None:
+def test_the_graph_tells_windows_chunks_and_buckets():
     tokens = torch.arange(14).reshape(2, 7) % 11 + 1
     found = set(find_graph_borders(trace(Windowed(), (tokens,), dynamic=True)))
     assert {17, 21, 4, 5} <= found
@@ -57,11 +57,11 @@ def test_the_graph_tells_windows_chunks_and_buckets() -> None:
         ({"sliding_window": None, "use_sliding_window": False, "chunk_size_feed_forward": 0}, set()),
     ],
 )
-def test_the_config_tells_them_too(values: dict, borders: set[int]) -> None:
+def test_the_config_tells_them_too(values, borders):
     assert set(find_config_borders(values)) == borders
 
 
-def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
+def test_a_proof_stops_at_its_bound_and_at_the_models_last_position():
     program = trace(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=128), dynamic=True)
     config = LlamaConfig(max_position_embeddings=128)
 
@@ -83,7 +83,7 @@ def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
     assert short.note.endswith("--proof-length 98 covers it")
 
 
-def test_a_long_row_is_text_again_and_again_and_there_are_three_short_ones_and_one_whatever_the_samples_are() -> None:
+def test_a_long_row_is_text_again_and_again_and_there_are_three_short_ones_and_one_whatever_the_samples_are():
     windows = torch.arange(60).reshape(3, 20)
     short, long = (batch.inputs["input_ids"] for batch in make_proof_batches(make_token_samples(windows), 130))
     assert torch.equal(short, windows)
@@ -111,7 +111,7 @@ class Counting:
         return torch.arange(cache, after).float().reshape(1, -1, 1).numpy(), after
 
 
-def test_decoding_steps_cross_each_border_with_the_cache() -> None:
+def test_decoding_steps_cross_each_border_with_the_cache():
     counting, samples = Counting(), make_token_samples(torch.zeros(1, 40, dtype=torch.long))
     found = decode_samples(UNPADDED, counting, Use([10, 12, 39]), samples)
     assert found.places.tolist() == [list(range(40))]

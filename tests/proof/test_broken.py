@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from lab import Lab
 
 from mptk import FileError, MptkError, ProofError, Report
 from mptk.proof.claims import check_files
@@ -31,7 +28,7 @@ REFUSED: dict[str, tuple[type[MptkError], str]] = {
 
 @pytest.mark.always
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_file_that_mptk_does_not_write(lab: Lab, name: str) -> None:
+def test_a_file_that_mptk_does_not_write(lab, name):
     kind, about = REFUSED[name]
     with make_broken(ROWS[name], lab.folder) as copy, expect_error(kind, name=about):
         check_files(Report.read(copy), copy)
@@ -39,12 +36,12 @@ def test_a_file_that_mptk_does_not_write(lab: Lab, name: str) -> None:
         check_planted(lab.compiled, (STOCK_TARGET, ONNX), copy)
 
 
-def test_verify_refuses_it(lab: Lab) -> None:
+def test_verify_refuses_it(lab):
     with make_broken(ROWS["planted: LICENSE"], lab.folder) as copy, expect_error(ProofError, name="LICENSE"):
         lab.verify(copy)
 
 
-def test_a_row_that_changes_nothing_is_an_error(lab: Lab) -> None:
+def test_a_row_that_changes_nothing_is_an_error(lab):
     nothing = make_broken(Broken(side_files.KIND, "nothing", lambda place: None), lab.folder)
     with pytest.raises(ValueError, match="the damage changes nothing"), nothing:
         pass
@@ -52,5 +49,5 @@ def test_a_row_that_changes_nothing_is_an_error(lab: Lab) -> None:
 
 @pytest.mark.features
 @pytest.mark.parametrize("command", [("verify", "smollm2-135m"), ("generate", "smollm2-135m", "Once")])
-def test_a_models_name_is_no_folder(run_words: Callable[..., int], command: tuple[str, ...]) -> None:
+def test_a_models_name_is_no_folder(run_words, command):
     assert run_words(*command) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 from graph_damage import damaged
-from lab import Edit, Lab, all_of, fields, remove
+from lab import Edit, all_of, fields, remove
 
 from mptk import ProofError
 from mptk.files import write_json
@@ -28,7 +28,7 @@ from tests.broken.graphs import FLOAT, GRAPHS, at
 
 @pytest.mark.always
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_graph_that_is_wrong(lab: Lab, name: str) -> None:
+def test_a_graph_that_is_wrong(lab, name):
     change, stage = GRAPHS[name]
     with expect_error(ProofError, name=stage):
         lab.prove(lab.copy(at(FLOAT, change), forged=False), None, ONNX)
@@ -64,7 +64,7 @@ FILES: dict[str, tuple[Edit, tuple[object, ...] | None]] = {
 
 @pytest.mark.always
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_wrong(lab: Lab, name: str) -> None:
+def test_a_file_that_is_wrong(lab, name):
     edit, right = FILES[name]
     with expect_error(ProofError, name="config", nearest=right):
         lab.prove(lab.copy(edit, forged=False))
@@ -84,7 +84,7 @@ OPTIONAL: dict[str, tuple[Edit, str]] = {
 
 @pytest.mark.always
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_an_optional_file_that_fails_is_left_out_with_a_note(lab: Lab, name: str) -> None:
+def test_an_optional_file_that_fails_is_left_out_with_a_note(lab, name):
     edit, file = OPTIONAL[name]
     folder, run = lab.copy(all_of(edit, remove("proof")), forged=False), lab.make_run()
     proven = prove_outputs(lab.compiled, lab.sets, folder, [], run)
@@ -100,14 +100,14 @@ def test_an_optional_file_that_fails_is_left_out_with_a_note(lab: Lab, name: str
     assert prove_outputs(lab.compiled, lab.sets, folder, [], run).left_out == ()
 
 
-def test_a_strict_run_refuses_the_whole_for_an_optional_file(lab: Lab) -> None:
+def test_a_strict_run_refuses_the_whole_for_an_optional_file(lab):
     prepared = lab.compiled.prepared
     strict = replace(lab.compiled, prepared=replace(prepared, settings=replace(prepared.settings, strict=True)))
     with expect_error(ProofError, name="int8 weights"):
         prove_outputs(strict, lab.sets, lab.copy(OPTIONAL["int8"][0], forged=False), [], lab.make_run())
 
 
-def test_a_scheme_is_made_of_all_graphs_or_of_none(lab: Lab) -> None:
+def test_a_scheme_is_made_of_all_graphs_or_of_none(lab):
     folder = lab.copy(lambda folder: None, forged=False) / "onnx"
     good, bad = folder / "model.onnx", folder / "bad.onnx"
     model = onnx.load(good)

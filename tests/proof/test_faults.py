@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from graph_damage import Damage, damaged, garbage_block, one_code
-from lab import WINDOW, Edit, Lab, all_of, fields, remove, weights
+from lab import WINDOW, Edit, all_of, fields, remove, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,14 +29,14 @@ from mptk.protocols import PROVEN_ON, Chosen, Compiled, Context, Method, Prepare
 from mptk.run.prune import choose_units
 from mptk.run.recover import adopt_weights
 from mptk.targets import ONNX, STOCK_TARGET
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from passes.targets.onnx.names import ENDINGS
 from passes.verify import TOLERANCE, prove
 
 pytestmark = pytest.mark.always
 
 
-def test_the_folder_is_sound_and_its_proof_goes_beyond_the_window(lab: Lab) -> None:
+def test_the_folder_is_sound_and_its_proof_goes_beyond_the_window(lab):
     assert lab.report.proof_length == 120 > WINDOW
     proof = mptk.verify(lab.folder)
     assert ([d.stage for d in proof], proof.notes) == ([d["stage"] for d in lab.report.proof], [])
@@ -100,14 +100,14 @@ CUTS: dict[str, tuple[Inject, str]] = {
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_a_cut_that_goes_wrong(lab: Lab, name: str) -> None:
+def test_a_cut_that_goes_wrong(lab, name):
     inject, stage = CUTS[name]
     compiled = inject(lab.compiled)
     with expect_error(ProofError, name=stage):
         lab.prove(lab.write(compiled), compiled, STOCK_TARGET)
 
 
-def test_a_tied_weight_that_came_apart_is_not_written(lab: Lab) -> None:
+def test_a_tied_weight_that_came_apart_is_not_written(lab):
     program = lab.compiled.program
     state = program.state_dict()
     untied = replace(program, state=state.with_entries({"lm_head.weight": state["lm_head.weight"] + 1}), aliases={})
@@ -134,7 +134,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], object]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_that_is_written_wrongly(lab: Lab, name: str) -> None:
+def test_a_config_that_is_written_wrongly(lab, name):
     changes, right = CONFIGS[name]
     folder = lab.copy(fields("config.json", **changes), forged=False)
     with expect_error(ProofError, name="config") as refused:
@@ -143,7 +143,7 @@ def test_a_config_that_is_written_wrongly(lab: Lab, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
-def test_logits_show_a_wrong_config_too(lab: Lab, name: str) -> None:
+def test_logits_show_a_wrong_config_too(lab, name):
     changes, _ = CONFIGS[name]
     folder = lab.copy(all_of(remove("onnx"), fields("config.json", **changes)), forged=False)
     run = partial(lab.compiled.prepared.task.compute_output, models.load_whole(str(folder)).model)
@@ -162,7 +162,7 @@ TRAINED: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 
 
 @pytest.fixture(scope="module")
-def trained(lab: Lab) -> Recovered:
+def trained(lab):
     """What training gives: weights in the cut's shapes, and their outputs on the proof's samples."""
     program = lab.compiled.program
     held = {name: program.state[name] for name in program.state if name.endswith("proj.weight")}
@@ -172,12 +172,12 @@ def trained(lab: Lab) -> Recovered:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_weights_that_are_not_the_trained_ones(lab: Lab, trained: Recovered, name: str) -> None:
+def test_weights_that_are_not_the_trained_ones(lab, trained, name):
     with expect_error(ProofError, name="trained model"):
         adopt_weights(lab.compiled, replace(trained, weights=TRAINED[name](trained.weights)), lab.sets, lab.make_run())
 
 
-def test_the_trained_weights_are_taken(lab: Lab, trained: Recovered) -> None:
+def test_the_trained_weights_are_taken(lab, trained):
     adopted, (difference,) = adopt_weights(lab.compiled, trained, lab.sets, lab.make_run())
     assert set(adopted.chosen.trained) == set(trained.weights)
     assert difference.ok
@@ -195,7 +195,7 @@ class Learning(Method):
         return replace(self.chosen, witness=Witness("learned masks", outputs, TOLERANCE))
 
 
-def test_a_choice_that_is_not_the_learned_one(lab: Lab) -> None:
+def test_a_choice_that_is_not_the_learned_one(lab):
     base = replace(lab.compiled.prepared, method=Learning(lab.compiled.chosen), planned=None)
     with expect_error(ProofError, name="learned masks"):
         choose_units(str(lab.dense), base, lab.sets, lab.make_run())
@@ -295,20 +295,20 @@ FORGED: dict[str, tuple[Edit, type[MptkError], str]] = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_folder_that_was_edited(lab: Lab, name: str) -> None:
+def test_a_folder_that_was_edited(lab, name):
     edit, file = PLAIN[name]
     with expect_error(ChangedError, name=file):
         mptk.verify(lab.copy(edit, forged=False))
 
 
-def test_a_folder_without_a_manifest(lab: Lab) -> None:
+def test_a_folder_without_a_manifest(lab):
     folder = lab.copy(remove("mptk.json"), forged=False)
     with expect_error(FileError, name=folder):
         mptk.verify(folder)
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_folder_that_was_edited_with_a_manifest_that_fits(lab: Lab, name: str) -> None:
+def test_a_folder_that_was_edited_with_a_manifest_that_fits(lab, name):
     edit, kind, about = FORGED[name]
     with expect_error(kind, name=about):
         lab.verify(lab.copy(edit, forged=True))
@@ -341,13 +341,13 @@ QUANTISED: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_a_quantised_graph_that_is_wrong(lab: Lab, name: str) -> None:
+def test_a_quantised_graph_that_is_wrong(lab, name):
     edit, stage = QUANTISED[name]
     with expect_error(ProofError, name=stage):
         lab.prove(lab.copy(edit, forged=False), None, ONNX)
 
 
-def test_quantised_logits_of_nan_never_pass(lab: Lab) -> None:
+def test_quantised_logits_of_nan_never_pass(lab):
     judge, logits = lab.compiled.prepared.task.onnx.judge, torch.randn(2, 8, 97)
     assert judge("int8", [(logits, logits)]).ok
     assert not judge("int8", [(logits * torch.nan, logits)]).ok
@@ -356,7 +356,7 @@ def test_quantised_logits_of_nan_never_pass(lab: Lab) -> None:
 # ---- a run, from its start to its end ----
 
 
-def test_a_run_whose_result_is_wrong_publishes_nothing(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_run_whose_result_is_wrong_publishes_nothing(laboratory, tmp_path):
     """The config is edited on the disk before it is proven."""
 
     def damage(stage: str, done: int, total: int, figures: str = "", /) -> None:
@@ -369,7 +369,7 @@ def test_a_run_whose_result_is_wrong_publishes_nothing(laboratory: Laboratory, t
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
 
 
-def test_what_the_proof_does_not_reach_is_said_with_the_option_that_does(lab: Lab) -> None:
+def test_what_the_proof_does_not_reach_is_said_with_the_option_that_does(lab):
     for length, notes in ((WINDOW, 1), (72, 0)):
         settings = replace(lab.compiled.prepared.settings, proof_length=length)
         compiled = replace(lab.compiled, prepared=replace(lab.compiled.prepared, settings=settings))

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from lab import Lab
 from onnx import TensorProto, helper, numpy_helper
 
 from mptk import ProofError
@@ -35,13 +34,13 @@ IN_RUNS = {
 
 @pytest.mark.always
 @pytest.mark.parametrize("name", IN_RUNS)
-def test_a_graph_that_is_wrong_in_one_use(lab: Lab, name: str) -> None:
+def test_a_graph_that_is_wrong_in_one_use(lab, name):
     with expect_error(ProofError, name=IN_RUNS[name]):
         lab.prove(lab.copy(at(FLOAT, CONDITIONS[name]), forged=False), None, ONNX)
 
 
 @pytest.mark.always
-def test_two_rows_of_the_embedding_swapped(lab: Lab) -> None:
+def test_two_rows_of_the_embedding_swapped(lab):
     """Of tokens that the proof need not hold."""
     swapped = with_constant(lambda name, array: array.shape == (97, 40), lambda array: array[[*range(95), 96, 95]])
     with expect_error(ProofError, name=ONNX_FILE):
@@ -50,26 +49,26 @@ def test_two_rows_of_the_embedding_swapped(lab: Lab) -> None:
 
 @pytest.mark.always
 @pytest.mark.parametrize("name", ["ignores the mask", "a rotary frequency is 0.1 % larger"])
-def test_an_int8_graph_that_is_not_what_quantising_gives(lab: Lab, name: str) -> None:
+def test_an_int8_graph_that_is_not_what_quantising_gives(lab, name):
     change = WRITTEN[name] if name in WRITTEN else GRAPHS[name][0]
     with expect_error(ProofError, name="int8 weights"):
         lab.prove(lab.copy(at("int8 decoder", change), forged=False), None, ONNX)
 
 
 @pytest.mark.parametrize("name", ["wrong from position 600", "logits of noise 1e-6"])
-def test_a_graph_that_computes_more_has_another_structure(lab: Lab, name: str) -> None:
+def test_a_graph_that_computes_more_has_another_structure(lab, name):
     change = (CONDITIONS | WRITTEN)[name]
     found, sound = (folder / "onnx" / ONNX_FILE for folder in (lab.copy(at(FLOAT, change), forged=False), lab.folder))
     assert compare_structures(read_lazily(found), read_lazily(sound))
     assert not compare_structures(read_lazily(sound), read_lazily(sound))
 
 
-def test_verify_writes_the_graphs_again(lab: Lab) -> None:
+def test_verify_writes_the_graphs_again(lab):
     with expect_error(ProofError, name=ONNX_FILE):
         lab.verify(lab.copy(at(FLOAT, CONDITIONS["wrong from position 600"]), forged=True))
 
 
-def test_what_another_exporter_wrote_is_not_called_wrong(lab: Lab) -> None:
+def test_what_another_exporter_wrote_is_not_called_wrong(lab):
     def edit(folder: Path) -> None:
         file = folder / "onnx" / ONNX_FILE
         model = onnx.load(file, load_external_data=False)
@@ -81,7 +80,7 @@ def test_what_another_exporter_wrote_is_not_called_wrong(lab: Lab) -> None:
     assert note.startswith("model.onnx is not what this exporter writes")
 
 
-def test_every_length_of_the_cache_every_number_of_rows_and_of_new_tokens_is_met() -> None:
+def test_every_length_of_the_cache_every_number_of_rows_and_of_new_tokens_is_met():
     cases = list(draw_size_cases("a plan", 48))
     assert {rows for rows, _ in cases} == set(range(1, MOST_ROWS + 1))
     assert {count for _, calls in cases for count in calls} == {1, *SEVERAL_NEW}
@@ -106,12 +105,12 @@ def graph(name: str = "a", second: str = "b", more: float = 1.0) -> ir.Model:
     return ir.from_proto(helper.make_model(helper.make_graph(nodes, "g", [ids], [y], [table, scale])))
 
 
-def test_names_of_values_do_not_matter_and_numbers_of_scalars_do() -> None:
+def test_names_of_values_do_not_matter_and_numbers_of_scalars_do():
     assert compare_structures(graph(), graph("c", "d")) == ""
     assert "the constant FLOAT [] of [1.5]" in compare_structures(graph(more=1.5), graph())
 
 
-def test_a_swapped_row_of_a_table_is_found_and_named() -> None:
+def test_a_swapped_row_of_a_table_is_found_and_named():
     found = graph()
     weight = found.graph.initializers["table"].const_value.numpy()
     assert compare_with_weights(found, [("w", weight)]) == ""

@@ -7,18 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lab import raw_report
 
 import mptk
-from mptk import ChangedError, FileError, InputError, MptkError, ProofError, Report
+from mptk import ChangedError, FileError, InputError, ProofError, Report
 from mptk.files import write_json
 from mptk.io import models
 from mptk.publish.manifest import write_manifest
-from mptk.testing import Laboratory, expect_error, make_decoder, save_word_model
+from mptk.testing import expect_error, make_decoder, save_word_model
 
 SETTINGS = mptk.Settings(
     method="magnitude", widths={"ffn": 64}, families=("ffn",), samples=2, length=16, onnx=False, eval_length=16, align=8
@@ -60,7 +59,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own(tmp_path_factory):
     """A model with its own class, whose code leaves a file ``ran``, and one that a file ``touched`` beside it names."""
     folder = tmp_path_factory.mktemp("own")
     save_word_model(make_decoder("llama", num_hidden_layers=1), folder)
@@ -74,7 +73,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own_pruned(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_pruned(own, tmp_path_factory):
     out = tmp_path_factory.mktemp("own-pruned") / "out"
     with expect_error(InputError, name="trust_remote_code"):
         mptk.prune(str(own), out, SETTINGS)
@@ -84,11 +83,11 @@ def own_pruned(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(own_pruned: Path, tmp_path: Path) -> Path:
+def copy(own_pruned, tmp_path):
     return shutil.copytree(own_pruned, tmp_path / "copy")
 
 
-def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -> None:
+def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned):
     assert {"modeling_own.py", "configuration_own.py"} <= set(Report.read(own_pruned).files)
     model = models.load(str(own_pruned), trust_remote_code=True).model
     assert type(model).__name__ == "OwnForCausalLM"
@@ -97,7 +96,7 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -
 
 
 @pytest.mark.parametrize("name", ["extra.txt", "plan.json"])
-def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(name: str, own: Path, copy: Path) -> None:
+def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(name, own, copy):
     """The dense model's own code touches a file. The error says what happened, and to verify the folder again."""
     (own.parent / "touched").write_text(str(copy / name))
     with expect_error(ChangedError, name=copy):
@@ -105,7 +104,7 @@ def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(name: 
     (own.parent / "touched").unlink()
 
 
-def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Path) -> None:
+def test_a_folder_cannot_trust_itself(own, own_pruned, tmp_path):
     assert "trust_remote_code" not in raw_report(own_pruned)["settings"]
     (own.parent / "ran").unlink(missing_ok=True)
     for run in (lambda: mptk.verify(own_pruned), lambda: mptk.recover(own_pruned, tmp_path / "out", steps=2)):
@@ -114,7 +113,7 @@ def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Pat
     assert not (own.parent / "ran").exists()
 
 
-def test_code_that_is_not_the_dense_models_is_not_run_even_if_that_is_trusted(copy: Path, tmp_path: Path) -> None:
+def test_code_that_is_not_the_dense_models_is_not_run_even_if_that_is_trusted(copy, tmp_path):
     with (copy / "modeling_own.py").open("a") as file:
         file.write(f"\nPath({str(tmp_path / 'evil')!r}).touch()\n")
     write_manifest(copy)
@@ -124,7 +123,7 @@ def test_code_that_is_not_the_dense_models_is_not_run_even_if_that_is_trusted(co
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_code_of_another_repository_is_not_fetched(copy: Path, name: str) -> None:
+def test_code_of_another_repository_is_not_fetched(copy, name):
     code = {"AutoConfig": "evil/repo--own.OwnConfig", "AutoTokenizer": [None, "evil/repo--own.OwnTokenizer"]}
     write_json(copy / name, json.loads((copy / name).read_text()) | {"auto_map": code})
     write_manifest(copy)
@@ -132,7 +131,7 @@ def test_code_of_another_repository_is_not_fetched(copy: Path, name: str) -> Non
         mptk.verify(copy, trust_remote_code=True)
 
 
-def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -> None:
+def test_recover_of_a_model_of_its_own_class(own_pruned, tmp_path):
     how = {"steps": 2, "rank": 2, "batch": 2, "micro": 2, "length": 16, "eval_length": 16, "onnx": False}
     found = mptk.recover(own_pruned, tmp_path / "out", trust_remote_code=True, **how)
     assert "trained model" in [d["stage"] for d in found.report.proof]
@@ -147,9 +146,7 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
         ("MOVED", FileError, "MOVED"),
     ],
 )
-def test_what_the_report_names_is_neither_fetched_nor_believed(
-    laboratory: Laboratory, tmp_path: Path, set_cache: Callable, named: str, kind: type[MptkError], about: str
-) -> None:
+def test_what_the_report_names_is_neither_fetched_nor_believed(laboratory, tmp_path, set_cache, named, kind, about):
     other, copy = tmp_path / "OTHER", tmp_path / "copy"
     shutil.copytree(laboratory.open_model(), other)
     (other / "generation_config.json").write_text("{}")
@@ -162,7 +159,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_dense_model_that_moved_is_named_by_the_user(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_dense_model_that_moved_is_named_by_the_user(laboratory, tmp_path):
     pruned = tmp_path / "pruned"
     mptk.prune(str(laboratory.open_model()), pruned, SETTINGS)
     assert Path(Report.read(pruned).model).is_absolute()
@@ -175,7 +172,7 @@ def test_a_dense_model_that_moved_is_named_by_the_user(laboratory: Laboratory, t
 
 
 @pytest.mark.parametrize(("given", "told"), [({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")])
-def test_a_command_leaves_no_record_of_its_use(given: dict[str, str], told: str, tmp_path: Path) -> None:
+def test_a_command_leaves_no_record_of_its_use(given, told, tmp_path):
     """ONNX Runtime keeps one in the home folder before it sends it, unless it is told not to; a user may let it.
 
     Whether it keeps one if it may is its own affair: it keeps none where it finds a continuous-integration service.

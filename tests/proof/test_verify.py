@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +56,7 @@ def proof(part: float, change: float = 0.0):
 
 
 @torch.no_grad()
-def test_a_model_that_rounding_moves_is_given_its_own_tolerance_and_a_wrong_unit_is_still_found() -> None:
+def test_a_model_that_rounding_moves_is_given_its_own_tolerance_and_a_wrong_unit_is_still_found():
     found = proof(1e-3)
     assert TOLERANCE < found.relative < found.tolerance <= WIDEST
     assert found.ok
@@ -66,14 +65,14 @@ def test_a_model_that_rounding_moves_is_given_its_own_tolerance_and_a_wrong_unit
 
 
 @torch.no_grad()
-def test_a_sound_model_keeps_the_tolerance_of_float32() -> None:
+def test_a_sound_model_keeps_the_tolerance_of_float32():
     assert proof(1.0).tolerance == TOLERANCE
     found = proof(1.0, change=2e-4)
     assert found.tolerance == TOLERANCE < found.relative < WIDEST
     assert not found.ok
 
 
-def test_no_number_and_a_difference_from_zeros_are_infinite_and_all_numbers_are_compared() -> None:
+def test_no_number_and_a_difference_from_zeros_are_infinite_and_all_numbers_are_compared():
     reference = torch.ones(1, 4, 5)
     for broken in (float("nan"), float("inf")):
         logits = reference.clone()
@@ -91,14 +90,14 @@ def test_no_number_and_a_difference_from_zeros_are_infinite_and_all_numbers_are_
         assert compare_outputs("loss", 2 * one, one, TOLERANCE).relative == 1
 
 
-def test_a_stage_that_cannot_be_computed_has_failed_with_the_reason() -> None:
+def test_a_stage_that_cannot_be_computed_has_failed_with_the_reason():
     model = trace(Cancelling(1.0), (TOKENS,))
     (found,) = prove(model, {"broken": (run_with(lambda ids: ids.reshape(5, 5)), TOLERANCE)}, BATCH)
     assert not found.ok
     assert "shape '[5, 5]' is invalid" in found.failure
 
 
-def test_a_widened_tolerance_says_so_wherever_it_is_shown() -> None:
+def test_a_widened_tolerance_says_so_wherever_it_is_shown():
     found = proof(1e-3)
     assert found.widened.startswith("widened from 5e-05: rounding alone moves the logits by ")
     console = Console(width=200, file=io.StringIO())
@@ -107,7 +106,7 @@ def test_a_widened_tolerance_says_so_wherever_it_is_shown() -> None:
     assert "widened" not in proof(1.0).to_dict()
 
 
-def test_the_worst_batch_counts() -> None:
+def test_the_worst_batch_counts():
     model = trace(Cancelling(1.0), (TOKENS,), dynamic=True)
     bad = make_token_samples(TOKENS[:1, :9])
 
@@ -119,7 +118,7 @@ def test_the_worst_batch_counts() -> None:
         assert not found.ok
 
 
-def test_a_tolerance_is_widened_to_ten_roundings_and_no_further_than_the_widest() -> None:
+def test_a_tolerance_is_widened_to_ten_roundings_and_no_further_than_the_widest():
     found = Difference("stage", 1.0, 4e-4, TOLERANCE)
     assert widen(found, 5e-5).tolerance == pytest.approx(5e-4)
     assert widen(found, 1.0).tolerance == WIDEST
@@ -129,7 +128,7 @@ def test_a_tolerance_is_widened_to_ten_roundings_and_no_further_than_the_widest(
 @pytest.mark.parametrize(
     ("name", "bias"), [("other.bias", torch.ones(8)), ("0.weight", torch.ones(8, 5)), ("0.bias", torch.ones(7))]
 )
-def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor) -> None:
+def test_a_folder_can_bring_biases_alone(tmp_path, name, bias):
     """Of FLAP; anything else there would be weights that nobody has proven."""
     analysis = analyze(trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), (torch.ones(2, 5),)))
     save_file({"0.bias": torch.ones(8)}, tmp_path / "compensation.safetensors")
@@ -139,14 +138,14 @@ def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor
         find_changes(analysis, Plan({}), tmp_path, {}, NO_CODE)
 
 
-def test_progress_names_the_stage_that_is_proven() -> None:
+def test_progress_names_the_stage_that_is_proven():
     program, said = trace(nn.Linear(3, 2), torch.ones(1, 3)), list[str]()
     with enter_stage(lambda stage, done, total, figures="": said.append(figures), "prove"):
         prove(program, {"reloaded": (program, TOLERANCE)}, Samples({"x": torch.ones(1, 3)}))
     assert "reloaded" in said
 
 
-def test_an_infinite_weight_that_was_lost_counts_whatever_comes_after_it() -> None:
+def test_an_infinite_weight_that_was_lost_counts_whatever_comes_after_it():
     expected = Weights({"a": torch.tensor([float("inf"), 1.0]), "b": torch.tensor([1.0, 2.0])})
     stored = Weights({"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1.0, 2.0 + 1e-6])})
     assert compare_stored(stored, expected).relative == float("inf")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 from rates import keep_rates
 from timed_runs import RATES
@@ -12,7 +9,7 @@ from toy_checkpoints import gpt2, llama  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
-def rates(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+def rates(tmp_path, set_cache):
     """Every run of the test finds ``RATES``."""
     set_cache(tmp_path / "cache")
     keep_rates(RATES)

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk.errors import BudgetError, InputError
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 LAYERS, HEADS, GROUPS, DIM, FFN = 2, 8, 4, 8, 96
 SETTINGS = mptk.Settings(method="magnitude", samples=2, length=16, align=1, onnx=False, portable=False, tolerance=0.02)
@@ -17,7 +17,7 @@ LEVERS = {"hidden", "layers", "vocabulary", "kv_heads", "align", "portable"}
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model():
     torch.manual_seed(0)
     sizes = {"hidden_size": HEADS * DIM, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "head_dim": DIM}
     config = llama_config(**sizes, num_attention_heads=HEADS, num_key_value_heads=GROUPS)
@@ -39,14 +39,14 @@ def weights(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def test_half_of_the_kv_cache_is_half_of_the_kv_heads(model: LlamaForCausalLM) -> None:
+def test_half_of_the_kv_cache_is_half_of_the_kv_heads(model):
     found = pruned(model, budget="kv-cache", sparsity=0.5, context=1000)
     assert found.plan.widths == {"kv_groups": GROUPS // 2}, "the other families would save nothing"
     assert found.report.cost["dense"]["kv_cache"] == cache(GROUPS, 1000)
     assert found.report.cost["pruned"]["kv_cache"] == cache(GROUPS // 2, 1000)
 
 
-def test_serving_counts_weights_and_the_cache(model: LlamaForCausalLM) -> None:
+def test_serving_counts_weights_and_the_cache(model):
     stored, context = LlamaForCausalLM(model.config).bfloat16().eval(), 2048
     found = pruned(stored, budget="serving", sparsity=0.43, context=context)
     dense, left = (found.report.cost[name]["serving"] for name in ("dense", "pruned"))
@@ -55,7 +55,7 @@ def test_serving_counts_weights_and_the_cache(model: LlamaForCausalLM) -> None:
     assert 1 - left / dense == pytest.approx(0.43, abs=0.02)
 
 
-def test_total_counts_embeddings_too(model: LlamaForCausalLM) -> None:
+def test_total_counts_embeddings_too(model):
     found = pruned(model, budget="total", sparsity=0.2)
     gone = 1 - sum(p.numel() for p in found.model.parameters()) / sum(p.numel() for p in model.parameters())
     assert gone == pytest.approx(0.2, abs=0.02)
@@ -63,19 +63,19 @@ def test_total_counts_embeddings_too(model: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.features
-def test_merged_heads_count_in_the_budget(model: LlamaForCausalLM) -> None:
+def test_merged_heads_count_in_the_budget(model):
     found = pruned(model, budget="kv-cache", sparsity=0, kv_heads=2)
     assert found.report.cost["dense"]["kv_cache"] == cache(GROUPS, 4096)
     assert found.report.cost["pruned"]["kv_cache"] == cache(2, 4096)
 
 
-def test_layers_that_go_take_their_cache(model: LlamaForCausalLM) -> None:
+def test_layers_that_go_take_their_cache(model):
     found = pruned(model, budget="kv-cache", sparsity=0.5, families=("layers",), method="random")
     assert found.report.cost["pruned"]["kv_cache"] == cache(GROUPS, 4096) / LAYERS
 
 
 @pytest.mark.features
-def test_a_model_without_a_cache_is_refused(laboratory: Laboratory) -> None:
+def test_a_model_without_a_cache_is_refused(laboratory):
     with expect_error(InputError, name="budget"):
         mptk.prune(str(laboratory.open_model("encoder")), None, laboratory.make_settings("encoder"), budget="kv-cache")
 
@@ -91,9 +91,7 @@ def test_a_model_without_a_cache_is_refused(laboratory: Laboratory) -> None:
         ({"sparsity": 0.2, "families": ("ffn",), "align": 48}, {"align"}),
     ],
 )
-def test_a_budget_that_is_out_of_reach_names_the_levers(
-    model: LlamaForCausalLM, asked: dict[str, object], levers: set[str]
-) -> None:
+def test_a_budget_that_is_out_of_reach_names_the_levers(model, asked, levers):
     with expect_error(BudgetError, name="sparsity") as refused:
         pruned(model, **asked)
     assert {lever for lever in LEVERS if lever in str(refused.value)} == levers

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from inside import Inside, Stopped
+from inside import Stopped
 from rates import find_rates, keep_rates
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -39,7 +39,7 @@ from mptk.distributed.processes import find_module_blocks
 from mptk.errors import MachineError
 from mptk.run.estimate import Estimator, check_room_for, read_estimator
 from mptk.run.minutes import fill_in
-from mptk.testing import Laboratory, expect_error, make_llama
+from mptk.testing import expect_error, make_llama
 from mptk.trust import NO_CODE
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
@@ -54,7 +54,7 @@ HUGE = 10.0**18
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Path, set_cache: Callable[[object], None]) -> None:
+def machine(tmp_path, set_cache):
     set_cache(tmp_path / "cache")
     keep_rates(SLOW)
 
@@ -68,7 +68,7 @@ def write_config(folder: Path, **sizes: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Estimator:
+def eight_billion(tmp_path_factory):
     return read_estimator(write_config(tmp_path_factory.mktemp("config")), NO_CODE)
 
 
@@ -78,7 +78,7 @@ def toy(*, tied: bool = True) -> ModelSizes:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_sizes_of_a_model(tied: bool) -> None:
+def test_sizes_of_a_model(tied):
     norms = 2 * 2 * 48 + 48
     assert toy(tied=tied) == ModelSizes(
         parameters=(1 if tied else 2) * EMBEDDING + 2 * BLOCK + 48,
@@ -96,14 +96,14 @@ def test_sizes_of_a_model(tied: bool) -> None:
     )
 
 
-def test_the_embedding_may_be_the_largest_stage() -> None:
+def test_the_embedding_may_be_the_largest_stage():
     with torch.device("meta"):
         config = LlamaConfig(hidden_size=40, intermediate_size=56, num_attention_heads=5, vocab_size=9000)
         model = AutoModelForCausalLM.from_config(config)
     assert ModelSizes.of(model, find_module_blocks(model), stored=4, heads=1, vocab=9000).stage == 9000 * 40
 
 
-def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
+def test_everything_stays_if_the_bound_allows_it_and_is_read_once():
     sizes = toy()
     found = estimate(sizes, WORK, SLOW, bound=1e9)
     assert found.held == {"weights that stay": 4 * sizes.parameters, "values between stages": 8 * 200 * 48}
@@ -125,7 +125,7 @@ def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
     assert sum(tight.held.values()) == 100_000
 
 
-def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> None:
+def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files():
     sizes = toy()
     loose, tight = (
         estimate(sizes, replace(WORK, passes={"score": Pass(1000, 10, gradients=True)}), SLOW, bound)
@@ -139,14 +139,14 @@ def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> No
     assert tight.seconds["score"] - loose.seconds["score"] == pytest.approx(missing)
 
 
-def test_training_holds_all_weights() -> None:
+def test_training_holds_all_weights():
     sizes = toy()
     found = estimate(sizes, replace(WORK, passes={"train": Pass(1000, 10, training=7e6)}), SLOW, bound=1000)
     assert (found.needed["weights"], found.needed["training"]) == (4 * sizes.parameters, 7e6)
     assert "weights that stay" not in found.held
 
 
-def test_a_device_has_memory_of_its_own() -> None:
+def test_a_device_has_memory_of_its_own():
     sizes = toy()
     host, found = (estimate(sizes, WORK, SLOW, 1e9, device) for device in ("", "cuda:1"))
     assert (host.there, host.device) == ({}, "")
@@ -159,7 +159,7 @@ def test_a_device_has_memory_of_its_own() -> None:
     assert trained.there["cut model"] == 0.75 * 4 * sizes.parameters
 
 
-def test_a_config_is_enough(tmp_path: Path) -> None:
+def test_a_config_is_enough(tmp_path):
     found = estimate_run(write_config(tmp_path / "config"), BASE)
     assert found.seconds["read"] == 2 * PARAMETERS / 1e6  # bfloat16, as the config says
     block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
@@ -169,7 +169,7 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.features
-def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: Estimator) -> None:
+def test_what_a_run_does_is_what_it_takes_time_for(eight_billion):
     ask = lambda **changes: eight_billion.estimate(fill_in(replace(BASE, **changes)))  # noqa: E731
     plan = ask(plan="plan.json")
     assert not {"score (wanda)", "choose widths", "reconstruct"} & set(plan.seconds)
@@ -191,7 +191,7 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: Estimator) -> 
 
 
 @pytest.mark.parametrize(("named", "share"), [(2, 2 / 5), (None, 1)])
-def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | None, share: float) -> None:
+def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named, share):
     model = testing.make_decoder("mixtral", meta=True)
     sizes = ModelSizes.of(model, find_module_blocks(model), stored=4, heads=6, vocab=97, experts=named or 0)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -202,7 +202,7 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | Non
     assert sizes.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_products_are_those_of_the_traced_graph() -> None:
+def test_products_are_those_of_the_traced_graph():
     model = testing.make_decoder("mixtral", meta=True)
     found = Estimator(model, torch.float32).estimate(fill_in(replace(BASE, length=8)))
     per_token = CostModel(analyze(trace(model, dynamic=True))).dense.flops
@@ -210,12 +210,12 @@ def test_products_are_those_of_the_traced_graph() -> None:
     assert found.seconds["score (wanda)"] == pytest.approx(of_text / (costs.EFFICIENCY * 1e9), rel=0.01)
 
 
-def test_a_short_convolution_is_no_mixture() -> None:
+def test_a_short_convolution_is_no_mixture():
     block = torch.nn.Sequential(torch.nn.Conv1d(12, 12, 4, groups=12), torch.nn.Linear(12, 12))
     assert find_expert_weights([block]) == []
 
 
-def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billion: Estimator) -> None:
+def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billion):
     settings = fill_in(replace(BASE, reconstruct=True, memory=64 * 10**9))
     keep_rates(replace(SLOW, speedup=4.0), torch.bfloat16)
     single = eight_billion.estimate(settings).seconds
@@ -225,7 +225,7 @@ def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billio
     assert single["reconstruct"] / 4 < half["reconstruct"] < single["reconstruct"], "solves are float32"
 
 
-def test_a_recovery_says_what_it_needs(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_recovery_says_what_it_needs(laboratory, tmp_path):
     dense, pruned = laboratory.open_model(), laboratory.open_pruned()
     learning = Learning(steps=2, training=Training(batch=2, micro=2))
     settings = Settings(learning=learning, length=16, eval_length=16, onnx=False)
@@ -252,14 +252,14 @@ def test_a_recovery_says_what_it_needs(laboratory: Laboratory, tmp_path: Path) -
 # ---- what the machine has not ----
 
 
-def test_what_cannot_fit_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_what_cannot_fit_is_refused_before_any_work(tmp_path):
     sizes = {"hidden_size": 2**20, "intermediate_size": 2**24, "num_hidden_layers": 1, "vocab_size": 100}
     with expect_error(MachineError, name="memory"):
         prune(write_config(tmp_path / "config", **sizes), tmp_path / "out", BASE)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_place_that_has_too_little_room_is_named(tmp_path: Path) -> None:
+def test_the_place_that_has_too_little_room_is_named(tmp_path):
     found = Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {}, {})
     check_room_for(found, tmp_path)
     with expect_error(MachineError, name="memory"):
@@ -274,7 +274,7 @@ def test_the_place_that_has_too_little_room_is_named(tmp_path: Path) -> None:
 # ---- this machine ----
 
 
-def test_the_machine_is_measured_once() -> None:
+def test_the_machine_is_measured_once():
     find_rates(torch.bfloat16).unlink()
     narrow = costs.measure_machine(dtype=torch.bfloat16)
     assert min(narrow.flops, narrow.read, narrow.write, narrow.speedup) > 0
@@ -283,14 +283,14 @@ def test_the_machine_is_measured_once() -> None:
 
 
 @pytest.fixture
-def take(inside: Inside) -> Callable[[Callable[[int], float]], None]:
+def take(inside):
     """Says how long each run takes from now on: number of threads → milliseconds."""
     taken: list[Callable[[int], float]] = []
     inside.around("mptk.cost.estimate.measure_typical_ms", lambda _, run, threads, seconds: taken[-1](threads))
     return taken.append
 
 
-def test_a_slow_type_is_timed_by_a_small_product(take: Callable[[Callable[[int], float]], None]) -> None:
+def test_a_slow_type_is_timed_by_a_small_product(take):
     """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
     timed: list[int] = []
 
@@ -303,7 +303,7 @@ def test_a_slow_type_is_timed_by_a_small_product(take: Callable[[Callable[[int],
     assert timed == [1]
 
 
-def test_on_a_busy_machine_the_rate_of_one_thread_counts(take: Callable[[Callable[[int], float]], None]) -> None:
+def test_on_a_busy_machine_the_rate_of_one_thread_counts(take):
     """All threads together wait for each other: two had 2 GFLOP/s, and one 150."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -322,7 +322,7 @@ def test_on_a_busy_machine_the_rate_of_one_thread_counts(take: Callable[[Callabl
         torch.set_num_threads(before)
 
 
-def test_sizes_and_times_as_text() -> None:
+def test_sizes_and_times_as_text():
     assert [describe_size(s) for s in (2.14e9, 3e7)] == ["2.1 GB", "30 MB"]
     assert [describe_duration(s) for s in (40, 119.6, 720, 12_600)] == ["40 s", "120 s", "12 min", "3.5 h"]
     found = Estimate({"a": 1e9}, {"b": 1.1e9}, {"a": 5e8}, {"b": 1e8}, {"x": 30, "y": 10})
@@ -330,7 +330,7 @@ def test_sizes_and_times_as_text() -> None:
     assert str(replace(found, does="5 training steps")).endswith(" and 40 s for 5 training steps")
 
 
-def test_what_is_kept_of_the_machine_costs_no_run(set_cache: Callable[[object], None], inside: Inside) -> None:
+def test_what_is_kept_of_the_machine_costs_no_run(set_cache, inside):
     """A file that is empty, damaged, a pipe or a folder is measured again; a cache that cannot be written is noted."""
     measured: list[Path] = []
 

@@ -9,9 +9,8 @@ import errno
 import gc
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -24,7 +23,7 @@ from mptk import trace
 from mptk.errors import FileError, InputError, MachineError, MptkError, OutputError, explain_errors
 from mptk.ir import make_token_samples
 from mptk.publish.manifest import check_manifest, hash_weight_files
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from passes.verify import prove
 
 TOO_MANY = 10**14
@@ -44,7 +43,7 @@ def no_memory_in_onnxruntime() -> None:
     "run",
     [lambda: torch.empty(TOO_MANY), lambda: np.empty(TOO_MANY), lambda: bytearray(10**16), no_memory_in_onnxruntime],
 )
-def test_out_of_memory(run: Callable[[], object]) -> None:
+def test_out_of_memory(run):
     with expect_error(MachineError) as refused, explain_errors():
         run()
     assert "\n" not in str(refused.value)
@@ -67,12 +66,12 @@ def test_out_of_memory(run: Callable[[], object]) -> None:
         (OutputError("cannot write out: Too many open files; check its folder, or give another place"), ""),
     ],
 )
-def test_what_a_library_says_of_the_machine_is_known(error: Exception, name: str) -> None:
+def test_what_a_library_says_of_the_machine_is_known(error, name):
     with expect_error(MachineError, name=name), explain_errors():
         raise error
 
 
-def test_other_errors_stay_as_they_are() -> None:
+def test_other_errors_stay_as_they_are():
     others = RuntimeError("size mismatch"), OSError(errno.ENOENT, "No such file"), InputError("no such model; see")
     for error in others:
         with pytest.raises(type(error)) as raised, explain_errors():
@@ -80,7 +79,7 @@ def test_other_errors_stay_as_they_are() -> None:
         assert raised.value is error
 
 
-def test_a_message_that_names_the_place_is_kept_and_one_that_hides_the_memory_is_not() -> None:
+def test_a_message_that_names_the_place_is_kept_and_one_that_hides_the_memory_is_not():
     def wrap(cause: Exception) -> None:
         try:
             raise cause
@@ -93,7 +92,7 @@ def test_a_message_that_names_the_place_is_kept_and_one_that_hides_the_memory_is
         wrap(MemoryError())
 
 
-def test_the_proof_does_not_take_it_for_a_wrong_result() -> None:
+def test_the_proof_does_not_take_it_for_a_wrong_result():
     batch = make_token_samples(torch.zeros(1, 3, dtype=torch.int64))
     masked = trace(torch.nn.Embedding(7, 5), batch.tensors)
     with expect_error(MachineError):
@@ -126,9 +125,7 @@ def free_descriptors(number: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [1, 15])
-def test_a_command_that_may_open_few_files_is_refused_before_it_writes_any(
-    number: int, laboratory: Laboratory, tmp_path: Path, run_words: Callable[..., int]
-) -> None:
+def test_a_command_that_may_open_few_files_is_refused_before_it_writes_any(number, laboratory, tmp_path, run_words):
     model, out = laboratory.open_model(), tmp_path / "out"
     with free_descriptors(number):
         code = run_words("prune", model, "--method", "magnitude", "--sparsity", "0.1", "--out", out)
@@ -139,9 +136,7 @@ def test_a_command_that_may_open_few_files_is_refused_before_it_writes_any(
 
 
 @pytest.mark.parametrize("limit", [100, 20_000])
-def test_a_run_that_fills_the_disk_keeps_its_stages_and_the_earlier_output(
-    limit: int, laboratory: Laboratory, tmp_path: Path
-) -> None:
+def test_a_run_that_fills_the_disk_keeps_its_stages_and_the_earlier_output(limit, laboratory, tmp_path):
     """At its first file, and at the result's weights. With more room it goes on."""
     model, out = str(laboratory.open_model()), laboratory.copy(laboratory.open_recovered(), tmp_path / "out")
     settings, earlier = laboratory.make_settings(method="magnitude", resume=True), hash_weight_files(out)

@@ -6,7 +6,6 @@ It reaches for mptk.run.minutes and mptk.run.estimate: what a number of minutes 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from mptk.errors import InputError
 from mptk.ir import PassRecord
 from mptk.run.amounts import describe_numbers
 from mptk.run.minutes import LEAST_STEPS, complete_settings
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 pytestmark = pytest.mark.usefixtures("rates")
 
@@ -36,21 +35,21 @@ def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | Non
     return found.learning.steps, found.samples
 
 
-def test_minutes_allow_the_most_steps_and_windows_that_fit(llama: str) -> None:
+def test_minutes_allow_the_most_steps_and_windows_that_fit(llama):
     for steps, samples, epochs in ((5, 20, 0), (19, 76, 0), (20, 80, 3), (23, 92, 3), (4000, 96, 3)):
         minutes = minutes_of(llama, TINY, steps=steps, samples=samples, distil_epochs=epochs)
         found = complete(given(TINY, minutes=minutes), llama)
         assert (found.learning.steps, found.samples, found.distil_epochs) == (steps, samples, epochs)
 
 
-def test_what_is_typed_wins(llama: str) -> None:
+def test_what_is_typed_wins(llama):
     minutes = minutes_of(llama, TINY, steps=40, samples=4)
     assert chosen(llama, TINY, minutes=minutes, samples=4) == (40, 4)
     assert chosen(llama, TINY, minutes=minutes, steps=7)[0] == 7
     assert chosen(llama, TINY, minutes=0.01, steps=900, samples=4) == (900, 4), "nothing is left to choose"
 
 
-def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_many_steps(llama: str) -> None:
+def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_many_steps(llama):
     assert chosen(llama, TINY) == (MOST_STEPS, 96)
     assert complete(TINY, llama).minutes == MINUTES
     keep_rates(replace(RATES, flops=1e3))
@@ -60,9 +59,7 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
 
 
 @pytest.mark.parametrize("more", [{}, {"reconstruct": True}, {"plan": "plan.json"}])
-def test_minutes_bound_the_windows_of_a_one_shot_method_and_never_make_it_train(
-    llama: str, more: dict[str, object]
-) -> None:
+def test_minutes_bound_the_windows_of_a_one_shot_method_and_never_make_it_train(llama, more):
     wanda = given(replace(TINY, method="wanda"), **more)
     for minutes in (minutes_of(llama, wanda, samples=44), 10_000):
         found = complete(replace(wanda, minutes=minutes), llama)
@@ -72,7 +69,7 @@ def test_minutes_bound_the_windows_of_a_one_shot_method_and_never_make_it_train(
     assert (asked.steps, asked.samples) == (7, 96)
 
 
-def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str) -> None:
+def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama):
     minutes = minutes_of(llama, TINY, steps=40, samples=96, distil_epochs=3)
     timed, float32 = replace(TINY, minutes=minutes), replace(TINY, minutes=minutes, compute_dtype="float32")
     keep_rates(RATES, torch.bfloat16)
@@ -92,12 +89,12 @@ def test_minutes_count_bfloat16_if_the_machine_is_faster_with_it(llama: str) -> 
     assert sources["samples"] == "the unfinished run"
 
 
-def test_text_that_the_model_writes_counts(llama: str) -> None:
+def test_text_that_the_model_writes_counts(llama):
     minutes = minutes_of(llama, TINY, steps=60, samples=60)
     assert 5 < chosen(llama, replace(TINY, data="self"), minutes=minutes)[0] < 60
 
 
-def test_minutes_that_are_too_few_or_choose_nothing_are_refused_before_any_work(llama: str, tmp_path: Path) -> None:
+def test_minutes_that_are_too_few_or_choose_nothing_are_refused_before_any_work(llama, tmp_path):
     keep_rates(replace(RATES, flops=1e6))
     ran: list[PassRecord] = []
     with expect_error(InputError, name="minutes"):
@@ -115,9 +112,7 @@ def test_minutes_that_are_too_few_or_choose_nothing_are_refused_before_any_work(
         assert refused.name == "minutes"
 
 
-def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
-    laboratory: Laboratory, llama: str, tmp_path: Path
-) -> None:
+def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(laboratory, llama, tmp_path):
     settings = given(TINY, steps=6, data=str(laboratory.open_data()))
     settings = replace(settings, minutes=minutes_of(llama, settings, samples=24))
 
@@ -135,7 +130,7 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(
     assert (recipe["steps"], recipe["samples"], "minutes" in recipe) == (6, 24, False)
 
 
-def test_a_recovery_has_minutes_too(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_recovery_has_minutes_too(laboratory, tmp_path):
     settings = replace(TINY, data=str(laboratory.open_data()))
     seconds = sum(estimate_recovery(laboratory.open_pruned(), given(settings, steps=9)).seconds.values())
     told: list[str] = []

@@ -10,11 +10,9 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from commands import done
-from inside import Inside
 from transformers import AutoTokenizer
 
 import mptk
@@ -28,14 +26,14 @@ from mptk.report.sections import build_prune_view
 from mptk.report.view import render_markdown
 from mptk.run.dense_types import DENSE_TYPES
 from mptk.run.minutes import fill_in
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx.names import ENDINGS
 
 CASES = ("prefill", "padded left", "padded right", "decode", "sizes")
 
 
-def test_report_says_what_was_cut_and_that_it_is_proven(laboratory: Laboratory) -> None:
+def test_report_says_what_was_cut_and_that_it_is_proven(laboratory):
     report = Report.read(laboratory.open_pruned())
     assert abs(report.sparsity - 0.35) <= 0.01
     assert [d["stage"] for d in report.proof] == [
@@ -56,7 +54,7 @@ def test_report_says_what_was_cut_and_that_it_is_proven(laboratory: Laboratory) 
     assert stages["rewrite"]["changed"]
 
 
-def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(laboratory, tmp_path):
     """int4 is rounded for the calibration text, and so not as a graph by itself is."""
     folder = laboratory.open_quantized()
     report, one = Report.read(folder), Report.read(laboratory.open_pruned())
@@ -74,7 +72,7 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(laboratory: La
     assert not filecmp.cmp(tmp_path / "model_q4.onnx_data", folder / "onnx" / "model_q4.onnx_data", shallow=False)
 
 
-def test_the_dense_model_is_measured_once_in_each_type(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_the_dense_model_is_measured_once_in_each_type(laboratory, tmp_path):
     """A cut competes with these. A second cut of the same model finds them in the cache."""
     report = Report.read(laboratory.open_quantized())
     for scheme, found in report.quantized.items():
@@ -90,9 +88,7 @@ def test_the_dense_model_is_measured_once_in_each_type(laboratory: Laboratory, t
     assert lines.index("dense, int8 in ONNX Runtime") < lines.index("pruned, int8 in ONNX Runtime")
 
 
-def test_a_dense_model_that_cannot_be_written_is_said_in_the_report(
-    laboratory: Laboratory, tmp_path: Path, inside: Inside
-) -> None:
+def test_a_dense_model_that_cannot_be_written_is_said_in_the_report(laboratory, tmp_path, inside):
     def refuse(*_: object) -> None:
         raise TargetError("no such operator")
 
@@ -104,7 +100,7 @@ def test_a_dense_model_that_cannot_be_written_is_said_in_the_report(
     assert "dense" not in report.quantized["int8"]
 
 
-def test_last_logits_alone_are_proven_too(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_last_logits_alone_are_proven_too(laboratory, tmp_path):
     last = {"logits": "last", "quantize": ("int8",), "objective": "prefill", "method": "magnitude"}
     report = Report.read(laboratory.prune("decoder", tmp_path / "out", onnx=True, **last))
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
@@ -114,7 +110,7 @@ def test_last_logits_alone_are_proven_too(laboratory: Laboratory, tmp_path: Path
     assert "quality" not in report.quantized["int8"]
 
 
-def test_a_failed_proof_publishes_nothing(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_failed_proof_publishes_nothing(laboratory, tmp_path):
     def damage(record: PassRecord) -> None:
         if record.name == "write stock":
             (config,) = tmp_path.rglob(".out.mptk/**/config.json")
@@ -126,7 +122,7 @@ def test_a_failed_proof_publishes_nothing(laboratory: Laboratory, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"], "what --resume needs, and no result"
 
 
-def test_a_plan_file_decides_everything(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_plan_file_decides_everything(laboratory, tmp_path):
     """The run writes only the text that it uses."""
     out, again = laboratory.open_pruned(), tmp_path / "again"
     settings = Settings(plan=str(out / "plan.json"), length=16, onnx=False)
@@ -140,16 +136,14 @@ def test_a_plan_file_decides_everything(laboratory: Laboratory, tmp_path: Path) 
 
 
 @pytest.mark.features
-def test_a_plan_that_is_fitted_or_merged_needs_more_text() -> None:
+def test_a_plan_that_is_fitted_or_merged_needs_more_text():
     asked, cut, merged = Settings(plan="plan.json"), Plan({}), Plan({}, conversions={"kv_heads": {"width": 1, "of": 3}})
     assert fill_in(asked, plan=cut).samples == 3
     assert fill_in(replace(asked, reconstruct=True), plan=cut).samples == 32
     assert fill_in(asked, plan=merged).samples == 32
 
 
-def test_same_seed_same_result_and_the_report_has_the_hash_of_every_text(
-    laboratory: Laboratory, tmp_path: Path
-) -> None:
+def test_same_seed_same_result_and_the_report_has_the_hash_of_every_text(laboratory, tmp_path):
     model, text = str(laboratory.open_model()), laboratory.open_data()
     settings = laboratory.make_settings(method="random", length=32, eval_length=24, eval_windows=2)
     a, b = (mptk.prune(model, tmp_path / name, replace(settings, seed=3)).report for name in "ab")
@@ -168,7 +162,7 @@ def test_same_seed_same_result_and_the_report_has_the_hash_of_every_text(
 
 
 @pytest.mark.always
-def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: str, tmp_path: Path) -> None:
+def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, tmp_path):
     heads = Settings(families=("heads",), widths={"heads": 4}, method="magnitude", samples=4, length=48, onnx=False)
     with expect_error(TargetError, name="heads", nearest=["hidden"]):
         mptk.prune(gpt2, tmp_path / "out", heads)
@@ -179,7 +173,7 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2: s
     assert {d.stage for d in mptk.verify(tmp_path / "out")} == stages
 
 
-def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(laboratory, tmp_path):
     def stop(stage: str, *_: object) -> None:
         if stage == "perplexity":
             raise KeyboardInterrupt
@@ -193,7 +187,7 @@ def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(laborato
     assert "Not measured, since the run was stopped earlier" in shown
 
 
-def test_reports_of_earlier_versions_are_read(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_reports_of_earlier_versions_are_read(laboratory, tmp_path):
     pruned = laboratory.open_pruned()
     report = json.loads((pruned / "report.json").read_text())
     del report["task"], report["settings"]["dtype"]

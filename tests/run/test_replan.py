@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +25,6 @@ from mptk.protocols.run_folder import make_now
 from mptk.run.estimate import read_estimator
 from mptk.run.minutes import LEAST_LATER, LEAST_STEPS, TimedRun, time_run
 from mptk.run.replan import make_limit, plan_fitting, plan_measurement, take_steps
-from mptk.testing import Laboratory
 from mptk.trust import NO_CODE
 
 LIMIT = TimeLimit(
@@ -34,7 +32,7 @@ LIMIT = TimeLimit(
 )
 
 
-def test_as_many_steps_as_fit_before_what_comes_after_them() -> None:
+def test_as_many_steps_as_fit_before_what_comes_after_them():
     """At 150 there are 250 seconds; what follows takes 50 of them, or twice as many at half the pace."""
     assert LIMIT.fit_steps(150.0, done=10, seconds=2.0) == 10 + 100
     assert LIMIT.fit_steps(150.0, done=10, seconds=2.0, pace=2.0) == 10 + 75
@@ -48,18 +46,18 @@ def test_as_many_steps_as_fit_before_what_comes_after_them() -> None:
     assert distils.fit_steps(150.0, done=2, seconds=20.0, pace=1.0) == 12
 
 
-def test_steps_have_bounds_whatever_the_time() -> None:
+def test_steps_have_bounds_whatever_the_time():
     assert LIMIT.fit_steps(1e6, done=2, seconds=1.0) == 5, "the least are taken although the time is over"
     assert LIMIT.fit_steps(1e6, done=30, seconds=1.0) == 30
     assert LIMIT.fit_steps(150.0, done=2, seconds=1e-6) == 1000
 
 
-def test_what_came_before_shows_the_pace_of_what_comes_after() -> None:
+def test_what_came_before_shows_the_pace_of_what_comes_after():
     assert LIMIT.measure_pace(160.0) == 3.0
     assert LIMIT.measure_pace(101.0) == 1.0, "a resumed run reads what others wait for"
 
 
-def test_units_are_scored_on_as_many_batches_as_there_is_time_for() -> None:
+def test_units_are_scored_on_as_many_batches_as_there_is_time_for():
     assert LIMIT.fit_batches(8, 1.0) == 8
     assert LIMIT.fit_batches(8, 2.5) == 4
     assert LIMIT.fit_batches(8, 1e3) == LEAST_SCORED
@@ -73,7 +71,7 @@ def watch_losses(*losses: float) -> Watch:
     return watch
 
 
-def test_a_loss_has_stopped_falling_if_no_measurement_of_so_many_is_lower() -> None:
+def test_a_loss_has_stopped_falling_if_no_measurement_of_so_many_is_lower():
     flat = [2.0] * STALLED
     assert watch_losses(2.0, *flat).has_stopped_falling
     assert not watch_losses(2.0, *flat[1:]).has_stopped_falling
@@ -83,7 +81,7 @@ def test_a_loss_has_stopped_falling_if_no_measurement_of_so_many_is_lower() -> N
     assert watch_losses(2.0, *[float("nan")] * STALLED).has_stopped_falling
 
 
-def test_minutes_are_the_clocks_and_choose_what_was_not_typed() -> None:
+def test_minutes_are_the_clocks_and_choose_what_was_not_typed():
     def time(asked: Settings, **numbers: object) -> frozenset[str] | None:
         typed = given(asked, **numbers)
         found = time_run(typed, replace(typed, minutes=typed.minutes or 20.0), recovers=False)
@@ -102,9 +100,7 @@ def test_minutes_are_the_clocks_and_choose_what_was_not_typed() -> None:
 
 
 @pytest.mark.usefixtures("rates")
-def test_a_run_that_is_faster_than_planned_takes_more_steps_and_a_resumed_one_keeps_them(
-    laboratory: Laboratory, tmp_path: Path
-) -> None:
+def test_a_run_that_is_faster_than_planned_takes_more_steps_and_a_resumed_one_keeps_them(laboratory, tmp_path):
     """The rates in the cache allow the fewest steps, and by the clock there is time for the most of a default run."""
     keep_rates(replace(RATES, flops=1e6))
     model, settings = str(laboratory.open_model()), replace(TINY, data=str(laboratory.open_data()))
@@ -136,7 +132,7 @@ NEVER, LONG_AGO = 1e12, 0.0
 
 
 @pytest.mark.usefixtures("rates")
-def test_what_has_no_time_left_is_fitted_and_measured_on_fewer_windows(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_what_has_no_time_left_is_fitted_and_measured_on_fewer_windows(laboratory, tmp_path):
     """A run that took two steps to learn masks, and whose minutes are over, or never end."""
     model = str(laboratory.open_model())
     asked = replace(TINY, data=str(laboratory.open_data()), eval_windows=8, samples=40, distil_epochs=3)

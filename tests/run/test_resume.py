@@ -28,14 +28,14 @@ from mptk.ir import PassRecord
 from mptk.protocols import RunFolder, check_unfinished, name_run_folder
 from mptk.protocols.origin import Origin
 from mptk.run.run import list_fixed_values
-from mptk.testing import WORDS, Laboratory, expect_error
+from mptk.testing import WORDS, expect_error
 
 SHORT = mptk.Settings(method="magnitude", sparsity=0.35, samples=4, length=32, align=8, onnx=False, eval_length=32)
 IDS = torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def settings(laboratory: Laboratory) -> mptk.Settings:
+def settings(laboratory):
     return laboratory.make_settings(reconstruct=True, length=32, eval_length=32)
 
 
@@ -66,9 +66,7 @@ def list_kept_blocks(out: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in name_run_folder(out).glob("block-*.safetensors")}
 
 
-def test_a_stopped_run_keeps_each_finished_stage(
-    laboratory: Laboratory, settings: mptk.Settings, tmp_path: Path
-) -> None:
+def test_a_stopped_run_keeps_each_finished_stage(laboratory, settings, tmp_path):
     """A block is distilled once, too, and what is resumed gives the bits of an unbroken run, in the model's type."""
     settings = replace(settings, distil_epochs=1, dtype="bfloat16", resume=True)
     model, unbroken, out, ran = str(laboratory.open_model()), tmp_path / "unbroken", tmp_path / "out", list[str]()
@@ -104,7 +102,7 @@ def test_a_stopped_run_keeps_each_finished_stage(
     assert all(d.ok for d in mptk.verify(out))
 
 
-def test_flaps_biases_are_kept_and_proven(gpt2: str, settings: mptk.Settings, tmp_path: Path) -> None:
+def test_flaps_biases_are_kept_and_proven(gpt2, settings, tmp_path):
     """GPT-2's heads have no stock config, so only the feed-forward channels go; its biases take up the means."""
     out, ran = tmp_path / "out", list[str]()
     flap = replace(settings, method="flap", families=("ffn",), widths={"ffn": 48}, reconstruct=None, onnx=True)
@@ -122,9 +120,7 @@ def test_flaps_biases_are_kept_and_proven(gpt2: str, settings: mptk.Settings, tm
 # ---- which run goes on ----
 
 
-def test_a_run_that_has_nothing_to_resume_says_so(
-    laboratory: Laboratory, settings: mptk.Settings, tmp_path: Path
-) -> None:
+def test_a_run_that_has_nothing_to_resume_says_so(laboratory, settings, tmp_path):
     model, out, said = str(laboratory.open_model()), tmp_path / "out", list[str]()
 
     def stop(stage: str, *_: object) -> None:
@@ -141,7 +137,7 @@ def test_a_run_that_has_nothing_to_resume_says_so(
     assert any(str(tmp_path / "other") in stage for stage in said)
 
 
-def test_other_settings_are_refused_with_resume_and_start_anew_without(tmp_path: Path) -> None:
+def test_other_settings_are_refused_with_resume_and_start_anew_without(tmp_path):
     out = tmp_path / "out"
     asked = replace(SHORT, learning=Learning(steps=0))
     first, device, method = (
@@ -156,7 +152,7 @@ def test_other_settings_are_refused_with_resume_and_start_anew_without(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp_path: Path) -> None:
+def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp_path):
     one_shot, training = (to_json(mptk.Settings(learning=Learning(steps=steps))) for steps in (0, 3))
     RunFolder(tmp_path / "out", one_shot, resume=False).save("text", {"ids": torch.ones(2)})
     work = RunFolder(tmp_path / "out", training, resume=False)
@@ -166,7 +162,7 @@ def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp
         RunFolder(tmp_path / "out", one_shot, resume=False)
 
 
-def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
+def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path):
     folder = RunFolder(tmp_path / "out", {}, resume=False)
     folder.save_checkpoint(
         "masks", 2, {"watched": torch.tensor([[0.0, torch.inf]]), "rng": torch.zeros(3, dtype=torch.uint8)}
@@ -183,7 +179,7 @@ def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
 # ---- what the run was given ----
 
 
-def test_an_error_names_the_first_changed_files_and_counts_the_others() -> None:
+def test_an_error_names_the_first_changed_files_and_counts_the_others():
     before = Origin(parts={f"text/{n}.md": "a" for n in range(40)})
     before.require(before)
     with expect_error(ChangedError, name=", ".join([*sorted(before.parts)[:8], "32 more"])):
@@ -217,7 +213,7 @@ CHANGES = {
 
 
 @pytest.fixture
-def place(laboratory: Laboratory, tmp_path: Path) -> Path:
+def place(laboratory, tmp_path):
     """A model of its own, with a text and a plan beside it."""
     shutil.copytree(laboratory.open_model(), tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 90))
@@ -244,7 +240,7 @@ def require_refused_after(changes: dict[str, Any], place: Path, settings: mptk.S
         (place / file).write_bytes(content)
 
 
-def test_an_unfinished_run_is_not_gone_on_with_after_what_it_was_given_changed(place: Path) -> None:
+def test_an_unfinished_run_is_not_gone_on_with_after_what_it_was_given_changed(place):
     """If all is put back it goes on, and the report has the fingerprint of the model."""
     settings = replace(SHORT, data=str(place / "text.txt"))
     model, out = str(place / "model"), place / "out"
@@ -254,14 +250,14 @@ def test_an_unfinished_run_is_not_gone_on_with_after_what_it_was_given_changed(p
     assert Report.read(out).model_sha256 == hash_model(model)
 
 
-def test_a_run_of_a_plan_is_not_gone_on_with_after_the_plan_changed(place: Path) -> None:
+def test_a_run_of_a_plan_is_not_gone_on_with_after_the_plan_changed(place):
     learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
     settings = replace(SHORT, data=str(place / "text.txt"), plan=str(place / "plan.json"), learning=learning)
     prune_until("rewrite", str(place / "model"), place / "out", settings)
     require_refused_after({"plan.json": CHANGES["plan.json"]}, place, settings)
 
 
-def test_a_plan_that_is_edited_meanwhile_changes_nothing(place: Path) -> None:
+def test_a_plan_that_is_edited_meanwhile_changes_nothing(place):
     plan = Plan.load(place / "plan.json")
     settings = replace(SHORT, data=str(place / "text.txt"), plan=str(place / "plan.json"))
     found = mptk.prune(
@@ -271,7 +267,7 @@ def test_a_plan_that_is_edited_meanwhile_changes_nothing(place: Path) -> None:
     assert Plan.load(place / "plan.json") == Plan({})
 
 
-def test_nothing_is_published_after_what_a_run_was_given_changed(place: Path) -> None:
+def test_nothing_is_published_after_what_a_run_was_given_changed(place):
     changed = {name for name in CHANGES if name not in ("plan.json", "the model's config.json")}
 
     def change(record: PassRecord) -> None:
@@ -286,7 +282,7 @@ def test_nothing_is_published_after_what_a_run_was_given_changed(place: Path) ->
     assert not (place / "out").exists()
 
 
-def test_a_model_in_memory_that_is_trained_meanwhile(tmp_path: Path) -> None:
+def test_a_model_in_memory_that_is_trained_meanwhile(tmp_path):
     model = testing.make_llama(layers=1)
 
     def train(record: PassRecord) -> None:
@@ -299,9 +295,7 @@ def test_a_model_in_memory_that_is_trained_meanwhile(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_texts_and_a_tokenizer_in_memory_are_what_the_unfinished_run_was_started_with(
-    laboratory: Laboratory, tmp_path: Path
-) -> None:
+def test_texts_and_a_tokenizer_in_memory_are_what_the_unfinished_run_was_started_with(laboratory, tmp_path):
     model, out = str(laboratory.open_model()), tmp_path / "out"
     texts, tokenizer = [" ".join(WORDS * 20)], AutoTokenizer.from_pretrained(model)
     prune_until("choose widths", model, out, SHORT, data=texts, tokenizer=tokenizer)

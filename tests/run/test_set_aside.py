@@ -24,7 +24,7 @@ from mptk.ir import IGNORED
 from mptk.report.summary import list_warnings
 from mptk.tasks import bind_task
 from mptk.tasks.inputs.text import make_text_rows, split_rows
-from mptk.testing import Laboratory, expect_error
+from mptk.testing import expect_error
 
 ASKED = Settings(samples=1000, length=8, eval_windows=4, eval_length=16)
 
@@ -37,7 +37,7 @@ def write_text(path: Path, words: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Loaded:
+def decoder():
     return open_live(testing.make_llama(), testing.make_tokenizer())
 
 
@@ -54,9 +54,7 @@ def read_stream(loaded: Loaded, path: Path) -> Tensor:
 
 
 @pytest.mark.parametrize(("words", "windows"), [(400, 4), (60, 2)])
-def test_the_first_windows_of_a_text_at_most_a_quarter_are_only_measured_on(
-    words: int, windows: int, decoder: Loaded, tmp_path: Path
-) -> None:
+def test_the_first_windows_of_a_text_at_most_a_quarter_are_only_measured_on(words, windows, decoder, tmp_path):
     asked = replace(ASKED, data=str(write_text(tmp_path / "text.txt", words)))
     stream, (fitted, measured) = read_stream(decoder, tmp_path / "text.txt"), draw(decoder, asked)
     assert len(measured) == windows
@@ -67,7 +65,7 @@ def test_the_first_windows_of_a_text_at_most_a_quarter_are_only_measured_on(
     assert torch.equal(measured.flatten(), stream[:border])
 
 
-def test_other_data_to_measure_on_sets_nothing_aside(decoder: Loaded, tmp_path: Path) -> None:
+def test_other_data_to_measure_on_sets_nothing_aside(decoder, tmp_path):
     path = str(write_text(tmp_path / "text.txt", 400))
     stream, (fitted, measured) = (
         read_stream(decoder, Path(path)),
@@ -77,14 +75,14 @@ def test_other_data_to_measure_on_sets_nothing_aside(decoder: Loaded, tmp_path: 
     assert len(measured) == 4
 
 
-def test_a_short_text_gives_one_short_window(decoder: Loaded, tmp_path: Path) -> None:
+def test_a_short_text_gives_one_short_window(decoder, tmp_path):
     asked = replace(ASKED, data=str(write_text(tmp_path / "text.txt", 15)))
     stream, (fitted, measured) = read_stream(decoder, tmp_path / "text.txt"), draw(decoder, asked)
     assert torch.equal(measured[0], stream[: len(stream) // 4])
     assert fitted.numel() <= len(stream) - measured.numel()
 
 
-def test_of_a_folder_each_fourth_row_and_block_is_set_aside(tmp_path: Path) -> None:
+def test_of_a_folder_each_fourth_row_and_block_is_set_aside(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"text": "row {i}"}}' for i in range(8)))
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text(f"text {i}")
@@ -99,13 +97,13 @@ def test_of_a_folder_each_fourth_row_and_block_is_set_aside(tmp_path: Path) -> N
     assert len(fitted) == pytest.approx(3 * len(measured), abs=3)
 
 
-def test_a_folder_that_cannot_be_divided_is_refused(decoder: Loaded, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_divided_is_refused(decoder, tmp_path):
     write_text(tmp_path / "only.txt", 40)
     with expect_error(DataError, name=str(tmp_path)):
         draw(decoder, replace(ASKED, data=str(tmp_path)))
 
 
-def test_images_and_other_files_are_set_aside_too(laboratory: Laboratory) -> None:
+def test_images_and_other_files_are_set_aside_too(laboratory):
     loaded = load(str(laboratory.open_model("image classifier")))
     data = str(laboratory.open_data("image classifier"))
     fitted, measured = draw(loaded, replace(ASKED, data=data))
@@ -114,11 +112,11 @@ def test_images_and_other_files_are_set_aside_too(laboratory: Laboratory) -> Non
 
 
 @pytest.mark.parametrize(("there", "wanted", "found"), [(1, 4, 0), (2, 4, 1), (7, 4, 1), (16, 4, 4), (99, 4, 4)])
-def test_a_quarter_at_most(there: int, wanted: int, found: int) -> None:
+def test_a_quarter_at_most(there, wanted, found):
     assert count_aside(wanted, there) == found
 
 
-def test_samples_in_memory_are_set_aside_and_examples_are_not() -> None:
+def test_samples_in_memory_are_set_aside_and_examples_are_not():
     net = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4)).eval()
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
     asked = {"sparsity": 0.3, "method": "wanda", "align": 1, "tolerance": 0.2, "progress": None, "onnx": False}
@@ -133,9 +131,7 @@ def test_samples_in_memory_are_set_aside_and_examples_are_not() -> None:
     assert examples.report.data["evaluation"]["source"] == examples.report.data["calibration"]["source"] == IN_MEMORY
 
 
-def test_a_report_says_how_many_tokens_and_warns_if_one_text_is_for_both(
-    laboratory: Laboratory, tmp_path: Path
-) -> None:
+def test_a_report_says_how_many_tokens_and_warns_if_one_text_is_for_both(laboratory, tmp_path):
     data = str(write_text(tmp_path / "text.txt", 2000))
     reports = [
         mptk.Report.read(laboratory.prune("decoder", tmp_path / name, data=data, eval_windows=2, **more))
@@ -151,11 +147,11 @@ def test_a_report_says_how_many_tokens_and_warns_if_one_text_is_for_both(
 
 
 @pytest.fixture(scope="module")
-def encoder(laboratory: Laboratory) -> Loaded:
+def encoder(laboratory):
     return load(str(laboratory.open_model("encoder")))
 
 
-def test_a_text_is_a_row_as_its_tokenizer_makes_it(encoder: Loaded) -> None:
+def test_a_text_is_a_row_as_its_tokenizer_makes_it(encoder):
     texts = [" ".join(testing.WORDS[:n]) for n in (3, 9, 5)]
     rows = split_rows(make_text_rows(encoder, texts, 7))
     assert encoder.tokenizer is not None
@@ -166,7 +162,7 @@ def test_a_text_is_a_row_as_its_tokenizer_makes_it(encoder: Loaded) -> None:
         make_text_rows(encoder, [], 7)
 
 
-def test_lines_and_rows_are_texts_and_stay_within_what_is_set_aside(encoder: Loaded, tmp_path: Path) -> None:
+def test_lines_and_rows_are_texts_and_stay_within_what_is_set_aside(encoder, tmp_path):
     words = encoder.tokenizer
     assert words is not None
     lines = [f"{testing.WORDS[i]} {testing.WORDS[i + 1]}" for i in range(8)]
@@ -183,9 +179,7 @@ def test_lines_and_rows_are_texts_and_stay_within_what_is_set_aside(encoder: Loa
 
 @pytest.mark.features
 @pytest.mark.parametrize("kind", ["encoder", "text classifier"])
-def test_encoders_are_measured_on_single_texts_of_their_own_length(
-    kind: str, laboratory: Laboratory, tmp_path: Path
-) -> None:
+def test_encoders_are_measured_on_single_texts_of_their_own_length(kind, laboratory, tmp_path):
     texts = [" ".join(testing.WORDS[i : i + 2 + i % 4]) for i in range(5)] * 8
     path = tmp_path / "text.txt"
     path.write_text("\n".join(texts))
@@ -206,6 +200,6 @@ def test_encoders_are_measured_on_single_texts_of_their_own_length(
     assert "single texts of" in found.report.quality["protocol"]
 
 
-def test_what_rows_are_padded_with_is_no_token(encoder: Loaded) -> None:
+def test_what_rows_are_padded_with_is_no_token(encoder):
     made = make_text_rows(encoder, ["a b c d", "a b"], 12).inputs["input_ids"]
     assert int((made == IGNORED).sum()) > 0

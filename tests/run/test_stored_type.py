@@ -38,7 +38,7 @@ def open_checkpoint(laboratory: Laboratory, dtype: torch.dtype) -> str:
 
 
 @pytest.fixture(scope="module")
-def half(laboratory: Laboratory) -> str:
+def half(laboratory):
     return open_checkpoint(laboratory, torch.bfloat16)
 
 
@@ -51,7 +51,7 @@ def bytes_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("target", ["stock", "graph"])
-def test_bfloat16_stays_and_the_report_counts_its_bytes(half: str, tmp_path: Path, target: str) -> None:
+def test_bfloat16_stays_and_the_report_counts_its_bytes(half, tmp_path, target):
     report = mptk.prune(half, tmp_path / "out", replace(SETTINGS, target=target)).report
     assert kinds(tmp_path / "out") == {torch.bfloat16}
     assert "dtype" not in report.config_changes
@@ -63,7 +63,7 @@ def test_bfloat16_stays_and_the_report_counts_its_bytes(half: str, tmp_path: Pat
     mptk.verify(tmp_path / "out")
 
 
-def test_trained_weights_are_rounded_before_the_proof(half: str, tmp_path: Path) -> None:
+def test_trained_weights_are_rounded_before_the_proof(half, tmp_path):
     learning = Learning(steps=4, mask_share=0.5, rank=2, training=Training(batch=2, micro=2, lr=1e-2))
     settings = replace(SETTINGS, method="maskprune", learning=learning, sparsity=0.286)
     report = mptk.prune(half, tmp_path / "out", settings).report
@@ -74,7 +74,7 @@ def test_trained_weights_are_rounded_before_the_proof(half: str, tmp_path: Path)
     mptk.verify(tmp_path / "out")
 
 
-def test_folded_norms_are_rounded_after_training_and_what_is_written_equals_that(half: str, tmp_path: Path) -> None:
+def test_folded_norms_are_rounded_after_training_and_what_is_written_equals_that(half, tmp_path):
     """If they were rounded before, what was trained would differ from the masked model by that, and the proof fail."""
     learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
     cut = replace(SETTINGS, families=("hidden",), widths={"hidden": 36}, learning=learning)
@@ -85,9 +85,7 @@ def test_folded_norms_are_rounded_after_training_and_what_is_written_equals_that
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("float32", "float16"), ("bfloat16", "float32")])
-def test_another_type_is_stored_if_it_is_asked_for(
-    laboratory: Laboratory, tmp_path: Path, stored: str, dtype: str
-) -> None:
+def test_another_type_is_stored_if_it_is_asked_for(laboratory, tmp_path, stored, dtype):
     dense = open_checkpoint(laboratory, getattr(torch, stored))
     report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, dtype=dtype)).report
     assert Report.read(tmp_path / "out").settings.dtype == dtype
@@ -99,7 +97,7 @@ def test_another_type_is_stored_if_it_is_asked_for(
     mptk.verify(tmp_path / "out")
 
 
-def test_a_folder_of_another_type_than_it_says_fails(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_folder_of_another_type_than_it_says_fails(laboratory, tmp_path):
     assert "dtype" not in Report.read(laboratory.open_recovered()).config_changes
     folder = laboratory.copy(laboratory.open_recovered(), tmp_path / "copy")
     report = json.loads((folder / "report.json").read_text())
@@ -110,14 +108,14 @@ def test_a_folder_of_another_type_than_it_says_fails(laboratory: Laboratory, tmp
         mptk.verify(folder)
 
 
-def test_a_number_that_is_too_large_is_refused() -> None:
+def test_a_number_that_is_too_large_is_refused():
     with expect_error(InputError, name="dtype"):
         round_to_type(torch.tensor([1.0, 7e4]), torch.float16)
     same = torch.tensor([1.0, 2.0])
     assert round_to_type(same, torch.bfloat16) is same
 
 
-def test_what_no_checkpoint_holds_is_not_rounded() -> None:
+def test_what_no_checkpoint_holds_is_not_rounded():
     program = mptk.trace(testing.make_llama())
     after = Store(torch.bfloat16).run(program).program
     constants = program.state.keys() - program.state_dict().keys()
@@ -129,7 +127,7 @@ def test_what_no_checkpoint_holds_is_not_rounded() -> None:
 
 
 @pytest.mark.features
-def test_quantised_weights_without_a_scale_are_refused(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_quantised_weights_without_a_scale_are_refused(laboratory, tmp_path):
     folder = tmp_path / "dense"
     shutil.copytree(open_checkpoint(laboratory, torch.float32), folder)
     state = load_file(folder / "model.safetensors")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
-from mptk.testing import Laboratory, draw_plan, expect_error
+from mptk.testing import draw_plan, expect_error
 from passes.transforms.insert_masks import find_mask_sites
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite_program
@@ -36,7 +35,7 @@ from passes.transforms.rewrite import rewrite_program
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_stages_give_the_numbers_of_the_whole_program(name: str) -> None:
+def test_stages_give_the_numbers_of_the_whole_program(name):
     program, inputs = built(name)
     assert len(partition(Flow(program), SMALL.stage).ends) >= 2
     expected = [program(*given) for given in inputs]
@@ -57,7 +56,7 @@ def cut_apart(name: str) -> tuple[list[Program], list[tuple[Tensor, ...]], list[
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_dense_masked_and_cut_programs_run_side_by_side(name: str) -> None:
+def test_dense_masked_and_cut_programs_run_side_by_side(name):
     programs, inputs, expected = cut_apart(name)
     found = list(SMALL.run_programs(programs, inputs))
     for one, other in zip(found, expected, strict=True):
@@ -84,7 +83,7 @@ def counted(program: Program) -> tuple[Program, list[int], list[int]]:
 
 
 @torch.no_grad()
-def test_one_stage_of_weights_is_in_memory_and_each_is_made_once() -> None:
+def test_one_stage_of_weights_is_in_memory_and_each_is_made_once():
     program, inputs = built("decoder")
     lazy, history, made = counted(program)
     largest = max(t.nbytes for t in program.state.values())
@@ -97,7 +96,7 @@ def test_one_stage_of_weights_is_in_memory_and_each_is_made_once() -> None:
     assert sum(made) <= sum(program.state[name].nbytes for name in set(program.weights.values()))
 
 
-def test_borders_are_where_the_residual_stream_alone_is_alive_and_what_fits_into_memory_has_none() -> None:
+def test_borders_are_where_the_residual_stream_alone_is_alive_and_what_fits_into_memory_has_none():
     program, _ = built("decoder")
     flow = Flow(program)
     layer = sum(t.nbytes for n, t in program.state.items() if "layers.0" in n)
@@ -112,7 +111,7 @@ def test_borders_are_where_the_residual_stream_alone_is_alive_and_what_fits_into
 
 @pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "magnitude"])
 @pytest.mark.parametrize("model", ["decoder", "learned positions", "mixture"])
-def test_scores_are_those_of_the_whole_program(name: str, model: str) -> None:
+def test_scores_are_those_of_the_whole_program(name, model):
     analysis = analyze(built(model)[0])
     windows = testing.draw_tokens(60, 9)  # two batches with gradients
     families = [f.name for f in analysis.families if f.name in ("ffn", "heads", "q_heads", "kv_groups")]
@@ -125,7 +124,7 @@ def test_scores_are_those_of_the_whole_program(name: str, model: str) -> None:
             assert torch.equal(staged[family], expected), family
 
 
-def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
+def test_a_tied_weight_has_the_gradients_of_all_its_uses():
     model = testing.make_decoder("llama", tie_word_embeddings=True)
     program, windows = trace(model, dynamic=True), testing.draw_tokens(4, 9)
     (name,) = (n for n in program.state if n in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -136,7 +135,7 @@ def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_after_the_last_watched_value_is_computed() -> None:
+def test_nothing_after_the_last_watched_value_is_computed():
     program, inputs = built("decoder")
     lazy, _, made = counted(program)
     analysis = replace(analyze(program), program=lazy)
@@ -161,14 +160,14 @@ class Writes(nn.Module):
 
 
 @torch.no_grad()
-def test_a_write_through_a_view_stays_in_the_stage_of_what_it_changes() -> None:
+def test_a_write_through_a_view_stays_in_the_stage_of_what_it_changes():
     program, x = trace(Writes().eval(), (torch.randn(3, 7),)), torch.randn(3, 7)
     assert Flow(program).uncut
     (found,) = Executor(stage=0, borders=0).run_programs([program], [(x,)])
     torch.testing.assert_close(found, program(x))
 
 
-def test_results_can_be_kept_in_files_and_come_back() -> None:
+def test_results_can_be_kept_in_files_and_come_back():
     kept, tensors = spool.Spool(bound=100, smallest=0), {"a": torch.randn(20), "b": torch.randn(30), "size": 7}
     kept.put("here", tensors)
     folder = kept._staging.folder
@@ -178,7 +177,7 @@ def test_results_can_be_kept_in_files_and_come_back() -> None:
     assert not list(folder.iterdir())
 
 
-def test_weights_are_changed_when_they_are_asked_for() -> None:
+def test_weights_are_changed_when_they_are_asked_for():
     asked: list[str] = []
     like = torch.empty(3, 4, dtype=torch.float16, device="meta")
     weights = Weights({"w": Lazy(like, lambda: asked.append("w") or torch.ones(3, 4, dtype=torch.float16))})
@@ -189,7 +188,7 @@ def test_weights_are_changed_when_they_are_asked_for() -> None:
     assert asked == ["w"]
 
 
-def test_the_memory_bound_divides_into_what_stays_stages_and_borders() -> None:
+def test_the_memory_bound_divides_into_what_stays_stages_and_borders():
     resident, executor = build_executor(Settings(memory=8_000_000))
     assert resident.bound + executor.stage + executor.borders < 8_000_000
     assert executor.device.type == "cpu" or torch.accelerator.is_available()
@@ -197,19 +196,19 @@ def test_the_memory_bound_divides_into_what_stays_stages_and_borders() -> None:
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+def test_a_device_that_is_not_there_is_refused(name):
     with expect_error(MachineError, name="device"):
         find_device(name)
 
 
-def test_a_word_that_is_no_device_is_refused() -> None:
+def test_a_word_that_is_no_device_is_refused():
     with expect_error(InputError, name="device") as refused:
         find_device("gpu")
     assert "auto" in refused.value.nearest
 
 
 @pytest.mark.parametrize("method", ["wanda", "maskprune"])
-def test_what_needs_the_whole_model_is_refused(laboratory: Laboratory, tmp_path: Path, method: str) -> None:
+def test_what_needs_the_whole_model_is_refused(laboratory, tmp_path, method):
     """A one-shot method has to write its own text, and the other one trains."""
     with expect_error(MachineError, name="memory"):
         mptk.prune(str(laboratory.open_model()), tmp_path / "out", Settings(memory=100_000, method=method))
@@ -229,7 +228,7 @@ def close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["decoder", "sliding windows", "mixture", "encoder and decoder", "images"])
 @torch.no_grad()
-def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
+def test_dense_masked_and_cut_programs_run_there(name):
     programs, inputs, expected = cut_apart(name)
     with SecondDevice() as mode:
         found = list(THERE.run_programs(programs, inputs))
@@ -241,7 +240,7 @@ def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["wanda", "flap", "taylor"])
 @pytest.mark.parametrize("model", ["decoder", "mixture"])
-def test_scores_are_made_there(name: str, model: str) -> None:
+def test_scores_are_made_there(name, model):
     analysis, windows = analyze(built(model)[0]), testing.draw_tokens(5, 9)
     expected = score_units(analysis, name, windows, families=["q_heads"])
     with SecondDevice():
@@ -250,7 +249,7 @@ def test_scores_are_made_there(name: str, model: str) -> None:
 
 
 @torch.no_grad()
-def test_consumers_are_fitted_and_blocks_are_distilled_there() -> None:
+def test_consumers_are_fitted_and_blocks_are_distilled_there():
     model, windows = testing.make_decoder("llama"), testing.draw_tokens(20, 9)
     analysis = analyze(trace(model, dynamic=True))
     cut, sites = resolve_plan(analysis, draw_plan(analysis, ["ffn"])), find_mask_sites(analysis, model, ["ffn"])
@@ -268,7 +267,7 @@ def test_consumers_are_fitted_and_blocks_are_distilled_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["decoder", "mixture", "images"])
-def test_a_program_runs_on_a_gpu_that_does_not_exist(name: str) -> None:
+def test_a_program_runs_on_a_gpu_that_does_not_exist(name):
     """On fake CUDA tensors, which refuse to meet tensors of the CPU."""
     program, inputs = built(name)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
@@ -290,7 +289,7 @@ ATEN = torch.ops.aten
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "mixture"])
 @pytest.mark.parametrize("executor", [BF16, STAGED])
 @torch.no_grad()
-def test_results_are_near_to_those_of_float32_and_in_float32(name: str, executor: Executor) -> None:
+def test_results_are_near_to_those_of_float32_and_in_float32(name, executor):
     program, inputs = built(name)
     for found, given in zip(executor.run_programs([program], inputs), inputs, strict=True):
         expected = program(*given)
@@ -299,7 +298,7 @@ def test_results_are_near_to_those_of_float32_and_in_float32(name: str, executor
 
 
 @torch.no_grad()
-def test_experts_run_in_it() -> None:
+def test_experts_run_in_it():
     """A router may choose others for a few tokens, so most tokens are looked at."""
     program, inputs = built("mixture")
     found, expected = next(BF16.run_programs([program], inputs)), program(*inputs[0])
@@ -307,7 +306,7 @@ def test_experts_run_in_it() -> None:
 
 
 @torch.no_grad()
-def test_products_are_narrow_and_rotary_angles_are_not() -> None:
+def test_products_are_narrow_and_rotary_angles_are_not():
     program, inputs = built("decoder")
     types: dict[Any, set[torch.dtype]] = {}
 
@@ -321,7 +320,7 @@ def test_products_are_narrow_and_rotary_angles_are_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["decoder", "sliding windows"])
-def test_gradients_are_summed_in_float32(name: str) -> None:
+def test_gradients_are_summed_in_float32(name):
     program, windows = built(name)[0], testing.draw_tokens(80, 9)  # two batches
     names = [n for n in program.parameters if "proj" in n]
     assert names
@@ -337,7 +336,7 @@ def test_gradients_are_summed_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "flap", "taylor"])
-def test_scores_are_near(criterion: str) -> None:
+def test_scores_are_near(criterion):
     analysis, windows = analyze(built("decoder")[0]), testing.draw_tokens(12, 16)
     exact, found = (
         score_units(analysis, criterion, windows, families=["ffn"], executor=e)["ffn"] for e in (SMALL, STAGED)

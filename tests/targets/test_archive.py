@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from fresh import Fresh
-from inside import Inside
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -76,16 +74,16 @@ X = torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def pruned() -> mptk.Pruned:
+def pruned():
     return mptk.prune(Odd(), sparsity=0.33, tolerance=0.1, example_inputs=X, progress=None)
 
 
 @pytest.fixture(scope="module")
-def folder(pruned: mptk.Pruned, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(pruned, tmp_path_factory):
     return pruned.save(tmp_path_factory.mktemp("archive") / "out")
 
 
-def test_a_new_process_opens_it_with_plain_torch_and_with_mptk(pruned: mptk.Pruned, folder: Path, fresh: Fresh) -> None:
+def test_a_new_process_opens_it_with_plain_torch_and_with_mptk(pruned, folder, fresh):
     small, x, inputs = copy.deepcopy(pruned.model), torch.randn(3, 3, 12, 8), folder.parent / "x.safetensors"
     torch.save(small, folder.parent / "whole.pt")
     save_file({"x": x, **{name: found.detach() for name, found in small(x).items()}}, inputs)
@@ -93,7 +91,7 @@ def test_a_new_process_opens_it_with_plain_torch_and_with_mptk(pruned: mptk.Prun
     assert done.code == 0, done.err
 
 
-def test_an_opened_module_is_the_one_that_was_saved_and_can_be_pruned_again(pruned: mptk.Pruned, folder: Path) -> None:
+def test_an_opened_module_is_the_one_that_was_saved_and_can_be_pruned_again(pruned, folder):
     opened, small = mptk.Pruned.open(folder).model, pruned.model
     assert {n: t.shape for n, t in opened.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}
     assert opened.state_dict().keys() == Odd().state_dict().keys()
@@ -111,7 +109,7 @@ def test_an_opened_module_is_the_one_that_was_saved_and_can_be_pruned_again(prun
     assert again.model.first.weight.shape[0] < opened.first.weight.shape[0]
 
 
-def test_an_archive_of_other_outputs_fails_the_proof(folder: Path, tmp_path: Path) -> None:
+def test_an_archive_of_other_outputs_fails_the_proof(folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copy")
     (copied / ARCHIVE).write_bytes(changed(folder, lambda name, part: replaced(name, part, "relu.def", "sin.def")))
     update_manifest(copied, ARCHIVE)
@@ -149,7 +147,7 @@ ATTACKS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_what_could_run_code_is_refused(attack: str, folder: Path, tmp_path: Path) -> None:
+def test_what_could_run_code_is_refused(attack, folder, tmp_path):
     old, new = ATTACKS[attack]
     file = tmp_path / "model.pt2"
     file.write_bytes(changed(folder, lambda name, part: replaced(name, part, old, new)))
@@ -160,7 +158,7 @@ def test_what_could_run_code_is_refused(attack: str, folder: Path, tmp_path: Pat
     assert refused.value.__cause__ is None
 
 
-def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> None:
+def test_pickles_and_other_files_are_not_read(folder, tmp_path):
     file, ran = tmp_path / "model.pt2", tmp_path / "ran"
 
     class Evil:
@@ -181,7 +179,7 @@ def test_pickles_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> N
             read_archive(file)
 
 
-def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_archive_is_read_or_refused(folder, tmp_path):
     good, file, refused = (folder / ARCHIVE).read_bytes(), tmp_path / "model.pt2", 0
     for seed in range(0, 48, 4):
         file.write_bytes(mutated(good, random.Random(seed)))
@@ -211,7 +209,7 @@ def test_a_damaged_archive_is_read_or_refused(folder: Path, tmp_path: Path) -> N
         ("(" * 2000, False),
     ],
 )
-def test_only_sizes_are_expressions(text: str, holds: bool) -> None:
+def test_only_sizes_are_expressions(text, holds):
     assert is_size_expression(text) is holds
 
 
@@ -228,7 +226,7 @@ class Several(nn.Module):
         return self.down(h), h.mean((1, 2))
 
 
-def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> None:
+def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path):
     inputs = {"example_inputs": torch.randn(2, 5, 6)}
     found = mptk.prune(Several(), tmp_path / "out", sparsity=0.25, tolerance=0.1, progress=None, **inputs)
     assert {row["stage"] for row in found.report.proof} >= {ARCHIVE, "ONNX Runtime"}
@@ -240,7 +238,7 @@ def test_a_modules_onnx_graph_has_its_outputs_and_open_sizes(tmp_path: Path) -> 
             torch.testing.assert_close(one, other.detach())
 
 
-def test_a_module_that_onnx_would_change_is_refused(tmp_path: Path, inside: Inside) -> None:
+def test_a_module_that_onnx_would_change_is_refused(tmp_path, inside):
     with expect_error(InputError, name="example_inputs"):
         mptk.export(Several(), tmp_path)
     with expect_error(TargetError, name="onnx"):

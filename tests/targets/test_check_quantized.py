@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from graph_damage import Damage, damaged, garbage_block, one_code
-from inside import Inside
 from tiny_decoders import FUSED, GROUPED, graphs_of, tiny_decoder
 
 from mptk import ProofError
@@ -28,19 +25,19 @@ TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
 
 @pytest.mark.parametrize("kind", [GROUPED, FUSED])
 @pytest.mark.parametrize("scheme", ONNX_SCHEMES)
-def test_quantised_weights_are_near(decoder_graphs: Callable[[str], Path], kind: str, scheme: str) -> None:
+def test_quantised_weights_are_near(decoder_graphs, kind, scheme):
     graphs = graphs_of(decoder_graphs(kind))
     assert 0.3 < check_quantized(graphs["float"], graphs[scheme], scheme) <= 1
 
 
-def test_what_was_rounded_for_a_text_is_too(decoder_graphs: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_was_rounded_for_a_text_is_too(decoder_graphs, tmp_path):
     shutil.copytree(decoder_graphs(FUSED), tmp_path, dirs_exist_ok=True)
     source = graphs_of(tmp_path)["float"]
     assert 0.3 < check_quantized(source, quantize_onnx(source, "int4", TEXT), "int4") <= 1
 
 
 @pytest.fixture(scope="module")
-def graphs(decoder_graphs: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def graphs(decoder_graphs, tmp_path_factory):
     """Float, int8, int4 and float16 graphs of one decoder, int4 rounded for a text."""
     folder = tmp_path_factory.mktemp("graphs")
     shutil.copytree(decoder_graphs(GROUPED), folder, dirs_exist_ok=True)
@@ -71,7 +68,7 @@ DAMAGES: dict[str, tuple[str, str, Damage]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found(name: str, graphs: Path, tmp_path: Path) -> None:
+def test_damage_is_found(name, graphs, tmp_path):
     scheme, ending, damage = DAMAGES[name]
     shutil.copytree(graphs, tmp_path, dirs_exist_ok=True)
     file = tmp_path / f"model{ENDINGS[scheme]}.onnx"
@@ -80,7 +77,7 @@ def test_damage_is_found(name: str, graphs: Path, tmp_path: Path) -> None:
         check_quantized(tmp_path / "model.onnx", damaged(file, ending, damage), scheme)
 
 
-def test_the_graph_of_another_model_is_found(graphs: Path, tmp_path: Path) -> None:
+def test_the_graph_of_another_model_is_found(graphs, tmp_path):
     other = emit_onnx(trace_decoder(tiny_decoder(GROUPED, intermediate_size=96)), tmp_path)
     with expect_error(ProofError, name="int8 weights"):
         check_quantized(graphs / "model.onnx", quantize_onnx(other, "int8"), "int8")
@@ -99,14 +96,14 @@ class ReorderPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def test_channels_in_another_order_are_the_same_weights(graphs: Path, inside: Inside) -> None:
+def test_channels_in_another_order_are_the_same_weights(graphs, inside):
     """As on a processor whose rounding puts equally large channels in another order."""
     inside.spoil("passes.targets.onnx.check_quantized.list_evening_passes", lambda found: [*found, ReorderPass()])
     for scheme in ("int8", "int4"):
         assert check_quantized(graphs / "model.onnx", graphs / f"model{ENDINGS[scheme]}.onnx", scheme) <= 1
 
 
-def test_divergence_is_in_nats_and_infinite_with_nan() -> None:
+def test_divergence_is_in_nats_and_infinite_with_nan():
     reference = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]))
     logits = torch.log(torch.tensor([[[0.5, 0.5], [0.1, 0.9]]])) + 3
     assert compute_token_divergence(logits, reference) == pytest.approx(0.8 * np.log(9) / 2)

@@ -42,20 +42,20 @@ def write(
 
 
 @pytest.mark.parametrize("name", testing.DECODERS)
-def test_a_config_that_was_only_written_again_is_equal(tmp_path: Path, name: str) -> None:
+def test_a_config_that_was_only_written_again_is_equal(tmp_path, name):
     written = write(tmp_path, name)
     assert check_written_config(written, tmp_path / "out", NO_CODE).ok
     assert find_config_changes(written, tmp_path) == {}
 
 
-def test_numbers_that_are_not_finite_are_equal_too(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_equal_too(tmp_path):
     sizes = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 4, "n_groups": 1, "vocab_size": 30}
     config = Mamba2Config(**sizes, num_hidden_layers=1, time_step_limit=(0.0, math.inf))
     written = write(tmp_path, Mamba2ForCausalLM(config))
     assert check_written_config(written, tmp_path / "out", NO_CODE).ok
 
 
-def test_a_type_that_changes_is_told_if_the_dense_config_names_one(tmp_path: Path) -> None:
+def test_a_type_that_changes_is_told_if_the_dense_config_names_one(tmp_path):
     written = replace(write(tmp_path, "llama"), dtype=torch.bfloat16)
     assert find_config_changes(written, tmp_path) == {"dtype": ["float32", "bfloat16"]}
     file = tmp_path / "dense" / "config.json"
@@ -63,7 +63,7 @@ def test_a_type_that_changes_is_told_if_the_dense_config_names_one(tmp_path: Pat
     assert find_config_changes(written, tmp_path) == {}
 
 
-def test_a_listed_change_may_differ_and_another_may_not(tmp_path: Path) -> None:
+def test_a_listed_change_may_differ_and_another_may_not(tmp_path):
     changed = {"rms_norm_eps": 2e-6}
     written = write(tmp_path / "listed", "llama", changed=changed)
     assert check_written_config(written, tmp_path / "listed" / "out", NO_CODE).ok
@@ -74,7 +74,7 @@ def test_a_listed_change_may_differ_and_another_may_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "change"), [("config.json", {"use_cache": False}), ("generation_config.json", None)])
-def test_every_field_counts_and_every_file(tmp_path: Path, file: str, change: dict[str, Any] | None) -> None:
+def test_every_field_counts_and_every_file(tmp_path, file, change):
     written = write(tmp_path, "llama")
     path = tmp_path / "out" / file
     if change is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,18 +74,18 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     inner = Tokenizer(WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
     inner.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
 
 
 @pytest.fixture
-def tokens() -> Tensor:
+def tokens():
     return torch.arange(26).reshape(2, 13) * 7 % VOCAB
 
 
-def test_stock_transformers_loads_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tokens: Tensor) -> None:
+def test_stock_transformers_loads_it(tmp_path, tokenizer, tokens):
     model = llama(tie_word_embeddings=True)
     model.generation_config = GenerationConfig(max_new_tokens=17)
     folder = write(model.state_dict(), model, tmp_path / "runs" / "small", tokenizer)
@@ -102,7 +102,7 @@ def test_stock_transformers_loads_it(tmp_path: Path, tokenizer: PreTrainedTokeni
     assert {path.name for path in tmp_path.joinpath("runs").iterdir()} == {"small"}
 
 
-def test_tied_weights_are_stored_once_and_others_each_though_they_share_memory(tmp_path: Path) -> None:
+def test_tied_weights_are_stored_once_and_others_each_though_they_share_memory(tmp_path):
     model = llama(tie_word_embeddings=True)
     folder = write(model.state_dict(), model, tmp_path / "tied")
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -117,7 +117,7 @@ def test_tied_weights_are_stored_once_and_others_each_though_they_share_memory(t
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
 
 
-def test_the_weights_set_the_dtype(tmp_path: Path) -> None:
+def test_the_weights_set_the_dtype(tmp_path):
     model = llama().to(torch.bfloat16)
     write_checkpoint(model.state_dict(), stock_of(llama()), model, None, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -125,7 +125,7 @@ def test_the_weights_set_the_dtype(tmp_path: Path) -> None:
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
 
 
-def test_slices_are_stored_without_the_memory_they_came_from(tmp_path: Path, tokens: Tensor) -> None:
+def test_slices_are_stored_without_the_memory_they_came_from(tmp_path, tokens):
     model, up = llama(), "model.layers.1.mlp.up_proj.weight"
     state = model.state_dict()
     state["model.norm.weight"] = torch.cat([state["model.norm.weight"], torch.ones(1000)])[:48]
@@ -153,9 +153,7 @@ class Made:
 
 @pytest.mark.parametrize("size", [600_000, 100_000])
 @pytest.mark.parametrize("build", [llama, partial(llama, tie_word_embeddings=True), mixtral])
-def test_the_files_are_those_of_save_pretrained_with_one_weight_in_memory(
-    tmp_path: Path, build: Callable[[], PreTrainedModel], size: int
-) -> None:
+def test_the_files_are_those_of_save_pretrained_with_one_weight_in_memory(tmp_path, build, size):
     model = build().to(torch.bfloat16)
     model.model.norm.float()
     made = Made(model.state_dict())
@@ -183,7 +181,7 @@ def test_the_files_are_those_of_save_pretrained_with_one_weight_in_memory(
     ],
     ids=["missing", "unknown", "of another shape", "tied, with other values"],
 )
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: Any, weight: str) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, weight):
     model = llama(tie_word_embeddings="lm_head.weight" in change)
     state = {k: v for k, v in {**model.state_dict(), **change}.items() if v is not None}
     with expect_error(TargetError, name=weight):

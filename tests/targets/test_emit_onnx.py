@@ -35,7 +35,7 @@ class Emitted:
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def emitted(request, decoder_graphs) -> Emitted:
+def emitted(request, decoder_graphs):
     model, file = tiny_decoder(request.param), graphs_of(decoder_graphs(request.param))["float"]
     return Emitted(request.param, model, trace_decoder(model), file, OrtDecoder(file, threads=1))
 

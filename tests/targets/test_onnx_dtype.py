@@ -5,8 +5,6 @@ It reaches for mptk.ort.decoder: a graph is run by itself.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -25,7 +23,7 @@ SETTINGS = Settings(sparsity=0.314, method="magnitude", align=4, onnx_dtype="flo
 
 
 @pytest.mark.parametrize("kind", [GROUPED, FUSED])
-def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind: str, tmp_path: Path) -> None:
+def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind, tmp_path):
     model = tiny_decoder(kind)
     half = OrtDecoder(mptk.export(model, tmp_path / "half", onnx_dtype="float16"), threads=1)
     whole = mptk.export(model, tmp_path / "whole", onnx_dtype="float32") / "model.onnx"
@@ -39,12 +37,12 @@ def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkpoint(tmp_path_factory):
     model, text = testing.make_llama(layers=1).to(torch.bfloat16), testing.make_tokenizer(begin=True)
     return testing.save_model(model, tmp_path_factory.mktemp("bfloat16"), text)
 
 
-def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path) -> None:
+def test_a_float16_graph_is_proven_and_verified(checkpoint, tmp_path):
     report = mptk.prune(checkpoint, tmp_path / "out", SETTINGS).report
     assert OrtDecoder(tmp_path / "out", threads=1).half
     cases = {f"ONNX Runtime {case}" for case in ("prefill", "padded left", "padded right", "decode", "sizes")}
@@ -55,7 +53,7 @@ def test_a_float16_graph_is_proven_and_verified(checkpoint: str, tmp_path: Path)
     assert all(d.ok and d.relative > 0 for d in verified if d.stage in stages)
 
 
-def test_what_onnx_runtime_does_not_run_is_refused(tmp_path: Path) -> None:
+def test_what_onnx_runtime_does_not_run_is_refused(tmp_path):
     for dtype, quantize in (("bfloat16", ()), ("float64", ()), ("float16", ("int8",))):
         with expect_error(InputError, name="onnx_dtype"):
             Settings(onnx_dtype=dtype, quantize=quantize)
@@ -64,7 +62,7 @@ def test_what_onnx_runtime_does_not_run_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_angles_of_far_positions_are_not_rounded(tmp_path: Path) -> None:
+def test_angles_of_far_positions_are_not_rounded(tmp_path):
     """float16 has steps of 2 beyond 2048, a third of a turn."""
     model = tiny_decoder(GROUPED, max_position_embeddings=8192)
     types = ("float16", "float32")

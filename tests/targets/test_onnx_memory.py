@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from inside import Inside
 from onnx import TensorProto, helper, numpy_helper
 from onnx_checks import TOLERANCE, alone
 from onnxruntime.transformers.float16 import convert_np_to_float16
@@ -67,7 +66,7 @@ def constants(file: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [(GROUPED, {"hidden_size": 96}), (FUSED, {"n_inner": 200})])
-def test_a_graph_is_written_with_one_weight_in_memory(kind: str, sizes: dict[str, int], tmp_path: Path) -> None:
+def test_a_graph_is_written_with_one_weight_in_memory(kind, sizes, tmp_path):
     """And gives the model's logits."""
     model = tiny_decoder(kind, **sizes)
     program = trace_decoder(model)
@@ -81,15 +80,13 @@ def test_a_graph_is_written_with_one_weight_in_memory(kind: str, sizes: dict[str
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory):
     """The graph of a decoder of two layers."""
     return emit_onnx(trace_decoder(tiny_decoder(GROUPED)), tmp_path_factory.mktemp("written"))
 
 
 @pytest.mark.parametrize("scheme", ONNX_SCHEMES)
-def test_it_is_quantised_and_checked_with_few_in_memory(
-    scheme: str, written: Path, tmp_path: Path, inside: Inside
-) -> None:
+def test_it_is_quantised_and_checked_with_few_in_memory(scheme, written, tmp_path, inside):
     """Three: queries, keys and values, which are smoothed by one scale."""
     source = Path(shutil.copytree(written.parent, tmp_path / "copy")) / written.name
     alive = Alive()
@@ -108,7 +105,7 @@ def test_it_is_quantised_and_checked_with_few_in_memory(
 
 
 @pytest.mark.parametrize(("bits", "block", "inputs"), [(8, 16, 96), (8, 128, 80), (4, 32, 80)])
-def test_a_weight_rounded_in_parts_is_that_of_onnx_runtime(bits: int, block: int, inputs: int) -> None:
+def test_a_weight_rounded_in_parts_is_that_of_onnx_runtime(bits, block, inputs):
     outputs = 2 * tensors.PART // inputs + 5
     weight = RNG.standard_normal((inputs, outputs), dtype=np.float32)
     graph = helper.make_graph(
@@ -128,7 +125,7 @@ def test_a_weight_rounded_in_parts_is_that_of_onnx_runtime(bits: int, block: int
     assert [array.tobytes() for array in found] == [array.tobytes() for array in expected]
 
 
-def test_float16_weights_are_those_of_onnx_runtimes_converter(written: Path) -> None:
+def test_float16_weights_are_those_of_onnx_runtimes_converter(written):
     full, half = constants(written), constants(quantize_onnx(written, "fp16"))
     large = [name for name, array in full.items() if array.size > 2000]
     assert len(large) >= 10
@@ -136,7 +133,7 @@ def test_float16_weights_are_those_of_onnx_runtimes_converter(written: Path) -> 
         assert half[name].tobytes() == convert_np_to_float16(full[name]).tobytes()
 
 
-def test_a_spilled_array_is_read_back_and_its_file_goes_with_it(tmp_path: Path) -> None:
+def test_a_spilled_array_is_read_back_and_its_file_goes_with_it(tmp_path):
     spill = tensors.Spill(tmp_path)
     arrays = [RNG.integers(0, 255, (7, 5)).astype(np.uint8), RNG.standard_normal((3, 4)).astype(np.float32).T]
     kept = [spill.keep(array) for array in arrays]
@@ -147,7 +144,7 @@ def test_a_spilled_array_is_read_back_and_its_file_goes_with_it(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bfloat16_state_is_written_in_the_type_of_the_graph(tmp_path: Path) -> None:
+def test_a_bfloat16_state_is_written_in_the_type_of_the_graph(tmp_path):
     program = trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=1))
     rounded_state = {n: t.detach().bfloat16() if t.is_floating_point() else t for n, t in program.state.items()}
     full = {n: t.to(program.state[n].dtype) for n, t in rounded_state.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,14 +25,14 @@ REFUSED = {"widths": {"kv_groups": 3}, "families": ("kv_groups",)}
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
+def llama(tmp_path_factory):
     sizes = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 6}
     config = llama_config(num_hidden_layers=2, **sizes)
     return save_word_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
-def rehomed(llama, tmp_path_factory) -> Path:
+def rehomed(llama, tmp_path_factory):
     """Pruned by the command line."""
     out = tmp_path_factory.mktemp("out") / "pruned"
     few = "--method magnitude --samples 2 --length 16 --eval-windows 1 --eval-length 16 --no-onnx"
@@ -97,7 +96,7 @@ def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path):
         assert filecmp.cmp(tmp_path / "out" / name, rehomed / name, shallow=False)
 
 
-def test_the_other_class_computes_what_the_refused_config_would() -> None:
+def test_the_other_class_computes_what_the_refused_config_would():
     """The model itself does not mind what its config refuses."""
     torch.manual_seed(0)
     spec, keep = one_group(), {"q": [0, 1, 3, 4, 5]}
@@ -124,7 +123,7 @@ def test_the_other_class_computes_what_the_refused_config_would() -> None:
     assert getattr(found.config, "sliding_window", None) is None
 
 
-def test_a_class_with_other_logits_is_no_home() -> None:
+def test_a_class_with_other_logits_is_no_home():
     spec = one_group()
     config, shapes = refused(spec.probe({"q": 5})).config, spec.shapes({"q": 5})
     result = refused(find_other_class(config, shapes, lambda stock: 0.25))

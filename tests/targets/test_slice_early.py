@@ -50,7 +50,7 @@ def run(model: onnx.ModelProto, start: int) -> np.ndarray:
 
 @pytest.mark.parametrize("start", [0, 2, ROWS])
 @pytest.mark.parametrize("bias", [True, False])
-def test_only_the_rows_that_are_left_are_multiplied(bias: bool, start: int) -> None:
+def test_only_the_rows_that_are_left_are_multiplied(bias, start):
     before = graph_of(bias=bias)
     model = ir.from_proto(before)
     assert SliceEarlyPass()(model).modified
@@ -61,7 +61,7 @@ def test_only_the_rows_that_are_left_are_multiplied(bias: bool, start: int) -> N
 
 
 @pytest.mark.parametrize("how", [{"axis": 1}, {"axis": 3}, {"axis": 1, "flat": True}, {"twice": True}], ids=str)
-def test_other_slices_stay(how: dict[str, int]) -> None:
+def test_other_slices_stay(how):
     """Of heads, of channels, of a product's columns, and of a value that is needed whole."""
     before = graph_of(**how)
     model = ir.from_proto(before)

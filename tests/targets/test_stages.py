@@ -6,7 +6,6 @@ It reaches for passes.transforms: one stage is cut by itself.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +55,7 @@ def found(model: PreTrainedModel) -> Any:
     return SimpleNamespace(analysis=analysis, legal=legal, widths=widths, kept=kept, sizes=sizes)
 
 
-def test_entries_of_one_value_belong_to_their_stages() -> None:
+def test_entries_of_one_value_belong_to_their_stages():
     """The feed-forwards of two stages of one width are one family, so both entries follow it."""
     stages = found(convnext(12, 12))
     assert stages.legal.together == (frozenset({"channels.1", "channels.2", "ffn"}),)
@@ -65,7 +64,7 @@ def test_entries_of_one_value_belong_to_their_stages() -> None:
     assert config.changes == {"hidden_sizes": ([12, 12], [9, 9])}
 
 
-def test_a_stage_is_cut_alone() -> None:
+def test_a_stage_is_cut_alone():
     stages = found(convnext(12, 20))
     assert set(stages.legal.together) == {frozenset({f"channels.{i}", f"ffn.{i}"}) for i in (1, 2)}
     assert stages.legal.ladders["channels.2"] == tuple(range(1, 21))
@@ -74,7 +73,7 @@ def test_a_stage_is_cut_alone() -> None:
     assert config.changes == {"hidden_sizes": ([12, 20], [12, 9])}
 
 
-def test_a_width_of_which_the_class_makes_all_others() -> None:
+def test_a_width_of_which_the_class_makes_all_others():
     sizes = {"embed_dim": 30, "depths": [2, 2], "num_heads": [3, 6], "window_size": 2, "image_size": 32}
     stages = found(build("SwinForImageClassification", **sizes, num_labels=7))
     (group,) = stages.legal.together
@@ -93,7 +92,7 @@ def test_a_width_of_which_the_class_makes_all_others() -> None:
         torch.testing.assert_close(logits, cut.program(images))
 
 
-def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
+def test_why_a_width_must_stay_is_the_number_that_the_class_derives():
     """Cvt; its second stage needs two layers, as the class reads a list of its layers by the stage."""
     sizes = {"embed_dim": [10, 24], "num_heads": [1, 2], "depth": [1, 2], "cls_token": [False, True]}
     refused = found(build("CvtForImageClassification", **sizes, num_labels=7)).legal.refused
@@ -102,7 +101,7 @@ def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
     assert "scale: it changes from" in refused["heads"]
 
 
-def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:
+def test_a_width_by_whose_power_the_class_multiplies_must_stay():
     """T5 scales what its head reads by d_model ** -0.5."""
     sizes = {"vocab_size": 97, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_heads": 3, "num_layers": 1}
     tied, apart = (
@@ -112,7 +111,7 @@ def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:
     assert "hidden" not in apart.legal.refused
 
 
-def test_the_cut_folder_is_loaded_by_its_own_class(tmp_path: Path) -> None:
+def test_the_cut_folder_is_loaded_by_its_own_class(tmp_path):
     sizes = {"embedding_size": 10, "hidden_sizes": [16, 24], "depths": [2, 2]}
     model = build("ResNetForImageClassification", **sizes, num_labels=7)
     mptk.prune(model, sparsity=0.4, tolerance=0.2, families=("channels.2", "conv.1"), **SMALL).save(tmp_path / "out")
@@ -123,6 +122,6 @@ def test_the_cut_folder_is_loaded_by_its_own_class(tmp_path: Path) -> None:
     assert "reloaded checkpoint" in [stage.stage for stage in mptk.verify(tmp_path / "out", model=model)]
 
 
-def test_a_family_without_its_partner_is_refused_by_name() -> None:
+def test_a_family_without_its_partner_is_refused_by_name():
     with expect_error(TargetError, name="ffn.2", nearest=["channels.2"]):
         mptk.prune(convnext(12, 20), sparsity=0.3, families=("ffn.2",), **SMALL)

@@ -27,7 +27,7 @@ EXACT: dict[str, tuple[Keep, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_stock_class_computes_the_masked_model(name: str) -> None:
+def test_the_stock_class_computes_the_masked_model(name):
     keep, expected = EXACT[name]
     torch.manual_seed(0)
     spec = getattr(stock_specs, name)()
@@ -47,13 +47,13 @@ def test_the_stock_class_computes_the_masked_model(name: str) -> None:
     assert (dense - masked).abs().max() > 1e-3
 
 
-def test_an_implicit_head_size_is_written_down_only_where_it_is_needed() -> None:
+def test_an_implicit_head_size_is_written_down_only_where_it_is_needed():
     spec = qwen2()
     assert changed(spec.probe({"ffn": 40})) == {"intermediate_size": 40}
     assert spec.probe({"q": 2}).changes == {"head_dim": (None, 10), "num_attention_heads": (6, 4)}
 
 
-def test_value_size_has_no_field() -> None:
+def test_value_size_has_no_field():
     rules = {r"v_proj.weight": ((2, "v"), 48), r"o_proj.weight": (48, (6, "v"))}
     spec = Spec(build("llama", **grouped(48)), {"v": 10}, [48, 2, 6, 80, VOCAB], rules)
     refusal = refused(spec.probe({"v": 8}))
@@ -61,7 +61,7 @@ def test_value_size_has_no_field() -> None:
     assert "v" in spec.discover().refusals
 
 
-def test_rotary_pairs_fit_the_shapes_but_are_another_function() -> None:
+def test_rotary_pairs_fit_the_shapes_but_are_another_function():
     rules = {
         r"q_proj.weight": ((6, 2, "pairs"), 48),
         r"[kv]_proj.weight": ((2, 2, "pairs"), 48),
@@ -74,7 +74,7 @@ def test_rotary_pairs_fit_the_shapes_but_are_another_function() -> None:
     assert "scaling" in refusal.where
 
 
-def test_a_cut_norm_takes_its_new_eps() -> None:
+def test_a_cut_norm_takes_its_new_eps():
     torch.manual_seed(0)
     spec = qwen2_hidden()
     keep = {"hidden": [*range(2, 20), *range(25, 47)]}
@@ -89,7 +89,7 @@ def test_a_cut_norm_takes_its_new_eps() -> None:
         assert (small(tokens).logits - spec.masked_logits(keep, tokens)).abs().max() < 1e-5
 
 
-def test_a_field_of_an_inner_config() -> None:
+def test_a_field_of_an_inner_config():
     text = AutoConfig.for_model("llama", vocab_size=VOCAB, **grouped(48)).to_dict()
     vision = {"model_type": "clip_vision_model", "image_size": 14, "patch_size": 7}
     vision |= {"hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -116,7 +116,7 @@ class Listed(PreTrainedModel):
         self.post_init()
 
 
-def test_a_list_of_layer_sizes() -> None:
+def test_a_list_of_layer_sizes():
     model = Listed(ListedConfig(ffn_sizes=[20, 28, 20, 28]))
     rules = {rf"layers.{at}.weight": (name, 12) for at, name in (("[02]", "narrow"), ("[13]", "wide"))}
     rules |= {r"layers.[02].bias": ("narrow",), r"layers.[13].bias": ("wide",)}
@@ -125,7 +125,7 @@ def test_a_list_of_layer_sizes() -> None:
     assert changed(spec.discover().build_config({"narrow": 15, "wide": 21})) == {"ffn_sizes": [15, 21, 15, 21]}
 
 
-def test_a_cut_of_some_layers_only_and_other_names_are_refused() -> None:
+def test_a_cut_of_some_layers_only_and_other_names_are_refused():
     spec = llama()
     kind, config = type(spec.model), spec.model.config
     target = {n: s if ".1." in n else spec.old[n] for n, s in spec.shapes({"ffn": 40}).items()}
@@ -137,7 +137,7 @@ def test_a_cut_of_some_layers_only_and_other_names_are_refused() -> None:
     assert (refusal.kind, refusal.where) == ("names", "extra.weight")
 
 
-def test_a_class_that_its_own_config_does_not_build() -> None:
+def test_a_class_that_its_own_config_does_not_build():
     model = build("llama", **grouped(48))
     model.config.hidden_act = "no-such-function"
     with expect_error(ModelError):

@@ -21,14 +21,14 @@ def ladder(stock: Stock, family: str, widths: Iterable[int], **others: int) -> l
     return [width for width in widths if stock.check_widths({**others, family: width}) is None]
 
 
-def test_a_field_is_the_product_of_two_families_and_experts_are_one() -> None:
+def test_a_field_is_the_product_of_two_families_and_experts_are_one():
     stock = llama().discover()
     assert stock.refusals == {}
     assert changed(stock.build_config({"kv": 1, "q": 2})) == {"num_attention_heads": 2, "num_key_value_heads": 1}
     assert changed(mixtral().discover().build_config({"experts": 3})) == {"num_local_experts": 3}
 
 
-def test_the_ladder_is_what_the_config_class_accepts() -> None:
+def test_the_ladder_is_what_the_config_class_accepts():
     stock = one_group().discover()
     assert ladder(stock, "q", range(1, 7)) == [1, 2, 3, 4, 6]
     assert ladder(stock, "ffn", range(8, 81, 24), q=4) == [8, 32, 56, 80]
@@ -45,7 +45,7 @@ def test_the_ladder_is_what_the_config_class_accepts() -> None:
         (opt, "no field sets the sizes of heads and no others"),
     ],
 )
-def test_heads_that_are_wired_to_the_hidden_size_are_refused(make: Any, reason: str) -> None:
+def test_heads_that_are_wired_to_the_hidden_size_are_refused(make, reason):
     spec = make()
     assert refused(spec.probe({"heads": 3})).kind == "shape"
     stock = spec.discover()
@@ -54,7 +54,7 @@ def test_heads_that_are_wired_to_the_hidden_size_are_refused(make: Any, reason: 
     assert ladder(stock, "ffn", [24, 72]) == [24, 72]
 
 
-def test_heads_and_hidden_together_imply_a_field_that_no_shape_shows() -> None:
+def test_heads_and_hidden_together_imply_a_field_that_no_shape_shows():
     spec = gpt2()
     stock = spec.discover()
     assert stock.together == [frozenset({"heads", "hidden"})]
@@ -65,7 +65,7 @@ def test_heads_and_hidden_together_imply_a_field_that_no_shape_shows() -> None:
     assert "heads" in refused(stock.check_widths({"hidden": 36})).reason
 
 
-def test_families_that_share_a_field_are_cut_together() -> None:
+def test_families_that_share_a_field_are_cut_together():
     stock = t5().discover()
     assert stock.together == [frozenset({"encoder", "decoder", "cross"})]
     assert changed(stock.build_config({"encoder": 3, "decoder": 3, "cross": 3})) == {"num_heads": 3}
@@ -76,7 +76,7 @@ def test_families_that_share_a_field_are_cut_together() -> None:
     assert "cross and decoder" in alone.reason
 
 
-def test_probing_leaves_no_trace() -> None:
+def test_probing_leaves_no_trace():
     spec = qwen2()
     before = spec.model.config.to_dict()
     spec.discover()
@@ -85,7 +85,7 @@ def test_probing_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_a_class_is_built_three_times_at_most(kind: str) -> None:
+def test_a_class_is_built_three_times_at_most(kind):
     """With symbols, with symbols for what its config leaves open, and once with the numbers that were found.
 
     A class with experts does not run on tensors without numbers. It is built once more to see that it never did.
@@ -107,7 +107,7 @@ class Counted(LlamaForCausalLM):
         super().__init__(config)
 
 
-def test_widths_of_a_deep_model_are_asked_without_building_it() -> None:
+def test_widths_of_a_deep_model_are_asked_without_building_it():
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     with torch.device("meta"):

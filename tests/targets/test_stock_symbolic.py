@@ -62,13 +62,13 @@ class Heads(PreTrainedModel):
 
 
 @pytest.mark.parametrize("channels", [11, 12, 18])
-def test_of_two_fields_in_a_product_the_one_of_the_family_s_width_follows_it(channels: int) -> None:
+def test_of_two_fields_in_a_product_the_one_of_the_family_s_width_follows_it(channels):
     """Also if the other could be divided like it."""
     spec = Spec(Heads(HeadsConfig(channels=channels)), {"heads": 6}, [7, channels], {"up": ((channels, "heads"), 7)})
     assert changed(spec.discover().build_config({"heads": 4})) == {"heads": 4}
 
 
-def test_other_values_of_the_fields_give_the_shapes_of_a_real_build() -> None:
+def test_other_values_of_the_fields_give_the_shapes_of_a_real_build():
     """BERT makes an ``int`` of a quotient, T5 writes into its config."""
     bert = BertConfig(hidden_size=48, num_attention_heads=4, intermediate_size=80, num_hidden_layers=1, vocab_size=101)
     t5 = T5Config(d_model=48, d_kv=10, d_ff=80, num_layers=1, num_heads=4, vocab_size=101)
@@ -83,7 +83,7 @@ def test_other_values_of_the_fields_give_the_shapes_of_a_real_build() -> None:
         assert reading.find_sizes(own).shapes == real != reading.dense.shapes
 
 
-def test_an_open_field_stands_for_what_it_is_derived_from() -> None:
+def test_an_open_field_stands_for_what_it_is_derived_from():
     reading = Reading(type(qwen2().model), qwen2().model.config)
     (pin,) = reading.pins
     heads = next(field for field in reading.fields if field.name == "num_attention_heads")
@@ -94,7 +94,7 @@ def test_an_open_field_stands_for_what_it_is_derived_from() -> None:
     assert reading.drop_implicit({heads: 4, pin: 10}) == {heads: 4, pin: 10}
 
 
-def test_what_a_class_decides_by_a_size_is_found_by_a_build() -> None:
+def test_what_a_class_decides_by_a_size_is_found_by_a_build():
     """Both trial cuts of ``half`` fit the expressions, but the class gives narrow models another shape."""
     kind = toy(lambda config: 2 * config.half if config.half > 4 else 11)
     spec = Spec(kind(ToyConfig()), {"half": 5}, [12, 2], {"up": (("half", 2), 12)})
@@ -103,14 +103,14 @@ def test_what_a_class_decides_by_a_size_is_found_by_a_build() -> None:
     assert spec.discover().refusals == {"half": refusal}
 
 
-def test_a_number_that_cannot_be_a_symbol_stays_a_number() -> None:
+def test_a_number_that_cannot_be_a_symbol_stays_a_number():
     kind = toy(lambda config: (json.loads(str(config.kinds[0])) - 1) * config.half)
     spec = Spec(kind(ToyConfig(kinds=[3, 1])), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
     assert changed(stock.build_config({"half": 4})) == {"half": 4}
 
 
-def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
+def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass():
     spec = Spec(Toy(ToyConfig()), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
 
     def forward(model: PreTrainedModel) -> None:
@@ -125,7 +125,7 @@ def test_a_size_that_no_weight_shows_is_found_by_a_forward_pass() -> None:
     assert spec.discover(forward=never).check_widths({"half": 4}) is None
 
 
-def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is() -> None:
+def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is():
     """The class takes a half of three channels, but not of four, for six parts, which may be the channels."""
 
     def inner(config: ToyConfig) -> int:
@@ -139,14 +139,14 @@ def test_a_number_that_may_have_to_follow_a_width_is_not_left_as_it_is() -> None
         assert (spec.discover().check_widths({"half": 3}) is None) == ok
 
 
-def test_a_width_that_the_class_rounds_is_refused_without_a_build() -> None:
+def test_a_width_that_the_class_rounds_is_refused_without_a_build():
     kind = toy(lambda config: (config.half + 1) // 2 * 4)
     spec = Spec(kind(ToyConfig(half=6)), {"half": 6}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
     assert [width for width in range(1, 6) if stock.check_widths({"half": width}) is None] == [2, 4]
 
 
-def test_a_class_that_takes_no_symbols_is_refused_with_its_reason() -> None:
+def test_a_class_that_takes_no_symbols_is_refused_with_its_reason():
     def inner(config: ToyConfig) -> int:
         if type(config.width) is not int:
             raise TypeError("a plain number, please")
@@ -158,7 +158,7 @@ def test_a_class_that_takes_no_symbols_is_refused_with_its_reason() -> None:
     assert (refusal.kind, refusal.reason) == ("constructor", "TypeError: a plain number, please")
 
 
-def test_reading_leaves_no_trace_and_torch_does_not_warn(capfd: pytest.CaptureFixture[str]) -> None:
+def test_reading_leaves_no_trace_and_torch_does_not_warn(capfd):
     """Of what symbols leave open."""
     for model in (llama().model, tiny_model("causal-lm", "inkling2_loop_text").model):
         before = model.config.to_dict()

@@ -5,7 +5,6 @@ It reaches for passes.targets.stock: what other programs derive, without a run.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +17,13 @@ from mptk.api import compiler as api
 from mptk.cli.main import app
 from mptk.errors import BudgetError, InputError, TargetError
 from mptk.features.gguf.architectures import ARCHITECTURES
-from mptk.ir import Alignment, Analysis
+from mptk.ir import Alignment
 from mptk.ir.consumers import CONSUMERS
 from mptk.report.analysis import build_analysis_json, list_breaking
 from mptk.report.runs import explain_uncut
 from mptk.targets import find_target
 from mptk.testing import expect_error
 from passes.targets import legalize
-from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.travel import find_broken_programs
 
@@ -42,7 +40,7 @@ def derivable() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[Analysis, LegalWidths]:
+def found():
     model = derivable()
     analysis = api.analyze(model)
     return analysis, find_target("stock").find_legal(analysis, model, Alignment(2))
@@ -53,7 +51,7 @@ def cut(config: PreTrainedConfig, **changes: int) -> StockConfig:
     return StockConfig(LlamaForCausalLM, smaller, {n: (getattr(config, n), new) for n, new in changes.items()})
 
 
-def test_a_size_that_programs_derive() -> None:
+def test_a_size_that_programs_derive():
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
     config = LlamaConfig(**sizes)
     assert find_broken_programs(cut(config, num_attention_heads=4), config) == [HEADS]
@@ -63,13 +61,13 @@ def test_a_size_that_programs_derive() -> None:
     assert find_broken_programs(cut(other, num_attention_heads=4), other) == []
 
 
-def test_a_number_that_the_dense_config_leaves_open() -> None:
+def test_a_number_that_the_dense_config_leaves_open():
     config = GPT2Config(n_embd=48, n_head=4)
     (said,) = find_broken_programs(cut(config, n_inner=100), config)
     assert said == "programs that derive n_inner, which the dense config leaves open, as llama.cpp's converter"
 
 
-def test_programs_that_read_the_size_of_a_head_only_for_some_models() -> None:
+def test_programs_that_read_the_size_of_a_head_only_for_some_models():
     config = Qwen2Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
     fewer = cut(config, num_attention_heads=4)
     assert find_broken_programs(fewer, config) == [f"{HEADS}, llama.cpp, vLLM, mlx-lm"]
@@ -77,12 +75,12 @@ def test_programs_that_read_the_size_of_a_head_only_for_some_models() -> None:
     assert find_broken_programs(fewer, config, ("transformers",)) == []
 
 
-def test_llama_cpp_reads_the_size_of_a_head_where_its_writer_says_so() -> None:
+def test_llama_cpp_reads_the_size_of_a_head_where_its_writer_says_so():
     (found,) = (each for each in CONSUMERS if each.engine == "llama.cpp")
     assert {*found.limits["head_dim"]} == {name for name, base in ARCHITECTURES.items() if not base.square}
 
 
-def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, LegalWidths]) -> None:
+def test_the_analysis_says_which_families_break_what(found):
     analysis, legal = found
     assert legal.breaks == dict.fromkeys(("hidden", "kv_groups", "q_heads"), HEADS)
     (line,) = list_breaking(build_analysis_json(analysis, legal, "m")["families"])
@@ -92,7 +90,7 @@ def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, Lega
     assert found.left == dict.fromkeys(("kv_groups", "q_heads"), f"cutting it breaks {HEADS}")
 
 
-def test_by_default_only_what_travels_is_cut() -> None:
+def test_by_default_only_what_travels_is_cut():
     report = mptk.prune(derivable(), sparsity=0.2, tolerance=0.05, **HOW).report
     assert [n for n, f in report.families.items() if f["width"] < f["of"]] == ["ffn"]
     assert any(note.startswith("left whole for other programs: kv_groups, q_heads (cutting") for note in report.notes)
@@ -100,7 +98,7 @@ def test_by_default_only_what_travels_is_cut() -> None:
     assert explain_uncut(report, "kv_groups") == f"cutting it breaks {HEADS}"
 
 
-def test_a_budget_that_only_heads_could_meet_names_the_option_which_cuts_them_too() -> None:
+def test_a_budget_that_only_heads_could_meet_names_the_option_which_cuts_them_too():
     with expect_error(BudgetError, name="sparsity") as refused:
         mptk.prune(derivable(), sparsity=0.75, **HOW)
     assert refused.value.nearest
@@ -110,7 +108,7 @@ def test_a_budget_that_only_heads_could_meet_names_the_option_which_cuts_them_to
     assert f"this cut breaks {HEADS}; see docs/deploy.md" in report.notes
 
 
-def test_what_is_named_is_cut_and_told(tmp_path: Path) -> None:
+def test_what_is_named_is_cut_and_told(tmp_path):
     pruned = mptk.prune(derivable(), widths={"q_heads": 2}, sparsity=0.3, tolerance=0.1, **HOW)
     assert pruned.report.families["q_heads"]["width"] == 2
     assert f"this cut breaks {HEADS}; see docs/deploy.md" in pruned.report.notes
@@ -120,7 +118,7 @@ def test_what_is_named_is_cut_and_told(tmp_path: Path) -> None:
     assert again.families == pruned.report.families
 
 
-def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> None:
+def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same():
     model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=97, n_positions=64)).eval()
     analysis = api.analyze(model)
     legal = find_target("stock").find_legal(analysis, model, Alignment(2))
@@ -129,7 +127,7 @@ def test_a_model_of_which_every_cut_breaks_a_program_is_cut_all_the_same() -> No
     assert legalize.choose_default_families(analysis.make_variables(), portable) == ["ffn"]
 
 
-def test_only_what_the_named_programs_read_is_legal(tmp_path: Path) -> None:
+def test_only_what_the_named_programs_read_is_legal(tmp_path):
     asked = {"sparsity": 0.75, "tolerance": 0.1, **HOW}
     report = mptk.prune(derivable(), engines=("vllm", "llama.cpp"), **asked).report
     cut = {name: f["width"] for name, f in report.families.items() if f["width"] < f["of"]}
@@ -152,7 +150,7 @@ def test_only_what_the_named_programs_read_is_legal(tmp_path: Path) -> None:
         ("--engines vllm --no-portable", "portable"),
     ],
 )
-def test_a_program_that_cannot_read_the_result_is_refused_before_any_work(words: str, name: str) -> None:
+def test_a_program_that_cannot_read_the_result_is_refused_before_any_work(words, name):
     result = CliRunner().invoke(app, ["prune", "no/model", "--out", "nowhere", *words.split()])
     assert isinstance(result.exception, InputError)
     assert result.exception.name == name

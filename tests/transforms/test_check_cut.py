@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
@@ -52,7 +50,7 @@ class Headed(nn.Module):
 
 
 @pytest.mark.parametrize("hidden", [{"head": 0.0}, {"scale": 1e-6}])
-def test_where_a_parameter_hides_the_units_the_proof_has_a_random_one(hidden: dict[str, float]) -> None:
+def test_where_a_parameter_hides_the_units_the_proof_has_a_random_one(hidden):
     module, x = Headed(**hidden), torch.randn(3, 8)
     before = {n: t.clone() for n, t in module.state_dict().items()}
     analysis = analyze(trace(module, (x,)))
@@ -70,7 +68,7 @@ def test_where_a_parameter_hides_the_units_the_proof_has_a_random_one(hidden: di
 
 
 @pytest.mark.parametrize(("stage", "damage"), [("rewrite", shifted), ("fold norms", scaled)])
-def test_the_stage_that_is_wrong_is_named(stage: str, damage: Callable[[Program], Program]) -> None:
+def test_the_stage_that_is_wrong_is_named(stage, damage):
     llama = analyze(trace(make_decoder("llama", num_hidden_layers=1), (draw_tokens(),)))
     cut = resolve_plan(llama, draw_plan(llama))
     stages = cut_by_stages(llama, cut)
@@ -79,7 +77,7 @@ def test_the_stage_that_is_wrong_is_named(stage: str, damage: Callable[[Program]
         check_cut(llama, cut, stages | {stage: damage(stages[stage])})
 
 
-def test_a_mask_that_moves_nothing_proves_nothing() -> None:
+def test_a_mask_that_moves_nothing_proves_nothing():
     """Units that never fire."""
     net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.constant_(net[0].bias, -100.0)
@@ -106,7 +104,7 @@ class Cancelling(nn.Module):
 
 
 @torch.no_grad()
-def test_a_program_that_rounding_moves_is_given_its_own_tolerance() -> None:
+def test_a_program_that_rounding_moves_is_given_its_own_tolerance():
     analysis = analyze(trace(Cancelling(1e-3), (torch.ones(7, 5),)))
     plan = draw_plan(analysis)
     (x,) = draw_seeded_inputs(analysis.program).values()
@@ -114,7 +112,7 @@ def test_a_program_that_rounding_moves_is_given_its_own_tolerance() -> None:
     assert measure_largest(mptk.rewrite(analysis, plan)(x), masked) > 5e-5 * masked.abs().max()
 
 
-def test_a_program_that_rounding_moves_further_can_be_proven_in_float64_alone() -> None:
+def test_a_program_that_rounding_moves_further_can_be_proven_in_float64_alone():
     module, x = Cancelling(1e-6), torch.ones(7, 5)
     analysis = analyze(trace(module, (x,)))
     with expect_error(ModelError):
@@ -123,7 +121,7 @@ def test_a_program_that_rounding_moves_further_can_be_proven_in_float64_alone() 
     mptk.rewrite(analysis, draw_plan(analysis))
 
 
-def test_an_output_without_elements_and_infinite_ones_that_agree_are_no_difference() -> None:
+def test_an_output_without_elements_and_infinite_ones_that_agree_are_no_difference():
     class Masked(nn.Sequential):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             y = super().forward(x)
@@ -133,7 +131,7 @@ def test_an_output_without_elements_and_infinite_ones_that_agree_are_no_differen
     mptk.rewrite(analysis, draw_plan(analysis))
 
 
-def test_a_model_in_bfloat16_is_proven_in_float32() -> None:
+def test_a_model_in_bfloat16_is_proven_in_float32():
     """In bfloat16 the cut model is further from the masked one than any tolerance that would find an error."""
     analysis = analyze(trace(make_decoder("llama", num_hidden_layers=1).bfloat16(), (draw_tokens(),)))
     plan = draw_plan(analysis)
@@ -143,7 +141,7 @@ def test_a_model_in_bfloat16_is_proven_in_float32() -> None:
     assert measure_largest(cut(draw_tokens()), masked) > 1e-3 * masked.abs().max()
 
 
-def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced() -> None:
+def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced():
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()

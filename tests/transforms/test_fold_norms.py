@@ -125,7 +125,7 @@ def scales(program: Program) -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FOLDED)
-def test_a_whole_norm_takes_the_scale(name: str) -> None:
+def test_a_whole_norm_takes_the_scale(name):
     masked, cut, refusal = cut_width(FOLDED[name])
     result = FoldNorms().run(cut)
     folded = result.program
@@ -137,7 +137,7 @@ def test_a_whole_norm_takes_the_scale(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", KEPT_IN_GRAPH)
-def test_what_is_no_whole_norm_keeps_its_scale_and_no_stock_class_is_offered_it(name: str) -> None:
+def test_what_is_no_whole_norm_keeps_its_scale_and_no_stock_class_is_offered_it(name):
     masked, cut, refusal = cut_width(KEPT_IN_GRAPH[name])
     folded = FoldNorms()(cut).program
     assert (folded(X) - masked(X)).abs().max() <= 1e-6 * masked(X).abs().max()
@@ -147,7 +147,7 @@ def test_what_is_no_whole_norm_keeps_its_scale_and_no_stock_class_is_offered_it(
 
 
 @torch.no_grad()
-def test_calls_without_users_that_count_stay() -> None:
+def test_calls_without_users_that_count_stay():
     """Masks that are made under ``torch.vmap`` open and close a level of it."""
 
     masked, cut, _ = cut_width(lambda h, w, b: rms(h) * w * torch.vmap(lambda i: i % 2 == 0)(torch.arange(3))[:, None])
@@ -157,7 +157,7 @@ def test_calls_without_users_that_count_stay() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-def test_a_class_that_gives_an_epsilon_to_norms_of_small_values_cannot_hold_the_cut(scale: float) -> None:
+def test_a_class_that_gives_an_epsilon_to_norms_of_small_values_cannot_hold_the_cut(scale):
     """Qwen3 has one field for all norms, and queries have norms of their own. Small ones are about as small as it."""
     model = testing.make_decoder("qwen3", num_hidden_layers=1)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def logits(module: nn.Module, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "gpt2", "opt", "gptneox", "mixtral"])
-def test_hard_masks_compute_what_the_masked_program_computes_and_ones_change_no_bit(architecture: str) -> None:
+def test_hard_masks_compute_what_the_masked_program_computes_and_ones_change_no_bit(architecture):
     model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     analysis = analyze_decoder(architecture)
     dense = logits(model, ids)
@@ -68,7 +68,7 @@ def test_hard_masks_compute_what_the_masked_program_computes_and_ones_change_no_
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "mixtral"])
-def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(architecture: str) -> None:
+def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(architecture):
     model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     analysis = analyze_decoder(architecture)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ class Past(nn.Module):
         return (x @ self.up.weight.T + self.up.bias).relu() @ self.down.weight.T
 
 
-def test_masks_reach_a_weight_that_is_read_without_its_layer() -> None:
+def test_masks_reach_a_weight_that_is_read_without_its_layer():
     model, x = Past().eval(), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     analysis = analyze(trace(model, [x]))
     (family,) = analysis.families
@@ -115,14 +115,14 @@ def test_masks_reach_a_weight_that_is_read_without_its_layer() -> None:
         assert torch.equal(model(x), dense)
 
 
-def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
+def test_families_that_cannot_fade_out_are_refused_by_name():
     model, analysis = testing.make_decoder("mixtral"), analyze_decoder("mixtral")
     with expect_error(AnalysisError, name="experts"):
         masked(model, analysis, ["experts"], lambda name, layer: torch.ones(1, 5))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptneox"])
-def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
+def test_a_mask_of_a_block_multiplies_what_it_adds(architecture):
     """At 0 the block is removed. Its gradient is the sum of those that each position saw."""
     model, ids = testing.make_decoder(architecture), testing.draw_tokens()
     analysis = analyze_decoder(architecture)
@@ -150,7 +150,7 @@ def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptneox"])
-def test_gradients_seen_position_by_position_are_those_of_masks_at_that_position(architecture: str) -> None:
+def test_gradients_seen_position_by_position_are_those_of_masks_at_that_position(architecture):
     """Their sum is the mask's gradient; and each is what a mask of that position alone would get."""
     model, ids = testing.make_decoder(architecture), testing.draw_tokens(1, 5)
     analysis = analyze_decoder(architecture)

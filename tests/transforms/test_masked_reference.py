@@ -26,7 +26,7 @@ def with_masked_weights(analysis: Analysis, cut: Cut) -> Program:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
-def test_no_bit_differs_from_weights_masked_beforehand(architecture: str) -> None:
+def test_no_bit_differs_from_weights_masked_beforehand(architecture):
     """gpt2: layer norms over the cut residual width. mixtral: each expert keeps its own units."""
     analysis = analyze_decoder(architecture)
     cut = resolve_plan(analysis, draw_plan(analysis))
@@ -50,7 +50,7 @@ class Alive(TorchDispatchMode):
         return result
 
 
-def test_no_weight_is_copied_but_while_it_is_used() -> None:
+def test_no_weight_is_copied_but_while_it_is_used():
     analysis = analyze_decoder("llama")
     cut = resolve_plan(analysis, draw_plan(analysis, ["ffn"]))
     program = mask(analysis, cut)

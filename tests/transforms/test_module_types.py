@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,9 +37,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 @pytest.mark.parametrize(
     ("outer", "inner", "tolerance"), [(BF16, BF16, 3e-2), (F64, F64, 1e-12), (F32, BF16, 2e-2), (F64, F16, 5e-3)]
 )
-def test_a_pruned_module_has_the_types_of_the_given_one(
-    outer: torch.dtype, inner: torch.dtype, tolerance: float, tmp_path: Path
-) -> None:
+def test_a_pruned_module_has_the_types_of_the_given_one(outer, inner, tolerance, tmp_path):
     net, x = Types(outer, inner), draw_input(2, 6, dtype=outer)
     net.mid.requires_grad_(False)
     pruned = prune_live(net, x)
@@ -57,7 +54,7 @@ def test_a_pruned_module_has_the_types_of_the_given_one(
     assert cut(x).dtype == outer
 
 
-def test_a_type_that_is_asked_for_is_that_of_the_pruned_module() -> None:
+def test_a_type_that_is_asked_for_is_that_of_the_pruned_module():
     small = prune_live(Types(F32, BF16), draw_input(2, 6), dtype="float32").model
     assert {p.dtype for p in small.parameters()} == {F32}
     assert small(draw_input(2, 6)).dtype == F32
@@ -75,7 +72,7 @@ def own_types(net: nn.Module) -> dict[str, Any]:
     return row
 
 
-def test_the_proof_in_own_types_allows_what_these_types_do_to_the_dense_module() -> None:
+def test_the_proof_in_own_types_allows_what_these_types_do_to_the_dense_module():
     assert own_types(Types(BF16, BF16))["tolerance"] == HALF_TOLERANCE
     found = own_types(Shifted(BF16, BF16))
     assert HALF_TOLERANCE < found["relative"] <= found["tolerance"] < 0.5
@@ -83,7 +80,7 @@ def test_the_proof_in_own_types_allows_what_these_types_do_to_the_dense_module()
 
 
 @pytest.mark.parametrize("kind", [Types, Shifted])
-def test_a_module_that_is_wrong_only_in_its_own_types_is_found_out(kind: type[Types], tmp_path: Path) -> None:
+def test_a_module_that_is_wrong_only_in_its_own_types_is_found_out(kind, tmp_path):
     pruned, folder = prune_live(kind(BF16, BF16), draw_input(2, 6, dtype=BF16)), tmp_path / "out"
     weights = load_file(pruned.save(folder) / WEIGHTS)
     save_file(weights | {"down.weight": -weights["down.weight"]}, folder / WEIGHTS)
@@ -92,7 +89,7 @@ def test_a_module_that_is_wrong_only_in_its_own_types_is_found_out(kind: type[Ty
     assert not found.ok
 
 
-def test_the_proof_in_own_types_starts_each_batch_with_the_modules_own_state() -> None:
+def test_the_proof_in_own_types_starts_each_batch_with_the_modules_own_state():
     class Running(Types):
         def __init__(self) -> None:
             super().__init__(BF16, BF16)
@@ -106,7 +103,7 @@ def test_the_proof_in_own_types_starts_each_batch_with_the_modules_own_state() -
     assert own_types(Running())["relative"] < HALF_TOLERANCE
 
 
-def test_complex_parameters_are_masked_and_cut() -> None:
+def test_complex_parameters_are_masked_and_cut():
     class Complex(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk import analyze, trace
-from mptk.ir import Analysis, Cut, Log, Pass, PassRecord, PassResult, Program, resolve_plan, run_passes
+from mptk.ir import Log, Pass, PassRecord, PassResult, Program, resolve_plan, run_passes
 from mptk.testing import draw_plan
 from passes.pipelines import cutting
 from passes.targets.onnx.lower import LowerComplex, LowerOps
@@ -33,12 +32,12 @@ class Normed(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def normed() -> tuple[Analysis, Cut]:
+def normed():
     analysis = analyze(trace(Normed(), (torch.ones(3, 4),)))
     return analysis, resolve_plan(analysis, draw_plan(analysis))
 
 
-def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
+def test_a_run_records_what_each_pass_did(normed):
     seen: list[PassRecord] = []
     log = Log(on_record=seen.append)
     results = run_passes(normed[0].program, cutting(*normed, torch.bfloat16), log)
@@ -52,7 +51,7 @@ def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
     assert results[-1].program.state["up.weight"].shape == (7, 4)
 
 
-def test_a_pass_that_finds_nothing_to_do_says_so(normed: tuple[Analysis, Cut]) -> None:
+def test_a_pass_that_finds_nothing_to_do_says_so(normed):
     analysis, _ = normed
     whole = resolve_plan(analysis, draw_plan(analysis, []))
     log = Log()
@@ -61,7 +60,7 @@ def test_a_pass_that_finds_nothing_to_do_says_so(normed: tuple[Analysis, Cut]) -
     assert str(log.records[0]) == "rewrite: 3 → 3 ops, 137 → 137 parameters"
 
 
-def test_the_analysis_must_be_of_the_program(normed: tuple[Analysis, Cut]) -> None:
+def test_the_analysis_must_be_of_the_program(normed):
     other = trace(Normed(), (torch.ones(3, 4),))
     for step in (Rewrite(*normed), Mask(*normed)):
         with pytest.raises(AssertionError):
@@ -80,7 +79,7 @@ def test_the_analysis_must_be_of_the_program(normed: tuple[Analysis, Cut]) -> No
         lambda *_: Retype(torch.float64),
     ],
 )
-def test_each_pass_checks_its_result(normed: tuple[Analysis, Cut], step: Callable[..., Pass]) -> None:
+def test_each_pass_checks_its_result(normed, step):
     before = normed[0].program
     wrong = replace(before, state=before.state.with_entries({"head.bias": torch.ones(4)}))
     with pytest.raises(AssertionError):
@@ -100,6 +99,6 @@ class Shorten(Pass):
         """Nothing."""
 
 
-def test_a_weight_that_the_graph_does_not_expect_stops_any_pass(normed: tuple[Analysis, Cut]) -> None:
+def test_a_weight_that_the_graph_does_not_expect_stops_any_pass(normed):
     with pytest.raises(AssertionError, match=r"head\.bias"):
         run_passes(normed[0].program, [Shorten()], Log())

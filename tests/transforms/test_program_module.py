@@ -46,7 +46,7 @@ def program():
     return cut(Net())
 
 
-def test_it_has_the_cut_weights_under_the_old_names_and_says_what_is_missing(program) -> None:
+def test_it_has_the_cut_weights_under_the_old_names_and_says_what_is_missing(program):
     small = program.module()
     assert set(small.state_dict()) == set(Net().state_dict())
     assert small.up.weight.shape == (11, 6)
@@ -62,7 +62,7 @@ def test_it_has_the_cut_weights_under_the_old_names_and_says_what_is_missing(pro
         mptk.trace(Net().to("meta"), INPUTS).module()
 
 
-def test_it_trains_and_shares_nothing_with_the_dense_model() -> None:
+def test_it_trains_and_shares_nothing_with_the_dense_model():
     dense = Net()
     before = copy.deepcopy(dense.state_dict())
     small = cut(dense).module().train()
@@ -80,7 +80,7 @@ def test_it_trains_and_shares_nothing_with_the_dense_model() -> None:
     assert small.again.weight is small.head.weight
 
 
-def test_its_state_goes_into_another_one(program) -> None:
+def test_its_state_goes_into_another_one(program):
     one, other = program.module(), program.module()
     with torch.no_grad():
         for parameter in one.parameters():
@@ -92,7 +92,7 @@ def test_its_state_goes_into_another_one(program) -> None:
     assert torch.equal(one(**INPUTS)["second"], copied(**INPUTS)["second"])
 
 
-def test_a_transformers_model_keeps_its_names_and_ties() -> None:
+def test_a_transformers_model_keeps_its_names_and_ties():
     model = testing.make_llama(layers=1)
     analysis = mptk.analyze(model)
     program = mptk.rewrite(analysis, draw_plan(analysis, ["ffn"], share=0.5))

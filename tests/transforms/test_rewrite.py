@@ -21,7 +21,7 @@ SIZES = [(2, 7), (1, 5), (3, 19)]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_a_dynamic_program_is_cut_for_all_batch_and_sequence_sizes(architecture: str) -> None:
+def test_a_dynamic_program_is_cut_for_all_batch_and_sequence_sizes(architecture):
     model = make_decoder(architecture, num_hidden_layers=1)
     analysis = analyze(trace(model, (draw_tokens(),), dynamic=True))
     plan = draw_plan(analysis)
@@ -31,7 +31,7 @@ def test_a_dynamic_program_is_cut_for_all_batch_and_sequence_sizes(architecture:
         assert measure_largest(expected, cut(draw_tokens(*size))) <= 1e-5 * max(1, expected.abs().max())
 
 
-def test_the_cut_program_outlives_the_module() -> None:
+def test_the_cut_program_outlives_the_module():
     module = make_decoder("gpt2", n_layer=1)
     analysis = analyze(trace(module, (draw_tokens(),)))
     plan = draw_plan(analysis)
@@ -45,7 +45,7 @@ def test_the_cut_program_outlives_the_module() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-def test_the_cut_program_is_a_valid_exported_program(architecture: str) -> None:
+def test_the_cut_program_is_a_valid_exported_program(architecture):
     """Constructing it runs torch's verifier; its module computes the same. It tells the shapes that it computes."""
     analysis = analyze_decoder(architecture)
     cut = mptk.rewrite(analysis, draw_plan(analysis))
@@ -73,7 +73,7 @@ def computed_shapes(program: Program) -> dict[str, torch.Size]:
 
 
 @pytest.fixture
-def llama() -> Analysis:
+def llama():
     return analyze_decoder("llama")
 
 
@@ -82,7 +82,7 @@ def half_of_ffn(analysis: Analysis) -> Plan:
     return Plan({"ffn": FamilyPlan(40, 80, keep)})
 
 
-def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama: Analysis) -> None:
+def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama):
     dense, cut = llama.program, mptk.rewrite(llama, half_of_ffn(llama))
     for name, tensor in cut.state.items():
         before = dense.state[name]
@@ -96,7 +96,7 @@ def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama: An
     assert count_parameters(cut) == count_parameters(dense) - 40 * 3 * 48 * 2
 
 
-def test_the_dense_program_is_left_as_it_was(llama: Analysis) -> None:
+def test_the_dense_program_is_left_as_it_was(llama):
     before, graph = llama.program(draw_tokens()), llama.program.graph.print_readable(print_output=False)
     plan = draw_plan(llama)
     mptk.rewrite(llama, plan)
@@ -105,7 +105,7 @@ def test_the_dense_program_is_left_as_it_was(llama: Analysis) -> None:
     assert measure_largest(llama.program(draw_tokens()), before) == 0
 
 
-def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
+def test_a_plan_that_keeps_everything_changes_nothing(llama):
     whole = {f: {g.layer: (tuple(range(f.size)),) for g in f.groups} for f in llama.families}
     cut = mptk.rewrite(llama, Plan({f.name: FamilyPlan(f.size, f.size, keep) for f, keep in whole.items()}))
     assert measure_largest(cut(draw_tokens()), llama.program(draw_tokens())) == 0
@@ -113,7 +113,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
     assert mptk.rewrite(llama, Plan({}))(draw_tokens()).equal(llama.program(draw_tokens()))
 
 
-def test_a_model_without_weights_is_cut_to_shapes() -> None:
+def test_a_model_without_weights_is_cut_to_shapes():
     analysis = analyze(trace(make_decoder("llama", meta=True, num_hidden_layers=1), (draw_tokens(),)))
     cut = mptk.rewrite(analysis, half_of_ffn(analysis))
     assert cut.state["model.layers.0.mlp.up_proj.weight"].shape == (40, 48)
@@ -139,7 +139,7 @@ class Positional(nn.Module):
         return self.head(x.transpose(1, 2).reshape(batch, sequence, 24))  # type: ignore[no-any-return]
 
 
-def test_sizes_and_constants_in_the_forward_follow() -> None:
+def test_sizes_and_constants_in_the_forward_follow():
     analysis = analyze(trace(Positional(), (draw_tokens() % 13,), dynamic=True))
     assert sorted(f.size for f in analysis.families) == [4, 6, 12]
     for seed in range(3):

@@ -10,7 +10,6 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -77,7 +76,7 @@ def cut(name: str) -> tuple[Any, nn.Module]:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_a_condition_holds_in_memory_and_in_every_file(name: str, tmp_path: Path) -> None:
+def test_a_condition_holds_in_memory_and_in_every_file(name, tmp_path):
     (program, oracle), (_, taken, refused) = cut(name), CASES[name]
     write_archive(tmp_path / ARCHIVE, program)
     plain = torch.export.load(tmp_path / ARCHIVE).module()
@@ -99,7 +98,7 @@ def test_a_condition_holds_in_memory_and_in_every_file(name: str, tmp_path: Path
                 run(made(sizes))
 
 
-def test_a_run_proves_both_sides_of_each_condition(tmp_path: Path, inside: Any) -> None:
+def test_a_run_proves_both_sides_of_each_condition(tmp_path, inside):
     """A batch of 1, where the module computes otherwise, too. A graph without its conditions is not published."""
 
     def centred(h: Tensor, x: Tensor) -> Tensor:
@@ -119,13 +118,13 @@ def test_a_run_proves_both_sides_of_each_condition(tmp_path: Path, inside: Any) 
         mptk.prune(Net(centred), tmp_path / "other", example_inputs=made((3, 6)), **asked)
 
 
-def test_what_cannot_be_written_is_refused_before_any_work() -> None:
+def test_what_cannot_be_written_is_refused_before_any_work():
     net = Net(lambda h, x: h * (x.shape[1] & 5))
     with expect_error(TargetError):
         mptk.prune(net, sparsity=0.3, align=1, tolerance=0.2, example_inputs=made((3, 6)), progress=None)
 
 
-def test_functions_of_sizes_are_pythons() -> None:
+def test_functions_of_sizes_are_pythons():
     numbers = SizeNumbers()
     for x in (-7.5, -2.5, -2.0, -0.5, -1e-20, 0.0, 0.5, 1.5, 2.5, 2.4999999999999996, 3.7, 1e9 + 0.5):
         found = numbers.floor_to_int(x), numbers.ceil_to_int(x), numbers.round_to_int(x), numbers.abs(x)

@@ -155,8 +155,9 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
                 continue
             if name in ("model", "models"):
                 path = check_model_name(str(each))
-                # Elsewhere a model may be a folder of graphs.
-                if annotations.get(name) in (ModelArgument, DenseOption) and path.exists() and not is_made(path):
+                # A graph, or a folder of graphs, may stand for a model where one is run.
+                dense = annotations.get(name) in (ModelArgument, DenseOption) and path.suffix != ".onnx"
+                if dense and path.exists() and not is_made(path):
                     check_local_model(str(each), path)
             elif name in ("folder", "folders"):
                 check_folder_named(str(each), "prune")
@@ -465,7 +466,8 @@ def refuse_surely_idle(command: str, asked: Asked) -> None:
     """
     s = asked.settings
     least = with_keywords(s, {"steps": s.learning.steps or 0, "distil_epochs": s.distil_epochs or 0})
-    most = with_keywords(s, {"steps": s.learning.steps or 1, "distil_epochs": s.distil_epochs or 1})
+    epochs = s.distil_epochs or int(s.reconstruct is not False)  # it needs reconstruction
+    most = with_keywords(s, {"steps": s.learning.steps or 1, "distil_epochs": epochs})
     never = find_idle(command, replace(asked, settings=least, learns=False, undecided=False))
     for name, why in find_idle(command, replace(asked, settings=most, learns=True, undecided=True)).items():
         if name in never:

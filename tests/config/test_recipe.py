@@ -45,7 +45,7 @@ def asked(asked_prune, tmp_path, go_to):
     """Collects what `prune` is asked for, in place of a run, in a folder with the data that recipes here name."""
     go_to(tmp_path)
     for name in ("a.jsonl", "a.txt", "b.txt"):
-        (tmp_path / name).write_text("text\n")
+        (tmp_path / name).write_text('{"text": "text"}\n')
     return asked_prune
 
 

@@ -210,9 +210,8 @@ def test_the_word_is_in_no_file_and_in_no_copy(sound):
 
 DOORS = {
     # The types of the public functions' keywords.
-    "mptk/api/keywords.py": {"PruneKeywords", "RecoverKeywords"},
+    "mptk/api/keywords.py": {"RecoverKeywords"},
     "mptk/features/advise/keywords.py": {"AdviseKeywords"},
-    "mptk/features/ladder/keywords.py": {"LadderKeywords"},
     "mptk/features/width_search/keywords.py": {"ShapesKeywords"},
     "mptk/api/changed.py": {"write_again"},  # hands an earlier word on to a run
     "mptk/api/pruned.py": {"open"},

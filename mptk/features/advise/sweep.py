@@ -34,7 +34,7 @@ from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import CHOOSE_WIDTHS
 from mptk.protocols import Context, Prepared, SampleSets, Stage
 from mptk.report.view import format_count
-from mptk.tasks.inputs.text import are_texts, split_rows
+from mptk.tasks.inputs.text import has_texts, split_rows
 from passes.targets.legalize import Candidate, choose_candidates, describe_widths, find_candidates, find_finest_families
 from passes.targets.width_choices import keep_complete_families
 
@@ -115,7 +115,7 @@ def open_trials(prepared: Prepared, cuts: Cuts, sets: SampleSets, context: Conte
 
 def split_measured(prepared: Prepared, samples: Samples) -> list[Samples]:
     """Each sample by itself, with the dense model's outputs as targets if the task's loss compares outputs."""
-    rows = split_rows(samples) if are_texts(samples) else samples.split(1)
+    rows = split_rows(samples) if has_texts(samples) else samples.split(1)
     if not prepared.task.compares:
         return rows
     outputs = prepared.executor.run_programs([prepared.reference], [row.tensors for row in rows])

@@ -89,7 +89,7 @@ def split_rows(samples: Samples) -> list[Samples]:
     return [batch.shorten(1, length) for batch, length in zip(batches, lengths, strict=True)]
 
 
-def are_texts(samples: Samples) -> bool:
+def has_texts(samples: Samples) -> bool:
     """Whether they are single texts of several lengths (``make_text_rows``)."""
     ids = samples.inputs.get("input_ids")
     return ids is not None and bool((ids == IGNORED).any())
@@ -97,7 +97,7 @@ def are_texts(samples: Samples) -> bool:
 
 def describe_rows(samples: Samples) -> str:
     """How many samples, and how long those of text are."""
-    if not are_texts(samples):
+    if not has_texts(samples):
         return f"{len(samples)} samples"
     lengths = (samples.inputs["input_ids"] != IGNORED).sum(1)
     return f"{len(samples)} single texts of {int(lengths.min())} to {int(lengths.max())} tokens"

@@ -138,7 +138,7 @@ SAMPLES_FROM = tuple(each.name for each in Settings.declared if each.setting.for
 """Settings that name what is read: a file or folder; sources of samples and texts."""
 REPORT_JSON = "report.json"
 SPARE_TOKENS = 2
-"""A text of n bytes has at most so many more tokens than n."""
+"""Tokens that a text may have beyond its bytes: one before it, and one for a space that the tokenizer puts there."""
 
 
 def check_names(values: Mapping[str, object], outputs: Container[str], annotations: Mapping[str, object]) -> None:
@@ -164,22 +164,22 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
             elif name in SAMPLES_FROM:
                 check_sources(str(each))
     read = next((values[name] for name in ("model", "folder") if name in values and name not in outputs), None)
-    if read is not None and values.get("data") is not None and "windows" not in values:
-        check_enough_text(str(read), str(values["data"]), values.get("length"))
+    length, data = values.get("length"), values.get("data")
+    if read is not None and data is not None and isinstance(length, int):
+        check_enough_text(str(read), str(data), length)
 
 
-def check_enough_text(model: str, data: str, length: object) -> None:
-    """Raise MptkError if a decoder gets less text than one window has, as far as that is known without torch.
+def check_enough_text(model: str, data: str, length: int) -> None:
+    """Raise MptkError if a decoder gets less text than one window of ``length`` has, as far as that is known.
 
-    ``length``: tokens of a window, as typed; None for the default.
+    Nothing is known of a model that has not been fetched, and of tables and folders.
     """
     from mptk.io import count_plain_text, count_positions
 
     size, positions = count_plain_text(data), count_positions(model)
     if size is None or positions is None:
         return
-    window = min(length if isinstance(length, int) else Settings.length, positions)
-    # A window may begin with a token that is not of the text; the text may get a space before it.
+    window = min(length, positions)
     if size + SPARE_TOKENS < window:
         raise DataError(
             f"{data} has {size} bytes, too few for a window of {window} tokens; give more, or a shorter --length",

@@ -51,7 +51,7 @@ def check_prune_options(
 ) -> None:
     """Check the options of ``prune``."""
     if not estimate:
-        check_replaceable(check_given(folder), settings.overwrite)
+        check_replaceable(check_given(folder), settings.overwrite)  # the run asks again: time has passed by then
     check_minutes(model, settings, settings.method == Settings.method and not settings.fixed)
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     refuse_surely_idle("prune", Asked(settings, writes=folder is not None, estimate=estimate))

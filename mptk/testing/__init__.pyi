@@ -19,6 +19,6 @@ from .kinds import MODEL_KINDS as MODEL_KINDS
 from .kinds import ModelKind as ModelKind
 from .kinds import write_kind as write_kind
 from .laboratory import Laboratory as Laboratory
-from .laboratory import copy_by_links as copy_by_links
+from .laboratory import copy_whole as copy_whole
 from .plugins import install_plugin as install_plugin
 from .refusals import expect_error as expect_error

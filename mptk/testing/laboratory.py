@@ -109,17 +109,18 @@ class Laboratory:
         return self.keep("ladder", lambda out: mptk.ladder(str(self.open_model()), out, [0.2, 0.4], **asked))
 
     def copy(self, folder: Path, to: Path) -> Path:
-        """A copy to damage (``copy_by_links``). Gives ``to``."""
-        copy_by_links(folder, to)
+        """A copy to damage. Gives ``to``."""
+        copy_whole(folder, to)
         return to
 
 
-def copy_by_links(folder: Path, to: Path) -> None:
-    """Copy a folder or a file by hard links, so that nothing is read.
+def copy_whole(place: Path, to: Path) -> None:
+    """Copy a folder or a file.
 
-    Replace a file of the copy (unlink, then write); what is written into it in place is written into the original.
+    No hard links: each one changes the ctime of the original, and a run of another process that reads the original
+    meanwhile refuses it as changed.
     """
-    if folder.is_file():
-        os.link(folder, to)
+    if place.is_file():
+        shutil.copy2(place, to)
     else:
-        shutil.copytree(folder, to, copy_function=os.link)
+        shutil.copytree(place, to)

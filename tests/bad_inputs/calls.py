@@ -340,7 +340,7 @@ USE = [
     Call("evaluate on words for windows", lambda p: mptk.evaluate(p.model, IDS, windows="2"), InputError, "windows"),
     Call("evaluate without a tokenizer", lambda p: mptk.evaluate(p.model, ["a text"]), InputError, "tokenizer"),
     Call("evaluate ids beyond", lambda p: mptk.evaluate(p.model, IDS + 300, progress=None), DataError, "input_ids"),
-    Call("evaluate a module alone", lambda p: mptk.evaluate(p.module, X, example_inputs=X), InputError, "dense"),
+    Call("evaluate only a module", lambda p: mptk.evaluate(p.module, X, example_inputs=X), InputError, "dense"),
     Call("generate after numbers", lambda p: mptk.generate(p.model, [7], tokenizer=p.tokenizer), InputError, "prompts"),
     Call("generate without a tokenizer", lambda p: mptk.generate(p.model, "a"), InputError, "tokenizer"),
     Call("generate in a cold", lambda p: generate(p, temperature=-1.0), InputError, "temperature"),

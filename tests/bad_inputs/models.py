@@ -99,7 +99,7 @@ FILES = [
     refuse("weights missing", LOAD, "{model}", remove(WEIGHTS)),
     refuse("weights a folder", LOAD, OF_WEIGHTS, remove(WEIGHTS), folder(WEIGHTS)),
     refuse("weights a fifo", LOAD, OF_WEIGHTS, remove(WEIGHTS), fifo(WEIGHTS)),
-    refuse("weights a pickle alone", LOAD, "{model}", remove(WEIGHTS), write("model/pytorch_model.bin", b"\x80")),
+    refuse("only a pickle for weights", LOAD, "{model}", remove(WEIGHTS), write("model/pytorch_model.bin", b"\x80")),
     refuse(
         "weights of another width", LOAD, "model.layers.0.mlp.down_proj.weight", fields(CONFIG, intermediate_size=72)
     ),

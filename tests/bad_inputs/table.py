@@ -23,7 +23,7 @@ from mptk.cli.app import check_words
 from mptk.cli.console import VOICE
 from mptk.cli.main import main
 from mptk.errors import FileError, InputError
-from mptk.testing import copy_by_links
+from mptk.testing import copy_whole
 
 PATIENCE = int(os.environ.get("PATIENCE", 60))
 """Seconds after which a row is said to hang."""
@@ -56,10 +56,10 @@ class Place:
     shared: Mapping[str, Path]
 
     def __getitem__(self, name: str) -> Path:
-        """A shared file or folder, copied by hard links into this place."""
+        """A shared file or folder, copied into this place."""
         there = self.root / name
         if name in self.shared and not there.exists():
-            copy_by_links(self.shared[name], there)
+            copy_whole(self.shared[name], there)
         return there
 
 

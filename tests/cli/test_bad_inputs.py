@@ -18,7 +18,7 @@ REMEDY = re.compile(r"[;:,.] ?\S|give|do not use|check|write|choose|see|add|remo
 
 @pytest.fixture(scope="module")
 def sources(tiny_folders):
-    """The folders that rows copy by links, so that a row could write into them."""
+    """The folders that rows copy."""
     folders = [folder for folder in tiny_folders.values() if folder.is_dir()]
     before = list(map(listing, folders))
     yield tiny_folders

@@ -77,6 +77,7 @@ MISTAKES = (
     "prune dense --data damaged.jsonl --out x",
     "prune decoder --data some.txt --out x",
     "advise decoder --data some.txt",
+    "eval decoder --data some.txt",
     "report empty",
     "prune dense --sparsity 0.3 --max-decode-ms 9 --out x",
     "prune dense --sparsity 0.3 --ladder 0.2,0.3 --out x",

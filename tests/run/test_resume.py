@@ -310,3 +310,10 @@ def test_texts_and_a_tokenizer_in_memory_are_what_the_unfinished_run_was_started
         assert name in refused.value.name
     tokenizer("a", truncation=True, max_length=1)  # which it remembers
     assert mptk.prune(model, out, SHORT, data=texts, tokenizer=tokenizer, resume=True)
+
+
+def test_a_copy_of_the_laboratory_changes_no_file_that_a_run_may_be_reading(laboratory, tmp_path):
+    files = sorted(laboratory.open_model().iterdir())
+    before = [file.stat().st_ctime_ns for file in files]  # a hard link would renew it
+    laboratory.copy(files[0].parent, tmp_path / "copy")
+    assert [file.stat().st_ctime_ns for file in files] == before

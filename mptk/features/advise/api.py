@@ -30,7 +30,7 @@ from mptk.features.advise.advice import (
 )
 from mptk.features.advise.keywords import AdviseKeywords
 from mptk.features.advise.made import WAYS_AT_ONCE, check_measurable, measure_ways
-from mptk.features.advise.sweep import Measuring, find_cuts, give_advice, open_trials, split_measured
+from mptk.features.advise.sweep import Measuring, find_cuts, give_advice, open_trials, split_into_rows
 from mptk.features.advise.types import check_types, list_ways, measure_types
 from mptk.files import make_scratch
 from mptk.io import data as text
@@ -260,7 +260,7 @@ def measure_cuts(
         sets, texts = read_domains(prepared, run)
         cuts = find_cuts(prepared, sparsities)
         trials = open_trials(prepared, cuts, sets, run)
-        rows = {name: split_measured(prepared, samples) for name, samples in texts.items()}
+        rows = {name: split_into_rows(prepared, samples) for name, samples in texts.items()}
         found = give_advice(trials, cuts, rows, tolerance)
         if asked is not None:
             found = compare_ways(found, trials, texts, asked, run)

@@ -26,7 +26,7 @@ from mptk.features.advise.sweep import (
     give_advice,
     list_cut_families,
     open_trials,
-    split_measured,
+    split_into_rows,
 )
 from mptk.features.advise.types import check_types, list_ways, measure_types, open_predictor
 from mptk.features.advise.view import describe_limits, describe_price, describe_way
@@ -101,7 +101,7 @@ def compare_ways_within(prepared: Prepared, sets: SampleSets, context: Context) 
     plain = replace(prepared, settings=replace(s, learning=replace(s.learning, steps=0)))
     texts = {s.data: sets.held_out[:COMPARED_WINDOWS]}
     trials = open_trials(plain, cuts, sets, context)
-    rows = {name: split_measured(plain, samples) for name, samples in texts.items()}
+    rows = {name: split_into_rows(plain, samples) for name, samples in texts.items()}
     found = give_advice(trials, cuts, rows, SAFE_CHANGE)
     with make_scratch() as scratch:
         dense = measure_types(plain, sets, texts, COMPARED_TYPES, limits, scratch.folder, context)

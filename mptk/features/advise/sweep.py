@@ -113,7 +113,7 @@ def open_trials(prepared: Prepared, cuts: Cuts, sets: SampleSets, context: Conte
     return Trials(replace(prepared, candidates=candidates), sets, context, context.folder)
 
 
-def split_measured(prepared: Prepared, samples: Samples) -> list[Samples]:
+def split_into_rows(prepared: Prepared, samples: Samples) -> list[Samples]:
     """Each sample by itself, with the dense model's outputs as targets if the task's loss compares outputs."""
     rows = split_rows(samples) if has_texts(samples) else samples.split(1)
     if not prepared.task.compares:

@@ -117,7 +117,7 @@ def test_no_simple_mistake_waits_for_torch(tmp_path):
 
 def test_the_first_line_names_what_is_read_and_comes_before_torch(laboratory, tmp_path):
     model, pruned, text = (str(path) for path in (laboratory.open_model(), laboratory.open_pruned(), "text.txt"))
-    (tmp_path / text).write_text("text\n" * 99)
+    (tmp_path / text).write_text("text\n" * 999)
     out = ["--data", text, "--out", "x"]
     commands = [
         ["prune", model, *out],

@@ -201,7 +201,8 @@ class Report:
     its graph. ``proof``: one row for each stage. ``live``: the dense model was given in memory, and ``model_sha256``
     covers only its weights. ``versions``: of Python and of the packages that compute. ``recovery``: empty if nothing
     was trained. ``changed``: the weights were changed in memory after the cut, through ``Pruned.model``. ``rows``: what
-    features say of the run, by name (``mptk.plugins.Feature.rows``).
+    features say of the run, by name (``mptk.plugins.Feature.rows``). ``chosen_by``: the method of the run that made the
+    plan, if a plan was given, as it is to a recovery; empty if the plan does not say.
     """
 
     mptk: str
@@ -231,6 +232,7 @@ class Report:
     recovery: Annotated[Row, _of(RecoveryRow)] = field(default_factory=dict)
     changed: bool = False
     rows: Annotated[Rows, AfterValidator(_check_rows)] = field(default_factory=dict)
+    chosen_by: str = ""
 
     @property
     def narrower_widths(self) -> dict[str, tuple[int, int]]:
@@ -240,6 +242,12 @@ class Report:
     def list_cut_words(self) -> list[str]:
         """``ffn 1536 → 928`` for each family that was cut."""
         return [f"{name} {of} → {width}" for name, (of, width) in self.narrower_widths.items()]
+
+    def describe_choice(self) -> str:
+        """`` by wanda``: what chose the units, after a space; empty if none were chosen."""
+        if self.settings.plan is not None:
+            return f" by {self.chosen_by or 'a plan'}"
+        return "" if self.settings.fixed else f" by {self.settings.method}"
 
     def __repr__(self) -> str:
         cut = ", ".join(self.list_cut_words()) or "no family was cut"

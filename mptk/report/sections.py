@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from mptk.config import Settings
 from mptk.cost.budgets import CACHE_CONTEXT
 from mptk.cost.estimate import Estimate, describe_duration, describe_size
 from mptk.ir import KERNEL_BLOCK
@@ -96,14 +95,8 @@ def build_prune_view(
         found.append(Section(TIMES, describe_timings(bench)))
     return View(
         [*found, Section(RUN, build_run_section(report))],
-        f"{shorten_model_name(report.model)} pruned{_name_choice(report.settings)}",
+        f"{shorten_model_name(report.model)} pruned{report.describe_choice()}",
     )
-
-
-def _name_choice(settings: Settings) -> str:
-    if settings.plan is not None:
-        return " by a plan"
-    return "" if settings.fixed else f" by {settings.method}"
 
 
 def build_width_table(report: Report) -> Table:

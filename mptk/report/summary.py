@@ -57,9 +57,8 @@ def label_lines(label: str, lines: Sequence[str]) -> list[str]:
 
 def describe_amount(report: Report) -> str:
     """How much is gone, and by what."""
-    by = "by a plan" if report.settings.plan is not None else f"by {report.settings.method}"
     trained = f", trained for {format_count(report.settings.steps, 'step')}" if report.recovery else ""
-    return f"{report.sparsity:.0%} of its block parameters removed {by}{trained}"
+    return f"{report.sparsity:.0%} of its block parameters removed{report.describe_choice()}{trained}"
 
 
 def describe_cut(report: Report) -> str:

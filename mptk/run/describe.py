@@ -15,6 +15,7 @@ from mptk.errors import MptkError
 from mptk.files import make_scratch
 from mptk.io import data, resolve_model_name, write_weights
 from mptk.ir import Samples, Weights
+from mptk.methods import list_methods
 from mptk.progress import Count
 from mptk.proof.claims import compute_costs, compute_widths
 from mptk.protocols import (
@@ -84,6 +85,10 @@ def describe(compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[s
         recovery=compiled.recovery,
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         rows={**rows, **run.rows, **described},
+        # A plan's file may say anything, so only names that mptk knows go into a report.
+        chosen_by=next((name for name in list_methods() if name == chosen.plan.meta.get("method")), "")
+        if prepared.settings.plan is not None
+        else "",
     )
 
 

@@ -31,6 +31,14 @@ def test_a_run_ends_on_one_screen_that_a_log_can_show(laboratory, report):
         assert "runs/m30" in lines[0]
 
 
+def test_a_recovered_folder_names_the_method_that_chose_its_units(laboratory):
+    report = Report.read(laboratory.open_recovered())
+    method = Report.read(laboratory.open_pruned()).settings.method
+    assert f"removed by {method}, trained for" in build_summary(report, Path("out"))[0]
+    # A plan's file may say anything of its method, or nothing.
+    assert "removed by a plan" in build_summary(replace(report, chosen_by=""), Path("out"))[0]
+
+
 def test_what_was_cut_comes_first_and_dense_beside_pruned_in_each_type(report):
     lines = build_summary(report, Path("out"))
     cut = {name: row for name, row in report.families.items() if row["width"] < row["of"]}

@@ -43,6 +43,7 @@ from mptk.files import check_open_files, check_text, expand_path, format_json, t
 from mptk.io import tidy_shared
 from mptk.plugins import list_features
 from mptk.progress import CALLED
+from mptk.protocols import name_run_folder
 
 app = typer.Typer(
     # A failure is one line (``failure.py``), so typer's own tracebacks are off.
@@ -358,8 +359,8 @@ def _is_published(folder: Path, began: float) -> bool:
 
 
 def _list_stages(folder: Path) -> list[Path]:
-    """What an unfinished run keeps. Its own module (``mptk/protocols/run_folder.py``) would import torch."""
-    return list(folder.with_name(f"{folder.name}.run").glob("*.safetensors"))
+    """What an unfinished run keeps."""
+    return list(name_run_folder(folder).glob("*.safetensors"))
 
 
 def _describe_kept(folder: Path, began: float) -> str:

@@ -28,6 +28,7 @@ from mptk.cost.fixed import sum_fixed_seconds
 from mptk.errors import InputError
 from mptk.io import count_layers
 from mptk.progress import Progress
+from mptk.protocols import check_unfinished
 from mptk.publish.folder import check_replaceable
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def check_prune_options(
 ) -> None:
     """Check the options of ``prune``."""
     if not estimate:
-        check_replaceable(check_given(folder), settings.overwrite)  # the run asks again: time has passed by then
+        check_output(folder, settings)
     check_minutes(model, settings, settings.method == Settings.method and not settings.fixed)
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
+    settings.check_free_amount()
     refuse_surely_idle("prune", Asked(settings, writes=folder is not None, estimate=estimate))
     announce_reading(model)
     check_prune(settings, folder is not None, estimate)
@@ -62,7 +64,7 @@ def check_prune_options(
 def check_recover_options(folder: Path, settings: Settings, destination: Path | None, estimate: bool) -> None:
     """Check the options of ``recover``."""
     if not estimate:
-        check_replaceable(check_given(destination), settings.overwrite)
+        check_output(destination, settings)
     if (steps := settings.learning.steps) == 0:
         raise InputError("recover trains, and --steps 0 leaves nothing to do; give --steps 1 or more", name="steps")
     check_minutes(folder, settings, True)
@@ -90,6 +92,14 @@ def check_minutes(model: str | Path, settings: Settings, trains: bool) -> None:
             name="minutes",
             nearest=(ceil(COMPUTING * least / 60),),
         )
+
+
+def check_output(folder: Path | None, settings: Settings) -> None:
+    """Refuse a folder that the result may not have. The run asks again: time has passed by then."""
+    place = check_given(folder)
+    check_replaceable(place, settings.overwrite)
+    if not settings.resume:
+        check_unfinished(place, {}, resume=False)
 
 
 def check_given(folder: Path | None) -> Path:

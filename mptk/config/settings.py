@@ -452,6 +452,23 @@ class CoreSettings(CutSettings):
         """Whether a feature chooses the type of the graph, and how much is cut, before units are chosen."""
         return AUTO_SCHEME in self.quantize
 
+    def check_free_amount(self) -> None:
+        """Raise MptkError if the type is to be chosen, and it is not open how much is cut, or for what time."""
+        given = {"--plan": self.plan, "--larger": self.larger, "--width": self.widths or None}
+        given[self.divider] = self.divider or None
+        other = next((name for name, value in given.items() if value is not None), self.converts and "the conversion")
+        if self.chooses_type and other:
+            raise InputError(
+                f"--quantize auto chooses how much of the dense model is cut; leave out {other}, or name the types",
+                name="quantize",
+            )
+        if self.chooses_type and (self.max_ms is None or not self.onnx):
+            raise InputError(
+                "--quantize auto chooses by milliseconds of a graph; give --max-decode-ms or --max-prefill-ms, and "
+                "leave out --no-onnx",
+                name="quantize",
+            )
+
     @property
     def schemes(self) -> tuple[str, ...]:
         """Schemes of the quantised graphs that the result may have."""

@@ -32,7 +32,7 @@ class Samples:
     together: int | None = None
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return len(next(iter(self.inputs.values()), ()))
 
     def __getitem__(self, rows: slice | Tensor) -> Samples:
         # A program for a fixed number of samples gets whole batches: the slice is widened to their borders.

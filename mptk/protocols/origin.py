@@ -22,13 +22,12 @@ from mptk.errors import ChangedError, MptkError
 from mptk.files import expand_path, format_json
 from mptk.io import Loaded, data, hash_loaded_weights, hash_model, list_model_files
 from mptk.ir import Plan
+from mptk.protocols.unfinished import name_differing
 from mptk.publish.manifest import MARKER, compute_digests, hash_file
 
 # Names of inputs as messages show them.
 GIVEN_WEIGHTS, GIVEN_TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
-MOST_NAMES = 8
-"""Changed inputs that a message names. A changed folder of text may have hundreds of files."""
 ADDED = '"added_tokens"'
 """Where a fast tokenizer's JSON begins to define the ids."""
 
@@ -125,13 +124,6 @@ def check_kept_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], wh
 def list_sources(settings: Settings) -> Sequence[str]:
     """The named sources of samples and of texts."""
     return [source for source in settings.sources if source != IN_MEMORY]
-
-
-def name_differing(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """The names whose values differ, joined by commas, of many the first; empty if all are equal."""
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    more = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
-    return ", ".join([*names[:MOST_NAMES], *more])
 
 
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +19,12 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from mptk.config import Settings, from_json
 from mptk.distributed.processes import connect_processes, is_leader
-from mptk.errors import ChangedError, OutputError
 from mptk.files import (
     discard,
     format_json,
     hold_open,
     is_of,
-    is_own,
-    make_mark,
     make_marked,
     make_write_error,
     read_mark,
@@ -38,18 +34,20 @@ from mptk.files import (
 )
 from mptk.io import load_tensors, read_metadata, stream_tensors, write_weights
 from mptk.ir import Weights
-from mptk.protocols.origin import name_differing
-from mptk.reading import Damaged, Json, make_damage_error, parse_json, read_json_object
+from mptk.protocols.unfinished import (
+    RUN_MARK,
+    SETTINGS,
+    check_run_folder,
+    check_unfinished,
+    make_stage_error,
+    name_run_folder,
+)
+from mptk.reading import Json, parse_json
 from mptk.staged.spool import spool_weights
 
 CHECKPOINTS_KEPT = 2
 """If the newest checkpoint is damaged, the message asks to remove it, and the run continues from the one before."""
-SETTINGS = "settings.json"
-GIVEN = "given"
-"""The digests of the run's inputs, in its settings (``mptk/protocols/origin.py``)."""
 METRICS = "metrics.jsonl"
-RUN_MARK = "mptk.mark"
-"""The file of mptk's mark in the folder."""
 FACTS = "facts"
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
@@ -217,7 +215,7 @@ class RunFolder:
     def _read_kept(self, name: str, bound: float) -> Kept:
         """What was kept under ``name``. It is copied, since the result of a run outlives the run's folder."""
         file = self._file(name)
-        damaged = _make_stage_error(file)
+        damaged = make_stage_error(file)
         facts = parse_json(read_metadata(file, damaged).get(FACTS, "{}"), damaged)
         return Kept(spool_weights(stream_tensors(file, damaged), bound), facts)
 
@@ -225,87 +223,10 @@ class RunFolder:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
 
 
-def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str] = ()) -> bool:
-    """Whether an unfinished run is beside ``out``. ``but``: settings that may differ when it is resumed.
-
-    Raises:
-        MptkError: as ``RunFolder``; or its settings are damaged.
-    """
-    path = name_run_folder(out)
-    file = path / SETTINGS
-    # Stages that were kept make a run unfinished. Without them there is nothing to lose and nothing to continue.
-    check_run_folder(path, resume)
-    if not any(path.glob("*.safetensors")):
-        return False
-    before = read_json_object(file, _make_stage_error(file)) if os.path.lexists(file) else None
-    # Hours of training are not thrown away without a word. A run that trains nothing is repeated as fast.
-    if not resume and (before is None or _has_training(before)):
-        raise OutputError(f"{path} holds an unfinished run; add --resume to continue it, or remove it", name=path)
-    if resume:
-        # Its inputs and its settings must be the same, and the message names the ones that are not. The settings go
-        # through JSON, so that a tuple equals the list that was read.
-        before, given = before or {}, json.loads(format_json(settings))
-        if GIVEN not in but and (others := name_differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
-            raise ChangedError(
-                f"{others} changed since {path} was started, so the result would mix old and new; restore what it was "
-                "started with, or remove it",
-                name=others,
-            )
-        names = sorted({*before, *given}.difference(but))
-        if changed := [name for name in names if before.get(name) != given.get(name)]:
-            raise OutputError(
-                f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it", name=path
-            )
-    return True
-
-
-def read_kept_settings(out: Path) -> Json:
-    """The settings of the unfinished run beside ``out``, which is resumed; empty if there is none.
-
-    Raises:
-        MptkError: they are damaged; or as ``check_run_folder``.
-    """
-    path, file = name_run_folder(out), name_run_folder(out) / SETTINGS
-    check_run_folder(path, resume=True)
-    return read_json_object(file, _make_stage_error(file)) if any(path.glob("*.safetensors")) and file.is_file() else {}
-
-
 def read_kept_tensors(out: Path, name: str) -> dict[str, Tensor] | None:
     """What the unfinished run beside ``out`` kept under a name, or None. Raises MptkError if the file is damaged."""
     path = name_run_folder(out) / f"{name}.safetensors"
-    return load_tensors(path, _make_stage_error(path)) if os.path.lexists(path) else None
-
-
-def check_run_folder(path: Path, resume: bool) -> None:
-    """Raise MptkError if something else than an unfinished run of mptk is at ``path``. An empty folder may be used.
-
-    With ``resume`` a copy of an unfinished run is one, too: the user says so, and the copy gets a mark of its own.
-    """
-    if path.is_symlink():
-        raise OutputError(f"{path} is a symbolic link, and the run keeps its stages there; remove the link", name=path)
-    if not os.path.lexists(path):
-        return
-    # By descriptor, so that nobody can exchange the folder between a look and the next. A mark holds for one folder of
-    # one owner: in a copy it is read, but is not of that folder.
-    if path.is_dir():
-        with hold_open(path.parent) as at, hold_open(path.name, at) as own:
-            names, mark = os.listdir(own), read_mark(own, RUN_MARK)
-            if not names or (is_own(os.fstat(own)) and is_of(mark, own, path.name)):
-                return
-            if mark and not resume:
-                raise OutputError(
-                    f"{path} is a copy of an unfinished run; add --resume to continue it, or rename or remove it",
-                    name=path,
-                )
-            if mark and is_own(os.fstat(own)):
-                os.unlink(RUN_MARK, dir_fd=own)
-                make_mark(own, RUN_MARK, path.name)
-                return
-    raise OutputError(
-        f"{path} is not an unfinished run of this version of mptk, and this run would keep its stages there; give "
-        "another --out, or rename or remove it",
-        name=path,
-    )
+    return load_tensors(path, make_stage_error(path)) if os.path.lexists(path) else None
 
 
 def make_run_folder(path: Path) -> None:
@@ -338,35 +259,12 @@ def _name(phase: str, step: int) -> str:
     return f"{phase}-{step:08d}"
 
 
-def name_run_folder(out: Path) -> Path:
-    """The folder of an unfinished run with this output."""
-    return out.with_name(out.name + ".run")
-
-
-def _make_stage_error(file: Path) -> Damaged:
-    """The error for a file from which a run cannot continue.
-
-    Of a checkpoint only the file has to go, as an older one may be beside it; otherwise the whole folder.
-    """
-    what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
-    return make_damage_error(file, f"remove {what}, and start again with --resume")
-
-
 def _read_state(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint. Raises MptkError if it is damaged; NaN would spoil all steps after it."""
-    found = load_tensors(file, _make_stage_error(file))
+    found = load_tensors(file, make_stage_error(file))
     if spoilt := next((n for n, t in found.items() if t.is_floating_point() and t.isnan().any()), None):
-        raise _make_stage_error(file)(f"{spoilt} is not a number")
+        raise make_stage_error(file)(f"{spoilt} is not a number")
     return found
-
-
-def _has_training(settings: Json) -> bool:
-    """Whether the settings of an unfinished run ask for training or for trials, which take long; yes if in doubt."""
-    try:
-        known = from_json(Settings, settings, "settings")
-    except ValueError:
-        return True
-    return known.learning.steps != 0 or known.divider != ""
 
 
 def _is_earlier(line: str, phase: str, step: int) -> bool:

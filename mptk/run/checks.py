@@ -51,23 +51,11 @@ def check_settings(
 
 def check_type_choice(settings: Settings) -> None:
     """Raise MptkError if the type of the graph and the sparsity cannot be chosen together."""
-    s = settings
     if not any(stage.chooses_type for stage in list_stages()):
         raise InputError(
             f"nothing here chooses a type; {explain_absent() or 'give --quantize int8 or int4'}", name="quantize"
         )
-    given = {"--plan": s.plan, "--larger": s.larger, "--width": s.widths or None, s.divider: s.divider or None}
-    if other := next((name for name, value in given.items() if value is not None), s.converts and "the conversion"):
-        raise InputError(
-            f"--quantize auto chooses how much of the dense model is cut; leave out {other}, or name the types",
-            name="quantize",
-        )
-    if s.max_ms is None or not s.onnx:
-        raise InputError(
-            "--quantize auto chooses by milliseconds of a graph; give --max-decode-ms or --max-prefill-ms, and leave "
-            "out --no-onnx",
-            name="quantize",
-        )
+    settings.check_free_amount()
 
 
 def check_graph_training(settings: Settings) -> None:

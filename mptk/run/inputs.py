@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import length_hint
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mptk.config import IN_MEMORY, Settings
+from mptk.errors import DataError
 from mptk.ir import Samples
 
 GivenInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -44,7 +46,14 @@ class Inputs:
         eval_data: Data | None = None,
         texts: Mapping[str, Sequence[str]] | None = None,
     ) -> Inputs:
-        """The arguments of a call that are in memory. Names of files are settings (``name_given``)."""
+        """The arguments of a call that are in memory. Names of files are settings (``name_given``).
+
+        Raises:
+            MptkError: there are no samples in ``data`` or ``eval_data``.
+        """
+        for name, given in (("data", data), ("eval_data", eval_data)):
+            if is_in_memory(given) and not length_hint(given, 1):  # a stream does not say how many it has
+                raise DataError(f"{name} is empty; give texts, token ids [n, length], or batches of inputs", name=name)
         return Inputs(
             tokenizer,
             example_inputs,

@@ -12,6 +12,7 @@ import mptk
 from mptk.config import with_keywords
 from mptk.errors import FileError, InputError, KeywordError
 from mptk.io import check_folder_named, check_model_name, check_sources
+from mptk.protocols import make_run_folder
 from mptk.testing import expect_error
 
 TYPE = """
@@ -82,6 +83,9 @@ MISTAKES = (
     "prune dense --sparsity 0.3 --max-decode-ms 9 --out x",
     "prune dense --sparsity 0.3 --ladder 0.2,0.3 --out x",
     "prune dense --sparsity 0.3 --plan plan.json --out x",
+    "prune dense --quantize auto --data some.txt --out x",
+    "prune dense --data some.txt --out stopped",
+    "recover pruned --steps 1 --out stopped",
     "prune dense --engines onnxruntime --no-onnx --out x",
 )
 
@@ -98,6 +102,8 @@ def test_no_simple_mistake_waits_for_torch(tmp_path):
     (tmp_path / "deep.gguf").write_bytes(b"GGUF" + bytes(20) + b"llama.block_count\x04\0\0\0\x5a\0\0\0")
     for name in ("empty", "damaged", "full", "pruned", "decoder"):
         (tmp_path / name).mkdir()
+    make_run_folder(tmp_path / "stopped.run")
+    (tmp_path / "stopped.run/choice.safetensors").touch()
     (tmp_path / "damaged/config.json").write_text("{")
     (tmp_path / "damaged.gguf").write_bytes(bytes(99))
     (tmp_path / "damaged.jsonl").write_text('{"text": "a"')

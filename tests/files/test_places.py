@@ -33,7 +33,7 @@ from mptk.files import claim_place, discard, make_scratch, make_staging, staging
 from mptk.io.cache import build_once
 from mptk.ir import PassRecord
 from mptk.protocols import RunFolder, check_unfinished, read_kept_settings
-from mptk.protocols.run_folder import RUN_MARK
+from mptk.protocols.unfinished import RUN_MARK
 from mptk.publish.folder import amend, publish
 from mptk.staged.spool import Spool
 from mptk.testing import expect_error, make_llama, make_tokenizer

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 NUMBERED = "axes are told apart by their numbers, whichever these are"
 CAUTION = "an input whose axes are frozen is caution: nothing is lost"
+WORDS = "tests/house/test_messages.py notices it, and mutants are not put to the tests of tests/house"
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
+    """-                counts[a] = max(n, counts.get(a, 0))
++                counts[a] = max(n, counts.get(a, -1))""": "no count is below zero",
+    """-                raise ValueError(f"there are outputs at {list(outputs.shape[:2])} positions, not {list(places.shape)}")
++                raise ValueError(f"there are outputs at {list(outputs.shape[: 1])} positions, not {list(places.shape)}")""": WORDS,
     """-    return Cut(choices, {axis: int(kept.table[0].sum()) for axis, kept in choices.items()})
 +    return Cut(choices, {axis: int(kept.table[ -1].sum()) for axis, kept in choices.items()})""": "all rows of an axis keep as many units",
     """-    first = reductions[0]
@@ -14,9 +19,7 @@ ALLOWED: dict[str, str] = {
     """-    found: Tensor = torch.randn(like.shape, generator=generator) / fan_in**0.5
 +    found: Tensor = torch.randn(like.shape, generator=generator) / fan_in*0.5""": "any weights of that size will do",
     """-            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent and f' ({absent})'}",
-+            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent or f' ({absent})'}",""": (
-        "tests/house/test_messages.py notices it, and mutants are not put to the tests of tests/house"
-    ),
++            f"{folder} holds no plan.json; give the --out folder of `mptk prune`{absent or f' ({absent})'}",""": WORDS,
     """-            if identify_file(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
 +            if identify_file(file.fileno()) != key or began * max(key[-2:]) < SETTLED:""": (
         "no test can change a file twice within one tick of the file system's clock"

@@ -16,8 +16,8 @@ CONTENTS = {
     "Look up": "docs/glossary docs/settings docs/api docs/plan docs/report docs/architectures docs/python-versions",
     "Understand": "docs/architecture docs/analysis docs/criteria docs/maskprune",
     "Benchmarks": "benchmarks/README benchmarks/maskprune benchmarks/recovery benchmarks/criteria benchmarks/shapes "
-    "benchmarks/depth benchmarks/kv-heads benchmarks/vocabulary benchmarks/latency benchmarks/cut-or-round benchmarks/onnx "
-    "benchmarks/programs benchmarks/scale benchmarks/advice benchmarks/ladder benchmarks/results",
+    "benchmarks/depth benchmarks/kv-heads benchmarks/vocabulary benchmarks/latency benchmarks/cut-or-round "
+    "benchmarks/onnx benchmarks/programs benchmarks/scale benchmarks/advice benchmarks/ladder benchmarks/results",
     "Take part": "CONTRIBUTING SECURITY examples/plugin/README examples/feature/README CHANGELOG",
 }
 """Parts of the site's list of contents → pages. A page that is missing here is a warning, and so an error."""

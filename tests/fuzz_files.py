@@ -44,7 +44,7 @@ from mptk.features.kinds.audio import read_sound
 from mptk.io import load_tensors, models, read_archive, read_metadata
 from mptk.io.text.files import read_file_documents
 from mptk.io.untrusted import check_folder
-from mptk.protocols import check_unfinished, make_run_folder
+from mptk.protocols import check_unfinished_run, make_run_folder
 from mptk.protocols.run_folder import FACTS
 from mptk.publish.manifest import check_manifest
 from mptk.reading import make_damage_error, parse_json
@@ -81,7 +81,7 @@ def documents(path: Path) -> None:
 
 
 def unfinished(path: Path) -> None:
-    check_unfinished(path.parent.with_name(path.parent.name.removesuffix(".run")), {"method": "wanda"}, True)
+    check_unfinished_run(path.parent.with_name(path.parent.name.removesuffix(".run")), {"method": "wanda"}, True)
 
 
 def kept(path: Path) -> None:

@@ -28,7 +28,7 @@ from mptk.cost.fixed import sum_fixed_seconds
 from mptk.errors import InputError
 from mptk.io import count_layers
 from mptk.progress import Progress
-from mptk.protocols import check_unfinished
+from mptk.protocols import check_unfinished_run
 from mptk.publish.folder import check_replaceable
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def check_output(folder: Path | None, settings: Settings) -> None:
     place = check_given(folder)
     check_replaceable(place, settings.overwrite)
     if not settings.resume:
-        check_unfinished(place, {}, resume=False)
+        check_unfinished_run(place, {}, resume=False)
 
 
 def check_given(folder: Path | None) -> Path:

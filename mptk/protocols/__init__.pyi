@@ -55,7 +55,7 @@ from .stage import list_stages as list_stages
 from .task import Task as Task
 from .unfinished import GIVEN as GIVEN
 from .unfinished import check_run_folder as check_run_folder
-from .unfinished import check_unfinished as check_unfinished
+from .unfinished import check_unfinished_run as check_unfinished_run
 from .unfinished import name_run_folder as name_run_folder
 from .unfinished import read_kept_settings as read_kept_settings
 from .values import LONG as LONG

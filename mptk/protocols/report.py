@@ -5,6 +5,7 @@ docs/report.md describes every field. ``verify`` trusts none of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -189,6 +190,13 @@ def _check_rows(rows: Rows) -> Rows:
     return rows
 
 
+def _check_method_name(name: str) -> str:
+    # It stands in the screen and in the model card as it is, and a report may be somebody else's.
+    if not re.fullmatch(r"[\w .+-]{0,100}", name):
+        raise ValueError(f"{shorten_text(name, 40)!r} is not the name of a method")
+    return name
+
+
 # An empty object stands for a part that was not done; any other must be whole.
 _OR_EMPTY = WrapValidator(lambda value, check: check(value) if value or not isinstance(value, dict) else value)
 
@@ -232,7 +240,7 @@ class Report:
     recovery: Annotated[Row, _of(RecoveryRow)] = field(default_factory=dict)
     changed: bool = False
     rows: Annotated[Rows, AfterValidator(_check_rows)] = field(default_factory=dict)
-    chosen_by: str = ""
+    chosen_by: Annotated[str, AfterValidator(_check_method_name)] = ""
 
     @property
     def narrower_widths(self) -> dict[str, tuple[int, int]]:

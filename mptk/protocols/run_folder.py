@@ -38,7 +38,7 @@ from mptk.protocols.unfinished import (
     RUN_MARK,
     SETTINGS,
     check_run_folder,
-    check_unfinished,
+    check_unfinished_run,
     make_stage_error,
     name_run_folder,
 )
@@ -106,7 +106,7 @@ class RunFolder:
         file, state = self.path / SETTINGS, connect_processes()
         # The first process decides and cleans up. The others then see the same files, and take the same turns.
         if state.is_main_process:
-            unfinished = check_unfinished(out, settings, resume)
+            unfinished = check_unfinished_run(out, settings, resume)
             tidy(self.path)
             if unfinished and not resume:
                 self.remove()

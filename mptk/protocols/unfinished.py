@@ -36,7 +36,7 @@ def make_stage_error(file: Path) -> Damaged:
     return make_damage_error(file, f"remove {what}, and start again with --resume")
 
 
-def check_unfinished(out: Path, settings: Json, resume: bool, but: Sequence[str] = ()) -> bool:
+def check_unfinished_run(out: Path, settings: Json, resume: bool, but: Sequence[str] = ()) -> bool:
     """Whether an unfinished run is beside ``out``. ``but``: settings that may differ when it is resumed.
 
     Raises:

@@ -50,7 +50,7 @@ def prepare(model: Start, run: Run) -> tuple[Prepared, Run]:
     A run that has a dense model already, of an earlier run on it, begins with that.
     """
     # What can be refused without the model: an unfinished run that is another one, a machine that is too small.
-    run.check_unfinished()
+    run.check_unfinished_run()
     run.announce()
     settings = run.settings
     with run.stage("load"):

@@ -32,7 +32,7 @@ from mptk.protocols import (
     RunFolder,
     Stage,
     build_executor,
-    check_unfinished,
+    check_unfinished_run,
     find_device,
     read_kept_settings,
 )
@@ -93,10 +93,10 @@ class Run(Context):
         """What an unfinished run holds of it, and must be equal to continue it."""
         return list_fixed_values(self.source, self.settings)
 
-    def check_unfinished(self) -> None:
+    def check_unfinished_run(self) -> None:
         """Raise MptkError if the unfinished run beside the output is another one, or is not to be resumed."""
         if self.keeps_stages:
-            check_unfinished(self.out, self.described, self.settings.resume, but=(*FOUND, GIVEN))
+            check_unfinished_run(self.out, self.described, self.settings.resume, but=(*FOUND, GIVEN))
 
     def open_folder(self) -> Self:
         """The run with its folder, if it keeps stages. Its settings and its origin are known by now."""

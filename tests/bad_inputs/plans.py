@@ -10,7 +10,7 @@ from safetensors.torch import save
 import mptk
 from mptk.config import read_recipe
 from mptk.errors import InputError, OutputError, PlanError
-from mptk.protocols import check_unfinished, make_run_folder
+from mptk.protocols import check_unfinished_run, make_run_folder
 from tests.bad_inputs.table import BODIES, USAGE, Prepare, Read, at, fifo, folder, refuse, write
 
 READ = Read(mptk.Plan.load, "plan.json")
@@ -41,7 +41,7 @@ PLANS = [
 
 def resume(method: str = "magnitude", *, goes_on: bool = True) -> Read:
     """What a run asks of an unfinished one beside its output folder, before it opens the model."""
-    return Read(lambda out: check_unfinished(out, {"method": method}, goes_on), "out")
+    return Read(lambda out: check_unfinished_run(out, {"method": method}, goes_on), "out")
 
 
 def unfinished(settings: str | bytes | None) -> tuple[Prepare, ...]:

@@ -32,7 +32,7 @@ from mptk.features.ladder.ladder import is_finished
 from mptk.files import claim_place, discard, make_scratch, make_staging, staging, tidy, write_file, write_text
 from mptk.io.cache import build_once
 from mptk.ir import PassRecord
-from mptk.protocols import RunFolder, check_unfinished, read_kept_settings
+from mptk.protocols import RunFolder, check_unfinished_run, read_kept_settings
 from mptk.protocols.unfinished import RUN_MARK
 from mptk.publish.folder import amend, publish
 from mptk.staged.spool import Spool
@@ -287,8 +287,8 @@ def test_a_folder_of_the_user_is_never_an_unfinished_run(tmp_path, name):
     (run / name).write_text(FOUND[name])
     before = content(run)
     for work in (
-        lambda: check_unfinished(out, {}, resume=False),
-        lambda: check_unfinished(out, {}, resume=True),
+        lambda: check_unfinished_run(out, {}, resume=False),
+        lambda: check_unfinished_run(out, {}, resume=True),
         lambda: read_kept_settings(out),
         lambda: RunFolder(out, {}, resume=False),
         lambda: is_finished(bare_run(mptk.Settings(resume=True), out=out)),

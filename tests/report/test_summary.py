@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lab import fields
 
 from mptk import Report
+from mptk.errors import FileError
 from mptk.report.summary import build_summary, list_next_commands, list_warnings
+from mptk.testing import expect_error
 
 
 @pytest.fixture
@@ -35,8 +38,15 @@ def test_a_recovered_folder_names_the_method_that_chose_its_units(laboratory):
     report = Report.read(laboratory.open_recovered())
     method = Report.read(laboratory.open_pruned()).settings.method
     assert f"removed by {method}, trained for" in build_summary(report, Path("out"))[0]
-    # A plan's file may say anything of its method, or nothing.
+    # A plan may say nothing of its method.
     assert "removed by a plan" in build_summary(replace(report, chosen_by=""), Path("out"))[0]
+
+
+def test_a_report_cannot_put_text_of_its_own_in_place_of_the_method(laboratory, tmp_path):
+    folder = laboratory.copy(laboratory.open_recovered(), tmp_path / "copy")
+    fields("report.json", chosen_by="x](http://elsewhere)")(folder)
+    with expect_error(FileError, name="report.json"):
+        Report.read(folder)
 
 
 def test_what_was_cut_comes_first_and_dense_beside_pruned_in_each_type(report):

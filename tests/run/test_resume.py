@@ -25,7 +25,7 @@ from mptk.errors import ChangedError, FileError, OutputError
 from mptk.files import write_json
 from mptk.io import hash_model
 from mptk.ir import PassRecord
-from mptk.protocols import RunFolder, check_unfinished, name_run_folder
+from mptk.protocols import RunFolder, check_unfinished_run, name_run_folder
 from mptk.protocols.origin import Origin
 from mptk.run.run import list_fixed_values
 from mptk.testing import WORDS, expect_error
@@ -146,7 +146,7 @@ def test_other_settings_are_refused_with_resume_and_start_anew_without(tmp_path)
     )
     RunFolder(out, first, resume=False).save("text", {"ids": torch.ones(2)})
     with expect_error(OutputError, name=name_run_folder(out)):
-        check_unfinished(out, method, resume=True)
+        check_unfinished_run(out, method, resume=True)
     assert RunFolder(out, device, resume=True).keeps("text")
     assert not RunFolder(out, method, resume=False).keeps("text")
     assert list(tmp_path.iterdir()) == []

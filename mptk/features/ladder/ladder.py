@@ -29,7 +29,7 @@ from mptk.protocols import (
     Context,
     Report,
     check_run_folder,
-    check_unfinished,
+    check_unfinished_run,
     make_run_folder,
     name_run_folder,
     read_kept_settings,
@@ -247,7 +247,7 @@ def count_finished(rungs: Sequence[Run]) -> int:
         settings = rung.settings
         check_replaceable(rung.out, settings.overwrite)
         check_apart(rung.out, *filter(None, (rung.source, settings.larger, settings.inputs)))
-        check_unfinished(rung.out, rung.described, rung.settings.resume, but=(*FOUND, GIVEN))
+        check_unfinished_run(rung.out, rung.described, rung.settings.resume, but=(*FOUND, GIVEN))
     return done
 
 

@@ -117,6 +117,7 @@ def test_a_backward_that_no_graph_holds_is_said_with_its_line(body, said):
     assert re.search(said, note), note
 
 
+@pytest.mark.always
 def test_a_wrong_gradient_fails_the_proof(inside):
     inside.around(
         "mptk.proof.proof.cut_gradients", lambda real, *given: {name: g * 2 for name, g in real(*given).items()}

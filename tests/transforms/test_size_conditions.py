@@ -98,6 +98,7 @@ def test_a_condition_holds_in_memory_and_in_every_file(name, tmp_path):
                 run(made(sizes))
 
 
+@pytest.mark.always
 def test_a_run_proves_both_sides_of_each_condition(tmp_path, inside):
     """A batch of 1, where the module computes otherwise, too. A graph without its conditions is not published."""
 

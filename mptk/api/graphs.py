@@ -36,7 +36,7 @@ from mptk.io import (
 )
 from mptk.ir import Log, Plan, make_token_samples
 from mptk.ort.bench import LENGTHS, Bench, bench_graphs
-from mptk.ort.decoder import find_graph, find_model_folder, find_onnx_file
+from mptk.ort.graph_files import find_graph, find_model_folder, find_onnx_file
 from mptk.ort.steps import find_phase_graphs
 from mptk.plain import hash_text
 from mptk.progress import Progress, enter_stage, show_nothing

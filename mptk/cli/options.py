@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -119,6 +120,10 @@ def _check_above(path: Path) -> None:
         raise typer.BadParameter(f"{above} is not a folder, so nothing can be in it. Give another name.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise typer.BadParameter(f"you may not write to {above}. Give a folder that you may write to.")
+    try:  # of /proc, root is told that it may write there
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise typer.BadParameter(f"{above} takes no files: {error.strerror}. Give another folder.") from error
 
 
 def make_folder_option(help: str) -> OptionInfo:
@@ -147,7 +152,15 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
     ``values``: parameter → value. ``outputs``: the parameters for files and folders that the command writes.
     ``annotations``: of the command's own parameters.
     """
-    from mptk.io import check_folder_named, check_local_model, check_model_name, check_sources, is_made
+    from mptk.io import (
+        check_folder_named,
+        check_hub_id,
+        check_local_model,
+        check_model_name,
+        check_sources,
+        find_naming_loader,
+        is_made,
+    )
 
     for name, given in values.items():
         for each in given if isinstance(given, list) else [given]:
@@ -157,7 +170,9 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
                 path = check_model_name(str(each))
                 # A graph, or a folder of graphs, may stand for a model where one is run.
                 dense = annotations.get(name) in (ModelArgument, DenseOption) and path.suffix != ".onnx"
-                if dense and path.exists() and not is_made(path):
+                if (dense or name == "models") and not path.exists() and find_naming_loader(str(each)) is None:
+                    check_hub_id(str(each))
+                elif dense and path.exists() and not is_made(path):
                     check_local_model(str(each), path)
             elif name in ("folder", "folders"):
                 check_folder_named(str(each), "prune")

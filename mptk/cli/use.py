@@ -28,7 +28,7 @@ from mptk.config import COMPARED_TYPES, SEED, Choices, Settings
 from mptk.errors import InputError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
-from mptk.io import check_folder_named
+from mptk.ort.graph_files import find_onnx_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,8 +47,8 @@ def check_export_options(settings: Settings) -> None:
 
 
 def check_generation(model: str, temperature: float) -> None:
-    """Refuse a model without a folder, and typed options that would do nothing, as nothing is sampled."""
-    check_folder_named(model, "export")
+    """Refuse what has no graph, and typed options that would do nothing, as nothing is sampled."""
+    find_onnx_file(model)
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
         refuse(("top_k", "top_p", "seed"), why)

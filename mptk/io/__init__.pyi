@@ -34,6 +34,7 @@ from .evaluation import Runs as Runs
 from .evaluation import measure_perplexities as measure_perplexities
 from .evaluation import measure_perplexity as measure_perplexity
 from .evaluation import zero_shot as zero_shot
+from .hub import check_hub_id as check_hub_id
 from .live import choose_wide_type as choose_wide_type
 from .live import copy_without_weights as copy_without_weights
 from .live import forget_folder as forget_folder
@@ -51,6 +52,7 @@ from .loaders import count_layers as count_layers
 from .loaders import count_positions as count_positions
 from .loaders import find_local_copy as find_local_copy
 from .loaders import find_named_licence as find_named_licence
+from .loaders import find_naming_loader as find_naming_loader
 from .loaders import is_made as is_made
 from .loaders import list_other_files as list_other_files
 from .loaders import list_own_code as list_own_code

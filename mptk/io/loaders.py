@@ -34,6 +34,7 @@ class Loader:
             cache: raise the number if the same file is now converted differently.
         endings: of the names of files that it takes. A file is always converted.
         library: what loads the models that it has classes for.
+        config_fields: of a config.json: it loads only folders whose config has one of these.
         code: Python files that are written into folders. mptk runs them from here, and never from such a folder.
     """
 
@@ -41,6 +42,7 @@ class Loader:
     conversion = 0
     endings: tuple[str, ...] = ()
     library = "transformers"
+    config_fields: Sequence[str] = ("model_type", "auto_map")
     code: Sequence[Path] = ()
 
     # ---- names that stand for a file or a folder ----
@@ -269,7 +271,14 @@ def check_local_model(model: str, path: Path) -> None:
             said = (loader.explain_folder(model, path) for loader in list_loaders())
             raise FileError(next(filter(None, said), f"{model} has no config.json; give a {forms}"), name=model)
         check_inside(path)  # nothing outside of the folder is opened
-        read_json_object(config, make_damage_error(config))
+        content = read_json_object(config, make_damage_error(config))
+        fields = [field for loader in list_loaders() for field in loader.config_fields]
+        if not content.keys() & {*PLAIN_CHECKPOINTS.config_fields, *fields}:
+            raise ModelError(
+                f"{config} names no {PLAIN_CHECKPOINTS.config_fields[0]}, so no class is known for it; give a folder "
+                "that save_pretrained wrote",
+                name=model,
+            )
     elif not files:
         raise make_unread_error(model)
     else:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +29,7 @@ from mptk.io.checkpoint import (
     find_stored_dtype,
     read_float_types,
 )
+from mptk.io.hub import download_checkpoint, make_absent_error
 from mptk.io.loaders import (
     Loader,
     check_local_model,
@@ -37,8 +37,6 @@ from mptk.io.loaders import (
     choose_loader,
     find_file_loader,
     find_naming_loader,
-    list_file_forms,
-    list_loaders,
     make_unread_error,
 )
 from mptk.io.resident import Resident
@@ -50,8 +48,6 @@ from mptk.trust import NO_CODE, Trust, trust_by_caller
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
-# Files to download from a hub: no subfolders, no second copy in another format.
-_HUB_IGNORED = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -229,7 +225,7 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
     # In the order that ``load`` promises: a name that stands for a model, a file, a folder, the hub.
     if (naming := find_naming_loader(model)) is not None:
         if local and not naming.find_local_copy(model):
-            raise _make_absent_error(model)
+            raise make_absent_error(model)
         path = naming.fetch(model)
         if path.is_file() and find_file_loader(str(path)) is None:
             raise make_unread_error(str(path))
@@ -241,30 +237,9 @@ def locate(model: str, *, weights: bool = True, local: bool = False) -> Path:
             check_folder(path)
         return path
     # Nothing of this name is here, so it can only be a hub's.
-    try:
-        found = Path(
-            snapshot_download(
-                model,
-                allow_patterns=[*SMALL_FILES, "*.safetensors"] if weights else [*SMALL_FILES],
-                ignore_patterns=[*_HUB_IGNORED],
-                local_files_only=local,
-            )
-        )
-        check_folder(found)
-        return found
-    except (OSError, ValueError) as error:
-        if local:
-            raise _make_absent_error(model) from error
-        forms = ", ".join([*(loader.names for loader in list_loaders() if loader.names), *list_file_forms()])
-        raise FileError(
-            f"{model!r} is no {f'{forms} or ' if forms else ''}local folder, and the hub does not provide it: "
-            f"{take_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN",
-            name=model,
-        ) from error
-
-
-def _make_absent_error(model: str) -> MptkError:
-    return FileError(f"{model} is not on this machine, and a report may not start a download; give --model", name=model)
+    found = download_checkpoint(model, [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES, local=local)
+    check_folder(found)
+    return found
 
 
 def _open_folder(source: Path) -> Path:

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from mptk.errors import FileError, InputError
 from mptk.ir import KERNEL_BLOCK
-from mptk.ort.decoder import find_onnx_file
+from mptk.ort.graph_files import find_onnx_file
 from mptk.ort.roofline import Peaks, Roofline, compute_graph_work, measure_peak_memory, run_work
 from mptk.ort.sessions import CPU, HOST, open_session
 from mptk.ort.steps import PHASES, Case, choose_lengths, find_phase_graphs, open_stepper, takes_encoder_output

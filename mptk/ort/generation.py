@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import FileError, InputError
 from mptk.io import ChatTemplate, find_position_limit, models
-from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray, find_model_folder
+from mptk.ort.decoder import LogitsArray, OrtDecoder, TokensArray
+from mptk.ort.graph_files import find_model_folder
 from mptk.ort.sessions import CPU
 
 TokenIds = npt.NDArray[np.int64]

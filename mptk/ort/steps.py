@@ -16,14 +16,13 @@ from mptk.errors import FileError, take_first_line
 from mptk.ort.decoder import (
     DECODER_NAMES,
     ENCODER_FILE,
-    GRAPH_FILE,
     HIDDEN,
-    MERGED_FILE,
     NUMPY_TYPES,
     PAST_KEYS,
     VISION_FILE,
     OrtDecoder,
 )
+from mptk.ort.graph_files import GRAPH_FILE, MERGED_FILE
 from mptk.ort.sessions import CPU, WEIGHTS_FOLDER, open_file, open_session
 
 PHASES = ("prefill", "decode")

@@ -87,6 +87,11 @@ MISTAKES = (
     "prune dense --data some.txt --out stopped",
     "recover pruned --steps 1 --out stopped",
     "prune dense --engines onnxruntime --no-onnx --out x",
+    "prune classless --out x",
+    "prune nobody/nothing --out x",
+    "bench nobody/nothing",
+    "generate empty Hello",
+    "analyze smollm2-135m --json /proc/x.json",
 )
 
 
@@ -96,12 +101,13 @@ def test_no_simple_mistake_waits_for_torch(tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     (tmp_path / "dense").mkdir()
-    (tmp_path / "dense/config.json").write_text("{}")
+    (tmp_path / "dense/config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep/config.json").write_text('{"num_hidden_layers": 90}')
+    (tmp_path / "deep/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 90}')
     (tmp_path / "deep.gguf").write_bytes(b"GGUF" + bytes(20) + b"llama.block_count\x04\0\0\0\x5a\0\0\0")
-    for name in ("empty", "damaged", "full", "pruned", "decoder"):
+    for name in ("empty", "damaged", "full", "pruned", "decoder", "classless"):
         (tmp_path / name).mkdir()
+    (tmp_path / "classless/config.json").write_text("{}")
     make_run_folder(tmp_path / "stopped.run")
     (tmp_path / "stopped.run/choice.safetensors").touch()
     (tmp_path / "damaged/config.json").write_text("{")
@@ -110,7 +116,7 @@ def test_no_simple_mistake_waits_for_torch(tmp_path):
     (tmp_path / "full/mine").touch()
     (tmp_path / "pruned/report.json").write_text("{}")
     (tmp_path / "decoder/config.json").write_text(
-        '{"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}'
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}'
     )
     command = [sys.executable, "-c", TYPE, json.dumps(MISTAKES)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

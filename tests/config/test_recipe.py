@@ -66,29 +66,29 @@ def check_refusal(kind: type[MptkError], name: str, *arguments: str) -> None:
 
 @pytest.mark.parametrize("settings", [api.Settings(), OTHER], ids=["defaults", "others"])
 def test_the_recipe_of_settings_gives_these_settings(settings, tmp_path, asked):
-    path = write(tmp_path / "run.yaml", **build_recipe("dense", settings))
+    path = write(tmp_path / "run.yaml", **build_recipe("minilm", settings))
     result = run("prune", "--config", path, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, (result.output, result.exception)
     ((model, out, found),) = asked
-    assert (model, out) == ("dense", tmp_path / "out")
+    assert (model, out) == ("minilm", tmp_path / "out")
     assert found == settings
 
 
 def test_the_command_line_wins(tmp_path, asked):
-    path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32})
-    assert run("prune", "other", "--config", path, "--sparsity", "0.2", "--onnx", "--out", "p").exit_code == 0
+    path = write(tmp_path / "a.yaml", model="minilm", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32})
+    assert run("prune", "gemma3-270m", "--config", path, "--sparsity", "0.2", "--onnx", "--out", "p").exit_code == 0
     ((model, out, settings),) = asked
-    assert (model, str(out), settings.sparsity, settings.onnx) == ("other", "p", 0.2, True)
+    assert (model, str(out), settings.sparsity, settings.onnx) == ("gemma3-270m", "p", 0.2, True)
     assert (settings.steps, settings.seed, settings.widths) == (9, 3, {"ffn": 32})
 
 
 def test_latencies_dashes_and_a_bare_no(tmp_path, asked):
-    (tmp_path / "a.yaml").write_text("model: m\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n")
+    (tmp_path / "a.yaml").write_text("model: minilm\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n")
     assert run("prune", "--config", str(tmp_path / "a.yaml"), "--out", "o").exit_code == 0
     settings = asked[0][2]
     assert (settings.max_ms, settings.budget, settings.learning.precision) == (12.5, "latency", "no")
     assert settings.data == "a.txt=1,b.txt=3"
-    again = write(tmp_path / "b.yaml", **build_recipe("m", settings))
+    again = write(tmp_path / "b.yaml", **build_recipe("minilm", settings))
     assert run("prune", "--config", again, "--out", "o").exit_code == 0
     assert asked[1][2] == settings
 
@@ -96,7 +96,7 @@ def test_latencies_dashes_and_a_bare_no(tmp_path, asked):
 def test_a_recipe_names_no_other(tmp_path):
     """Other faults: tests/bad_inputs/plans.py."""
     path = write(tmp_path / "a.yaml", config="other.yaml")
-    check_refusal(InputError, "config", "prune", "m", "--out", "o", "--config", path)
+    check_refusal(InputError, "config", "prune", "minilm", "--out", "o", "--config", path)
 
 
 @pytest.mark.features
@@ -108,15 +108,17 @@ def test_every_option_is_a_key_of_the_recipe():
     read = api.Settings(inputs="i.safetensors", larger="runs/a")  # which has no vocabulary, and data of its own kind
     never = {"resume", "minutes", *list_refused(api.Settings)}  # minutes: a run writes what they chose
     assert set(find_settings(api.Settings, "prune")) - never == set(
-        build_recipe("m", full) | build_recipe("m", read)
+        build_recipe("minilm", full) | build_recipe("minilm", read)
     ) - {"model"}
-    assert set(find_settings(api.Settings, "recover")) - never == set(build_recipe("m", full, "recover")) - {"model"}
+    assert set(find_settings(api.Settings, "recover")) - never == set(build_recipe("minilm", full, "recover")) - {
+        "model"
+    }
     assert "config" in inspect.signature(commands.prune_to_folder).parameters
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "overwrite", "teacher_cache"])
 def test_what_no_file_may_decide(name, tmp_path, asked):
-    (tmp_path / "a.yaml").write_text(f"model: m\nteacher: cached\nsteps: 2\n{name}: true\n")
+    (tmp_path / "a.yaml").write_text(f"model: minilm\nteacher: cached\nsteps: 2\n{name}: true\n")
     arguments = ["prune", "--config", str(tmp_path / "a.yaml"), "--out", "o"]
     check_refusal(InputError, name.replace("-", "_"), *arguments)
     assert asked == []
@@ -125,9 +127,9 @@ def test_what_no_file_may_decide(name, tmp_path, asked):
 @pytest.mark.parametrize("out", ["/tmp/elsewhere", "../beside", ".", "inside/../../beside", "link/o"])
 def test_a_recipe_writes_only_below_the_current_folder(out, tmp_path, asked):
     (tmp_path / "link").symlink_to(tmp_path.parent)
-    check_refusal(InputError, "out", "prune", "--config", write(tmp_path / "a.yaml", model="m", out=out))
+    check_refusal(InputError, "out", "prune", "--config", write(tmp_path / "a.yaml", model="minilm", out=out))
     assert asked == []
-    assert run("prune", "--config", write(tmp_path / "b.yaml", model="m", out="runs/a")).exit_code == 0
+    assert run("prune", "--config", write(tmp_path / "b.yaml", model="minilm", out="runs/a")).exit_code == 0
     assert asked[0][1] == Path("runs/a")
 
 

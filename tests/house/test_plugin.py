@@ -69,7 +69,7 @@ def test_a_plugin_that_does_not_load_is_one_line(fresh, site, tmp_path):
         shutil.copytree(place, tmp_path / place.name)
     (tmp_path / "mptk_example" / "target.py").unlink()
     words = ["--target", "npz", "--steps", "0", "--method", "wanda", "--out", tmp_path / "o"]
-    failed = fresh.command("prune", "m", *words, paths=[tmp_path, site])
+    failed = fresh.command("prune", "smollm2-135m", *words, paths=[tmp_path, site])
     assert failed.code == 1
     assert "the plugin npz of mptk-example does not load" in failed.err
     assert "Traceback" not in failed.err

@@ -99,10 +99,16 @@ def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path):
 
 
 def test_files_are_renamed_into_their_place_by_the_one_helper():
-    """Two others ask where temporary files go, two remove a folder in their own output, one opens a file without a
+    """Two others ask where temporary files go, two remove a folder in their own output, two open a file without a
     name, one describes a plugin of a test.
     """
-    others = ["mptk/cli/failure", "mptk/run/estimate", "mptk/targets/onnx", "mptk/testing/laboratory"]
+    others = [
+        "mptk/cli/failure",
+        "mptk/cli/options",
+        "mptk/run/estimate",
+        "mptk/targets/onnx",
+        "mptk/testing/laboratory",
+    ]
     others += ["mptk/testing/plugins", "passes/targets/onnx/tensors"]
     found = find_files(r"os\.replace\(|\.rename\(|temporary\.replace\(|tempfile|mkdtemp|rmtree")
     assert [name for name in found if not name.startswith("mptk/files/")] == [f"{name}.py" for name in others]

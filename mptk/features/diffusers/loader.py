@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PIPELINE = "model_index.json"
+CLASS_NAME = "_class_name"
+"""The field of a config that names its class."""
 
 
 class DiffusersLoader(Loader):
@@ -20,6 +22,7 @@ class DiffusersLoader(Loader):
 
     priority = 10  # above quantised checkpoints: a quantised part is refused
     library = "diffusers"
+    config_fields = (CLASS_NAME,)
 
     def takes(self, folder: Path) -> bool:
         from mptk.features.diffusers.parts import is_part

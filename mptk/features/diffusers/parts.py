@@ -20,15 +20,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.compat.transformers import name_weight_files
 from mptk.errors import FileError, ModelError, PackageError, take_first_line
-from mptk.features.diffusers.loader import PIPELINE
+from mptk.features.diffusers.loader import CLASS_NAME, PIPELINE
 from mptk.files import format_json
 from mptk.io.loaders import CONFIG
 from mptk.io.untrusted import read_object
 from mptk.publish.licence import list_notices
 from mptk.reading import Damaged, Json, check_inside, make_damage_error
 
-# diffusers' names of files and fields.
-CLASS_NAME, DIFFUSERS_VERSION = "_class_name", "_diffusers_version"
+# diffusers' names of files and fields, beside those of the loader.
+DIFFUSERS_VERSION = "_diffusers_version"
 PART_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Inputs that a class reads in the dictionary ``added_cond_kwargs``. Here each is an argument of its own, so that a
 # trace and an ONNX graph have it as an input.

@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from mptk.compat.torch import check
 from mptk.errors import TargetError
 from mptk.ir import Samples
-from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, MERGED_FILE, OrtEncoderDecoder
+from mptk.ort.decoder import DECODER_IDS, DECODER_NAMES, ENCODER_FILE, HIDDEN, OrtEncoderDecoder
+from mptk.ort.graph_files import MERGED_FILE
 from mptk.protocols import PROOF_SHAPE, Dense, GraphCase, OnnxForm, Part, Traced, Use
 from mptk.tasks.decoder_form import UNPADDED
 from mptk.tasks.inputs import choose_inputs

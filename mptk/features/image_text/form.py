@@ -22,7 +22,8 @@ from mptk.errors import TargetError
 from mptk.features.image_text.image_forms import GRIDS, IMAGE_SIZES, AnyImages, arrange_inputs, make_grid_function
 from mptk.features.image_text.inputs import ImagesWithText, find_image_token
 from mptk.ir import Program, Samples
-from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, MERGED_FILE, VISION_FILE, OrtDecoder
+from mptk.ort.decoder import EMBEDDING_FILE, EMBEDDINGS, IMAGE_TOKEN, VISION_FILE, OrtDecoder
+from mptk.ort.graph_files import MERGED_FILE
 from mptk.progress import step
 from mptk.protocols import Dense, GraphCase, Part, Traced, Use
 from mptk.staged.staged import Executor

@@ -35,8 +35,9 @@ from mptk.io import (
     name_data,
 )
 from mptk.io.data import SELF
-from mptk.ort.decoder import OrtDecoder, find_model_folder
+from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import PromptImages
+from mptk.ort.graph_files import find_model_folder
 from mptk.progress import Count
 from mptk.tasks.inputs.base import PIXELS, POSITIONS, Inputs, Named, count_measured_only, load_preprocessor
 from mptk.tasks.inputs.chats import Chat, has_images, read_chats

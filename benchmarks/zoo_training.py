@@ -30,7 +30,10 @@ WAYS = {
     "recovery": "--method wanda --reconstruct --steps 2",
     "masks": "--method maskprune --steps 4 --compute-dtype bfloat16",
 }
-REFUSED = re.compile(r"([^\s']+)(?: cannot be learned| can only be cut together| cannot have width|'; there are )")
+REFUSED = re.compile(
+    r"([^\s']+)(?: cannot be learned| can only be cut together| cannot have width|'; (?:there are|did you mean) )"
+    r"|cannot be trained where (\S+) is cut|leave its depth (out)"
+)
 """What prune says of a family that it cannot take, or does not find: its names are of the sweep that wrote ``CUT``."""
 
 
@@ -62,12 +65,13 @@ def trained(words: list[object], widths: dict[str, tuple[int, int]], out: Path, 
         asked = [*words, "--families", ",".join(widths), *cut]
         if not (why := said(*asked, "--out", out, "--data", "random")):
             return "trained"
-        if "has no linear layer for LoRA" in why:
+        if "has no linear layer for LoRA" in why or "does not run in half precision" in why:
             return "refused"
         if not (refused := REFUSED.search(why)):
             other = said(*asked, "--out", f"{out}-inputs", "--inputs", inputs)
             return (other and f"{why} | {other}") or "trained"
-        del widths[refused[1]]
+        if widths.pop(name := "layers" if refused[3] else refused[1] or refused[2], None) is None:
+            return f"{name} is refused, which was not asked for: {why}"
     return "refused"
 
 

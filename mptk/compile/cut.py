@@ -62,12 +62,14 @@ def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: 
 def build_small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
     """The cut model in float32 for training: as its transformers class; for the graph target, as the graph's module.
 
-    ``weights``: its state dict; may be empty if a class holds it. ``shared``: whether a class may use these tensors
-    without a copy.
+    All of its parameters are to be trained, but for those that its class freezes: Marian computes its positions and
+    does not save them. ``weights``: its state dict; may be empty if a class holds it. ``shared``: whether a class may
+    use these tensors without a copy.
     """
     if compiled.written is not None:
         return compiled.written.stock.build(weights, shared=shared)
-    return ProgramModule(compiled.program.with_state(weights))
+    # A caller's module may be frozen because it was only to be run.
+    return ProgramModule(compiled.program.with_state(weights)).requires_grad_(True)
 
 
 # ---- weights that training or a pruned folder replaces ----

@@ -70,7 +70,7 @@ def check_folder(folder: Path) -> None:
     # The number of layers must fit the files: a class builds all of its layers before it misses a weight.
     weights = sum(check_weights(file) for file in sorted(folder.glob("*.safetensors")))
     for name, value in _list_numbers(content, ""):
-        if "layer" in name.rpartition(".")[2] and weights and value > max(weights, SHARED):
+        if _is_layer_count(name, value) and weights and value > max(weights, SHARED):
             raise make_damage_error(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
 
 
@@ -92,9 +92,14 @@ def check_config_file(file: Path) -> Json:
     for name, value in _list_numbers(content, ""):
         if abs(value) >= LARGEST_SIZE and isinstance(value, int):
             raise make_damage_error(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
-        if value > MOST_LAYERS and "layer" in name.rpartition(".")[2]:
+        if value > MOST_LAYERS and _is_layer_count(name, value):
             raise make_damage_error(file)(f"{name} is {value}")
     return content
+
+
+def _is_layer_count(name: str, value: float) -> bool:
+    """Whether a field may count layers. ``layer_rope_theta`` is no count, and is written as 10000.0."""
+    return isinstance(value, int) and "layer" in name.rpartition(".")[2]
 
 
 def _check_kernels(content: object, file: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -175,8 +175,27 @@ def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
 
     ``inputs``: the sizes of the graph's inputs, whose symbols the conditions have.
     """
-    # The graph's calls are run again on fresh symbolic sizes, so torch itself makes them expressions. ``own`` then puts
-    # the inputs' symbols back. Their example values are distinct, like the sizes that they stand for.
+    found = dict[fx.Node, fx.Node]()
+    for node in graph.find_nodes(op="call_function", target=ASSERT):
+        holds, message = node.args
+        if isinstance(holds, fx.Node) and str(message).startswith(REFUSED):
+            found[node] = holds
+    # Torch divides the example values, too: a small size over a large number is 0, by which nothing can be divided. A
+    # large size cannot be an exponent, so small ones come first.
+    try:
+        conditions = _express_conditions(found.values(), inputs, 2)
+    except ZeroDivisionError:
+        conditions = _express_conditions(found.values(), inputs, 1 << 20)
+    for node, holds in found.items():
+        graph.erase_node(node)
+        _erase_unused(graph, holds)
+    return conditions
+
+
+def _express_conditions(calls: Iterable[fx.Node], inputs: CallSizes, least: int) -> list[sympy.Basic]:
+    """What the ``calls`` on sizes compute, in the symbols of ``inputs``. ``least``: the smallest example of a size."""
+    # The calls are run again on fresh symbolic sizes, so torch itself makes them expressions. ``own`` then puts the
+    # inputs' symbols back. Their example values are distinct, like the sizes that they stand for.
     integers, symbols = Symbols(), dict[str, sympy.Symbol]()
     known, own = dict[tuple[str, int], torch.SymInt | int](), dict[sympy.Symbol, sympy.Basic]()
     for name, dims in inputs.inputs:
@@ -186,21 +205,14 @@ def take_assertions(graph: fx.Graph, inputs: CallSizes) -> list[sympy.Basic]:
                 continue
             key = str(size)
             if key not in symbols:
-                symbols[key], made = integers.integer(f"{name}_{d}", 2 + len(symbols))
+                symbols[key], made = integers.integer(f"{name}_{d}", least + len(symbols))
                 own[symbols[key]] = size
                 known[name, d] = made
             else:
                 known[name, d] = next(known[n, k] for (n, k) in known if own.get(to_expression(known[n, k])) == size)
-    found = []
-    for node in graph.find_nodes(op="call_function", target=ASSERT):
-        holds, message = node.args
-        if isinstance(holds, fx.Node) and str(message).startswith(REFUSED):
-            value = _compute_value(holds, known)
-            condition = express_size(value) if isinstance(value, torch.SymBool) else sympy.sympify(value)
-            found.append(condition.xreplace(own))
-            graph.erase_node(node)
-            _erase_unused(graph, holds)
-    return found
+    values = [_compute_value(call, known) for call in calls]
+    found = [express_size(value) if isinstance(value, torch.SymBool) else sympy.sympify(value) for value in values]
+    return [condition.xreplace(own) for condition in found]
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:

@@ -66,6 +66,11 @@ class MaskSite:
     weights: tuple[tuple[str, int | None], ...]
     past: bool = False
 
+    @property
+    def masks_weights(self) -> bool:
+        """Whether weights are masked, and not what enters or leaves a module."""
+        return self.past or self.where not in ("input", "output", "block")
+
 
 def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[str]) -> list[MaskSite]:
     """The places of the masks of ``families`` in ``module``, which may be wrapped by peft.
@@ -92,7 +97,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
             covered: set[str] = set()
             for member in consumers or _find_makers(group, analysis.program, analysis.facts):
                 if member.weight not in covered:
-                    tied = [] if consumers else _list_tied_sites(analysis, module, variable, layer, member)
+                    tied = _list_tied_sites(analysis, module, variable, layer, member)
                     found = tied or [_mask_site(analysis, module, variable, layer, member)]
                     covered |= {weight for site in found for weight, _ in site.weights}
                     sites += found
@@ -285,7 +290,7 @@ class InsertedMasks:
         # A family is watched if one site of activations sees all of its gradient: several would each see a part.
         held = Counter((site.family, site.layer) for site in sites if site.where != "block")
         several = {family for (family, _), count in held.items() if count > 1}
-        seen = {p.family for p in sites if p.where in ("input", "output", "block") and not p.past}
+        seen = {p.family for p in sites if not p.masks_weights}
         self.watched = seen - several
         self.weights: dict[str, list[tuple[int, int | None]]] = {}
         for i, site in enumerate(sites):

@@ -164,6 +164,17 @@ def test_a_size_that_the_class_gives_may_say_that_there_is_no_limit(tmp_path):
     assert models.build_skeleton(str(tmp_path)).config.n_layer == 1
 
 
+def test_a_rate_of_a_layer_is_no_number_of_layers(tmp_path):
+    """Granite's ``layer_rope_theta`` is 10000.0 and more."""
+    testing.make_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_rope_theta": 5e5}))
+    assert models.load(str(tmp_path)).model
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_extra_layers": 9000}))
+    with expect_error(FileError):
+        models.load(str(tmp_path))
+
+
 class TestHub:
     def test_id(self, tmp_path, inside):
         inside.bound("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -12,7 +12,12 @@ from mptk import Plan, Report, Settings, prune
 from mptk.compat.accelerate import separate_state
 from mptk.config import Learning
 from mptk.distributed.processes import make_accelerator, prepare_training
+from mptk.errors import ModelError
+from mptk.ir import Samples
+from mptk.methods.maskprune.train import run_module
 from mptk.run.minutes import fill_in
+from mptk.tasks.module import Module
+from mptk.testing import expect_error
 
 
 def share_kept(one: Plan, other: Plan) -> float:
@@ -53,6 +58,20 @@ def test_a_module_that_is_trained_gives_what_it_computed():
         assert output.dtype == torch.bfloat16
         output.sum().backward()
     assert net.weight.grad.dtype == torch.float32
+
+
+class Deberta(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = x @ x.T
+        return scores.masked_fill(scores > 0, torch.finfo(x.dtype).min)
+
+
+def test_code_that_does_not_run_in_half_precision_is_named():
+    x = Samples({"x": torch.ones(2, 2)})
+    task = Module(x)
+    assert run_module(task, Deberta(), x)[0].shape == (2, 2)
+    with torch.autocast("cpu", torch.bfloat16), expect_error(ModelError, name="Deberta"):
+        run_module(task, Deberta(), x)
 
 
 FREED = """

@@ -11,6 +11,7 @@ import torch
 from decoder_analyses import analyze_decoder
 from torch import Tensor, nn
 
+from benchmarks.tiny_models import tiny_model
 from mptk import FamilyPlan, Plan, analyze, testing, trace
 from mptk.errors import AnalysisError
 from mptk.ir import Analysis, resolve_plan
@@ -113,6 +114,37 @@ def test_masks_reach_a_weight_that_is_read_without_its_layer():
     assert torch.allclose(seen, expected, atol=1e-6)
     with masks.switch_off():
         assert torch.equal(model(x), dense)
+
+
+class BothWays(nn.Module):
+    """NeoMME's projections: one weight leads from the embedding's channels, and back to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Linear(5, 6), nn.Linear(6, 4)
+        self.there, self.back = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+        self.back.weight = self.there.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.there(self.table(x)).relu() @ self.back.weight)
+
+
+def test_masks_reach_a_tied_weight_in_each_module_that_holds_it():
+    model, x = BothWays().eval(), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    analysis = analyze(trace(model, [x]))
+    for family in analysis.families:
+        plan = draw_plan(analysis, [family.name])
+        values, twin = hard_values(analysis, plan), copy.deepcopy(model)
+        masked(twin, analysis, [family.name], lambda name, layer, values=values: values[name, layer])
+        assert torch.allclose(twin(x), mask(analysis, resolve_plan(analysis, plan))(x), atol=1e-6)
+
+
+def test_layers_whose_output_is_not_linears_get_no_adapter():
+    """Llama 4's router is a Linear that returns two tensors."""
+    model = tiny_model("causal-lm", "llama4_text").model
+    adapted = adapt(model, 2, seed=0).peft_config["default"].target_modules
+    assert "q_proj" in {name.rpartition(".")[2] for name in adapted}
+    assert not [name for name in adapted if name.endswith("router")]
 
 
 def test_families_that_cannot_fade_out_are_refused_by_name():

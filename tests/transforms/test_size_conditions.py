@@ -41,6 +41,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[Sizes], list[Siz
     "bits": (lambda h, x: h if x.shape[1] & 1 == 0 else h * 2, [(5, 12)], [(3, 9)]),
     "absolute": (lambda h, x: h * 2 if abs(x.shape[0] - x.shape[1]) == 3 else h, [(4, 7)], [(3, 9)]),
     "a number": (lambda h, x: h * abs(x.shape[1] - 20), [(3, 40)], []),
+    "divisor": (lambda h, x: h * (1.0 if 12 // (x.shape[1] // 5) > 9 else 2.0), [(4, 7)], [(3, 12)]),
     "symbolic root": (lambda h, x: h * torch.sym_sqrt(x.shape[1]), [(4, 7)], []),
     "ceil": (lambda h, x: h[:, : math.ceil(x.shape[1] / 4)], [(3, 9)], []),
     "floor": (lambda h, x: h[:, : math.floor(x.shape[1] / 4)], [(4, 7)], [(3, 9)]),

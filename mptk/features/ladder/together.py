@@ -30,7 +30,7 @@ class Together(nn.Module):
         self.sizes, self.places = nn.ModuleList(), list[Places]()
         self.own: list[dict[str, nn.Parameter]] = []
         for module, places in sizes:
-            named = dict(module.requires_grad_(True).named_parameters())
+            named = dict(module.named_parameters())
             largest = self.own[0] if self.own else {}
             shared = [n for n in largest if slice_weight(largest[n], places.get(n, ())).equal(named[n])]
             # The module keeps an empty parameter, for which ``functional_call`` puts the slice.

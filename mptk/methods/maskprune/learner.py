@@ -261,9 +261,9 @@ class Learner:
         update = self.settings.masks
         solver = Solver(shapes, prepared.cost.share, budget, steps, rates, 0.6, given, device, depths, stays, update)
 
-        # Modules whose weights are read past them get no adapter: LoRA would have no effect there.
-        past = {site.module for site in prepared.mask_sites if site.past}
-        student = adapt(prepared.copy_model(self.keeps), self.rank, self.settings.training.seed, past)
+        # LoRA would have no effect where weights are read past their module, and hides a weight that is masked itself.
+        masked = {site.module for site in prepared.mask_sites if site.masks_weights}
+        student = adapt(prepared.copy_model(self.keeps), self.rank, self.settings.training.seed, masked)
         masks = InsertedMasks(unwrap_adapters(student), prepared.mask_sites, solver.get_mask, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
 
@@ -389,7 +389,7 @@ class Learner:
             assert isinstance(small, PreTrainedModel)
             student: nn.Module = adapt(small, self.rank, settings.training.seed)
         else:
-            student = small.requires_grad_(True)
+            student = small
         recompute(student, settings.gradient_checkpointing)
         rounding = self._make_rounding(student) if settings.quantize_aware else None
         return self.make_recovery_loop(student, steps, first_row=used, watch=watch, rounding=rounding)
@@ -495,7 +495,12 @@ def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()
     """
     # A tied head is the embedding, too: an adapter that is merged into it would change both.
     head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    # A subclass with a forward of its own (a router, a layer of groups) gives what no adapter can be added to.
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward) and module is not head
+    ]
     names = [name for name in linear if name not in but and not is_lora_refused(model, name)]
     if not names:
         raise ModelError(

@@ -32,7 +32,7 @@ from mptk.distributed.processes import (
     run_once,
     shard_like,
 )
-from mptk.errors import InputError
+from mptk.errors import InputError, ModelError, take_first_line
 from mptk.ir import ProgramModule, Samples, join_outputs
 from mptk.methods.maskprune.losses import compute_distillation_losses, compute_hidden_error
 from mptk.methods.maskprune.rounding import WeightRounding
@@ -433,16 +433,29 @@ class Loop:
 
 
 def run_module(task: Task, module: nn.Module, samples: Samples, *, hidden: bool = False) -> Output:
-    """A module's output on ``samples``, and its hidden states if ``hidden``."""
-    if not hidden:
-        output, states = task.compute_output(module, samples), None
-    else:
-        found = task.call(module, samples, output_hidden_states=True)
-        output, states = task.read(found), getattr(found, "hidden_states", None)
-        if states is None:
-            raise InputError(
-                "this model gives no hidden states to compare; leave out --hidden-loss", name="hidden_loss"
-            )
+    """A module's output on ``samples``, and its hidden states if ``hidden``.
+
+    Raises:
+        MptkError: the module gives no hidden states, or its code does not run in an autocast to half precision.
+    """
+    try:
+        if not hidden:
+            output, states = task.compute_output(module, samples), None
+        else:
+            found = task.call(module, samples, output_hidden_states=True)
+            output, states = task.read(found), getattr(found, "hidden_states", None)
+    except RuntimeError as error:
+        # DeBERTa fills a mask with float32's least number, which half precision does not hold.
+        if "without overflow" not in str(error):
+            raise
+        name = type(unwrap_module(module)).__name__
+        raise ModelError(
+            f"{name} does not run in half precision ({take_first_line(error)}); give --compute-dtype float32, and no "
+            "--precision",
+            name=name,
+        ) from error
+    if hidden and states is None:
+        raise InputError("this model gives no hidden states to compare; leave out --hidden-loss", name="hidden_loss")
     return output if isinstance(output, Tensor) else join_outputs(output), states
 
 

@@ -42,6 +42,8 @@ CASES = {
     "images and latents": (lambda: AutoencoderKL(**VAE), {**RECOVERY, "target": "graph"}),
     # A projector reads the vision tower's hidden states, which hooks of transformers collect.
     "masks of blocks": (lambda: tiny_model("image-text-to-text", "aya_vision").model, {**MASKS, **BLOCKS}),
+    # Its class computes the positions, and does not save them.
+    "frozen positions": (lambda: tiny_model("seq2seq", "marian").model, RECOVERY),
     # Decorators of its class ask for hidden states; accelerate takes these off ``forward`` when it takes its own off.
     "half precision": (
         lambda: tiny_model("semantic-segmentation", "dpt").model,

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor, fx
 
@@ -135,15 +136,31 @@ def _find_weight_dim(program: Program, facts: AxisFacts, node: fx.Node, dim: int
     if not facts.is_weight(node):
         return None
     # Back through transposes and views to the one weight. A merge of several weights has no single one.
-    term = resolve(facts.dims(node)[dim])
+    term, place = resolve(facts.dims(node)[dim]), cast("int | None", dim)
     while node.op != "placeholder":
         sources = [n for n in node.all_input_nodes if n in facts.results]
         if len(sources) != 1:
             return None
+        place = None if place is None else _find_dim_before(node, place, len(facts.dims(node)))
         node = sources[0]
     name = program.weights[node.name]
-    terms = map(resolve, facts.weights[name])
-    return next(((name, d) for d, other in enumerate(terms) if other == term), None)
+    found = [d for d, other in enumerate(map(resolve, facts.weights[name])) if other == term]
+    # A square weight of a residual stream has the term twice: TextNet's convolutions lead from its channels to them.
+    return (name, place if place in found else found[0]) if found else None
+
+
+def _find_dim_before(node: fx.Node, dim: int, ndim: int) -> int | None:
+    """The dimension that a transpose moved to ``dim``; None for all other ops."""
+    match name_base_op(node.target):
+        case "t" | "numpy_T" | "mT" | "matrix_H" if ndim == 2:
+            return 1 - dim
+        case "transpose":
+            one, other = (int(get_argument(node, name)) % ndim for name in ("dim0", "dim1"))
+            return other if dim == one else one if dim == other else dim
+        case "permute":
+            return int(get_argument(node, "dims")[dim]) % ndim
+        case _:
+            return None
 
 
 def find_common_module(names: list[str]) -> str:

@@ -303,6 +303,8 @@ class InsertedMasks:
     def _insert(self, i: int, site: MaskSite) -> None:
         # The values are asked for at each call, since they change while masks are learned.
         called = self.module.get_submodule(site.module)
+        # A norm over batches takes no gradient of its statistics; its weight and bias have the mask, too.
+        is_buffer = site.where in dict(called.named_buffers(recurse=False))
 
         def apply_mask(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
             if not self.enabled:
@@ -310,6 +312,8 @@ class InsertedMasks:
             factor = self._compute_factors(i).to(x.dtype)
             if shape:
                 factor = factor.reshape(shape)
+            if is_buffer:
+                factor = factor.detach()
             if self.watch is None or site.family not in self.watched or not factor.requires_grad:
                 return x * factor
             multiply: Callable[..., Tensor] = Multiply.apply

@@ -129,22 +129,53 @@ class BothWays(nn.Module):
         return self.out(self.there(self.table(x)).relu() @ self.back.weight)
 
 
-def test_masks_reach_a_tied_weight_in_each_module_that_holds_it():
-    model, x = BothWays().eval(), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+class Square(nn.Module):
+    """TextNet's layers: a weight that leads from the stream's channels to the same channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer, self.out = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.stem(x)
+        return self.out(stream + self.layer(stream).relu())
+
+
+class Normed(nn.Module):
+    """LeViT's attention: a norm over batches stands between a layer and a product of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.norm = nn.Linear(5, 6), nn.Linear(5, 6), nn.BatchNorm1d(6)
+        self.norm.running_mean = torch.ones(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.query(x)) @ self.key(x).T
+
+
+@pytest.mark.parametrize("kind", [BothWays, Square, Normed])
+def test_masks_are_wherever_the_cut_is_and_have_a_gradient(kind):
+    model, x = kind().eval(), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     analysis = analyze(trace(model, [x]))
     for family in analysis.families:
         plan = draw_plan(analysis, [family.name])
         values, twin = hard_values(analysis, plan), copy.deepcopy(model)
+        for value in values.values():
+            value.requires_grad_()
         masked(twin, analysis, [family.name], lambda name, layer, values=values: values[name, layer])
-        assert torch.allclose(twin(x), mask(analysis, resolve_plan(analysis, plan))(x), atol=1e-6)
+        found = twin(x)
+        assert torch.allclose(found, mask(analysis, resolve_plan(analysis, plan))(x), atol=1e-6)
+        found.square().sum().backward()
+        assert all(value.grad.any() for value in values.values())
 
 
-def test_layers_whose_output_is_not_linears_get_no_adapter():
-    """Llama 4's router is a Linear that returns two tensors."""
-    model = tiny_model("causal-lm", "llama4_text").model
-    adapted = adapt(model, 2, seed=0).peft_config["default"].target_modules
-    assert "q_proj" in {name.rpartition(".")[2] for name in adapted}
-    assert not [name for name in adapted if name.endswith("router")]
+@pytest.mark.parametrize(("kind", "without"), [("llama4_text", "router"), ("zamba", "shared_transf")])
+def test_layers_that_no_adapter_fits_get_none(kind, without):
+    """Llama 4's router is a Linear that returns two tensors; two layers of Zamba share their weights."""
+    model = adapt(tiny_model("causal-lm", kind).model, 2, seed=0)
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert adapted
+    assert not [name for name in adapted if without in name]
 
 
 def test_families_that_cannot_fade_out_are_refused_by_name():

@@ -6,6 +6,7 @@ The phases use the solver, the training loop, the adapters and the teacher of th
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -495,11 +496,15 @@ def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()
     """
     # A tied head is the embedding, too: an adapter that is merged into it would change both.
     head = model.get_output_embeddings()
-    # A subclass with a forward of its own (a router, a layer of groups) gives what no adapter can be added to.
+    # Other modules that hold the same weight would not have its adapter. A subclass with a forward of its own (a
+    # router, a layer of groups) gives what none can be added to.
+    held = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     linear = [
         name
         for name, module in model.named_modules()
-        if type(module).forward in (nn.Linear.forward, Conv1D.forward) and module is not head
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        and module is not head
+        and held[id(module.weight)] == 1
     ]
     names = [name for name in linear if name not in but and not is_lora_refused(model, name)]
     if not names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.provenance import PAGE, count_commits, read_results, write_page
 
 NAMES = """
-advice agreement depth_choice depth_fit gguf_models ladder latency onnx quality quality_20_minutes quality_zero_shot
+advice agreement depth_choice depth_fit gguf_models ladder onnx quality quality_20_minutes quality_zero_shot
 recovery recovery_warmup shape_ranking zoo_end_to_end zoo_training
 """
 OF_CHANGED_CODE = {f"{name}.json" for name in NAMES.split()}

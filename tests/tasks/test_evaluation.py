@@ -126,7 +126,7 @@ class TestZeroShot:
         (task / "toy_task.yaml").write_text("task: toy_task\ndoc_to_text: !function evil.text\n")
         with expect_error(InputError, name="trust_remote_code"):
             evaluation.zero_shot(str(task), ["toy_task"], include_path=task)
-        words = ["eval", "any", "--tasks", "toy_task", "--include-path", str(task)]
+        words = ["eval", "smollm2-135m", "--tasks", "toy_task", "--include-path", str(task)]
         with expect_error(InputError, name="trust_remote_code"):
             CliRunner().invoke(app, words, catch_exceptions=False)
         assert not (task / "ran").exists()

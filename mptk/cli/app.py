@@ -34,6 +34,7 @@ from mptk.cli.options import (
     build_settings,
     check_names,
     check_output_paths,
+    list_hub_names,
     make_parameters,
 )
 from mptk.cli.stopping import STOPPED, catch_signals, ignore_signals
@@ -220,7 +221,9 @@ def build_command(command: Registered, extensions: Sequence[Extension], panel: s
             tidy_for(values.values())
             check_output_paths(outputs, values, bool(values.pop("overwrite") if adds else values.get("overwrite")))
             if not ONLY_CHECKED.get():
-                check_names(values, outputs, {name: each.annotation for name, each in own.items()})
+                annotations = {name: each.annotation for name, each in own.items()}
+                check_names(values, outputs, annotations)
+                check_hub_names(list_hub_names(values, annotations), values.get("json_file"))
             if options:
                 given = {each.name: values.pop(each.name) for each in options}
                 values["settings"] = build_settings(called, command.base, given)
@@ -305,12 +308,23 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 def announce_reading(*names: object, json_file: Path | None = None) -> None:
-    """Say what a command reads, before it imports torch and transformers, which takes seconds.
+    """Say what a command reads, before it imports torch and transformers, which takes seconds."""
+    announce(f"reading {', '.join(map(str, names))}", json_file)
 
-    Nothing is said with ``-q``, or if only JSON is printed.
-    """
+
+def check_hub_names(names: Sequence[str], json_file: object) -> None:
+    """Raise MptkError if the hub does not have these models, or cannot be asked. ``json_file``: where JSON goes."""
+    from mptk.io import check_hub_id
+
+    for name in names:
+        announce(f"asking the hub for {name}", json_file)  # without a network, it answers after half a minute
+        check_hub_id(name)
+
+
+def announce(line: str, json_file: object) -> None:
+    """Print a line to the standard error, but for ``-q``, or if only JSON is printed."""
     if not (VOICE.quiet or ONLY_CHECKED.get() or json_file == Path("-")):
-        err.print(f"reading {', '.join(map(str, names))}", soft_wrap=True, highlight=False)
+        err.print(line, soft_wrap=True, highlight=False)
 
 
 def show_result(json_file: Path | None, content: object, view: RenderableType) -> None:

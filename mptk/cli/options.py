@@ -154,11 +154,9 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
     """
     from mptk.io import (
         check_folder_named,
-        check_hub_id,
         check_local_model,
         check_model_name,
         check_sources,
-        find_naming_loader,
         is_made,
     )
 
@@ -170,9 +168,7 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
                 path = check_model_name(str(each))
                 # A graph, or a folder of graphs, may stand for a model where one is run.
                 dense = annotations.get(name) in (ModelArgument, DenseOption) and path.suffix != ".onnx"
-                if (dense or name == "models") and not path.exists() and find_naming_loader(str(each)) is None:
-                    check_hub_id(str(each))
-                elif dense and path.exists() and not is_made(path):
+                if dense and path.exists() and not is_made(path):
                     check_local_model(str(each), path)
             elif name in ("folder", "folders"):
                 check_folder_named(str(each), "prune")
@@ -182,6 +178,16 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
     length, data = values.get("length"), values.get("data")
     if read is not None and data is not None and isinstance(length, int):
         check_enough_text(str(read), str(data), length)
+
+
+def list_hub_names(values: Mapping[str, object], annotations: Mapping[str, object]) -> list[str]:
+    """The models that a command reads and that are not on this machine, so that only a hub can have them."""
+    from mptk.io import find_naming_loader
+
+    dense = [values[name] for name, each in annotations.items() if each in (ModelArgument, DenseOption)]
+    models = values.get("models")
+    given = [str(each) for each in (*dense, *(models if isinstance(models, list) else [])) if each is not None]
+    return [name for name in given if not expand_path(name).exists() and find_naming_loader(name) is None]
 
 
 def check_enough_text(model: str, data: str, length: int) -> None:

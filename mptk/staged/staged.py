@@ -7,12 +7,13 @@ each, then the next stage, so that they share what they read. Gradients are made
 A program's products may run in a narrower type, as with torch's autocast: on any device, and backward, too. Parameters
 are rounded to the type. A call that joins several float values and is not elementwise (a product, a convolution,
 attention, a norm with weights) takes all of them in that type. Elementwise calls promote, and casts to float32 in the
-model's source stay. What no parameter reaches, such as rotary angles, keeps its own type: a position of four digits has
-no place in bfloat16.
+model's source stay. So does what half precision cannot do (``FLOAT32_ONLY``). What no parameter reaches, such as rotary
+angles, keeps its own type: a position of four digits has no place in bfloat16.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,13 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import find_schema, move_samples_last, tree_leaves, tree_map
-from mptk.ir import TYPE_CHECK, DeviceInterpreter, Lazy, Program, Weights
+from mptk.ir import TYPE_CHECK, DeviceInterpreter, Lazy, Program, Weights, name_base_op
 from mptk.progress import Count
 from mptk.staged.partition import Flow, Partition, Stage, partition
 from mptk.staged.spool import SMALLEST_FILE, Spool, Values
+
+FLOAT32_ONLY = ("fft_", "linalg_", "view_as_complex", "polar", "cdist")
+"""Beginnings of the names of calls that have no kernels in half precision: torch's autocast keeps them in float32."""
 
 ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
@@ -346,16 +350,29 @@ class Autocast:
     def cast_operands(self, node: fx.Node, operands: object) -> Any:
         """The arguments of a call. One that writes keeps the type of what it writes into."""
         target = node.target
+        if node not in self.reached:
+            return operands
+        declared = find_schema(target)
+        writes = declared is not None and declared.is_mutable
+        if not writes and self._is_float32_only(node):
+            return tree_map(lambda value: self._cast(value, torch.float32), operands)
         # Elementwise calls promote by themselves.
-        if node not in self.reached or torch.Tag.pointwise in getattr(target, "tags", ()):
+        if torch.Tag.pointwise in getattr(target, "tags", ()):
             return operands
         # A call with one float operand (a sum, a softmax, a view) joins nothing, and runs in its type.
         floats = [t for t in tree_leaves(operands) if isinstance(t, Tensor) and t.is_floating_point()]
         if len(floats) < 2:
             return operands
-        declared = find_schema(target)
-        dtype = floats[0].dtype if declared is not None and declared.is_mutable else self.dtype
+        dtype = floats[0].dtype if writes else self.dtype
         return tree_map(lambda value: self._cast(value, dtype), operands)
+
+    def _is_float32_only(self, node: fx.Node) -> bool:
+        """Whether a call has no kernel in ``dtype``, or a number that it cannot hold: float32's least, for masks."""
+        numbers = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
+        largest = torch.finfo(self.dtype).max
+        return any(largest < abs(value) < math.inf for value in numbers) or (
+            find_schema(node.target) is not None and name_base_op(node.target).startswith(FLOAT32_ONLY)
+        )
 
     def _cast(self, value: object, dtype: torch.dtype) -> object:
         # float64 stays: the model's code asks for it.

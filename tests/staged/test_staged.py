@@ -319,6 +319,27 @@ def test_products_are_narrow_and_rotary_angles_are_not():
     assert types == {linear: {torch.bfloat16}, attend: {torch.bfloat16}, cos: {torch.float32}}
 
 
+class Wide(torch.nn.Module):
+    """A mask of DeBERTa's, and the mixing of FNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.fft.fft(self.up(x)).real
+        return mixed.masked_fill(x > 0, torch.finfo(torch.float32).min).softmax(-1)
+
+
+@torch.no_grad()
+def test_what_half_precision_cannot_do_stays_in_float32():
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    program = trace(Wide().eval(), [x])
+    found = next(BF16.run_programs([program], [(x,)]))
+    torch.testing.assert_close(found, program(x), rtol=0.1, atol=0.02)
+
+
 @pytest.mark.parametrize("name", ["decoder", "sliding windows"])
 def test_gradients_are_summed_in_float32(name):
     program, windows = built(name)[0], testing.draw_tokens(80, 9)  # two batches

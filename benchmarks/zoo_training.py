@@ -70,8 +70,12 @@ def trained(words: list[object], widths: dict[str, tuple[int, int]], out: Path, 
         if not (refused := REFUSED.search(why)):
             other = said(*asked, "--out", f"{out}-inputs", "--inputs", inputs)
             return (other and f"{why} | {other}") or "trained"
-        if widths.pop(name := "layers" if refused[3] else refused[1] or refused[2], None) is None:
-            return f"{name} is refused, which was not asked for: {why}"
+        # A message about a block names the block, and not its family: layers, or layers.0 where there are several.
+        gone = [name for name in widths if name.startswith("layers")] if refused[3] else [refused[1] or refused[2]]
+        if not gone or not widths.keys() >= set(gone):
+            return f"refused, but not for a family that was asked for: {why}"
+        for name in gone:
+            del widths[name]
     return "refused"
 
 

@@ -142,7 +142,8 @@ def describe_ways(found: Advice) -> list[str]:
 
 def describe_step(best: Way, other: Way) -> str:
     """What another way than the best one would buy and cost."""
-    price = f"{other.price / best.price - 1:+.0%}, {describe_price(other)}"
+    change = other.price / best.price - 1
+    price = f"{abs(change):.0%} {'less' if change < 0 else 'more'} ({describe_price(other)})"
     changes = ", ".join(
         f"{each.change:+.1%} on {name_text(text)} in place of {best.known.texts[text].change:+.1%}"
         for text, each in other.known.texts.items()

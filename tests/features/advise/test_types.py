@@ -253,8 +253,14 @@ def test_what_the_next_steps_would_buy_and_cost():
     found = make_advice(Ceiling(decode_ms=9.2))
     assert (found.better_way, found.cheaper_way) == (WAYS[4], WAYS[5])
     said = " ".join(describe_ways(found))
-    assert "int4, 20.0% removed takes -11%, 8.00 ms of decode, 0.0 MB, and costs +60.0% on a in place of +51.0%" in said
-    assert "int4, nothing removed takes +6%, 9.50 ms of decode, 0.0 MB, and costs +7.0% on a in place of +51.0%" in said
+    assert (
+        "int4, 20.0% removed takes 11% less (8.00 ms of decode, 0.0 MB), and costs +60.0% on a in place of +51.0%"
+        in said
+    )
+    assert (
+        "int4, nothing removed takes 6% more (9.50 ms of decode, 0.0 MB), and costs +7.0% on a in place of +51.0%"
+        in said
+    )
     assert make_advice(Ceiling(decode_ms=40)).better_way is None
 
 

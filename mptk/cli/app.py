@@ -314,9 +314,9 @@ def announce_reading(*names: object, json_file: Path | None = None) -> None:
 
 def check_hub_names(names: Sequence[str], json_file: object) -> None:
     """Raise MptkError if the hub does not have these models, or cannot be asked. ``json_file``: where JSON goes."""
-    from mptk.io import check_hub_id
-
     for name in names:
+        from mptk.io import check_hub_id  # it imports huggingface_hub, which most commands do without
+
         announce(f"asking the hub for {name}", json_file)  # without a network, it answers after half a minute
         check_hub_id(name)
 

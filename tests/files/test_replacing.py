@@ -409,13 +409,13 @@ def test_a_marker_that_lists_nothing_makes_no_output(tmp_path, marker, overwrite
 
 def test_content_and_not_times_names_an_export(tmp_path):
     times, seen = time.time_ns(), list[str]()
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for value in (1.0, 2.0, 1.0):
         save_file({"x": torch.full((2,), value)}, tmp_path / "model.safetensors")
         os.utime(tmp_path / "model.safetensors", ns=(times, times))
         seen.append(hash_model(str(tmp_path)))
     assert seen[0] == seen[2] != seen[1]
-    (tmp_path / "config.json").write_text("{ }")
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
     assert hash_model(str(tmp_path)) not in seen
 
 

@@ -272,6 +272,6 @@ def test_command_line_says_what_is_budgeted(asked_prune):
         "--max-decode-ms 20": ("latency", "decode", 20, 1),
         "--budget flops": ("flops", "decode", None, 1),
     }.items():
-        done("prune", "model", "--out", "out", *options.split())
+        done("prune", "smollm2-135m", "--out", "out", *options.split())
         *_, s = asked_prune[-1]
         assert (s.budget, s.objective, s.max_ms, s.threads) == wanted

@@ -6,7 +6,7 @@ from benchmarks.provenance import PAGE, count_commits, read_results, write_page
 
 NAMES = """
 advice agreement depth_choice depth_fit gguf_models ladder onnx quality quality_20_minutes quality_zero_shot
-recovery recovery_warmup shape_ranking zoo_end_to_end zoo_training
+recovery recovery_warmup shape_ranking zoo_end_to_end
 """
 OF_CHANGED_CODE = {f"{name}.json" for name in NAMES.split()}
 """Studies that ran beside changes, before a benchmark said so. Whoever runs one again takes it out of here."""

@@ -152,13 +152,7 @@ def check_names(values: Mapping[str, object], outputs: Container[str], annotatio
     ``values``: parameter → value. ``outputs``: the parameters for files and folders that the command writes.
     ``annotations``: of the command's own parameters.
     """
-    from mptk.io import (
-        check_folder_named,
-        check_local_model,
-        check_model_name,
-        check_sources,
-        is_made,
-    )
+    from mptk.io import check_folder_named, check_local_model, check_model_name, check_sources, is_made
 
     for name, given in values.items():
         for each in given if isinstance(given, list) else [given]:

@@ -62,9 +62,9 @@ def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: 
 def build_small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
     """The cut model in float32 for training: as its transformers class; for the graph target, as the graph's module.
 
-    All of its parameters are to be trained, but for those that its class freezes: Marian computes its positions and
-    does not save them. ``weights``: its state dict; may be empty if a class holds it. ``shared``: whether a class may
-    use these tensors without a copy.
+    Training changes all of its parameters except those that its class freezes. Marian's class, for example, computes
+    its positions and does not save them. ``weights``: its state dict; may be empty if a class holds it. ``shared``:
+    whether a class may use these tensors without a copy.
     """
     if compiled.written is not None:
         return compiled.written.stock.build(weights, shared=shared)

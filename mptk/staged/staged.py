@@ -323,10 +323,14 @@ def _show_gradient(see: Callable[..., None], value: Tensor, beside: Sequence[Ten
 
 @dataclass(frozen=True)
 class Autocast:
-    """Products in ``dtype``, by the rules at the top of this file. ``reached``: values that depend on a parameter."""
+    """Products in ``dtype``, by the rules at the top of this file.
+
+    ``reached``: values that depend on a parameter. ``wide``: calls that ``dtype`` cannot do, and that write nothing.
+    """
 
     dtype: torch.dtype
     reached: frozenset[fx.Node]
+    wide: frozenset[fx.Node]
 
     @staticmethod
     def of(program: Program, dtype: torch.dtype) -> Autocast | None:
@@ -337,7 +341,7 @@ class Autocast:
         for node in program.graph.graph.nodes:
             if program.weights.get(node.name) in learned or not reached.isdisjoint(node.all_input_nodes):
                 reached.add(node)
-        return Autocast(dtype, frozenset(reached))
+        return Autocast(dtype, frozenset(reached), frozenset(n for n in reached if is_float32_only(n, dtype)))
 
     def cast_value(self, node: fx.Node, value: object) -> object:
         """A weight, or a value that crosses a border."""
@@ -350,33 +354,35 @@ class Autocast:
     def cast_operands(self, node: fx.Node, operands: object) -> Any:
         """The arguments of a call. One that writes keeps the type of what it writes into."""
         target = node.target
-        if node not in self.reached:
-            return operands
-        declared = find_schema(target)
-        writes = declared is not None and declared.is_mutable
-        if not writes and self._is_float32_only(node):
+        if node in self.wide:
             return tree_map(lambda value: self._cast(value, torch.float32), operands)
         # Elementwise calls promote by themselves.
-        if torch.Tag.pointwise in getattr(target, "tags", ()):
+        if node not in self.reached or torch.Tag.pointwise in getattr(target, "tags", ()):
             return operands
         # A call with one float operand (a sum, a softmax, a view) joins nothing, and runs in its type.
         floats = [t for t in tree_leaves(operands) if isinstance(t, Tensor) and t.is_floating_point()]
         if len(floats) < 2:
             return operands
-        dtype = floats[0].dtype if writes else self.dtype
+        declared = find_schema(target)
+        dtype = floats[0].dtype if declared is not None and declared.is_mutable else self.dtype
         return tree_map(lambda value: self._cast(value, dtype), operands)
-
-    def _is_float32_only(self, node: fx.Node) -> bool:
-        """Whether a call has no kernel in ``dtype``, or a number that it cannot hold: float32's least, for masks."""
-        numbers = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
-        largest = torch.finfo(self.dtype).max
-        return any(largest < abs(value) < math.inf for value in numbers) or (
-            find_schema(node.target) is not None and name_base_op(node.target).startswith(FLOAT32_ONLY)
-        )
 
     def _cast(self, value: object, dtype: torch.dtype) -> object:
         # float64 stays: the model's code asks for it.
         return value.to(dtype) if isinstance(value, Tensor) and value.dtype in (torch.float32, self.dtype) else value
+
+
+def is_float32_only(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a call has no kernel in ``dtype``, or a number that ``dtype`` cannot hold, as masks have float32's least.
+
+    A call that writes into one of its arguments has to keep that argument's type.
+    """
+    declared = find_schema(node.target)
+    if declared is None or declared.is_mutable:
+        return False
+    largest = torch.finfo(dtype).max
+    numbers = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
+    return name_base_op(node.target).startswith(FLOAT32_ONLY) or any(largest < abs(n) < math.inf for n in numbers)
 
 
 def widen_outputs(value: object) -> object:

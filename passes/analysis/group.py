@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 from torch import Tensor, fx
 
@@ -136,21 +135,21 @@ def _find_weight_dim(program: Program, facts: AxisFacts, node: fx.Node, dim: int
     if not facts.is_weight(node):
         return None
     # Back through transposes and views to the one weight. A merge of several weights has no single one.
-    term, place = resolve(facts.dims(node)[dim]), cast("int | None", dim)
+    term = resolve(facts.dims(node)[dim])
     while node.op != "placeholder":
         sources = [n for n in node.all_input_nodes if n in facts.results]
         if len(sources) != 1:
             return None
-        place = None if place is None else _find_dim_before(node, place, len(facts.dims(node)))
+        dim = _find_dim_before(node, dim, len(facts.dims(node)))
         node = sources[0]
     name = program.weights[node.name]
     found = [d for d, other in enumerate(map(resolve, facts.weights[name])) if other == term]
     # A square weight of a residual stream has the term twice: TextNet's convolutions lead from its channels to them.
-    return (name, place if place in found else found[0]) if found else None
+    return (name, dim if dim in found else found[0]) if found else None
 
 
-def _find_dim_before(node: fx.Node, dim: int, ndim: int) -> int | None:
-    """The dimension that a transpose moved to ``dim``; None for all other ops."""
+def _find_dim_before(node: fx.Node, dim: int, ndim: int) -> int:
+    """The dimension that a transpose moved to ``dim``. Other calls leave it where it is, or the term finds it."""
     match name_base_op(node.target):
         case "t" | "numpy_T" | "mT" | "matrix_H" if ndim == 2:
             return 1 - dim
@@ -160,7 +159,7 @@ def _find_dim_before(node: fx.Node, dim: int, ndim: int) -> int | None:
         case "permute":
             return int(get_argument(node, "dims")[dim]) % ndim
         case _:
-            return None
+            return dim
 
 
 def find_common_module(names: list[str]) -> str:

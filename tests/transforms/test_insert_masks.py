@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,13 +133,13 @@ class BothWays(nn.Module):
 class Square(nn.Module):
     """TextNet's layers: a weight that leads from the stream's channels to the same channels."""
 
-    def __init__(self) -> None:
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear) -> None:
         super().__init__()
-        self.stem, self.layer, self.out = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.stem, self.layer, self.out, self.product = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4), product
 
     def forward(self, x: Tensor) -> Tensor:
         stream = self.stem(x)
-        return self.out(stream + self.layer(stream).relu())
+        return self.out(stream + self.product(stream, self.layer.weight).relu())
 
 
 class Normed(nn.Module):
@@ -153,7 +154,20 @@ class Normed(nn.Module):
         return self.norm(self.query(x)) @ self.key(x).T
 
 
-@pytest.mark.parametrize("kind", [BothWays, Square, Normed])
+PRODUCTS = {
+    "plain": lambda x, w: x @ w,
+    "t": lambda x, w: x @ w.t(),
+    "T": lambda x, w: x @ w.T,
+    "mT": lambda x, w: x @ w.mT,
+    "transpose": lambda x, w: x @ w.transpose(-1, 0),
+    "permute": lambda x, w: x @ w.permute(1, 0),
+    "elementwise": lambda x, w: x @ (w * 2).t(),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [BothWays, Square, Normed, *(partial(Square, product) for product in PRODUCTS.values())]
+)
 def test_masks_are_wherever_the_cut_is_and_have_a_gradient(kind):
     model, x = kind().eval(), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     analysis = analyze(trace(model, [x]))

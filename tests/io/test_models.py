@@ -39,7 +39,7 @@ from benchmarks.tiny_models import tiny_model
 from mptk import testing
 from mptk.compat.transformers import find_config_field
 from mptk.errors import ChangedError, FileError, InputError
-from mptk.io import Resident, models
+from mptk.io import Resident, check_hub_id, models
 from mptk.testing import expect_error
 from mptk.trust import trust_by_caller
 
@@ -182,6 +182,9 @@ class TestHub:
         (repo / "refs").mkdir(parents=True)
         (repo / "refs" / "main").write_text("0" * 40)
         testing.make_llama().save_pretrained(repo / "snapshots" / ("0" * 40))
+        check_hub_id("someone/toy")
+        with expect_error(FileError, name="someone/else"):
+            check_hub_id("someone/else")
         loaded = models.load("someone/toy")
         assert torch.equal(logits(loaded.model), logits(testing.make_llama()))
         assert loaded.source == "someone/toy"

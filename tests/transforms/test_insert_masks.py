@@ -159,6 +159,7 @@ PRODUCTS = {
     "t": lambda x, w: x @ w.t(),
     "T": lambda x, w: x @ w.T,
     "mT": lambda x, w: x @ w.mT,
+    "H": lambda x, w: x @ w.H,
     "transpose": lambda x, w: x @ w.transpose(-1, 0),
     "permute": lambda x, w: x @ w.permute(1, 0),
     "elementwise": lambda x, w: x @ (w * 2).t(),
@@ -166,7 +167,8 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize(
-    "kind", [BothWays, Square, Normed, *(partial(Square, product) for product in PRODUCTS.values())]
+    "kind",
+    [BothWays, Square, Normed, *(pytest.param(partial(Square, each), id=name) for name, each in PRODUCTS.items())],
 )
 def test_masks_are_wherever_the_cut_is_and_have_a_gradient(kind):
     model, x = kind().eval(), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))

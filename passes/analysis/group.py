@@ -112,6 +112,9 @@ def _refuse(axis: Axis, live: set[Axis], place: SourceLocation) -> None:
         freeze(axis, f"with the traced inputs, no value that has it reaches the output ({place})")
 
 
+TRANSPOSES = ("t", "numpy_T", "mT", "matrix_H", "transpose", "permute")
+
+
 def _find_member_roles(program: Program, facts: AxisFacts) -> dict[Place, Role]:
     """The role of each weight's dimension: consumer if it is summed over, producer if it makes new channels."""
     # A consumer stays one, even if another product makes channels of the same dimension (a tied weight).
@@ -140,7 +143,7 @@ def _find_weight_dim(program: Program, facts: AxisFacts, node: fx.Node, dim: int
         sources = [n for n in node.all_input_nodes if n in facts.results]
         if len(sources) != 1:
             return None
-        dim = _find_dim_before(node, dim, len(facts.dims(node)))
+        dim = _find_dim_before(facts, node, dim)
         node = sources[0]
     name = program.weights[node.name]
     found = [d for d, other in enumerate(map(resolve, facts.weights[name])) if other == term]
@@ -148,18 +151,20 @@ def _find_weight_dim(program: Program, facts: AxisFacts, node: fx.Node, dim: int
     return (name, dim if dim in found else found[0]) if found else None
 
 
-def _find_dim_before(node: fx.Node, dim: int, ndim: int) -> int:
+def _find_dim_before(facts: AxisFacts, node: fx.Node, dim: int) -> int:
     """The dimension that a transpose moved to ``dim``. Other calls leave it where it is, or the term finds it."""
-    match name_base_op(node.target):
-        case "t" | "numpy_T" | "mT" | "matrix_H" if ndim == 2:
-            return 1 - dim
+    name = name_base_op(node.target)
+    if name not in TRANSPOSES:
+        return dim
+    ndim = len(facts.dims(node))
+    match name:
         case "transpose":
-            one, other = (int(get_argument(node, name)) % ndim for name in ("dim0", "dim1"))
+            one, other = (int(get_argument(node, each)) % ndim for each in ("dim0", "dim1"))
             return other if dim == one else one if dim == other else dim
         case "permute":
             return int(get_argument(node, "dims")[dim]) % ndim
         case _:
-            return dim
+            return 1 - dim if ndim == 2 else dim
 
 
 def find_common_module(names: list[str]) -> str:

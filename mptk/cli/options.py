@@ -43,6 +43,7 @@ from mptk.config import (
     shorten_typed,
     with_keywords,
 )
+from mptk.config.choices import ONE_SHOT
 from mptk.errors import DataError, FileError, InputError, MptkError, OutputError, list_close_names, suggest_name
 from mptk.files import expand_path, tidy
 from mptk.files.outputs import check_apart, check_file
@@ -475,16 +476,17 @@ def refuse_idle(command: str, asked: Asked) -> None:
 
 
 def refuse_surely_idle(command: str, asked: Asked) -> None:
-    """As ``refuse_idle``, for options that would do nothing whatever the method and the minutes.
+    """As ``refuse_idle``, for options that would do nothing whatever the minutes and what a plugin's method does.
 
-    What a method does is known only with torch, whose import takes seconds. ``asked``: with settings as typed.
+    That is known only with torch, whose import takes seconds. ``asked``: with settings as typed.
     """
     s = asked.settings
+    learns = s.method not in ONE_SHOT
     least = with_keywords(s, {"steps": s.learning.steps or 0, "distil_epochs": s.distil_epochs or 0})
     epochs = s.distil_epochs or int(s.reconstruct is not False)  # it needs reconstruction
-    most = with_keywords(s, {"steps": s.learning.steps or 1, "distil_epochs": epochs})
+    most = with_keywords(s, {"steps": s.learning.steps or int(learns), "distil_epochs": epochs})
     never = find_idle(command, replace(asked, settings=least, learns=False, undecided=False))
-    for name, why in find_idle(command, replace(asked, settings=most, learns=True, undecided=True)).items():
+    for name, why in find_idle(command, replace(asked, settings=most, learns=learns, undecided=True)).items():
         if name in never:
             refuse((name,), why)
 

@@ -13,11 +13,9 @@ UNIFORM, FREE = LAYERS = ("uniform", "free")
 """Whether all cut layers share their widths, or each has its own."""
 # Names, not the objects that they name: settings import no library, and methods and targets import torch. A test
 # compares them with what there is.
-METHODS = Choices(
-    ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
-    plugins=("mptk.methods", "mptk.criteria"),
-    parts="methods",
-)
+ONE_SHOT = ("random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy")
+"""The methods that score units and learn no masks. What is trained after them is only what ``--steps`` asks for."""
+METHODS = Choices(("maskprune", *ONE_SHOT), plugins=("mptk.methods", "mptk.criteria"), parts="methods")
 TARGET_CHOICES = Choices(FORMS, plugins=("mptk.targets",), parts="targets")
 ENGINE_CHOICES = Choices(ENGINES)
 AUTO_SCHEME = "auto"

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from mptk import Settings, testing
 from mptk.cli.main import app as commands
 from mptk.cli.options import make_choice_arguments
-from mptk.config.choices import METHODS, SCHEMES, TARGET_CHOICES
+from mptk.config.choices import METHODS, ONE_SHOT, SCHEMES, TARGET_CHOICES
 from mptk.errors import InputError
 from mptk.methods import MASKPRUNE, list_methods
 from mptk.targets import list_targets
@@ -56,6 +56,7 @@ def test_help_lists_every_command_below_what_it_is_for():
 @pytest.mark.features
 def test_the_names_of_choices_are_those_that_are_there():
     assert tuple(list_methods()) == METHODS.names
+    assert tuple(name for name, method in list_methods().items() if not method.learns) == ONE_SHOT
     assert tuple(list_targets()) == TARGET_CHOICES.names
     assert set(SCHEMES.names) - set(SCHEMES.alone) == set(pipelines.ONNX_SCHEMES)
 

@@ -54,6 +54,8 @@ MISTAKES = (
     "prune smollm2-135m --data empty.txt --out x",
     "prune smollm2-135m --data binary.txt --out x",
     "prune smollm2-135m --sparsity 30 --out x",
+    "prune smollm2-135m --sparsity 0.3 --method wanda --masks hard --out x",
+    "prune smollm2-135m --sparsity 0.3 --method wanda --lr 1e-3 --out x",
     "prune smollm2-135m --width fnn=64 --out x",
     "prune smollm2-135m --sparsity 0.3 --keep kv_grups --out x",
     "prune smollm2-135m --ladder 0.2,x --out x",

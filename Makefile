@@ -27,10 +27,11 @@ BROKEN_ARGS ?= --json benchmarks/results/broken.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test chosen-tests test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages release clean
+.PHONY: help demo install test chosen-tests test-all test-rest test-network test-core durations check lint types contracts docs format test-lowest fuzz fuzz-files broken crash soak mutants messages release clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 10 %, prove it, time it and let it write, beside the dense model"
+	@echo "make install      what the tests and checks need, which they would install, too"
 	@echo "make test         make check, the quick tests, and one run of each kind; FEATURE=gguf, or a path: all tests of that"
 	@echo "make test-all     make check, then every test that needs no network"
 	@echo "make test-rest    what make test-all has beside make test"
@@ -64,6 +65,8 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk report $(DEMO) --prompt $(PROMPT) --html $(DEMO).html
+
+install: $(VENV)/.installed-dev
 
 # Types and tests at once: mypy takes a minute of one core in a fresh clone.
 test: $(VENV)/.installed-dev lint contracts

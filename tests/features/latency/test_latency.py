@@ -189,6 +189,19 @@ def test_every_kind_of_operator_runs(inside):
     assert all(0 < ms < float("inf") for ms in result.values())
 
 
+def test_an_operator_is_timed_until_its_times_agree(inside):
+    """Twice, if they do; five times at most. It counts with the median."""
+    steady, disturbed, uneven = (Operator(ELEMENTWISE, (size,)) for size in (1, 2, 3))
+    left = {steady: [1.0, 1.04], disturbed: [3.0, 1.0, 1.02, 1.01, 0.99], uneven: [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    inside.around("mptk.cost.operator_times.time_once", lambda real, operator, threads: left[operator].pop(0))
+    steps = []
+    found = time_operators(list(left), 1, lambda stage, done, total: steps.append((done, total)))
+    assert found == {steady: 1.02, disturbed: 1.01, uneven: 3.0}
+    assert [len(times) for times in left.values()] == [0, 0, 1]
+    assert steps[-1] == (12, 12)
+    assert all(done <= total for done, total in steps)
+
+
 # ---- ladders and budgets ----
 
 

@@ -17,7 +17,7 @@ from mptk.features.advise.view import (
     name_text,
 )
 from mptk.report.page.render import Chapter, Figure, fill_template
-from mptk.report.page.svg import BAD, QUIET, SERIES, Svg, draw_chart
+from mptk.report.page.svg import BAD, PAPER, QUIET, SERIES, Svg, draw_chart
 from mptk.report.view import Section, View
 
 if TYPE_CHECKING:
@@ -107,8 +107,10 @@ def draw_ways_chart(found: Advice, what: str) -> Svg:
             # The dense model's name stands beside its square, towards the middle of the chart.
             axes.plot(xs[0], ys[0], "s", color=colour, markersize=6)
             side, align = (7, "left") if xs[0] < 0.6 * widest else (-7, "right")
-            where, units = (side, 4), "offset points"
-            axes.annotate(f"dense {name}", (xs[0], ys[0]), where, textcoords=units, ha=align, color=colour, fontsize=9)
+            where, units = (side, 6), "offset points"
+            text = axes.annotate(f"dense {name}", (xs[0], ys[0]), where, textcoords=units, ha=align, zorder=4)
+            # Another type's line may pass below the name.
+            text.set(color=colour, fontsize=9, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1})
             for way in [way.measured for way in own if way.measured is not None]:
                 x, y = take_amount(way, what) / scale, compute_percent(way)
                 axes.plot(x, y, "o", color=colour, markersize=9, fillstyle="none")

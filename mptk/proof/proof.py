@@ -24,7 +24,7 @@ from mptk.cost.estimate import Pass
 from mptk.cost.fixed import PROVE_S
 from mptk.errors import MptkError, ProofError
 from mptk.io import measure_free_memory
-from mptk.ir import Analysis, CallSizes, Cut, Log, Program, Samples, is_tokens, transfer_cut
+from mptk.ir import Analysis, CallSizes, Cut, Log, Program, Samples, build_renumbering, is_tokens, transfer_cut
 from mptk.protocols import (
     LONG,
     PROOF_SHAPE,
@@ -362,8 +362,15 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     in memory.
     """
     masked, analysis, cut = compiled.masked, compiled.analysis, compiled.chosen.cut
-    used = [name for name in masked.parameters if name in analysis.weights and name in written.state]
-    trained = [name for name in used if name not in masked.frozen and masked.state.find_like(name).is_floating_point()]
+    # A weight's name in the masked program, in which removed blocks still count → its name in the cut one.
+    new = build_renumbering(analysis, cut).find_new
+    used = {name: new(name) for name in masked.parameters if name in analysis.weights}
+    trained = {
+        name: small
+        for name, small in used.items()
+        if small is not None and small in written.state and name not in masked.frozen
+        if masked.state.find_like(name).is_floating_point()
+    }
     # Weights and gradients of two programs.
     bytes_needed = 4 * sum(masked.state.find_like(name).nbytes for name in trained)
     if (
@@ -377,8 +384,8 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     if compiled.program.types is not None:  # these programs compute in one type
         wide = compiled.program.types.wide
         sample = sample.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor)
-    expected, found = run_backward(masked, trained, sample), cut_gradients(written, trained, sample)
-    pairs = [(found[name], cut.slice(expected[name], analysis.weights[name])) for name in trained]
+    expected, found = run_backward(masked, [*trained], sample), cut_gradients(written, [*trained.values()], sample)
+    pairs = [(found[small], cut.slice(expected[name], analysis.weights[name])) for name, small in trained.items()]
     # One comparison of all gradients, so that a weight with tiny gradients does not fail by noise.
     one, other = (torch.cat([pair[i].flatten() for pair in pairs])[None, None] for i in (0, 1))
     return [compare_outputs(GRADIENT_STAGE, one, other, GRADIENT_TOLERANCE)]

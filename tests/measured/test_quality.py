@@ -76,3 +76,14 @@ def test_an_interrupted_row_goes_on_where_it_was(place, inside):
     _, resumed = rows(place, "wanda", tokens=1024)
     assert (resumed["method"], resumed["tokens"], resumed["rank"]) == ("wanda", 1024, 0)
     assert not list((place / "work").glob("row-*"))
+
+
+def test_minutes_give_steps_to_a_method_that_learns_nothing_too(place):
+    """As many as fit, so that methods are compared in equal time."""
+    trains = {"rank": None, "lr": None, "batch": 1, "compute": "float32"}
+    few, more = (
+        quality.settings(str(place / "dense"), "wanda+fit", 0.357, 0, 0, place / "work", {}, trains, minutes)
+        for minutes in (1.0, 2.0)
+    )
+    assert 0 < few.steps < more.steps
+    assert (few.minutes, few.windows) == (1.0, 96)

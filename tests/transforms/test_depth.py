@@ -233,6 +233,15 @@ def test_prune_removes_blocks_from_checkpoint_and_graph(tmp_path):
     assert (plan["width"], plan["of"], list(plan["keep"])) == (2, 3, ["model.layers"])
 
 
+@pytest.mark.always
+@pytest.mark.features
+def test_the_proof_compares_gradients_of_the_blocks_that_stay(laboratory, tmp_path):
+    """Block 1 of the dense model is block 0 of a graph that keeps only it."""
+    Plan({"layers": FamilyPlan(1, 2, {"vit.layers": ((1,),)})}).save(tmp_path / "plan.json")
+    out = laboratory.prune("image classifier", tmp_path / "out", plan=str(tmp_path / "plan.json"), target="graph")
+    assert {row["stage"]: row["ok"] for row in mptk.Report.read(out).proof}["gradients"]
+
+
 LEARNED = mptk.Settings(
     method="maskprune",
     **{"families": ("layers", "ffn"), "sparsity": 0.5, "tolerance": 0.1, "align": 8, "onnx": False},

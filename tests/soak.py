@@ -218,8 +218,7 @@ def wrong_with(command: list[str], code: int, said: str, allowed: set[int], plac
         found.append(f"an error of mptk's own: {said[-300:]}")
     if code in (1, 2) and not (said.splitlines() or [""])[-1].startswith("error: "):
         found.append(f"no line on what is wrong: {said[-300:]}")
-    unread = code == 2 or (code == 1 and "--config" in command)  # the options, or the recipe that has them
-    if allowed == ALLOWED and not unread and NAMED.intersection(command):
+    if allowed == ALLOWED and code != 2 and NAMED.intersection(command):
         left = {*place.rglob(".*mptk*"), *(place / "tmp").iterdir()}
         found += [f"{path.relative_to(place)} is left" for path in sorted(left) if not held(path)]
     return found

@@ -45,7 +45,7 @@ from mptk.config import (
 )
 from mptk.config.choices import ONE_SHOT
 from mptk.errors import DataError, FileError, InputError, MptkError, OutputError, list_close_names, suggest_name
-from mptk.files import expand_path, tidy
+from mptk.files import expand_path, tidy, tidy_scratch
 from mptk.files.outputs import check_apart, check_file
 from mptk.reading import Json, read_json_object
 
@@ -523,7 +523,9 @@ def apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
         return None
     from mptk.config import is_below_current, list_refused, read_recipe
 
-    tidy(expand_path(file).parent)  # a command that ends here removes what a killed one left, too
+    # A command that ends here removes what a killed one left, too.
+    tidy(expand_path(file).parent)
+    tidy_scratch()
     # Each option by the names that it has when it is typed: not every flag is named like its parameter.
     known: dict[str, Any] = {}
     for parameter in context.command.params:

@@ -441,8 +441,22 @@ def test_what_a_killed_command_left_goes_with_one_whose_recipe_is_refused(tmp_pa
     kill_fork_after(lambda: [hold(tmp_path / "m")])
     assert (tmp_path / ".m.mptk").is_dir()
     (tmp_path / "run.yaml").write_text("no options")
-    assert isinstance(CliRunner().invoke(app, ["prune", "--config", str(tmp_path / "run.yaml")]).exception, FileError)
+    (tmp_path / "tmp").mkdir()
+
+    def hold_scratch() -> list[object]:
+        tempfile.tempdir = str(tmp_path / "tmp")
+        return [make_scratch()]
+
+    def refuse() -> None:
+        tempfile.tempdir = str(tmp_path / "tmp")
+        answer = CliRunner().invoke(app, ["prune", "--config", str(tmp_path / "run.yaml")])
+        assert isinstance(answer.exception, FileError)
+
+    kill_fork_after(hold_scratch)
+    assert list_names(tmp_path / "tmp") != []
+    assert wait_for_code(start_fork(refuse)) == 0
     assert not (tmp_path / ".m.mptk").exists()
+    assert list_names(tmp_path / "tmp") == []
 
 
 # ---- a cleaner of temporary files ----

@@ -380,7 +380,7 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
         or bytes_needed > measure_free_memory() / 2
     ):
         return []
-    sample = samples if samples.together is not None else samples[: 2 if len(samples) > 1 else 1]
+    sample = samples if samples.together is not None else samples[:2]
     if compiled.program.types is not None:  # these programs compute in one type
         wide = compiled.program.types.wide
         sample = sample.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor)

@@ -210,6 +210,15 @@ def test_a_given_width_is_approached_as_the_budget_falls_and_reached_if_there_is
     assert 0 < falling.removed["ffn"] < 20
 
 
+@both_updates
+def test_one_unit_stays_if_the_budget_is_below_it(masks):
+    solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.05, 40, masks=masks)
+    for _ in range(40):
+        solver.masks["ffn"].grad = torch.full((1, 1, 4), 1e-6)
+        solver.step(1000)
+    assert solver.removed["ffn"] == 3
+
+
 def test_the_price_rises_while_the_budget_is_exceeded_and_falls_below_it():
     def list_prices(cost: float) -> list[float]:
         solver = Solver(SHAPES, lambda w: cost + 1e-3 * resource(w), 0.5, 40, Rates(width=0.0), ramp=0.0)

@@ -95,7 +95,7 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned):
     assert all(d.ok for d in mptk.verify(own_pruned, trust_remote_code=True))
 
 
-@pytest.mark.parametrize("name", ["extra.txt", "plan.json"])
+@pytest.mark.parametrize("name", ["extra.txt", "plan.json", "mptk.json"])
 def test_a_folder_that_is_changed_while_it_is_verified_is_no_failed_proof(name, own, copy):
     """The dense model's own code touches a file. The error says what happened, and to verify the folder again."""
     (own.parent / "touched").write_text(str(copy / name))

@@ -197,7 +197,7 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(llama, settings,
     run = done("shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q")
     *table, command = run.stdout.strip().splitlines()
     assert "reconstructed" in " ".join(table)
-    assert "fitted to or trained on" in " ".join(table)
+    assert "fitted to or trained on" in " ".join(" ".join(table).split())  # a long path breaks the line elsewhere
     assert command.startswith(f"mptk prune {llama} --sparsity 0.33 ")
     assert " --method wanda " in command
     run = done(*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q")

@@ -28,7 +28,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,13 +40,12 @@ from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
 from mptk.cli.options import parse_width
-from mptk.config import Learning, Training, with_keywords
+from mptk.config import Learning, Training
 from mptk.cost.estimate import measure_machine
 from mptk.io import data, measure_perplexity, models, zero_shot
-from mptk.methods import find_method
 from mptk.protocols import Report
-from mptk.run.estimate import Estimator, read_estimator
-from mptk.run.minutes import MOST_TIMED_STEPS, complete_settings
+from mptk.run.estimate import read_estimator
+from mptk.run.minutes import complete_settings
 from mptk.trust import NO_CODE, trust_by_caller
 
 MODEL = "smollm2-135m"
@@ -97,22 +95,9 @@ def settings(
         resume=True,
         **{"kv_heads": kv_heads[0] if kv_heads else None},  # a feature's
     )
-    estimator = read_estimator(model, NO_CODE)
-    if minutes is not None and not find_method(name).learns:
-        found = fill_with_steps(replace(found, samples=windows[0]), estimator)
-    return replace(complete_settings(found, estimator)[0], eval_windows=1, onnx=False)
-
-
-def fill_with_steps(asked: Settings, estimator: Estimator) -> Settings:
-    """``asked`` with as many steps as its minutes allow: minutes give none to a method that learns no masks."""
-
-    def take(steps: int) -> float:
-        timed = with_keywords(replace(asked, minutes=None), {"steps": steps})
-        return sum(estimator.estimate(complete_settings(timed, None)[0]).seconds.values())
-
-    assert asked.minutes is not None
-    fits = bisect_right(range(MOST_TIMED_STEPS), 60 * asked.minutes, key=take)
-    return with_keywords(asked, {"steps": max(0, fits - 1)})
+    # Minutes leave out the training of a method that learns no masks, unless the run is one that recovers.
+    complete, _ = complete_settings(found, read_estimator(model, NO_CODE), recovers=minutes is not None)
+    return replace(complete, eval_windows=1, onnx=False)
 
 
 def steps_of(tokens: int, batch: int) -> int:

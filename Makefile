@@ -31,7 +31,7 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 10 %, prove it, time it and let it write, beside the dense model"
-	@echo "make install      what the tests and checks need, which they would install, too"
+	@echo "make install      the environment of the tests and checks, which they make themselves if it is missing"
 	@echo "make test         make check, the quick tests, and one run of each kind; FEATURE=gguf, or a path: all tests of that"
 	@echo "make test-all     make check, then every test that needs no network"
 	@echo "make test-rest    what make test-all has beside make test"

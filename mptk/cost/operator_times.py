@@ -44,8 +44,8 @@ LEAST_SESSIONS, MOST_SESSIONS = 2, 5
 """Sessions in which each operator is timed. They are far apart in time, so a disturbance seldom affects two."""
 
 AGREE = 1.06
-"""An operator is timed again while its times differ by more than this ratio. A session takes two seconds, nearly all of
-it to arrange the weights, and on a machine with more work than cores two sessions of 47 operators were 3 % apart."""
+"""An operator is timed again while its times differ by more than this ratio. To open a session takes longer than to time
+in it, and on a machine with more work than cores two sessions were 3 % apart (the median of 47 operators)."""
 
 SECONDS = 0.08
 """Seconds for which a session repeats its runs."""
@@ -54,9 +54,9 @@ NEAR_BYTES = 24 << 20
 """Bytes that all copies of an element-wise operator read and write. They fit the last-level cache only."""
 
 MOST_COPIES = 2048
-"""Most copies of an operator, which may be tiny. A decoder has hundreds of operators. Among ten thousand, a product of
-32 columns in int4 took 2.6 times as long, since what ONNX Runtime keeps of each left the cache, too; and its session
-took 21 s to open, in place of 0.5."""
+"""Most copies of an operator, which may be tiny. A decoder has hundreds of operators. Among the 23,000 copies that fill
+``COLD_BYTES``, a product of 32 columns in int4 took 2.6 times as long as among 2,048, and its session took 21 s to open
+in place of 0.5."""
 
 
 @dataclass(frozen=True, order=True)
@@ -161,7 +161,7 @@ def measure_typical_ms(run: Callable[[], object], threads: int, seconds: float =
 
 
 def _time_matmul(threads: int, rows: int, k: int, n: int) -> float:
-    count = _count_copies(4 * k * n, rows)
+    count = count_copies(4 * k * n, rows)
     # Copy i starts at number i: all copies differ, and together take hardly more memory than one.
     numbers = _draw_random(k * n + count)
     weights = {f"w{i}": numbers[i : i + k * n].reshape(k, n) for i in range(count)}
@@ -174,7 +174,7 @@ def _time_block_matmul(threads: int, rows: int, k: int, n: int, bits: int, block
     """As the quantised graphs have it: 8 bits are symmetric, 4 bits have a zero point for each block."""
     blocks, packed = -(-k // block), 8 // bits
     width = block // packed
-    count = _count_copies(n * blocks * (width + 4), rows)
+    count = count_copies(n * blocks * (width + 4), rows)
     # Copy i starts at number i, as above. Any code is a weight.
     codes = np.random.default_rng(0).integers(0, 256, n * blocks * width + count, dtype=np.uint8)
     scales, zeros = _draw_random(n * blocks + count), n * -(-blocks // packed)
@@ -195,7 +195,7 @@ def _time_block_matmul(threads: int, rows: int, k: int, n: int, bits: int, block
 
 def _time_attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
     """Attention after ``GroupQueriesPass``: in decode (one token) the queries of a group are rows of one head."""
-    count = _count_copies(4 * groups * (dim + value_dim) * past, tokens)
+    count = count_copies(4 * groups * (dim + value_dim) * past, tokens)
     total, repeat = past + tokens, heads // groups if tokens == 1 else 1
     heads //= repeat
     inputs = [_declare_value("q", 1, tokens * repeat, heads * dim), _declare_value("k", 1, tokens, groups * dim)]
@@ -229,7 +229,7 @@ GRAPHS: dict[str, Callable[..., float]] = {
 }
 
 
-def _count_copies(size: int, rows: int) -> int:
+def count_copies(size: int, rows: int) -> int:
     """Number of copies in the graph of an operator that reads ``size`` bytes besides its ``rows`` of input."""
     # Many rows use each weight often, so reading it costs little: two copies will do.
     return min(MOST_COPIES, max(1, -(-COLD_BYTES // size))) if rows == 1 and size else 2

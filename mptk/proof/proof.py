@@ -368,8 +368,10 @@ def prove_gradients(compiled: Compiled, written: Program, samples: Samples) -> l
     trained = {
         name: small
         for name, small in used.items()
-        if small is not None and small in written.state and name not in masked.frozen
-        if masked.state.find_like(name).is_floating_point()
+        if small is not None
+        and small in written.state
+        and name not in masked.frozen
+        and masked.state.find_like(name).is_floating_point()
     }
     # Weights and gradients of two programs.
     bytes_needed = 4 * sum(masked.state.find_like(name).nbytes for name in trained)

@@ -27,9 +27,12 @@ from mptk.cost.model import CostModel
 from mptk.cost.operator_times import (
     ATTENTION,
     BLOCK_MATMUL,
+    COLD_BYTES,
     ELEMENTWISE,
     MATMUL,
+    MOST_COPIES,
     Operator,
+    count_copies,
     find_operator_times,
     interpolate,
     time_operators,
@@ -187,6 +190,12 @@ def test_every_kind_of_operator_runs(inside):
     assert said[0].startswith(f"time {len(found)} operators ("), "how many, and for how long, before the first"
     assert list(result) == found
     assert all(0 < ms < float("inf") for ms in result.values())
+
+
+def test_copies_fill_a_cache_but_a_tiny_operator_gets_no_more_than_a_decoder_has():
+    assert count_copies(COLD_BYTES // 8, rows=1) == 8
+    assert count_copies(1, rows=1) == MOST_COPIES
+    assert count_copies(1, rows=512) == 2, "many rows read each weight once"
 
 
 def test_an_operator_is_timed_until_its_times_agree(inside):

@@ -44,8 +44,8 @@ LEAST_SESSIONS, MOST_SESSIONS = 2, 5
 """Sessions in which each operator is timed. They are far apart in time, so a disturbance seldom affects two."""
 
 AGREE = 1.06
-"""An operator is timed again while its times differ by more than this ratio. To open a session takes longer than to time
-in it, and on a machine with more work than cores two sessions were 3 % apart (the median of 47 operators)."""
+"""An operator is timed again while its times differ by more than this ratio. To open a session takes longer than to
+time in it, and on a machine with more work than cores two sessions were 3 % apart (the median of 47 operators)."""
 
 SECONDS = 0.08
 """Seconds for which a session repeats its runs."""

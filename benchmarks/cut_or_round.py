@@ -90,12 +90,18 @@ def main(
     rows = json.loads(json_file.read_text())["rows"] if json_file is not None and json_file.exists() else []
     for name in chosen.split(","):
         for cut in [0.0, *map(float, cuts.split(","))]:
-            if any((row["model"], row["cut"]) == (name, cut) for row in rows):
+            done = {case_of(row) for row in rows if (row["model"], row["cut"]) == (name, cut)}
+            if not (left := [case for case in cases if case not in done]):
                 continue
-            rows += measure_cut(name, cut, cases, quick)
+            rows += measure_cut(name, cut, left, quick)
             if json_file is not None:
                 write_result(json_file, result_header() | {"quick": quick}, rows)
     print(table(rows))
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """What a row timed."""
+    return Case(row["phase"], row["length"], row["batch"], row["threads"])
 
 
 def measure_cut(name: str, cut: float, cases: Sequence[Case], quick: bool) -> list[dict[str, Any]]:

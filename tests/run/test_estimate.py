@@ -220,7 +220,8 @@ def test_a_faster_type_counts_only_in_the_stages_that_compute_in_it(eight_billio
     keep_rates(replace(SLOW, speedup=4.0), torch.bfloat16)
     single = eight_billion.estimate(settings).seconds
     half = eight_billion.estimate(replace(settings, compute_dtype="bfloat16")).seconds
-    assert half["score (wanda)"] == pytest.approx(single["score (wanda)"] / 4)
+    rest = 1 - costs.EFFICIENCY  # what a forward pass does beside products takes as long as before
+    assert half["score (wanda)"] == pytest.approx(single["score (wanda)"] * (costs.EFFICIENCY / 4 + rest))
     assert (half["prove"], half["measure"]) == (single["prove"], single["measure"])
     assert single["reconstruct"] / 4 < half["reconstruct"] < single["reconstruct"], "solves are float32"
 

@@ -31,9 +31,10 @@ LEAST_STEPS, LEAST_LATER = 5, 2
 than planned, takes only these."""
 MOST_TIMED_STEPS = 10**6
 """Most steps that minutes choose: a bound for the bisection."""
-WINDOWS, WINDOWS_PER_STEP = (16, 96), 4
-"""Fewest and most calibration windows that minutes choose, and how many for each step: they are worth more than steps
-(``benchmarks/maskprune.md``). As the model takes long to write one, it writes one for each step."""
+WINDOWS, WINDOWS_PER_STEP = (16, 96), 12
+"""Fewest and most calibration windows that minutes choose, and how many for each step beyond the fewest. In a run of a few
+minutes they are worth more than steps (``benchmarks/maskprune.md``), and twelve take about as long as one. As the model
+takes long to write one, it writes one for each step."""
 EPOCHS = 3
 """Minutes choose these epochs of local distillation if ``DISTILLED_STEPS`` still fit."""
 FASTER = 1.5
@@ -205,7 +206,7 @@ def choose_amounts(settings: Settings, steps: int) -> dict[str, int]:
     """The numbers that minutes choose for a run of ``steps`` steps."""
     tokens = steps * settings.learning.training.batch * settings.length
     each = 1 if settings.data == data.SELF else WINDOWS_PER_STEP
-    samples = min(max(each * steps, WINDOWS[0]), WINDOWS[1])
+    samples = min(WINDOWS[0] + each * max(0, steps - LEAST_STEPS), WINDOWS[1])
     found = {"steps": steps, "samples": samples, "distil_epochs": 0}
     for stage in list_stages():
         found |= stage.choose_numbers(settings, tokens)

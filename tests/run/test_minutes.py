@@ -36,7 +36,7 @@ def chosen(model: str, settings: Settings, **numbers: object) -> tuple[int | Non
 
 
 def test_minutes_allow_the_most_steps_and_windows_that_fit(llama):
-    for steps, samples, epochs in ((5, 20, 0), (19, 76, 0), (20, 80, 3), (23, 92, 3), (4000, 96, 3)):
+    for steps, samples, epochs in ((5, 16, 0), (8, 52, 0), (19, 96, 0), (20, 96, 3), (4000, 96, 3)):
         minutes = minutes_of(llama, TINY, steps=steps, samples=samples, distil_epochs=epochs)
         found = complete(given(TINY, minutes=minutes), llama)
         assert (found.learning.steps, found.samples, found.distil_epochs) == (steps, samples, epochs)
@@ -53,7 +53,7 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
     assert chosen(llama, TINY) == (MOST_STEPS, 96)
     assert complete(TINY, llama).minutes == MINUTES
     keep_rates(replace(RATES, flops=1e3))
-    assert chosen(llama, TINY) == (LEAST_STEPS, 20), "a slow machine is told how long it takes"
+    assert chosen(llama, TINY) == (LEAST_STEPS, 16), "a slow machine is told how long it takes"
     wanda = complete(replace(TINY, method="wanda"), llama)
     assert (wanda.learning.steps, wanda.samples, wanda.minutes) == (0, 32, None)
 
@@ -61,10 +61,10 @@ def test_a_method_that_learns_has_minutes_by_default_and_then_no_more_than_so_ma
 @pytest.mark.parametrize("more", [{}, {"reconstruct": True}, {"plan": "plan.json"}])
 def test_minutes_bound_the_windows_of_a_one_shot_method_and_never_make_it_train(llama, more):
     wanda = given(replace(TINY, method="wanda"), **more)
-    for minutes in (minutes_of(llama, wanda, samples=44), 10_000):
+    for minutes in (minutes_of(llama, wanda, samples=40), 10_000):
         found = complete(replace(wanda, minutes=minutes), llama)
         assert (found.steps, found.distil_epochs or 0) == (0, 0)
-        assert found.samples == (44 if minutes < 10_000 and "plan" not in more else 96), "a plan costs no windows"
+        assert found.samples == (40 if minutes < 10_000 and "plan" not in more else 96), "a plan costs no windows"
     asked = complete(given(wanda, minutes=10_000, steps=7), llama)
     assert (asked.steps, asked.samples) == (7, 96)
 
@@ -114,7 +114,7 @@ def test_minutes_that_are_too_few_or_choose_nothing_are_refused_before_any_work(
 
 def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(laboratory, llama, tmp_path):
     settings = given(TINY, steps=6, data=str(laboratory.open_data()))
-    settings = replace(settings, minutes=minutes_of(llama, settings, samples=24))
+    settings = replace(settings, minutes=minutes_of(llama, settings, samples=28))
 
     def stop(record: PassRecord) -> None:
         if record.name == "reconstruct":
@@ -124,10 +124,10 @@ def test_a_run_says_its_numbers_and_a_resumed_one_keeps_them(laboratory, llama, 
         mptk.prune(llama, tmp_path / "out", settings, on_stage=stop)
     keep_rates(replace(RATES, flops=5e9))
     report = mptk.prune(llama, tmp_path / "out", replace(settings, minutes=None), resume=True).report
-    assert (report.settings.learning.steps, report.settings.samples) == (6, 24)
+    assert (report.settings.learning.steps, report.settings.samples) == (6, 28)
     assert report.settings.minutes == settings.minutes
     recipe = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
-    assert (recipe["steps"], recipe["samples"], "minutes" in recipe) == (6, 24, False)
+    assert (recipe["steps"], recipe["samples"], "minutes" in recipe) == (6, 28, False)
 
 
 def test_a_recovery_has_minutes_too(laboratory, tmp_path):

@@ -33,8 +33,8 @@ MOST_TIMED_STEPS = 10**6
 """Most steps that minutes choose: a bound for the bisection."""
 WINDOWS, WINDOWS_PER_STEP = (16, 96), 12
 """Fewest and most calibration windows that minutes choose, and how many for each step beyond the fewest. In a run of a
-few minutes they are worth more than steps (``benchmarks/maskprune.md``): of SmolLM2-135M in bfloat16 twelve windows took
-5 s of one core, and a step 7 s. As the model takes long to write one, it writes one for each step."""
+few minutes they are worth more than steps (``benchmarks/maskprune.md``): of SmolLM2-135M in bfloat16 twelve windows
+took 5 s of one core, and a step 7 s. As the model takes long to write one, it writes one for each step."""
 EPOCHS = 3
 """Minutes choose these epochs of local distillation if ``DISTILLED_STEPS`` still fit."""
 FASTER = 1.5

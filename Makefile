@@ -60,7 +60,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
 	$(BIN)/mptk export $(MODEL) --quantize int8 --out $(DEMO)-dense
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.1 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --minutes 3 --quantize int8 --out $(DEMO)
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.1 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --minutes 3.5 --quantize int8 --out $(DEMO)
 	$(BIN)/mptk bench $(DEMO)-dense $(DEMO) --lengths 128 --rounds 3
 	$(BIN)/mptk generate $(DEMO)-dense $(PROMPTS) --max-new-tokens 24
 	$(BIN)/mptk generate $(DEMO) $(PROMPTS) --max-new-tokens 24

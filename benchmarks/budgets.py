@@ -147,14 +147,14 @@ def measure_best(found: Advice, made: Mapping[str, Run]) -> Advice:
     """The advice as ``--measure`` corrects it, with the figures of full runs."""
     while chosen := [name_way(way) for way in choose_further_ways(found)]:
         ways = [
-            as_measured(way, made[name], made[FLOAT_TYPE].perplexity) if (name := name_way(way)) in chosen else way
+            set_measured(way, made[name], made[FLOAT_TYPE].perplexity) if (name := name_way(way)) in chosen else way
             for way in found.ways
         ]
         found = replace(found, ways=tuple(ways))
     return found
 
 
-def as_measured(way: Way, run: Run, dense: float) -> Way:
+def set_measured(way: Way, run: Run, dense: float) -> Way:
     """A way with the figures of its run."""
     loss, rise = math.log(run.perplexity), math.log(run.perplexity / dense)
     figures = Figures(loss, rise, None, run.perplexity / dense - 1, 0.0)

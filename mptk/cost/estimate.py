@@ -37,8 +37,8 @@ LOGITS_COPIES = 3
 """Copies of a batch's logits while a loss is taken."""
 EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass in float32 reaches. What it does beside products (norms,
-attention, conversions) does not become faster in a type whose products are: in bfloat16, whose products were seven
-times as fast, it took 0.44 to 0.6 of the time of float32's products in Llama layers of 576 to 4096 channels."""
+attention, conversions) does not become faster in a type whose products are. Runs in bfloat16 that this planned for 20
+minutes, with products seven times as fast, took 18 to 21 minutes of the processor (``benchmarks/maskprune.md``)."""
 
 SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""

@@ -29,6 +29,7 @@ from mptk.errors import InputError
 from mptk.files import write_json, write_text
 from mptk.files.outputs import TABLE_MARK
 from mptk.ort.graph_files import find_onnx_file
+from mptk.publish.folder import check_replaceable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +41,9 @@ EVAL = "mptk-eval/1"
 RUNTIMES = make_choice_arguments(Choices(("torch", "onnx")))
 
 
-def check_export_options(settings: Settings) -> None:
-    """Check the options of ``export``."""
+def check_export_options(folder: Path, settings: Settings) -> None:
+    """Check the options of ``export``, and that the result may have its folder."""
+    check_replaceable(folder, settings.overwrite)
     if "int4" not in settings.quantize:
         refuse(("data",), "only int4 needs a text; add --quantize int4, or leave it out")
 

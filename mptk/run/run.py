@@ -95,8 +95,10 @@ class Run(Context):
 
     def check_unfinished_run(self) -> None:
         """Raise MptkError if the unfinished run beside the output is another one, or is not to be resumed."""
+        # Only milliseconds mean a sparsity that nobody knows yet.
+        found = FOUND if self.settings.max_ms is not None else [name for name in FOUND if name != "sparsity"]
         if self.keeps_stages:
-            check_unfinished_run(self.out, self.described, self.settings.resume, but=(*FOUND, GIVEN))
+            check_unfinished_run(self.out, self.described, self.settings.resume, but=(*found, GIVEN))
 
     def open_folder(self) -> Self:
         """The run with its folder, if it keeps stages. Its settings and its origin are known by now."""

@@ -71,6 +71,7 @@ MISTAKES = (
     "bench missing.onnx",
     "gguf smollm2-135m --out x.gguf",
     "export missing.gguf --out x",
+    "export dense --out full",
     "prune empty --out x",
     "analyze damaged",
     "prune damaged.gguf --out x",

@@ -250,6 +250,16 @@ def test_an_unfinished_run_is_not_gone_on_with_after_what_it_was_given_changed(p
     assert Report.read(out).model_sha256 == hash_model(model)
 
 
+def test_another_sparsity_is_refused_before_the_model_is_opened(place):
+    """The model is gone, and nobody looks for it."""
+    settings = replace(SHORT, data=str(place / "text.txt"))
+    prune_until("choose widths", str(place / "model"), place / "out", settings)
+    (place / "model" / "model.safetensors").unlink()
+    with expect_error(OutputError) as refused:
+        mptk.prune(str(place / "model"), place / "out", replace(settings, sparsity=0.4, resume=True))
+    assert Path(refused.value.name) == place / "out.run"
+
+
 def test_a_run_of_a_plan_is_not_gone_on_with_after_the_plan_changed(place):
     learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
     settings = replace(SHORT, data=str(place / "text.txt"), plan=str(place / "plan.json"), learning=learning)

@@ -25,7 +25,7 @@ from mptk.files.outputs import check_apart
 from mptk.ir import Log, PassRecord
 from mptk.protocols import Context, Report
 from mptk.publish.folder import publish
-from mptk.publish.manifest import check_manifest
+from mptk.publish.manifest import check_manifest, check_whole, read_manifest
 from mptk.run.estimate import read_estimator
 from mptk.run.inputs import Data, GivenInputs
 from mptk.run.minutes import complete_settings
@@ -145,9 +145,12 @@ def rung(
 
 def list_smaller_sizes(folder: Path) -> list[str]:
     """The names of the smaller sizes in the folder of the largest. Raises MptkError if it was changed, or has none."""
-    check_manifest(folder)
+    # What no ladder made is refused before its weights are read for their digests.
+    check_whole(folder)
+    read_manifest(folder)
     if not (sizes := list_rung_sizes(folder)):
         raise FileError(
             f"{folder} has one size; give the --out folder of `mptk prune --ladder 0.2,0.4 --shared`", name=folder
         )
+    check_manifest(folder)
     return sizes

@@ -25,11 +25,9 @@ from mptk.io import RANDOM_DATA
 from mptk.io.text.sources import SELF
 from mptk.ir import Log
 from mptk.protocols import (
-    GIVEN,
     Context,
     Report,
     check_run_folder,
-    check_unfinished_run,
     make_run_folder,
     name_run_folder,
     read_kept_settings,
@@ -247,7 +245,7 @@ def count_finished(rungs: Sequence[Run]) -> int:
         settings = rung.settings
         check_replaceable(rung.out, settings.overwrite)
         check_apart(rung.out, *filter(None, (rung.source, settings.larger, settings.inputs)))
-        check_unfinished_run(rung.out, rung.described, rung.settings.resume, but=(*FOUND, GIVEN))
+        rung.check_unfinished_run()
     return done
 
 

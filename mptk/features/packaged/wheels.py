@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from mptk.arguments import guard_arguments
-from mptk.errors import FileError, InputError, PackageError, list_close_names
+from mptk.errors import FileError, InputError, PackageError, list_close_names, suggest_name
 from mptk.files import make_scratch
 from mptk.io.cache import build_once, cache_dir
 from mptk.plain import hash_text
@@ -179,7 +179,8 @@ def hash_content(path: Path) -> str:
 def _locate_target(alias: str) -> Path:
     if alias not in ALIASES:
         raise InputError(
-            f"{alias!r} is not a packaged model; there are: {', '.join(sorted(ALIASES))}",
+            f"{alias!r} is not a packaged model; "
+            + suggest_name(alias, ALIASES, f"there are: {', '.join(sorted(ALIASES))}"),
             name=alias,
             nearest=list_close_names(alias, ALIASES, cutoff=0),
         )

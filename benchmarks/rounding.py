@@ -133,10 +133,9 @@ def measure_cpu_ms(step: Callable[[], None], times: int) -> float:
 
 
 def time_in_turns(found: Mapping[tuple[str, str], Graph | LlamaCpp]) -> dict[tuple[str, str], dict[str, float]]:
-    """Medians of the rounds, and of the ratios to the first of ``found`` in the same round."""
-    rounds = [{name: each.measure_ms() for name, each in found.items()} for _ in range(ROUNDS + 1)][
-        1:
-    ]  # one to warm up
+    """Medians of ``ROUNDS`` rounds, and of the ratios to the first of ``found`` in the same round. One more warms up."""
+    turns = [{name: each.measure_ms() for name, each in found.items()} for _ in range(1 + ROUNDS)]
+    rounds = turns[1:]
     first = next(iter(found))
     return {
         name: {

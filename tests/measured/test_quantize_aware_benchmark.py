@@ -6,7 +6,7 @@ from benchmarks.quantize_aware import make_table
 
 
 def make_row(trained_for, graph, perplexity, seed=0):
-    case = {"model": "m", "sparsity": 0.2, "steps": 16, "seed": seed}
+    case = {"model": "m", "sparsity": 0.2, "steps": 16, "batch": 4, "seed": seed}
     return case | {"trained_for": trained_for, "graph": graph, "perplexity": perplexity}
 
 

@@ -1,9 +1,11 @@
 """What types cost in quality: mptk's int8 and int4 beside ONNX Runtime's own quantisers and llama.cpp's files.
 
-    python -m benchmarks.rounding --text FILE [--models smollm2-135m,gemma3-270m,runs/cut] [--windows 16] [--json FILE]
+    python -m benchmarks.rounding --text FILE --calibration FILE [--models smollm2-135m,gemma3-270m,runs/cut] [--windows 16]
+        [--json FILE]
 
 Every row is the perplexity of the same windows of 512 tokens, in the product that runs the file. ``--models``: packaged names, or
-folders that mptk made. ``pip install llama-cpp-python`` builds llama.cpp. Its quantiser makes its types of a float32 file of
+folders that mptk made. ``--calibration``: what mptk's int4 is rounded for, as `--data` in `mptk export`; the others have no
+such text. ``pip install llama-cpp-python`` builds llama.cpp. Its quantiser makes its types of a float32 file of
 the same weights. Packaged weights lie on llama.cpp's grids, so its types lose nothing of them: a folder whose weights were
 trained says more. mptk's and llama.cpp's files are timed in turns on one thread: a prompt, and a token after it.
 """
@@ -11,6 +13,7 @@ trained says more. mptk's and llama.cpp's files are timed in turns on one thread
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import math
 import statistics
@@ -34,14 +37,13 @@ from mptk.features.gguf import api
 from mptk.io import data, models
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.steps import Case, bind_decoder_step
-from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import quantize_onnx
 
 LENGTH = 512
 ROUNDS, DECODED = 7, 16
 OURS = ("int8", "int4")
-SCOPES: tuple[LogitsScope, ...] = ("all", "last")
-"""Perplexity needs the logits of all positions. llama.cpp computes the last one's for a prompt, so that is timed."""
+CALIBRATION = (32, 256)
+"""Windows and tokens of each that int4 is rounded for: as many as `mptk export` takes."""
 Compute = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 """Token ids [length] → logits [length, vocabulary]."""
 
@@ -63,6 +65,14 @@ def run_graph(file: Path) -> Compute:
 def count_bytes(file: Path) -> int:
     """Of a graph and the files of its weights."""
     return sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+
+
+def quantize_with_mptk(whole: Path, text: torch.Tensor) -> Iterator[tuple[str, Path]]:
+    """mptk's types. The graph of int4 is made twice, so its rows are measured one after the other."""
+    yield "float32", whole
+    yield "int8", quantize_onnx(whole, "int8")
+    yield "int4, to the nearest", quantize_onnx(whole, "int4")
+    yield "int4", quantize_onnx(whole, "int4", text)
 
 
 def quantize_with_onnxruntime(source: Path, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -177,21 +187,22 @@ def describe_types(file: Path) -> str:
     return ", ".join(f"{count} {name}" for name, count in found.most_common())
 
 
-def measure_model(name: str, text: str, count: int, folder: Path) -> list[dict[str, Any]]:
+def measure_model(name: str, text: str, calibration: str, count: int, folder: Path) -> list[dict[str, Any]]:
     """A row for each product and type."""
     loaded = models.load(name)
     windows = data.load_evaluation_windows(loaded.tokenizer, text, LENGTH, count)
+    fitted = data.load_calibration_windows(loaded.model, loaded.tokenizer, calibration, *CALIBRATION)
     if Path(name).is_dir():
         api.gguf(name, source := folder / "source.gguf", type="f32")
     else:
         source = Path(models.locate(name))
-    graphs = {scope: export(loaded.model, folder / scope, scope) for scope in SCOPES}
-    whole, last = ({"float32": file} | {kind: quantize_onnx(file, kind) for kind in OURS} for file in graphs.values())
+    # Perplexity needs the logits of all positions. llama.cpp computes the last one's for a prompt, so that is timed.
+    whole, last = (export(loaded.model, folder / scope, scope) for scope in ("all", "last"))
     del loaded
     rows, timed = list[dict[str, Any]](), dict[tuple[str, str], Graph | LlamaCpp]()
-    named = [("mptk", *made) for made in whole.items()]
-    named += [("onnxruntime", *made) for made in quantize_with_onnxruntime(graphs["all"], folder / "ort")]
-    for by, kind, file in named:
+    ours = (("mptk", *made) for made in quantize_with_mptk(whole, fitted))
+    theirs = (("onnxruntime", *made) for made in quantize_with_onnxruntime(whole, folder / "ort"))
+    for by, kind, file in itertools.chain(ours, theirs):  # one after the other, as they are made
         row = {"model": Path(name).name, "by": by, "type": kind, "megabytes": count_bytes(file) / 1e6}
         rows.append(row | {"perplexity": measure_perplexity(run_graph(file), windows)})
         print(rows[-1], flush=True)
@@ -201,13 +212,14 @@ def measure_model(name: str, text: str, count: int, folder: Path) -> list[dict[s
         rows.append(row | {"megabytes": count_bytes(file) / 1e6, "perplexity": perplexity})
         print(rows[-1], flush=True)
         timed["llama.cpp", kind] = LlamaCpp(file, all_logits=False)
-    ours = {("mptk", kind): Graph(file) for kind, file in last.items()}
-    times = time_in_turns({**ours, **timed})
+    graphs = {"float32": last} | {kind: quantize_onnx(last, kind) for kind in OURS}
+    times = time_in_turns({**{("mptk", kind): Graph(file) for kind, file in graphs.items()}, **timed})
     return [row | times.get((row["by"], row["type"]), {}) for row in rows]
 
 
 def main(
     text: Annotated[str, typer.Option(help="What the windows are of.")],
+    calibration: Annotated[str, typer.Option(help="What int4 is rounded for.")],
     chosen: Annotated[str, typer.Option("--models")] = "smollm2-135m,gemma3-270m",
     windows: int = 16,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
@@ -217,7 +229,7 @@ def main(
     done = {row["model"] for row in rows}
     for name in (name for name in chosen.split(",") if Path(name).name not in done):
         with tempfile.TemporaryDirectory() as folder:
-            for row in measure_model(name, text, windows, Path(folder)):
+            for row in measure_model(name, text, calibration, windows, Path(folder)):
                 rows.append(row | {key: round(row[key], 3) for key in ("megabytes", "perplexity")})
         if json_file is not None:
             write_result(json_file, result_header() | {"windows": windows, "length": LENGTH}, rows)

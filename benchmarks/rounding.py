@@ -72,7 +72,7 @@ def quantize_with_mptk(whole: Path, text: torch.Tensor) -> Iterator[tuple[str, P
     yield "float32", whole
     yield "int8", quantize_onnx(whole, "int8")
     yield "int4, to the nearest", quantize_onnx(whole, "int4")
-    yield "int4", quantize_onnx(whole, "int4", text)
+    yield "int4", quantize_onnx(whole, "int4", text.numpy())
 
 
 def quantize_with_onnxruntime(source: Path, folder: Path) -> Iterator[tuple[str, Path]]:

@@ -5,13 +5,14 @@
 
 A way is a cut in a type. One advice predicts the loss, times and sizes of all. `prune --method wanda --reconstruct` then
 makes each cut in float32, int8 and int4, measures it on the held-out text, and all graphs are timed in turns. Budgets are
-drawn by a seed: milliseconds of a decoding step, of a prompt, or bytes, between the least and the most that a way takes.
-For each the way that the advice names, by its predictions and as `--measure` corrects them, stands beside the best of all.
-Cuts that DIR has are not made again.
+drawn by a seed: milliseconds of a decoding step, of a prompt, or bytes, between the least and the most that a way takes,
+each ratio as likely as another. For each the way that the advice names, by its predictions and as `--measure` corrects them,
+stands beside the best of all. Cuts that DIR has are not made again, and ways that the file has are only judged again.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from benchmarks.common import result_header, write_result
 from mptk import Report, Settings, advise, prune
 from mptk.api.graphs import export_folder
 from mptk.cost.budgets import list_phase_tokens
-from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Way
+from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Point, Way
 from mptk.features.advise.made import choose_further_ways
 from mptk.features.advise.types import name_graph
 from mptk.ort.bench import time_graphs
@@ -65,28 +66,34 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="One cut, few windows.")] = False,
 ) -> None:
     """Print a line for each budget."""
-    how: dict[str, Any] = {"samples": 4} if quick else {}
-    if quick:
-        sparsities, windows, context = "0.3", 2, 64
-    advice = advise(
-        model,
-        data=str(text),
-        sparsities=[float(each) for each in sparsities.split(",")],
-        types=TYPES,
-        max_decode_ms=ANY_MS,
-        max_prefill_ms=ANY_MS,
-        context=context,
-        **how,
-    )
-    how |= {"data": str(text), "eval_data": str(held_out), "eval_windows": windows}
-    runs = make_runs(model, advice, how, context, work)
-    rows = list(judge(advice, runs))
+    known = json.loads(json_file.read_text()) if json_file is not None and json_file.exists() else {}
+    if known:
+        ways, runs = zip(*map(read_way, known["ways"]), strict=True)
+        advice = make_advice(model, ways, context)
+        header = {key: value for key, value in known.items() if key != "rows"}
+    else:
+        how: dict[str, Any] = {"samples": 4} if quick else {}
+        if quick:
+            sparsities, windows, context = "0.3", 2, 64
+        advice = advise(
+            model,
+            data=str(text),
+            sparsities=[float(each) for each in sparsities.split(",")],
+            types=TYPES,
+            max_decode_ms=ANY_MS,
+            max_prefill_ms=ANY_MS,
+            context=context,
+            **how,
+        )
+        how |= {"data": str(text), "eval_data": str(held_out), "eval_windows": windows}
+        runs = make_runs(model, advice, how, context, work)
+        described = [describe_way(way, run) for way, run in zip(advice.ways, runs, strict=True)]
+        header = result_header() | {"quick": quick, "model": model, "context": context, "ways": described}
+    judged_at = result_header()["commit"]  # the runs may be of another
+    rows = [row | {"commit": judged_at} for row in judge(advice, runs)]
     print(table(rows))
     if json_file is not None:
-        ways = [describe_way(way, run) for way, run in zip(advice.ways, runs, strict=True)]
-        write_result(
-            json_file, result_header() | {"quick": quick, "model": model, "context": context, "ways": ways}, rows
-        )
+        write_result(json_file, header, rows)
 
 
 def make_runs(model: str, advice: Advice, how: Mapping[str, Any], context: int, work: Path) -> list[Run]:
@@ -122,13 +129,20 @@ def read_perplexity(reports: Mapping[Path, Report], folder: Path, kind: str) -> 
     return float(other.quality["dense"] if kind == FLOAT_TYPE else other.quantized[kind]["dense"]["quality"])
 
 
+def make_advice(model: str, ways: Sequence[Way], context: int) -> Advice:
+    """An advice with these ways, the dense model's first. What else it says plays no part here."""
+    dense = Point(ways[0].widths, 0.0, 0, 0, None, ways[0].texts)
+    return Advice(model, "", "perplexity", 0.0, dense, (), {}, {}, ways=tuple(ways), limits=Ceiling(context=context))
+
+
 def judge(advice: Advice, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """For each budget: the advised ways and the best of all runs that meet it."""
     drawn, made = random.Random(0), {name_way(way): run for way, run in zip(advice.ways, runs, strict=True)}
     for number in range(BUDGETS):
         kind = KINDS[number % len(KINDS)]
         taken = {name: run.measure(kind) for name, run in made.items()}
-        budget = drawn.uniform(min(taken.values()), max(taken.values()))
+        low, high = min(taken.values()), max(taken.values())
+        budget = low * (high / low) ** drawn.random()
         best = min((name for name in made if taken[name] <= budget), key=lambda name: made[name].perplexity)
         row = {"limit": kind, "budget": budget, "best": best, "perplexity": made[best].perplexity}
 
@@ -168,15 +182,24 @@ def name_way(way: Way) -> str:
 
 def describe_way(way: Way, run: Run) -> dict[str, Any]:
     """A way as predicted and as measured."""
-    predicted = {**{f"{phase}_ms": round(ms, 2) for phase, ms in way.ms.items()}, "bytes": round(way.bytes)}
-    predicted["change"] = round(math.expm1(way.rise), 4)
-    measured = {**{f"{phase}_ms": round(ms, 2) for phase, ms in run.ms.items()}, "bytes": run.bytes}
+    predicted = {"ms": dict(way.ms), "bytes": way.bytes, "rise": way.rise}
+    measured = {"ms": dict(run.ms), "bytes": run.bytes, "perplexity": run.perplexity}
     return {
-        "way": name_way(way),
+        "type": way.type,
+        "sparsity": way.sparsity,
         "widths": dict(way.widths),
         "predicted": predicted,
-        "run": measured | {"perplexity": run.perplexity},
+        "run": measured,
     }
+
+
+def read_way(row: Mapping[str, Any]) -> tuple[Way, Run]:
+    """What ``describe_way`` described. Only the rise of the loss is known of its figures."""
+    predicted, run = row["predicted"], row["run"]
+    rise = predicted["rise"]
+    texts = {"": Figures(rise, rise, None, math.expm1(rise), 0.0)}
+    way = Way(row["type"], row["sparsity"], row["widths"], predicted["bytes"], predicted["ms"], texts)
+    return way, Run(run["ms"], run["bytes"], run["perplexity"])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, Self
 
 from mptk.config import Settings
 from mptk.cost.budgets import PROMPT
@@ -97,6 +97,11 @@ class Ceiling:
         """The phases of which milliseconds are limited; without any limit the decoding step, which users wait for."""
         found = [name for name, most in (("decode", self.decode_ms), ("prefill", self.prefill_ms)) if most is not None]
         return found or ([] if self.is_set else ["decode"])
+
+    def loosen(self, times: float) -> Self:
+        """The same limits, but for so many times the milliseconds."""
+        decode, prefill = (None if most is None else times * most for most in (self.decode_ms, self.prefill_ms))
+        return replace(self, decode_ms=decode, prefill_ms=prefill)
 
     @property
     def decodes(self) -> bool:

@@ -6,6 +6,7 @@ trained.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from mptk.targets.onnx import export_compiled
 
 WAYS_AT_ONCE = 3
 """Ways that are made at once: the best, and others that may turn out to be better."""
+PREDICTED_WITHIN = 1.1
+"""Most times are predicted within a tenth (benchmarks/latency.md): what seems too slow by less may meet the limit."""
 CHECKED = 2
 """Cuts in a type that are made at least: only these show whether the rises of cut and type add up."""
 
@@ -63,15 +66,20 @@ def measure_ways(
 def choose_further_ways(found: Advice) -> list[Way]:
     """The best ways that were not made, and as many cuts in a type as are missing; none if the best was made.
 
-    If none is within the limits, the cheapest: predictions may be too high.
+    Better ways whose predicted time is just above the limit count, too. If none is within the limits, the cheapest:
+    predictions may be too high.
     """
     ranked = found.rank_ways() or sorted(found.ways, key=lambda way: way.price)
-    if ranked[0].measured is not None:
+    best, *rest = ranked
+    nearly = replace(found, limits=found.limits.loosen(PREDICTED_WITHIN)).rank_ways()
+    better = [way for way in itertools.takewhile(lambda way: way != best, nearly) if way.measured is None]
+    if best.measured is not None and not better:
         return []
-    unknown = [way for way in ranked if way.measured is None]
-    chosen, others = unknown[:WAYS_AT_ONCE], [way for way in unknown[WAYS_AT_ONCE:] if way.is_sum]
+    others = [] if best.measured is not None else [way for way in rest if way.measured is None and way not in better]
+    unknown = [*[best][: best.measured is None], *better, *others]
+    chosen, later = unknown[:WAYS_AT_ONCE], [way for way in unknown[WAYS_AT_ONCE:] if way.is_sum]
     there = len(found.checked) + sum(way.is_sum for way in chosen)
-    return [*chosen, *others[: max(0, CHECKED - there)]]
+    return [*chosen, *later[: max(0, CHECKED - there)]]
 
 
 def make_graphs(

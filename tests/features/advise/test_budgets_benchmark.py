@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from benchmarks.budgets import TYPES, Run, judge
+from benchmarks.budgets import TYPES, Run, describe_way, judge, make_advice, read_way
 from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Point, Way
 
 BYTES = {FLOAT_TYPE: 400, "int8": 100, "int4": 60}
@@ -44,6 +45,13 @@ def test_if_runs_are_as_predicted_the_advised_way_is_the_best_of_each_budget(adv
             assert row[name]["way"] == row["best"]
             assert row[name]["quality"] == pytest.approx(0)
             assert row[name]["price"] <= 0
+
+
+def test_ways_that_a_file_has_are_judged_as_those_that_were_made(advice):
+    runs = [make_run(way) for way in advice.ways]
+    described = json.loads(json.dumps([describe_way(*each) for each in zip(advice.ways, runs, strict=True)]))
+    ways, again = zip(*map(read_way, described), strict=True)
+    assert list(judge(make_advice("m", ways, 512), again)) == list(judge(advice, runs))
 
 
 def test_a_way_that_is_slower_than_predicted_is_over_the_budget_until_it_is_measured(advice):

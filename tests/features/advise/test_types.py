@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import mptk
 from mptk.errors import InputError
 from mptk.features.advise.advice import FLOAT_TYPE, Advice, Ceiling, Figures, Point, Way
+from mptk.features.advise.made import choose_further_ways
 from mptk.features.advise.view import build_way_table, describe_sources, describe_ways
 from mptk.ort.bench import Measurement
 from mptk.testing import draw_weights, expect_error, make_config, make_llama
@@ -237,6 +238,23 @@ def test_the_best_way_is_the_one_that_loses_least_within_the_limits(limits, best
     assert ("The next cheaper way: " in said) == (further is not None)
     assert ("No cut is needed" in said) == (best is not None and not best[1])
     assert ("No way that was measured meets 1 ms of decode" in said) == (best is None)
+
+
+def test_better_ways_that_seem_a_little_too_slow_are_made_with_the_best():
+    """Int8 at 10 ms and int4 at 9.5 are better than the best way that is predicted within 9.2 ms; float32 is far off."""
+    found = make_advice(Ceiling(decode_ms=9.2))
+    first, *others = choose_further_ways(found)
+    assert first == WAYS[3]
+    assert (WAYS[2] in others, WAYS[4] in others, WAYS[0] in others) == (True, True, False)
+    quick = [replace(way, measured=replace(way, ms={"decode": 0.9 * way.ms["decode"]})) for way in WAYS]
+    made = replace(found, ways=(*WAYS[:2], *quick[2:5], WAYS[5]))
+    assert choose_further_ways(made) == []
+    assert made.find_way().measured is not None
+    assert (made.find_way().type, made.find_way().sparsity) == ("int8", 0.0)
+
+
+def test_sizes_are_known_so_none_above_the_limit_is_made():
+    assert WAYS[4] not in choose_further_ways(make_advice(Ceiling(bytes=95)))
 
 
 def test_measured_figures_count_more_than_predicted_ones():

@@ -95,8 +95,9 @@ def advise(
             graph, and in bytes of memory in decoding: the advice then names the best way that meets them, in
             ``find_way`` and ``way_command``. ``context`` (512) is the number of tokens in the KV cache.
         measure: make the best three ways within the limits, time them as ``mptk.bench`` does, and measure them in ONNX
-            Runtime. The best way is then chosen by these figures, ``Way.measured``. Cuts in a type, two at least, show
-            how far the predicted perplexity is off (``checked``, ``Way.compute_miss``).
+            Runtime; and better ways, if they seem too slow by at most a tenth. The best way is then chosen by these
+            figures, ``Way.measured``. Cuts in a type, two at least, show how far the predicted perplexity is off
+            (``checked``, ``Way.compute_miss``).
         data: as in ``mptk.prune``. Each source of a name with several, such as ``"A,B"``, is measured by itself.
         keywords: fields of ``Settings``, as in ``mptk.prune``. ``samples``: windows to fit to, of all texts together;
             ``eval_windows``: windows of each text to measure on.

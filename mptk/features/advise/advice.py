@@ -98,9 +98,9 @@ class Ceiling:
         found = [name for name, most in (("decode", self.decode_ms), ("prefill", self.prefill_ms)) if most is not None]
         return found or ([] if self.is_set else ["decode"])
 
-    def loosen(self, times: float) -> Self:
-        """The same limits, but for so many times the milliseconds."""
-        decode, prefill = (None if most is None else times * most for most in (self.decode_ms, self.prefill_ms))
+    def scale_times(self, factor: float) -> Self:
+        """The same limits, but for ``factor`` times the milliseconds."""
+        decode, prefill = (None if most is None else factor * most for most in (self.decode_ms, self.prefill_ms))
         return replace(self, decode_ms=decode, prefill_ms=prefill)
 
     @property

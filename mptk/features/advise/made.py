@@ -71,7 +71,7 @@ def choose_further_ways(found: Advice) -> list[Way]:
     """
     ranked = found.rank_ways() or sorted(found.ways, key=lambda way: way.price)
     best, *rest = ranked
-    nearly = replace(found, limits=found.limits.loosen(PREDICTED_WITHIN)).rank_ways()
+    nearly = replace(found, limits=found.limits.scale_times(PREDICTED_WITHIN)).rank_ways()
     better = [way for way in itertools.takewhile(lambda way: way != best, nearly) if way.measured is None]
     if best.measured is not None and not better:
         return []

@@ -67,7 +67,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk report $(DEMO) --prompt $(PROMPT) --html $(DEMO).html
 
 # Without fast products in bfloat16 3.5 minutes are too few to learn in, and the run says so in a line.
-demo-one-shot:
+demo-one-shot: $(VENV)/.installed
 	$(BIN)/mptk prune $(MODEL) --sparsity 0.1 --data docs/ --eval-data $(DEMO)-text --eval-windows 8 --method wanda --reconstruct --quantize int8 --out $(DEMO)
 
 install: $(VENV)/.installed-dev

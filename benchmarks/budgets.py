@@ -69,7 +69,7 @@ def main(
     known = json.loads(json_file.read_text()) if json_file is not None and json_file.exists() else {}
     if known:
         ways, runs = zip(*map(read_way, known["ways"]), strict=True)
-        advice = make_advice(model, ways, context)
+        advice = make_advice(known["model"], ways, known["context"])
         header = {key: value for key, value in known.items() if key != "rows"}
     else:
         how: dict[str, Any] = {"samples": 4} if quick else {}

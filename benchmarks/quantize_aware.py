@@ -21,8 +21,6 @@ from benchmarks.common import result_header, write_result
 from mptk import prune, recover
 
 FLOAT32, TYPES = "float32", ("int8", "int4")
-SAMPLES = 96
-"""Windows that fit the cut: as many as a run of 20 minutes takes."""
 
 
 def main(
@@ -41,7 +39,7 @@ def main(
     how: dict[str, Any] = {"data": str(text), "eval_data": str(held_out), "eval_windows": windows}
     start = work / f"{Path(model).name}-{sparsity}"
     if not start.is_dir():
-        prune(model, start, sparsity=sparsity, method="wanda", reconstruct=True, quantize=TYPES, samples=SAMPLES, **how)
+        prune(model, start, sparsity=sparsity, method="wanda", reconstruct=True, quantize=TYPES, **how)
     rows = json.loads(json_file.read_text())["rows"] if json_file.exists() else []
     for seed in map(int, seeds.split(",")):
         for aware in ("", *TYPES):
@@ -78,7 +76,7 @@ def main(
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each graph that a run trained for; the change is that of the perplexity."""
+    """The perplexity of each graph with and without ``--quantize-aware``, a line for each type and seed."""
     lines = [
         "| model | cut | graph | seed | trained as it is | trained for the graph | change |",
         "|---|---:|---|" + "---:|" * 4,

@@ -73,10 +73,11 @@ def choose_further_ways(found: Advice) -> list[Way]:
     best, *rest = ranked
     nearly = replace(found, limits=found.limits.scale_times(PREDICTED_WITHIN)).rank_ways()
     better = [way for way in itertools.takewhile(lambda way: way != best, nearly) if way.measured is None]
-    if best.measured is not None and not better:
+    unknown = better
+    if best.measured is None:
+        unknown = [best, *better, *(way for way in rest if way.measured is None and way not in better)]
+    if not unknown:
         return []
-    others = [] if best.measured is not None else [way for way in rest if way.measured is None and way not in better]
-    unknown = [*[best][: best.measured is None], *better, *others]
     chosen, later = unknown[:WAYS_AT_ONCE], [way for way in unknown[WAYS_AT_ONCE:] if way.is_sum]
     there = len(found.checked) + sum(way.is_sum for way in chosen)
     return [*chosen, *later[: max(0, CHECKED - there)]]
